@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
-from typing import Any, Union
+from typing import Any, TypeAlias
 
-Sizes = Union[int, Sequence[int]]
-Padding = Union[int, str, Sequence[int | tuple[int, int]]]
+Sizes: TypeAlias = int | Sequence[int]
+Padding: TypeAlias = int | str | Sequence[int | tuple[int, int]]
 
 
 @dataclass(frozen=True)
