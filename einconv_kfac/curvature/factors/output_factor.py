@@ -1,0 +1,102 @@
+"""The gradient-based factors ``B``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.factors.problem import check_approximation, chunks
+from einconv_kfac.curvature.factors.update import prepare
+
+
+def output_factor(
+    g: Tensor,
+    groups: int = 1,
+    approximation: str = "expand",
+    *,
+    out: Tensor | None = None,
+    beta: float = 0.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Return the gradient-based Kronecker factor of a layer with channels last.
+
+    ``B = 1/(N S) sum_{v,n,s} g g^T`` (expand) or ``B = 1/N sum_{v,n} gsum gsum^T`` with
+    ``gsum = sum_s g`` (reduce), for each group.
+
+    Args:
+        g: Gradients of the per-example losses, of shape ``[V, N, S, C_out]``. They are summed
+            over ``v``: ``V`` Monte-Carlo draws carry a factor ``1 / sqrt(V)`` each.
+        groups: Number of channel groups.
+        approximation: ``"expand"`` (KFC) or ``"reduce"``.
+        out: Tensor to update and return: ``out <- beta * out + alpha * B``.
+        beta: What the old values of ``out`` are multiplied with.
+        alpha: What the factor is multiplied with.
+
+    Returns:
+        Factors of shape ``[groups, C_out / groups, C_out / groups]``, symmetric to the last
+        bit; of the gradients' dtype, float32 if that is smaller.
+
+    Raises:
+        ValueError: If ``g`` has another number of dimensions or is empty, if the groups do not
+            divide the channels, or if the approximation or ``out`` does not fit.
+
+    >>> output_factor(torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]]))
+    tensor([[[5., 1.],
+             [1., 2.]]])
+    """
+    if g.ndim != 4:
+        raise ValueError(f"`g` must have shape [V, N, S, C_out], got {tuple(g.shape)}.")
+    return conv_output_factor(
+        g.movedim(3, 2), groups, approximation, out=out, beta=beta, alpha=alpha
+    )
+
+
+@torch.no_grad()
+def conv_output_factor(
+    g: Tensor,
+    groups: int = 1,
+    approximation: str = "expand",
+    *,
+    out: Tensor | None = None,
+    beta: float = 0.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Return the gradient-based Kronecker factor of a layer with channels first.
+
+    Args:
+        g: As in `output_factor`, of shape ``[V, N, C_out, *o]``.
+        groups: See `output_factor`, as for the arguments that follow.
+        approximation: See `output_factor`.
+        out: See `output_factor`.
+        beta: See `output_factor`.
+        alpha: See `output_factor`.
+
+    Returns:
+        See `output_factor`.
+
+    Raises:
+        ValueError: See `output_factor`.
+
+    >>> conv_output_factor(torch.ones(1, 2, 4, 3, 3), groups=2, approximation="reduce").shape
+    torch.Size([2, 2, 2])
+    """
+    expand = check_approximation(approximation)
+    if g.ndim < 3 or g.numel() == 0:
+        raise ValueError(f"`g` must be non-empty [V, N, C_out, *o], got {tuple(g.shape)}.")
+    n, channels = g.shape[1:3]
+    if channels % groups:
+        raise ValueError(f"`g`'s channels must be divisible by groups={groups}, got {channels}.")
+    positions = g[0, 0, 0].numel()
+    scale = alpha / (n * positions if expand else n)
+    update = prepare(g, (groups, channels // groups), out, beta, scale)
+    dtype = update.out.dtype
+    rows = g.flatten(0, 1)  # (v n) c *o
+    if not expand:
+        rows = rows.flatten(2).sum(2, dtype=dtype)
+    for part in chunks(rows, 1.0):
+        columns = part.to(dtype).reshape(part.shape[0], groups, channels // groups, -1)
+        columns = columns.permute(1, 2, 0, 3).reshape(groups, channels // groups, -1)
+        update.add_product_(columns)
+        update = update.added()
+    update.mirror_()
+    return update.out
