@@ -211,7 +211,7 @@ def convolution(
     (16, 28)
     """
     return _convolution(
-        tuple(input_size), *map(_hashable, (kernel_size, stride, padding, dilation)), groups
+        tuple(input_size), *map(hashable, (kernel_size, stride, padding, dilation)), groups
     )
 
 
@@ -261,9 +261,9 @@ def transposed_convolution(
     return _convolution(targets, kernel, strides, sides, steps, groups)
 
 
-def _hashable(value: Any) -> Any:
+def hashable(value: Any) -> Any:
     """Turn lists into tuples, nested ones too."""
-    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+    return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
 @lru_cache(maxsize=4096)

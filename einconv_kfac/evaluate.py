@@ -1,0 +1,49 @@
+"""A network and tensors, contracted: patterns as views and folds, pairwise, in a good order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.expressions.binding import constant, stepped
+from einconv_kfac.network import Leaf, Network
+from einconv_kfac.network.lowering import lowered
+from einconv_kfac.network.path import contraction_path
+
+
+def evaluate(network: Network, *tensors: Tensor) -> Tensor:
+    """Return the value of a network for the caller's tensors.
+
+    Args:
+        network: A network, simplified or not.
+        tensors: One per slot of the network's leaves, of the shapes they state.
+
+    Returns:
+        Tensor of shape ``network.shape``.
+
+    >>> from einconv_kfac.expressions import convNd_forward
+    >>> from einconv_kfac.geometry import convolution
+    >>> network = convNd_forward.network(convolution((8,), 3), 2, 4, 5)
+    >>> evaluate(network, torch.rand(2, 4, 8), torch.rand(5, 4, 3)).shape
+    torch.Size([2, 5, 6])
+    """
+    network = lowered(network)
+    operands = _operands(network, tensors)
+    for positions, equation in contraction_path(network):
+        taken = [operands.pop(position) for position in positions]
+        operands.append(torch.einsum(equation, *taken))
+    (result,) = operands
+    if network.scale != 1:
+        result = result * float(network.scale)
+    return stepped(result, network.finishing()).reshape(network.shape)
+
+
+def _operands(network: Network, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the operands of the contraction."""
+    device, dtype = tensors[0].device, tensors[0].dtype
+    return [
+        stepped(tensors[node.operand.slot], node.operand.steps)
+        if isinstance(node.operand, Leaf)
+        else constant(node.operand, device, dtype)
+        for node in network.nodes
+    ]

@@ -1,0 +1,47 @@
+"""An einsum expression: a network, simplified or not, that tensors can be bound to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from einconv_kfac.expressions.binding import constant, scalar, stepped
+from einconv_kfac.network import Leaf, Network
+from einconv_kfac.network.equation import equation
+from einconv_kfac.network.step import Shape
+
+Bound = tuple[str, list[Tensor], Shape]
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A network whose result needs no more than a reshape."""
+
+    network: Network
+
+    @cached_property
+    def equation(self) -> str:
+        """Equation for ``torch.einsum``."""
+        operands = [node.indices for node in self.network.nodes]
+        return equation([*operands, ()] if self._scaled else operands, self.network.output)
+
+    @property
+    def _scaled(self) -> bool:
+        """Whether a factor other than one needs an operand."""
+        return self.network.scale != 1
+
+    def bind(self, *tensors: Tensor) -> Bound:
+        """Return equation, operands, and the shape that the contraction is reshaped to."""
+        operands = []
+        device, dtype = tensors[0].device, tensors[0].dtype
+        for node in self.network.nodes:
+            operand = node.operand
+            if isinstance(operand, Leaf):
+                operands.append(stepped(tensors[operand.slot], operand.steps))
+            else:
+                operands.append(constant(operand, device, dtype))
+        if self._scaled:
+            operands.append(scalar(float(self.network.scale), tensors[0]))
+        return self.equation, operands, self.network.shape

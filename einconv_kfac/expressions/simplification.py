@@ -1,0 +1,55 @@
+"""Simplification of a plain einsum equation with its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from einconv_kfac.expressions.expression import Expression
+from einconv_kfac.expressions.pattern import recognized_axis
+from einconv_kfac.network import Leaf, Network, Node, Pattern, simplified
+from einconv_kfac.network.equation import parse_equation
+
+
+def simplify(equation: str, operands: Sequence[Tensor]) -> tuple[str, list[Tensor]]:
+    """Simplify an einsum expression; its result stays the same up to a reshape.
+
+    Index patterns (`index_pattern`) among the operands are recognized by their values, so
+    copies and casts of them count.
+
+    Args:
+        equation: Equation of ``torch.einsum``, with its output given.
+        operands: As many tensors as the equation has inputs.
+
+    Returns:
+        Simplified equation and operands.
+
+    Raises:
+        ValueError: If equation and operands do not match.
+
+    >>> import torch
+    >>> from einconv_kfac import index_pattern
+    >>> pattern = index_pattern(8, 2, stride=2, dtype=torch.float32)
+    >>> simplify("ni,koi->nko", [torch.rand(3, 8), pattern])[0]
+    'abc->acb'
+    """
+    inputs, output = parse_equation(equation)
+    if len(inputs) != len(operands):
+        raise ValueError(
+            f"`operands` must be the {len(inputs)} tensors of {equation!r}, got {len(operands)}."
+        )
+    nodes = tuple(map(_node, range(len(inputs)), operands, inputs))
+    sizes = {index: size for node in nodes for index, size in zip(node.indices, node.operand.shape)}
+    shape = tuple(sizes[index] for index in output)
+    network = Network(nodes, output, shape, reshape_only=True)
+    equation, bound, _ = Expression(simplified(network)).bind(*operands)
+    return equation, bound
+
+
+def _node(slot: int, operand: Tensor, indices: tuple[str, ...]) -> Node:
+    """Return a pattern if the operand is one, else a leaf."""
+    axis = recognized_axis(operand) if len(set(indices)) == 3 else None
+    if axis is not None:
+        return Node(Pattern(axis), indices)
+    return Node(Leaf(f"x{slot}", slot, tuple(operand.shape)), indices)

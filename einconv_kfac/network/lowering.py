@@ -1,0 +1,80 @@
+"""Patterns as views: a network whose patterns have become window views and folds."""
+
+from __future__ import annotations
+
+from einconv_kfac.geometry import Axis
+from einconv_kfac.network.cache import cached
+from einconv_kfac.network.network import Edit, Network, Steps
+from einconv_kfac.network.operand import Pattern
+from einconv_kfac.network.step import Fold, Pad, Step, Windows
+
+
+@cached(maxsize=1024)
+def lowered(network: Network) -> Network:
+    """Return the network with as few patterns left as possible.
+
+    A pattern whose input index is that of one leaf is a window view of the padded leaf. A
+    pattern whose input index is an output's, and whose kernel and output index are summed,
+    is a fold of the result. Other patterns stay, as small dense tensors.
+    """
+    for rule in (_window, _fold):
+        while (simpler := rule(network)) is not None:
+            network = simpler
+    return network
+
+
+def _window(network: Network) -> Network | None:
+    """Replace the first pattern that is a window view of a leaf."""
+    for node in network.patterns:
+        k, o, i = node.indices
+        carriers = network.carriers(i, node)
+        alone = len(carriers) == 1 and i not in network.output and len(set(node.indices)) == 3
+        if alone and network.editable(i, node) and not {k, o} & set(carriers[0].indices):
+            assert isinstance(node.operand, Pattern)
+            edit = Edit((i,), (o, k), _windows(node.operand.axis), _nothing)
+            return network.edit(edit, node)
+    return None
+
+
+def _fold(network: Network) -> Network | None:
+    """Replace the first pattern that is a fold of the result."""
+    for node in network.patterns:
+        k, o, i = node.indices
+        kept = set(network.output)
+        summed = not {k, o} & kept and network.carriers(k, node) and network.carriers(o, node)
+        once = network.output.count(i) == 1 and not network.carriers(i, node)
+        if summed and once and len(set(node.indices)) == 3:
+            assert isinstance(node.operand, Pattern)
+            edit = Edit((i,), (o, k), _nothing, _folding(node.operand.axis))
+            return network.edit(edit, node)
+    return None
+
+
+def _windows(axis: Axis) -> Steps:
+    """Return the steps from inputs to windows, ``[i]`` to ``[o, k]``."""
+    left, right = axis.padding[0], _length(axis) - axis.input_size - axis.padding[0]
+
+    def steps(dim: int) -> tuple[Step, ...]:
+        view = Windows(dim, axis.kernel_size, axis.stride, axis.dilation)
+        return (Pad(dim, left, right), view) if left or right else (view,)
+
+    return steps
+
+
+def _folding(axis: Axis) -> Steps:
+    """Return the steps from windows to inputs, ``[o, k]`` to ``[i]``."""
+    left, right = axis.padding[0], _length(axis) - axis.input_size - axis.padding[0]
+    return lambda dim: (
+        Fold(dim, _length(axis), axis.stride, axis.dilation),
+        Pad(dim, -left, -right),
+    )
+
+
+def _length(axis: Axis) -> int:
+    """Padded positions up to the end of the last window."""
+    return (axis.output_size - 1) * axis.stride + axis.span
+
+
+def _nothing(dim: int) -> tuple[Step, ...]:  # noqa: ARG001
+    """Take no step."""
+    return ()

@@ -1,0 +1,43 @@
+"""In which order to contract: pairwise contractions, from sizes alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from opt_einsum.paths import auto  # type: ignore[import-untyped]
+
+from einconv_kfac.network.cache import cached
+from einconv_kfac.network.equation import equation
+from einconv_kfac.network.network import Network
+
+
+class Contraction(NamedTuple):
+    """One contraction: its operands leave the list, in this order, and the result is appended."""
+
+    positions: tuple[int, ...]
+    equation: str
+
+
+@cached(maxsize=1024)
+def contraction_path(network: Network) -> tuple[Contraction, ...]:
+    """Return the contractions, one or two operands each, that give the network's output."""
+    remaining = [node.indices for node in network.nodes]
+    order = auto([set(indices) for indices in remaining], set(network.output), network.sizes)
+    path = []
+    for positions in order or [(0,)]:  # a single operand may still be summed or permuted
+        taken = tuple(sorted(positions, reverse=True))
+        operands = [remaining.pop(position) for position in taken]
+        result = _kept(operands, remaining, network.output)
+        remaining.append(result)
+        path.append(Contraction(taken, equation(operands, result)))
+    return tuple(path)
+
+
+def _kept(
+    operands: list[tuple[str, ...]], others: list[tuple[str, ...]], output: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the indices of the operands that are needed later."""
+    if not others:
+        return output
+    needed = set(output).union(*others)
+    return tuple(dict.fromkeys(i for indices in operands for i in indices if i in needed))

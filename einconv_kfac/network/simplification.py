@@ -1,0 +1,26 @@
+"""Simplification of a network: the rewrite rules, applied until none fits."""
+
+from __future__ import annotations
+
+from einconv_kfac.network.cache import cached
+from einconv_kfac.network.network import Network
+from einconv_kfac.network.rules import RULES
+
+
+@cached(maxsize=1024)
+def simplified(network: Network) -> Network:
+    """Return the network with the rewrite rules applied to a fixed point.
+
+    The value, the shape of the result and the order of the caller's tensors stay.
+    """
+    while (simpler := _rewritten(network)) is not None:
+        network = simpler
+    return network
+
+
+def _rewritten(network: Network) -> Network | None:
+    """Return the network after the first rule that fits, if one does."""
+    for rule in RULES:
+        if (simpler := rule(network)) is not None:
+            return simpler.after(rule.__name__)
+    return None
