@@ -142,4 +142,3 @@ def _ordinary(tensor: Tensor) -> bool:
 def scalar(value: float, like: Tensor) -> Tensor:
     """Return a number as a tensor of no dimension, of the type and on the device of another."""
     return torch.full((), value, device=like.device, dtype=like.dtype)
-

@@ -59,7 +59,7 @@ def einsum_expression(
     >>> import torch
     >>> equation, operands, shape = einsum_expression(torch.rand(2, 3, 8), kernel_size=2)
     >>> equation, shape
-    ('abc,dec->abde', (2, 6, 7))
+    ('ab,cdb->acd', (2, 6, 7))
     """
     options = map(hashable, (kernel_size, stride, padding, dilation))
     return _expression(x.shape, *options, simplify).bind(x)

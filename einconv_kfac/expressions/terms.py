@@ -51,9 +51,7 @@ def weight_node(geometry: Geometry, in_channels: int, out_channels: int, slot: i
     return Node(leaf, ("g", "co", "ci", *indices("k", geometry.ndim)))
 
 
-def pattern_nodes(
-    geometry: Geometry, *, k: str = "", o: str = "", i: str = ""
-) -> tuple[Node, ...]:
+def pattern_nodes(geometry: Geometry, *, k: str = "", o: str = "", i: str = "") -> tuple[Node, ...]:
     """Return one pattern ``P[k, o, i]`` per dimension; arguments are the marks of its indices."""
     names = zip(*(indices(*pair) for pair in zip("koi", [geometry.ndim] * 3, (k, o, i))))
     return tuple(Node(Pattern(axis), triple) for axis, triple in zip(geometry.axes, names))

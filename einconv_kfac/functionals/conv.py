@@ -11,7 +11,7 @@ from einconv_kfac.geometry import Padding, Sizes, convolution
 from einconv_kfac.network import simplified
 
 
-def convNd(
+def convNd(  # noqa: N802 (einconv's name)
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,

@@ -11,7 +11,7 @@ from einconv_kfac.geometry import Padding, Sizes, convolution
 from einconv_kfac.network import simplified
 
 
-def unfoldNd(
+def unfoldNd(  # noqa: N802 (einconv's name)
     x: Tensor,
     kernel_size: Sizes,
     dilation: Sizes = 1,

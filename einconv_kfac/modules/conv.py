@@ -136,8 +136,7 @@ class ConvNd(_ConvNd):
 
     def extra_repr(self) -> str:
         """Return what torch's layers show, after the number of dimensions."""
-        shown = _ConvNd.extra_repr(self)
-        shown = f"{self.N}, {shown}"  # type: ignore[no-untyped-call]
+        shown = f"{self.N}, {super().extra_repr()}"  # type: ignore[no-untyped-call]
         return shown if self.simplify else f"{shown}, simplify=False"
 
 
@@ -163,4 +162,6 @@ def _sides(
 
 def _concise(sides: tuple[tuple[int, int], ...]) -> Any:
     """Return one number per dimension where left and right are the same everywhere."""
-    return tuple(left for left, _ in sides) if all(left == right for left, right in sides) else sides
+    return (
+        tuple(left for left, _ in sides) if all(left == right for left, right in sides) else sides
+    )

@@ -188,4 +188,3 @@ class Network:
         scale = "" if self.scale == 1 else f"{self.scale} "
         factors = " ".join(f"{n.operand.name}[{' '.join(n.indices)}]" for n in self.nodes)
         return f"{scale}{factors} -> [{' '.join(self.output)}]"
-

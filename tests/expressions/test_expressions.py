@@ -57,6 +57,7 @@ def unfolded(case: ConvCase, x: Tensor) -> Tensor:
 def expected(operation: str, case: ConvCase) -> Tensor:
     """The result according to torch, or to the definition."""
     x, weight, v = case.input(), case.weight(), case.output_like()
+
     def convolve(x: Tensor, weight: Tensor) -> Tensor:
         return CONVOLUTIONS[case.geometry.ndim](x, weight, **case.options)
 
@@ -111,9 +112,9 @@ def test_expression_equals_einconv(operation: str, case: ConvCase, simplify: boo
     assert expression[2] == reference[2]
     torch.testing.assert_close(contracted(expression), contracted(reference))
     if not simplify:
-        assert [list(t.shape) for t in expression[1]][:-1] == [
-            list(t.shape) for t in reference[1]
-        ][:-1]
+        assert [list(t.shape) for t in expression[1]][:-1] == [list(t.shape) for t in reference[1]][
+            :-1
+        ]
 
 
 @ALL_CASES

@@ -47,7 +47,7 @@ def test_from_nn_conv_copies() -> None:
     assert not layer.training
     assert layer.weight.data_ptr() != source.weight.data_ptr()
     assert repr(layer).endswith("simplify=False)")
-    with pytest.raises(TypeError, match="must be a torch.nn.Conv1d.*ConvTranspose2d"):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Conv1d.*ConvTranspose2d"):
         ConvNd.from_nn_Conv(nn.ConvTranspose2d(2, 3, 3))
 
 

@@ -39,8 +39,10 @@ def trim_kernel(network: Network) -> Network | None:
         if alive and len(alive) < axis.kernel_size:
             first, size = alive[0], alive[-1] - alive[0] + 1
             trimmed = _shifted(axis, first * axis.dilation, size, axis.output_size)
-            if trimmed and size < axis.kernel_size and network.editable(
-                node.indices[0], node, pads=True
+            if (
+                trimmed
+                and size < axis.kernel_size
+                and network.editable(node.indices[0], node, pads=True)
             ):
                 return _narrow(network, node, "k", first, trimmed)
     return None
@@ -58,8 +60,10 @@ def trim_output(network: Network) -> Network | None:
         if alive and len(alive) < axis.output_size:
             first, size = alive[0], alive[-1] - alive[0] + 1
             trimmed = _shifted(axis, first * axis.stride, axis.kernel_size, size)
-            if trimmed and size < axis.output_size and network.editable(
-                node.indices[1], node, pads=True
+            if (
+                trimmed
+                and size < axis.output_size
+                and network.editable(node.indices[1], node, pads=True)
             ):
                 return _narrow(network, node, "o", first, trimmed)
     return None
