@@ -1,0 +1,137 @@
+"""Compare KFAC on its defaults with searched SGD and AdamW on the digits, over several seeds.
+
+SGD (Nesterov momentum 0.9) and AdamW get the learning rate of a grid of seven, a factor of
+two apart, that needs the fewest steps to both training losses together: the sum of the
+medians over seeds that the comparison does not use. Prints tables and writes them to
+benchmarks/results/digits.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import inf, isfinite
+from pathlib import Path
+from statistics import median
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+
+from train_digits import OPTIMIZERS, TARGETS, Run, Setting, split_digits, train
+
+RESULTS = Path(__file__).resolve().parent / "results" / "digits.txt"
+GRIDS = {
+    "SGD": tuple(0.0125 * 2.0**i for i in range(7)),
+    "AdamW": tuple(0.001 * 2.0**i for i in range(7)),
+}
+EPOCHS = {448: 30, 64: 15}  # by batch size
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is searched and what is compared."""
+
+    optimizers: tuple[str, ...] = OPTIMIZERS
+    batch_sizes: tuple[int, ...] = (448, 64)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    search_seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
+    grid_size: int = 7
+    epochs: int | None = None
+
+
+@dataclass
+class Report:
+    """Lines that are printed as they come, and kept."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str = "") -> None:
+        """Print a line and keep it."""
+        print(line, flush=True)
+        self.lines.append(line)
+
+
+def repeat(name: str, setting: Setting, seeds: Sequence[int]) -> list[Run]:
+    """Train once per seed."""
+    return [
+        train(name, split_digits(seed), replace(setting, seed=seed), quiet=True) for seed in seeds
+    ]
+
+
+def steps(runs: Sequence[Run], target: float) -> list[float]:
+    """Return each run's steps to ``target``, infinite where it was not reached."""
+    return [inf if (count := run.steps_to(target)) is None else count for run in runs]
+
+
+def show(value: float, style: str = ".4g") -> str:
+    """Write a number, or a dash if it is infinite."""
+    return format(value, style) if isfinite(value) else "-"
+
+
+def search(name: str, setting: Setting, protocol: Protocol, report: Report) -> float:
+    """Return the learning rate with the fewest steps, and report every rate of the grid."""
+    scores = {}
+    report.add(f"  {name:5} lr     steps to {TARGETS}, test loss; medians")
+    for lr in GRIDS[name][: protocol.grid_size]:
+        runs = repeat(name, replace(setting, lr=lr), protocol.search_seeds)
+        counts = [median(steps(runs, target)) for target in TARGETS]
+        scores[lr] = sum(counts)
+        loss = median(run.test_loss for run in runs)
+        report.add(f"        {lr:<7g}{' '.join(f'{show(c):>5}' for c in counts)}  {loss:.4f}")
+    return min(scores, key=lambda lr: scores[lr])
+
+
+def describe(name: str, runs: Sequence[Run]) -> list[str]:
+    """Return the rows of one optimizer: medians, then every seed."""
+    columns = [steps(runs, target) for target in TARGETS]
+    columns.append([run.test_loss for run in runs])
+    columns.append([100 * run.test_accuracies[-1] for run in runs])
+    columns.append([1000 * run.times[-1] / len(run.losses) for run in runs])
+    rows = [("median", [median(column) for column in columns])]
+    rows += [(f"run {i}", list(values)) for i, values in enumerate(zip(*columns), start=1)]
+    return [
+        f"  {name:8} {label:6} " + " ".join(f"{show(value):>10}" for value in values)
+        for label, values in rows
+    ]
+
+
+def compare(batch_size: int, protocol: Protocol, report: Report) -> None:
+    """Search and run the optimizers at one batch size."""
+    epochs = protocol.epochs or EPOCHS.get(batch_size, Setting.epochs)
+    setting = Setting(epochs=epochs, batch_size=batch_size)
+    report.add(f"batch size {batch_size}, {epochs} epochs")
+    rates = {
+        name: search(name, setting, protocol, report)
+        for name in protocol.optimizers
+        if name in GRIDS
+    }
+    report.add(f"  chosen: {rates}")
+    titles = [*(f"to {target}" for target in TARGETS), "test loss", "accuracy %", "ms/step"]
+    report.add(" " * 18 + " ".join(f"{title:>10}" for title in titles))
+    for name in protocol.optimizers:
+        runs = repeat(name, replace(setting, lr=rates.get(name)), protocol.seeds)
+        for line in describe(name, runs):
+            report.add(line)
+    report.add()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: seconds, no meaning")
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    protocol = Protocol(optimizers=tuple(args.optimizers))
+    if args.quick:
+        protocol = replace(protocol, seeds=(0,), search_seeds=(100,), grid_size=1, epochs=1)
+    report = Report()
+    for batch_size in protocol.batch_sizes:
+        compare(batch_size, protocol, report)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text("\n".join(report.lines))
+
+
+if __name__ == "__main__":
+    main()
