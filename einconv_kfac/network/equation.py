@@ -22,7 +22,7 @@ def equation(operands: Sequence[Sequence[str]], output: Sequence[str]) -> str:
             f"{len(names)}; the functions of `einconv_kfac.functionals` contract pairwise "
             "and have no such limit."
         )
-    letters = dict(zip(names, ascii_letters))
+    letters: dict[str, str] = dict(zip(names, ascii_letters))
     left = ",".join(_spelled(indices, letters) for indices in operands)
     return f"{left}->{_spelled(output, letters)}"
 

@@ -22,7 +22,8 @@ class Contraction(NamedTuple):
 def contraction_path(network: Network) -> tuple[Contraction, ...]:
     """Return the contractions, one or two operands each, that give the network's output."""
     remaining = [node.indices for node in network.nodes]
-    order = auto([set(indices) for indices in remaining], set(network.output), network.sizes)
+    inputs, output = [frozenset(indices) for indices in remaining], frozenset(network.output)
+    order = auto(inputs, output, network.sizes)
     path = []
     for positions in order or [(0,)]:  # a single operand may still be summed or permuted
         taken = tuple(sorted(positions, reverse=True))
