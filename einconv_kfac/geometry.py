@@ -261,6 +261,34 @@ def transposed_convolution(
     return _convolution(targets, kernel, strides, sides, steps, groups)
 
 
+def output_padding_of(
+    output_size: Sizes,
+    input_size: Sequence[int],
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    dilation: Sizes = 1,
+) -> tuple[int, ...]:
+    """Return the output padding with which a transposed convolution has an output size.
+
+    Raises:
+        ValueError: If none below stride or dilation does; as `transposed_convolution`.
+
+    >>> output_padding_of(16, (7,), kernel_size=3, stride=2)
+    (1,)
+    """
+    plain = transposed_convolution(input_size, kernel_size, stride, padding, 0, dilation)
+    sizes = per_dimension(output_size, plain.ndim, "output_size")
+    extra = tuple(size - least for size, least in zip(sizes, plain.input_size))
+    bounds = tuple(max(axis.stride, axis.dilation) for axis in plain.axes)
+    if any(not 0 <= e < bound for e, bound in zip(extra, bounds)):
+        largest = tuple(map(sum, zip(plain.input_size, bounds, [-1] * plain.ndim)))
+        raise ValueError(
+            f"`output_size` must be between {plain.input_size} and {largest}, got {output_size!r}."
+        )
+    return extra
+
+
 def hashable(value: Any) -> Any:
     """Turn lists into tuples, nested ones too."""
     return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value

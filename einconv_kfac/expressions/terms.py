@@ -23,11 +23,25 @@ def indices(letter: str, ndim: int, mark: str = "") -> tuple[str, ...]:
     return tuple(f"{letter}{dim}{mark}" for dim in range(ndim))
 
 
-def input_node(geometry: Geometry, batch: int, channels: int, slot: int, mark: str = "") -> Node:
-    """Return the input ``x[n, g, ci, i]``, given as ``[n, (g ci), *i]``."""
+def input_node(
+    geometry: Geometry, batch: int, channels: int, slot: int, mark: str = "", own: str = "ci"
+) -> Node:
+    """Return the input ``x[n, g, ci, i]``, given as ``[n, (g ci), *i]``.
+
+    The mark goes to the batch and the channels only if ``own`` names them (``n``, ``c``).
+    """
     source = (batch, channels, *geometry.input_size)
     leaf = Leaf("x", slot, source, (_grouped(geometry, channels, 1, "x"),))
-    return Node(leaf, ("n", "g", f"ci{mark}", *indices("i", geometry.ndim, mark)))
+    batches, inner = (f"{name}{mark if name[0] in own else ''}" for name in ("n", "ci"))
+    return Node(leaf, (batches, "g", inner, *indices("i", geometry.ndim, mark)))
+
+
+def columns_node(geometry: Geometry, batch: int, channels: int) -> Node:
+    """Return columns ``z[n, c, k, o]``, given as ``[n, (c k), (o)]``."""
+    source = (batch, channels * prod(geometry.kernel_size), geometry.positions)
+    steps = Split(2, geometry.output_size), Split(1, (channels, *geometry.kernel_size))
+    kernel, output = indices("k", geometry.ndim), indices("o", geometry.ndim)
+    return Node(Leaf("z", 0, source).then(*steps), ("n", "c", *kernel, *output))
 
 
 def plain_node(letter: str, sizes: Shape, batch: int, channels: int) -> Node:
@@ -36,11 +50,29 @@ def plain_node(letter: str, sizes: Shape, batch: int, channels: int) -> Node:
     return Node(leaf, ("n", "c", *indices(letter, len(sizes))))
 
 
-def output_node(geometry: Geometry, batch: int, channels: int, slot: int, name: str = "v") -> Node:
-    """Return a tensor like the output, ``v[n, g, co, o]``, given as ``[n, (g co), *o]``."""
+def output_node(
+    geometry: Geometry,
+    batch: int,
+    channels: int,
+    slot: int,
+    *,
+    vectors: int | None = None,
+    mark: str = "",
+    own: str = "o",
+) -> Node:
+    """Return a tensor like the output, ``v[n, g, co, o]``, given as ``[n, (g co), *o]``.
+
+    With ``vectors``, several of them in front: ``s[v, n, g, co, o]``. The mark goes to ``v``
+    and ``n`` only if ``own`` names them.
+    """
     source = (batch, channels, *geometry.output_size)
-    leaf = Leaf(name, slot, source, (_grouped(geometry, channels, 1, name),))
-    return Node(leaf, ("n", "g", "co", *indices("o", geometry.ndim)))
+    names = (*(n + (mark if n in own else "") for n in "vn"), "g", "co")
+    names += indices("o", geometry.ndim, mark)
+    if vectors is None:
+        leaf = Leaf("v", slot, source, (_grouped(geometry, channels, 1, "v"),))
+        return Node(leaf, names[1:])
+    leaf = Leaf("s", slot, (vectors, *source), (_grouped(geometry, channels, 2, "s"),))
+    return Node(leaf, names)
 
 
 def weight_node(geometry: Geometry, in_channels: int, out_channels: int, slot: int) -> Node:
@@ -77,6 +109,31 @@ def spatial_size(shape: Shape, name: str) -> Shape:
     return shape[2:]
 
 
+def check_kernel(weight: Shape, groups: int) -> None:
+    """Raise ValueError if a kernel has no spatial dimension, or groups do not divide it."""
+    if len(weight) < 3:
+        raise ValueError(
+            "`weight` must have shape [out_channels, in_channels / groups, *kernel_size], got "
+            f"{list(weight)}."
+        )
+    if groups < 1 or weight[0] % groups:
+        raise ValueError(
+            f"`weight` must have out_channels divisible by groups={groups}, got {weight[0]}."
+        )
+
+
+def check_transposed_weight(weight: Shape, in_channels: int, ndim: int, groups: int) -> None:
+    """Raise ValueError if the kernel of a transposed convolution does not match its input."""
+    if len(weight) != ndim + 2 or weight[0] != in_channels:
+        raise ValueError(
+            "`weight` must have shape [in_channels, out_channels / groups, *kernel_size] with "
+            f"the input's {in_channels} channels and {ndim} spatial dimensions, got "
+            f"{list(weight)}."
+        )
+    if groups < 1 or in_channels % groups:
+        raise ValueError(f"`groups` must divide the input's {in_channels} channels, got {groups}.")
+
+
 def check_weight(weight: Shape, in_channels: int, ndim: int, groups: int) -> None:
     """Raise ValueError if a kernel does not match the input.
 
@@ -92,10 +149,22 @@ def check_weight(weight: Shape, in_channels: int, ndim: int, groups: int) -> Non
             "`weight` must have shape [out_channels, in_channels / groups, *kernel_size] with "
             f"groups={groups} and the input's {in_channels} channels, got {list(weight)}."
         )
-    if weight[0] % groups:
+    check_kernel(weight, groups)
+
+
+def column_channels(columns: Shape, geometry: Geometry) -> int:
+    """Return the channels of columns ``[n, (c k), (o)]``.
+
+    Raises:
+        ValueError: If they are not of that shape.
+    """
+    entries = prod(geometry.kernel_size)
+    if len(columns) != 3 or columns[1] % entries or columns[2] != geometry.positions:
         raise ValueError(
-            f"`weight` must have out_channels divisible by groups={groups}, got {weight[0]}."
+            f"`z` must have shape [batch, channels * {entries}, {geometry.positions}], got "
+            f"{list(columns)}."
         )
+    return columns[1] // entries
 
 
 def check_output(v: Shape, batch: int | None, geometry: Geometry, name: str = "v") -> None:
@@ -122,19 +191,37 @@ def input_factor(
 
     ``other_output`` marks the outputs of the second copy: empty if both share them.
     """
-    kernel = indices("k", geometry.ndim), indices("k", geometry.ndim, "'")
-    width = geometry.split_channels(channels, "channels of `x`") * prod(geometry.kernel_size)
-    return Network(
-        nodes=(
-            input_node(geometry, batch, channels, slot=0),
-            *pattern_nodes(geometry),
-            *pattern_nodes(geometry, k="'", o=other_output, i="'"),
-            input_node(geometry, batch, channels, slot=0, mark="'"),
-        ),
-        output=("g", "ci", *kernel[0], "ci'", *kernel[1]),
-        shape=(geometry.groups, width, width),
-        scale=scale,
+    x, other = (input_node(geometry, batch, channels, 0, mark) for mark in ("", "'"))
+    patterns = pattern_nodes(geometry, k="'", o=other_output, i="'")
+    return _factor(geometry, (x, *pattern_nodes(geometry), *patterns, other), scale)
+
+
+def transposed_input_factor(
+    geometry: Geometry, batch: int, channels: int, other_output: str, scale: Fraction
+) -> Network:
+    """Return the factor of a transposed convolution, whose positions are ``i``.
+
+    ``other_output`` marks the positions of the second copy: empty if both share them.
+    """
+    x, other = (
+        Node(
+            Leaf("x", 0, (batch, channels, *geometry.output_size)).then(
+                _grouped(geometry, channels, 1, "x")
+            ),
+            ("n", "g", f"ci{mark}", *indices("o", geometry.ndim, mark)),
+        )
+        for mark in ("", "'")
     )
+    patterns = pattern_nodes(geometry, k="'", o="'", i=other_output)
+    return _factor(geometry, (x, *pattern_nodes(geometry), *patterns, other), scale)
+
+
+def _factor(geometry: Geometry, nodes: tuple[Node, ...], scale: Fraction) -> Network:
+    """Return the input factor that the nodes, the input first, contract to."""
+    kernel = indices("k", geometry.ndim), indices("k", geometry.ndim, "'")
+    width = nodes[0].operand.shape[2] * prod(geometry.kernel_size)
+    output = ("g", "ci", *kernel[0], "ci'", *kernel[1])
+    return Network(nodes, output, (geometry.groups, width, width), scale)
 
 
 def check_bias(bias: Tensor | None, channels: int) -> None:

@@ -7,22 +7,15 @@ from importlib import import_module
 import pytest
 import torch
 from cases import CONV_CASES, ConvCase, case_id
+from oracles import CONVOLUTIONS, contracted, unfolded
 from torch import Tensor
-from torch.nn import functional
 
 from einconv_kfac.evaluate import evaluate
 from einconv_kfac.network import simplified
-from einconv_kfac.padding import pad_input
 
-CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own
 ALL_CASES = pytest.mark.parametrize("case", CONV_CASES, ids=case_id)
 SIMPLIFY = pytest.mark.parametrize("simplify", [True, False], ids=["simplified", "plain"])
-
-
-def contracted(expression: tuple[str, list[Tensor], tuple[int, ...]]) -> Tensor:
-    equation, operands, shape = expression
-    return torch.einsum(equation, *operands).reshape(shape)
 
 
 def arguments(operation: str, case: ConvCase) -> tuple[list[object], dict[str, object]]:
@@ -40,20 +33,6 @@ def arguments(operation: str, case: ConvCase) -> tuple[list[object], dict[str, o
     }[operation]
 
 
-def unfolded(case: ConvCase, x: Tensor) -> Tensor:
-    """Unfolded input by its definition, of shape ``[n, g, (ci k), o]``."""
-    geometry = case.geometry
-    padded = pad_input(x, geometry.padding)
-    for axis in geometry.axes:
-        starts = torch.arange(axis.output_size) * axis.stride
-        offsets = torch.arange(axis.kernel_size) * axis.dilation
-        padded = padded[:, :, starts[None] + offsets[:, None]].movedim((2, 3), (-2, -1))
-    n = case.geometry.ndim
-    kernel = [2 + 2 * d for d in range(n)]
-    padded = padded.permute(0, 1, *kernel, *(k + 1 for k in kernel))
-    return padded.reshape(x.shape[0], case.groups, -1, geometry.positions)
-
-
 def expected(operation: str, case: ConvCase) -> Tensor:
     """The result according to torch, or to the definition."""
     x, weight, v = case.input(), case.weight(), case.output_like()
@@ -67,7 +46,7 @@ def expected(operation: str, case: ConvCase) -> Tensor:
         return torch.func.vjp(lambda x: convolve(x, weight), x)[1](v)[0]
     if operation == "convNd_weight_vjp":
         return torch.func.vjp(lambda w: convolve(x, w), weight)[1](v)[0]
-    columns = unfolded(case, x)
+    columns = unfolded(x, case.geometry)
     if operation == "convNd_unfold":
         return columns.flatten(1, 2)
     if operation == "convNd_kfc":

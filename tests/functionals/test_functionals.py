@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CONV_CASES, ConvCase, case_id
+from oracles import CONVOLUTIONS
 from torch.nn import functional
 
 from einconv_kfac.functionals import convNd, unfoldNd
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own
-CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 ALL_CASES = pytest.mark.parametrize("case", CONV_CASES, ids=case_id)
 SIMPLIFY = pytest.mark.parametrize("simplify", [True, False], ids=["simplified", "plain"])
 
