@@ -2,7 +2,8 @@
 
 from einconv_kfac.expressions.pattern import index_pattern
 from einconv_kfac.expressions.simplification import simplify
+from einconv_kfac.optim import KFAC
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["index_pattern", "simplify"]
+__all__ = ["KFAC", "index_pattern", "simplify"]

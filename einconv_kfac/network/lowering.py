@@ -75,6 +75,6 @@ def _length(axis: Axis) -> int:
     return (axis.output_size - 1) * axis.stride + axis.span
 
 
-def _nothing(dim: int) -> tuple[Step, ...]:  # noqa: ARG001
+def _nothing(dim: int) -> tuple[Step, ...]:
     """Take no step."""
     return ()

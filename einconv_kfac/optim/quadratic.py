@@ -1,0 +1,147 @@
+"""The quadratic model of the objective in the span of a few directions.
+
+For directions ``d_i`` and ``u = sum_i c_i d_i``::
+
+    M(u) = b.c + 1/2 c.(Q c),   b_i = g.d_i,   Q_ij = d_i.(G + W + damping I).d_j
+
+with the gradient ``g`` (weight decay included), the exact generalised Gauss-Newton matrix
+``G`` on the batch and the weight decay ``W`` (diagonal). ``d_i.G.d_j`` is the loss Hessian at
+the output between the Jacobian-vector products ``J d_i`` and ``J d_j``, so neither a gradient
+nor a backward pass is needed (Martens and Grosse, 2015, sections 6.4 and 7).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from einconv_kfac.optim.recording import Batch, Recorder
+
+Direction: TypeAlias = dict[str, Tensor]
+"""A tensor per parameter name."""
+
+
+@dataclass(frozen=True)
+class QuadraticModel:
+    """The model's coefficients, in float64.
+
+    Args:
+        slope: ``g.d_i``, ``[m]``.
+        curvature: ``d_i.(G + W).d_j``, ``[m, m]``.
+        gram: ``d_i.d_j``, ``[m, m]``.
+    """
+
+    slope: Tensor
+    curvature: Tensor
+    gram: Tensor
+
+    def minimum(self, damping: float, fixed: Mapping[int, float] | None = None) -> Tensor:
+        """Return the coefficients ``c [m]`` that minimise the damped model.
+
+        Args:
+            damping: Multiple of the identity that is added to the curvature.
+            fixed: Coefficients that are given, by index.
+        """
+        fixed = fixed or {}
+        free = [index for index in range(len(self.slope)) if index not in fixed]
+        matrix = self.curvature + damping * self.gram
+        c = torch.zeros_like(self.slope)
+        for index, value in fixed.items():
+            c[index] = value
+        c[free] = -_solve(matrix[free][:, free], (self.slope + matrix @ c)[free])
+        return c
+
+    def change(self, coefficients: Tensor, damping: float) -> Tensor:
+        """Return ``M(u)``, the predicted change of the damped objective."""
+        matrix = self.curvature + damping * self.gram
+        change: Tensor = self.slope @ coefficients + coefficients @ matrix @ coefficients / 2
+        return change
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve with a positive semi-definite matrix; directions it does not see get zero."""
+    tiny = torch.finfo(matrix.dtype).tiny
+    scale = matrix.diagonal().clamp_min(tiny).rsqrt()
+    correlation = matrix * scale.unsqueeze(0) * scale.unsqueeze(1)
+    inverse = torch.linalg.pinv(correlation, hermitian=True, rtol=1e-10)
+    solution: Tensor = scale * (inverse @ (scale * right))
+    return solution
+
+
+def quadratic_model(
+    recorder: Recorder,
+    batches: Sequence[Batch],
+    point: tuple[Direction, Direction, Mapping[str, float]],
+    directions: Sequence[Direction],
+) -> QuadraticModel:
+    """Build the quadratic model on the recorded batches.
+
+    Args:
+        recorder: Runs the model again.
+        batches: The batches of the objective, at least one.
+        point: Parameters, gradient, and weight decay by parameter name.
+        directions: The directions ``d_i``.
+    """
+    parameters, gradient, decay = point
+    stacks = {
+        name: torch.stack([d.get(name, torch.zeros_like(g)).flatten() for d in directions]).double()
+        for name, g in gradient.items()
+    }  # [m, p] each
+    slope = sum_of([rows @ gradient[name].flatten().double() for name, rows in stacks.items()])
+    gram = sum_of([rows @ rows.T for rows in stacks.values()])
+    decayed = sum_of([decay[name] * (rows @ rows.T) for name, rows in stacks.items()])
+    curvature = sum_of(
+        [b.weight.double() * _curvature(recorder, b, parameters, directions) for b in batches]
+    )
+    return QuadraticModel(slope, curvature + decayed, gram)
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape."""
+    return torch.stack(list(tensors)).sum(dim=0)
+
+
+def _curvature(
+    recorder: Recorder, batch: Batch, parameters: Direction, directions: Sequence[Direction]
+) -> Tensor:
+    """Return ``d_i.G.d_j`` of one batch, ``[m, m]``."""
+    tangents = [_output_tangent(recorder, batch, parameters, d) for d in directions]
+    output = batch.output.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = recorder.loss(output, batch.target)
+        (slope,) = torch.autograd.grad(loss, output, create_graph=True)
+    products = [torch.autograd.grad(slope, output, t, retain_graph=True)[0] for t in tangents]
+    left = torch.stack(tangents).flatten(1).double()
+    return left @ torch.stack(products).flatten(1).double().T
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Let torch compile its forward-mode formulas; it warns about its own compiler."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
+
+
+def _output_tangent(
+    recorder: Recorder, batch: Batch, parameters: Direction, direction: Direction
+) -> Tensor:
+    """Return the Jacobian-vector product ``J d`` as ``[n, ...]``, in forward mode."""
+    _load_forward_mode()
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = {
+            name: forward_ad.make_dual(  # type: ignore[no-untyped-call]
+                parameters[name].detach(), tangent
+            )
+            for name, tangent in direction.items()
+        }
+        output = recorder.replay(batch, duals)
+        tangent = forward_ad.unpack_dual(output).tangent  # type: ignore[no-untyped-call]
+        return torch.zeros_like(output) if tangent is None else tangent.clone()

@@ -1,0 +1,114 @@
+"""One layer's running Kronecker factors and their damped inverses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.layers import Layer
+
+Pair = tuple[Tensor, Tensor]
+
+
+class RunningFactors:
+    """Applies ``(B (x) A + damping I)^-1`` to a layer's gradient, approximately.
+
+    The damping is factored with trace balance (Martens and Grosse, 2015, section 6.3)::
+
+        (A + pi sqrt(damping) I)^-1 (x) (B + sqrt(damping) / pi I)^-1
+        pi = sqrt((tr(A) / dim(A)) / (tr(B) / dim(B)))
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.updates = 0
+        self.factors: Pair | None = None
+        self.inverses: Pair | None = None
+
+    def update_(self, a: Tensor, b: Tensor, decay: float) -> None:
+        """Move the bias-corrected running averages towards new factors."""
+        self.updates += 1
+        if self.factors is None:
+            self.factors = (a, b)
+            return
+        weight = (1 - decay) / (1 - decay**self.updates)
+        for running, new in zip(self.factors, (a, b)):
+            running.lerp_(new, weight)
+
+    def inverted(self, damping: float) -> Pair | None:
+        """Return the damped inverses of the factors there are.
+
+        Raises:
+            RuntimeError: If a damped factor is not positive definite.
+        """
+        if self.factors is None:
+            return None
+        a, b = self.factors
+        balance = (_mean_eigenvalue(a) / _mean_eigenvalue(b)).sqrt()
+        root = damping**0.5
+        try:
+            return _damped_inverse(a, balance * root), _damped_inverse(b, root / balance)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"The damped factors of '{self.layer.name}' must be positive definite, but are "
+                f"not with damping={damping:.3g}. A larger `damping` helps."
+            ) from error
+
+    def apply(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the preconditioned gradient of the layer's parameters."""
+        assert self.inverses is not None
+        a, b = self.inverses
+        if not gradient.keys() >= set(self.layer.parameters):
+            gradient = {**self.layer.zeros(), **gradient}
+        rows = self.layer.to_matrix(gradient)
+        result = self.layer.from_matrix(b @ rows.to(a.dtype) @ a)
+        return {name: tensor.to(rows.dtype) for name, tensor in result.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as tensors and numbers."""
+        return {"updates": self.updates, "factors": self.factors, "inverses": self.inverses}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ``ValueError`` if a state belongs to a layer of another shape."""
+        if state["factors"] is None:
+            return
+        matrix = self.layer.to_matrix(self.layer.zeros())
+        groups, rows, columns = matrix.shape
+        expected = [(groups, columns, columns), (groups, rows, rows)]
+        found = [tuple(factor.shape) for factor in state["factors"]]
+        if found != expected:
+            raise ValueError(
+                f"`state_dict` must have factors of shape {expected} for '{self.layer.name}', "
+                f"got {found}."
+            )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state; tensors are copied to the layer's device."""
+        device = next(self.layer.module.parameters()).device
+
+        def copied(pair: Pair | None) -> Pair | None:
+            return pair and (pair[0].to(device, copy=True), pair[1].to(device, copy=True))
+
+        self.updates = state["updates"]
+        self.factors, self.inverses = copied(state["factors"]), copied(state["inverses"])
+
+
+def _mean_eigenvalue(factor: Tensor) -> Tensor:
+    """Return ``tr(F) / dim(F)`` per group, ``[g, 1, 1]``, positive."""
+    mean = factor.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    return mean.clamp_min(torch.finfo(factor.dtype).tiny)[:, None, None]
+
+
+def _damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
+    """Return ``(factor + damping I)^-1`` per group; in float64 where float32 fails."""
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    damped = factor + damping * eye
+    triangle, failures = torch.linalg.cholesky_ex(damped)
+    if failures.any():
+        triangle = torch.linalg.cholesky(damped.double())
+    return torch.cholesky_inverse(triangle).to(factor.dtype)
