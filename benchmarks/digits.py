@@ -34,7 +34,7 @@ class Protocol:
 
     optimizers: tuple[str, ...] = OPTIMIZERS
     batch_sizes: tuple[int, ...] = (448, 64)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = tuple(range(10))
     search_seeds: tuple[int, ...] = (100, 101, 102, 103, 104)
     grid_size: int = 7
     epochs: int | None = None
