@@ -33,10 +33,7 @@ class Update:
         for start, stop in pairwise(edges):
             block = self.out[:, start:stop, start:]
             left, right = a[:, start:stop], a[:, start:].mT
-            if block.shape[0] == 1:
-                block[0].addmm_(left[0], right[0], beta=self.beta, alpha=self.alpha)
-            else:
-                block.baddbmm_(left, right, beta=self.beta, alpha=self.alpha)
+            add_matmul_(block, left, right, self.beta, self.alpha)
 
     def added(self) -> Update:
         """Return the update for what remains to be added once ``beta`` has been applied."""
@@ -56,6 +53,20 @@ class Update:
     def mirror_(self) -> None:
         """Copy the upper triangle to the lower one."""
         mirror_(self.out)
+
+
+def add_matmul_(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> None:
+    """Set ``target`` to ``beta target + alpha left right``, for batches of matrices."""
+    if target.shape[0] == 1:
+        target[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
+    else:
+        target.baddbmm_(left, right, beta=beta, alpha=alpha)
+
+
+def blocks_of(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """View ``[g, (ci *k), (ci' *k')]`` as ``[g, ci, *k, ci', *k']``."""
+    rows = torch.unflatten(factor, 1, (-1, *kernel))
+    return torch.unflatten(rows, rows.ndim - 1, (-1, *kernel))
 
 
 def mirror_(matrices: Tensor) -> None:

@@ -1,0 +1,209 @@
+"""Lag reuse in all dimensions: one product of channels per lag and region.
+
+See docs/factors.md for the derivation. The regions of the outermost dimension are ranges of
+the flattened positions. In the others, the largest region is what remains when the left
+operand is set to zero elsewhere; only the strips at the borders are copied.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import groupby, product
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.factors.coincidence import Lag, grid_size, lags
+from einconv_kfac.curvature.factors.problem import Problem, chunks
+from einconv_kfac.curvature.factors.update import Update, add_matmul_, blocks_of, mirror_
+from einconv_kfac.geometry import Axis, Geometry
+
+Key = tuple[Lag, ...]
+
+
+def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
+    """Add ``sum_{n,o} a a^T`` to the update, from products that many entries share."""
+    geometry = problem.geometry
+    if geometry.ndim == 1:  # the outermost dimension has a part of its own
+        x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
+    keys = half_of_lags(geometry.axes)
+    blocks = blocks_of(update.out, geometry.kernel_size)
+    update = scaled_if_incomplete(update, geometry)
+    sums: dict[Key, Tensor] = {}
+    parts = list(chunks(x, 1.0))
+    for part in parts:
+        grids = Grids(part, geometry, update.out.dtype)
+        for (inner, remainder), group in groupby(keys, key=lambda key: (key[1:], key[0].left)):
+            left = _masked(grids[(remainder, *(lag.left for lag in inner))], inner)
+            for key in group:
+                total = _add_regions_(sums.pop(key, None), key, left, grids, update.alpha)
+                if part is parts[-1]:
+                    write(blocks, key, total, update.beta)
+                else:
+                    sums[key] = total
+
+
+@lru_cache(maxsize=256)
+def half_of_lags(axes: tuple[Axis, ...]) -> tuple[Key, ...]:
+    """Return the lags that are not the mirror image of another, those of equal masks in a row."""
+    found = product(*(lags(axis) for axis in (*axes[1:], axes[0])))
+    keys = [(key[-1], *key[:-1]) for key in found]
+    zero = (0,) * len(axes)
+    return tuple(key for key in keys if tuple(lag.distance for lag in key) >= zero)
+
+
+class Grids:
+    """The positions of an input by their remainders modulo the stride, made when asked for.
+
+    Args:
+        x: Input of shape ``[n, c, *i]``.
+        geometry: The convolution.
+        dtype: The dtype of the grids.
+    """
+
+    def __init__(self, x: Tensor, geometry: Geometry, dtype: torch.dtype) -> None:
+        """Remember the input."""
+        groups, sizes = geometry.groups, x.shape[2:]
+        self._x = x.reshape(x.shape[0], groups, -1, *sizes)
+        self._geometry, self._dtype = geometry, dtype
+        self._made: dict[tuple[int, ...], Tensor] = {}
+
+    def __getitem__(self, remainders: tuple[int, ...]) -> Tensor:
+        """Return the grid ``[g, c, t0, n, *t]`` of the positions with these remainders."""
+        if remainders not in self._made:
+            self._made[remainders] = self._grid(remainders)
+        return self._made[remainders]
+
+    def _grid(self, remainders: tuple[int, ...]) -> Tensor:
+        """Copy the positions with these remainders; grids are equally large."""
+        axes = self._geometry.axes
+        index: tuple[Any, ...] = (
+            ...,
+            *(slice(r, None, axis.stride) for r, axis in zip(remainders, axes)),
+        )
+        part = self._x[index].movedim(0, 3)  # g c t0 n *t
+        sizes = [grid_size(axis) for axis in axes]
+        shape = (*part.shape[:2], sizes[0], part.shape[3], *sizes[1:])
+        if part.shape == shape:
+            return part.to(self._dtype, memory_format=torch.contiguous_format).contiguous()
+        grid = part.new_zeros(shape, dtype=self._dtype)
+        grid[tuple(slice(size) for size in part.shape)] = part
+        return grid
+
+
+def _masked(grid: Tensor, inner: Key) -> Tensor:
+    """Return the grid ``[g, c, t0, n, *t]``, zero outside the interior of ``t``."""
+    box = (..., *(slice(*lag.regions[lag.interior]) for lag in inner))
+    kept: tuple[Any, ...] = box
+    if grid[kept].shape == grid.shape:
+        return grid
+    masked = torch.zeros_like(grid)
+    masked[kept] = grid[kept]
+    return masked
+
+
+def _add_regions_(
+    total: Tensor | None, key: Key, left: Tensor, grids: Grids, alpha: float
+) -> Tensor:
+    """Add the products of each region to ``total``, of shape ``[*r, g, c, c']``."""
+    beta = 1.0
+    if total is None:
+        groups, channels = left.shape[:2]
+        regions = [len(lag.regions) for lag in key]
+        total, beta = left.new_empty(*regions, groups, channels, channels), 0.0
+    first = grids[tuple(lag.left for lag in key)]
+    second = grids[tuple(lag.right for lag in key)]
+    interior = tuple(lag.interior for lag in key[1:])
+    for region in product(*(range(len(lag.regions)) for lag in key)):
+        if region[1:] == interior:
+            operands = _rows(left, second, key, key[0].regions[region[0]])
+        else:
+            operands = _boxes(first, second, key, region)
+        add_matmul_(total[region], *operands, beta, alpha)
+    return total
+
+
+def _rows(left: Tensor, right: Tensor, key: Key, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """View the flattened interior of a range of rows, ``[g, c, t]`` and ``[g, t, c']``."""
+    sizes = left.shape[3:]
+    row = prod(sizes)
+    inner = sum(lag.shift * prod(sizes[j:]) for j, lag in enumerate(key[1:], start=2))
+    start = rows[0] * row + max(0, -inner)  # what is left out is zero
+    stop = rows[1] * row - max(0, inner)
+    shift = key[0].shift * row + inner
+    return left.flatten(2)[:, :, start:stop], right.flatten(2)[
+        :, :, start + shift : stop + shift
+    ].mT
+
+
+def _boxes(left: Tensor, right: Tensor, key: Key, region: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Copy the positions of one region, ``[g, c, t]`` and ``[g, t, c']``."""
+    ranges = [lag.regions[index] for lag, index in zip(key, region)]
+    here = [slice(*edges) for edges in ranges]
+    there = [slice(a + lag.shift, b + lag.shift) for (a, b), lag in zip(ranges, key)]
+    every = slice(None)
+    box: tuple[Any, ...] = (every, every, here[0], every, *here[1:])
+    shifted: tuple[Any, ...] = (every, every, there[0], every, *there[1:])
+    return left[box].flatten(2), right[shifted].flatten(2).mT
+
+
+def scaled_if_incomplete(update: Update, geometry: Geometry) -> Update:
+    """Scale what no lag will write, and return the update for the rest."""
+    entries = prod(sum(len(lag.entries) for lag in lags(axis)) for axis in geometry.axes)
+    if entries == prod(geometry.kernel_size) ** 2:
+        return update
+    update.out.mul_(update.beta) if update.beta else update.out.zero_()
+    return update.added()
+
+
+def write(blocks: Tensor, key: Key, sums: Tensor, beta: float) -> None:
+    """Write ``beta * blocks`` plus the sums over regions for all pairs of one lag.
+
+    Args:
+        blocks: View of the factor, ``[g, ci, *k, ci', *k']``.
+        key: The lag.
+        sums: The products of each region, ``[*r, g, c, c']``.
+        beta: What the old values are multiplied with.
+    """
+    d = len(key)
+    if not any(lag.distance for lag in key):
+        mirror_(sums.flatten(0, d))
+        _store(_pairs(blocks, key), _window_sums(sums, key), beta)
+        return
+    mirrored = blocks.permute(0, *range(2 + d, 3 + 2 * d), *range(1, 2 + d))
+    _store(_pairs(blocks, key), _window_sums(sums, key), beta)
+    flipped = _window_sums(sums.mT.contiguous(), key)  # a block at a time: then rows are read
+    _store(_pairs(mirrored, key).transpose(1, 2), flipped, beta)
+
+
+def _window_sums(sums: Tensor, key: Key) -> Tensor:
+    """Sum ``[*r, g, c, c']`` over each window's regions, to ``[g, c, c', *pair]``."""
+    for dim, lag in enumerate(key):
+        if sums.shape[dim] == 1 and all(first < end for first, end in lag.windows):
+            sizes = [*sums.shape]
+            sizes[dim] = len(lag.windows)
+            sums = sums.expand(sizes)
+        else:
+            parts = [sums.narrow(dim, first, end - first).sum(dim) for first, end in lag.windows]
+            sums = torch.stack(parts, dim)
+    d = len(key)
+    return sums.movedim((d, d + 1, d + 2), (0, 1, 2))
+
+
+def _pairs(blocks: Tensor, key: Key) -> Tensor:
+    """View the pairs of one lag in ``[g, ci, *k, ci', *k']``, as ``[g, ci, ci', *pair]``."""
+    for remaining, lag in zip(range(len(key), 0, -1), key):
+        blocks = blocks.diagonal(lag.distance, 2, 2 + remaining + 1)
+        first = lag.entries.start - max(0, -lag.distance)
+        blocks = blocks[..., first :: lag.entries.step]
+    return blocks
+
+
+def _store(target: Tensor, values: Tensor, beta: float) -> None:
+    """Set ``target`` to ``beta * target + values``."""
+    if beta:
+        target.copy_(torch.add(values, target, alpha=beta))
+    else:
+        target.copy_(values)
