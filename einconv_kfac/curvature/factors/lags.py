@@ -7,8 +7,9 @@ operand is set to zero elsewhere; only the strips at the borders are copied.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
-from itertools import groupby, product
+from itertools import combinations_with_replacement, groupby, pairwise, product
 from math import prod
 from typing import Any
 
@@ -17,10 +18,21 @@ from torch import Tensor
 
 from einconv_kfac.curvature.factors.coincidence import Lag, grid_size, lags
 from einconv_kfac.curvature.factors.problem import Problem, chunks
-from einconv_kfac.curvature.factors.update import Update, add_matmul_, blocks_of, mirror_
+from einconv_kfac.curvature.factors.update import (
+    Update,
+    add_matmul_,
+    blocks_of,
+    mirror_,
+    mirror_panels_,
+)
 from einconv_kfac.geometry import Axis, Geometry
 
 Key = tuple[Lag, ...]
+Pair = tuple[tuple[int, int], tuple[int, int]]
+Sums = dict[tuple[Pair, Key], Tensor]
+
+WIDTH = 128
+"""Channels in a block: what is written of the factor at a time should fit into a cache."""
 
 
 def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
@@ -28,30 +40,56 @@ def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
     geometry = problem.geometry
     if geometry.ndim == 1:  # the outermost dimension has a part of its own
         x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
-    keys = half_of_lags(geometry.axes)
     blocks = blocks_of(update.out, geometry.kernel_size)
     update = scaled_if_incomplete(update, geometry)
-    sums: dict[Key, Tensor] = {}
+    sums: Sums = {}
     parts = list(chunks(x, 1.0))
     for part in parts:
         grids = Grids(part, geometry, update.out.dtype)
-        for (inner, remainder), group in groupby(keys, key=lambda key: (key[1:], key[0].left)):
-            left = _masked(grids[(remainder, *(lag.left for lag in inner))], inner)
-            for key in group:
-                total = _add_regions_(sums.pop(key, None), key, left, grids, update.alpha)
+        for pair in _channel_pairs(problem.channels):
+            for key in _add_lags_(sums, pair, grids, update.alpha):
                 if part is parts[-1]:
-                    write(blocks, key, total, update.beta)
-                else:
-                    sums[key] = total
+                    total, target = sums.pop((pair, key)), _between(blocks, pair)
+                    write(target, key, total, update.beta, pair[0] == pair[1])
+    mirror_panels_(update.out, [edge * problem.entries for edge in _edges(problem.channels)])
+
+
+def _edges(channels: int) -> list[int]:
+    """Return the bounds of even blocks of channels."""
+    count = max(1, round(channels / WIDTH))
+    return [channels * i // count for i in range(count + 1)]
+
+
+def _channel_pairs(channels: int) -> list[Pair]:
+    """Return the pairs of blocks of channels, ``c <= c'``."""
+    return list(combinations_with_replacement(pairwise(_edges(channels)), 2))
+
+
+def _add_lags_(sums: Sums, pair: Pair, grids: Grids, alpha: float) -> Iterator[Key]:
+    """Add the products of all lags between two blocks of channels, one lag after the other."""
+    axes = grids.geometry.axes
+    keys = half_of_lags(axes) if pair[0] == pair[1] else _all_lags(axes)
+    for (inner, remainder), group in groupby(keys, key=lambda key: (key[1:], key[0].left)):
+        grid = grids[(remainder, *(lag.left for lag in inner))]
+        left = _masked(grid[:, slice(*pair[0])], inner)
+        for key in group:
+            total = sums.get((pair, key))
+            sums[pair, key] = _add_regions_(total, key, left, grids, pair, alpha)
+            yield key
+
+
+@lru_cache(maxsize=256)
+def _all_lags(axes: tuple[Axis, ...]) -> tuple[Key, ...]:
+    """Return the lags of all axes together, those of equal masks in a row."""
+    found = product(*(lags(axis) for axis in (*axes[1:], axes[0])))
+    return tuple((key[-1], *key[:-1]) for key in found)
 
 
 @lru_cache(maxsize=256)
 def half_of_lags(axes: tuple[Axis, ...]) -> tuple[Key, ...]:
-    """Return the lags that are not the mirror image of another, those of equal masks in a row."""
-    found = product(*(lags(axis) for axis in (*axes[1:], axes[0])))
-    keys = [(key[-1], *key[:-1]) for key in found]
+    """Return the lags that are not the mirror image of another."""
     zero = (0,) * len(axes)
-    return tuple(key for key in keys if tuple(lag.distance for lag in key) >= zero)
+    return tuple(k for k in _all_lags(axes) if tuple(lag.distance for lag in k) >= zero)
 
 
 class Grids:
@@ -67,7 +105,7 @@ class Grids:
         """Remember the input."""
         groups, sizes = geometry.groups, x.shape[2:]
         self._x = x.reshape(x.shape[0], groups, -1, *sizes)
-        self._geometry, self._dtype = geometry, dtype
+        self.geometry, self._dtype = geometry, dtype
         self._made: dict[tuple[int, ...], Tensor] = {}
 
     def __getitem__(self, remainders: tuple[int, ...]) -> Tensor:
@@ -78,7 +116,7 @@ class Grids:
 
     def _grid(self, remainders: tuple[int, ...]) -> Tensor:
         """Copy the positions with these remainders; grids are equally large."""
-        axes = self._geometry.axes
+        axes = self.geometry.axes
         index: tuple[Any, ...] = (
             ...,
             *(slice(r, None, axis.stride) for r, axis in zip(remainders, axes)),
@@ -105,16 +143,16 @@ def _masked(grid: Tensor, inner: Key) -> Tensor:
 
 
 def _add_regions_(
-    total: Tensor | None, key: Key, left: Tensor, grids: Grids, alpha: float
+    total: Tensor | None, key: Key, left: Tensor, grids: Grids, pair: Pair, alpha: float
 ) -> Tensor:
     """Add the products of each region to ``total``, of shape ``[*r, g, c, c']``."""
+    first = grids[tuple(lag.left for lag in key)][:, slice(*pair[0])]
+    second = grids[tuple(lag.right for lag in key)][:, slice(*pair[1])]
     beta = 1.0
     if total is None:
-        groups, channels = left.shape[:2]
         regions = [len(lag.regions) for lag in key]
-        total, beta = left.new_empty(*regions, groups, channels, channels), 0.0
-    first = grids[tuple(lag.left for lag in key)]
-    second = grids[tuple(lag.right for lag in key)]
+        shape = (*regions, first.shape[0], first.shape[1], second.shape[1])
+        total, beta = left.new_empty(shape), 0.0
     interior = tuple(lag.interior for lag in key[1:])
     for region in product(*(range(len(lag.regions)) for lag in key)):
         if region[1:] == interior:
@@ -158,7 +196,14 @@ def scaled_if_incomplete(update: Update, geometry: Geometry) -> Update:
     return update.added()
 
 
-def write(blocks: Tensor, key: Key, sums: Tensor, beta: float) -> None:
+def _between(blocks: Tensor, pair: Pair) -> Tensor:
+    """View ``[g, ci, *k, ci', *k']`` between two blocks of channels."""
+    for dim, (start, stop) in zip((1, blocks.ndim // 2 + 1), pair):
+        blocks = blocks.narrow(dim, start, stop - start)
+    return blocks
+
+
+def write(blocks: Tensor, key: Key, sums: Tensor, beta: float, diagonal: bool) -> None:
     """Write ``beta * blocks`` plus the sums over regions for all pairs of one lag.
 
     Args:
@@ -166,20 +211,22 @@ def write(blocks: Tensor, key: Key, sums: Tensor, beta: float) -> None:
         key: The lag.
         sums: The products of each region, ``[*r, g, c, c']``.
         beta: What the old values are multiplied with.
+        diagonal: Whether the channels are equal and the lags half of all: the mirror images
+            are then written too.
     """
-    d = len(key)
-    if not any(lag.distance for lag in key):
+    d, distinct = len(key), any(lag.distance for lag in key)
+    if diagonal and not distinct:
         mirror_(sums.flatten(0, d))
-        _store(_pairs(blocks, key), _window_sums(sums, key), beta)
-        return
-    mirrored = blocks.permute(0, *range(2 + d, 3 + 2 * d), *range(1, 2 + d))
     _store(_pairs(blocks, key), _window_sums(sums, key), beta)
-    flipped = _window_sums(sums.mT.contiguous(), key)  # a block at a time: then rows are read
-    _store(_pairs(mirrored, key).transpose(1, 2), flipped, beta)
+    if diagonal and distinct:
+        mirrored = blocks.permute(0, *range(2 + d, 3 + 2 * d), *range(1, 2 + d))
+        flipped = _window_sums(sums.mT.contiguous(), key)
+        _store(_pairs(mirrored, key).transpose(1, 2), flipped, beta)
 
 
 def _window_sums(sums: Tensor, key: Key) -> Tensor:
     """Sum ``[*r, g, c, c']`` over each window's regions, to ``[g, c, c', *pair]``."""
+    d = len(key)
     for dim, lag in enumerate(key):
         if sums.shape[dim] == 1 and all(first < end for first, end in lag.windows):
             sizes = [*sums.shape]
@@ -188,7 +235,6 @@ def _window_sums(sums: Tensor, key: Key) -> Tensor:
         else:
             parts = [sums.narrow(dim, first, end - first).sum(dim) for first, end in lag.windows]
             sums = torch.stack(parts, dim)
-    d = len(key)
     return sums.movedim((d, d + 1, d + 2), (0, 1, 2))
 
 

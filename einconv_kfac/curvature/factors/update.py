@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 BLOCK = 512
-"""Rows and columns of the blocks into which a symmetric matrix is cut."""
+"""Rows of a panel of the upper block triangle that one product fills."""
+
+PANEL = 128
+"""Rows of a panel that is mirrored at once."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,18 @@ def blocks_of(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
 
 
 def mirror_(matrices: Tensor) -> None:
-    """Copy the upper triangle of ``[g, D, D]`` to the lower one, block by block."""
-    size = matrices.shape[-1]
-    for start in range(0, size, BLOCK):
-        stop = min(start + BLOCK, size)
+    """Copy the upper triangle of ``[g, D, D]`` to the lower one."""
+    edges = [*range(0, matrices.shape[-1], PANEL), matrices.shape[-1]]
+    for start, stop in pairwise(edges):
         diagonal = matrices[:, start:stop, start:stop]
         diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
-        for begin in range(stop, size, BLOCK):
-            end = min(begin + BLOCK, size)
-            matrices[:, begin:end, start:stop] = matrices[:, start:stop, begin:end].mT
+    mirror_panels_(matrices, edges)
+
+
+def mirror_panels_(matrices: Tensor, edges: list[int]) -> None:
+    """Copy the upper block triangle, of blocks between ``edges``, to the lower one."""
+    for start, stop in pairwise(edges[:-1]):
+        matrices[:, stop:, start:stop] = matrices[:, start:stop, stop:].mT
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
