@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.factors.bands import banded
 from einconv_kfac.curvature.factors.im2col import im2col
 from einconv_kfac.curvature.factors.lags import lag_reuse
 from einconv_kfac.curvature.factors.problem import Problem, check_approximation
@@ -18,7 +19,7 @@ from einconv_kfac.curvature.factors.update import Update, blocks_of, prepare
 from einconv_kfac.geometry import Geometry, Padding, Sizes, convolution, transposed_convolution
 from einconv_kfac.padding import pad_input
 
-ALGORITHMS = {"im2col": im2col, "lag_reuse": lag_reuse}
+ALGORITHMS = {"im2col": im2col, "lags": lag_reuse, "bands": banded}
 
 
 @torch.no_grad()
@@ -230,7 +231,7 @@ def _check_batch(x: Tensor, ndim: int) -> None:
 
 def _add_products_(x: Tensor, problem: Problem, update: Update, algorithm: str | None) -> None:
     """Add ``sum_{n,o} a a^T`` to the update."""
-    ALGORITHMS[algorithm or "lag_reuse"](x, problem, update)
+    ALGORITHMS[algorithm or "bands"](x, problem, update)
 
 
 def _add_classes_(x: Tensor, problem: Problem, update: Update, algorithm: str | None) -> None:

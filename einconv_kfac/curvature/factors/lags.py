@@ -41,7 +41,7 @@ def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
     if geometry.ndim == 1:  # the outermost dimension has a part of its own
         x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
     blocks = blocks_of(update.out, geometry.kernel_size)
-    update = scaled_if_incomplete(update, geometry)
+    update = scaled_if_incomplete(update, geometry.axes)
     sums: Sums = {}
     parts = list(chunks(x, 1.0))
     for part in parts:
@@ -187,10 +187,10 @@ def _boxes(left: Tensor, right: Tensor, key: Key, region: tuple[int, ...]) -> tu
     return left[box].flatten(2), right[shifted].flatten(2).mT
 
 
-def scaled_if_incomplete(update: Update, geometry: Geometry) -> Update:
+def scaled_if_incomplete(update: Update, axes: tuple[Axis, ...]) -> Update:
     """Scale what no lag will write, and return the update for the rest."""
-    entries = prod(sum(len(lag.entries) for lag in lags(axis)) for axis in geometry.axes)
-    if entries == prod(geometry.kernel_size) ** 2:
+    entries = prod(sum(len(lag.entries) for lag in lags(axis)) for axis in axes)
+    if entries == prod(axis.kernel_size for axis in axes) ** 2:
         return update
     update.out.mul_(update.beta) if update.beta else update.out.zero_()
     return update.added()
@@ -203,30 +203,35 @@ def _between(blocks: Tensor, pair: Pair) -> Tensor:
     return blocks
 
 
-def write(blocks: Tensor, key: Key, sums: Tensor, beta: float, diagonal: bool) -> None:
+def write(blocks: Tensor, key: Key, sums: Tensor, beta: float, diagonal: bool = True) -> None:
     """Write ``beta * blocks`` plus the sums over regions for all pairs of one lag.
 
     Args:
-        blocks: View of the factor, ``[g, ci, *k, ci', *k']``.
+        blocks: View of the factor, ``[g, *c, *k, *c', *k']``, with ``k`` those of the lag.
         key: The lag.
-        sums: The products of each region, ``[*r, g, c, c']``.
+        sums: The products of each region, ``[*r, g, *c, *c']``.
         beta: What the old values are multiplied with.
-        diagonal: Whether the channels are equal and the lags half of all: the mirror images
-            are then written too.
+        diagonal: Whether the lags are half of all: the mirror images are then written too.
     """
     d, distinct = len(key), any(lag.distance for lag in key)
+    c = (sums.ndim - d - 1) // 2
+    rows, columns = range(d + 1, d + 1 + c), range(d + 1 + c, d + 1 + 2 * c)
     if diagonal and not distinct:
-        mirror_(sums.flatten(0, d))
-    _store(_pairs(blocks, key), _window_sums(sums, key), beta)
+        mirror_(sums.view(-1, prod(sums.shape[d + 1 : d + 1 + c]), prod(sums.shape[d + 1 + c :])))
+    _store(_pairs(blocks, key, c), _window_sums(sums, key), beta)
     if diagonal and distinct:
-        mirrored = blocks.permute(0, *range(2 + d, 3 + 2 * d), *range(1, 2 + d))
-        flipped = _window_sums(sums.mT.contiguous(), key)
-        _store(_pairs(mirrored, key).transpose(1, 2), flipped, beta)
+        k = range(1, 1 + c + d)
+        blocks = blocks.permute(0, *(c + d + dim for dim in k), *k)
+        sums = sums.permute(*range(d + 1), *columns, *rows).contiguous()
+        target = _pairs(blocks, key, c)
+        target = target.permute(
+            0, *range(1 + c, 1 + 2 * c), *range(1, 1 + c), *range(1 + 2 * c, target.ndim)
+        )
+        _store(target, _window_sums(sums, key), beta)
 
 
 def _window_sums(sums: Tensor, key: Key) -> Tensor:
-    """Sum ``[*r, g, c, c']`` over each window's regions, to ``[g, c, c', *pair]``."""
-    d = len(key)
+    """Sum ``[*r, g, *c, *c']`` over each window's regions, to ``[g, *c, *c', *pair]``."""
     for dim, lag in enumerate(key):
         if sums.shape[dim] == 1 and all(first < end for first, end in lag.windows):
             sizes = [*sums.shape]
@@ -235,13 +240,14 @@ def _window_sums(sums: Tensor, key: Key) -> Tensor:
         else:
             parts = [sums.narrow(dim, first, end - first).sum(dim) for first, end in lag.windows]
             sums = torch.stack(parts, dim)
-    return sums.movedim((d, d + 1, d + 2), (0, 1, 2))
+    d = len(key)
+    return sums.permute(*range(d, sums.ndim), *range(d))
 
 
-def _pairs(blocks: Tensor, key: Key) -> Tensor:
-    """View the pairs of one lag in ``[g, ci, *k, ci', *k']``, as ``[g, ci, ci', *pair]``."""
+def _pairs(blocks: Tensor, key: Key, c: int) -> Tensor:
+    """View the pairs of one lag in ``[g, *c, *k, *c', *k']``, as ``[g, *c, *c', *pair]``."""
     for remaining, lag in zip(range(len(key), 0, -1), key):
-        blocks = blocks.diagonal(lag.distance, 2, 2 + remaining + 1)
+        blocks = blocks.diagonal(lag.distance, 1 + c, 1 + 2 * c + remaining)
         first = lag.entries.start - max(0, -lag.distance)
         blocks = blocks[..., first :: lag.entries.step]
     return blocks
@@ -249,7 +255,4 @@ def _pairs(blocks: Tensor, key: Key) -> Tensor:
 
 def _store(target: Tensor, values: Tensor, beta: float) -> None:
     """Set ``target`` to ``beta * target + values``."""
-    if beta:
-        target.copy_(torch.add(values, target, alpha=beta))
-    else:
-        target.copy_(values)
+    target.copy_(torch.add(values, target, alpha=beta) if beta else values)
