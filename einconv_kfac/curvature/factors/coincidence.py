@@ -14,6 +14,8 @@ from itertools import pairwise
 
 from einconv_kfac.geometry import Axis
 
+Ranges = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True)
 class Lag:
@@ -37,8 +39,8 @@ class Lag:
     right: int
     shift: int
     entries: range
-    regions: tuple[tuple[int, int], ...]
-    windows: tuple[tuple[int, int], ...]
+    regions: Ranges
+    windows: Ranges
 
     @property
     def interior(self) -> int:
@@ -78,14 +80,25 @@ def _lag(axis: Axis, distance: int, entries: range) -> Lag:
         here, there = axis.outputs(k), axis.outputs(k + distance)
         low, high = max(here.start, there.start), min(here.stop, there.stop)
         ranges.append((start + low, start + max(low, high)))
-    cuts = sorted({edge for window in ranges if window[0] < window[1] for edge in window})
+    regions, windows = cut(ranges)
+    return Lag(distance, remainders[0], right, shift - shifts[0], entries, regions, windows)
+
+
+def cut(ranges: list[tuple[int, int]]) -> tuple[Ranges, Ranges]:
+    """Cut ranges of positions into disjoint regions.
+
+    Returns:
+        The regions ``(start, stop)``, in increasing order, and for each of the ``ranges`` the
+        regions ``(first, end)`` that it consists of.
+    """
+    filled = [window for window in ranges if window[0] < window[1]]
+    edges = sorted({edge for window in filled for edge in window})
     regions = [
-        cut
-        for cut in pairwise(cuts)
-        if any(low <= cut[0] and cut[1] <= high for low, high in ranges)
+        (low, high)
+        for low, high in pairwise(edges)
+        if any(start <= low and high <= stop for start, stop in filled)
     ]
-    windows = tuple(_covered(regions, window) for window in ranges)
-    return Lag(distance, remainders[0], right, shift - shifts[0], entries, tuple(regions), windows)
+    return tuple(regions), tuple(_covered(regions, window) for window in ranges)
 
 
 def _covered(regions: list[tuple[int, int]], window: tuple[int, int]) -> tuple[int, int]:

@@ -13,7 +13,8 @@ def im2col(x: Tensor, problem: Problem, update: Update) -> None:
     """Add ``sum_{n,o} a a^T`` to the update, where ``a`` are the columns of the unfolded input."""
     geometry = problem.geometry
     growth = problem.entries * geometry.positions / max(1, x[0, 0].numel())
-    for part in chunks(x, growth):
-        update.add_product_(unfolded(part.to(update.out.dtype), geometry))
+    parts = list(chunks(x, growth))
+    for part in parts:
+        columns = unfolded(part.to(update.out.dtype), geometry)
+        update.add_product_(columns, last=part is parts[-1])
         update = update.added()
-    update.mirror_()

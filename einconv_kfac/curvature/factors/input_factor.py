@@ -12,6 +12,7 @@ from torch import Tensor
 from einconv_kfac.curvature.factors.bands import banded
 from einconv_kfac.curvature.factors.im2col import im2col
 from einconv_kfac.curvature.factors.lags import lag_reuse
+from einconv_kfac.curvature.factors.pointwise import pointwise
 from einconv_kfac.curvature.factors.problem import Problem, check_approximation
 from einconv_kfac.curvature.factors.reduced import averages, reduced
 from einconv_kfac.curvature.factors.transposed import ResidueClass, residue_classes
@@ -19,7 +20,7 @@ from einconv_kfac.curvature.factors.update import Update, blocks_of, prepare
 from einconv_kfac.geometry import Geometry, Padding, Sizes, convolution, transposed_convolution
 from einconv_kfac.padding import pad_input
 
-ALGORITHMS = {"im2col": im2col, "lags": lag_reuse, "bands": banded}
+ALGORITHMS = {"im2col": im2col, "lags": lag_reuse, "bands": banded, "pointwise": pointwise}
 
 
 @torch.no_grad()
@@ -85,7 +86,7 @@ def conv_input_factor(
             _append_ones_(averages(x, geometry, dtype), geometry.positions, update)
     else:
         mean = averages(x, geometry, dtype)
-        reduced(mean, problem, inner)
+        reduced(mean, inner)
         if bias:
             _append_ones_(mean, 1, update)
     return update.out
@@ -152,7 +153,7 @@ def conv_transpose_input_factor(
     if bias or not expand:
         mean = averages(x, geometry, update.out.dtype, transposed=True)
     if not expand:
-        reduced(mean, problem, inner)
+        reduced(mean, inner)
     if bias:
         _append_ones_(mean, prod(geometry.input_size) if expand else 1, update)
     return update.out
@@ -198,7 +199,6 @@ def linear_input_factor(
     if not expand and mean is not None:
         rows = mean
     inner.add_product_(rows.to(dtype).reshape(1, -1, size).mT)
-    inner.mirror_()
     if bias and mean is not None:
         _append_ones_(mean[:, None], positions if expand else 1, update)
     return update.out

@@ -23,7 +23,6 @@ from einconv_kfac.curvature.factors.update import (
     add_matmul_,
     blocks_of,
     mirror_,
-    mirror_panels_,
 )
 from einconv_kfac.geometry import Axis, Geometry
 
@@ -51,7 +50,9 @@ def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
                 if part is parts[-1]:
                     total, target = sums.pop((pair, key)), _between(blocks, pair)
                     write(target, key, total, update.beta, pair[0] == pair[1])
-    mirror_panels_(update.out, [edge * problem.entries for edge in _edges(problem.channels)])
+    for start, stop in pairwise(_edges(problem.channels)):
+        rows = slice(start * problem.entries, stop * problem.entries)
+        update.out[:, rows.stop :, rows] = update.out[:, rows, rows.stop :].mT
 
 
 def _edges(channels: int) -> list[int]:
