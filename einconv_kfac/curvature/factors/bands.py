@@ -9,23 +9,23 @@ without regions in the last dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import product
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.lags import Key, half_of_lags, scaled_if_incomplete, write
-from einconv_kfac.curvature.factors.problem import Problem, chunks
+from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_count, chunks
 from einconv_kfac.curvature.factors.update import Update, add_matmul_, blocks_of
 from einconv_kfac.geometry import Axis, Geometry
 from einconv_kfac.padding import pad_input
 
-WIDTHS = (16, 20, 24, 32, 48, 64, 96, 128)
-"""Positions in a block that matrix products handle well."""
+LEAST = 16
+"""Rows and columns from which products of matrices are fast."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,26 @@ class Band:
     count: int
 
 
-def bands(axis: Axis) -> Iterator[Band]:
-    """Yield the blocks that cover the outputs of ``axis``: equal ones, and what remains."""
+@lru_cache(maxsize=1024)
+def bands(axis: Axis, channels: int = 1) -> tuple[Band, ...]:
+    """Return the blocks that cover the outputs of ``axis``: equal ones, and what remains.
+
+    Args:
+        axis: The dimension.
+        channels: Channels that each position has; products are at least `LEAST` wide.
+    """
     size = axis.output_size
-    widths = [width for width in WIDTHS if width >= axis.span] or [axis.span]
+    least = max(axis.span, -(-LEAST // channels))
+    step = 4 if channels < 4 else 1
+    widths = [least, *range(-(-least // step) * step, 4 * least + 1, step)]
     outputs = {width: min(size, (width - axis.span) // axis.stride + 1) for width in widths}
     width = min(widths, key=lambda width: -(-size // outputs[width]) * width**2)
     count = -(-size // outputs[width])
     each = -(-size // count)
-    yield Band(axis, 0, each, width, size // each)
+    found = [Band(axis, 0, each, width, size // each)]
     if size % each:
-        yield Band(axis, size - size % each, size % each, width, 1)
+        found.append(Band(axis, size - size % each, size % each, width, 1))
+    return tuple(found)
 
 
 def banded(x: Tensor, problem: Problem, update: Update) -> None:
@@ -70,9 +79,12 @@ def banded(x: Tensor, problem: Problem, update: Update) -> None:
     blocks = blocks.movedim((1 + len(leading) + 1, -1), (2, 4 + len(leading)))  # g ci k *k ci' k'
     update = scaled_if_incomplete(update, leading)
     sums: dict[Key, Tensor] = {}
-    parts = list(chunks(x, _growth(last)))
+    parts = list(chunks(x, _growth(last, problem.channels)))
     for part in parts:
-        operands = [_Operand(part, geometry, band, update.out.dtype) for band in bands(last)]
+        operands = [
+            _Operand(part, geometry, band, update.out.dtype)
+            for band in bands(last, problem.channels)
+        ]
         for key in half_of_lags(leading):
             total = _region_sums(key, operands, update.alpha)
             total = total if key not in sums else sums.pop(key).add_(total)
@@ -82,9 +94,30 @@ def banded(x: Tensor, problem: Problem, update: Update) -> None:
                 sums[key] = total
 
 
-def _growth(axis: Axis) -> float:
+def _growth(axis: Axis, channels: int) -> float:
     """Return how many times larger than its input the blocks of an axis are."""
-    return sum(band.count * band.width for band in bands(axis)) / axis.input_size
+    return sum(band.count * band.width for band in bands(axis, channels)) / axis.input_size
+
+
+def banded_cost(problem: Problem) -> Cost:
+    """Return what `banded` does."""
+    *leading, last = problem.geometry.axes
+    keys = half_of_lags(tuple(leading)) if leading else ((),)
+    found = list(bands(last, problem.channels))
+    rows = sum(
+        prod(key[i].regions[-1][1] - key[i].regions[0][0] for i in range(len(key))) for key in keys
+    )
+    regions = sum(prod(len(lag.regions) for lag in key) for key in keys)
+    groups, channels = problem.geometry.groups, problem.channels
+    macs = sum(rows * band.count * (channels * band.width) ** 2 for band in found)
+    width = channels * max(band.width for band in found)
+    sums = (
+        regions * sum(band.outputs for band in found) * groups * (channels * last.kernel_size) ** 2
+    )
+    count = chunk_count(problem, _growth(last, channels))
+    copied = problem.inputs * _growth(last, channels)
+    calls = count * regions * len(found) * 10 + 30 * len(keys)
+    return Cost(macs * problem.batch * groups, width, copied, problem.outputs + count * sums, calls)
 
 
 class _Operand:

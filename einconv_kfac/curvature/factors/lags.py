@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.coincidence import Lag, grid_size, lags
-from einconv_kfac.curvature.factors.problem import Problem, chunks
+from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_count, chunks
 from einconv_kfac.curvature.factors.update import (
     Update,
     add_matmul_,
@@ -53,6 +53,22 @@ def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
     for start, stop in pairwise(_edges(problem.channels)):
         rows = slice(start * problem.entries, stop * problem.entries)
         update.out[:, rows.stop :, rows] = update.out[:, rows, rows.stop :].mT
+
+
+def lag_reuse_cost(problem: Problem) -> Cost:
+    """Return what `lag_reuse` does."""
+    axes = problem.geometry.axes
+    axes = (Axis(1, 1), *axes) if len(axes) == 1 else axes
+    keys, blocks = half_of_lags(axes), len(_edges(problem.channels)) - 1
+    row = prod(grid_size(axis) for axis in axes[1:])
+    rows = sum(key[0].regions[-1][1] - key[0].regions[0][0] for key in keys)
+    masks = len({(key[1:], key[0].left) for key in keys})
+    regions = sum(prod(len(lag.regions) for lag in key) for key in keys)
+    grid = problem.inputs / prod(axis.input_size for axis in axes) * grid_size(axes[0]) * row
+    count = chunk_count(problem, 1.0)
+    calls = blocks**2 * (count * (4 * masks + 8 * regions) + 30 * len(keys))
+    macs = rows * row * problem.batch * problem.geometry.groups * problem.channels**2
+    return Cost(macs, problem.channels / blocks, masks * grid, problem.outputs, calls)
 
 
 def _edges(channels: int) -> list[int]:

@@ -42,6 +42,35 @@ class Problem:
         """Rows of the factor: channels times kernel entries."""
         return self.channels * self.entries
 
+    @property
+    def inputs(self) -> int:
+        """Number of elements of the input."""
+        return self.batch * self.channels * self.geometry.groups * prod(self.geometry.input_size)
+
+    @property
+    def outputs(self) -> int:
+        """Number of elements of the factors."""
+        return self.geometry.groups * self.size**2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an algorithm does, by its shapes alone.
+
+    Args:
+        macs: Multiply-accumulates in matrix products.
+        width: Rows and columns of these products.
+        copied: Elements copied, masked or summed on the way to the products.
+        written: Elements written to scattered places on the way from the products.
+        calls: Operations started.
+    """
+
+    macs: float
+    width: float
+    copied: float
+    written: float
+    calls: float
+
 
 def check_approximation(approximation: str) -> bool:
     """Return whether the approximation is ``"expand"``.
@@ -54,7 +83,17 @@ def check_approximation(approximation: str) -> bool:
     return approximation == "expand"
 
 
-def chunks(x: Tensor, growth: float, limit: int = 1 << 20) -> Iterator[Tensor]:
+CHUNK = 1 << 20
+"""Elements that are processed at a time: what fits into a cache."""
+
+
+def chunk_count(problem: Problem, growth: float) -> int:
+    """Return into how many parts `chunks` cuts the input."""
+    per_example = max(1.0, growth * problem.inputs / problem.batch)
+    return -(-problem.batch // max(1, int(CHUNK / per_example)))
+
+
+def chunks(x: Tensor, growth: float, limit: int = CHUNK) -> Iterator[Tensor]:
     """Cut ``x`` along its first dimension where processing makes it ``growth`` times larger.
 
     Each part, once processed, has about ``limit`` elements, and at least one example.
