@@ -9,18 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.bands import banded
-from einconv_kfac.curvature.factors.im2col import im2col
-from einconv_kfac.curvature.factors.lags import lag_reuse
-from einconv_kfac.curvature.factors.pointwise import pointwise
+from einconv_kfac.curvature.factors.choice import algorithm_of
 from einconv_kfac.curvature.factors.problem import Problem, check_approximation
 from einconv_kfac.curvature.factors.reduced import averages, reduced
 from einconv_kfac.curvature.factors.transposed import ResidueClass, residue_classes
 from einconv_kfac.curvature.factors.update import Update, blocks_of, prepare
 from einconv_kfac.geometry import Geometry, Padding, Sizes, convolution, transposed_convolution
 from einconv_kfac.padding import pad_input
-
-ALGORITHMS = {"im2col": im2col, "lags": lag_reuse, "bands": banded, "pointwise": pointwise}
 
 
 @torch.no_grad()
@@ -81,7 +76,7 @@ def conv_input_factor(
     inner = update.within(problem.size)
     dtype = update.out.dtype
     if expand:
-        _add_products_(x, problem, inner, algorithm)
+        algorithm_of(problem, algorithm).add(x, problem, inner)
         if bias:
             _append_ones_(averages(x, geometry, dtype), geometry.positions, update)
     else:
@@ -229,11 +224,6 @@ def _check_batch(x: Tensor, ndim: int) -> None:
         )
 
 
-def _add_products_(x: Tensor, problem: Problem, update: Update, algorithm: str | None) -> None:
-    """Add ``sum_{n,o} a a^T`` to the update."""
-    ALGORITHMS[algorithm or "bands"](x, problem, update)
-
-
 def _add_classes_(x: Tensor, problem: Problem, update: Update, algorithm: str | None) -> None:
     """Add the products of a transposed convolution, one residue class after the other."""
     geometry = problem.geometry
@@ -246,7 +236,7 @@ def _add_classes_(x: Tensor, problem: Problem, update: Update, algorithm: str | 
         part = x[kept]
         inner = _problem(part, ordinary)
         fresh = prepare(part, (geometry.groups, inner.size), None, 0.0, update.alpha)
-        _add_products_(part, inner, fresh, algorithm)
+        algorithm_of(inner, algorithm).add(part, inner, fresh)
         _class_blocks(blocks, classes).add_(_reversed_blocks(fresh.out, ordinary.kernel_size))
 
 

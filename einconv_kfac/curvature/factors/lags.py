@@ -85,10 +85,12 @@ def _channel_pairs(channels: int) -> list[Pair]:
 def _add_lags_(sums: Sums, pair: Pair, grids: Grids, alpha: float) -> Iterator[Key]:
     """Add the products of all lags between two blocks of channels, one lag after the other."""
     axes = grids.geometry.axes
+    work = None
     keys = half_of_lags(axes) if pair[0] == pair[1] else _all_lags(axes)
     for (inner, remainder), group in groupby(keys, key=lambda key: (key[1:], key[0].left)):
-        grid = grids[(remainder, *(lag.left for lag in inner))]
-        left = _masked(grid[:, slice(*pair[0])], inner)
+        grid = grids[(remainder, *(lag.left for lag in inner))][:, slice(*pair[0])]
+        work = torch.empty_like(grid) if work is None else work  # fresh memory is slow
+        left = _masked(grid, inner, work)
         for key in group:
             total = sums.get((pair, key))
             sums[pair, key] = _add_regions_(total, key, left, grids, pair, alpha)
@@ -148,15 +150,13 @@ class Grids:
         return grid
 
 
-def _masked(grid: Tensor, inner: Key) -> Tensor:
+def _masked(grid: Tensor, inner: Key, work: Tensor) -> Tensor:
     """Return the grid ``[g, c, t0, n, *t]``, zero outside the interior of ``t``."""
-    box = (..., *(slice(*lag.regions[lag.interior]) for lag in inner))
-    kept: tuple[Any, ...] = box
+    kept: tuple[Any, ...] = (..., *(slice(*lag.regions[lag.interior]) for lag in inner))
     if grid[kept].shape == grid.shape:
         return grid
-    masked = torch.zeros_like(grid)
-    masked[kept] = grid[kept]
-    return masked
+    work.zero_()[kept] = grid[kept]
+    return work
 
 
 def _add_regions_(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.problem import Problem, chunks
-from einconv_kfac.curvature.factors.update import Update
+from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_size, chunks
+from einconv_kfac.curvature.factors.update import Update, panels
 
 LONG = 256
 """Positions from which the product of a single example is worth a call."""
@@ -26,13 +27,22 @@ def pointwise(x: Tensor, problem: Problem, update: Update) -> None:
     add_columns_(x.reshape(x.shape[0], problem.geometry.groups, problem.channels, -1), update)
 
 
+def pointwise_cost(problem: Problem) -> Cost:
+    """Return what `pointwise` does."""
+    bounds = panels(problem.size, problem.device)
+    pairs = sum((stop - start) * (problem.size - start) for start, stop in pairwise(bounds))
+    columns = problem.batch * problem.geometry.positions * problem.geometry.groups
+    calls = problem.batch * (3 + len(bounds))
+    return Cost(pairs * columns, problem.size, 0.0, problem.outputs, calls)
+
+
 def add_columns_(x: Tensor, update: Update) -> None:
     """Add ``sum_{n,s} x x^T`` for ``x`` of shape ``[n, g, c, s]`` to the update.
 
     Where the examples do not follow each other in memory, long ones are multiplied one by
     one, which needs no copy, and short ones are gathered.
     """
-    limit = 1 << (20 if x.device.type == "cpu" else 24)
+    limit = chunk_size(x.device.type)
     if x.stride(2) == 1 and x.dtype == update.out.dtype:
         limit = x.numel()  # channels last
     elif x.device.type == "cpu" and x.shape[3] >= LONG:

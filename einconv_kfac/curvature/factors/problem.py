@@ -83,22 +83,23 @@ def check_approximation(approximation: str) -> bool:
     return approximation == "expand"
 
 
-CHUNK = 1 << 20
-"""Elements that are processed at a time: what fits into a cache."""
+def chunk_size(device: str) -> int:
+    """Return how many elements to process at a time: what fits a cache, or fills a device."""
+    return 1 << (20 if device == "cpu" else 24)
 
 
 def chunk_count(problem: Problem, growth: float) -> int:
     """Return into how many parts `chunks` cuts the input."""
     per_example = max(1.0, growth * problem.inputs / problem.batch)
-    return -(-problem.batch // max(1, int(CHUNK / per_example)))
+    return -(-problem.batch // max(1, int(chunk_size(problem.device) / per_example)))
 
 
-def chunks(x: Tensor, growth: float, limit: int = CHUNK) -> Iterator[Tensor]:
+def chunks(x: Tensor, growth: float, limit: int | None = None) -> Iterator[Tensor]:
     """Cut ``x`` along its first dimension where processing makes it ``growth`` times larger.
 
     Each part, once processed, has about ``limit`` elements, and at least one example.
     """
-    per_example = max(1.0, growth * x[0].numel())
-    step = max(1, int(limit / per_example))
+    limit = chunk_size(x.device.type) if limit is None else limit
+    step = max(1, int(limit / max(1.0, growth * x[0].numel())))
     for start in range(0, x.shape[0], step):
         yield x[start : start + step]

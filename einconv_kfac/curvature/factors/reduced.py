@@ -32,8 +32,8 @@ def averages(x: Tensor, geometry: Geometry, dtype: torch.dtype, transposed: bool
     """
     axes = geometry.axes
     sizes = geometry.input_size if transposed else geometry.output_size
-    if all(axis.kernel_size == 1 and _is_whole(axis) for axis in axes):
-        return x.flatten(2).mean(2, dtype=dtype)
+    if all(_meets_all(axis, size) for axis, size in zip(axes, x.shape[2:])):
+        return x.flatten(2).sum(2, dtype=dtype).div_(prod(sizes))
     if _is_small(axes):
         pattern = reduce(torch.kron, [window_pattern(axis, x, dtype, transposed) for axis in axes])
         flat = torch.cat([part.to(dtype).flatten(2) @ pattern for part in chunks(x, 1.0)])
@@ -45,9 +45,10 @@ def averages(x: Tensor, geometry: Geometry, dtype: torch.dtype, transposed: bool
     return sums.flatten(1)
 
 
-def _is_whole(axis: Axis) -> bool:
-    """Return whether the first kernel entry meets every position, once."""
-    return axis.stride == 1 and len(axis.outputs(0)) == axis.input_size
+def _meets_all(axis: Axis, size: int) -> bool:
+    """Return whether the only kernel entry meets every one of ``size`` positions, once."""
+    single = axis.kernel_size == axis.stride == 1
+    return single and len(axis.outputs(0)) == size
 
 
 def _is_small(axes: tuple[Axis, ...]) -> bool:
