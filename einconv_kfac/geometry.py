@@ -258,7 +258,7 @@ def transposed_convolution(
             f"`padding` must leave at least one output position, got {padding!r} for an "
             f"output of {targets}."
         )
-    return _convolution(targets, kernel, strides, sides, steps, groups)
+    return Geometry(tuple(map(Axis, targets, kernel, strides, sides, steps)), groups)
 
 
 def output_padding_of(
@@ -294,18 +294,17 @@ def hashable(value: Any) -> Any:
     return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
-@lru_cache(maxsize=4096)
-def _convolution(
-    input_size: tuple[int, ...],
+def parse_convolution(
+    input_size: Sequence[int],
     kernel_size: Sizes,
-    stride: Sizes,
-    padding: Padding,
-    dilation: Sizes,
-    groups: int,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
 ) -> Geometry:
-    """Parse hashable spellings; see `convolution`."""
+    """Parse torch's spellings without a cache; see `convolution`."""
     ndim = len(input_size)
-    sizes = per_dimension(input_size, ndim, "input_size")
+    sizes = per_dimension(tuple(input_size), ndim, "input_size")
     kernel = per_dimension(kernel_size, ndim, "kernel_size")
     strides = per_dimension(stride, ndim, "stride")
     steps = per_dimension(dilation, ndim, "dilation")
@@ -318,3 +317,6 @@ def _convolution(
     else:
         sides = parse_padding(padding, ndim)
     return Geometry(tuple(map(Axis, sizes, kernel, strides, sides, steps)), groups)
+
+
+_convolution = lru_cache(maxsize=4096)(parse_convolution)

@@ -10,8 +10,6 @@ from dataclasses import replace
 from fractions import Fraction
 from math import prod
 
-from torch import Tensor
-
 from einconv_kfac.expressions.expression import Expression
 from einconv_kfac.geometry import Geometry
 from einconv_kfac.network import Leaf, Network, Node, Pattern, simplified
@@ -222,12 +220,3 @@ def _factor(geometry: Geometry, nodes: tuple[Node, ...], scale: Fraction) -> Net
     width = nodes[0].operand.shape[2] * prod(geometry.kernel_size)
     output = ("g", "ci", *kernel[0], "ci'", *kernel[1])
     return Network(nodes, output, (geometry.groups, width, width), scale)
-
-
-def check_bias(bias: Tensor | None, channels: int) -> None:
-    """Raise ValueError if a bias is not one number per output channel."""
-    if bias is not None and tuple(bias.shape) != (channels,):
-        raise ValueError(
-            f"`bias` must have one entry per output channel, shape [{channels}], got "
-            f"{list(bias.shape)}."
-        )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate import evaluate
+from einconv_kfac.evaluate import convolution, evaluate
 from einconv_kfac.expressions import convNd_forward
-from einconv_kfac.expressions.terms import check_bias, check_weight, spatial_size
-from einconv_kfac.geometry import Padding, Sizes, convolution
-from einconv_kfac.network import simplified
+from einconv_kfac.expressions.terms import check_weight, spatial_size
+from einconv_kfac.functionals.operands import batched, checked, with_bias
+from einconv_kfac.geometry import Geometry, Padding, Sizes, hashable, parse_convolution
+from einconv_kfac.network.cache import cached
+from einconv_kfac.network.step import Shape
 
 
 def convNd(  # noqa: N802 (einconv's name)
@@ -34,25 +37,38 @@ def convNd(  # noqa: N802 (einconv's name)
         padding: As in `einconv_kfac.geometry.convolution`.
         dilation: Step between kernel entries.
         groups: Number of channel groups.
-        simplify: Whether to simplify the network first.
+        simplify: Whether to contract in the order that the sizes suggest; otherwise the
+            network is contracted as it stands.
 
     Returns:
         Tensor of shape ``[n, (g co), *o]``, or ``[(g co), *o]``.
 
     Raises:
-        ValueError: If the shapes do not match, or as `convolution`.
+        ValueError: If the shapes, types or devices do not match, or as `convolution`.
 
     >>> import torch
     >>> convNd(torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3), stride=2).shape
     torch.Size([2, 4, 3, 3])
     """
-    if x.ndim == weight.ndim - 1:
-        options = (bias, stride, padding, dilation, groups, simplify)
-        return convNd(x.unsqueeze(0), weight, *options).squeeze(0)
-    sizes = spatial_size(tuple(x.shape), "x")
-    check_weight(tuple(weight.shape), x.shape[1], len(sizes), groups)
-    check_bias(bias, weight.shape[0])
-    geometry = convolution(sizes, tuple(weight.shape[2:]), stride, padding, dilation, groups)
-    network = convNd_forward.network(geometry, x.shape[0], x.shape[1], weight.shape[0])
-    output = evaluate(simplified(network) if simplify else network, x, weight)
-    return output if bias is None else output + bias.reshape(-1, *[1] * len(sizes))
+    batch, weight, bias = checked(*batched(x, weight), bias, weight.shape[:1])
+    options = (hashable(stride), hashable(padding), hashable(dilation), groups)
+    geometry_of = _geometry if torch.compiler.is_compiling() else _cached_geometry
+    geometry = geometry_of(batch.shape[1:], weight.shape, *options)
+    if simplify:
+        output = convolution(geometry, "v", batch, weight)
+    else:
+        sizes = batch.shape[0], batch.shape[1], weight.shape[0]
+        output = evaluate(convNd_forward.network(geometry, *sizes), batch, weight)
+    return with_bias(output, bias, like=x)
+
+
+def _geometry(
+    x: Shape, weight: Shape, stride: Sizes, padding: Padding, dilation: Sizes, groups: int
+) -> Geometry:
+    """Return the convolution of an example ``[(g ci), *i]`` and a kernel of these shapes."""
+    sizes = spatial_size((1, *x), "x")
+    check_weight(tuple(weight), x[0], len(sizes), groups)
+    return parse_convolution(sizes, tuple(weight[2:]), stride, padding, dilation, groups)
+
+
+_cached_geometry = cached(maxsize=1024)(_geometry)

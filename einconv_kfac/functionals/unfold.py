@@ -1,14 +1,21 @@
-"""Unfolded input (im2col) in any dimension."""
+"""Unfold (im2col), its adjoint fold (col2im), and transposed unfold, in any dimension."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from einconv_kfac.evaluate import evaluate
-from einconv_kfac.expressions import convNd_unfold
-from einconv_kfac.expressions.terms import spatial_size
-from einconv_kfac.geometry import Padding, Sizes, convolution
-from einconv_kfac.network import simplified
+from einconv_kfac.evaluate import evaluate, windows
+from einconv_kfac.expressions import conv_transposeNd_unfold, convNd_fold, convNd_unfold
+from einconv_kfac.expressions.terms import column_channels, spatial_size
+from einconv_kfac.geometry import (
+    Padding,
+    Sizes,
+    parse_convolution,
+    per_dimension,
+    transposed_convolution,
+)
 
 
 def unfoldNd(  # noqa: N802 (einconv's name)
@@ -29,7 +36,7 @@ def unfoldNd(  # noqa: N802 (einconv's name)
         dilation: Step between kernel entries.
         padding: As in `einconv_kfac.geometry.convolution`.
         stride: Step between windows.
-        simplify: Whether to simplify the network first.
+        simplify: Whether to unfold by views; otherwise the network is contracted as it stands.
 
     Returns:
         Tensor of shape ``[n, (c *k), (*o)]``.
@@ -42,6 +49,92 @@ def unfoldNd(  # noqa: N802 (einconv's name)
     torch.Size([2, 9, 6])
     """
     sizes = spatial_size(tuple(x.shape), "x")
-    geometry = convolution(sizes, kernel_size, stride, padding, dilation)
-    network = convNd_unfold.network(geometry, x.shape[0], x.shape[1])
-    return evaluate(simplified(network) if simplify else network, x)
+    geometry = parse_convolution(sizes, kernel_size, stride, padding, dilation)
+    if simplify:
+        return windows.unfold(geometry, x)
+    return evaluate(convNd_unfold.network(geometry, x.shape[0], x.shape[1]), x)
+
+
+def foldNd(  # noqa: N802 (in line with unfoldNd)
+    x: Tensor,
+    output_size: Sizes,
+    kernel_size: Sizes,
+    dilation: Sizes = 1,
+    padding: Padding = 0,
+    stride: Sizes = 1,
+    simplify: bool = True,
+) -> Tensor:
+    """Add columns up to an image (col2im), like ``torch.nn.functional.fold``.
+
+    ``y[n,c,i] = x[n,(c k),(o)] P[k,o,i]``, in any dimension: the adjoint of `unfoldNd`.
+
+    Args:
+        x: Columns of shape ``[n, (c *k), (*o)]``, or ``[(c *k), (*o)]``.
+        output_size: Image positions ``i``, one per dimension; a number is one dimension.
+        kernel_size: Kernel entries, one number or one per dimension.
+        dilation: Step between kernel entries.
+        padding: As in `einconv_kfac.geometry.convolution`.
+        stride: Step between windows.
+        simplify: Whether to fold by views; otherwise the network is contracted as it stands.
+
+    Returns:
+        Tensor of shape ``[n, c, *i]``, or ``[c, *i]``.
+
+    Raises:
+        ValueError: If the columns do not match, or as `convolution`.
+
+    >>> import torch
+    >>> foldNd(torch.rand(2, 6, 7), (8,), kernel_size=2).shape
+    torch.Size([2, 3, 8])
+    """
+    ndim = len(output_size) if isinstance(output_size, Sequence) else 1
+    sizes = per_dimension(output_size, ndim, "output_size")
+    geometry = parse_convolution(sizes, kernel_size, stride, padding, dilation)
+    columns = x.unsqueeze(0) if x.ndim == 2 else x
+    channels = column_channels(tuple(columns.shape), geometry)
+    if simplify:
+        folded = windows.fold(geometry, columns)
+    else:
+        folded = evaluate(convNd_fold.network(geometry, columns.shape[0], channels), columns)
+    return folded.squeeze(0) if x.ndim == 2 else folded
+
+
+def unfoldNd_transpose(  # noqa: N802 (einconv's name)
+    x: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    output_padding: Sizes = 0,
+    dilation: Sizes = 1,
+    simplify: bool = True,
+) -> Tensor:
+    """Unfold the input of a transposed convolution.
+
+    ``u[n,(c k),(i)] = x[n,c,o] P[k,o,i]``, in any dimension; with the kernel as a matrix
+    ``[(g ci), (co k)]`` per group, ``W u`` is the transposed convolution.
+
+    Args:
+        x: Input of shape ``[n, c, *o]``.
+        kernel_size: Kernel entries, one number or one per dimension.
+        stride: Step between the outputs of neighbouring inputs.
+        padding: Positions removed from the result, left and right.
+        output_padding: Further positions on the right of the result.
+        dilation: Step between kernel entries.
+        simplify: Whether to unfold by views; otherwise the network is contracted as it stands.
+
+    Returns:
+        Tensor of shape ``[n, (c *k), (*i)]``.
+
+    Raises:
+        ValueError: As `transposed_convolution`.
+
+    >>> import torch
+    >>> unfoldNd_transpose(torch.rand(2, 3, 7), kernel_size=2, stride=2).shape
+    torch.Size([2, 6, 14])
+    """
+    sizes = spatial_size(tuple(x.shape), "x")
+    options = (kernel_size, stride, padding, output_padding, dilation)
+    geometry = transposed_convolution(sizes, *options)
+    if simplify:
+        return windows.unfold_transposed(geometry, x)
+    return evaluate(conv_transposeNd_unfold.network(geometry, x.shape[0], x.shape[1]), x)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn.modules.conv import _ConvNd
 
 from einconv_kfac.functionals import convNd
@@ -17,6 +16,7 @@ from einconv_kfac.geometry import (
     per_dimension,
     same_padding,
 )
+from einconv_kfac.modules.parameters import adopt_
 from einconv_kfac.padding import pad_input
 
 
@@ -122,7 +122,7 @@ class ConvNd(_ConvNd):
             device="meta",
             simplify=simplify,
         )
-        copy_parameters_(layer, conv_module)
+        adopt_(layer, conv_module)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,16 +138,6 @@ class ConvNd(_ConvNd):
         """Return what torch's layers show, after the number of dimensions."""
         shown = f"{self.N}, {super().extra_repr()}"  # type: ignore[no-untyped-call]
         return shown if self.simplify else f"{shown}, simplify=False"
-
-
-def copy_parameters_(layer: _ConvNd, source: _ConvNd) -> None:
-    """Give a layer copies of another's parameters, and its training flag."""
-    for name in ("weight", "bias"):
-        parameter: Tensor | None = getattr(source, name)
-        if parameter is not None:
-            copy = parameter.detach().clone()
-            setattr(layer, name, Parameter(copy, requires_grad=parameter.requires_grad))
-    layer.train(source.training)
 
 
 def _sides(

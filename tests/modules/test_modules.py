@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from einconv_kfac.modules import ConvNd, UnfoldNd
+from einconv_kfac.modules import ConvNd, ConvTransposeNd, FoldNd, UnfoldNd, convert
 
 LAYERS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 MODES = pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
@@ -55,3 +55,66 @@ def test_unfold_equals_torch() -> None:
     x = torch.randn(2, 3, 6, 7)
     torch.testing.assert_close(UnfoldNd(3, 1, 1, 2)(x), nn.Unfold(3, 1, 1, 2)(x))
     assert repr(UnfoldNd((3, 2))) == repr(nn.Unfold((3, 2))).replace("Unfold(", "UnfoldNd(")
+
+
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+TRANSPOSED_OPTIONS = [
+    {},
+    {"stride": 2, "padding": 1, "output_padding": 1, "groups": 2},
+    {"dilation": 2, "bias": False},
+]
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("options", TRANSPOSED_OPTIONS, ids=str)
+def test_transposed_layer_equals_torch(ndim: int, options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    torchs = TRANSPOSED[ndim](4, 6, 3, **options, dtype=torch.float64)
+    torch.manual_seed(0)
+    ours = ConvTransposeNd(ndim, 4, 6, 3, **options, dtype=torch.float64)
+    x = torch.randn(2, 4, *[6, 4, 5][:ndim], dtype=torch.float64)
+    torch.testing.assert_close(ours(x), torchs(x))
+    torch.testing.assert_close(ours(x[0]), torchs(x[0]))
+    shown = repr(torchs).replace(f"ConvTranspose{ndim}d(", f"ConvTransposeNd({ndim}, ")
+    assert repr(ours) == shown
+    torch.testing.assert_close(ConvTransposeNd.from_nn_ConvTranspose(torchs)(x), torchs(x))
+    if "output_padding" in options:
+        size = [s - 1 for s in torchs(x).shape[2:]]
+        torch.testing.assert_close(ours(x, size), torchs(x, size))
+        with pytest.raises(ValueError, match="`output_size` must be between"):
+            ours(x, [1] * ndim)
+
+
+def test_fold_equals_torch() -> None:
+    x = torch.randn(2, 27, 12)
+    torch.testing.assert_close(FoldNd((6, 7), 3, 1, 1, 2)(x), nn.Fold((6, 7), 3, 1, 1, 2)(x))
+    shown = repr(nn.Fold((6, 7), 3)).replace("Fold(", "FoldNd(")
+    assert repr(FoldNd((6, 7), 3)) == shown
+
+
+def test_conversion_keeps_what_it_must() -> None:
+    class Own(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    class Tagged(nn.Conv1d):
+        pass
+
+    shared = nn.Conv2d(2, 2, 3, padding="same", padding_mode="circular")
+    shared.register_forward_hook(lambda module, arguments, output: output + 1)
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1))
+    model = nn.Sequential(shared, nn.Sequential(shared, Own(2, 2, 1)), normed, nn.LazyConv2d(3, 1))
+    x = torch.randn(2, 2, 5, 5)
+    expected = model[:3](x)
+    parameters = [id(p) for p in model[:3].parameters()]
+    converted = convert(model)
+    assert converted is model
+    assert type(model[0]) is ConvNd
+    assert model[0] is model[1][0]
+    assert type(model[1][1]) is Own
+    assert type(model[2]) is type(normed)
+    assert type(model[3]) is nn.LazyConv2d
+    assert [id(p) for p in model[:3].parameters()] == parameters
+    torch.testing.assert_close(model[:3](x), expected)
+    assert type(convert(Tagged(2, 2, 1))) is ConvNd
+    assert type(convert(nn.ConvTranspose3d(2, 2, 1))) is ConvTransposeNd

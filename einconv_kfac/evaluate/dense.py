@@ -1,0 +1,127 @@
+"""A convolution's three contractions as matrix products on rows; see `rows`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.evaluate.rows import Rows, adjoint_rows_of, rows_of
+from einconv_kfac.geometry import Geometry
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def forward(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x P W -> [n, (g co), *o]``."""
+    rows = rows_of(geometry, unfold_all=x.dtype in LOW_PRECISION)
+    output = _convolved(rows, x, _entries(weight, rows))
+    return output.view(x.shape[0], weight.shape[0], *geometry.output_size)
+
+
+def input_vjp(geometry: Geometry, weight: Tensor, v: Tensor) -> Tensor:
+    """Return ``W P v -> [n, (g ci), *i]``."""
+    low = v.dtype in LOW_PRECISION
+    channels = geometry.groups * weight.shape[1]
+    if all(axis.stride == 1 for axis in geometry.axes):
+        rows = adjoint_rows_of(geometry, low)
+        spatial = tuple(range(2, weight.ndim))
+        turned = torch.unflatten(weight.flip(spatial), 0, (geometry.groups, -1)).transpose(1, 2)
+        output = _convolved(rows, v, _entries(turned.flatten(0, 1), rows))
+        return output.view(v.shape[0], channels, *geometry.input_size)
+    rows = rows_of(geometry, low)
+    entries = _entries(weight, rows).transpose(2, 3)  # [k0, g, (ci k1 ..), co]
+    result = v.new_empty(v.shape[0], channels, *geometry.input_size)
+    v = v.reshape(v.shape[0], geometry.groups, -1, rows.outputs)
+    for part in rows.chunks(result):
+        folded = rows.fold(_scattered(rows, v[part], entries), channels)
+        result[part] = folded.view(-1, *result.shape[1:])
+    return result
+
+
+def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
+    """Return ``x P v -> [(g co), ci, *k]``."""
+    rows = rows_of(geometry)
+    groups, channels = geometry.groups, x.shape[1] // geometry.groups
+    v = v.reshape(v.shape[0], groups, -1, rows.outputs)
+    shape = (len(rows.slices), groups, v.shape[2], channels * rows.entries)
+    total = x.new_zeros(shape, dtype=_accumulator(x.dtype))
+    for part in rows.chunks(x):
+        _correlate_(total, rows, x[part], v[part])
+    kernel = [slide.kernel_size for slide in rows.slides]
+    total = total.to(x.dtype).reshape(kernel[0], groups * v.shape[2], channels, *kernel[1:])
+    return total.movedim(0, 2).reshape(-1, channels, *geometry.kernel_size)
+
+
+def _convolved(rows: Rows, x: Tensor, entries: Tensor) -> Tensor:
+    """Return ``[n, g, co, o]`` for kernel entries ``[k0, g, co, (ci k1 ..)]``."""
+    n = x.shape[0]
+    output = x.new_empty(n, rows.groups, entries.shape[2], rows.outputs)
+    for part in rows.chunks(x):
+        unfolded = rows.of(x[part]).flatten(1, 2)  # [phase, (n g), (ci k1 ..), p]
+        target = output[part].view(-1, *output.shape[2:])
+        for entry, (phase, start) in enumerate(rows.slices):
+            window = unfolded[phase, :, :, start : start + rows.outputs]
+            kernel = _repeated(entries[entry], len(window))
+            if entry == 0:
+                torch.bmm(kernel, window, out=target)
+            else:
+                target.baddbmm_(kernel, window)
+    return output
+
+
+def _scattered(rows: Rows, v: Tensor, entries: Tensor) -> Tensor:
+    """Return rows ``[phase, (n g), (ci k1 ..), p]`` of the input that outputs reach."""
+    v = v.flatten(0, 1)  # [(n g), co, o]
+    phases = rows.slides[0].stride
+    scattered = v.new_zeros(phases, len(v), entries.shape[2], rows.width)
+    for entry, (phase, start) in enumerate(rows.slices):
+        window = scattered[phase, :, :, start : start + rows.outputs]
+        window.baddbmm_(_repeated(entries[entry], len(v)), v)
+    return torch.unflatten(scattered, 1, (-1, rows.groups))
+
+
+def _correlate_(total: Tensor, rows: Rows, x: Tensor, v: Tensor) -> None:
+    """Add the products of all examples to ``[k0, g, co, (ci k1 ..)]``.
+
+    Examples stand side by side in one long dimension; outputs are padded with zeros to the
+    width of the rows, so that slices may run from one example into the next.
+    """
+    unfolded = rows.of(x).movedim(1, 3).flatten(3)  # [phase, g, (ci k1 ..), (n p)]
+    gap = rows.width - rows.outputs
+    v = torch.nn.functional.pad(v, (0, gap)) if gap and len(v) > 1 else v
+    v = v.movedim(0, 2).flatten(2)  # [g, co, (n p)]
+    length = v.shape[2]
+    for entry, (phase, start) in enumerate(rows.slices):
+        end = min(start + length, unfolded.shape[3])
+        window = unfolded[phase, :, :, start:end].transpose(1, 2)
+        _add_product_(total[entry], v[:, :, : end - start], window)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a batched matrix product, in the precision of ``total``."""
+    if total.dtype != left.dtype:
+        total += torch.bmm(left, right)
+    elif len(total) == 1:
+        total[0].addmm_(left[0], right[0])
+    else:
+        total.baddbmm_(left, right)
+
+
+def _entries(weight: Tensor, rows: Rows) -> Tensor:
+    """Return kernel entries of the first axis, ``[k0, g, co, (ci k1 ..)]``."""
+    weight = weight.reshape(*weight.shape[:2], rows.slides[0].kernel_size, -1)
+    entries = weight.movedim(2, 0).flatten(2)
+    return torch.unflatten(entries, 1, (rows.groups, -1))
+
+
+def _repeated(matrices: Tensor, count: int) -> Tensor:
+    """Repeat one matrix per group, ``[g, ..]``, over a batch ``[(n g), ..]``."""
+    groups = len(matrices)
+    if groups == 1:
+        return matrices.expand(count, -1, -1)
+    return matrices.expand(count // groups, *matrices.shape).reshape(count, *matrices.shape[1:])
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which sums over chunks are kept."""
+    return torch.float32 if dtype in LOW_PRECISION else dtype

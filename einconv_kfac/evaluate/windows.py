@@ -1,0 +1,78 @@
+"""Unfold, fold and transposed unfold: patterns as views, one dimension at a time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from einconv_kfac.geometry import Axis, Geometry
+
+
+def unfold(geometry: Geometry, x: Tensor) -> Tensor:
+    """Return ``x[n,c,i] P[k,o,i] -> [n,(c k),(o)]``."""
+    x = functional.pad(x, _padding(geometry))
+    for dim, axis in enumerate(geometry.axes, start=2):
+        x = x.unfold(dim, axis.span, axis.stride)[..., :: axis.dilation]
+    ndim = geometry.ndim  # x: [n, c, o0 .., k0 ..]
+    x = x.permute(0, 1, *range(2 + ndim, 2 + 2 * ndim), *range(2, 2 + ndim))
+    return x.flatten(1, 1 + ndim).flatten(2)
+
+
+def fold(geometry: Geometry, columns: Tensor) -> Tensor:
+    """Return ``z[n,(c k),(o)] P[k,o,i] -> [n,c,i]``, the adjoint of `unfold`."""
+    kernel, output = geometry.kernel_size, geometry.output_size
+    z = columns.reshape(columns.shape[0], -1, *kernel, *output)
+    for remaining, axis in zip(range(geometry.ndim, 0, -1), geometry.axes):
+        z = fold_axis(z, 2, 2 + remaining, axis.dilation, axis.stride)  # [n, c, k1 .., i0, o1 ..]
+        z = z.movedim(1 + remaining, -1)  # [n, c, k1 .., o1 .., i0]
+    return functional.pad(z, [-side for side in _padding(geometry)])
+
+
+def unfold_transposed(geometry: Geometry, x: Tensor) -> Tensor:
+    """Return ``x[n,c,o] P[k,o,i] -> [n,(c k),(i)]``."""
+    for axis in geometry.axes:
+        x = _scattered(x, axis)  # [n, c, o1 .., k0, i0]
+    ndim = geometry.ndim  # x: [n, c, k0, i0, k1, i1, ..]
+    x = x.permute(0, 1, *range(2, 2 + 2 * ndim, 2), *range(3, 3 + 2 * ndim, 2))
+    return x.flatten(1, 1 + ndim).flatten(2)
+
+
+def fold_axis(z: Tensor, kernel: int, output: int, dilation: int, stride: int) -> Tensor:
+    """Add up windows along one axis: dimension ``kernel`` goes, ``output`` gets longer."""
+    entries, outputs = z.shape[kernel], z.shape[output]
+    span = (outputs - 1) * stride + 1
+    shape = [*z.shape[:kernel], *z.shape[kernel + 1 :]]
+    shape[output - 1] = span + (entries - 1) * dilation
+    if entries == 1 and stride == 1:
+        return z.reshape(shape)
+    folded = z.new_zeros(shape)
+    every = (slice(None),) * (output - 1) + (slice(None, None, stride),)
+    for entry in range(entries):
+        folded.narrow(output - 1, entry * dilation, span)[every] += z.select(kernel, entry)
+    return folded
+
+
+def _scattered(x: Tensor, axis: Axis) -> Tensor:
+    """Replace the first spatial dimension ``o`` by ``[k, i]``, at the end."""
+    x = x.movedim(2, -1)
+    span = (axis.output_size - 1) * axis.stride + 1
+    scattered = x.new_zeros(*x.shape[:-1], axis.kernel_size, _length(axis))
+    for entry in range(axis.kernel_size):
+        target = scattered[..., entry, :].narrow(-1, entry * axis.dilation, span)
+        target[..., :: axis.stride] = x
+    left = axis.padding[0]
+    return functional.pad(scattered, (-left, axis.input_size + left - _length(axis)))
+
+
+def _length(axis: Axis) -> int:
+    """Padded positions up to the end of the last window."""
+    return (axis.output_size - 1) * axis.stride + axis.span
+
+
+def _padding(geometry: Geometry) -> list[int]:
+    """Argument of ``torch.nn.functional.pad`` with which inputs end with the last window."""
+    sides: list[int] = []
+    for axis in reversed(geometry.axes):
+        left = axis.padding[0]
+        sides += [left, _length(axis) - axis.input_size - left]
+    return sides

@@ -1,0 +1,87 @@
+"""Transposed convolution in any dimension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.evaluate import convolution, evaluate
+from einconv_kfac.expressions import convNd_input_vjp
+from einconv_kfac.expressions.terms import check_transposed_weight, spatial_size
+from einconv_kfac.functionals.operands import batched, checked, with_bias
+from einconv_kfac.geometry import Geometry, Padding, Sizes, hashable, transposed_convolution
+from einconv_kfac.network.cache import cached
+from einconv_kfac.network.step import Shape
+
+
+def conv_transposeNd(  # noqa: N802 (in line with convNd)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    simplify: bool = True,
+) -> Tensor:
+    """Convolve transposed, like ``torch.nn.functional.conv_transpose{1,2,3}d``.
+
+    ``y[n,g,ci,i] = x[n,g,co,o] P[k,o,i] W[g,co,ci,k] (+ b[g,ci])``: the adjoint of the
+    convolution with the same kernel.
+
+    Args:
+        x: Input of shape ``[n, (g co), *o]``, or ``[(g co), *o]``.
+        weight: Kernel of shape ``[(g co), ci, *k]``.
+        bias: Vector of shape ``[(g ci)]``.
+        stride: Step between the outputs of neighbouring inputs, one number or one per
+            dimension.
+        padding: Positions removed from the result, left and right.
+        output_padding: Further positions on the right of the result.
+        groups: Number of channel groups.
+        dilation: Step between kernel entries.
+        simplify: Whether to contract in the order that the sizes suggest; otherwise the
+            network is contracted as it stands.
+
+    Returns:
+        Tensor of shape ``[n, (g ci), *i]``, or ``[(g ci), *i]``.
+
+    Raises:
+        ValueError: If the shapes, types or devices do not match, or as
+            `transposed_convolution`.
+
+    >>> import torch
+    >>> conv_transposeNd(torch.rand(2, 4, 7), torch.rand(4, 3, 2), stride=2).shape
+    torch.Size([2, 3, 14])
+    """
+    channels = [groups * weight.shape[1]] if weight.ndim > 1 else []
+    batch, weight, bias = checked(*batched(x, weight), bias, channels)
+    options = (*map(hashable, (stride, padding, output_padding, dilation)), groups)
+    geometry_of = _geometry if torch.compiler.is_compiling() else _cached_geometry
+    geometry = geometry_of(batch.shape[1:], weight.shape, *options)
+    if simplify:
+        output = convolution(geometry, "x", weight, batch)
+    else:
+        network = convNd_input_vjp.network(geometry, batch.shape[0], channels[0], batch.shape[1])
+        output = evaluate(network, batch, weight)
+    return with_bias(output, bias, like=x)
+
+
+def _geometry(
+    x: Shape,
+    weight: Shape,
+    stride: Sizes,
+    padding: Padding,
+    output_padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+) -> Geometry:
+    """Return the convolution of which this is the adjoint, for an example ``[(g co), *o]``."""
+    sizes = spatial_size((1, *x), "x")
+    check_transposed_weight(tuple(weight), x[0], len(sizes), groups)
+    kernel = tuple(weight[2:])
+    options = (stride, padding, output_padding, dilation, groups)
+    return transposed_convolution(sizes, kernel, *options)
+
+
+_cached_geometry = cached(maxsize=1024)(_geometry)

@@ -1,0 +1,142 @@
+"""Transposed convolution layer in any dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from einconv_kfac.functionals import conv_transposeNd
+from einconv_kfac.geometry import (
+    Padding,
+    Sizes,
+    output_padding_of,
+    parse_padding,
+    per_dimension,
+)
+from einconv_kfac.modules.parameters import adopt_
+
+
+class ConvTransposeNd(_ConvTransposeNd):
+    """Transposed convolution in ``N`` dimensions, like ``torch.nn.ConvTranspose{1,2,3}d``.
+
+    Parameters, their initialisation and their names are those of torch's layers, whose
+    ``state_dict`` it loads: ``weight`` of shape ``[(g co), ci, *k]``, ``bias`` of ``[(g ci)]``,
+    for ``(g co)`` channels in and ``(g ci)`` out.
+
+    Args:
+        N: Number of spatial dimensions.
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Kernel entries, one number or one per dimension.
+        stride: Step between the outputs of neighbouring inputs.
+        padding: Positions removed from the output, left and right.
+        output_padding: Further positions on the right of the output.
+        groups: Number of channel groups.
+        bias: Whether to add a bias.
+        dilation: Step between kernel entries.
+        padding_mode: ``"zeros"``.
+        device: Where to put the parameters.
+        dtype: Type of the parameters.
+        simplify: Whether to contract in the order that the sizes suggest.
+
+    Raises:
+        ValueError: If a hyper-parameter is out of range, or the groups do not divide the
+            channels.
+
+    >>> layer = ConvTransposeNd(4, 2, 3, kernel_size=2, stride=2)
+    >>> layer(torch.rand(5, 2, 2, 2, 2, 2)).shape
+    torch.Size([5, 3, 4, 4, 4, 4])
+    """
+
+    def __init__(
+        self,
+        N: int,  # noqa: N803 (as in ConvNd)
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        stride: Sizes = 1,
+        padding: Padding = 0,
+        output_padding: Sizes = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Sizes = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        simplify: bool = True,
+    ) -> None:
+        """Check the hyper-parameters and initialise the parameters."""
+        sides = parse_padding(padding, N)
+        same = all(left == right for left, right in sides)
+        super().__init__(
+            in_channels,
+            out_channels,
+            per_dimension(kernel_size, N, "kernel_size"),
+            per_dimension(stride, N, "stride"),
+            tuple(left for left, _ in sides) if same else sides,
+            per_dimension(dilation, N, "dilation"),
+            True,
+            per_dimension(output_padding, N, "output_padding", minimum=0),
+            groups,
+            bias,
+            padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self.N = N
+        self.simplify = simplify
+
+    @classmethod
+    def from_nn_ConvTranspose(  # noqa: N802 (in line with from_nn_Conv)
+        cls, conv_module: _ConvTransposeNd, simplify: bool = True
+    ) -> ConvTransposeNd:
+        """Return a layer with a copy of the parameters of a torch transposed convolution.
+
+        Args:
+            conv_module: A ``torch.nn.ConvTranspose{1,2,3}d`` or a subclass of one.
+            simplify: Whether to contract in the order that the sizes suggest.
+
+        Raises:
+            TypeError: If the module is not a transposed convolution.
+
+        >>> ConvTransposeNd.from_nn_ConvTranspose(torch.nn.ConvTranspose2d(4, 6, 3, stride=2))
+        ConvTransposeNd(2, 4, 6, kernel_size=(3, 3), stride=(2, 2))
+        """
+        if not isinstance(conv_module, _ConvTransposeNd):
+            raise TypeError(
+                "`conv_module` must be a torch.nn.ConvTranspose1d, ConvTranspose2d or "
+                f"ConvTranspose3d, got {type(conv_module).__name__}."
+            )
+        names = ("stride", "padding", "output_padding", "groups", "dilation", "padding_mode")
+        options: dict[str, Any] = {name: getattr(conv_module, name) for name in names}
+        channels = conv_module.in_channels, conv_module.out_channels
+        ndim, bias = len(conv_module.kernel_size), conv_module.bias is not None
+        options |= {"bias": bias, "device": "meta", "simplify": simplify}
+        layer = cls(ndim, *channels, conv_module.kernel_size, **options)
+        adopt_(layer, conv_module)
+        return layer
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Convolve an input ``[n, (g co), *o]``, transposed, into ``[n, (g ci), *i]``.
+
+        Args:
+            x: The input.
+            output_size: The positions ``i``, or the whole shape; instead of
+                ``output_padding``.
+        """
+        extra: Sizes = self.output_padding
+        if output_size is not None:
+            sizes = tuple(output_size)[-self.N :]
+            window = (self.kernel_size, self.stride, self.padding, self.dilation)
+            extra = output_padding_of(sizes, x.shape[-self.N :], *window)
+        options = (self.stride, self.padding, extra, self.groups, self.dilation, self.simplify)
+        return conv_transposeNd(x, self.weight, self.bias, *options)
+
+    def extra_repr(self) -> str:
+        """Return what torch's layers show, after the number of dimensions."""
+        shown = f"{self.N}, {super().extra_repr()}"  # type: ignore[no-untyped-call]
+        return shown if self.simplify else f"{shown}, simplify=False"

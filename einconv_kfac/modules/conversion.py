@@ -1,0 +1,68 @@
+"""Torch's convolutions in a model, swapped for the layers here."""
+
+from __future__ import annotations
+
+from typing import TypeGuard, TypeVar
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
+
+from einconv_kfac.modules.conv import ConvNd
+from einconv_kfac.modules.conv_transpose import ConvTransposeNd
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_KINDS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
+
+def convert(model: Model, simplify: bool = True) -> Model:
+    """Swap every torch convolution in a model for its counterpart here, in place.
+
+    Parameters, buffers and hooks are shared, names stay, and a layer used in several places
+    stays one layer. What computes something else than torch's layer does stays as it is: a
+    subclass with a forward pass of its own, a parametrized or not yet initialised layer.
+
+    Args:
+        model: A model; if it is a convolution itself, its counterpart is returned.
+        simplify: Whether the layers contract in the order that the sizes suggest.
+
+    Returns:
+        The model.
+
+    >>> from torch.nn import Conv2d, ReLU, Sequential
+    >>> convert(Sequential(Conv2d(1, 4, 3), ReLU()))
+    Sequential(
+      (0): ConvNd(2, 1, 4, kernel_size=(3, 3), stride=(1, 1))
+      (1): ReLU()
+    )
+    """
+    counterparts: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and _convertible(child):
+                if child not in counterparts:
+                    counterparts[child] = _counterpart(child, simplify)
+                parent._modules[name] = counterparts[child]
+    return _counterpart(model, simplify) if _convertible(model) else model  # type: ignore[return-value]
+
+
+def _convertible(module: nn.Module) -> TypeGuard[_ConvNd]:
+    """Whether a module computes what torch's convolutions do."""
+    kind = next((kind for kind in _KINDS if isinstance(module, kind)), None)
+    if kind is None or isinstance(module, LazyModuleMixin) or is_parametrized(module):
+        return False
+    methods = ("forward", "_conv_forward")
+    return all(getattr(type(module), name) is getattr(kind, name) for name in methods)
+
+
+def _counterpart(module: _ConvNd, simplify: bool) -> nn.Module:
+    """Return the layer of this package with everything that the module holds."""
+    kind: type[_ConvNd] = ConvTransposeNd if isinstance(module, _ConvTransposeNd) else ConvNd
+    layer = kind.__new__(kind)
+    layer.__dict__.update(module.__dict__, N=len(module.kernel_size), simplify=simplify)
+    return layer
