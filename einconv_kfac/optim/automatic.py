@@ -50,7 +50,9 @@ class Objective:
 
     def decay_value(self) -> Tensor:
         """Return the weight decay's part of the objective."""
-        parts = [0.5 * w * self.parameters[n].double().square().sum() for n, w in self.decay.items()]
+        parts = [
+            0.5 * w * self.parameters[n].double().square().sum() for n, w in self.decay.items()
+        ]
         return sum_of(parts)
 
 
@@ -113,11 +115,18 @@ class AutomaticStep:
         """
         if self._damping is None or not is_due(step, self._adapted, ADAPTATION_PERIOD):
             return
+        if not predicted:
+            return
         self._adapted = step
         ratio = float((self.value(objective) - before) / predicted)
         if ratio > 3 / 4:
             self._damping = max(self._damping * ADAPTATION, self._floor)
         elif not ratio >= 1 / 4:  # also if it is not a number
+            self.grow_()
+
+    def grow_(self) -> None:
+        """Grow an automatic damping by one adaptation."""
+        if self._damping is not None:
             self._damping /= ADAPTATION
 
     def value(self, objective: Objective) -> Tensor:

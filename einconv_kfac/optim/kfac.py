@@ -158,11 +158,7 @@ class KFAC(Optimizer):
             self._step += 1
         else:
             self._preconditioner.discard()
-            warnings.warn(
-                "A gradient, loss or Kronecker factor was not finite; the step was skipped.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            _warn_skipped("A gradient, loss or Kronecker factor")
         self._preconditioner.prepare(self._step)
         return loss
 
@@ -203,7 +199,7 @@ class KFAC(Optimizer):
         """Tell whether gradients, losses and gathered factors are finite."""
         losses = [batch.loss for batch in objective.batches]
         tensors = [*objective.gradient.values(), *losses, *self._preconditioner.gathered()]
-        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+        return not tensors or bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
     def _update_(self, objective: Objective) -> None:
         """Take a step."""
@@ -264,6 +260,10 @@ class KFAC(Optimizer):
             self._settings.momentum_at(self._step),
             len(directions) - 1 if previous else None,
         )
+        if not bool(coefficients.isfinite().all()):
+            automatic.grow_()
+            _warn_skipped("The quadratic model")
+            return
         rate = max(self._rates().values())
         before = sum_of([b.weight * b.loss for b in objective.batches]).double()
         before = before + objective.decay_value()
@@ -295,7 +295,9 @@ class KFAC(Optimizer):
     ) -> None:
         """Add the combination of directions to the parameters, and remember it."""
         for name, parameter in objective.parameters.items():
-            parts = [c * d[name] for c, d in zip(coefficients.to(parameter), directions) if name in d]
+            parts = [
+                c * d[name] for c, d in zip(coefficients.to(parameter), directions) if name in d
+            ]
             update = sum_of(parts)
             self.state[parameter]["momentum_buffer"] = update
             parameter.add_(update)
@@ -339,3 +341,8 @@ class KFAC(Optimizer):
         if self._automatic is not None:
             self._automatic.load_state_dict(state["automatic"])
         self._preconditioner.prepare(self._step)
+
+
+def _warn_skipped(what: str) -> None:
+    """Warn the caller of `KFAC.step` that it changed no parameter."""
+    warnings.warn(f"{what} was not finite; the step was skipped.", RuntimeWarning, stacklevel=6)

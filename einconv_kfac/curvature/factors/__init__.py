@@ -3,6 +3,7 @@
 Each is a plain function of tensors; nothing here knows about modules or losses.
 """
 
+from einconv_kfac.curvature.factors.choice import explain
 from einconv_kfac.curvature.factors.input_factor import (
     conv_input_factor,
     conv_transpose_input_factor,
@@ -14,6 +15,7 @@ __all__ = [
     "conv_input_factor",
     "conv_output_factor",
     "conv_transpose_input_factor",
+    "explain",
     "linear_input_factor",
     "output_factor",
 ]

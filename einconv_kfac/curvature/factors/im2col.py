@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from math import prod
+
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.problem import Problem, chunks
+from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_count, chunks
 from einconv_kfac.curvature.factors.unfold import unfolded
-from einconv_kfac.curvature.factors.update import Update
+from einconv_kfac.curvature.factors.update import Update, panels
 
 
 def im2col(x: Tensor, problem: Problem, update: Update) -> None:
     """Add ``sum_{n,o} a a^T`` to the update, where ``a`` are the columns of the unfolded input."""
     geometry = problem.geometry
-    growth = problem.entries * geometry.positions / max(1, x[0, 0].numel())
-    for part in chunks(x, growth):
-        update.add_product_(unfolded(part.to(update.out.dtype), geometry))
+    parts = list(chunks(x, _growth(problem)))
+    for part in parts:
+        columns = unfolded(part.to(update.out.dtype), geometry)
+        update.add_product_(columns, last=part is parts[-1])
         update = update.added()
-    update.mirror_()
+
+
+def _growth(problem: Problem) -> float:
+    """Return how many times larger than the input the unfolded input is."""
+    geometry = problem.geometry
+    return problem.entries * geometry.positions / prod(geometry.input_size)
+
+
+def im2col_cost(problem: Problem) -> Cost:
+    """Return what `im2col` does."""
+    bounds = panels(problem.size, problem.device)
+    pairs = sum((stop - start) * (problem.size - start) for start, stop in pairwise(bounds))
+    columns = problem.batch * problem.geometry.positions * problem.geometry.groups
+    count = chunk_count(problem, _growth(problem))
+    calls = count * (5 + len(bounds)) + 4 * len(bounds)
+    return Cost(pairs * columns, problem.size, problem.size * columns, problem.outputs, calls)

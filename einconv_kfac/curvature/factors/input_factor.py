@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.im2col import im2col
+from einconv_kfac.curvature.factors.choice import algorithm_of
 from einconv_kfac.curvature.factors.problem import Problem, check_approximation
 from einconv_kfac.curvature.factors.reduced import averages, reduced
 from einconv_kfac.curvature.factors.transposed import ResidueClass, residue_classes
-from einconv_kfac.curvature.factors.update import Update, prepare
+from einconv_kfac.curvature.factors.update import Update, blocks_of, prepare
 from einconv_kfac.geometry import Geometry, Padding, Sizes, convolution, transposed_convolution
 from einconv_kfac.padding import pad_input
 
@@ -76,12 +76,12 @@ def conv_input_factor(
     inner = update.within(problem.size)
     dtype = update.out.dtype
     if expand:
-        _add_products_(x, problem, inner, algorithm)
+        algorithm_of(problem, algorithm).add(x, problem, inner)
         if bias:
             _append_ones_(averages(x, geometry, dtype), geometry.positions, update)
     else:
         mean = averages(x, geometry, dtype)
-        reduced(mean, problem, inner)
+        reduced(mean, inner)
         if bias:
             _append_ones_(mean, 1, update)
     return update.out
@@ -148,7 +148,7 @@ def conv_transpose_input_factor(
     if bias or not expand:
         mean = averages(x, geometry, update.out.dtype, transposed=True)
     if not expand:
-        reduced(mean, problem, inner)
+        reduced(mean, inner)
     if bias:
         _append_ones_(mean, prod(geometry.input_size) if expand else 1, update)
     return update.out
@@ -194,7 +194,6 @@ def linear_input_factor(
     if not expand and mean is not None:
         rows = mean
     inner.add_product_(rows.to(dtype).reshape(1, -1, size).mT)
-    inner.mirror_()
     if bias and mean is not None:
         _append_ones_(mean[:, None], positions if expand else 1, update)
     return update.out
@@ -225,17 +224,11 @@ def _check_batch(x: Tensor, ndim: int) -> None:
         )
 
 
-def _add_products_(x: Tensor, problem: Problem, update: Update, algorithm: str | None) -> None:
-    """Add ``sum_{n,o} a a^T`` to the update."""
-    del algorithm
-    im2col(x, problem, update)
-
-
 def _add_classes_(x: Tensor, problem: Problem, update: Update, algorithm: str | None) -> None:
     """Add the products of a transposed convolution, one residue class after the other."""
     geometry = problem.geometry
     kernel = geometry.kernel_size
-    blocks = _blocks(update.out, kernel)
+    blocks = blocks_of(update.out, kernel)
     blocks.mul_(update.beta) if update.beta else blocks.zero_()
     for classes in product(*map(residue_classes, geometry.axes)):
         ordinary = Geometry(tuple(entry.axis for entry in classes), geometry.groups)
@@ -243,14 +236,8 @@ def _add_classes_(x: Tensor, problem: Problem, update: Update, algorithm: str | 
         part = x[kept]
         inner = _problem(part, ordinary)
         fresh = prepare(part, (geometry.groups, inner.size), None, 0.0, update.alpha)
-        _add_products_(part, inner, fresh, algorithm)
+        algorithm_of(inner, algorithm).add(part, inner, fresh)
         _class_blocks(blocks, classes).add_(_reversed_blocks(fresh.out, ordinary.kernel_size))
-
-
-def _blocks(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """View ``[g, (ci *k), (ci' *k')]`` as ``[g, ci, *k, ci', *k']``."""
-    rows = torch.unflatten(factor, 1, (-1, *kernel))
-    return torch.unflatten(rows, rows.ndim - 1, (-1, *kernel))
 
 
 def _class_blocks(blocks: Tensor, classes: tuple[ResidueClass, ...]) -> Tensor:
@@ -263,7 +250,7 @@ def _class_blocks(blocks: Tensor, classes: tuple[ResidueClass, ...]) -> Tensor:
 def _reversed_blocks(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """Return ``[g, (ci *k), (ci' *k')]`` as ``[g, ci, *k, ci', *k']``, each kernel reversed."""
     d = len(kernel)
-    return _blocks(factor, kernel).flip([*range(2, 2 + d), *range(3 + d, 3 + 2 * d)])
+    return blocks_of(factor, kernel).flip([*range(2, 2 + d), *range(3 + d, 3 + 2 * d)])
 
 
 def _append_ones_(mean: Tensor, positions: int, update: Update) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.problem import check_approximation, chunks
+from einconv_kfac.curvature.factors.pointwise import add_columns_
+from einconv_kfac.curvature.factors.problem import check_approximation
 from einconv_kfac.curvature.factors.update import prepare
 
 
@@ -89,14 +90,8 @@ def conv_output_factor(
     positions = g[0, 0, 0].numel()
     scale = alpha / (n * positions if expand else n)
     update = prepare(g, (groups, channels // groups), out, beta, scale)
-    dtype = update.out.dtype
     rows = g.flatten(0, 1)  # (v n) c *o
     if not expand:
-        rows = rows.flatten(2).sum(2, dtype=dtype)
-    for part in chunks(rows, 1.0):
-        columns = part.to(dtype).reshape(part.shape[0], groups, channels // groups, -1)
-        columns = columns.permute(1, 2, 0, 3).reshape(groups, channels // groups, -1)
-        update.add_product_(columns)
-        update = update.added()
-    update.mirror_()
+        rows = rows.flatten(2).sum(2, dtype=update.out.dtype)
+    add_columns_(rows.reshape(rows.shape[0], groups, channels // groups, -1), update)
     return update.out

@@ -42,6 +42,35 @@ class Problem:
         """Rows of the factor: channels times kernel entries."""
         return self.channels * self.entries
 
+    @property
+    def inputs(self) -> int:
+        """Number of elements of the input."""
+        return self.batch * self.channels * self.geometry.groups * prod(self.geometry.input_size)
+
+    @property
+    def outputs(self) -> int:
+        """Number of elements of the factors."""
+        return self.geometry.groups * self.size**2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an algorithm does, by its shapes alone.
+
+    Args:
+        macs: Multiply-accumulates in matrix products.
+        width: Rows and columns of these products.
+        copied: Elements copied, masked or summed on the way to the products.
+        written: Elements written to scattered places on the way from the products.
+        calls: Operations started.
+    """
+
+    macs: float
+    width: float
+    copied: float
+    written: float
+    calls: float
+
 
 def check_approximation(approximation: str) -> bool:
     """Return whether the approximation is ``"expand"``.
@@ -54,12 +83,23 @@ def check_approximation(approximation: str) -> bool:
     return approximation == "expand"
 
 
-def chunks(x: Tensor, growth: float, limit: int = 1 << 20) -> Iterator[Tensor]:
+def chunk_size(device: str) -> int:
+    """Return how many elements to process at a time: what fits a cache, or fills a device."""
+    return 1 << (20 if device == "cpu" else 24)
+
+
+def chunk_count(problem: Problem, growth: float) -> int:
+    """Return into how many parts `chunks` cuts the input."""
+    per_example = max(1.0, growth * problem.inputs / problem.batch)
+    return -(-problem.batch // max(1, int(chunk_size(problem.device) / per_example)))
+
+
+def chunks(x: Tensor, growth: float, limit: int | None = None) -> Iterator[Tensor]:
     """Cut ``x`` along its first dimension where processing makes it ``growth`` times larger.
 
     Each part, once processed, has about ``limit`` elements, and at least one example.
     """
-    per_example = max(1.0, growth * x[0].numel())
-    step = max(1, int(limit / per_example))
+    limit = chunk_size(x.device.type) if limit is None else limit
+    step = max(1, int(limit / max(1.0, growth * x[0].numel())))
     for start in range(0, x.shape[0], step):
         yield x[start : start + step]

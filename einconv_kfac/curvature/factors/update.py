@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-BLOCK = 512
-"""Rows and columns of the blocks into which a symmetric matrix is cut."""
+PANEL = 128
+"""Rows in a panel of the upper block triangle."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,18 @@ class Update:
     beta: float
     alpha: float
 
-    def add_product_(self, a: Tensor) -> None:
-        """Add ``alpha a a^T`` for ``a`` of shape ``[g, D, L]`` on the upper block triangle."""
-        size = a.shape[1]
-        edges = [*range(0, size, BLOCK), size]
-        for start, stop in pairwise(edges):
-            block = self.out[:, start:stop, start:]
+    def add_product_(self, a: Tensor, last: bool = True) -> None:
+        """Add ``alpha a a^T`` for ``a`` of shape ``[g, D, L]`` on the upper block triangle.
+
+        Args:
+            a: The factor of the product.
+            last: Whether this is the last product, so that the lower triangle can follow.
+        """
+        for start, stop in pairwise(panels(a.shape[1], self.out.device.type)):
             left, right = a[:, start:stop], a[:, start:].mT
-            if block.shape[0] == 1:
-                block[0].addmm_(left[0], right[0], beta=self.beta, alpha=self.alpha)
-            else:
-                block.baddbmm_(left, right, beta=self.beta, alpha=self.alpha)
+            add_matmul_(self.out[:, start:stop, start:], left, right, self.beta, self.alpha)
+            if last:
+                mirror_panel_(self.out, start, stop)
 
     def added(self) -> Update:
         """Return the update for what remains to be added once ``beta`` has been applied."""
@@ -53,21 +54,42 @@ class Update:
         else:
             target.mul_(self.beta).add_(rows, alpha=self.alpha)
 
-    def mirror_(self) -> None:
-        """Copy the upper triangle to the lower one."""
-        mirror_(self.out)
+
+def panels(size: int, device: str) -> list[int]:
+    """Return the bounds of the panels of rows whose products with what follows are computed.
+
+    On a CPU narrow panels save up to half of the multiplications of a full square; on other
+    devices a product must be large to be fast.
+    """
+    width = PANEL if device == "cpu" else 8 * PANEL
+    return [*range(0, size, width), size]
+
+
+def add_matmul_(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> None:
+    """Set ``target`` to ``beta target + alpha left right``, for batches of matrices."""
+    if target.shape[0] == 1:
+        target[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
+    else:
+        target.baddbmm_(left, right, beta=beta, alpha=alpha)
+
+
+def blocks_of(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """View ``[g, (ci *k), (ci' *k')]`` as ``[g, ci, *k, ci', *k']``."""
+    rows = torch.unflatten(factor, 1, (-1, *kernel))
+    return torch.unflatten(rows, rows.ndim - 1, (-1, *kernel))
 
 
 def mirror_(matrices: Tensor) -> None:
-    """Copy the upper triangle of ``[g, D, D]`` to the lower one, block by block."""
-    size = matrices.shape[-1]
-    for start in range(0, size, BLOCK):
-        stop = min(start + BLOCK, size)
-        diagonal = matrices[:, start:stop, start:stop]
-        diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
-        for begin in range(stop, size, BLOCK):
-            end = min(begin + BLOCK, size)
-            matrices[:, begin:end, start:stop] = matrices[:, start:stop, begin:end].mT
+    """Copy the upper triangle of ``[g, D, D]`` to the lower one."""
+    for start, stop in pairwise(panels(matrices.shape[-1], "cpu")):
+        mirror_panel_(matrices, start, stop)
+
+
+def mirror_panel_(matrices: Tensor, start: int, stop: int) -> None:
+    """Copy a panel of rows, right of the diagonal, to the columns below the diagonal."""
+    diagonal = matrices[:, start:stop, start:stop]
+    diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
+    matrices[:, stop:, start:stop] = matrices[:, start:stop, stop:].mT
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 import torch
 from cases import CONV_CASES, ConvCase, case_id
-from torch import Tensor
+from factor_definition import columns, factor
 
 from einconv_kfac.curvature.factors import (
     conv_input_factor,
@@ -16,38 +14,9 @@ from einconv_kfac.curvature.factors import (
     linear_input_factor,
     output_factor,
 )
-from einconv_kfac.geometry import Geometry, transposed_convolution
+from einconv_kfac.geometry import transposed_convolution
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
-
-
-def columns_by_definition(x: Tensor, geometry: Geometry, transposed: bool = False) -> Tensor:
-    """Return ``[n, g, (ci k), s]``, one window entry after the other."""
-    n, c = x.shape[:2]
-    sizes = geometry.input_size if transposed else geometry.output_size
-    columns = x.new_zeros(n, c, *geometry.kernel_size, *sizes)
-    for k in product(*map(range, geometry.kernel_size)):
-        outputs = [axis.outputs(entry) for axis, entry in zip(geometry.axes, k)]
-        if transposed:  # a large output padding leaves outputs that the layer's input lacks
-            outputs = [range(o.start, min(o.stop, size)) for o, size in zip(outputs, x.shape[2:])]
-        for o in product(*outputs):
-            i = tuple(a.input_position(*p) for a, p in zip(geometry.axes, zip(k, o)))
-            here, there = (i, o) if transposed else (o, i)
-            columns[(..., *k, *here)] = x[(..., *there)]
-    return columns.reshape(n, geometry.groups, c // geometry.groups * len(k_all(geometry)), -1)
-
-
-def k_all(geometry: Geometry) -> list[tuple[int, ...]]:
-    return list(product(*map(range, geometry.kernel_size)))
-
-
-def factor_by_definition(columns: Tensor, approximation: str, bias: bool) -> Tensor:
-    """Return the factor of the columns ``[n, g, d, s]``."""
-    if bias:
-        columns = torch.cat([columns, torch.ones_like(columns[:, :, :1])], dim=2)
-    if approximation == "reduce":
-        columns = columns.mean(-1, keepdim=True)
-    return torch.einsum("ngas,ngbs->gab", columns, columns) / columns.shape[0]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -55,8 +24,8 @@ def factor_by_definition(columns: Tensor, approximation: str, bias: bool) -> Ten
 @pytest.mark.parametrize("case", CONV_CASES, ids=case_id)
 def test_input_factor(case: ConvCase, approximation: str, bias: bool) -> None:
     x = case.input()
-    columns = columns_by_definition(x, case.geometry)
-    expected = factor_by_definition(columns, approximation, bias)
+    unfolded = columns(x, case.geometry)
+    expected = factor(unfolded, approximation, bias)
     options = {**case.options, "approximation": approximation, "bias": bias}
     got = conv_input_factor(x, case.kernel_size, **options)
     torch.testing.assert_close(got, expected, **TOLERANCE)
@@ -89,8 +58,8 @@ def test_transposed_input_factor(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, *size, generator=generator, dtype=torch.float64)
-    columns = columns_by_definition(x, transposed_convolution(size, **options), transposed=True)
-    expected = factor_by_definition(columns, approximation, bias)
+    unfolded = columns(x, transposed_convolution(size, **options), transposed=True)
+    expected = factor(unfolded, approximation, bias)
     options = {**options, "approximation": approximation, "bias": bias}
     got = conv_transpose_input_factor(x, **options)
     torch.testing.assert_close(got, expected, **TOLERANCE)
@@ -105,7 +74,7 @@ def test_transposed_input_factor(
 @pytest.mark.parametrize("shared", [(), (5,), (2, 3)], ids=str)
 def test_linear_input_factor(shared: tuple[int, ...], approximation: str, bias: bool) -> None:
     a = torch.randn(4, *shared, 6, dtype=torch.float64)
-    expected = factor_by_definition(a.reshape(4, 1, -1, 6).mT, approximation, bias)
+    expected = factor(a.reshape(4, 1, -1, 6).mT, approximation, bias)
     got = linear_input_factor(a, approximation, bias)
     torch.testing.assert_close(got, expected, **TOLERANCE)
     out = torch.ones_like(got)
@@ -118,11 +87,11 @@ def test_linear_input_factor(shared: tuple[int, ...], approximation: str, bias: 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
 def test_output_factor(approximation: str, groups: int) -> None:
     g = torch.randn(2, 4, 6, 5, 3, dtype=torch.float64)
-    columns = g.reshape(8, groups, 6 // groups, 15)
+    rows = g.reshape(8, groups, 6 // groups, 15)
     if approximation == "expand":
-        expected = torch.einsum("ngas,ngbs->gab", columns, columns) / (4 * 15)
+        expected = torch.einsum("ngas,ngbs->gab", rows, rows) / (4 * 15)
     else:
-        expected = torch.einsum("nga,ngb->gab", columns.sum(-1), columns.sum(-1)) / 4
+        expected = torch.einsum("nga,ngb->gab", rows.sum(-1), rows.sum(-1)) / 4
     got = conv_output_factor(g, groups, approximation)
     torch.testing.assert_close(got, expected, **TOLERANCE)
     assert torch.equal(got, got.mT)

@@ -1,0 +1,196 @@
+"""Lags along the leading dimensions, bands of products along the last: for few channels.
+
+The last dimension is cut into blocks of outputs. One product per lag multiplies all positions
+that the outputs of a block meet with each other, for all blocks and examples at once; the
+factor's entries are partial sums along its diagonals. That is up to four times more
+multiplications per output than lags, but in products that are wide enough to be fast, and
+without regions in the last dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from itertools import product
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.factors.lags import Key, half_of_lags, scaled_if_incomplete, write
+from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_count, chunks
+from einconv_kfac.curvature.factors.update import Update, add_matmul_, blocks_of
+from einconv_kfac.geometry import Axis, Geometry
+from einconv_kfac.padding import pad_input
+
+LEAST = 16
+"""Rows and columns from which products of matrices are fast."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Equal blocks of outputs along one axis.
+
+    Args:
+        axis: The dimension.
+        first: The first block's first output.
+        outputs: Outputs in a block.
+        width: Positions that are multiplied with each other, at least those a block meets.
+        count: Number of blocks.
+    """
+
+    axis: Axis
+    first: int
+    outputs: int
+    width: int
+    count: int
+
+
+@lru_cache(maxsize=1024)
+def bands(axis: Axis, channels: int = 1) -> tuple[Band, ...]:
+    """Return the blocks that cover the outputs of ``axis``: equal ones, and what remains.
+
+    Args:
+        axis: The dimension.
+        channels: Channels that each position has; products are at least `LEAST` wide.
+    """
+    size = axis.output_size
+    least = max(axis.span, -(-LEAST // channels))
+    step = 4 if channels < 4 else 1
+    widths = [least, *range(-(-least // step) * step, 4 * least + 1, step)]
+    outputs = {width: min(size, (width - axis.span) // axis.stride + 1) for width in widths}
+    width = min(widths, key=lambda width: -(-size // outputs[width]) * width**2)
+    count = -(-size // outputs[width])
+    each = -(-size // count)
+    found = [Band(axis, 0, each, width, size // each)]
+    if size % each:
+        found.append(Band(axis, size - size % each, size % each, width, 1))
+    return tuple(found)
+
+
+def banded(x: Tensor, problem: Problem, update: Update) -> None:
+    """Add ``sum_{n,o} a a^T`` to the update, from products of blocks of positions."""
+    geometry = problem.geometry
+    if geometry.ndim == 1:  # no dimension to take lags along
+        x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
+    leading, last = geometry.axes[:-1], geometry.axes[-1]
+    blocks = blocks_of(update.out, geometry.kernel_size)
+    blocks = blocks.movedim((1 + len(leading) + 1, -1), (2, 4 + len(leading)))  # g ci k *k ci' k'
+    update = scaled_if_incomplete(update, leading)
+    sums: dict[Key, Tensor] = {}
+    parts = list(chunks(x, _growth(last, problem.channels)))
+    for part in parts:
+        operands = [
+            _Operand(part, geometry, band, update.out.dtype)
+            for band in bands(last, problem.channels)
+        ]
+        for key in half_of_lags(leading):
+            total = _region_sums(key, operands, update.alpha)
+            total = total if key not in sums else sums.pop(key).add_(total)
+            if part is parts[-1]:
+                write(blocks, key, total, update.beta)
+            else:
+                sums[key] = total
+
+
+def _growth(axis: Axis, channels: int) -> float:
+    """Return how many times larger than its input the blocks of an axis are."""
+    return sum(band.count * band.width for band in bands(axis, channels)) / axis.input_size
+
+
+def banded_cost(problem: Problem) -> Cost:
+    """Return what `banded` does."""
+    *leading, last = problem.geometry.axes
+    keys = half_of_lags(tuple(leading)) if leading else ((),)
+    found = list(bands(last, problem.channels))
+    rows = sum(
+        prod(key[i].regions[-1][1] - key[i].regions[0][0] for i in range(len(key))) for key in keys
+    )
+    regions = sum(prod(len(lag.regions) for lag in key) for key in keys)
+    groups, channels = problem.geometry.groups, problem.channels
+    macs = sum(rows * band.count * (channels * band.width) ** 2 for band in found)
+    width = channels * max(band.width for band in found)
+    sums = (
+        regions * sum(band.outputs for band in found) * groups * (channels * last.kernel_size) ** 2
+    )
+    count = chunk_count(problem, _growth(last, channels))
+    copied = problem.inputs * _growth(last, channels)
+    calls = count * regions * len(found) * 10 + 30 * len(keys)
+    return Cost(macs * problem.batch * groups, width, copied, problem.outputs + count * sums, calls)
+
+
+class _Operand:
+    """The blocks of an input by the leading positions' remainders, made when asked for.
+
+    Args:
+        x: Input of shape ``[n, c, *i]``.
+        geometry: The convolution.
+        band: The blocks of its last dimension.
+        dtype: The dtype of the products.
+    """
+
+    def __init__(self, x: Tensor, geometry: Geometry, band: Band, dtype: torch.dtype) -> None:
+        """View the input as blocks."""
+        axis, step = band.axis, band.outputs * band.axis.stride
+        start = band.first * axis.stride - axis.padding[0]
+        stop = start + (band.count - 1) * step + band.width
+        kept = x[..., max(0, start) : max(0, stop)]
+        x = pad_input(kept, [(max(0, -start), stop - max(0, start) - kept.shape[-1])])
+        x = x.unfold(-1, band.width, step)  # n (g c) *i b w
+        x = x.reshape(x.shape[0], geometry.groups, -1, *x.shape[2:])
+        self.band, self.channels, self._dtype = band, x.shape[2], dtype
+        self._strides = geometry.stride[:-1]
+        self._blocks = x.movedim((0, 2), (-3, -2))  # g *i b n c w
+        self._made: dict[tuple[int, ...], Tensor] = {}
+
+    def __getitem__(self, remainders: tuple[int, ...]) -> Tensor:
+        """Return the blocks ``[g, *t, (b n), (c w)]`` of the positions with these remainders."""
+        if remainders not in self._made:
+            grid = (slice(r, None, s) for r, s in zip(remainders, self._strides))
+            index: tuple[Any, ...] = (slice(None), *grid)
+            part = self._blocks[index].to(self._dtype)
+            self._made[remainders] = part.flatten(-2).flatten(-3, -2).contiguous()
+        return self._made[remainders]
+
+    def entries(self, products: Tensor) -> Tensor:
+        """Sum the products ``[g, (c w), (c' w')]`` of the blocks to ``[g, c, k, c', k']``."""
+        axis, c, w, row = self.band.axis, self.channels, self.band.width, products.shape[-1]
+        sizes = (len(products), c, axis.kernel_size, c, axis.kernel_size, self.band.outputs)
+        strides = (
+            row * row,
+            w * row,
+            axis.dilation * row,
+            w,
+            axis.dilation,
+            axis.stride * (row + 1),
+        )
+        return products.as_strided(sizes, strides).sum(-1)
+
+
+def _region_sums(key: Key, operands: list[_Operand], alpha: float) -> Tensor:
+    """Return the products of each region, ``[*r, g, c, k, c', k']``."""
+    regions = list(product(*(lag.regions for lag in key)))
+    sums = [
+        reduce(torch.add, (_region_sum(key, region, operand, alpha) for operand in operands))
+        for region in regions
+    ]
+    shape = [len(lag.regions) for lag in key]
+    return torch.stack(sums).reshape(*shape, *sums[0].shape)
+
+
+def _region_sum(
+    key: Key, region: tuple[tuple[int, int], ...], operand: _Operand, alpha: float
+) -> Tensor:
+    """Return the products ``[g, c, k, c', k']`` of one region."""
+    every = slice(None)
+    here: tuple[Any, ...] = (every, *(slice(*edges) for edges in region))
+    there: tuple[Any, ...] = (
+        every,
+        *(slice(a + lag.shift, b + lag.shift) for (a, b), lag in zip(region, key)),
+    )
+    left = operand[tuple(lag.left for lag in key)][here].flatten(1, -2)
+    right = operand[tuple(lag.right for lag in key)][there].flatten(1, -2)
+    products = left.new_empty(left.shape[0], left.shape[2], left.shape[2])
+    add_matmul_(products, left.mT, right, 0.0, alpha)
+    return operand.entries(products)

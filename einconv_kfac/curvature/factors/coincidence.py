@@ -1,0 +1,109 @@
+"""Which products of input positions the entries of a factor sum, along one axis.
+
+Kernel entry ``k`` meets position ``o S + k D - left`` for output ``o``. So the entry of the
+factor at ``(k, k')`` sums products of positions that lie ``(k' - k) D`` apart, over a window
+that depends on ``k`` at the borders only. Entries with the same distance, and positions with
+the same remainder modulo ``S``, sum the same products, except for those windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+from einconv_kfac.geometry import Axis
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Lag:
+    """The pairs ``(k, k + distance)`` of kernel entries whose ``k`` has one remainder.
+
+    Positions are counted on grids that hold every ``S``-th position of the input: position
+    ``t`` of the grid with remainder ``r`` is input position ``t S + r``.
+
+    Args:
+        distance: ``k' - k``.
+        left: Remainder of the positions that ``k`` meets.
+        right: Remainder of the positions that ``k'`` meets.
+        shift: Grid position met by ``k'`` minus the one met by ``k``.
+        entries: The kernel entries ``k``.
+        regions: Disjoint ranges ``(start, stop)`` of the left grid, in increasing order.
+        windows: For each ``k``, the range of regions ``(first, end)`` that its window covers.
+    """
+
+    distance: int
+    left: int
+    right: int
+    shift: int
+    entries: range
+    regions: Ranges
+    windows: Ranges
+
+    @property
+    def interior(self) -> int:
+        """Index of the largest region."""
+        sizes = [stop - start for start, stop in self.regions]
+        return sizes.index(max(sizes))
+
+
+@lru_cache(maxsize=1024)
+def lags(axis: Axis) -> tuple[Lag, ...]:
+    """Return all lags of ``axis`` with at least one product, by distance.
+
+    >>> [(lag.distance, lag.regions) for lag in lags(Axis(5, 2, padding=(1, 1)))]
+    [(-1, ((1, 5),)), (0, ((0, 5),)), (1, ((0, 4),))]
+    """
+    size = axis.kernel_size
+    found = []
+    for distance in range(1 - size, size):
+        first, last = max(0, -distance), min(size, size - distance)
+        step = len({k * axis.dilation % axis.stride for k in range(axis.stride)})
+        for start in range(first, min(last, first + step)):
+            found.append(_lag(axis, distance, range(start, last, step)))
+    return tuple(lag for lag in found if lag.regions)
+
+
+def grid_size(axis: Axis) -> int:
+    """Return the number of positions of a grid, the same for all remainders."""
+    return -(-axis.input_size // axis.stride)
+
+
+def _lag(axis: Axis, distance: int, entries: range) -> Lag:
+    """Return the lag of the pairs ``(k, k + distance)`` for ``k`` in ``entries``."""
+    shifts, remainders = zip(*(divmod(axis.input_position(k, 0), axis.stride) for k in entries))
+    shift, right = divmod(axis.input_position(entries[0] + distance, 0), axis.stride)
+    ranges = []
+    for k, start in zip(entries, shifts):
+        here, there = axis.outputs(k), axis.outputs(k + distance)
+        low, high = max(here.start, there.start), min(here.stop, there.stop)
+        ranges.append((start + low, start + max(low, high)))
+    regions, windows = cut(ranges)
+    return Lag(distance, remainders[0], right, shift - shifts[0], entries, regions, windows)
+
+
+def cut(ranges: list[tuple[int, int]]) -> tuple[Ranges, Ranges]:
+    """Cut ranges of positions into disjoint regions.
+
+    Returns:
+        The regions ``(start, stop)``, in increasing order, and for each of the ``ranges`` the
+        regions ``(first, end)`` that it consists of.
+    """
+    filled = [window for window in ranges if window[0] < window[1]]
+    edges = sorted({edge for window in filled for edge in window})
+    regions = [
+        (low, high)
+        for low, high in pairwise(edges)
+        if any(start <= low and high <= stop for start, stop in filled)
+    ]
+    return tuple(regions), tuple(_covered(regions, window) for window in ranges)
+
+
+def _covered(regions: list[tuple[int, int]], window: tuple[int, int]) -> tuple[int, int]:
+    """Return the range of ``regions`` that lie in the window."""
+    inside = [
+        i for i, (start, stop) in enumerate(regions) if window[0] <= start and stop <= window[1]
+    ]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)

@@ -1,0 +1,275 @@
+"""Lag reuse in all dimensions: one product of channels per lag and region.
+
+See docs/factors.md for the derivation. The regions of the outermost dimension are ranges of
+the flattened positions. In the others, the largest region is what remains when the left
+operand is set to zero elsewhere; only the strips at the borders are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import combinations_with_replacement, groupby, pairwise, product
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.factors.coincidence import Lag, grid_size, lags
+from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_count, chunks
+from einconv_kfac.curvature.factors.update import (
+    Update,
+    add_matmul_,
+    blocks_of,
+    mirror_,
+)
+from einconv_kfac.geometry import Axis, Geometry
+
+Key = tuple[Lag, ...]
+Pair = tuple[tuple[int, int], tuple[int, int]]
+Sums = dict[tuple[Pair, Key], Tensor]
+
+WIDTH = 128
+"""Channels in a block: what is written of the factor at a time should fit into a cache."""
+
+
+def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
+    """Add ``sum_{n,o} a a^T`` to the update, from products that many entries share."""
+    geometry = problem.geometry
+    if geometry.ndim == 1:  # the outermost dimension has a part of its own
+        x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
+    blocks = blocks_of(update.out, geometry.kernel_size)
+    update = scaled_if_incomplete(update, geometry.axes)
+    sums: Sums = {}
+    parts = list(chunks(x, 1.0))
+    for part in parts:
+        grids = Grids(part, geometry, update.out.dtype)
+        for pair in _channel_pairs(problem.channels):
+            for key in _add_lags_(sums, pair, grids, update.alpha):
+                if part is parts[-1]:
+                    total, target = sums.pop((pair, key)), _between(blocks, pair)
+                    write(target, key, total, update.beta, pair[0] == pair[1])
+    for start, stop in pairwise(_edges(problem.channels)):
+        rows = slice(start * problem.entries, stop * problem.entries)
+        update.out[:, rows.stop :, rows] = update.out[:, rows, rows.stop :].mT
+
+
+def lag_reuse_cost(problem: Problem) -> Cost:
+    """Return what `lag_reuse` does."""
+    axes = problem.geometry.axes
+    axes = (Axis(1, 1), *axes) if len(axes) == 1 else axes
+    keys, blocks = half_of_lags(axes), len(_edges(problem.channels)) - 1
+    row = prod(grid_size(axis) for axis in axes[1:])
+    rows = sum(key[0].regions[-1][1] - key[0].regions[0][0] for key in keys)
+    masks = len({(key[1:], key[0].left) for key in keys})
+    regions = sum(prod(len(lag.regions) for lag in key) for key in keys)
+    grid = problem.inputs / prod(axis.input_size for axis in axes) * grid_size(axes[0]) * row
+    count = chunk_count(problem, 1.0)
+    calls = blocks**2 * (count * (4 * masks + 8 * regions) + 30 * len(keys))
+    macs = rows * row * problem.batch * problem.geometry.groups * problem.channels**2
+    return Cost(macs, problem.channels / blocks, masks * grid, problem.outputs, calls)
+
+
+def _edges(channels: int) -> list[int]:
+    """Return the bounds of even blocks of channels."""
+    count = max(1, round(channels / WIDTH))
+    return [channels * i // count for i in range(count + 1)]
+
+
+def _channel_pairs(channels: int) -> list[Pair]:
+    """Return the pairs of blocks of channels, ``c <= c'``."""
+    return list(combinations_with_replacement(pairwise(_edges(channels)), 2))
+
+
+def _add_lags_(sums: Sums, pair: Pair, grids: Grids, alpha: float) -> Iterator[Key]:
+    """Add the products of all lags between two blocks of channels, one lag after the other."""
+    axes = grids.geometry.axes
+    work = None
+    keys = half_of_lags(axes) if pair[0] == pair[1] else _all_lags(axes)
+    for (inner, remainder), group in groupby(keys, key=lambda key: (key[1:], key[0].left)):
+        grid = grids[(remainder, *(lag.left for lag in inner))][:, slice(*pair[0])]
+        work = torch.empty_like(grid) if work is None else work  # fresh memory is slow
+        left = _masked(grid, inner, work)
+        for key in group:
+            total = sums.get((pair, key))
+            sums[pair, key] = _add_regions_(total, key, left, grids, pair, alpha)
+            yield key
+
+
+@lru_cache(maxsize=256)
+def _all_lags(axes: tuple[Axis, ...]) -> tuple[Key, ...]:
+    """Return the lags of all axes together, those of equal masks in a row."""
+    found = product(*(lags(axis) for axis in (*axes[1:], axes[0])))
+    return tuple((key[-1], *key[:-1]) for key in found)
+
+
+@lru_cache(maxsize=256)
+def half_of_lags(axes: tuple[Axis, ...]) -> tuple[Key, ...]:
+    """Return the lags that are not the mirror image of another."""
+    zero = (0,) * len(axes)
+    return tuple(k for k in _all_lags(axes) if tuple(lag.distance for lag in k) >= zero)
+
+
+class Grids:
+    """The positions of an input by their remainders modulo the stride, made when asked for.
+
+    Args:
+        x: Input of shape ``[n, c, *i]``.
+        geometry: The convolution.
+        dtype: The dtype of the grids.
+    """
+
+    def __init__(self, x: Tensor, geometry: Geometry, dtype: torch.dtype) -> None:
+        """Remember the input."""
+        groups, sizes = geometry.groups, x.shape[2:]
+        self._x = x.reshape(x.shape[0], groups, -1, *sizes)
+        self.geometry, self._dtype = geometry, dtype
+        self._made: dict[tuple[int, ...], Tensor] = {}
+
+    def __getitem__(self, remainders: tuple[int, ...]) -> Tensor:
+        """Return the grid ``[g, c, t0, n, *t]`` of the positions with these remainders."""
+        if remainders not in self._made:
+            self._made[remainders] = self._grid(remainders)
+        return self._made[remainders]
+
+    def _grid(self, remainders: tuple[int, ...]) -> Tensor:
+        """Copy the positions with these remainders; grids are equally large."""
+        axes = self.geometry.axes
+        index: tuple[Any, ...] = (
+            ...,
+            *(slice(r, None, axis.stride) for r, axis in zip(remainders, axes)),
+        )
+        part = self._x[index].movedim(0, 3)  # g c t0 n *t
+        sizes = [grid_size(axis) for axis in axes]
+        shape = (*part.shape[:2], sizes[0], part.shape[3], *sizes[1:])
+        if part.shape == shape:
+            return part.to(self._dtype, memory_format=torch.contiguous_format).contiguous()
+        grid = part.new_zeros(shape, dtype=self._dtype)
+        grid[tuple(slice(size) for size in part.shape)] = part
+        return grid
+
+
+def _masked(grid: Tensor, inner: Key, work: Tensor) -> Tensor:
+    """Return the grid ``[g, c, t0, n, *t]``, zero outside the interior of ``t``."""
+    kept: tuple[Any, ...] = (..., *(slice(*lag.regions[lag.interior]) for lag in inner))
+    if grid[kept].shape == grid.shape:
+        return grid
+    work.zero_()[kept] = grid[kept]
+    return work
+
+
+def _add_regions_(
+    total: Tensor | None, key: Key, left: Tensor, grids: Grids, pair: Pair, alpha: float
+) -> Tensor:
+    """Add the products of each region to ``total``, of shape ``[*r, g, c, c']``."""
+    first = grids[tuple(lag.left for lag in key)][:, slice(*pair[0])]
+    second = grids[tuple(lag.right for lag in key)][:, slice(*pair[1])]
+    beta = 1.0
+    if total is None:
+        regions = [len(lag.regions) for lag in key]
+        shape = (*regions, first.shape[0], first.shape[1], second.shape[1])
+        total, beta = left.new_empty(shape), 0.0
+    interior = tuple(lag.interior for lag in key[1:])
+    for region in product(*(range(len(lag.regions)) for lag in key)):
+        if region[1:] == interior:
+            operands = _rows(left, second, key, key[0].regions[region[0]])
+        else:
+            operands = _boxes(first, second, key, region)
+        add_matmul_(total[region], *operands, beta, alpha)
+    return total
+
+
+def _rows(left: Tensor, right: Tensor, key: Key, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """View the flattened interior of a range of rows, ``[g, c, t]`` and ``[g, t, c']``."""
+    sizes = left.shape[3:]
+    row = prod(sizes)
+    inner = sum(lag.shift * prod(sizes[j:]) for j, lag in enumerate(key[1:], start=2))
+    start = rows[0] * row + max(0, -inner)  # what is left out is zero
+    stop = rows[1] * row - max(0, inner)
+    shift = key[0].shift * row + inner
+    return left.flatten(2)[:, :, start:stop], right.flatten(2)[
+        :, :, start + shift : stop + shift
+    ].mT
+
+
+def _boxes(left: Tensor, right: Tensor, key: Key, region: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Copy the positions of one region, ``[g, c, t]`` and ``[g, t, c']``."""
+    ranges = [lag.regions[index] for lag, index in zip(key, region)]
+    here = [slice(*edges) for edges in ranges]
+    there = [slice(a + lag.shift, b + lag.shift) for (a, b), lag in zip(ranges, key)]
+    every = slice(None)
+    box: tuple[Any, ...] = (every, every, here[0], every, *here[1:])
+    shifted: tuple[Any, ...] = (every, every, there[0], every, *there[1:])
+    return left[box].flatten(2), right[shifted].flatten(2).mT
+
+
+def scaled_if_incomplete(update: Update, axes: tuple[Axis, ...]) -> Update:
+    """Scale what no lag will write, and return the update for the rest."""
+    entries = prod(sum(len(lag.entries) for lag in lags(axis)) for axis in axes)
+    if entries == prod(axis.kernel_size for axis in axes) ** 2:
+        return update
+    update.out.mul_(update.beta) if update.beta else update.out.zero_()
+    return update.added()
+
+
+def _between(blocks: Tensor, pair: Pair) -> Tensor:
+    """View ``[g, ci, *k, ci', *k']`` between two blocks of channels."""
+    for dim, (start, stop) in zip((1, blocks.ndim // 2 + 1), pair):
+        blocks = blocks.narrow(dim, start, stop - start)
+    return blocks
+
+
+def write(blocks: Tensor, key: Key, sums: Tensor, beta: float, diagonal: bool = True) -> None:
+    """Write ``beta * blocks`` plus the sums over regions for all pairs of one lag.
+
+    Args:
+        blocks: View of the factor, ``[g, *c, *k, *c', *k']``, with ``k`` those of the lag.
+        key: The lag.
+        sums: The products of each region, ``[*r, g, *c, *c']``.
+        beta: What the old values are multiplied with.
+        diagonal: Whether the lags are half of all: the mirror images are then written too.
+    """
+    d, distinct = len(key), any(lag.distance for lag in key)
+    c = (sums.ndim - d - 1) // 2
+    rows, columns = range(d + 1, d + 1 + c), range(d + 1 + c, d + 1 + 2 * c)
+    if diagonal and not distinct:
+        mirror_(sums.view(-1, prod(sums.shape[d + 1 : d + 1 + c]), prod(sums.shape[d + 1 + c :])))
+    _store(_pairs(blocks, key, c), _window_sums(sums, key), beta)
+    if diagonal and distinct:
+        k = range(1, 1 + c + d)
+        blocks = blocks.permute(0, *(c + d + dim for dim in k), *k)
+        sums = sums.permute(*range(d + 1), *columns, *rows).contiguous()
+        target = _pairs(blocks, key, c)
+        target = target.permute(
+            0, *range(1 + c, 1 + 2 * c), *range(1, 1 + c), *range(1 + 2 * c, target.ndim)
+        )
+        _store(target, _window_sums(sums, key), beta)
+
+
+def _window_sums(sums: Tensor, key: Key) -> Tensor:
+    """Sum ``[*r, g, *c, *c']`` over each window's regions, to ``[g, *c, *c', *pair]``."""
+    for dim, lag in enumerate(key):
+        if sums.shape[dim] == 1 and all(first < end for first, end in lag.windows):
+            sizes = [*sums.shape]
+            sizes[dim] = len(lag.windows)
+            sums = sums.expand(sizes)
+        else:
+            parts = [sums.narrow(dim, first, end - first).sum(dim) for first, end in lag.windows]
+            sums = torch.stack(parts, dim)
+    d = len(key)
+    return sums.permute(*range(d, sums.ndim), *range(d))
+
+
+def _pairs(blocks: Tensor, key: Key, c: int) -> Tensor:
+    """View the pairs of one lag in ``[g, *c, *k, *c', *k']``, as ``[g, *c, *c', *pair]``."""
+    for remaining, lag in zip(range(len(key), 0, -1), key):
+        blocks = blocks.diagonal(lag.distance, 1 + c, 1 + 2 * c + remaining)
+        first = lag.entries.start - max(0, -lag.distance)
+        blocks = blocks[..., first :: lag.entries.step]
+    return blocks
+
+
+def _store(target: Tensor, values: Tensor, beta: float) -> None:
+    """Set ``target`` to ``beta * target + values``."""
+    target.copy_(torch.add(values, target, alpha=beta) if beta else values)

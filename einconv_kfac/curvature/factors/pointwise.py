@@ -1,0 +1,54 @@
+"""A plain product for kernels of one entry."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_size, chunks
+from einconv_kfac.curvature.factors.update import Update, panels
+
+LONG = 256
+"""Positions from which the product of a single example is worth a call."""
+
+
+def pointwise(x: Tensor, problem: Problem, update: Update) -> None:
+    """Add ``sum_{n,o} a a^T`` to the update, for a kernel that meets single positions."""
+    index: list[Any] = [...]
+    for axis in problem.geometry.axes:
+        met = axis.outputs(0)
+        start = axis.input_position(0, met.start)
+        index.append(slice(start, start + (len(met) - 1) * axis.stride + 1, axis.stride))
+        if not met:  # nothing but padding
+            index[-1] = slice(0, 0)
+    x = x[tuple(index)]
+    add_columns_(x.reshape(x.shape[0], problem.geometry.groups, problem.channels, -1), update)
+
+
+def pointwise_cost(problem: Problem) -> Cost:
+    """Return what `pointwise` does."""
+    bounds = panels(problem.size, problem.device)
+    pairs = sum((stop - start) * (problem.size - start) for start, stop in pairwise(bounds))
+    columns = problem.batch * problem.geometry.positions * problem.geometry.groups
+    calls = problem.batch * (3 + len(bounds))
+    return Cost(pairs * columns, problem.size, 0.0, problem.outputs, calls)
+
+
+def add_columns_(x: Tensor, update: Update) -> None:
+    """Add ``sum_{n,s} x x^T`` for ``x`` of shape ``[n, g, c, s]`` to the update.
+
+    Where the examples do not follow each other in memory, long ones are multiplied one by
+    one, which needs no copy, and short ones are gathered.
+    """
+    limit = chunk_size(x.device.type)
+    if x.stride(2) == 1 and x.dtype == update.out.dtype:
+        limit = x.numel()  # channels last
+    elif x.device.type == "cpu" and x.shape[3] >= LONG:
+        limit = 1
+    parts = list(chunks(x, 1.0, limit))
+    for part in parts:
+        columns = part.to(update.out.dtype).movedim(0, 2).flatten(2)  # g c (n s)
+        update.add_product_(columns, last=part is parts[-1])
+        update = update.added()

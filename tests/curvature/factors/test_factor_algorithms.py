@@ -1,0 +1,121 @@
+"""Each algorithm alone, on drawn convolutions of its domain, against the definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from factor_definition import columns, factor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from einconv_kfac.curvature.factors import conv_input_factor, conv_transpose_input_factor
+from einconv_kfac.curvature.factors.choice import ALGORITHMS, applicable, choose
+from einconv_kfac.curvature.factors.problem import Problem
+from einconv_kfac.geometry import Axis, Geometry, transposed_convolution
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+DRAWN = settings(derandomize=True, max_examples=200, deadline=None, database=None)
+LARGEST = (12, 8, 5, 4)
+
+
+@st.composite
+def axes(draw: st.DrawFn, largest: int, entries: int = 4) -> Axis:
+    """Draw one dimension with every hyper-parameter."""
+    kernel, dilation = draw(st.integers(1, entries)), draw(st.integers(1, 3))
+    padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    least = max(1, (kernel - 1) * dilation + 1 - sum(padding))
+    size = draw(st.integers(least, max(least, largest)))
+    return Axis(size, kernel, draw(st.integers(1, 4)), padding, dilation)
+
+
+@st.composite
+def geometries(draw: st.DrawFn, entries: int = 4) -> Geometry:
+    """Draw a convolution of one to four dimensions."""
+    ndim = draw(st.integers(1, 4))
+    entries = min(entries, 5 - ndim) if ndim > 2 else entries
+    found = [draw(axes(LARGEST[ndim - 1], entries)) for _ in range(ndim)]
+    return Geometry(tuple(found), draw(st.sampled_from([1, 1, 2, 3])))
+
+
+def draw_input(geometry: Geometry, channels: int, batch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, geometry.groups * channels, *geometry.input_size)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def options_of(geometry: Geometry) -> dict[str, Any]:
+    names = ("kernel_size", "stride", "padding", "dilation", "groups")
+    return {name: getattr(geometry, name) for name in names}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@given(data=st.data())
+@DRAWN
+def test_expand(algorithm: str, data: st.DataObject) -> None:
+    geometry = data.draw(geometries(entries=1 if algorithm == "pointwise" else 4))
+    x = draw_input(geometry, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)))
+    bias = data.draw(st.booleans())
+    expected = factor(columns(x, geometry), "expand", bias)
+    options = {**options_of(geometry), "bias": bias, "algorithm": algorithm}
+    out = torch.ones_like(expected)
+    conv_input_factor(x, **options, out=out, beta=0.5, alpha=2.0)
+    torch.testing.assert_close(out, 0.5 + 2 * expected, **TOLERANCE)
+    assert torch.equal(out, out.mT)
+
+
+@given(geometries(), st.integers(1, 3), st.integers(1, 3), st.booleans())
+@DRAWN
+def test_reduce(geometry: Geometry, channels: int, batch: int, bias: bool) -> None:
+    x = draw_input(geometry, channels, batch)
+    expected = factor(columns(x, geometry), "reduce", bias)
+    got = conv_input_factor(x, **options_of(geometry), approximation="reduce", bias=bias)
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+    assert torch.equal(got, got.mT)
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@given(geometries(), st.data())
+@DRAWN
+def test_transposed(approximation: str, geometry: Geometry, data: st.DataObject) -> None:
+    options = options_of(geometry)
+    extra = [data.draw(st.integers(0, max(a.stride, a.dilation) - 1)) for a in geometry.axes]
+    try:
+        adjoint = transposed_convolution(geometry.input_size, output_padding=extra, **options)
+    except ValueError:
+        return  # padding leaves no output
+    x, bias = draw_input(geometry, 2, 2), data.draw(st.booleans())
+    expected = factor(columns(x, adjoint, transposed=True), approximation, bias)
+    options = {**options, "approximation": approximation, "bias": bias}
+    got = conv_transpose_input_factor(x, output_padding=extra, **options)
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+    assert torch.equal(got, got.mT)
+
+
+@pytest.mark.parametrize("algorithm", ["lags", "bands", "im2col"])
+def test_many_parts(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input that is processed one example at a time, with channels in several blocks."""
+    monkeypatch.setattr("einconv_kfac.curvature.factors.problem.chunk_size", lambda _device: 1)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.lags.WIDTH", 2)
+    geometry = Geometry((Axis(7, 3, 1, (1, 1)), Axis(8, 3, 2, (1, 1))))
+    x = draw_input(geometry, 5, 4)
+    expected = factor(columns(x, geometry), "expand")
+    out = torch.ones_like(expected)
+    options = {**options_of(geometry), "algorithm": algorithm}
+    conv_input_factor(x, **options, out=out, beta=0.5, alpha=2.0)
+    torch.testing.assert_close(out, 0.5 + 2 * expected, **TOLERANCE)
+    assert torch.equal(out, out.mT)
+
+
+@given(geometries(), st.integers(1, 300), st.sampled_from(["cpu", "cuda"]))
+@DRAWN
+def test_choice_is_applicable_and_costs_are_positive(
+    geometry: Geometry, channels: int, device: str
+) -> None:
+    problem = Problem(geometry, 8, channels, torch.float32, device)
+    assert choose(problem) in applicable(problem)
+    for name in applicable(problem):
+        cost = ALGORITHMS[name].cost(problem)
+        assert min(cost.macs, cost.copied, cost.written, cost.calls) >= 0
+        assert cost.width >= 1

@@ -1,0 +1,44 @@
+"""Small models and batches for the optimizer's tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+
+
+def conv_net(seed: int = 0, *, random_layers: bool = False) -> nn.Sequential:
+    """Return a network for ``[n, 1, 6, 6]``: strided, grouped and linear layers."""
+    torch.manual_seed(seed)
+    extra = [nn.BatchNorm2d(4), nn.Dropout(0.3)] if random_layers else []
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        *extra,
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(36, 3),
+    ).double()
+
+
+def image_batch(size: int = 12, seed: int = 0) -> Batch:
+    """Return random images with random classes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 1, 6, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (size,), generator=generator)
+
+
+def train_step(model: nn.Module, loss_fn: nn.Module, opt: torch.optim.Optimizer, b: Batch) -> float:
+    """Take one step on a batch and return the loss before it."""
+    opt.zero_grad()
+    loss = loss_fn(model(b[0]), b[1])
+    loss.backward()
+    opt.step()
+    return float(loss.detach())
+
+
+def weights(model: nn.Module) -> Tensor:
+    """Return all parameters as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -1,0 +1,104 @@
+"""KFAC: what it refuses, and in which words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import conv_net, image_batch, weights
+from torch import nn
+
+from einconv_kfac import KFAC
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"lr": -0.1}, r"`lr` must be a number in \[0, inf\), got -0.1"),
+    ({"lr": float("nan")}, r"`lr` must be a number in \[0, inf\), got nan"),
+    ({"weight_decay": -1.0}, "`weight_decay` must be a number"),
+    ({"momentum": 1.0}, r"`momentum` must be a number in \[0, 1.0\), got 1.0"),
+    ({"momentum": -0.5}, "`momentum` must be a number"),
+    ({"damping": 0.0}, r"`damping` must be a number in \(0, inf\), got 0.0"),
+    ({"damping": float("nan")}, "`damping` must be a number"),
+    ({"factor_decay": 1.0}, r"`factor_decay` must be a number in \[0, 1.0\), got 1.0"),
+    ({"factor_update_period": 0}, "`factor_update_period` must be a positive integer, got 0"),
+    ({"inverse_update_period": 1.5}, "`inverse_update_period` must be a positive integer"),
+    ({"kl_clip": -1e-3}, "`kl_clip` must be a number"),
+    ({"fisher": "true"}, "`fisher` must be one of .*'mc'.*, got 'true'"),
+    ({"approximation": "kfc"}, "`approximation` must be one of .*'expand'.*, got 'kfc'"),
+    ({"mc_samples": 0}, "`mc_samples` must be at least 1, got 0"),
+    ({"params": [nn.Parameter(torch.zeros(2))]}, r"`params` must be parameters of `model`"),
+    ({"params": []}, "optimizer got an empty parameter list"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KFAC(conv_net(), nn.CrossEntropyLoss(), **options)
+
+
+def test_refused_arguments_leave_no_hooks() -> None:
+    model, loss_fn = conv_net(random_layers=True), nn.CrossEntropyLoss()
+    with pytest.raises(ValueError, match="strict"):
+        KFAC(model, loss_fn, strict=True)
+    assert not any(m._forward_hooks for m in [*model.modules(), loss_fn])
+
+
+@pytest.mark.parametrize("loss_fn", [nn.L1Loss(), nn.CTCLoss()])
+def test_monte_carlo_needs_a_known_loss(loss_fn: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"`loss_fn` must be one of .*{type(loss_fn).__name__}"):
+        KFAC(conv_net(), loss_fn)
+
+
+def test_reduction_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be 'mean' or 'sum', got 'none'"):
+        KFAC(conv_net(), nn.CrossEntropyLoss(reduction="none"))
+
+
+def test_strict_names_the_layers_without_factors() -> None:
+    message = r"got none for '1.weight' \(BatchNorm2d\), '1.bias' \(BatchNorm2d\)"
+    with pytest.raises(ValueError, match=message):
+        KFAC(conv_net(random_layers=True), nn.CrossEntropyLoss(), strict=True)
+    KFAC(conv_net(), nn.CrossEntropyLoss(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "none was backpropagated since the last step that `loss_fn` computed"),
+        ({"lr": 0.1, "adaptive": False}, "`loss_fn` never saw one"),
+    ],
+)
+def test_a_step_whose_loss_was_never_seen(options: dict[str, Any], message: str) -> None:
+    model = conv_net()
+    opt = KFAC(model, nn.CrossEntropyLoss(), **options)
+    x, y = image_batch()
+    nn.functional.cross_entropy(model(x), y).backward()
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=message):
+        opt.step()
+    assert torch.equal(before, weights(model))
+
+
+def test_the_automatic_step_needs_the_output_of_the_model() -> None:
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn)
+    x, y = image_batch()
+    loss_fn(2 * model(x), y).backward()
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="must be called on the model's output itself"):
+        opt.step()
+    assert torch.equal(before, weights(model))
+
+
+def test_a_bad_group_is_not_added() -> None:
+    model = conv_net()
+    opt = KFAC(model, nn.CrossEntropyLoss(), params=model[0].parameters())
+    with pytest.raises(ValueError, match="`lr` must be a number"):
+        opt.add_param_group({"params": model[2].parameters(), "lr": -1.0})
+    assert len(opt.param_groups) == 1
+    opt.param_groups[0]["lr"] = float("nan")
+    x, y = image_batch()
+    opt._recorder._loss_fn(model(x), y).backward()
+    with pytest.raises(ValueError, match="`lr` must be a number"):
+        opt.step()

@@ -1,0 +1,128 @@
+"""KFAC: saving, resuming, and what must not change its state."""
+
+from __future__ import annotations
+
+import io
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import conv_net, image_batch, train_step, weights
+from torch import nn
+
+from einconv_kfac import KFAC
+
+MODES: list[dict[str, Any]] = [
+    {"weight_decay": 1e-3},
+    {"lr": 0.1, "adaptive": False},
+    {"fisher": "empirical", "factor_update_period": 3, "inverse_update_period": 4},
+]
+
+
+def saved(**parts: Any) -> dict[str, Any]:
+    """Pass through ``torch.save`` and a safe ``torch.load``."""
+    buffer = io.BytesIO()
+    torch.save(parts, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_resumed_training_is_bit_identical(options: dict[str, Any], dtype: torch.dtype) -> None:
+    batches = [(x.to(dtype), y) for x, y in (image_batch(seed=s) for s in range(30))]
+    loss_fn = nn.CrossEntropyLoss()
+    model = conv_net(random_layers=True).to(dtype)
+    opt = KFAC(model, loss_fn, **options)
+    torch.manual_seed(1)
+    for batch in batches[:15]:
+        train_step(model, loss_fn, opt, batch)
+    parts = saved(model=model.state_dict(), opt=opt.state_dict(), rng=torch.get_rng_state())
+    for batch in batches[15:]:
+        train_step(model, loss_fn, opt, batch)
+
+    resumed = conv_net(seed=9, random_layers=True).to(dtype)
+    again = KFAC(resumed, loss_fn, **options)
+    resumed.load_state_dict(parts["model"])
+    again.load_state_dict(parts["opt"])
+    torch.set_rng_state(parts["rng"])
+    for batch in batches[15:]:
+        train_step(resumed, loss_fn, again, batch)
+    assert torch.equal(weights(model), weights(resumed))
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_batch_that_is_not_finite_changes_nothing(
+    options: dict[str, Any], poison: float, steps: int
+) -> None:
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, **options)
+    for seed in range(steps):
+        train_step(model, loss_fn, opt, image_batch(seed=seed))
+    before, state = weights(model), deepcopy(opt.state_dict())
+    x, y = image_batch()
+    x[0, 0, 0, 0] = poison
+    with pytest.warns(RuntimeWarning, match="not finite; the step was skipped"):
+        train_step(model, loss_fn, opt, (x, y))
+    assert torch.equal(before, weights(model))
+    assert_same(state, opt.state_dict())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn)
+    x, y = image_batch()
+    loss_fn(model(x), y).backward()
+    before, state = weights(model), deepcopy(opt.state_dict())
+    generator = state["kfac"]["preconditioner"].pop("generator")
+    model[0].weight.grad[0] = float("inf")
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        opt.step()
+    assert torch.equal(before, weights(model))
+    after = opt.state_dict()
+    fresh = torch.Generator().manual_seed(0).get_state()
+    assert torch.equal(after["kfac"]["preconditioner"].pop("generator"), fresh)
+    assert not torch.equal(generator, fresh)  # the backward pass drew from it
+    assert_same(state, after)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Compare nested containers of tensors bit by bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for left, right in zip(a, b):
+            assert_same(left, right)
+    else:
+        assert a == b
+
+
+def test_loading_a_state_of_other_shapes_names_the_layer_and_changes_nothing() -> None:
+    loss_fn = nn.CrossEntropyLoss()
+    small, large = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(4, 3))
+    source, target = KFAC(small, loss_fn), KFAC(large, loss_fn)
+    train_step(small, loss_fn, source, (torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1])))
+    before = deepcopy(target.state_dict())
+    with pytest.raises(ValueError, match=r"factors of shape .* for '0', got"):
+        target.load_state_dict(source.state_dict())
+    assert_same(before, target.state_dict())
+
+
+def test_loading_a_state_of_other_layers_or_modes_is_refused() -> None:
+    loss_fn = nn.CrossEntropyLoss()
+    one, two = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Tanh(), nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="must have the model's layers, differs in"):
+        KFAC(one, loss_fn).load_state_dict(KFAC(two, loss_fn).state_dict())
+    with pytest.raises(ValueError, match="same `adaptive`"):
+        KFAC(one, loss_fn).load_state_dict(KFAC(one, loss_fn, adaptive=False).state_dict())
+    with pytest.raises(ValueError, match="must be a KFAC state of version"):
+        KFAC(one, loss_fn).load_state_dict(torch.optim.SGD(one.parameters(), 0.1).state_dict())
