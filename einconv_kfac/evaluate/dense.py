@@ -10,10 +10,16 @@ from einconv_kfac.geometry import Geometry
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
+NARROW = 32
+"""Rows per kernel entry below which all kernel entries are unfolded, for a longer product."""
+
+LONG = 128
+"""Output positions from which on a product per example is worth its call."""
+
 
 def forward(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x P W -> [n, (g co), *o]``."""
-    rows = rows_of(geometry, unfold_all=x.dtype in LOW_PRECISION)
+    rows = rows_of(geometry, unfold_all=_unfolds_all(geometry, weight))
     output = _convolved(rows, x, _entries(weight, rows))
     return output.view(x.shape[0], weight.shape[0], *geometry.output_size)
 
@@ -40,16 +46,23 @@ def input_vjp(geometry: Geometry, weight: Tensor, v: Tensor) -> Tensor:
 
 def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
     """Return ``x P v -> [(g co), ci, *k]``."""
-    rows = rows_of(geometry)
     groups, channels = geometry.groups, x.shape[1] // geometry.groups
+    rows = rows_of(geometry, unfold_all=channels * geometry.kernel_size[-1] < NARROW)
     v = v.reshape(v.shape[0], groups, -1, rows.outputs)
     shape = (len(rows.slices), groups, v.shape[2], channels * rows.entries)
     total = x.new_zeros(shape, dtype=_accumulator(x.dtype))
+    add_ = _correlate_each_ if rows.outputs >= LONG else _correlate_
     for part in rows.chunks(x):
-        _correlate_(total, rows, x[part], v[part])
+        add_(total, rows, rows.of(x[part]), v[part])
     kernel = [slide.kernel_size for slide in rows.slides]
     total = total.to(x.dtype).reshape(kernel[0], groups * v.shape[2], channels, *kernel[1:])
     return total.movedim(0, 2).reshape(-1, channels, *geometry.kernel_size)
+
+
+def _unfolds_all(geometry: Geometry, weight: Tensor) -> bool:
+    """Whether all kernel entries are better summed by one matrix product."""
+    narrow = weight.shape[1] * geometry.kernel_size[-1] < NARROW
+    return narrow or weight.dtype in LOW_PRECISION
 
 
 def _convolved(rows: Rows, x: Tensor, entries: Tensor) -> Tensor:
@@ -72,21 +85,28 @@ def _convolved(rows: Rows, x: Tensor, entries: Tensor) -> Tensor:
 def _scattered(rows: Rows, v: Tensor, entries: Tensor) -> Tensor:
     """Return rows ``[phase, (n g), (ci k1 ..), p]`` of the input that outputs reach."""
     v = v.flatten(0, 1)  # [(n g), co, o]
-    phases = rows.slides[0].stride
-    scattered = v.new_zeros(phases, len(v), entries.shape[2], rows.width)
+    scattered = v.new_zeros(rows.phases, len(v), entries.shape[2], rows.width)
     for entry, (phase, start) in enumerate(rows.slices):
         window = scattered[phase, :, :, start : start + rows.outputs]
         window.baddbmm_(_repeated(entries[entry], len(v)), v)
     return torch.unflatten(scattered, 1, (-1, rows.groups))
 
 
-def _correlate_(total: Tensor, rows: Rows, x: Tensor, v: Tensor) -> None:
-    """Add the products of all examples to ``[k0, g, co, (ci k1 ..)]``.
+def _correlate_each_(total: Tensor, rows: Rows, unfolded: Tensor, v: Tensor) -> None:
+    """Add the products, one example after the other, to ``[k0, g, co, (ci k1 ..)]``."""
+    for example, vector in enumerate(v):  # vector: [g, co, o]
+        for entry, (phase, start) in enumerate(rows.slices):
+            window = unfolded[phase, example, :, :, start : start + rows.outputs]
+            _add_product_(total[entry], vector, window.transpose(1, 2))
+
+
+def _correlate_(total: Tensor, rows: Rows, unfolded: Tensor, v: Tensor) -> None:
+    """Add the products of all examples at once to ``[k0, g, co, (ci k1 ..)]``.
 
     Examples stand side by side in one long dimension; outputs are padded with zeros to the
     width of the rows, so that slices may run from one example into the next.
     """
-    unfolded = rows.of(x).movedim(1, 3).flatten(3)  # [phase, g, (ci k1 ..), (n p)]
+    unfolded = unfolded.movedim(1, 3).flatten(3)  # [phase, g, (ci k1 ..), (n p)]
     gap = rows.width - rows.outputs
     v = torch.nn.functional.pad(v, (0, gap)) if gap and len(v) > 1 else v
     v = v.movedim(0, 2).flatten(2)  # [g, co, (n p)]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate import dense
+from einconv_kfac.evaluate import dense, depthwise
 from einconv_kfac.geometry import Axis, Geometry
 
 ROLES = ("x", "w", "v")
 """Input, kernel, and a vector like the output."""
 
-OPERATIONS: dict[str, Callable[[Geometry, Tensor, Tensor], Tensor]] = {
+Operation: TypeAlias = Callable[[Geometry, Tensor, Tensor], Tensor]
+OPERATIONS: dict[str, Operation] = {
     "v": dense.forward,
     "x": dense.input_vjp,
     "w": dense.weight_vjp,
@@ -30,7 +31,19 @@ def others(role: str) -> tuple[str, str]:
 
 def contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
     """Contract two tensors of a convolution to the third, without a derivative."""
-    return OPERATIONS[role](geometry, first.contiguous(), second.contiguous())
+    return operation(geometry, role, first, second)(
+        geometry, first.contiguous(), second.contiguous()
+    )
+
+
+def operation(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Operation:
+    """Choose in which order to contract, from the sizes."""
+    weight = {"v": second, "x": first}.get(role)
+    if weight is None or weight.shape[1] > 1 or geometry.groups == 1 or weight.element_size() < 4:
+        return OPERATIONS[role]
+    if role == "v":
+        return depthwise.forward
+    return depthwise.input_vjp if weight.shape[0] == geometry.groups else dense.input_vjp
 
 
 @torch.library.custom_op("einconv_kfac::convolution", mutates_args=())

@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from einconv_kfac.evaluate.windows import fold_axis
+from einconv_kfac.evaluate.windows import fold_axis, padded
 from einconv_kfac.geometry import Axis, Geometry
 
 
@@ -79,41 +78,34 @@ class Rows:
         return tuple((o % first.stride, o // first.stride * self.rest) for o in offsets)
 
     @cached_property
-    def padding(self) -> list[int]:
-        """Argument of ``torch.nn.functional.pad`` that puts all windows inside."""
-        first = self.slides[0]
-        ends = [first.places * first.stride, *(slide.length for slide in self.slides[1:])]
-        sides = [(s.left, end - s.left - s.input_size) for s, end in zip(self.slides, ends)]
-        return [side for pair in reversed(sides) for side in pair]
+    def phases(self) -> int:
+        """Phases of the first axis that kernel entries meet."""
+        return 1 + max(phase for phase, _ in self.slices)
 
     @cached_property
-    def padded_size(self) -> tuple[int, ...]:
-        """Spatial sizes of the padded input."""
+    def sides(self) -> tuple[tuple[int, int], ...]:
+        """Padding with which inputs end with the last window; may be negative."""
         first = self.slides[0]
-        return (first.places * first.stride, *(slide.length for slide in self.slides[1:]))
-
-    @cached_property
-    def is_view(self) -> bool:
-        """Whether the rows are the input itself."""
-        plain = all(s.kernel_size == 1 and s.stride == 1 for s in self.slides[1:])
-        return plain and self.slides[0].stride == 1 and not any(self.padding)
+        ends = (
+            (first.places - 1) * first.stride + self.phases,
+            *(s.length for s in self.slides[1:]),
+        )
+        return tuple((s.left, end - s.left - s.input_size) for s, end in zip(self.slides, ends))
 
     def of(self, x: Tensor) -> Tensor:
         """Return the rows ``[phase, n, g, (ci k1 ..), p]`` of inputs ``[n, (g ci), *i]``."""
         n, channels = x.shape[:2]
         x = x.reshape(n, channels, *(slide.input_size for slide in self.slides))
-        if any(self.padding):
-            x = functional.pad(x, self.padding)
         first = self.slides[0]
-        views = torch.unflatten(x, 2, (first.places, first.stride))
-        for dim, slide in enumerate(self.slides[1:], start=4):
+        views = padded(x, self.sides).unfold(2, self.phases, first.stride)
+        for dim, slide in enumerate(self.slides[1:], start=3):
             span = (slide.kernel_size - 1) * slide.dilation + 1
             views = views.unfold(dim, span, slide.stride)[..., :: slide.dilation]
-        more = len(self.slides) - 1  # views: [n, c, place, phase, o1 .., k1 ..]
+        more = len(self.slides) - 1  # views: [n, c, place, o1 .., phase, k1 ..]
         kernel = range(4 + more, 4 + 2 * more)
-        order = (3, 0, 1, *kernel, 2, *range(4, 4 + more))
+        order = (3 + more, 0, 1, *kernel, *range(2, 3 + more))
         inner = channels // self.groups * self.entries
-        return views.permute(order).reshape(first.stride, n, self.groups, inner, self.width)
+        return views.permute(order).reshape(self.phases, n, self.groups, inner, self.width)
 
     def fold(self, rows: Tensor, channels: int) -> Tensor:
         """Return the adjoint of `of`: ``[n, (g ci), *i]``, what overlaps added up."""
@@ -121,20 +113,19 @@ class Rows:
         n = rows.shape[1]
         kernel = [slide.kernel_size for slide in self.slides[1:]]
         output = [slide.output_size for slide in self.slides[1:]]
-        rows = rows.reshape(first.stride, n, channels, *kernel, first.places, *output)
+        rows = rows.reshape(self.phases, n, channels, *kernel, first.places, *output)
         for axis in range(more, 0, -1):  # rows: [phase, n, c, k1 .., place, o1 ..]
             slide = self.slides[axis]
             rows = fold_axis(rows, 2 + axis, 3 + 2 * axis, slide.dilation, slide.stride)
-        rows = rows.permute(1, 2, 3, 0, *range(4, 4 + more))
-        padded = rows.reshape(n, channels, *self.padded_size)
-        return functional.pad(padded, [-side for side in self.padding])
+        image = fold_axis(rows, 0, 3, 1, first.stride)  # [n, c, i0, ..]
+        return padded(image, tuple((-left, -right) for left, right in self.sides))
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
         """Split the batch so that the rows of a chunk stay in the processor's cache."""
         n = x.shape[0]
         size = n
         if x.device.type == "cpu":
-            per_example = x.shape[1] * self.entries * self.width * self.slides[0].stride
+            per_example = x.shape[1] * self.entries * self.width * self.phases
             size = max(1, CHUNK_BYTES * torch.get_num_threads() // (per_example * x.itemsize))
         return (slice(start, start + size) for start in range(0, n, max(size, 1)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional
 
@@ -10,7 +12,7 @@ from einconv_kfac.geometry import Axis, Geometry
 
 def unfold(geometry: Geometry, x: Tensor) -> Tensor:
     """Return ``x[n,c,i] P[k,o,i] -> [n,(c k),(o)]``."""
-    x = functional.pad(x, _padding(geometry))
+    x = padded(x, _sides(geometry))
     for dim, axis in enumerate(geometry.axes, start=2):
         x = x.unfold(dim, axis.span, axis.stride)[..., :: axis.dilation]
     ndim = geometry.ndim  # x: [n, c, o0 .., k0 ..]
@@ -25,7 +27,7 @@ def fold(geometry: Geometry, columns: Tensor) -> Tensor:
     for remaining, axis in zip(range(geometry.ndim, 0, -1), geometry.axes):
         z = fold_axis(z, 2, 2 + remaining, axis.dilation, axis.stride)  # [n, c, k1 .., i0, o1 ..]
         z = z.movedim(1 + remaining, -1)  # [n, c, k1 .., o1 .., i0]
-    return functional.pad(z, [-side for side in _padding(geometry)])
+    return padded(z, tuple((-left, -right) for left, right in _sides(geometry)))
 
 
 def unfold_transposed(geometry: Geometry, x: Tensor) -> Tensor:
@@ -52,6 +54,16 @@ def fold_axis(z: Tensor, kernel: int, output: int, dilation: int, stride: int) -
     return folded
 
 
+def padded(x: Tensor, sides: Sequence[tuple[int, int]]) -> Tensor:
+    """Pad the last dimensions with zeros; negative sides are cropped, without a copy."""
+    added: list[int] = []
+    for back, (left, right) in enumerate(reversed(sides), start=1):
+        start, size = max(0, -left), x.shape[-back]
+        x = x.narrow(-back, start, size - start - max(0, -right))
+        added += [max(0, left), max(0, right)]
+    return functional.pad(x, added) if any(added) else x
+
+
 def _scattered(x: Tensor, axis: Axis) -> Tensor:
     """Replace the first spatial dimension ``o`` by ``[k, i]``, at the end."""
     x = x.movedim(2, -1)
@@ -69,10 +81,9 @@ def _length(axis: Axis) -> int:
     return (axis.output_size - 1) * axis.stride + axis.span
 
 
-def _padding(geometry: Geometry) -> list[int]:
-    """Argument of ``torch.nn.functional.pad`` with which inputs end with the last window."""
-    sides: list[int] = []
-    for axis in reversed(geometry.axes):
-        left = axis.padding[0]
-        sides += [left, _length(axis) - axis.input_size - left]
-    return sides
+def _sides(geometry: Geometry) -> tuple[tuple[int, int], ...]:
+    """Padding with which inputs end with the last window; may be negative."""
+    lefts = (axis.padding[0] for axis in geometry.axes)
+    return tuple(
+        (left, _length(axis) - axis.input_size - left) for left, axis in zip(lefts, geometry.axes)
+    )
