@@ -22,7 +22,6 @@ from einconv_kfac.curvature.factors.lags import Key, half_of_lags, scaled_if_inc
 from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_count, chunks
 from einconv_kfac.curvature.factors.update import Update, add_matmul_, blocks_of
 from einconv_kfac.geometry import Axis, Geometry
-from einconv_kfac.padding import pad_input
 
 LEAST = 16
 """Rows and columns from which products of matrices are fast."""
@@ -131,17 +130,11 @@ class _Operand:
     """
 
     def __init__(self, x: Tensor, geometry: Geometry, band: Band, dtype: torch.dtype) -> None:
-        """View the input as blocks."""
-        axis, step = band.axis, band.outputs * band.axis.stride
-        start = band.first * axis.stride - axis.padding[0]
-        stop = start + (band.count - 1) * step + band.width
-        kept = x[..., max(0, start) : max(0, stop)]
-        x = pad_input(kept, [(max(0, -start), stop - max(0, start) - kept.shape[-1])])
-        x = x.unfold(-1, band.width, step)  # n (g c) *i b w
+        """Remember the input."""
         x = x.reshape(x.shape[0], geometry.groups, -1, *x.shape[2:])
         self.band, self.channels, self._dtype = band, x.shape[2], dtype
         self._strides = geometry.stride[:-1]
-        self._blocks = x.movedim((0, 2), (-3, -2))  # g *i b n c w
+        self._x = x.movedim((0, 2), (-3, -2))  # g *i n c i
         self._made: dict[tuple[int, ...], Tensor] = {}
 
     def __getitem__(self, remainders: tuple[int, ...]) -> Tensor:
@@ -149,9 +142,20 @@ class _Operand:
         if remainders not in self._made:
             grid = (slice(r, None, s) for r, s in zip(remainders, self._strides))
             index: tuple[Any, ...] = (slice(None), *grid)
-            part = self._blocks[index].to(self._dtype)
-            self._made[remainders] = part.flatten(-2).flatten(-3, -2).contiguous()
+            self._made[remainders] = self._blocks(self._x[index])
         return self._made[remainders]
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """Copy the blocks of the last dimension of ``x``, ``[g, *t, n, c, i]``."""
+        band, axis = self.band, self.band.axis
+        shape = (*x.shape[:-3], band.count, *x.shape[-3:-1], band.width)
+        blocks = x.new_zeros(shape, dtype=self._dtype)  # g *t b n c w
+        for block in range(band.count):
+            start = (band.first + block * band.outputs) * axis.stride - axis.padding[0]
+            low, high = max(0, start), min(x.shape[-1], start + band.width)
+            if low < high:
+                blocks[..., block, :, :, low - start : high - start] = x[..., low:high]
+        return blocks.flatten(-2).flatten(-3, -2)
 
     def entries(self, products: Tensor) -> Tensor:
         """Sum the products ``[g, (c w), (c' w')]`` of the blocks to ``[g, c, k, c', k']``."""

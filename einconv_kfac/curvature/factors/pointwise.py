@@ -42,7 +42,7 @@ def add_columns_(x: Tensor, update: Update) -> None:
     Where the examples do not follow each other in memory, long ones are multiplied one by
     one, which needs no copy, and short ones are gathered.
     """
-    limit = chunk_size(x.device.type)
+    limit = chunk_size(x.device.type, x.numel())
     if x.stride(2) == 1 and x.dtype == update.out.dtype:
         limit = x.numel()  # channels last
     elif x.device.type == "cpu" and x.shape[3] >= LONG:

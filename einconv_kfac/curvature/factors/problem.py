@@ -83,15 +83,20 @@ def check_approximation(approximation: str) -> bool:
     return approximation == "expand"
 
 
-def chunk_size(device: str) -> int:
-    """Return how many elements to process at a time: what fits a cache, or fills a device."""
-    return 1 << (20 if device == "cpu" else 24)
+def chunk_size(device: str, elements: int) -> int:
+    """Return how many elements to make of an input of ``elements`` at a time.
+
+    As many as fit a cache, or fill a device, but not more than the input has.
+    """
+    smallest, largest = (1 << 16, 1 << 20) if device == "cpu" else (1 << 22, 1 << 24)
+    return min(max(elements, smallest), largest)
 
 
 def chunk_count(problem: Problem, growth: float) -> int:
     """Return into how many parts `chunks` cuts the input."""
+    limit = chunk_size(problem.device, problem.inputs)
     per_example = max(1.0, growth * problem.inputs / problem.batch)
-    return -(-problem.batch // max(1, int(chunk_size(problem.device) / per_example)))
+    return -(-problem.batch // max(1, int(limit / per_example)))
 
 
 def chunks(x: Tensor, growth: float, limit: int | None = None) -> Iterator[Tensor]:
@@ -99,7 +104,7 @@ def chunks(x: Tensor, growth: float, limit: int | None = None) -> Iterator[Tenso
 
     Each part, once processed, has about ``limit`` elements, and at least one example.
     """
-    limit = chunk_size(x.device.type) if limit is None else limit
+    limit = chunk_size(x.device.type, x.numel()) if limit is None else limit
     step = max(1, int(limit / max(1.0, growth * x[0].numel())))
     for start in range(0, x.shape[0], step):
         yield x[start : start + step]
