@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from math import exp, log, prod
 from pathlib import Path
 from statistics import median
@@ -166,7 +167,7 @@ def im2col(layer: Layer, approximation: str) -> Callable[[Tensor], Any]:
 
 def einconv(layer: Layer, approximation: str) -> Callable[[Tensor], Any] | None:
     """Return einconv 0.1.0's expression, built and evaluated."""
-    if layer.transposed:
+    if layer.transposed or find_spec("einconv") is None:
         return None
     expressions: Any = import_module("einconv.expressions")
 
@@ -181,7 +182,8 @@ def einconv(layer: Layer, approximation: str) -> Callable[[Tensor], Any] | None:
 
 def curvlinops(layer: Layer, approximation: str) -> Callable[[Tensor], Any] | None:
     """Return the way of curvlinops, which has no factors per group."""
-    if layer.transposed or layer.groups > 1 or layer.geometry.ndim != 2:
+    unknown = layer.transposed or layer.groups > 1 or layer.geometry.ndim != 2
+    if unknown or find_spec("curvlinops") is None:
         return None
     ways: Any = import_module("curvlinops.kfac_utils")
     extract = ways.extract_patches if approximation == "expand" else ways.extract_averaged_patches

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.lags import Key, half_of_lags, scaled_if_incomplete, write
-from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_count, chunks
+from einconv_kfac.curvature.factors.problem import (
+    BATCHED,
+    SCATTERED,
+    Cost,
+    Problem,
+    chunk_count,
+    chunks,
+)
 from einconv_kfac.curvature.factors.update import Update, add_matmul_, blocks_of
 from einconv_kfac.geometry import Axis, Geometry
 
@@ -110,13 +117,14 @@ def banded_cost(problem: Problem) -> Cost:
     groups, channels = problem.geometry.groups, problem.channels
     macs = sum(rows * band.count * (channels * band.width) ** 2 for band in found)
     width = channels * max(band.width for band in found)
-    sums = (
-        regions * sum(band.outputs for band in found) * groups * (channels * last.kernel_size) ** 2
-    )
+    entries = groups * (channels * last.kernel_size) ** 2
+    sums = SCATTERED * regions * sum(band.outputs for band in found) * entries
     count = chunk_count(problem, _growth(last, channels))
-    copied = problem.inputs * _growth(last, channels)
-    calls = count * regions * len(found) * 10 + 30 * len(keys)
-    return Cost(macs * problem.batch * groups, width, copied, problem.outputs + count * sums, calls)
+    copied = problem.inputs * (1 + _growth(last, channels))
+    products = count * regions * len(found) * (1 + BATCHED * (groups - 1))
+    calls = 10 * products + 30 * len(keys)
+    written = problem.outputs + count * sums
+    return Cost(macs * problem.batch * groups, width, copied, written, calls)
 
 
 class _Operand:

@@ -34,8 +34,8 @@ ALGORITHMS = {
 }
 
 PRICES = {
-    "cpu": Cost(27e-12, 12.0, 1.4e-9, 2.3e-9, 5e-6),
-    "cuda": Cost(4e-14, 64.0, 4e-12, 8e-12, 1e-5),
+    "cpu": Cost(28e-12, 0.0, 1.2e-9, 0.85e-9, 4.5e-6),
+    "cuda": Cost(4e-14, 64.0, 4e-12, 4e-12, 1e-5),
 }
 """Seconds per unit; ``width`` is that of products which reach half of the full speed.
 

@@ -7,9 +7,12 @@ from math import prod
 
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_count, chunks
+from einconv_kfac.curvature.factors.problem import BATCHED, Cost, Problem, chunk_count, chunks
 from einconv_kfac.curvature.factors.unfold import unfolded
 from einconv_kfac.curvature.factors.update import Update, panels
+
+SHORT = 8
+"""Elements of a row that copying it costs in addition."""
 
 
 def im2col(x: Tensor, problem: Problem, update: Update) -> None:
@@ -34,5 +37,7 @@ def im2col_cost(problem: Problem) -> Cost:
     pairs = sum((stop - start) * (problem.size - start) for start, stop in pairwise(bounds))
     columns = problem.batch * problem.geometry.positions * problem.geometry.groups
     count = chunk_count(problem, _growth(problem))
-    calls = count * (5 + len(bounds)) + 4 * len(bounds)
-    return Cost(pairs * columns, problem.size, problem.size * columns, problem.outputs, calls)
+    calls = count * (5 + len(bounds)) * (1 + BATCHED * problem.geometry.groups) + 4 * len(bounds)
+    short = 1 + SHORT / problem.geometry.output_size[-1]
+    copied = problem.size * columns * short
+    return Cost(pairs * columns, problem.size, copied, problem.outputs, calls)

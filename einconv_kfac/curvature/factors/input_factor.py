@@ -70,7 +70,7 @@ def conv_input_factor(
              [3., 3., 4.]]])
     """
     geometry = convolution(x.shape[2:], kernel_size, stride, padding, dilation, groups)
-    expand = check_approximation(approximation)
+    expand = check_approximation(approximation, algorithm)
     problem = _problem(x, geometry)
     update = prepare(x, (groups, problem.size + bias), out, beta, alpha / x.shape[0])
     inner = update.within(problem.size)
@@ -138,7 +138,7 @@ def conv_transpose_input_factor(
     geometry = transposed_convolution(
         x.shape[2:], kernel_size, stride, padding, output_padding, dilation, groups
     )
-    expand = check_approximation(approximation)
+    expand = check_approximation(approximation, algorithm)
     problem = _problem(x, geometry)
     update = prepare(x, (groups, problem.size + bias), out, beta, alpha / x.shape[0])
     inner = update.within(problem.size)

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.coincidence import Lag, grid_size, lags
-from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_count, chunks
+from einconv_kfac.curvature.factors.problem import (
+    BATCHED,
+    SCATTERED,
+    Cost,
+    Problem,
+    chunk_count,
+    chunks,
+)
 from einconv_kfac.curvature.factors.update import (
     Update,
     add_matmul_,
@@ -60,15 +67,24 @@ def lag_reuse_cost(problem: Problem) -> Cost:
     axes = problem.geometry.axes
     axes = (Axis(1, 1), *axes) if len(axes) == 1 else axes
     keys, blocks = half_of_lags(axes), len(_edges(problem.channels)) - 1
+    groups, samples = problem.geometry.groups, problem.batch * problem.geometry.groups
     row = prod(grid_size(axis) for axis in axes[1:])
     rows = sum(key[0].regions[-1][1] - key[0].regions[0][0] for key in keys)
-    masks = len({(key[1:], key[0].left) for key in keys})
+    masks = len({(key[1:], key[0].left) for key in keys}) * grid_size(axes[0]) * row
     regions = sum(prod(len(lag.regions) for lag in key) for key in keys)
-    grid = problem.inputs / prod(axis.input_size for axis in axes) * grid_size(axes[0]) * row
-    count = chunk_count(problem, 1.0)
-    calls = blocks**2 * (count * (4 * masks + 8 * regions) + 30 * len(keys))
-    macs = rows * row * problem.batch * problem.geometry.groups * problem.channels**2
-    return Cost(macs, problem.channels / blocks, masks * grid, problem.outputs, calls)
+    strips = 2 * SCATTERED * sum(_border(key) for key in keys)
+    copied = samples * problem.channels * (masks + strips * blocks)
+    macs = rows * row * samples * problem.channels**2
+    products = chunk_count(problem, 1.0) * regions * (1 + BATCHED * (groups - 1))
+    calls = blocks**2 * (8 * products + 30 * len(keys))
+    return Cost(macs, problem.channels / blocks, copied, problem.outputs, calls)
+
+
+def _border(key: Key) -> int:
+    """Return the positions in the regions that are copied."""
+    sizes = [[stop - start for start, stop in lag.regions] for lag in key]
+    interior = prod(size[lag.interior] for size, lag in zip(sizes[1:], key[1:]))
+    return sum(sizes[0]) * (prod(map(sum, sizes[1:])) - interior)
 
 
 def _edges(channels: int) -> list[int]:

@@ -11,6 +11,12 @@ from torch import Tensor
 
 from einconv_kfac.geometry import Geometry
 
+BATCHED = 0.004
+"""What one more matrix in a batched product costs, as a part of a call with eight operations."""
+
+SCATTERED = 3
+"""What copying or adding single elements costs, relative to whole rows."""
+
 APPROXIMATIONS = ("expand", "reduce")
 
 
@@ -72,14 +78,17 @@ class Cost:
     calls: float
 
 
-def check_approximation(approximation: str) -> bool:
+def check_approximation(approximation: str, algorithm: str | None = None) -> bool:
     """Return whether the approximation is ``"expand"``.
 
     Raises:
-        ValueError: If it is not one of `APPROXIMATIONS`.
+        ValueError: If it is not one of `APPROXIMATIONS`, or if there is an algorithm to choose
+            for ``"reduce"``, which has only one.
     """
     if approximation not in APPROXIMATIONS:
         raise ValueError(f"`approximation` must be one of {APPROXIMATIONS}, got {approximation!r}.")
+    if approximation == "reduce" and algorithm is not None:
+        raise ValueError(f"`algorithm` must be None for 'reduce', got {algorithm!r}.")
     return approximation == "expand"
 
 

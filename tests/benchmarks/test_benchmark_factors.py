@@ -1,0 +1,11 @@
+"""The benchmark of the factors starts, ends, and writes its table and picture."""
+
+import factors
+
+
+def test_factors(tmp_path):
+    output = tmp_path / "results" / "factors.txt"
+    factors.main(["--quick", "--budget", "0", "--output", str(output)])
+    lines = output.read_text().splitlines()
+    assert sum(line.startswith(("expand:", "reduce:")) for line in lines) == 4
+    assert output.with_suffix(".png").stat().st_size > 0
