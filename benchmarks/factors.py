@@ -169,9 +169,8 @@ def einconv(layer: Layer, approximation: str) -> Callable[[Tensor], Any] | None:
     """Return einconv 0.1.0's expression, built and evaluated."""
     if layer.transposed or find_spec("einconv") is None:
         return None
-    expressions: Any = import_module("einconv.expressions")
-
-    module = expressions.convNd_kfc if approximation == "expand" else expressions.convNd_kfac_reduce
+    name = "convNd_kfc" if approximation == "expand" else "convNd_kfac_reduce"
+    module: Any = import_module(f"einconv.expressions.{name}")
 
     def call(x: Tensor) -> Tensor:
         equation, operands, shape = module.einsum_expression(x, **layer.options)

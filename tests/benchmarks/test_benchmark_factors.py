@@ -1,8 +1,10 @@
 """The benchmark of the factors starts, ends, and writes its table and picture."""
 
 import factors
+import pytest
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # on import of the others
 def test_factors(tmp_path):
     output = tmp_path / "results" / "factors.txt"
     factors.main(["--quick", "--budget", "0", "--output", str(output)])
