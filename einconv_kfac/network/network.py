@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import TYPE_CHECKING
 
+from einconv_kfac.network.drawing import Picture, draw
 from einconv_kfac.network.operand import Leaf, Operand, Pattern
 from einconv_kfac.network.step import Fold, Pad, Shape, Step
+
+if TYPE_CHECKING:  # explanations are built on networks
+    from einconv_kfac.network.explanation import Explanation
 
 Steps = Callable[[int], tuple[Step, ...]]
 
@@ -183,6 +188,19 @@ class Network:
         """The steps of `undo` that a reshape to `shape` does not do already."""
         last = max((j for j, s in enumerate(self.undo) if isinstance(s, (Fold, Pad))), default=-1)
         return self.undo[: last + 1]
+
+    def draw(self) -> Picture:
+        """Return a picture: tensors as nodes, indices as edges, sizes on the edges.
+
+        A notebook shows it by itself; ``save("file.svg")`` or ``save("file.png")`` writes it.
+        """
+        return draw(self)
+
+    def explain(self) -> Explanation:
+        """Return operands, sizes, path, cost, and the rules that fired; print it."""
+        from einconv_kfac.network.explanation import explain  # noqa: PLC0415 (built on networks)
+
+        return explain(self)
 
     def __str__(self) -> str:
         scale = "" if self.scale == 1 else f"{self.scale} "

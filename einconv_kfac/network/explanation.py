@@ -1,0 +1,64 @@
+"""What evaluating a network involves, in words and numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from einconv_kfac.network.equation import parse_equation
+from einconv_kfac.network.lowering import lowered
+from einconv_kfac.network.network import Network
+from einconv_kfac.network.path import contraction_path
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The cost of a network's evaluation.
+
+    Args:
+        network: The network.
+        lowered: The network with its patterns turned into views and folds.
+        contractions: Equation and multiply-accumulates of each pairwise contraction, in order.
+        largest: Entries of the largest intermediate or result.
+    """
+
+    network: Network
+    lowered: Network
+    contractions: tuple[tuple[str, int], ...]
+    largest: int
+
+    @property
+    def multiply_accumulates(self) -> int:
+        """Multiply-accumulates of all contractions."""
+        return sum(count for _, count in self.contractions)
+
+    def __str__(self) -> str:
+        nodes = self.network.nodes
+        sizes = "  ".join(f"{index}={size}" for index, size in self.network.sizes.items())
+        return "\n".join(
+            [
+                str(self.network),
+                "sizes: " + sizes,
+                "operands: " + "  ".join(f"{n.operand.name}{list(n.operand.shape)}" for n in nodes),
+                "rules: " + (", ".join(self.network.fired) or "none"),
+                f"contracted as: {self.lowered}",
+                *(f"  {equation}: {count:,}" for equation, count in self.contractions),
+                f"multiply-accumulates: {self.multiply_accumulates:,}",
+                f"largest intermediate: {self.largest:,} entries",
+            ]
+        )
+
+
+def explain(network: Network) -> Explanation:
+    """Return what the evaluator does with a network, and what it costs."""
+    views = lowered(network)
+    shapes = [node.operand.shape for node in views.nodes]
+    contractions, largest = [], 0
+    for positions, equation in contraction_path(views):
+        inputs, output = parse_equation(equation)
+        taken = [shapes.pop(position) for position in positions]
+        sizes = {i: s for names, shape in zip(inputs, taken) for i, s in zip(names, shape)}
+        shapes.append(tuple(sizes[index] for index in output))
+        contractions.append((equation, prod(sizes.values())))
+        largest = max(largest, prod(shapes[-1]))
+    return Explanation(network, views, tuple(contractions), largest)
