@@ -29,9 +29,12 @@ def evaluate(network: Network, *tensors: Tensor) -> Tensor:
     """
     network = lowered(network)
     operands = _operands(network, tensors)
-    for positions, equation in contraction_path(network):
+    known: dict[int, Tensor] = {}
+    for positions, equation, value in contraction_path(network):
         taken = [operands.pop(position) for position in positions]
-        operands.append(torch.einsum(equation, *taken))
+        if value not in known:
+            known[value] = torch.einsum(equation, *taken)
+        operands.append(known[value])
     (result,) = operands
     if network.scale != 1:
         result = result * float(network.scale)

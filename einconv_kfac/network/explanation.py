@@ -53,12 +53,14 @@ def explain(network: Network) -> Explanation:
     """Return what the evaluator does with a network, and what it costs."""
     views = lowered(network)
     shapes = [node.operand.shape for node in views.nodes]
-    contractions, largest = [], 0
-    for positions, equation in contraction_path(views):
+    contractions, known, largest = [], set(), 0
+    for positions, equation, value in contraction_path(views):
         inputs, output = parse_equation(equation)
         taken = [shapes.pop(position) for position in positions]
         sizes = {i: s for names, shape in zip(inputs, taken) for i, s in zip(names, shape)}
         shapes.append(tuple(sizes[index] for index in output))
-        contractions.append((equation, prod(sizes.values())))
+        if value not in known:
+            contractions.append((equation, prod(sizes.values())))
+        known.add(value)
         largest = max(largest, prod(shapes[-1]))
     return Explanation(network, views, tuple(contractions), largest)
