@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from einconv_kfac.optim.quadratic import Direction, QuadraticModel, quadratic_model, sum_of
-from einconv_kfac.optim.recording import Batch, Recorder
+from einconv_kfac.optim.objective import Objective
+from einconv_kfac.optim.quadratic import QuadraticModel
+from einconv_kfac.optim.recording import Recorder
 from einconv_kfac.optim.settings import is_due
 
 INITIAL_DAMPING = 0.1
@@ -27,35 +26,6 @@ ADAPTATION = (19 / 20) ** ADAPTATION_PERIOD
 """Factor of one adaptation (Martens and Grosse, 2015, section 6.5)."""
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The objective of one step: its batches, and what is known at the parameters.
-
-    Args:
-        batches: The recorded batches.
-        parameters: Parameters by name.
-        gradient: Gradient by name, weight decay included.
-        decay: Weight decay by name.
-    """
-
-    batches: Sequence[Batch]
-    parameters: Direction
-    gradient: Direction
-    decay: Mapping[str, float]
-
-    def model(self, recorder: Recorder, directions: Sequence[Direction]) -> QuadraticModel:
-        """Return the quadratic model in the span of directions."""
-        point = (self.parameters, self.gradient, self.decay)
-        return quadratic_model(recorder, self.batches, point, directions)
-
-    def decay_value(self) -> Tensor:
-        """Return the weight decay's part of the objective."""
-        parts = [
-            0.5 * w * self.parameters[n].double().square().sum() for n, w in self.decay.items()
-        ]
-        return sum_of(parts)
-
-
 class AutomaticStep:
     """Levenberg-Marquardt damping, and the best combination of directions.
 
@@ -68,6 +38,7 @@ class AutomaticStep:
         self._damping: float | None = None
         self._floor = 0.0
         self._adapted: int | None = None
+        self.ratio = math.nan
 
     def damping(self, objective: Objective) -> float:
         """Return the damping; the first is a fraction of the curvature along the gradient."""
@@ -118,24 +89,16 @@ class AutomaticStep:
         if not predicted:
             return
         self._adapted = step
-        ratio = float((self.value(objective) - before) / predicted)
-        if ratio > 3 / 4:
+        self.ratio = float((objective.value_again(self._recorder) - before) / predicted)
+        if self.ratio > 3 / 4:
             self._damping = max(self._damping * ADAPTATION, self._floor)
-        elif not ratio >= 1 / 4:  # also if it is not a number
+        elif not self.ratio >= 1 / 4:  # also if it is not a number
             self.grow_()
 
     def grow_(self) -> None:
         """Grow an automatic damping by one adaptation."""
         if self._damping is not None:
             self._damping /= ADAPTATION
-
-    def value(self, objective: Objective) -> Tensor:
-        """Evaluate the objective at its parameters."""
-        losses = [
-            batch.weight * self._recorder.loss(self._recorder.replay(batch, {}), batch.target)
-            for batch in objective.batches
-        ]
-        return sum_of(losses).double() + objective.decay_value()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers."""

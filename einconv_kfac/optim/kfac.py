@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from einconv_kfac.curvature.fisher import Fisher, FisherEstimator
-from einconv_kfac.curvature.layers import Approximation, Layer, find_layers
-from einconv_kfac.optim.automatic import AutomaticStep, Objective
-from einconv_kfac.optim.preconditioner import Preconditioner, generator_for
+from einconv_kfac.curvature.fisher import Fisher
+from einconv_kfac.curvature.layers import Approximation
+from einconv_kfac.curvature.losses import check_reduction
+from einconv_kfac.optim.automatic import AutomaticStep
+from einconv_kfac.optim.clipping import kl_clip_factor
+from einconv_kfac.optim.objective import Objective, rescaled
+from einconv_kfac.optim.preconditioner import DEFAULT_DAMPING, KFACPreconditioner
 from einconv_kfac.optim.quadratic import Direction, sum_of
-from einconv_kfac.optim.recording import Batch, Recorder
-from einconv_kfac.optim.settings import GroupSettings, Schedule, Settings
+from einconv_kfac.optim.settings import Constants, GroupSettings, Schedule, Settings
 
-FIXED_MOMENTUM = 0.9
-FIXED_DAMPING = 0.03
+DEFAULT_MOMENTUM = 0.9
 _STATE_VERSION = 1
 
 
@@ -35,6 +36,8 @@ class KFAC(Optimizer):
     heavy-ball momentum with the given ``lr``, ``momentum`` and ``damping``.
 
     The training loop is torch's own; hooks on the model and on ``loss_fn`` see what they need.
+    Every hyper-parameter from ``momentum`` on that is a number may be a function of the number
+    of steps taken.
 
     Args:
         model: The model, whose linear and convolution layers are preconditioned. Parameters
@@ -45,10 +48,10 @@ class KFAC(Optimizer):
         params: Parameters or parameter groups, as for any torch optimizer; all that the model
             trains by default. A group may set ``lr`` and ``weight_decay``.
         adaptive: Whether step size, momentum and damping are automatic.
-        momentum: Coefficient of the previous update, or a function of the step; automatic
-            (0.9 if not ``adaptive``) by default.
-        damping: Multiple of the identity added to the curvature, in its units, or a function
-            of the step; automatic (0.03 if not ``adaptive``) by default.
+        momentum: Coefficient of the previous update; automatic (0.9 if not ``adaptive``) by
+            default.
+        damping: Multiple of the identity added to the curvature, in its units; automatic (0.03
+            if not ``adaptive``) by default.
         weight_decay: Coefficient of half the squared norm of the parameters, which is part of
             the objective.
         fisher: ``"mc"``, ``"exact"``, ``"empirical"`` or ``"forward-only"``.
@@ -74,6 +77,8 @@ class KFAC(Optimizer):
     >>> opt.step()
     """
 
+    _step_supports_amp_scaling = True  # read by torch.amp.GradScaler
+
     def __init__(
         self,
         model: nn.Module,
@@ -88,32 +93,40 @@ class KFAC(Optimizer):
         fisher: Fisher = "mc",
         mc_samples: int = 1,
         approximation: Approximation = "expand",
-        factor_decay: float = 0.95,
-        factor_update_period: int = 10,
-        inverse_update_period: int = 100,
-        kl_clip: float | None = 1e-3,
+        factor_decay: Schedule = 0.95,
+        factor_update_period: Schedule = 10,
+        inverse_update_period: Schedule = 100,
+        kl_clip: Schedule | None = 1e-3,
         strict: bool = False,
         seed: int = 0,
     ) -> None:
-        estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
         self._settings = Settings(
-            momentum, damping, factor_decay, factor_update_period, inverse_update_period, kl_clip
+            damping, factor_decay, factor_update_period, inverse_update_period, momentum, kl_clip
         )
         self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._reduction = check_reduction(loss_fn)
         trained = (p for p in model.parameters() if p.requires_grad)
         super().__init__(
             trained if params is None else params, {"lr": lr, "weight_decay": weight_decay}
         )
-        layers = self._own_layers(model)
-        self._covered = {name for layer in layers for name in layer.parameters}
-        if strict:
-            self._refuse_gaps(model)
-        generator = generator_for(model, seed)
-        self._preconditioner = Preconditioner(layers, estimator, self._settings, generator)
-        self._recorder = Recorder(model, loss_fn, self._preconditioner.gather)
-        self._automatic = AutomaticStep(self._recorder) if adaptive else None
-        self._step = 0
-        self._preconditioner.prepare(0)
+        self._preconditioner = KFACPreconditioner(
+            model,
+            loss_fn,
+            damping=damping,
+            parameters=self._own_names(),
+            fisher=fisher,
+            mc_samples=mc_samples,
+            approximation=approximation,
+            factor_decay=factor_decay,
+            factor_update_period=factor_update_period,
+            inverse_update_period=inverse_update_period,
+            seed=seed,
+        )
+        self._automatic = AutomaticStep(self._preconditioner.recorder) if adaptive else None
+        self._statistics: dict[str, float] = {}
+        if strict and (gaps := [n for n, rule in self.coverage().items() if rule != "kfac"]):
+            self.remove_hooks()
+            raise ValueError(_uncovered(model, gaps))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its parameters must be the model's."""
@@ -131,8 +144,21 @@ class KFAC(Optimizer):
 
     def coverage(self) -> dict[str, str]:
         """Return how each parameter of the optimizer is trained: ``"kfac"`` or ``"gradient"``."""
-        names = (self._names[p] for group in self.param_groups for p in group["params"])
-        return {name: "kfac" if name in self._covered else "gradient" for name in names}
+        covered = self._preconditioner.covered()
+        return {name: "kfac" if name in covered else "gradient" for name in self._own_names()}
+
+    def statistics(self) -> dict[str, float]:
+        """Return what the last step did, for a progress bar or a log.
+
+        ``damping``, and with ``adaptive=True`` ``step_size``, ``momentum``, ``predicted`` (the
+        change of the objective that the quadratic model predicted) and ``ratio`` (the true by
+        the predicted change, where they were last compared); otherwise ``clip``.
+        """
+        return dict(self._statistics)
+
+    def remove_hooks(self) -> None:
+        """Detach from the model and the loss for good; no step can be taken after it."""
+        self._preconditioner.remove_hooks()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -152,129 +178,105 @@ class KFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        objective = self._objective(self._recorder.take())
-        if self._is_finite(objective):
-            self._update_(objective)
-            self._step += 1
-        else:
+        objective = self._objective()
+        if getattr(self, "found_inf", None):  # a gradient scaler will lower its scale
+            self._preconditioner.discard(quietly=True)
+        elif not self._preconditioner.is_finite([*objective.gradient.values()], objective.batches):
             self._preconditioner.discard()
-            _warn_skipped("A gradient, loss or Kronecker factor")
-        self._preconditioner.prepare(self._step)
+        else:
+            self._update_(objective)
+            self._preconditioner.finish()
         return loss
 
-    def _own_layers(self, model: nn.Module) -> list[Layer]:
-        """Return the layers whose weight is among the optimizer's parameters."""
-        own = {self._names[p] for group in self.param_groups for p in group["params"]}
-        return [layer for layer in find_layers(model) if layer.weight in own]
+    def _own_names(self) -> list[str]:
+        """Return the names of the optimizer's parameters."""
+        return [self._names[p] for group in self.param_groups for p in group["params"]]
 
-    def _refuse_gaps(self, model: nn.Module) -> None:
-        """Raise if a parameter is not covered by Kronecker factors."""
-        gaps = [name for name, rule in self.coverage().items() if rule != "kfac"]
-        if gaps:
-            modules = dict(model.named_modules())
-            kinds = {n: type(modules[n.rpartition(".")[0]]).__name__ for n in gaps}
-            listed = ", ".join(f"'{name}' ({kind})" for name, kind in kinds.items())
-            raise ValueError(
-                f"`strict`=True needs Kronecker factors for every parameter, got none for {listed}."
-                " Pass strict=False to train these by their gradient, or leave them out of `params`."
-            )
-
-    def _objective(self, batches: list[Batch]) -> Objective:
+    def _objective(self) -> Objective:
         """Return the objective of this step, from the gradients there are."""
+        batches = self._preconditioner.recorder.take()
+        scale = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler for this step
+        if hasattr(self, "found_inf"):
+            batches = rescaled(batches, scale, self._reduction)
         parameters: Direction = {}
+        gradient: Direction = {}
         decay: dict[str, float] = {}
         for group in self.param_groups:
             settings = GroupSettings.of(group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     name = self._names[parameter]
-                    parameters[name] = parameter
-                    decay[name] = settings.weight_decay
-        gradient = {
-            n: p.grad.add(p, alpha=decay[n]) for n, p in parameters.items() if p.grad is not None
-        }
+                    parameters[name], decay[name] = parameter, settings.weight_decay
+                    unscaled = parameter.grad if scale is None else parameter.grad / scale
+                    gradient[name] = unscaled.add(parameter, alpha=settings.weight_decay)
         return Objective(batches, parameters, gradient, decay)
-
-    def _is_finite(self, objective: Objective) -> bool:
-        """Tell whether gradients, losses and gathered factors are finite."""
-        losses = [batch.loss for batch in objective.batches]
-        tensors = [*objective.gradient.values(), *losses, *self._preconditioner.gathered()]
-        return not tensors or bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
     def _update_(self, objective: Objective) -> None:
         """Take a step."""
         if not objective.parameters:
             return
-        if self._automatic is not None and not objective.batches:
-            raise RuntimeError(
-                "`step` needs the loss it steps on, but none was backpropagated since the last "
-                "step that `loss_fn` computed. Compute the loss as `loss_fn(model(x), y)` with "
-                "the module given to KFAC, or pass adaptive=False."
-            )
-        self._preconditioner.update_(self._step)
+        constants = self._settings.at(self._preconditioner.steps)
         if self._automatic is None:
-            self._fixed_update_(objective)
-        else:
-            self._automatic_update_(self._automatic, objective)
+            self._preconditioner.update_(constants)
+            self._fixed_update_(objective, constants)
+            return
+        objective.check_replay()
+        damping = constants.damping
+        damping = self._automatic.damping(objective) if damping is None else damping
+        self._preconditioner.update_(constants)
+        self._automatic_update_(self._automatic, objective, damping, constants.momentum)
 
-    def _direction(self, objective: Objective, damping: float) -> Direction:
-        """Return the preconditioned gradient of the covered parameters."""
-        weights = self._preconditioner.weights()
-        dampings = {layer: damping + objective.decay.get(w, 0.0) for layer, w in weights.items()}
-        self._preconditioner.invert_(self._step, dampings)
-        return self._preconditioner.apply(objective.gradient)
-
-    def _fixed_update_(self, objective: Objective) -> None:
+    def _fixed_update_(self, objective: Objective, constants: Constants) -> None:
         """Heavy-ball momentum on the preconditioned gradient, clipped."""
-        damping = self._settings.damping_at(self._step)
-        momentum = self._settings.momentum_at(self._step)
+        damping = DEFAULT_DAMPING if constants.damping is None else constants.damping
+        momentum = DEFAULT_MOMENTUM if constants.momentum is None else constants.momentum
         gradient, rates = objective.gradient, self._rates()
-        direction = self._direction(objective, FIXED_DAMPING if damping is None else damping)
-        clip = self._clip(direction, gradient, rates)
+        direction = self._preconditioner.precondition(gradient, damping, objective.decay)
+        clip = kl_clip_factor(direction, gradient, rates, constants.kl_clip)
         for name, parameter in objective.parameters.items():
-            step = direction[name] * clip if name in direction else gradient[name]
+            step = direction[name] * clip.to(parameter) if name in direction else gradient[name]
             velocity = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(step))
-            velocity.mul_(FIXED_MOMENTUM if momentum is None else momentum).add_(step)
+            velocity.mul_(momentum).add_(step)
             parameter.sub_(velocity, alpha=rates[name])
+        self._statistics = {"damping": damping, "clip": float(clip)}
 
-    def _clip(self, direction: Direction, gradient: Direction, rates: dict[str, float]) -> Tensor:
-        """Return the factor that keeps ``sum lr^2 d.g`` at most at ``kl_clip``, at most 1."""
-        if self._settings.kl_clip is None or not direction:
-            return torch.ones(())
-        size = sum_of([rates[n] ** 2 * (d * gradient[n]).sum() for n, d in direction.items()])
-        smallest = torch.finfo(size.dtype).tiny
-        return (self._settings.kl_clip / size.clamp_min(smallest)).sqrt().clamp_max(1.0)
-
-    def _automatic_update_(self, automatic: AutomaticStep, objective: Objective) -> None:
+    def _automatic_update_(
+        self, automatic: AutomaticStep, objective: Objective, damping: float, momentum: float | None
+    ) -> None:
         """Minimise the quadratic model over the span of the directions."""
-        damping = self._settings.damping_at(self._step)
-        damping = automatic.damping(objective) if damping is None else damping
         directions = self._directions(objective, damping)
         previous = self._previous(objective)
         if previous:
             directions.append(previous)
-        model = objective.model(self._recorder, directions)
-        coefficients = automatic.coefficients(
-            model,
-            damping,
-            self._settings.momentum_at(self._step),
-            len(directions) - 1 if previous else None,
-        )
+        model = objective.model(self._preconditioner.recorder, directions)
+        last = len(directions) - 1 if previous else None
+        coefficients = automatic.coefficients(model, damping, momentum, last)
         if not bool(coefficients.isfinite().all()):
             automatic.grow_()
-            _warn_skipped("The quadratic model")
+            warnings.warn(
+                "The quadratic model was not finite; the step was skipped.",
+                RuntimeWarning,
+                stacklevel=6,
+            )
             return
         rate = max(self._rates().values())
-        before = sum_of([b.weight * b.loss for b in objective.batches]).double()
-        before = before + objective.decay_value()
+        before = objective.value()
         self._move_(objective, directions, coefficients * rate)
-        automatic.adapt_(self._step, objective, before, model.change(coefficients * rate, damping))
+        predicted = model.change(coefficients * rate, damping)
+        automatic.adapt_(self._preconditioner.steps, objective, before, predicted)
+        self._statistics = {
+            "damping": damping,
+            "step_size": float(coefficients[0]) * rate,
+            "momentum": float(coefficients[-1]) * rate if previous else 0.0,
+            "predicted": float(predicted),
+            "ratio": automatic.ratio,
+        }
 
     def _directions(self, objective: Objective, damping: float) -> list[Direction]:
         """Return descent directions: of the covered parameters, and of the others."""
         rates = self._rates()
         rate = max(rates.values()) or 1.0
-        covered = self._direction(objective, damping)
+        covered = self._preconditioner.precondition(objective.gradient, damping, objective.decay)
         others = {n: g for n, g in objective.gradient.items() if n not in covered}
         return [
             {name: tensor * (-rates[name] / rate) for name, tensor in direction.items()}
@@ -295,10 +297,8 @@ class KFAC(Optimizer):
     ) -> None:
         """Add the combination of directions to the parameters, and remember it."""
         for name, parameter in objective.parameters.items():
-            parts = [
-                c * d[name] for c, d in zip(coefficients.to(parameter), directions) if name in d
-            ]
-            update = sum_of(parts)
+            scales = coefficients.to(parameter)
+            update = sum_of([c * d[name] for c, d in zip(scales, directions) if name in d])
             self.state[parameter]["momentum_buffer"] = update
             parameter.add_(update)
 
@@ -312,14 +312,12 @@ class KFAC(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that continuing needs; it loads with ``weights_only=True``."""
-        automatic = None if self._automatic is None else self._automatic.state_dict()
         return {
             **super().state_dict(),
             "kfac": {
                 "version": _STATE_VERSION,
-                "step": self._step,
                 "preconditioner": self._preconditioner.state_dict(),
-                "automatic": automatic,
+                "automatic": None if self._automatic is None else self._automatic.state_dict(),
             },
         }
 
@@ -336,13 +334,17 @@ class KFAC(Optimizer):
             raise ValueError("`state_dict` must come from an optimizer with the same `adaptive`.")
         self._preconditioner.check_state(state["preconditioner"])
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
-        self._step = state["step"]
         self._preconditioner.load_state_dict(state["preconditioner"])
         if self._automatic is not None:
             self._automatic.load_state_dict(state["automatic"])
-        self._preconditioner.prepare(self._step)
 
 
-def _warn_skipped(what: str) -> None:
-    """Warn the caller of `KFAC.step` that it changed no parameter."""
-    warnings.warn(f"{what} was not finite; the step was skipped.", RuntimeWarning, stacklevel=6)
+def _uncovered(model: nn.Module, names: list[str]) -> str:
+    """Return what to say about parameters without Kronecker factors."""
+    modules = dict(model.named_modules())
+    kinds = {name: type(modules[name.rpartition(".")[0]]).__name__ for name in names}
+    listed = ", ".join(f"'{name}' ({kind})" for name, kind in kinds.items())
+    return (
+        f"`strict`=True needs Kronecker factors for every parameter, got none for {listed}. "
+        "Pass strict=False to train these by their gradient, or leave them out of `params`."
+    )

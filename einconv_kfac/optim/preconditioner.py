@@ -2,141 +2,253 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from einconv_kfac.curvature.capture import LayerCapture
-from einconv_kfac.curvature.fisher import FisherEstimator
-from einconv_kfac.curvature.layers import Layer
+from einconv_kfac.curvature.fisher import Fisher, FisherEstimator
+from einconv_kfac.curvature.layers import Approximation, find_layers
 from einconv_kfac.curvature.moments import LayerMoments
 from einconv_kfac.optim.quadratic import Direction
+from einconv_kfac.optim.recording import Batch, Recorder
 from einconv_kfac.optim.running import RunningFactors
-from einconv_kfac.optim.settings import Settings, is_due
+from einconv_kfac.optim.settings import Constants, Schedule, Settings, is_due
+
+DEFAULT_DAMPING = 0.03
 
 
-class Preconditioner:
-    """Kronecker-factored curvature of the layers of a model.
+class KFACPreconditioner:
+    """Multiplies gradients by an inverse Kronecker-factored curvature, for any optimizer.
+
+    Call `step` between ``loss.backward()`` and the optimizer's ``step()``. It replaces the
+    gradient ``g`` of each linear and convolution layer by ``(B + ..)^-1 g (A + ..)^-1`` with
+    factored damping (Martens and Grosse, 2015; Grosse and Martens, 2016, for convolutions).
+    Other gradients stay. Arguments are those of `KFAC`.
 
     Args:
-        layers: The layers to cover.
-        estimator: Which Fisher is estimated.
-        settings: Decay and periods.
-        generator: For sampled targets.
+        model: The model.
+        loss_fn: The loss module that the training loop calls.
+        damping: Multiple of the identity added to the curvature, or a function of the step.
+        parameters: Names of the parameters to cover, all by default.
+        fisher: Which Fisher.
+        mc_samples: Samples per example for ``fisher="mc"``.
+        approximation: How positions are treated.
+        factor_decay: Decay of the running averages of the factors.
+        factor_update_period: Steps between two updates of the factors.
+        inverse_update_period: Steps between two inversions.
+        seed: Seed of the generator for sampled targets.
+
+    Raises:
+        ValueError: If a hyper-parameter is out of range or the loss is not known.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> loss_fn = nn.CrossEntropyLoss()
+    >>> preconditioner = KFACPreconditioner(model, loss_fn)
+    >>> adamw = torch.optim.AdamW(model.parameters())
+    >>> loss_fn(model(torch.eye(4)), torch.tensor([0, 1, 0, 1])).backward()
+    >>> preconditioner.step()
+    >>> adamw.step()
     """
 
     def __init__(
         self,
-        layers: list[Layer],
-        estimator: FisherEstimator,
-        settings: Settings,
-        generator: Generator,
+        model: nn.Module,
+        loss_fn: nn.Module,
+        *,
+        damping: Schedule | None = DEFAULT_DAMPING,
+        parameters: Collection[str] | None = None,
+        fisher: Fisher = "mc",
+        mc_samples: int = 1,
+        approximation: Approximation = "expand",
+        factor_decay: Schedule = 0.95,
+        factor_update_period: Schedule = 10,
+        inverse_update_period: Schedule = 100,
+        seed: int = 0,
     ) -> None:
-        self.capture = LayerCapture([(layer.name, layer.module) for layer in layers])
+        self._settings = Settings(
+            damping, factor_decay, factor_update_period, inverse_update_period
+        )
+        self._estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
+        layers = [
+            layer
+            for layer in find_layers(model)
+            if parameters is None or layer.weight in parameters
+        ]
+        self._model = model
         self._running = {layer.name: RunningFactors(layer) for layer in layers}
-        self._estimator = estimator
-        self._settings = settings
-        self._generator = generator
-        self._generator_before = generator.get_state()
-        self._moments: dict[str, LayerMoments] = {}
+        device = next(model.parameters()).device
+        self._generator = Generator(device).manual_seed(seed)
+        self._capture = LayerCapture([(layer.name, layer.module) for layer in layers])
+        self.recorder = Recorder(model, loss_fn, self._gather)
+        weakref.finalize(self, self._capture.remove)
+        self._steps = 0
         self._factor_step: int | None = None
         self._inverse_step: int | None = None
+        self._begin()
 
-    def weights(self) -> dict[str, str]:
-        """Return the name of the weight by layer."""
-        return {name: running.layer.weight for name, running in self._running.items()}
+    @property
+    def steps(self) -> int:
+        """Number of steps taken."""
+        return self._steps
 
-    def prepare(self, step: int) -> None:
-        """Drop what was gathered, and decide whether to gather for ``step``."""
-        self._moments = {}
+    def covered(self) -> set[str]:
+        """Return the names of the parameters that factors cover."""
+        return {name for r in self._running.values() for name in r.layer.parameters}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Replace the gradients of the covered parameters by preconditioned ones.
+
+        Raises:
+            RuntimeError: If ``loss_fn`` never saw a batch, or a damped factor cannot be
+                inverted. No gradient is changed then.
+        """
+        covered = self.covered()
+        named = {n: p for n, p in self._model.named_parameters() if n in covered}
+        gradient = {n: p.grad for n, p in named.items() if p.grad is not None}
+        if self.is_finite([*gradient.values()], self.recorder.take()):
+            constants = self._settings.at(self._steps)
+            damping = constants.damping or DEFAULT_DAMPING
+            self.update_(constants)
+            for name, tensor in self.precondition(gradient, damping, {}).items():
+                gradient[name].copy_(tensor)
+            self.finish()
+        else:
+            self.discard()
+
+    def is_finite(self, gradients: Sequence[Tensor], batches: Sequence[Batch]) -> bool:
+        """Tell whether gradients, losses and the factors that were gathered are finite."""
+        sums = [part for moments in self._moments.values() for part in moments.sums()]
+        tensors = [*gradients, *(batch.loss for batch in batches), *sums]
+        return not tensors or bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+
+    def discard(self, *, quietly: bool = False) -> None:
+        """Forget what was gathered since the last step, as if it had not been seen."""
+        self._generator.set_state(self._generator_before)
+        self._begin()
+        if not quietly:
+            warnings.warn(
+                "A gradient, loss or Kronecker factor was not finite; the step was skipped.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    def finish(self) -> None:
+        """Count a step, and decide whether to gather for the next."""
+        self._steps += 1
+        self._begin()
+
+    def update_(self, constants: Constants) -> None:
+        """Move the running averages by what was gathered.
+
+        Raises:
+            RuntimeError: If nothing was ever gathered.
+        """
+        for name, moments in self._moments.items():
+            a, b = self._estimator.factors(moments)
+            scale = self._estimator.scale(moments.examples)
+            self._running[name].update_(a, b.mul_(scale), constants.factor_decay)
+        if self._moments:
+            self._factor_step = self._steps
+        if self._factor_step is None and self._running:
+            raise RuntimeError(
+                "`step` needs the factors of at least one batch, but `loss_fn` never saw one. "
+                "Compute the loss as `loss_fn(model(x), y)` with the module given here and "
+                "backpropagate it."
+            )
+
+    def precondition(
+        self, gradient: Direction, damping: float, decay: Mapping[str, float]
+    ) -> Direction:
+        """Return the preconditioned gradient of the covered parameters.
+
+        Args:
+            gradient: Gradients by parameter name.
+            damping: Damping of the inverses, where they are due.
+            decay: Weight decay by parameter name, which adds to the damping.
+
+        Raises:
+            RuntimeError: If a damped factor is singular.
+        """
+        if is_due(
+            self._steps, self._inverse_step, self._settings.at(self._steps).inverse_update_period
+        ):
+            self._invert_(damping, decay)
+        result: Direction = {}
+        for running in self._running.values():
+            if running.inverses is not None and running.layer.weight in gradient:
+                result.update(running.apply(gradient))
+        return {name: tensor for name, tensor in result.items() if name in gradient}
+
+    def _invert_(self, damping: float, decay: Mapping[str, float]) -> None:
+        """Recompute all inverses, or none."""
+        inverses = {
+            name: running.inverted(damping + decay.get(running.layer.weight, 0.0))
+            for name, running in self._running.items()
+        }
+        for name, running in self._running.items():
+            running.inverses = inverses[name]
+        self._inverse_step = self._steps
+
+    def _begin(self) -> None:
+        """Drop what was gathered, and decide whether to gather for the step to come."""
+        self._moments: dict[str, LayerMoments] = {}
         self._generator_before = self._generator.get_state()
-        self.capture.take()
-        period = self._settings.factor_update_period
-        self.capture.enabled = is_due(step, self._factor_step, period)
+        self._capture.take()
+        period = self._settings.at(self._steps).factor_update_period
+        self._capture.enabled = is_due(self._steps, self._factor_step, period)
 
-    def gather(self, output: Tensor, target: Tensor, loss: Tensor) -> None:
-        """Add a batch to the factors to come, from the graph of its loss."""
-        calls = self.capture.take()
+    def _gather(self, output: Tensor, target: Tensor) -> None:
+        """Add a batch to the factors to come, from the graph of its output."""
+        calls = self._capture.take()
         if not calls or not bool(output.isfinite().all()):
             return
         for call in calls:
             if call.layer not in self._moments:
                 layer = self._running[call.layer].layer
                 self._moments[call.layer] = LayerMoments(layer, self._estimator.approximation)
+        loss = self.recorder.loss(output, target)
         self._estimator.add_(self._moments, calls, (output, target, loss), self._generator)
 
-    def gathered(self) -> list[Tensor]:
-        """Return the sums that were gathered."""
-        return [part for moments in self._moments.values() for part in moments.sums()]
-
-    def discard(self) -> None:
-        """Forget what was gathered since the last step, as if it had not been seen."""
-        self._generator.set_state(self._generator_before)
-
-    def update_(self, step: int) -> None:
-        """Move the running averages by what was gathered."""
-        for name, moments in self._moments.items():
-            a, b = self._estimator.factors(moments)
-            scale = self._estimator.scale(moments.examples)
-            self._running[name].update_(a, b.mul_(scale), self._settings.factor_decay)
-        if self._moments:
-            self._factor_step = step
-
-    def invert_(self, step: int, damping: dict[str, float]) -> None:
-        """Recompute the inverses where they are due, with a damping per layer.
-
-        Raises:
-            RuntimeError: If no factors were ever gathered, or a damped factor is singular.
-        """
-        if self._factor_step is None and self._running:
-            raise RuntimeError(
-                "`step` needs the factors of at least one batch, but `loss_fn` never saw one. "
-                "Compute the loss as `loss_fn(model(x), y)` with the module given to KFAC and "
-                "backpropagate it."
-            )
-        if not is_due(step, self._inverse_step, self._settings.inverse_update_period):
-            return
-        inverses = {name: r.inverted(damping[name]) for name, r in self._running.items()}
-        for name, running in self._running.items():
-            running.inverses = inverses[name]
-        self._inverse_step = step
-
-    def apply(self, gradient: Direction) -> Direction:
-        """Return the preconditioned gradient of the parameters that have inverses."""
-        result: Direction = {}
-        for running in self._running.values():
-            if running.inverses is not None and running.layer.weight in gradient:
-                result.update(running.apply(gradient))
-        return result
+    def remove_hooks(self) -> None:
+        """Detach from the model and the loss for good."""
+        self._capture.remove()
+        self.recorder.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as tensors and numbers."""
+        """Return everything that continuing needs; it loads with ``weights_only=True``."""
         return {
             "layers": {name: running.state_dict() for name, running in self._running.items()},
             "generator": self._generator.get_state(),
+            "steps": self._steps,
             "factor_step": self._factor_step,
             "inverse_step": self._inverse_step,
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise a ``ValueError`` if a state belongs to other layers."""
-        missing = self._running.keys() ^ state["layers"].keys()
-        if missing:
-            raise ValueError(f"`state_dict` must have the model's layers, differs in {missing}.")
+        differ = self._running.keys() ^ state["layers"].keys()
+        if differ:
+            raise ValueError(f"`state_dict` must have the model's layers, differs in {differ}.")
         for name, running in self._running.items():
             running.check_state(state["layers"][name])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state."""
+        """Take over the state of a preconditioner of the same model.
+
+        Raises:
+            ValueError: If it belongs to other layers. Nothing is changed then.
+        """
+        self.check_state(state)
         for name, running in self._running.items():
             running.load_state_dict(state["layers"][name])
         self._generator.set_state(state["generator"].cpu())
+        self._steps = state["steps"]
         self._factor_step = state["factor_step"]
         self._inverse_step = state["inverse_step"]
-
-
-def generator_for(model: nn.Module, seed: int) -> Generator:
-    """Return a generator of its own on the model's device."""
-    device = next(model.parameters()).device
-    return torch.Generator(device).manual_seed(seed)
+        self._begin()

@@ -90,17 +90,32 @@ def quadratic_model(
         directions: The directions ``d_i``.
     """
     parameters, gradient, decay = point
-    stacks = {
-        name: torch.stack([d.get(name, torch.zeros_like(g)).flatten() for d in directions]).double()
-        for name, g in gradient.items()
-    }  # [m, p] each
-    slope = sum_of([rows @ gradient[name].flatten().double() for name, rows in stacks.items()])
-    gram = sum_of([rows @ rows.T for rows in stacks.values()])
-    decayed = sum_of([decay[name] * (rows @ rows.T) for name, rows in stacks.items()])
+    slope = torch.stack([inner(gradient, d) for d in directions])
     curvature = sum_of(
         [b.weight.double() * _curvature(recorder, b, parameters, directions) for b in batches]
     )
-    return QuadraticModel(slope, curvature + decayed, gram)
+    if any(decay.values()):
+        curvature = curvature + _products(directions, decay)
+    return QuadraticModel(slope, curvature, _products(directions))
+
+
+def inner(a: Direction, b: Direction, weights: Mapping[str, float] | None = None) -> Tensor:
+    """Return the (weighted) inner product over the parameters that both have, in float64."""
+    parts = [
+        torch.dot(a[name].flatten(), b[name].flatten()).double() * (weights[name] if weights else 1)
+        for name in a
+        if name in b
+    ]
+    device = next(iter(a.values())).device
+    return sum_of(parts) if parts else torch.zeros((), dtype=torch.float64, device=device)
+
+
+def _products(
+    directions: Sequence[Direction], weights: Mapping[str, float] | None = None
+) -> Tensor:
+    """Return the inner products of all pairs of directions, ``[m, m]``."""
+    rows = [torch.stack([inner(a, b, weights) for b in directions]) for a in directions]
+    return torch.stack(rows)
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -113,10 +128,12 @@ def _curvature(
 ) -> Tensor:
     """Return ``d_i.G.d_j`` of one batch, ``[m, m]``."""
     tangents = [_output_tangent(recorder, batch, parameters, d) for d in directions]
-    output = batch.output.detach().requires_grad_()
+    precise = torch.promote_types(batch.output.dtype, torch.float32)
+    output = batch.output.detach().to(precise).requires_grad_()
     with torch.enable_grad():
         loss = recorder.loss(output, batch.target)
         (slope,) = torch.autograd.grad(loss, output, create_graph=True)
+    tangents = [tangent.to(precise) for tangent in tangents]
     products = [torch.autograd.grad(slope, output, t, retain_graph=True)[0] for t in tangents]
     left = torch.stack(tangents).flatten(1).double()
     return left @ torch.stack(products).flatten(1).double().T

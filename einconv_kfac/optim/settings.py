@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 Schedule: TypeAlias = float | Callable[[int], float]
+"""A number, or a function of the number of steps taken so far."""
 
 
 @dataclass(frozen=True)
@@ -37,41 +38,54 @@ class GroupSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyper-parameters of the whole optimizer; `KFAC` explains them.
+    """Hyper-parameters of the whole optimizer, each of which may be a function of the step.
+
+    `KFAC` explains them.
 
     Raises:
         ValueError: If a number is out of range.
     """
 
-    momentum: Schedule | None
-    damping: Schedule | None
+    damping: Schedule | None = None
+    factor_decay: Schedule = 0.95
+    factor_update_period: Schedule = 10
+    inverse_update_period: Schedule = 100
+    momentum: Schedule | None = None
+    kl_clip: Schedule | None = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("damping", "kl_clip"):
+            self._check(name, positive=True)
+        for name in ("factor_decay", "momentum"):
+            self._check(name, below=1.0)
+        for name in ("factor_update_period", "inverse_update_period"):
+            value = getattr(self, name)
+            if not callable(value) and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+
+    def _check(self, name: str, **bounds: Any) -> None:
+        value = getattr(self, name)
+        if value is not None and not callable(value):
+            in_range(name, value, **bounds)
+
+    def at(self, step: int) -> Constants:
+        """Return the numbers for a step, checked again."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        numbers = {name: value(step) for name, value in values.items() if callable(value)}
+        current = replace(self, **numbers)
+        return Constants(**{entry.name: getattr(current, entry.name) for entry in fields(self)})
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The numbers of `Settings` at one step."""
+
+    damping: float | None
     factor_decay: float
     factor_update_period: int
     inverse_update_period: int
+    momentum: float | None
     kl_clip: float | None
-
-    def __post_init__(self) -> None:
-        in_range("factor_decay", self.factor_decay, below=1.0)
-        for name in ("factor_update_period", "inverse_update_period"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        if self.kl_clip is not None:
-            in_range("kl_clip", self.kl_clip, positive=True)
-        if not callable(self.momentum):
-            self.momentum_at(0)
-        if not callable(self.damping):
-            self.damping_at(0)
-
-    def momentum_at(self, step: int) -> float | None:
-        """Return the momentum given for a step, or ``None`` if none is given."""
-        value = self.momentum(step) if callable(self.momentum) else self.momentum
-        return None if value is None else in_range("momentum", value, below=1.0)
-
-    def damping_at(self, step: int) -> float | None:
-        """Return the damping given for a step, or ``None`` if none is given."""
-        value = self.damping(step) if callable(self.damping) else self.damping
-        return None if value is None else in_range("damping", value, positive=True)
 
 
 def in_range(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -269,4 +270,4 @@ class TestDamping:
         for _ in range(5):
             train_step(model, loss_fn, opt, (x, y))
             dampings.append(opt._automatic._damping)
-        assert all(b < a for a, b in zip(dampings, dampings[1:]))
+        assert all(b < a for a, b in pairwise(dampings))

@@ -93,12 +93,13 @@ def test_the_automatic_step_needs_the_output_of_the_model() -> None:
 
 def test_a_bad_group_is_not_added() -> None:
     model = conv_net()
-    opt = KFAC(model, nn.CrossEntropyLoss(), params=model[0].parameters())
+    loss_fn = nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, params=model[0].parameters())
     with pytest.raises(ValueError, match="`lr` must be a number"):
         opt.add_param_group({"params": model[2].parameters(), "lr": -1.0})
     assert len(opt.param_groups) == 1
     opt.param_groups[0]["lr"] = float("nan")
     x, y = image_batch()
-    opt._recorder._loss_fn(model(x), y).backward()
+    loss_fn(model(x), y).backward()
     with pytest.raises(ValueError, match="`lr` must be a number"):
         opt.step()

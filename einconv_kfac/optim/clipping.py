@@ -1,0 +1,23 @@
+"""Bounds on the size of a step with fixed rates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.optim.quadratic import Direction, inner
+
+
+def kl_clip_factor(
+    direction: Direction, gradient: Direction, rates: dict[str, float], bound: float | None
+) -> Tensor:
+    """Return the factor, at most 1, that keeps ``sum lr^2 d.g`` at most at the bound.
+
+    For the direction ``d`` and gradient ``g``, that sum approximates twice the
+    Kullback-Leibler divergence of the model after the step from the model before it.
+    """
+    if bound is None or not direction:
+        return torch.ones(())
+    squares = {name: rate**2 for name, rate in rates.items()}
+    size = inner(direction, gradient, squares)
+    return (bound / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt().clamp_max(1.0)

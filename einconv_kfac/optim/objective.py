@@ -1,0 +1,84 @@
+"""The objective of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from einconv_kfac.optim.quadratic import Direction, QuadraticModel, quadratic_model, sum_of
+from einconv_kfac.optim.recording import Batch, Recorder
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The objective of one step: its batches, and what is known at the parameters.
+
+    Args:
+        batches: The recorded batches.
+        parameters: Parameters by name.
+        gradient: Gradient by name, weight decay included.
+        decay: Weight decay by name.
+    """
+
+    batches: Sequence[Batch]
+    parameters: Direction
+    gradient: Direction
+    decay: Mapping[str, float]
+
+    def model(self, recorder: Recorder, directions: Sequence[Direction]) -> QuadraticModel:
+        """Return the quadratic model in the span of directions."""
+        point = (self.parameters, self.gradient, self.decay)
+        return quadratic_model(recorder, self.batches, point, directions)
+
+    def check_replay(self) -> None:
+        """Raise a ``RuntimeError`` if a forward pass of the objective is not known."""
+        if not self.batches:
+            raise RuntimeError(
+                "`step` needs the loss it steps on, but none was backpropagated since the last "
+                "step that `loss_fn` computed. Compute the loss as `loss_fn(model(x), y)` with "
+                "the module given to KFAC, or pass adaptive=False."
+            )
+        if any(batch.forward is None for batch in self.batches):
+            raise RuntimeError(
+                "`loss_fn` must be called on the model's output itself when adaptive=True, got "
+                "another tensor. Move what happens in between into the model, or pass "
+                "adaptive=False."
+            )
+
+    def value(self) -> Tensor:
+        """Return the objective as it was recorded, for the parameters as they are."""
+        return self._with_decay([batch.weight * batch.loss for batch in self.batches])
+
+    def value_again(self, recorder: Recorder) -> Tensor:
+        """Evaluate the objective anew, for the parameters as they are."""
+        return self._with_decay(
+            [b.weight * recorder.loss(recorder.replay(b, {}), b.target) for b in self.batches]
+        )
+
+    def _with_decay(self, losses: Sequence[Tensor]) -> Tensor:
+        """Add the weight decay's part to losses."""
+        norms = [
+            0.5 * weight * self.parameters[name].double().square().sum()
+            for name, weight in self.decay.items()
+            if weight
+        ]
+        return sum_of([*(loss.double() for loss in losses), *norms])
+
+
+def rescaled(batches: Sequence[Batch], scale: Tensor | None, reduction: str) -> list[Batch]:
+    """Undo a gradient scaler's factor in the weights of batches.
+
+    Args:
+        batches: The batches.
+        scale: The factor, or ``None`` if the gradients were unscaled before the step: the
+            objective is then taken to be the mean or the sum of the recorded losses.
+        reduction: ``"mean"`` or ``"sum"``.
+    """
+    if not batches:
+        return []
+    if scale is None:
+        total = sum_of([batch.weight for batch in batches])
+        scale = total if reduction == "mean" else total / len(batches)
+    return [replace(batch, weight=batch.weight / scale.to(batch.weight)) for batch in batches]
