@@ -21,7 +21,6 @@ from torch import Tensor
 from einconv_kfac.curvature.factors.lags import Key, half_of_lags, scaled_if_incomplete, write
 from einconv_kfac.curvature.factors.problem import (
     BATCHED,
-    SCATTERED,
     Cost,
     Problem,
     chunk_count,
@@ -118,7 +117,7 @@ def banded_cost(problem: Problem) -> Cost:
     macs = sum(rows * band.count * (channels * band.width) ** 2 for band in found)
     width = channels * max(band.width for band in found)
     entries = groups * (channels * last.kernel_size) ** 2
-    sums = SCATTERED * regions * sum(band.outputs for band in found) * entries
+    sums = regions * sum(band.outputs for band in found) * entries
     count = chunk_count(problem, _growth(last, channels))
     copied = problem.inputs * (1 + _growth(last, channels))
     products = count * regions * len(found) * (1 + BATCHED * (groups - 1))
@@ -177,7 +176,10 @@ class _Operand:
             axis.dilation,
             axis.stride * (row + 1),
         )
-        return products.as_strided(sizes, strides).sum(-1)
+        terms = products.as_strided(sizes, strides)
+        if c <= 4:
+            return terms.sum(-1)
+        return reduce(torch.add, terms.unbind(-1))  # a short sum of many is slow
 
 
 def _region_sums(key: Key, operands: list[_Operand], alpha: float) -> Tensor:

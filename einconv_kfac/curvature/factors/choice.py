@@ -34,7 +34,7 @@ ALGORITHMS = {
 }
 
 PRICES = {
-    "cpu": Cost(28e-12, 0.0, 1.2e-9, 0.85e-9, 4.5e-6),
+    "cpu": Cost(26e-12, 0.0, 1.1e-9, 2e-9, 3.8e-6),
     "cuda": Cost(4e-14, 64.0, 4e-12, 4e-12, 1e-5),
 }
 """Seconds per unit; ``width`` is that of products which reach half of the full speed.

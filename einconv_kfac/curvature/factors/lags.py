@@ -41,6 +41,10 @@ WIDTH = 128
 """Channels in a block: what is written of the factor at a time should fit into a cache."""
 
 
+NARROW = 1.2
+"""What a multiplication costs in products of one block of channels, relative to wide ones."""
+
+
 def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
     """Add ``sum_{n,o} a a^T`` to the update, from products that many entries share."""
     geometry = problem.geometry
@@ -74,7 +78,7 @@ def lag_reuse_cost(problem: Problem) -> Cost:
     regions = sum(prod(len(lag.regions) for lag in key) for key in keys)
     strips = 2 * SCATTERED * sum(_border(key) for key in keys)
     copied = samples * problem.channels * (masks + strips * blocks)
-    macs = rows * row * samples * problem.channels**2
+    macs = NARROW * rows * row * samples * problem.channels**2
     products = chunk_count(problem, 1.0) * regions * (1 + BATCHED * (groups - 1))
     calls = blocks**2 * (8 * products + 30 * len(keys))
     return Cost(macs, problem.channels / blocks, copied, problem.outputs, calls)
