@@ -18,37 +18,57 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from einconv_kfac.curvature.layers import Layer
+
 
 @dataclass(frozen=True)
 class LayerCall:
     """One call of a layer: its input, its output's shape, and where that sits in the graph."""
 
     layer: str
+    module: nn.Module
     x: Tensor
     y_shape: torch.Size
     output: GradientEdge
 
 
 class LayerCapture:
-    """Records the calls of named layers while it is enabled.
+    """Records the calls of layers while it is enabled; a context that removes its hooks.
 
     Args:
-        layers: Modules by the name that their calls are recorded under. Several modules may
-            share a name if they share their parameters.
+        layers: The layers; all modules that share a layer's parameters are recorded under
+            its name.
     """
 
-    def __init__(self, layers: Sequence[tuple[str, nn.Module]]) -> None:
+    def __init__(self, layers: Sequence[Layer]) -> None:
         self.enabled = True
         self.calls: list[LayerCall] = []
-        self._handles = [self._attach(name, module) for name, module in layers]
+        self._handles = [
+            self._attach(layer, module) for layer in layers for module in layer.modules
+        ]
 
-    def _attach(self, name: str, module: nn.Module) -> RemovableHandle:
-        def record(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def __enter__(self) -> LayerCapture:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _attach(self, layer: Layer, module: nn.Module) -> RemovableHandle:
+        def record(
+            _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
+        ) -> None:
             if self.enabled and torch.is_grad_enabled() and output.requires_grad:
+                x = inputs[0] if inputs else next(iter(keywords.values()))
+                if not layer.rule.accepts(module, x) or x.shape[0] == 0:
+                    raise ValueError(
+                        f"The input of '{layer.name}' ({type(module).__name__}) must be a "
+                        f"non-empty batch [n, ...], got shape {list(x.shape)}. Add a batch "
+                        "dimension with `x.unsqueeze(0)`."
+                    )
                 edge = get_gradient_edge(output)
-                self.calls.append(LayerCall(name, inputs[0].detach(), output.shape, edge))
+                self.calls.append(LayerCall(layer.name, module, x.detach(), output.shape, edge))
 
-        return module.register_forward_hook(record)
+        return module.register_forward_hook(record, with_kwargs=True)
 
     def take(self) -> list[LayerCall]:
         """Return the calls recorded since the last time, and forget them."""
@@ -56,10 +76,11 @@ class LayerCapture:
         return calls
 
     def remove(self) -> None:
-        """Remove every hook."""
+        """Remove every hook, and forget what was recorded."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.calls.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -71,22 +92,17 @@ class LayerCapture:
             self.enabled = before
 
 
-def call_gradients(output: Tensor, roots: Tensor, calls: Sequence[LayerCall]) -> dict[int, Tensor]:
-    """Backpropagate root vectors to the outputs of the calls; the graph is kept.
+def call_gradients(output: Tensor, root: Tensor, calls: Sequence[LayerCall]) -> list[Tensor | None]:
+    """Backpropagate a root vector to the outputs of the calls; the graph is kept.
 
     Args:
         output: Model output or loss, ``[*f]``.
-        roots: Vectors ``[v, *f]``.
+        root: A vector ``[*f]``.
         calls: Calls of layers.
 
     Returns:
-        For the position of each call that ``output`` depends on, gradients ``[v, *y]`` with
-        respect to that call's output ``[*y]``.
+        For each call, the gradient ``[*y]`` with respect to its output ``[*y]``, or ``None``
+        if ``output`` does not depend on it.
     """
     edges = [call.output for call in calls]
-    rows = [
-        torch.autograd.grad(output, edges, root, retain_graph=True, allow_unused=True)
-        for root in roots
-    ]
-    columns = dict(enumerate(zip(*rows)))
-    return {p: torch.stack(column) for p, column in columns.items() if column[0] is not None}
+    return list(torch.autograd.grad(output, edges, root, retain_graph=True, allow_unused=True))

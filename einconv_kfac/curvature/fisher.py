@@ -1,21 +1,19 @@
-"""Kronecker factors of a model: which Fisher, from which data."""
+"""Which Fisher of which loss is estimated, batch by batch."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
-from einconv_kfac.curvature.capture import LayerCall, LayerCapture, call_gradients
-from einconv_kfac.curvature.kronecker import KroneckerBlock, KroneckerFactors
-from einconv_kfac.curvature.layers import Approximation, find_layers
+from einconv_kfac.curvature.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.losses import check_reduction, loss_rule
-from einconv_kfac.curvature.moments import LayerMoments
+from einconv_kfac.curvature.moments import LayerMoments, Moments
+from einconv_kfac.curvature.rules import Approximation
 
 Fisher: TypeAlias = Literal["mc", "empirical", "exact", "forward-only"]
 
@@ -26,9 +24,9 @@ class FisherEstimator:
 
     Args:
         loss_fn: The loss module.
-        fisher: ``"mc"`` samples targets from the model, ``"exact"`` takes every direction of
-            the loss Hessian, ``"empirical"`` takes the given targets, ``"forward-only"`` sets
-            ``B`` to the identity.
+        fisher: ``"mc"`` draws root vectors of the loss Hessian, as from targets sampled from
+            the model; ``"exact"`` takes every direction of the loss Hessian; ``"empirical"``
+            takes the given targets; ``"forward-only"`` sets ``B`` to the identity.
         mc_samples: Number of samples per example for ``"mc"``.
         approximation: ``"expand"`` or ``"reduce"``.
 
@@ -58,16 +56,13 @@ class FisherEstimator:
 
     def factors(self, moments: LayerMoments) -> tuple[Tensor, Tensor]:
         """Return a layer's ``A [g, d, d]`` and ``B [g, co, co]``."""
-        a, b = moments.factors()
-        if self.fisher == "forward-only":
-            b = torch.eye(b.shape[-1], dtype=b.dtype, device=b.device).expand_as(b).contiguous()
-        return a, b
+        return moments.factors()
 
     def add_(
         self,
-        moments: Mapping[str, LayerMoments],
+        moments: Mapping[str, Moments],
         calls: Sequence[LayerCall],
-        loss: tuple[Tensor, Tensor, Tensor],
+        loss: tuple[Tensor, Any, Tensor],
         generator: Generator,
     ) -> None:
         """Add one batch to the moments.
@@ -78,73 +73,48 @@ class FisherEstimator:
             loss: Model output, target, and the loss of the two.
             generator: For ``"mc"``; the global random state is left alone.
         """
-        pairs: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for position, gradient in self._gradients(calls, loss, generator).items():
-            pairs[calls[position].layer].append((calls[position].x, gradient))
-        for name, found in pairs.items():
-            moments[name].add_([x for x, _ in found], [gradient for _, gradient in found])
-
-    def _gradients(
-        self,
-        calls: Sequence[LayerCall],
-        loss: tuple[Tensor, Tensor, Tensor],
-        generator: Generator,
-    ) -> dict[int, Tensor]:
-        """Return per-example gradients ``[v, *y]`` by the position of the call."""
-        output, target, value = loss
         if self.fisher == "forward-only":
-            return {
-                p: call.x.new_zeros(()).expand(1, *call.y_shape) for p, call in enumerate(calls)
-            }
-        if self.fisher in {"mc", "exact"}:
-            rule, detached = loss_rule(self.loss_fn), output.detach()
-            roots = (
-                rule.sampled(self.loss_fn, detached, target, self.mc_samples, generator)
-                if self.fisher == "mc"
-                else rule.exact(self.loss_fn, detached, target)
-            )
-            power = 0.5
+            for name, own in _by_layer(calls).items():
+                moments[name].add_inputs_(own)
+            return
+        output = loss[2] if self.fisher == "empirical" else loss[0]
+        used: list[LayerCall] | None = None
+        for root in self._roots(loss, generator):
+            found = call_gradients(output, root, calls if used is None else used)
+            if used is None:
+                used = [call for call, gradient in zip(calls, found) if gradient is not None]
+                for name, own in _by_layer(used).items():
+                    moments[name].add_inputs_(own)
+            self._add_root_(moments, used, [g for g in found if g is not None])
+
+    def _add_root_(
+        self, moments: Mapping[str, Moments], calls: Sequence[LayerCall], found: Sequence[Tensor]
+    ) -> None:
+        """Add the gradients of one root vector, scaled to those of the examples' own losses."""
+        gradients = {id(call): gradient for call, gradient in zip(calls, found)}
+        mean = check_reduction(self.loss_fn) == "mean"
+        power = 2 if self.fisher == "empirical" else 1
+        for name, own in _by_layer(calls).items():
+            scale = float(own[0].x.shape[0] ** power) if mean else 1.0
+            moments[name].add_gradients_(own, [gradients[id(call)] for call in own], scale)
+
+    def _roots(self, loss: tuple[Tensor, Any, Tensor], generator: Generator) -> Iterator[Tensor]:
+        """Yield the vectors that are backpropagated, from the output or from the loss."""
+        output, target, value = loss
+        if self.fisher == "empirical":
+            yield torch.ones_like(value)
+        elif self.fisher == "exact":
+            yield from loss_rule(self.loss_fn).roots(self.loss_fn, output.detach(), target)
         else:
-            output, roots, power = value, torch.ones_like(value).unsqueeze(0), 1.0
-        gradients = call_gradients(output, roots, calls)
-        if check_reduction(self.loss_fn) == "mean":
-            for position, gradient in gradients.items():
-                gradient.mul_(calls[position].x.shape[0] ** power)
-        return gradients
+            rule, detached = loss_rule(self.loss_fn), output.detach()
+            for _ in range(self.mc_samples):
+                root = rule.sample(self.loss_fn, detached, target, generator)
+                yield root if self.mc_samples == 1 else root * self.mc_samples**-0.5
 
 
-def kronecker_factors(
-    model: nn.Module,
-    loss_fn: nn.Module,
-    data: Iterable[tuple[Tensor, Tensor]],
-    *,
-    fisher: Fisher = "mc",
-    mc_samples: int = 1,
-    approximation: Approximation = "expand",
-    progress: bool = False,
-    seed: int = 0,
-) -> KroneckerFactors:
-    """Return the Kronecker factors of every linear and convolution layer, averaged over data."""
-    estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
-    layers = find_layers(model)
-    moments = {layer.name: LayerMoments(layer, approximation) for layer in layers}
-    capture = LayerCapture([(layer.name, layer.module) for layer in layers])
-    generators: dict[torch.device, Generator] = {}
-    total = len(data) if isinstance(data, Sized) else None
-    try:
-        for x, y in tqdm(data, total=total, desc="factors", disable=not progress):
-            with torch.enable_grad():
-                output = model(x)
-                value = loss_fn(output, y)
-            generator = generators.setdefault(
-                output.device, Generator(output.device).manual_seed(seed)
-            )
-            estimator.add_(moments, capture.take(), (output, y, value), generator)
-    finally:
-        capture.remove()
-    blocks = {}
-    for layer in layers:
-        a, b = estimator.factors(moments[layer.name])
-        scale = estimator.scale(moments[layer.name].examples)
-        blocks[layer.name] = KroneckerBlock(a, b, layer.parameters, scale)
-    return KroneckerFactors(blocks)
+def _by_layer(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:
+    """Return the calls by layer."""
+    result: dict[str, list[LayerCall]] = defaultdict(list)
+    for call in calls:
+        result[call.layer].append(call)
+    return result

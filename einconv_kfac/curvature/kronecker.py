@@ -1,55 +1,148 @@
-"""Kronecker-factored curvature as a value."""
+"""A block of curvature as a Kronecker product per channel group."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+
+from einconv_kfac.curvature.eigen import EigenBlock, decomposed
+from einconv_kfac.curvature.layout import Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KroneckerBlock:
     """One layer's block of the Fisher or GGN: ``scale * B[g] (x) A[g]`` per channel group.
 
-    Rows are ordered as ``weight.flatten(1)`` within a group, with the bias last.
+    Rows are ordered as the layout's matrices ``[g, co, d]``, for most layers as
+    ``weight.flatten(1)`` within a group with the bias last. Blocks are immutable.
 
     Args:
         A: Input-based factor ``[g, d, d]``, averaged over examples.
         B: Gradient-based factor ``[g, co, co]``, averaged over examples (and positions).
-        parameters: Names of the weight and, if it has one, the bias.
+        layout: The parameters, and how they form matrices.
         scale: 1 for a mean loss, the number of examples for a sum.
+
+    >>> layout = Layout("weight", None, (2, 3), (1, 2, 3), (0, 1, 2))
+    >>> block = KroneckerBlock(torch.eye(3)[None], 2 * torch.eye(2)[None], layout)
+    >>> block.trace(), block.logdet()
+    (tensor(12.), tensor(4.1589))
     """
 
     A: Tensor
     B: Tensor
-    parameters: tuple[str, ...]
+    layout: Layout
     scale: float = 1.0
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the weight and, if it has one, the bias."""
+        return self.layout.parameters
+
+    def matmul(self, matrix: Tensor) -> Tensor:
+        """Return the product with matrices ``[*v, g, co, d]``: ``scale * B V A``."""
+        return self.scale * (self.B @ matrix.to(self.A.dtype) @ self.A)
 
     def to_dense(self) -> Tensor:
         """Return the blocks as ``[g, co * d, co * d]``."""
         return self.scale * torch.stack([torch.kron(b, a) for a, b in zip(self.A, self.B)])
 
+    def trace(self) -> Tensor:
+        """Return the trace, ``scale * sum_g tr(A) tr(B)``."""
+        return self.scale * (_trace(self.A) * _trace(self.B)).sum()
 
-class KroneckerFactors(Mapping[str, KroneckerBlock]):
-    """Kronecker factors by layer name."""
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm."""
+        a, b = self.A.square().sum((-2, -1)), self.B.square().sum((-2, -1))
+        return abs(self.scale) * (a * b).sum().sqrt()
 
-    def __init__(self, blocks: Mapping[str, KroneckerBlock]) -> None:
-        self._blocks = dict(blocks)
+    def eigh(self) -> EigenBlock:
+        """Return the eigendecomposition; it takes one of ``A`` and one of ``B``."""
+        a, basis_a = decomposed(self.A)
+        b, basis_b = decomposed(self.B)
+        values = self.scale * b[:, :, None] * a[:, None, :]
+        return EigenBlock(basis_a, basis_b, values, self.layout)
 
-    def __getitem__(self, name: str) -> KroneckerBlock:
-        return self._blocks[name]
+    def eigenvalues(self) -> Tensor:
+        """Return the eigenvalues ``[g, co, d]``, unordered."""
+        return self.eigh().eigenvalues()
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._blocks)
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``log det(block + damping I)``; minus infinity where singular."""
+        return self.eigh().logdet(damping)
 
-    def __len__(self) -> int:
-        return len(self._blocks)
+    def inverse(self, damping: float, exact: bool = True) -> KroneckerBlock | EigenBlock:
+        """Return ``(block + damping I)^-1``.
 
-    def __repr__(self) -> str:
-        rows = (
-            f"  {name}: A {list(block.A.shape)}, B {list(block.B.shape)}"
-            for name, block in self._blocks.items()
-        )
-        return "\n".join([f"{type(self).__name__}(", *rows, ")"])
+        Args:
+            damping: Multiple of the identity, positive (or zero for a regular block).
+            exact: If not, the damping is split between the factors with trace balance
+                (Martens and Grosse, 2015)::
+
+                    1/scale (B + sqrt(l) / pi I)^-1 (x) (A + pi sqrt(l) I)^-1
+                    pi = sqrt((tr(A) / d) / (tr(B) / co)), l = damping / scale
+
+        Raises:
+            ValueError: If the damping is negative.
+            RuntimeError: If the damped block is not positive definite.
+        """
+        check_damping(damping)
+        if exact:
+            return self.eigh().inverse(damping)
+        balance = (_mean_eigenvalue(self.A) / _mean_eigenvalue(self.B)).sqrt()[:, None, None]
+        root = (damping / self.scale) ** 0.5
+        names = " and ".join(self.parameters)
+        a = damped_inverse(self.A, balance * root, f"A of {names}")
+        b = damped_inverse(self.B, root / balance, f"B of {names}")
+        return KroneckerBlock(a, b, self.layout, 1 / self.scale)
+
+    def sample(
+        self, count: int, *, damping: float = 0.0, generator: Generator | None = None
+    ) -> Tensor:
+        """Draw matrices ``[v, g, co, d]`` from the Gaussian with precision block + damping I."""
+        return self.eigh().sample(count, damping=damping, generator=generator)
+
+    def scaled(self, factor: float) -> KroneckerBlock:
+        """Return the block times a number."""
+        return replace(self, scale=self.scale * factor)
+
+    def to(self, *args: Any, **kwargs: Any) -> KroneckerBlock:
+        """Return the block on another device or with another dtype, as ``Tensor.to``."""
+        return replace(self, A=self.A.to(*args, **kwargs), B=self.B.to(*args, **kwargs))
+
+
+def check_damping(damping: float) -> None:
+    """Raise a ``ValueError`` if a damping is negative or not a number."""
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"`damping` must be a finite number >= 0, got {damping}.")
+
+
+def damped_inverse(factor: Tensor, damping: Tensor, name: str) -> Tensor:
+    """Return ``(factor + damping I)^-1`` per group; in float64 where float32 fails.
+
+    Raises:
+        RuntimeError: If it is not positive definite in float64 either.
+    """
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    damped = factor + damping * eye
+    triangle, failures = torch.linalg.cholesky_ex(damped)
+    if failures.any():
+        triangle, failures = torch.linalg.cholesky_ex(factor.double() + damping.double() * eye)
+        if failures.any():
+            raise RuntimeError(
+                f"The damped factor {name} must be positive definite, but is not with damping "
+                f"{float(damping.min()):.3g}. A larger `damping` helps."
+            )
+    return torch.cholesky_inverse(triangle).to(factor.dtype)
+
+
+def _trace(factor: Tensor) -> Tensor:
+    """Return the trace per group, ``[g]``."""
+    return factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _mean_eigenvalue(factor: Tensor) -> Tensor:
+    """Return ``tr(F) / dim(F)`` per group, ``[g]``, positive."""
+    return (_trace(factor) / factor.shape[-1]).clamp_min(torch.finfo(factor.dtype).tiny)

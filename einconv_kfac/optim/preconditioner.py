@@ -83,7 +83,7 @@ class KFACPreconditioner:
         self._running = {layer.name: RunningFactors(layer) for layer in layers}
         device = next(model.parameters()).device
         self._generator = Generator(device).manual_seed(seed)
-        self._capture = LayerCapture([(layer.name, layer.module) for layer in layers])
+        self._capture = LayerCapture(layers)
         self.recorder = Recorder(model, loss_fn, self._gather)
         weakref.finalize(self, self._capture.remove)
         self._steps = 0

@@ -1,0 +1,21 @@
+"""What K-FAC needs to know about each type of layer, and a registry of it."""
+
+from einconv_kfac.curvature.rules.convolution import ConvRule, TransposedConvRule
+from einconv_kfac.curvature.rules.embedding import EmbeddingRule
+from einconv_kfac.curvature.rules.linear import LinearRule
+from einconv_kfac.curvature.rules.normalization import ChannelNormRule, TrailingNormRule
+from einconv_kfac.curvature.rules.registry import layer_rule, register_layer
+from einconv_kfac.curvature.rules.rule import Approximation, LayerRule
+
+__all__ = [
+    "Approximation",
+    "ChannelNormRule",
+    "ConvRule",
+    "EmbeddingRule",
+    "LayerRule",
+    "LinearRule",
+    "TrailingNormRule",
+    "TransposedConvRule",
+    "layer_rule",
+    "register_layer",
+]

@@ -1,0 +1,81 @@
+"""Bad input and what is said about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from einconv_kfac.curvature import find_layers, kronecker_factors
+
+X, Y = torch.ones(4, 3), torch.zeros(4, dtype=torch.long)
+LINEAR, LOSS = nn.Linear(3, 2), nn.CrossEntropyLoss()
+
+
+class Tied(nn.Module):
+    def __init__(self, kind: type[nn.Module], *args: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), kind(*args)
+        self.second.weight = self.first.weight
+
+
+CASES: list[tuple[str, nn.Module, nn.Module, Any, dict[str, Any], type[Exception], str]] = [
+    ("fisher", LINEAR, LOSS, [(X, Y)], {"fisher": "type-2"}, ValueError,
+     r"`fisher` must be one of \('mc', 'empirical', 'exact', 'forward-only'\), got 'type-2'"),
+    ("approximation", LINEAR, LOSS, [(X, Y)], {"approximation": "kfc"}, ValueError,
+     r"`approximation` must be one of \('expand', 'reduce'\), got 'kfc'"),
+    ("samples", LINEAR, LOSS, [(X, Y)], {"mc_samples": 0}, ValueError,
+     r"`mc_samples` must be at least 1, got 0"),
+    ("unknown loss, mc", LINEAR, nn.L1Loss(), [(X, X[:, :2])], {}, ValueError,
+     r"`loss_fn` must be one of CrossEntropyLoss, .*, got L1Loss\. fisher='empirical' takes any"),
+    ("unknown loss, exact", LINEAR, nn.L1Loss(), [(X, X[:, :2])], {"fisher": "exact"}, ValueError,
+     r"got L1Loss"),
+    ("reduction", LINEAR, nn.MSELoss(reduction="none"), [(X, X)], {"fisher": "empirical"},
+     ValueError, r"`loss_fn.reduction` must be 'mean' or 'sum', got 'none'"),
+    ("no data", LINEAR, LOSS, [], {}, RuntimeError, r"Factors of '' need data, got none"),
+    ("unbatched input", LINEAR, LOSS, [(X[0], Y[0])], {"fisher": "empirical"}, ValueError,
+     r"input of '' \(Linear\) must be a non-empty batch \[n, \.\.\.\], got shape \[3\]"),
+    ("unbatched image", nn.Sequential(nn.Conv2d(1, 2, 2)), nn.MSELoss(),
+     [(torch.ones(1, 3, 3), torch.ones(2, 2, 2))], {}, ValueError,
+     r"input of '0' \(Conv2d\) must be a non-empty batch .*got shape \[1, 3, 3\].*unsqueeze"),
+    ("empty batch", LINEAR, LOSS, [(X[:0], Y[:0])], {}, ValueError,
+     r"non-empty batch \[n, \.\.\.\], got shape \[0, 3\]"),
+    ("no pairs", LINEAR, LOSS, [X], {}, ValueError,
+     r"`data` must yield pairs \(x, y\), got Tensor\. Pass `forward`"),
+    ("lazy", nn.LazyLinear(2), LOSS, [(X, Y)], {}, ValueError,
+     r"parameters.*must exist|Parameters must exist, but those of '' \(LazyLinear\)"),
+    ("tied, other type", Tied(nn.Embedding, 3, 3), LOSS, [(X, Y)], {}, ValueError,
+     r"share a weight must be of one type and share the bias, but 'first' \(Linear\) and "
+     r"'second' \(Embedding\), which share 'first.weight'"),
+    ("tied, other bias", Tied(nn.Linear, 3, 3), LOSS, [(X, Y)], {}, ValueError,
+     r"share the bias, but 'first' \(Linear\) and 'second'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_bad_input(case: Any) -> None:
+    _, model, loss_fn, data, options, error, message = case
+    with pytest.raises(error, match=message):
+        kronecker_factors(model, loss_fn, data, **options)
+
+
+def test_layers_that_no_loss_depends_on() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.unused(x)
+            result: torch.Tensor = self.used(x)
+            return result
+
+    with pytest.raises(RuntimeError, match=r"'unused' need data, got none.*depends on it"):
+        kronecker_factors(Unused(), LOSS, [(X, Y)])
+
+
+def test_parametrized_layers_are_not_covered() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), nn.Linear(2, 2))
+    assert [layer.name for layer in find_layers(model)] == ["1"]
