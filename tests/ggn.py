@@ -17,8 +17,8 @@ def matrix(module: nn.Module, weight: Tensor) -> Tensor:
         return weight.unflatten(1, (groups, -1)).flatten(4).transpose(2, 3).flatten(3)
     if isinstance(module, nn.Embedding):
         return weight.mT.unsqueeze(1)
-    if weight.ndim == 2:  # the scale of a norm layer
-        return weight[:, :, None, None]
+    if weight.ndim == 2 or isinstance(module, nn.LayerNorm):  # one group per channel
+        return weight.flatten(1)[:, :, None, None]
     return weight.unflatten(1, (groups, -1)).flatten(3)
 
 
@@ -29,7 +29,8 @@ def jacobian(model: nn.Module, name: str, *inputs: Any) -> Tensor:
     own = {prefix + key: p.detach() for key, p in module.named_parameters(recurse=False)}
 
     def output(parameters: dict[str, Tensor]) -> Tensor:
-        result: Tensor = functional_call(model, parameters, inputs)
+        buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
+        result: Tensor = functional_call(model, {**buffers, **parameters}, inputs)
         return result.flatten()
 
     rows = jacrev(output)(own)
