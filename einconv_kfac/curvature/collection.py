@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -11,8 +11,9 @@ from torch import Generator, Tensor
 from einconv_kfac.curvature.eigen import EigenBlock
 from einconv_kfac.curvature.kronecker import KroneckerBlock
 from einconv_kfac.curvature.layout import Layout
+from einconv_kfac.curvature.sums import SumBlock, added, pooled_block
 
-Block: TypeAlias = KroneckerBlock | EigenBlock
+Block: TypeAlias = KroneckerBlock | EigenBlock | SumBlock
 _VERSION = 1
 
 
@@ -23,7 +24,7 @@ class KroneckerFactors(Mapping[str, Any]):
     dimensions ``v``. Parameters that no block covers are not part of the operator.
 
     Args:
-        blocks: A `KroneckerBlock` or `EigenBlock` per layer.
+        blocks: A `KroneckerBlock`, `EigenBlock` or `SumBlock` per layer.
 
     >>> layout = Layout("fc.weight", None, (2, 3), (1, 2, 3), (0, 1, 2))
     >>> block = KroneckerBlock(torch.eye(3)[None], 2 * torch.eye(2)[None], layout)
@@ -73,6 +74,15 @@ class KroneckerFactors(Mapping[str, Any]):
         return self._mapped(lambda block: block.scaled(factor))
 
     __rmul__ = __mul__
+
+    def __add__(self, other: KroneckerFactors) -> KroneckerFactors:
+        """Return the exact sum, of several tasks for example, as an operator.
+
+        Raises:
+            ValueError: If the two cover different layers.
+        """
+        self._check_same(other)
+        return KroneckerFactors({name: added([self[name], other[name]]) for name in self})
 
     def eigh(self) -> KroneckerFactors:
         """Return every block by its eigendecomposition."""
@@ -136,6 +146,12 @@ class KroneckerFactors(Mapping[str, Any]):
             raise ValueError(f"`state` must be of version {_VERSION}, got {state.get('version')}.")
         return KroneckerFactors({n: _block_of(block) for n, block in state["blocks"].items()})
 
+    def _check_same(self, other: KroneckerFactors) -> None:
+        """Raise if another collection covers other layers."""
+        if self.keys() != other.keys():
+            differ = sorted(self.keys() ^ other.keys())
+            raise ValueError(f"Both sides must cover the same layers, they differ in {differ}.")
+
     def _mapped(self, change: Callable[[Any], Block]) -> KroneckerFactors:
         """Return the collection with every block changed."""
         return KroneckerFactors({name: change(block) for name, block in self._blocks.items()})
@@ -145,8 +161,37 @@ class KroneckerFactors(Mapping[str, Any]):
         return torch.stack([value(block).double().cpu() for block in self._blocks.values()]).sum()
 
 
+def pooled(factors: Sequence[KroneckerFactors], weights: Sequence[float]) -> KroneckerFactors:
+    """Return the Kronecker factors of pooled data sets.
+
+    ``A`` and ``B`` are the means of the data sets' factors, weighted by their numbers of
+    examples. Where every example has as many positions, this is what `kronecker_factors` gives
+    for all data at once (for a sum loss, divided by the number of data sets).
+
+    Args:
+        factors: One collection per data set.
+        weights: Their numbers of examples, or other positive weights.
+
+    Raises:
+        ValueError: If the numbers of both differ or are zero, a weight is not positive, or the
+            collections do not cover the same layers by Kronecker products.
+    """
+    if not factors or len(factors) != len(weights) or min(weights) <= 0:
+        raise ValueError(
+            f"`weights` must be a positive number for each of {len(factors)} factors, got "
+            f"{weights}."
+        )
+    for other in factors[1:]:
+        factors[0]._check_same(other)
+    return KroneckerFactors(
+        {name: pooled_block([own[name] for own in factors], weights) for name in factors[0]}
+    )
+
+
 def _block_state(block: Block) -> dict[str, Any]:
     """Return a block as tensors, numbers and names."""
+    if isinstance(block, SumBlock):
+        return {"terms": [_block_state(term) for term in block.terms]}
     layout = dict(vars(block.layout))
     if isinstance(block, KroneckerBlock):
         return {"layout": layout, "A": block.A, "B": block.B, "scale": block.scale}
@@ -156,6 +201,8 @@ def _block_state(block: Block) -> dict[str, Any]:
 
 def _block_of(state: Mapping[str, Any]) -> Block:
     """Return the block that a state describes."""
+    if "terms" in state:
+        return added([_block_of(term) for term in state["terms"]])
     fields = {name: value for name, value in state.items() if name != "layout"}
     kind = KroneckerBlock if "A" in state else EigenBlock
     return kind(**fields, layout=Layout(**state["layout"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from einconv_kfac.curvature.capture import LayerCapture
 from einconv_kfac.curvature.collection import KroneckerFactors
+from einconv_kfac.curvature.corrected import SquaredGradients
 from einconv_kfac.curvature.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.kronecker import KroneckerBlock
 from einconv_kfac.curvature.layers import Layer, find_layers
@@ -19,6 +20,7 @@ from einconv_kfac.curvature.moments import LayerMoments, Moments
 from einconv_kfac.curvature.preservation import undisturbed
 from einconv_kfac.curvature.rules import Approximation
 
+Kind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]
 Forward: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, Any]]
 """Runs a model on a batch and returns its output and the target."""
 
@@ -32,6 +34,7 @@ def kronecker_factors(
     mc_samples: int = 1,
     approximation: Approximation = "expand",
     forward: Forward | None = None,
+    kind: Kind = "kfac",
     progress: bool = False,
     seed: int = 0,
 ) -> KroneckerFactors:
@@ -56,6 +59,9 @@ def kronecker_factors(
         mc_samples: See `FisherEstimator`.
         approximation: See `FisherEstimator`.
         forward: Runs the model on a batch of another form, and returns output and target.
+        kind: ``"kfac"`` for the blocks above; ``"ekfac"`` for the exact second moments of
+            per-example gradients in their eigenbasis (George et al., 2018), in a second pass
+            over the data; ``"diagonal"`` for the exact diagonal of the Fisher or GGN.
         progress: Whether to show a progress bar.
         seed: Seed of the generator for ``"mc"``.
 
@@ -72,17 +78,45 @@ def kronecker_factors(
     )
     """
     estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
+    _check_kind(kind, fisher, data)
     model = uncompiled(model)
     layers = find_layers(model, every=True)
-    moments = {layer.name: LayerMoments(layer, approximation) for layer in layers}
-    batches = _with_progress(data, progress)
-    add_batches_(estimator, (model, forward), batches, layers, moments, seed)
-    blocks = {}
-    for layer in layers:
-        a, b = estimator.factors(moments[layer.name])
-        scale = estimator.scale(moments[layer.name].examples)
-        blocks[layer.name] = KroneckerBlock(a, b, layer.layout, scale)
-    return KroneckerFactors(blocks)
+
+    def run(moments: Mapping[str, Moments]) -> None:
+        batches = _with_progress(data, progress)
+        add_batches_(estimator, (model, forward), batches, layers, moments, seed)
+
+    factors = None
+    if kind != "diagonal":
+        moments = {layer.name: LayerMoments(layer, approximation) for layer in layers}
+        run(moments)
+        factors = KroneckerFactors({n: _block(own, estimator) for n, own in moments.items()})
+        if kind == "kfac":
+            return factors
+    bases = {} if factors is None else dict(factors.eigh())
+    squares = {layer.name: SquaredGradients(layer, bases.get(layer.name)) for layer in layers}
+    run(squares)
+    scaled = {name: own.block(estimator.scale(own.examples)) for name, own in squares.items()}
+    return KroneckerFactors(scaled)
+
+
+def _block(moments: LayerMoments, estimator: FisherEstimator) -> KroneckerBlock:
+    """Return a layer's block."""
+    a, b = estimator.factors(moments)
+    return KroneckerBlock(a, b, moments.layer.layout, estimator.scale(moments.examples))
+
+
+def _check_kind(kind: str, fisher: str, data: Iterable[Any]) -> None:
+    """Check that the kind of blocks is known, and fits the Fisher and the data."""
+    if kind not in get_args(Kind):
+        raise ValueError(f"`kind` must be one of {get_args(Kind)}, got {kind!r}.")
+    if kind != "kfac" and fisher == "forward-only":
+        raise ValueError(f"`fisher` must have gradients for kind={kind!r}, got 'forward-only'.")
+    if kind == "ekfac" and iter(data) is data:
+        raise ValueError(
+            "`data` must be iterable twice for kind='ekfac', got an iterator. Pass a list or a "
+            "data loader without shuffling."
+        )
 
 
 def add_batches_(

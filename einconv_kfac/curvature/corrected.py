@@ -1,0 +1,88 @@
+"""Exact second moments of per-example gradients, entry by entry in some basis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.capture import LayerCall
+from einconv_kfac.curvature.eigen import EigenBlock
+from einconv_kfac.curvature.layers import Layer
+from einconv_kfac.curvature.moments import batch_size, no_data
+from einconv_kfac.curvature.rules.rule import with_ones
+
+_LARGEST = 1 << 22
+"""Entries of the per-example gradients that are held at a time."""
+
+
+class SquaredGradients:
+    """Sums of ``(U_B^T G_n U_A)^2`` with the gradients ``G_n [g, co, d]`` of single examples.
+
+    In the eigenbasis of Kronecker factors these are the corrected eigenvalues of EKFAC
+    (George et al., 2018); in the identity basis they are the exact diagonal of the Fisher
+    or GGN.
+
+    Args:
+        layer: The layer.
+        basis: A block whose bases are taken; its eigenvalues are not used.
+    """
+
+    def __init__(self, layer: Layer, basis: EigenBlock | None = None) -> None:
+        self.layer = layer
+        self.examples = 0
+        self._basis = basis
+        self._sum: Tensor | None = None
+        self._inputs: list[Tensor] = []
+
+    @torch.no_grad()
+    def add_inputs_(self, calls: Sequence[LayerCall]) -> None:
+        """See `Moments`."""
+        self.examples += batch_size(self.layer, calls)
+        self._inputs = [self._rotated_input(call) for call in calls]
+
+    @torch.no_grad()
+    def add_gradients_(
+        self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
+    ) -> None:
+        """See `Moments`."""
+        g = torch.cat([self._rotated(c, dy) for c, dy in zip(calls, gradients)], dim=-1)
+        a = torch.cat(self._inputs, dim=-1)  # n g d s
+        if self._sum is None:
+            self._sum = g.new_zeros(g.shape[1], g.shape[2], a.shape[2])
+        if a.shape[-1] == 1:  # no weight sharing: squares of outer products
+            left, right = g.squeeze(-1).square(), a.squeeze(-1).square()
+            self._sum.add_(torch.einsum("nga,ngb->gab", left, right), alpha=scale)
+            return
+        step = max(1, _LARGEST // self._sum.numel())
+        for part_g, part_a in zip(torch.split(g, step), torch.split(a, step)):
+            self._sum.add_((part_g @ part_a.mT).square().sum(0), alpha=scale)
+
+    def block(self, scale: float) -> EigenBlock:
+        """Return the block with the averages as eigenvalues.
+
+        Raises:
+            RuntimeError: If nothing was added.
+        """
+        if self._sum is None:
+            raise no_data(self.layer)
+        values = self._sum * (scale / self.examples)
+        if self._basis is None:
+            return EigenBlock(None, None, values, self.layer.layout)
+        return EigenBlock(self._basis.basis_a, self._basis.basis_b, values, self.layer.layout)
+
+    def _rotated_input(self, call: LayerCall) -> Tensor:
+        """Return ``U_A^T a`` as ``[n, g, d, s]``."""
+        a = self.layer.rule.inputs(call.module, call.x, call.y_shape)
+        a = with_ones(a) if self.layer.bias is not None else a
+        a = a.to(torch.promote_types(a.dtype, torch.float32))
+        basis = None if self._basis is None else self._basis.basis_a
+        return a if basis is None else basis.mT @ a
+
+    def _rotated(self, call: LayerCall, gradient: Tensor) -> Tensor:
+        """Return ``U_B^T g`` as ``[n, g, co, s]``."""
+        g = self.layer.rule.outputs(call.module, gradient)
+        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        basis = None if self._basis is None else self._basis.basis_b
+        return g if basis is None else basis.mT @ g

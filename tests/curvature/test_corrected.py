@@ -1,0 +1,112 @@
+"""Corrected eigenvalues and diagonals against the GGN by definition, and curvlinops."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from ggn import dense_empirical, dense_ggn
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from curvlinops import EKFACLinearOperator
+
+from einconv_kfac.curvature import kronecker_factors
+
+TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 2, groups=2, padding=1),
+        nn.BatchNorm2d(4).eval(),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 3, 2, stride=2),
+        nn.Flatten(),
+        nn.Linear(192, 3),
+    ).double()
+
+
+class Shared(nn.Module):
+    """A layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(torch.tanh(self.layer(x))))
+
+
+def problem(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    if name == "shared":
+        torch.manual_seed(0)
+        x = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+        return Shared().double(), x, torch.randint(4, (5,), generator=generator)
+    x = torch.randn(5, 2, 3, 3, generator=generator, dtype=torch.float64)
+    return network(), x, torch.randint(3, (5,), generator=generator)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("name", ["network", "shared"])
+def test_diagonal_is_exact(name: str, fisher: str, reduction: str) -> None:
+    (model, x, y), loss_fn = problem(name), nn.CrossEntropyLoss(reduction=reduction)
+    oracle = dense_ggn if fisher == "exact" else dense_empirical
+    data = [(x[:2], y[:2]), (x[2:], y[2:])]
+    diagonal = kronecker_factors(model, loss_fn, data, kind="diagonal", fisher=fisher)
+    corrected = kronecker_factors(model, loss_fn, data, kind="ekfac", fisher=fisher)
+    for layer, block in diagonal.items():
+        exact = oracle(model, loss_fn, x, y, layer)
+        expected = exact.diagonal(dim1=-2, dim2=-1)
+        torch.testing.assert_close(block.values.flatten(1), expected, **TOLERANCE)
+        # EKFAC keeps the diagonal in its basis, and with it the trace
+        ours = corrected[layer]
+        torch.testing.assert_close(ours.values.sum((1, 2)), expected.sum(1), **TOLERANCE)
+        for g in range(len(exact)):
+            basis = torch.kron(ours.basis_b[g], ours.basis_a[g])
+            values = (basis.T @ exact[g] @ basis).diagonal()
+            torch.testing.assert_close(ours.values[g].flatten(), values, **TOLERANCE)
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_equals_curvlinops(fisher: str, reduction: str, approximation: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4, bias=False)
+    ).double()
+    x, y = torch.randn(30, 2, 3, 3, dtype=torch.float64), torch.randint(4, (30,))
+    data, loss_fn = [(x[:10], y[:10]), (x[10:], y[10:])], nn.CrossEntropyLoss(reduction=reduction)
+    reference = EKFACLinearOperator(
+        model,
+        loss_fn,
+        list(model.parameters()),
+        data,
+        fisher_type={"exact": "type-2"}.get(fisher, fisher),
+        kfac_approx=approximation,
+        separate_weight_and_bias=False,
+        check_deterministic=False,
+    )
+    ours = kronecker_factors(
+        model, loss_fn, data, kind="ekfac", fisher=fisher, approximation=approximation
+    )
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    v = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    expected = reference @ list(v.values())
+    for got, wanted in zip((ours @ v).values(), expected):
+        torch.testing.assert_close(got, wanted, **TOLERANCE)
+
+
+def test_streaming_in_parts_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    (model, x, y), loss_fn = problem("network"), nn.CrossEntropyLoss()
+    whole = kronecker_factors(model, loss_fn, [(x, y)], kind="diagonal", fisher="exact")
+    monkeypatch.setattr("einconv_kfac.curvature.corrected._LARGEST", 1)
+    parts = kronecker_factors(model, loss_fn, [(x, y)], kind="diagonal", fisher="exact")
+    for name in whole:
+        torch.testing.assert_close(parts[name].values, whole[name].values, **TOLERANCE)
