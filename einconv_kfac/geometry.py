@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import Any, TypeAlias
 
@@ -63,7 +63,7 @@ class Axis:
         """Input positions with the padding on both sides."""
         return self.input_size + sum(self.padding)
 
-    @cached_property
+    @property
     def output_size(self) -> int:
         """Number of output positions ``O``."""
         return 1 + (self.padded_size - self.span) // self.stride
@@ -96,32 +96,32 @@ class Geometry:
         """Number of spatial dimensions."""
         return len(self.axes)
 
-    @cached_property
+    @property
     def input_size(self) -> tuple[int, ...]:
         """Input positions per dimension."""
         return tuple(axis.input_size for axis in self.axes)
 
-    @cached_property
+    @property
     def kernel_size(self) -> tuple[int, ...]:
         """Kernel entries per dimension."""
         return tuple(axis.kernel_size for axis in self.axes)
 
-    @cached_property
+    @property
     def output_size(self) -> tuple[int, ...]:
         """Output positions per dimension."""
         return tuple(axis.output_size for axis in self.axes)
 
-    @cached_property
+    @property
     def stride(self) -> tuple[int, ...]:
         """Stride per dimension."""
         return tuple(axis.stride for axis in self.axes)
 
-    @cached_property
+    @property
     def dilation(self) -> tuple[int, ...]:
         """Dilation per dimension."""
         return tuple(axis.dilation for axis in self.axes)
 
-    @cached_property
+    @property
     def padding(self) -> tuple[tuple[int, int], ...]:
         """Zeros added left and right, per dimension."""
         return tuple(axis.padding for axis in self.axes)
@@ -253,7 +253,7 @@ def transposed_convolution(
         (o - 1) * s - sum(p) + d * (k - 1) + 1 + e
         for o, s, p, d, k, e in zip(sizes, strides, sides, steps, kernel, extra)
     )
-    if min(targets, default=1) < 1:
+    if any(target < 1 for target in targets):
         raise ValueError(
             f"`padding` must leave at least one output position, got {padding!r} for an "
             f"output of {targets}."

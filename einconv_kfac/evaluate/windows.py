@@ -50,7 +50,7 @@ def fold_axis(z: Tensor, kernel: int, output: int, dilation: int, stride: int) -
     folded = z.new_zeros(shape)
     every = (slice(None),) * (output - 1) + (slice(None, None, stride),)
     for entry in range(entries):
-        folded.narrow(output - 1, entry * dilation, span)[every] += z.select(kernel, entry)
+        folded.narrow(output - 1, entry * dilation, span)[every].add_(z.select(kernel, entry))
     return folded
 
 

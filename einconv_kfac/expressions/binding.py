@@ -37,7 +37,7 @@ def _folded(tensor: Tensor, step: Fold) -> Tensor:
         start = entry * step.dilation
         places = range(start, start + (count - 1) * step.stride + 1)
         target = folded.narrow(step.dim, places.start, len(places))
-        target[_every(step.dim, step.stride)] += tensor.select(step.dim + 1, entry)
+        target[_every(step.dim, step.stride)].add_(tensor.select(step.dim + 1, entry))
     return folded
 
 
