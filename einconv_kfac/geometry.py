@@ -26,7 +26,8 @@ class Axis:
         input_size: Number of input positions ``I``.
         kernel_size: Number of kernel entries ``K``.
         stride: Step between the windows of neighbouring outputs.
-        padding: Zeros added on the left and on the right.
+        padding: Zeros added on the left and on the right; a negative number on the right drops
+            the last outputs.
         dilation: Step between neighbouring kernel entries.
 
     Raises:
@@ -44,7 +45,7 @@ class Axis:
         for name in ("input_size", "kernel_size", "stride", "dilation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if min(self.padding) < 0:
+        if self.padding[0] < 0:
             raise ValueError(f"`padding` must not be negative, got {self.padding}.")
         if self.span > self.padded_size:
             raise ValueError(
@@ -149,6 +150,8 @@ def per_dimension(value: Sizes, ndim: int, name: str, minimum: int = 1) -> tuple
         ValueError: If it has another length or an entry below ``minimum``.
         TypeError: If an entry is not an integer.
     """
+    if not isinstance(value, (int, Sequence)):
+        raise TypeError(f"`{name}` must be an integer or integers, got {value!r}.")
     sizes = (value,) * ndim if isinstance(value, int) else tuple(value)
     if len(sizes) == 1:
         sizes = sizes * ndim
@@ -258,7 +261,9 @@ def transposed_convolution(
             f"`padding` must leave at least one output position, got {padding!r} for an "
             f"output of {targets}."
         )
-    return Geometry(tuple(map(Axis, targets, kernel, strides, sides, steps)), groups)
+    # output padding beyond the stride would make room for further outputs of the convolution
+    fixed = [(p[0], p[1] - max(0, e - s + 1)) for p, e, s in zip(sides, extra, strides)]
+    return Geometry(tuple(map(Axis, targets, kernel, strides, fixed, steps)), groups)
 
 
 def output_padding_of(
@@ -272,21 +277,27 @@ def output_padding_of(
     """Return the output padding with which a transposed convolution has an output size.
 
     Raises:
-        ValueError: If none below stride or dilation does; as `transposed_convolution`.
+        ValueError: If none below stride or dilation does; as `convolution`.
 
     >>> output_padding_of(16, (7,), kernel_size=3, stride=2)
     (1,)
     """
-    plain = transposed_convolution(input_size, kernel_size, stride, padding, 0, dilation)
-    sizes = per_dimension(output_size, plain.ndim, "output_size")
-    extra = tuple(size - least for size, least in zip(sizes, plain.input_size))
-    bounds = tuple(max(axis.stride, axis.dilation) for axis in plain.axes)
-    if any(not 0 <= e < bound for e, bound in zip(extra, bounds)):
-        largest = tuple(map(sum, zip(plain.input_size, bounds, [-1] * plain.ndim)))
+    ndim = len(input_size)
+    sizes = per_dimension(output_size, ndim, "output_size")
+    kernel = per_dimension(kernel_size, ndim, "kernel_size")
+    strides = per_dimension(stride, ndim, "stride")
+    steps = per_dimension(dilation, ndim, "dilation")
+    sides = parse_padding(padding, ndim)
+    least = tuple(
+        (o - 1) * s - sum(p) + d * (k - 1) + 1
+        for o, s, p, d, k in zip(input_size, strides, sides, steps, kernel)
+    )
+    largest = tuple(low + max(s, d) - 1 for low, s, d in zip(least, strides, steps))
+    if not all(low <= size <= high for low, size, high in zip(least, sizes, largest)):
         raise ValueError(
-            f"`output_size` must be between {plain.input_size} and {largest}, got {output_size!r}."
+            f"`output_size` must be between {least} and {largest}, got {output_size!r}."
         )
-    return extra
+    return tuple(size - low for size, low in zip(sizes, least))
 
 
 def hashable(value: Any) -> Any:
