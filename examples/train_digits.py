@@ -200,9 +200,10 @@ def format_table(summaries: dict[str, Summary]) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(runs: dict[str, Run], path: Path) -> None:
+def draw_curves(runs: dict[str, Run], title: str, path: Path) -> None:
     """Save training loss over steps and over seconds, and test accuracy over steps."""
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure.suptitle(title)
     by_step, by_time, accuracy = figure.subplots(1, 3)
     for name, run in runs.items():
         means, first = run.running_mean(), run.steps_per_epoch
@@ -210,14 +211,14 @@ def draw_curves(runs: dict[str, Run], path: Path) -> None:
         by_step.semilogy(steps, means, label=name)
         by_time.semilogy(run.times[first - 1 :], means, label=name)
         accuracy.plot(steps[::first], run.test_accuracies, label=name)
-    for axes in (by_step, by_time):
-        axes.set_ylabel("training loss (mean over one epoch)")
+    for axes, unit in ((by_step, "step"), (by_time, "seconds")):
+        axes.set(xlabel=unit, ylabel="training loss (mean over one epoch)")
         for target in TARGETS:
             axes.axhline(target, color="grey", linewidth=0.8, linestyle=":")
-    by_step.set_xlabel("step")
-    by_time.set_xlabel("seconds")
+            axes.annotate(f"{target}", (1, target), xycoords=("axes fraction", "data"), ha="right")
     accuracy.set(xlabel="step", ylabel="test accuracy", ylim=(0.8, 1.0))
     accuracy.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -287,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = {name: train(name, data, setting) for name in args.optimizers}
     summaries = {name: run.summary() for name, run in runs.items()}
     print(format_table(summaries))
-    draw_curves(runs, args.output)
+    draw_curves(runs, f"Handwritten digits, batches of {args.batch_size} images", args.output)
     print(f"curves: {args.output.resolve()}")
     if args.json is not None:
         args.json.write_text(json.dumps(summaries, indent=2) + "\n")
