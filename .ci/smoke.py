@@ -1,6 +1,7 @@
 """Use the installed package from outside the checkout, whose path is the argument."""
 
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from einconv_kfac.curvature import conv_input_factor, kronecker_factors
 
 def main() -> None:
     """Take a step, compute factors, and check where it all came from."""
+    warnings.simplefilter("error")
     checkout = Path(sys.argv[1]).resolve()
     source = Path(einconv_kfac.__file__).resolve()
     assert checkout not in source.parents, f"imported from the checkout: {source}"
