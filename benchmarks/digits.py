@@ -12,9 +12,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from math import inf, isfinite
 from pathlib import Path
 from statistics import median
+
+import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -52,11 +55,9 @@ class Report:
         self.lines.append(line)
 
 
-def repeat(name: str, setting: Setting, seeds: Sequence[int]) -> list[Run]:
-    """Train once per seed."""
-    return [
-        train(name, split_digits(seed), replace(setting, seed=seed), quiet=True) for seed in seeds
-    ]
+def run(name: str, setting: Setting, seed: int) -> Run:
+    """Train once; the seed is that of split, initial weights and batches."""
+    return train(name, split_digits(seed), replace(setting, seed=seed), quiet=True)
 
 
 def steps(runs: Sequence[Run], target: float) -> list[float]:
@@ -74,24 +75,25 @@ def search(name: str, setting: Setting, protocol: Protocol, report: Report) -> f
     scores = {}
     report.add(f"  {name:5} lr     steps to {TARGETS}, test loss; medians")
     for lr in GRIDS[name][: protocol.grid_size]:
-        runs = repeat(name, replace(setting, lr=lr), protocol.search_seeds)
+        runs = [run(name, replace(setting, lr=lr), seed) for seed in protocol.search_seeds]
         counts = [median(steps(runs, target)) for target in TARGETS]
         scores[lr] = sum(counts)
-        loss = median(run.test_loss for run in runs)
+        loss = median(done.test_loss for done in runs)
         report.add(f"        {lr:<7g}{' '.join(f'{show(c):>5}' for c in counts)}  {loss:.4f}")
     return min(scores, key=lambda lr: scores[lr])
 
 
-def describe(name: str, runs: Sequence[Run]) -> list[str]:
+def describe(name: str, runs: dict[int, Run]) -> list[str]:
     """Return the rows of one optimizer: medians, then every seed."""
-    columns = [steps(runs, target) for target in TARGETS]
-    columns.append([run.test_loss for run in runs])
-    columns.append([100 * run.test_accuracies[-1] for run in runs])
-    columns.append([1000 * run.times[-1] / len(run.losses) for run in runs])
+    done = list(runs.values())
+    columns = [steps(done, target) for target in TARGETS]
+    columns.append([run.test_loss for run in done])
+    columns.append([100 * run.test_accuracies[-1] for run in done])
+    columns.append([1000 * run.times[-1] / len(run.losses) for run in done])
     rows = [("median", [median(column) for column in columns])]
-    rows += [(f"run {i}", list(values)) for i, values in enumerate(zip(*columns), start=1)]
+    rows += [(f"seed {seed}", list(values)) for seed, values in zip(runs, zip(*columns))]
     return [
-        f"  {name:8} {label:6} " + " ".join(f"{show(value):>10}" for value in values)
+        f"  {name:8} {label:7}" + " ".join(f"{show(value):>10}" for value in values)
         for label, values in rows
     ]
 
@@ -109,9 +111,11 @@ def compare(batch_size: int, protocol: Protocol, report: Report) -> None:
     report.add(f"  chosen: {rates}")
     titles = [*(f"to {target}" for target in TARGETS), "test loss", "accuracy %", "ms/step"]
     report.add(" " * 18 + " ".join(f"{title:>10}" for title in titles))
+    runs: dict[str, dict[int, Run]] = {name: {} for name in protocol.optimizers}
+    for seed, name in product(protocol.seeds, protocol.optimizers):  # interleaved: fair timings
+        runs[name][seed] = run(name, replace(setting, lr=rates.get(name)), seed)
     for name in protocol.optimizers:
-        runs = repeat(name, replace(setting, lr=rates.get(name)), protocol.seeds)
-        for line in describe(name, runs):
+        for line in describe(name, runs[name]):
             report.add(line)
     report.add()
 
@@ -127,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.quick:
         protocol = replace(protocol, seeds=(0,), search_seeds=(100,), grid_size=1, epochs=1)
     report = Report()
+    report.add(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n")
     for batch_size in protocol.batch_sizes:
         compare(batch_size, protocol, report)
     args.output.parent.mkdir(parents=True, exist_ok=True)
