@@ -126,7 +126,8 @@ def layers() -> Iterator[Layer]:
 def ours(layer: Layer, approximation: str, algorithm: str | None = None) -> Callable[[Tensor], Any]:
     """Return the call of this package."""
     function = conv_transpose_input_factor if layer.transposed else conv_input_factor
-    options = {**layer.options, "approximation": approximation, "algorithm": algorithm}
+    choice = {"approximation": approximation, "algorithm": algorithm}
+    options: dict[str, Any] = {**layer.options, **choice}
     return lambda x: function(x, **options)
 
 
