@@ -19,6 +19,9 @@ LONG = 128
 
 def forward(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x P W -> [n, (g co), *o]``."""
+    if _pointwise(geometry):
+        matrices = weight.view(geometry.groups, -1, weight.shape[1])
+        return _mixed(matrices, x[_positions(geometry)], geometry.output_size)
     rows = rows_of(geometry, unfold_all=_unfolds_all(geometry, weight))
     output = _convolved(rows, x, _entries(weight, rows))
     return output.view(x.shape[0], weight.shape[0], *geometry.output_size)
@@ -26,6 +29,9 @@ def forward(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
 
 def input_vjp(geometry: Geometry, weight: Tensor, v: Tensor) -> Tensor:
     """Return ``W P v -> [n, (g ci), *i]``."""
+    if _pointwise(geometry) and geometry.input_size == geometry.output_size:
+        matrices = weight.view(geometry.groups, -1, weight.shape[1]).mT
+        return _mixed(matrices, v, geometry.input_size)
     low = v.dtype in LOW_PRECISION
     channels = geometry.groups * weight.shape[1]
     if all(axis.stride == 1 for axis in geometry.axes):
@@ -57,6 +63,23 @@ def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
     kernel = [slide.kernel_size for slide in rows.slides]
     total = total.to(x.dtype).reshape(kernel[0], groups * v.shape[2], channels, *kernel[1:])
     return total.movedim(0, 2).reshape(-1, channels, *geometry.kernel_size)
+
+
+def _pointwise(geometry: Geometry) -> bool:
+    """Whether every output meets one input, through the only kernel entry."""
+    return all(axis.kernel_size == 1 and axis.padding == (0, 0) for axis in geometry.axes)
+
+
+def _positions(geometry: Geometry) -> tuple[slice, ...]:
+    """Index of the inputs that a pointwise convolution meets."""
+    return (slice(None), slice(None), *(slice(None, None, axis.stride) for axis in geometry.axes))
+
+
+def _mixed(matrices: Tensor, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Multiply the channels of each group, at every position, by a matrix ``[g, co, ci]``."""
+    n, groups = x.shape[0], len(matrices)
+    channels = x.reshape(n * groups, matrices.shape[2], -1)
+    return torch.bmm(_repeated(matrices, len(channels)), channels).view(n, -1, *sizes)
 
 
 def _unfolds_all(geometry: Geometry, weight: Tensor) -> bool:

@@ -58,6 +58,9 @@ def padded(x: Tensor, sides: Sequence[tuple[int, int]]) -> Tensor:
     """Pad the last dimensions with zeros; negative sides are cropped, without a copy."""
     added: list[int] = []
     for back, (left, right) in enumerate(reversed(sides), start=1):
+        if left == 0 == right:
+            added += [0, 0]
+            continue
         start, size = max(0, -left), x.shape[-back]
         x = x.narrow(-back, start, size - start - max(0, -right))
         added += [max(0, left), max(0, right)]

@@ -6,6 +6,7 @@ from einconv_kfac.geometry import Axis
 from einconv_kfac.network.cache import cached
 from einconv_kfac.network.network import Edit, Network, Steps
 from einconv_kfac.network.operand import Pattern
+from einconv_kfac.network.rules.sums import sum_patterns
 from einconv_kfac.network.step import Fold, Pad, Step, Windows
 
 
@@ -13,11 +14,12 @@ from einconv_kfac.network.step import Fold, Pad, Step, Windows
 def lowered(network: Network) -> Network:
     """Return the network with as few patterns left as possible.
 
-    A pattern whose input index is that of one leaf is a window view of the padded leaf. A
+    A pattern with an index that stands nowhere else is summed over it, to a small matrix. One
+    whose input index is that of one leaf is a window view of the padded leaf. A
     pattern whose input index is an output's, and whose kernel and output index are summed,
     is a fold of the result. Other patterns stay, as small dense tensors.
     """
-    for rule in (_window, _fold):
+    for rule in (sum_patterns, _window, _fold):
         while (simpler := rule(network)) is not None:
             network = simpler
     return network
