@@ -38,7 +38,7 @@ def jacobian(model: nn.Module, name: str, *inputs: Any) -> Tensor:
     if f"{prefix}bias" in rows:
         bias = rows[f"{prefix}bias"].reshape(*result.shape[:3], 1)
         result = torch.cat([result, bias], dim=-1)
-    return result.flatten(2)
+    return result.flatten(2).detach()
 
 
 def loss_hessian(loss_fn: nn.Module, output: Tensor, target: Tensor) -> Tensor:

@@ -8,15 +8,13 @@ touches ``.grad`` nor computes a weight gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 
 from einconv_kfac.curvature.layers import Layer
 
@@ -43,9 +41,7 @@ class LayerCapture:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.enabled = True
         self.calls: list[LayerCall] = []
-        self._handles = [
-            self._attach(layer, module) for layer in layers for module in layer.modules
-        ]
+        self._undo = [self._watch(layer, module) for layer in layers for module in layer.modules]
 
     def __enter__(self) -> LayerCapture:
         return self
@@ -53,22 +49,21 @@ class LayerCapture:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _attach(self, layer: Layer, module: nn.Module) -> RemovableHandle:
-        def record(
-            _: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
-        ) -> None:
-            if self.enabled and torch.is_grad_enabled() and output.requires_grad:
-                x = inputs[0] if inputs else next(iter(keywords.values()))
+    def _watch(self, layer: Layer, module: nn.Module) -> Callable[[], None]:
+        """Record a module's calls under its layer's name; return what undoes that."""
+
+        def record(x: Tensor, y: Tensor) -> None:
+            if self.enabled and torch.is_grad_enabled() and y.requires_grad:
                 if not layer.rule.accepts(module, x) or x.shape[0] == 0:
                     raise ValueError(
                         f"The input of '{layer.name}' ({type(module).__name__}) must be a "
                         f"non-empty batch [n, ...], got shape {list(x.shape)}. Add a batch "
                         "dimension with `x.unsqueeze(0)`."
                     )
-                edge = get_gradient_edge(output)
-                self.calls.append(LayerCall(layer.name, module, x.detach(), output.shape, edge))
+                edge = get_gradient_edge(y)
+                self.calls.append(LayerCall(layer.name, module, x.detach(), y.shape, edge))
 
-        return module.register_forward_hook(record, with_kwargs=True)
+        return layer.rule.watch(module, record)
 
     def take(self) -> list[LayerCall]:
         """Return the calls recorded since the last time, and forget them."""
@@ -77,9 +72,9 @@ class LayerCapture:
 
     def remove(self) -> None:
         """Remove every hook, and forget what was recorded."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
         self.calls.clear()
 
     @contextmanager

@@ -82,7 +82,7 @@ def _rows(model: nn.Module, owners: dict[str, str]) -> Iterator[ParameterCoverag
         path = path.partition("parametrizations")[0].rstrip(".")  # where originals are kept
         module, reason = modules[path], ""
         if name not in owners:
-            reason = refusal(path, module) or f"the rule for {type(module).__name__} ignores it"
+            reason = refusal(path, module) or "another module uses it unseen"
             reason = reason if parameter.requires_grad else "it is frozen"
         kind = nn.utils.parametrize.type_before_parametrizations(module).__name__
         yield ParameterCoverage(name, owners.get(name), kind, reason)

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from einconv_kfac.curvature.layout import Layout
-from einconv_kfac.curvature.rules import Approximation, LayerRule, layer_rule
+from einconv_kfac.curvature.rules import (
+    Approximation,
+    LayerRule,
+    layer_rule,
+    overrides_forward,
+)
 
 __all__ = ["Approximation", "Layer", "LayerRule", "find_layers", "refusal"]
 
@@ -55,7 +61,7 @@ class Layer:
     def zeros(self) -> dict[str, Tensor]:
         """Return a zero tensor per parameter."""
         own = dict(self.module.named_parameters(recurse=False))
-        tensors = (own["weight"], own["bias"]) if self.bias else (own["weight"],)
+        tensors = [own[self.rule.weight]] + ([own[self.rule.bias]] if self.bias else [])
         return {name: torch.zeros_like(t) for name, t in zip(self.parameters, tensors)}
 
     def to_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -84,6 +90,10 @@ def find_layers(model: nn.Module, *, every: bool = False) -> list[Layer]:
         rule = layer_rule(module)
         if rule is None or refusal(name, module) or not (every or rule.preconditioned):
             continue
+        if isinstance(module, NonDynamicallyQuantizableLinear) and not (
+            every and _is_watched(model, name)
+        ):
+            continue  # attention's output projection, which only the attention rule can see
         layer = Layer(name, (module,), rule, _layout(module, rule, names))
         first = layers.setdefault(layer.weight, layer)
         if first is not layer:
@@ -108,15 +118,25 @@ def refusal(name: str, module: nn.Module) -> str | None:
             f"Parameters must exist, but those of '{name}' ({type(module).__name__}) are not "
             "initialized. Run the model on a batch first."
         )
-    if "weight" not in own or own["weight"] is None:
+    if overrides_forward(module):
+        return (
+            f"{type(module).__name__} has a forward pass of its own; `register_layer` adds a rule"
+        )
+    if rule.weight not in own:
         return "its weight is not a parameter of its own"
-    return rule.refusal(module) if own["weight"].requires_grad else "its weight is frozen"
+    return rule.refusal(module) if own[rule.weight].requires_grad else "its weight is frozen"
+
+
+def _is_watched(model: nn.Module, name: str) -> bool:
+    """Tell whether the module that calls the one of this name is covered itself."""
+    parent = name.rpartition(".")[0]
+    return refusal(parent, model.get_submodule(parent)) is None
 
 
 def _layout(module: nn.Module, rule: LayerRule, names: Mapping[Tensor, str]) -> Layout:
     """Return the layout of a module's trained parameters, by their names in the model."""
     own = dict(module.named_parameters(recurse=False))
-    weight, bias = own["weight"], own.get("bias")
+    weight, bias = own[rule.weight], own.get(rule.bias)
     split, order = rule.split(module)
     if bias is None or not bias.requires_grad:
         return Layout(names[weight], None, tuple(weight.shape), split, order)

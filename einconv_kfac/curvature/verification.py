@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.collection import KroneckerFactors
 from einconv_kfac.curvature.coverage import Coverage, coverage, table
 from einconv_kfac.curvature.estimate import (
     Forward,
@@ -21,6 +24,9 @@ from einconv_kfac.curvature.layout import Layout
 from einconv_kfac.curvature.losses import loss_rule
 from einconv_kfac.curvature.preservation import undisturbed
 from einconv_kfac.curvature.rules import Approximation
+
+_LARGEST = 1 << 26
+"""Entries of the gradients that are held at a time, as far as layers are small enough."""
 
 
 @dataclass(frozen=True)
@@ -111,29 +117,51 @@ def verify(
         roots = list(loss_rule(loss_fn).roots(loss_fn, output.detach(), target))
         scale = _loss_scale(loss_fn, output.detach(), target, roots)
         parameters = dict(model.named_parameters())
-        rows = tuple(
-            _compared(name, block, _jacobian_rows(output, roots, block.layout, parameters))
-            for name, block in factors.items()
-        )
-    return Verification(rows, scale, coverage(model).gaps())
+        rows: list[LayerVerification] = []
+        for names in _portions(factors, len(roots) * len(output)):
+            layouts = [factors[name].layout for name in names]
+            jacobians = _jacobian_rows(output, roots, layouts, parameters)
+            rows += [_compared(n, factors[n], j) for n, j in zip(names, jacobians)]
+    return Verification(tuple(rows), scale, coverage(model).gaps())
+
+
+def _portions(factors: KroneckerFactors, rows: int) -> Iterator[list[str]]:
+    """Yield layers whose gradients are held at a time, ``rows`` of each."""
+    portion: list[str] = []
+    held = 0
+    for name, block in factors.items():
+        size = rows * prod(block.layout.shape)
+        if portion and held + size > _LARGEST:
+            yield portion
+            portion, held = [], 0
+        portion.append(name)
+        held += size
+    yield portion
 
 
 def _jacobian_rows(
-    output: Tensor, roots: Sequence[Tensor], layout: Layout, parameters: dict[str, nn.Parameter]
-) -> Tensor:
+    output: Tensor,
+    roots: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    parameters: dict[str, nn.Parameter],
+) -> list[Tensor]:
     """Return the gradients of every example along every root vector, ``[(v n), g, co, d]``.
 
-    The GGN block is the sum of their outer products.
+    The GGN block of each layout is the sum of their outer products.
     """
-    own = [parameters[name] for name in layout.parameters]
-    found = []
-    for root in roots:
-        for example in range(output.shape[0]):
-            masked = torch.zeros_like(root)
-            masked[example] = root[example]
-            gradients = torch.autograd.grad(output, own, masked, retain_graph=True)
-            found.append(layout.to_matrix(dict(zip(layout.parameters, gradients))))
-    return torch.stack(found)
+    names = [name for layout in layouts for name in layout.parameters]
+    own = [parameters[name] for name in names]
+    found: list[list[Tensor]] = [[] for _ in layouts]
+    for root, example in product(roots, range(len(output))):
+        masked = torch.zeros_like(root)
+        masked[example] = root[example]
+        if not bool(masked.any()):
+            continue
+        gradients = torch.autograd.grad(output, own, masked, retain_graph=True)
+        vector = dict(zip(names, gradients))
+        for rows, layout in zip(found, layouts):
+            rows.append(layout.to_matrix(vector))
+    return [torch.stack(rows) for rows in found]
 
 
 def _compared(name: str, block: Any, rows: Tensor) -> LayerVerification:
@@ -143,10 +171,18 @@ def _compared(name: str, block: Any, rows: Tensor) -> LayerVerification:
     exact = (per_group @ per_group.mT).square().sum()
     inner = (rows * block.matmul(rows)).sum()
     approximate = block.frobenius_norm() ** 2
-    error = (approximate - 2 * inner + exact).clamp_min(0) / exact
-    cosine = inner / (approximate * exact).sqrt()
-    ratio = block.trace() / rows.square().sum()
-    return LayerVerification(name, float(error.sqrt()), float(cosine), float(ratio))
+    error = (approximate - 2 * inner + exact).clamp_min(0).sqrt()
+    return LayerVerification(
+        name,
+        float(error / exact.sqrt()) if error else 0.0,
+        _ratio(inner, (approximate * exact).sqrt()),
+        _ratio(block.trace(), rows.square().sum()),
+    )
+
+
+def _ratio(value: Tensor, reference: Tensor) -> float:
+    """Return a ratio, which is 1 for two zeros."""
+    return 1.0 if value == reference else float(value / reference)
 
 
 def _loss_scale(loss_fn: nn.Module, output: Tensor, target: Any, roots: Sequence[Tensor]) -> float:
@@ -161,7 +197,7 @@ def _loss_scale(loss_fn: nn.Module, output: Tensor, target: Any, roots: Sequence
     if not slope.requires_grad:
         return float("nan")
     (product,) = torch.autograd.grad(slope, entries, u)
-    expected = float((product * u).sum())
+    expected = float((product.detach() * u).sum())
     return float(products.square().sum()) / expected if expected else float("nan")
 
 

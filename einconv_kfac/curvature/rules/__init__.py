@@ -1,14 +1,16 @@
 """What K-FAC needs to know about each type of layer, and a registry of it."""
 
+from einconv_kfac.curvature.rules.attention import AttentionRule
 from einconv_kfac.curvature.rules.convolution import ConvRule, TransposedConvRule
 from einconv_kfac.curvature.rules.embedding import EmbeddingRule
 from einconv_kfac.curvature.rules.linear import LinearRule
 from einconv_kfac.curvature.rules.normalization import ChannelNormRule, TrailingNormRule
-from einconv_kfac.curvature.rules.registry import layer_rule, register_layer
+from einconv_kfac.curvature.rules.registry import layer_rule, overrides_forward, register_layer
 from einconv_kfac.curvature.rules.rule import Approximation, LayerRule
 
 __all__ = [
     "Approximation",
+    "AttentionRule",
     "ChannelNormRule",
     "ConvRule",
     "EmbeddingRule",
@@ -17,5 +19,6 @@ __all__ = [
     "TrailingNormRule",
     "TransposedConvRule",
     "layer_rule",
+    "overrides_forward",
     "register_layer",
 ]

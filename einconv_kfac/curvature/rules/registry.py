@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from einconv_kfac.curvature.rules.attention import AttentionRule
 from einconv_kfac.curvature.rules.convolution import ConvRule, TransposedConvRule
 from einconv_kfac.curvature.rules.embedding import EmbeddingRule
 from einconv_kfac.curvature.rules.linear import LinearRule
@@ -23,6 +26,7 @@ _RULES: list[tuple[type[nn.Module], LayerRule]] = [
     (nn.GroupNorm, ChannelNormRule()),
     (nn.LayerNorm, TrailingNormRule()),
     (nn.RMSNorm, TrailingNormRule()),
+    (nn.MultiheadAttention, AttentionRule()),
 ]
 
 
@@ -50,4 +54,20 @@ def register_layer(kind: type[nn.Module], rule: LayerRule) -> None:
 
 def layer_rule(module: nn.Module) -> LayerRule | None:
     """Return the rule for a layer, or ``None`` if no rule covers its type."""
-    return next((rule for kind, rule in reversed(_RULES) if isinstance(module, kind)), None)
+    return next((rule for _, rule in _fitting(module)), None)
+
+
+def overrides_forward(module: nn.Module) -> bool:
+    """Tell whether a layer's type computes something its rule may not know.
+
+    That is a subclass with a forward pass of its own, unless torch or this package wrote it.
+    """
+    kinds = [kind for kind, _ in _fitting(module)]
+    author = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    known = author.__module__.startswith(("torch.nn.", "einconv_kfac."))
+    return bool(kinds) and not known and not issubclass(kinds[0], author)
+
+
+def _fitting(module: nn.Module) -> Iterator[tuple[type[nn.Module], LayerRule]]:
+    """Yield the types and rules that fit a module, the one registered last first."""
+    return ((kind, rule) for kind, rule in reversed(_RULES) if isinstance(module, kind))

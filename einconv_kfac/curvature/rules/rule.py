@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 Approximation: TypeAlias = Literal["expand", "reduce"]
+Record: TypeAlias = Callable[[Tensor, Tensor], None]
+"""Takes the input and the output of a call."""
 
 
 class LayerRule(ABC):
@@ -20,9 +23,12 @@ class LayerRule(ABC):
 
     Attributes:
         preconditioned: Whether the optimizer preconditions such layers by default.
+        weight: Name of the weight in the module.
+        bias: Name of the bias in the module, if it has one.
     """
 
     preconditioned = True
+    weight, bias = "weight", "bias"
 
     def split(self, module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return how the weight becomes ``[g, co, *d]``: its shape split, and the order of that.
@@ -38,6 +44,15 @@ class LayerRule(ABC):
     def accepts(self, module: Any, x: Tensor) -> bool:
         """Tell whether an input is a batch, as opposed to a single example."""
         return x.ndim >= 2
+
+    def watch(self, module: Any, record: Record) -> Callable[[], None]:
+        """Have the calls of a module recorded, and return what undoes that."""
+
+        def hook(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+            record(inputs[0] if inputs else next(iter(keywords.values())), output)
+
+        handle: RemovableHandle = module.register_forward_hook(hook, with_kwargs=True)
+        return handle.remove
 
     @abstractmethod
     def inputs(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Tensor:
