@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.lags import Key, half_of_lags, scaled_if_incomplete, write
+from einconv_kfac.curvature.factors.assembly import Key, scaled_if_incomplete, write
+from einconv_kfac.curvature.factors.lags import half_of_lags
 from einconv_kfac.curvature.factors.problem import (
     BATCHED,
     Cost,

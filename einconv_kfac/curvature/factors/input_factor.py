@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.choice import algorithm_of
+from einconv_kfac.curvature.factors.pointwise import add_columns_
 from einconv_kfac.curvature.factors.problem import Problem, check_approximation
 from einconv_kfac.curvature.factors.reduced import averages, reduced
 from einconv_kfac.curvature.factors.transposed import ResidueClass, residue_classes
@@ -192,8 +193,8 @@ def linear_input_factor(
     rows = a.reshape(n, positions, size)
     mean = rows.mean(1, dtype=dtype) if bias or not expand else None
     if not expand and mean is not None:
-        rows = mean
-    inner.add_product_(rows.to(dtype).reshape(1, -1, size).mT)
+        rows = mean.unsqueeze(1)
+    add_columns_(rows.mT.unsqueeze(1), inner)
     if bias and mean is not None:
         _append_ones_(mean[:, None], positions if expand else 1, update)
     return update.out

@@ -59,13 +59,13 @@ def _is_small(axes: tuple[Axis, ...]) -> bool:
 
 def window_pattern(axis: Axis, like: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
     """Return which positions each kernel entry meets, ``[i, k]``, or ``[o, k]`` if transposed."""
-    rows = [
-        [0.0] * axis.kernel_size for _ in range((axis.input_size, axis.output_size)[transposed])
-    ]
-    for k in range(axis.kernel_size):
-        for o in axis.outputs(k):
-            rows[o if transposed else axis.input_position(k, o)][k] = 1.0
-    return torch.tensor(rows, dtype=dtype, device=like.device)
+    offsets = torch.arange(axis.kernel_size, device=like.device) * axis.dilation - axis.padding[0]
+    if transposed:
+        met = torch.arange(axis.output_size, device=like.device)[:, None] * axis.stride + offsets
+        return ((met >= 0) & (met < axis.input_size)).to(dtype)
+    steps = torch.arange(axis.input_size, device=like.device)[:, None] - offsets  # o S
+    inside = (steps >= 0) & (steps < axis.output_size * axis.stride)
+    return (inside & (steps % axis.stride == 0)).to(dtype)
 
 
 def _first_sums(x: Tensor, axis: Axis, dtype: torch.dtype, transposed: bool) -> Tensor:
