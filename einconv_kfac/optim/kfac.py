@@ -16,7 +16,7 @@ from einconv_kfac.curvature.losses import check_reduction
 from einconv_kfac.optim.automatic import AutomaticStep
 from einconv_kfac.optim.clipping import kl_clip_factor
 from einconv_kfac.optim.objective import Objective, rescaled
-from einconv_kfac.optim.preconditioner import DEFAULT_DAMPING, KFACPreconditioner
+from einconv_kfac.optim.preconditioner import DEFAULT_DAMPING, NOT_FINITE, KFACPreconditioner
 from einconv_kfac.optim.quadratic import Direction, sum_of
 from einconv_kfac.optim.settings import Constants, GroupSettings, Schedule, Settings
 
@@ -180,9 +180,10 @@ class KFAC(Optimizer):
                 loss = closure()
         objective = self._objective()
         if getattr(self, "found_inf", None):  # a gradient scaler will lower its scale
-            self._preconditioner.discard(quietly=True)
+            self._preconditioner.discard()
         elif not self._preconditioner.is_finite([*objective.gradient.values()], objective.batches):
             self._preconditioner.discard()
+            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=4)
         else:
             self._update_(objective)
             self._preconditioner.finish()
@@ -194,10 +195,7 @@ class KFAC(Optimizer):
 
     def _objective(self) -> Objective:
         """Return the objective of this step, from the gradients there are."""
-        batches = self._preconditioner.recorder.take()
         scale = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler for this step
-        if hasattr(self, "found_inf"):
-            batches = rescaled(batches, scale, self._reduction)
         parameters: Direction = {}
         gradient: Direction = {}
         decay: dict[str, float] = {}
@@ -209,6 +207,9 @@ class KFAC(Optimizer):
                     parameters[name], decay[name] = parameter, settings.weight_decay
                     unscaled = parameter.grad if scale is None else parameter.grad / scale
                     gradient[name] = unscaled.add(parameter, alpha=settings.weight_decay)
+        batches = self._preconditioner.recorder.take()
+        if hasattr(self, "found_inf"):
+            batches = rescaled(batches, scale, self._reduction)
         return Objective(batches, parameters, gradient, decay)
 
     def _update_(self, objective: Objective) -> None:
@@ -253,11 +254,8 @@ class KFAC(Optimizer):
         coefficients = automatic.coefficients(model, damping, momentum, last)
         if not bool(coefficients.isfinite().all()):
             automatic.grow_()
-            warnings.warn(
-                "The quadratic model was not finite; the step was skipped.",
-                RuntimeWarning,
-                stacklevel=6,
-            )
+            message = "The quadratic model was not finite; the step was skipped."
+            warnings.warn(message, RuntimeWarning, stacklevel=6)
             return
         rate = max(self._rates().values())
         before = objective.value()

@@ -20,6 +20,7 @@ from einconv_kfac.optim.running import RunningFactors
 from einconv_kfac.optim.settings import Constants, Schedule, Settings, is_due
 
 DEFAULT_DAMPING = 0.03
+NOT_FINITE = "A gradient, loss or Kronecker factor was not finite; the step was skipped."
 
 
 class KFACPreconditioner:
@@ -120,6 +121,7 @@ class KFACPreconditioner:
             self.finish()
         else:
             self.discard()
+            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=3)
 
     def is_finite(self, gradients: Sequence[Tensor], batches: Sequence[Batch]) -> bool:
         """Tell whether gradients, losses and the factors that were gathered are finite."""
@@ -127,16 +129,10 @@ class KFACPreconditioner:
         tensors = [*gradients, *(batch.loss for batch in batches), *sums]
         return not tensors or bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
-    def discard(self, *, quietly: bool = False) -> None:
+    def discard(self) -> None:
         """Forget what was gathered since the last step, as if it had not been seen."""
         self._generator.set_state(self._generator_before)
         self._begin()
-        if not quietly:
-            warnings.warn(
-                "A gradient, loss or Kronecker factor was not finite; the step was skipped.",
-                RuntimeWarning,
-                stacklevel=5,
-            )
 
     def finish(self) -> None:
         """Count a step, and decide whether to gather for the next."""

@@ -103,3 +103,5 @@ def test_a_bad_group_is_not_added() -> None:
     loss_fn(model(x), y).backward()
     with pytest.raises(ValueError, match="`lr` must be a number"):
         opt.step()
+    opt.param_groups[0]["lr"] = 1.0
+    opt.step()  # what the first try needed is still there
