@@ -141,7 +141,9 @@ def unfolded(x: Tensor, layer: Layer) -> Tensor:
         wide[spaced] = x
         sides = [axis.span - 1 - side for axis in reversed(axes) for side in axis.padding]
         wide = functional.pad(wide, sides)
-        return functional.unfold(wide, geometry.kernel_size, geometry.dilation)
+        a = functional.unfold(wide, geometry.kernel_size, geometry.dilation)
+        entries = torch.unflatten(a, 1, (x.shape[1], *geometry.kernel_size))
+        return entries.flip(2, 3).reshape(a.shape)
     x = functional.pad(x, [side for axis in reversed(axes) for side in axis.padding])
     if geometry.ndim == 2:
         return functional.unfold(x, geometry.kernel_size, geometry.dilation, 0, geometry.stride)
@@ -312,10 +314,10 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
         lost = [r for r in chosen if min(map(r.ratio, r.times)) < 1 / 1.1]
         yield f"  more than 10 % slower than the best of the others: {len(lost)} of {len(chosen)}"
         most = max(row.memory[OURS] for row in chosen)
-        found = {n: [r.memory[n] for r in chosen if n in r.memory] for n in NAMES}
-        middle = {n: median(values) for n, values in found.items() if values}
-        yield f"  memory in copies of the input, ours: {most:.2f} at most; medians: " + ", ".join(
-            f"{name} {value:.2f}" for name, value in middle.items()
+        middle = [median(row.memory[name] for row in chosen) for name in (OURS, "im2col")]
+        yield (
+            f"  memory in copies of the input: ours at most {most:.2f}, median {middle[0]:.2f}; "
+            f"im2col median {middle[1]:.2f}"
         )
     picked = [row for row in rows if row.algorithms]
     good = sum(row.choice_loss <= 1.1 for row in picked)
