@@ -145,6 +145,21 @@ def input_vjp(geometry: Geometry, weight: Tensor, v: Tensor) -> Tensor:
     return result
 
 
+def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
+    """Return ``x P v -> [g, 1, *k]`` for one channel per group."""
+    grid, groups = grid_of(geometry), geometry.groups
+    total = x.new_zeros(len(grid.slices), groups)
+    gaps = tuple((0, wide - size) for wide, size in zip(grid.output, geometry.output_size))
+    for part in grid.chunks(x):
+        inputs = grid.of(x[part])
+        outputs = padded(v[part], gaps).flatten(2)[..., : grid.length]
+        products = torch.empty_like(outputs)
+        for entry, (phase, places) in enumerate(grid.slices):
+            torch.mul(inputs[phase][..., places], outputs, out=products)
+            total[entry] += products.sum((0, 2))
+    return total.t().reshape(groups, 1, *geometry.kernel_size)
+
+
 @lru_cache(maxsize=1024)
 def grid_of(geometry: Geometry) -> Grid:
     """Return the layout for the input of a convolution."""

@@ -38,12 +38,16 @@ def contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Te
 
 def operation(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Operation:
     """Choose in which order to contract, from the sizes."""
-    weight = {"v": second, "x": first}.get(role)
-    if weight is None or weight.shape[1] > 1 or geometry.groups == 1 or weight.element_size() < 4:
+    groups = geometry.groups
+    if groups == 1 or first.element_size() < 4:
         return OPERATIONS[role]
+    weight = {"v": second, "x": first}.get(role)
+    single = first.shape[1] == groups if weight is None else weight.shape[1] == 1
     if role == "v":
-        return depthwise.forward
-    return depthwise.input_vjp if weight.shape[0] == geometry.groups else dense.input_vjp
+        return depthwise.forward if single else dense.forward
+    outputs = second.shape[1] if role == "w" else first.shape[0]
+    special = depthwise.weight_vjp if role == "w" else depthwise.input_vjp
+    return special if single and outputs == groups else OPERATIONS[role]
 
 
 @torch.library.custom_op("einconv_kfac::convolution", mutates_args=())

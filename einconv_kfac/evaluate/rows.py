@@ -96,16 +96,18 @@ class Rows:
         """Return the rows ``[phase, n, g, (ci k1 ..), p]`` of inputs ``[n, (g ci), *i]``."""
         n, channels = x.shape[:2]
         x = x.reshape(n, channels, *(slide.input_size for slide in self.slides))
-        first = self.slides[0]
-        views = padded(x, self.sides).unfold(2, self.phases, first.stride)
-        for dim, slide in enumerate(self.slides[1:], start=3):
+        x = padded(x, self.sides)
+        more = len(self.slides) - 1
+        for axis in range(more, 0, -1):  # x: [n, c, k(axis+1) .., i0 .., o(axis+1) ..]
+            slide, dim = self.slides[axis], 2 + more
             span = (slide.kernel_size - 1) * slide.dilation + 1
-            views = views.unfold(dim, span, slide.stride)[..., :: slide.dilation]
-        more = len(self.slides) - 1  # views: [n, c, place, o1 .., phase, k1 ..]
-        kernel = range(4 + more, 4 + 2 * more)
-        order = (3 + more, 0, 1, *kernel, *range(2, 3 + more))
+            windows = x.unfold(dim, span, slide.stride)[..., :: slide.dilation]
+            x = windows.movedim(-1, 2)
+            if axis > 1:  # the last and largest copy then moves long pieces
+                x = x.contiguous()
         inner = channels // self.groups * self.entries
-        return views.permute(order).reshape(self.phases, n, self.groups, inner, self.width)
+        phases = x.unfold(2 + more, self.phases, self.slides[0].stride).movedim(-1, 0)
+        return phases.reshape(self.phases, n, self.groups, inner, self.width)
 
     def fold(self, rows: Tensor, channels: int) -> Tensor:
         """Return the adjoint of `of`: ``[n, (g ci), *i]``, what overlaps added up."""
