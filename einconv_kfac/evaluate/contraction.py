@@ -32,12 +32,14 @@ def evaluate(network: Network, *tensors: Tensor) -> Tensor:
     known: dict[int, Tensor] = {}
     for positions, equation, value in contraction_path(network):
         taken = [operands.pop(position) for position in positions]
+        if not operands and network.scale != 1:  # the last one: scale what is smallest
+            smallest = min(range(len(taken)), key=lambda at: taken[at].numel())
+            taken[smallest] = taken[smallest] * float(network.scale)
+            known.pop(value, None)
         if value not in known:
             known[value] = torch.einsum(equation, *taken)
         operands.append(known[value])
     (result,) = operands
-    if network.scale != 1:
-        result = result * float(network.scale)
     return stepped(result, network.finishing()).reshape(network.shape)
 
 

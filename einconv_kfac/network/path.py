@@ -27,13 +27,12 @@ class Contraction(NamedTuple):
 def contraction_path(network: Network) -> tuple[Contraction, ...]:
     """Return the contractions, one or two operands each, that give the network's output."""
     remaining = [node.indices for node in network.nodes]
-    inputs, output = [frozenset(indices) for indices in remaining], frozenset(network.output)
-    order = auto(inputs, output, network.sizes)
     numbers: dict[Any, int] = {}
     values = [numbers.setdefault(node.operand, len(numbers)) for node in network.nodes]
     path = []
-    for positions in order or [(0,)]:  # a single operand may still be summed or permuted
-        taken = tuple(sorted(positions, reverse=True))
+    for positions in _order(network) or [(0,)]:  # a single operand may be summed or permuted
+        # in an order that equal contractions share
+        taken = _popped(sorted(positions, key=lambda position: (values[position], position)))
         operands = [remaining.pop(position) for position in taken]
         result = _kept(operands, remaining, network.output)
         remaining.append(result)
@@ -42,6 +41,32 @@ def contraction_path(network: Network) -> tuple[Contraction, ...]:
         values.append(numbers.setdefault(key, len(numbers)))
         path.append(Contraction(taken, written, values[-1]))
     return tuple(path)
+
+
+def _order(network: Network) -> list[tuple[int, ...]]:
+    """Return the positions to contract, step by step, the results being appended.
+
+    The search goes backwards through the operands: of equally good paths it then finds one
+    that contracts the last dimensions first, which takes no copy of a contiguous tensor.
+    """
+    backwards = [frozenset(node.indices) for node in reversed(network.nodes)]
+    names = list(reversed(range(len(backwards))))
+    alive, order = sorted(names), []
+    for positions in auto(backwards, frozenset(network.output), network.sizes):
+        taken = [names[position] for position in positions]
+        order.append(tuple(alive.index(name) for name in taken))
+        result = len(network.nodes) + len(order)
+        names = [*(name for name in names if name not in taken), result]
+        alive = [*(name for name in alive if name not in taken), result]
+    return order
+
+
+def _popped(positions: list[int]) -> tuple[int, ...]:
+    """Return where each position is once those in front of it have left the list."""
+    return tuple(
+        position - sum(1 for earlier in positions[:at] if earlier < position)
+        for at, position in enumerate(positions)
+    )
 
 
 def _kept(
