@@ -206,8 +206,8 @@ def layer_table(chosen: list[Layer], batch: int, budget: float) -> Iterator[str]
 
 def high_dimensions(budget: float) -> Iterator[str]:
     """Yield times of convolutions in four and five dimensions."""
-    for ndim, size in ((4, 8), (5, 5)):
-        x, weight = torch.randn(4, 8, *[size] * ndim), torch.randn(16, 8, *[3] * ndim)
+    for ndim, size, channels in ((4, 8, 8), (4, 12, 16), (5, 5, 8), (5, 7, 8)):
+        x, weight = torch.randn(4, channels, *[size] * ndim), torch.randn(16, channels, *[3] * ndim)
         theirs: Any = import_module("einconv.functionals")
         calls: Calls = {
             "ours": lambda x=x, w=weight: convNd(x, w, padding=1),  # type: ignore[misc]
@@ -215,7 +215,7 @@ def high_dimensions(budget: float) -> Iterator[str]:
         }
         times = seconds(calls, budget)
         speedup = times["einconv"] / times["ours"]
-        yield f"{ndim}d forward: {1e3 * times['ours']:.1f} ms, einconv {speedup:.1f} times that"
+        yield f"{ndim}d forward, {channels}x{size}^{ndim}: {1e3 * times['ours']:.1f} ms, einconv {speedup:.1f} times that"
 
 
 def building() -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate import dense, depthwise
+from einconv_kfac.evaluate import dense, depthwise, stacked
 from einconv_kfac.geometry import Axis, Geometry
 
 ROLES = ("x", "w", "v")
@@ -20,6 +20,13 @@ OPERATIONS: dict[str, Operation] = {
     "v": dense.forward,
     "x": dense.input_vjp,
     "w": dense.weight_vjp,
+}
+
+
+STACKED: dict[str, Operation] = {
+    "v": stacked.forward,
+    "x": stacked.input_vjp,
+    "w": stacked.weight_vjp,
 }
 
 
@@ -39,6 +46,8 @@ def contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Te
 def operation(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Operation:
     """Choose in which order to contract, from the sizes."""
     groups = geometry.groups
+    if geometry.ndim > stacked.LAST:
+        return STACKED[role]
     if groups == 1 or first.element_size() < 4:
         return OPERATIONS[role]
     weight = {"v": second, "x": first}.get(role)
