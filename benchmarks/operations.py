@@ -215,7 +215,10 @@ def high_dimensions(budget: float) -> Iterator[str]:
         }
         times = seconds(calls, budget)
         speedup = times["einconv"] / times["ours"]
-        yield f"{ndim}d forward, {channels}x{size}^{ndim}: {1e3 * times['ours']:.1f} ms, einconv {speedup:.1f} times that"
+        yield (
+            f"{ndim}d forward, {channels}x{size}^{ndim}: {1e3 * times['ours']:.1f} ms, einconv "
+            f"{speedup:.1f} times that"
+        )
 
 
 def building() -> Iterator[str]:
