@@ -14,7 +14,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -263,7 +263,7 @@ def memory() -> Iterator[str]:
     )
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Print the tables, and write them to a file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--batch", type=int, default=8)
@@ -271,8 +271,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.5, help="seconds per comparison")
     parser.add_argument("--output", type=Path, help="file for the table")
     parser.add_argument("--quick", action="store_true", help="two small layers, for a test")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.parse_args(words)
     chosen, batch = list(layers()), arguments.batch
     if arguments.quick:
         chosen, batch = [layer for layer in chosen if layer.in_shape[1] < 7], 1
@@ -282,12 +281,15 @@ def main() -> None:
     ]
     print(lines[0])
     budget = 0 if arguments.quick else arguments.budget
+    threads = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
     parts = [layer_table(chosen, batch, budget), building(), memory()]
     if find_spec("einconv") is not None and not arguments.quick:
         parts.append(high_dimensions(budget))
     for line in (line for part in parts for line in part):
         print(line, flush=True)
         lines.append(line)
+    torch.set_num_threads(threads)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text("\n".join(lines) + "\n")
