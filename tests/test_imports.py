@@ -53,3 +53,4 @@ def test_networks_know_no_tensors(room: str) -> None:
 def test_root_link_resolves() -> None:
     assert (ROOT / "optim").is_symlink()
     assert (ROOT / "optim").resolve() == PACKAGE / "optim"
+    assert (ROOT / "optim" / "__init__.py").is_file()

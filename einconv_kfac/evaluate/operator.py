@@ -59,7 +59,11 @@ def operation(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> O
     return special if single and outputs == groups else OPERATIONS[role]
 
 
-@torch.library.custom_op("einconv_kfac::convolution", mutates_args=())
+@torch.library.custom_op(
+    "einconv_kfac::convolution",
+    mutates_args=(),
+    schema="(str role, SymInt[] sizes, Tensor first, Tensor second) -> Tensor",
+)
 def convolution(role: str, sizes: list[int], first: Tensor, second: Tensor) -> Tensor:
     """Contract two tensors of a convolution to the third; see `trilinear.convolution`."""
     return contract(_geometry(tuple(sizes)), role, first, second)
