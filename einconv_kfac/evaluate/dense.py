@@ -79,11 +79,21 @@ def _mixed(matrices: Tensor, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Multiply the channels of each group, at every position, by a matrix ``[g, co, ci]``."""
     n, groups = x.shape[0], len(matrices)
     channels = x.reshape(n * groups, matrices.shape[2], -1)
+    if channels.shape[2] < LONG and groups == 1:
+        return _side_by_side(matrices[0], channels).contiguous().view(n, -1, *sizes)
     return torch.bmm(_repeated(matrices, len(channels)), channels).view(n, -1, *sizes)
+
+
+def _side_by_side(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Multiply short columns ``[n, c, o]`` by a matrix, all examples in one product."""
+    product = matrix @ columns.movedim(1, 0).flatten(1)  # [co, (n o)]
+    return product.view(len(matrix), len(columns), -1).movedim(0, 1)
 
 
 def _unfolds_all(geometry: Geometry, weight: Tensor) -> bool:
     """Whether all kernel entries are better summed by one matrix product."""
+    if geometry.positions < LONG and geometry.groups == 1:
+        return True
     narrow = weight.shape[1] * geometry.kernel_size[-1] < NARROW
     return narrow or weight.dtype in LOW_PRECISION
 
@@ -92,6 +102,11 @@ def _convolved(rows: Rows, x: Tensor, entries: Tensor) -> Tensor:
     """Return ``[n, g, co, o]`` for kernel entries ``[k0, g, co, (ci k1 ..)]``."""
     n = x.shape[0]
     output = x.new_empty(n, rows.groups, entries.shape[2], rows.outputs)
+    if rows.outputs < LONG and rows.groups == len(entries) == 1:
+        for part in rows.chunks(x):
+            unfolded = rows.of(x[part])[0, :, 0]
+            output[part, 0] = _side_by_side(entries[0, 0], unfolded)
+        return output
     for part in rows.chunks(x):
         unfolded = rows.of(x[part]).flatten(1, 2)  # [phase, (n g), (ci k1 ..), p]
         target = output[part].view(-1, *output.shape[2:])
