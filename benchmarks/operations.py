@@ -161,7 +161,8 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
-    events = profiler.profiler.kineto_results.events()
+    recorded: Any = profiler.profiler
+    events = recorded.kineto_results.events()
     now = most = 0
     for event in events:
         if event.name() == "[memory]":

@@ -263,7 +263,7 @@ def transposed_convolution(
         )
     # output padding beyond the stride would make room for further outputs of the convolution
     fixed = [(p[0], p[1] - max(0, e - s + 1)) for p, e, s in zip(sides, extra, strides)]
-    return Geometry(tuple(map(Axis, targets, kernel, strides, fixed, steps)), groups)
+    return Geometry(tuple(Axis(*a) for a in zip(targets, kernel, strides, fixed, steps)), groups)
 
 
 def output_padding_of(
@@ -327,7 +327,7 @@ def parse_convolution(
         sides = ((0, 0),) * ndim
     else:
         sides = parse_padding(padding, ndim)
-    return Geometry(tuple(map(Axis, sizes, kernel, strides, sides, steps)), groups)
+    return Geometry(tuple(Axis(*a) for a in zip(sizes, kernel, strides, sides, steps)), groups)
 
 
 _convolution = lru_cache(maxsize=4096)(parse_convolution)

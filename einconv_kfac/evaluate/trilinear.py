@@ -41,7 +41,8 @@ def convolution(geometry: Geometry, role: str, first: Tensor, second: Tensor) ->
     apply: Any = _Convolution.apply
     if not torch._C._are_functorch_transforms_active():
         # what `apply` itself ends in, without first binding the arguments to a signature (0.1 ms)
-        apply = super(torch.autograd.Function, _Convolution).apply
+        base: Any = super(torch.autograd.Function, _Convolution)
+        apply = base.apply
     result: Tensor = apply(geometry, role, first, second)
     return result
 

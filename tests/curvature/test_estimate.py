@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from einconv_kfac.curvature import KroneckerFactors, kronecker_factors
 
@@ -226,7 +227,7 @@ def test_checkpointed_layers(fisher: str) -> None:
             self.first, self.rest = model[:4], model[4:]
 
         def forward(self, x: Tensor) -> Tensor:
-            hidden = torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=False)
+            hidden = checkpoint(self.first, x, use_reentrant=False)
             result: Tensor = self.rest(hidden)
             return result
 
