@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from einconv_kfac.optim.objective import Objective
-from einconv_kfac.optim.quadratic import QuadraticModel
-from einconv_kfac.optim.recording import Recorder
+from einconv_kfac.optim.preconditioner import Inverses, KFACPreconditioner
+from einconv_kfac.optim.quadratic import Direction, QuadraticModel
 from einconv_kfac.optim.settings import is_due
 
 INITIAL_DAMPING = 0.1
 """First damping, as a multiple of the curvature along the first gradient."""
-SMALLEST_DAMPING = 1e-2
+SMALLEST_DAMPING = 1e-1
 """Smallest damping, as a multiple of the first: on the batch it was fitted to, even a step
 that follows noise reduces the loss as predicted."""
 LARGEST_MOMENTUM = 0.95
@@ -26,18 +28,55 @@ ADAPTATION = (19 / 20) ** ADAPTATION_PERIOD
 """Factor of one adaptation (Martens and Grosse, 2015, section 6.5)."""
 
 
+SCALE_PERIOD = 20
+"""Steps between two trials of the damping of the inverses."""
+SCALE_GROWTH = 2
+"""Early trials come each time the number of steps has doubled or so."""
+SCALE_CHANGE = 3.0
+"""Factor by which a trial changes that damping."""
+SCALE_RANGE = (1e-3, 1e3)
+"""Bounds on it, as a multiple of the damping of the quadratic model."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A step: a combination of directions.
+
+    Args:
+        directions: The directions, the previous update last if there is one.
+        model: The quadratic model in their span.
+        coefficients: The coefficients that minimise it.
+        predicted: The change that it predicts for them.
+        has_previous: Whether the last direction is the previous update.
+    """
+
+    directions: list[Direction]
+    model: QuadraticModel
+    coefficients: Tensor
+    predicted: float
+    has_previous: bool
+
+    @property
+    def rank(self) -> float:
+        """Return the predicted change, or infinity if that is not a number."""
+        return math.inf if math.isnan(self.predicted) else self.predicted
+
+
 class AutomaticStep:
     """Levenberg-Marquardt damping, and the best combination of directions.
 
     Args:
-        recorder: Runs the model again on the recorded batches.
+        preconditioner: Preconditions gradients, and recorded the batches.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(self, preconditioner: KFACPreconditioner) -> None:
+        self._preconditioner = preconditioner
+        self._recorder = preconditioner.recorder
         self._damping: float | None = None
         self._floor = 0.0
         self._adapted: int | None = None
+        self._scaled: int | None = None
+        self._scale = 1.0
         self.ratio = math.nan
 
     def damping(self, objective: Objective) -> float:
@@ -54,26 +93,68 @@ class AutomaticStep:
             self._floor = SMALLEST_DAMPING * self._damping
         return self._damping
 
-    def coefficients(
-        self, model: QuadraticModel, damping: float, momentum: float | None, previous: int | None
-    ) -> Tensor:
-        """Return the coefficients ``[m]`` that minimise the model.
+    def best_fit_(
+        self,
+        objective: Objective,
+        directions: tuple[Callable[[Direction], list[Direction]], Direction],
+        damping: float,
+        momentum: float | None,
+    ) -> Fit:
+        """Return the best step, with up-to-date inverses.
+
+        From time to time a larger and a smaller damping of the inverses are tried beside the
+        present one, and what promises the largest reduction is kept (as Martens and Grosse,
+        2015, section 6.6, do). A damping that is given is used as given.
 
         Args:
-            model: The model.
-            damping: The damping.
+            objective: The objective.
+            directions: From the preconditioned gradient to the descent directions, and the
+                previous update (empty if there is none).
+            damping: The damping of the quadratic model.
             momentum: The coefficient of the previous update if it is given.
-            previous: The index of the previous update if there is one.
         """
-        if previous is None:
-            return model.minimum(damping)
-        if momentum is None:
-            coefficients = model.minimum(damping)
-            momentum = float(coefficients[previous])
-            if 0 <= momentum <= LARGEST_MOMENTUM:
-                return coefficients
-            momentum = min(max(momentum, 0.0), LARGEST_MOMENTUM)
-        return model.minimum(damping, {previous: momentum})
+        machine, (descent, previous) = self._preconditioner, directions
+        given = self._damping is None
+        if given or not is_due(machine.steps, self._scaled, SCALE_PERIOD, SCALE_GROWTH):
+            machine.refresh_(damping * self._scale, objective.decay)
+            covered = machine.precondition(objective.gradient)
+            return self._fit(objective, (descent(covered), previous), damping, momentum)
+        tried: list[tuple[Fit, float, Inverses]] = []
+        for scale in self._scales():
+            inverses = machine.inverted(damping * scale, objective.decay)
+            covered = machine.precondition(objective.gradient, inverses)
+            fit = self._fit(objective, (descent(covered), previous), damping, momentum)
+            tried.append((fit, scale, inverses))
+        best, self._scale, inverses = min(tried, key=lambda trial: trial[0].rank)
+        self._scaled = machine.steps
+        machine.use_(inverses)
+        return best
+
+    def _scales(self) -> list[float]:
+        """Return the present scale of the inverses' damping, a larger and a smaller one."""
+        smallest, largest = SCALE_RANGE
+        others = (self._scale * SCALE_CHANGE, self._scale / SCALE_CHANGE)
+        return [self._scale, *(scale for scale in others if smallest <= scale <= largest)]
+
+    def _fit(
+        self,
+        objective: Objective,
+        directions: tuple[list[Direction], Direction],
+        damping: float,
+        momentum: float | None,
+    ) -> Fit:
+        """Return the combination of directions that minimises the quadratic model."""
+        descent, previous = directions
+        every = [*descent, previous] if previous else descent
+        model = objective.model(self._recorder, every)
+        coefficients = model.minimum(damping)
+        if previous:
+            best = float(coefficients[-1])
+            wanted = min(max(best, 0.0), LARGEST_MOMENTUM) if momentum is None else momentum
+            if wanted != best:
+                coefficients = model.minimum(damping, {len(descent): wanted})
+        predicted = float(model.change(coefficients, damping))
+        return Fit(every, model, coefficients, predicted, bool(previous))
 
     def adapt_(self, step: int, objective: Objective, before: Tensor, predicted: Tensor) -> None:
         """Compare the reduction of the objective with the predicted one, where it is due.
@@ -102,10 +183,18 @@ class AutomaticStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers."""
-        return {"damping": self._damping, "floor": self._floor, "adapted": self._adapted}
+        return {
+            "damping": self._damping,
+            "floor": self._floor,
+            "adapted": self._adapted,
+            "scale": self._scale,
+            "scaled": self._scaled,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         self._damping = state["damping"]
         self._floor = state["floor"]
         self._adapted = state["adapted"]
+        self._scale = state["scale"]
+        self._scaled = state["scaled"]

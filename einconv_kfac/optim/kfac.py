@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,9 +42,9 @@ class KFAC(Optimizer):
     of steps taken.
 
     Args:
-        model: The model, whose linear and convolution layers are preconditioned. Parameters
-            of other layers take the gradient itself as their direction, with a coefficient
-            of its own in the quadratic model (see `coverage`).
+        model: The model. Layers that a rule of `einconv_kfac.curvature` covers are
+            preconditioned; parameters of others take the gradient itself as their direction,
+            with a coefficient of its own in the quadratic model (see `coverage`).
         loss_fn: The loss module that the training loop calls on the model's output.
         lr: Scale of the update. With ``adaptive=False`` it has no default worth having.
         params: Parameters or parameter groups, as for any torch optimizer; all that the model
@@ -122,7 +124,7 @@ class KFAC(Optimizer):
             inverse_update_period=inverse_update_period,
             seed=seed,
         )
-        self._automatic = AutomaticStep(self._preconditioner.recorder) if adaptive else None
+        self._automatic = AutomaticStep(self._preconditioner) if adaptive else None
         self._statistics: dict[str, float] = {}
         if strict and (gaps := [n for n, rule in self.coverage().items() if rule != "kfac"]):
             self.remove_hooks()
@@ -232,7 +234,8 @@ class KFAC(Optimizer):
         damping = DEFAULT_DAMPING if constants.damping is None else constants.damping
         momentum = DEFAULT_MOMENTUM if constants.momentum is None else constants.momentum
         gradient, rates = objective.gradient, self._rates()
-        direction = self._preconditioner.precondition(gradient, damping, objective.decay)
+        self._preconditioner.refresh_(damping, objective.decay)
+        direction = self._preconditioner.precondition(gradient)
         clip = kl_clip_factor(direction, gradient, rates, constants.kl_clip)
         for name, parameter in objective.parameters.items():
             step = direction[name] * clip.to(parameter) if name in direction else gradient[name]
@@ -245,42 +248,26 @@ class KFAC(Optimizer):
         self, automatic: AutomaticStep, objective: Objective, damping: float, momentum: float | None
     ) -> None:
         """Minimise the quadratic model over the span of the directions."""
-        directions = self._directions(objective, damping)
-        previous = self._previous(objective)
-        if previous:
-            directions.append(previous)
-        model = objective.model(self._preconditioner.recorder, directions)
-        last = len(directions) - 1 if previous else None
-        coefficients = automatic.coefficients(model, damping, momentum, last)
-        if not bool(coefficients.isfinite().all()):
+        rates, previous = self._rates(), self._previous(objective)
+        directions = partial(_descent, objective.gradient, rates)
+        fit = automatic.best_fit_(objective, (directions, previous), damping, momentum)
+        if not math.isfinite(fit.predicted):
             automatic.grow_()
             message = "The quadratic model was not finite; the step was skipped."
             warnings.warn(message, RuntimeWarning, stacklevel=6)
             return
-        rate = max(self._rates().values())
+        rate = max(rates.values())
         before = objective.value()
-        self._move_(objective, directions, coefficients * rate)
-        predicted = model.change(coefficients * rate, damping)
+        self._move_(objective, fit.directions, fit.coefficients * rate)
+        predicted = fit.model.change(fit.coefficients * rate, damping)
         automatic.adapt_(self._preconditioner.steps, objective, before, predicted)
         self._statistics = {
             "damping": damping,
-            "step_size": float(coefficients[0]) * rate,
-            "momentum": float(coefficients[-1]) * rate if previous else 0.0,
+            "step_size": float(fit.coefficients[0]) * rate,
+            "momentum": float(fit.coefficients[-1]) * rate if fit.has_previous else 0.0,
             "predicted": float(predicted),
             "ratio": automatic.ratio,
         }
-
-    def _directions(self, objective: Objective, damping: float) -> list[Direction]:
-        """Return descent directions: of the covered parameters, and of the others."""
-        rates = self._rates()
-        rate = max(rates.values()) or 1.0
-        covered = self._preconditioner.precondition(objective.gradient, damping, objective.decay)
-        others = {n: g for n, g in objective.gradient.items() if n not in covered}
-        return [
-            {name: tensor * (-rates[name] / rate) for name, tensor in direction.items()}
-            for direction in (covered, others)
-            if direction
-        ]
 
     def _previous(self, objective: Objective) -> Direction:
         """Return the previous update."""
@@ -335,6 +322,20 @@ class KFAC(Optimizer):
         self._preconditioner.load_state_dict(state["preconditioner"])
         if self._automatic is not None:
             self._automatic.load_state_dict(state["automatic"])
+
+
+def _descent(gradient: Direction, rates: dict[str, float], covered: Direction) -> list[Direction]:
+    """Return descent directions: of the covered parameters, and of the others.
+
+    Learning rates count relative to the largest one.
+    """
+    rate = max(rates.values()) or 1.0
+    others = {name: tensor for name, tensor in gradient.items() if name not in covered}
+    return [
+        {name: tensor * (-rates[name] / rate) for name, tensor in direction.items()}
+        for direction in (covered, others)
+        if direction
+    ]
 
 
 def _uncovered(model: nn.Module, names: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,8 +16,11 @@ from einconv_kfac.curvature.layers import Approximation, find_layers
 from einconv_kfac.curvature.moments import LayerMoments
 from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.recording import Batch, Recorder
-from einconv_kfac.optim.running import RunningFactors
+from einconv_kfac.optim.running import Pair, RunningFactors
 from einconv_kfac.optim.settings import Constants, Schedule, Settings, is_due
+
+Inverses: TypeAlias = dict[str, Pair | None]
+"""Damped inverses by layer name."""
 
 DEFAULT_DAMPING = 0.03
 NOT_FINITE = "A gradient, loss or Kronecker factor was not finite; the step was skipped."
@@ -77,7 +80,7 @@ class KFACPreconditioner:
         self._estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
         layers = [
             layer
-            for layer in find_layers(model)
+            for layer in find_layers(model, every=True)
             if parameters is None or layer.weight in parameters
         ]
         self._model = model
@@ -116,7 +119,8 @@ class KFACPreconditioner:
             constants = self._settings.at(self._steps)
             damping = constants.damping or DEFAULT_DAMPING
             self.update_(constants)
-            for name, tensor in self.precondition(gradient, damping, {}).items():
+            self.refresh_(damping, {})
+            for name, tensor in self.precondition(gradient).items():
                 gradient[name].copy_(tensor)
             self.finish()
         else:
@@ -158,38 +162,46 @@ class KFACPreconditioner:
                 "backpropagate it."
             )
 
-    def precondition(
-        self, gradient: Direction, damping: float, decay: Mapping[str, float]
-    ) -> Direction:
+    def refresh_(self, damping: float, decay: Mapping[str, float]) -> None:
+        """Recompute the inverses where they are due.
+
+        Args:
+            damping: Damping of the inverses.
+            decay: Weight decay by parameter name, which adds to the damping.
+
+        Raises:
+            RuntimeError: If a damped factor is singular. No inverse is changed then.
+        """
+        period = self._settings.at(self._steps).inverse_update_period
+        if is_due(self._steps, self._inverse_step, period):
+            self.use_(self.inverted(damping, decay))
+
+    def inverted(self, damping: float, decay: Mapping[str, float]) -> Inverses:
+        """Return the damped inverses by layer; raises like `refresh_`."""
+        return {
+            name: running.inverted(damping + decay.get(running.layer.weight, 0.0))
+            for name, running in self._running.items()
+        }
+
+    def use_(self, inverses: Inverses) -> None:
+        """Take over inverses."""
+        for name, running in self._running.items():
+            running.inverses = inverses[name]
+        self._inverse_step = self._steps
+
+    def precondition(self, gradient: Direction, inverses: Inverses | None = None) -> Direction:
         """Return the preconditioned gradient of the covered parameters.
 
         Args:
             gradient: Gradients by parameter name.
-            damping: Damping of the inverses, where they are due.
-            decay: Weight decay by parameter name, which adds to the damping.
-
-        Raises:
-            RuntimeError: If a damped factor is singular.
+            inverses: Inverses to use instead of the present ones.
         """
-        if is_due(
-            self._steps, self._inverse_step, self._settings.at(self._steps).inverse_update_period
-        ):
-            self._invert_(damping, decay)
         result: Direction = {}
-        for running in self._running.values():
-            if running.inverses is not None and running.layer.weight in gradient:
-                result.update(running.apply(gradient))
-        return {name: tensor for name, tensor in result.items() if name in gradient}
-
-    def _invert_(self, damping: float, decay: Mapping[str, float]) -> None:
-        """Recompute all inverses, or none."""
-        inverses = {
-            name: running.inverted(damping + decay.get(running.layer.weight, 0.0))
-            for name, running in self._running.items()
-        }
         for name, running in self._running.items():
-            running.inverses = inverses[name]
-        self._inverse_step = self._steps
+            pair = running.inverses if inverses is None else inverses[name]
+            if pair is not None and running.layer.weight in gradient:
+                result.update(running.apply(gradient, pair))
+        return {name: tensor for name, tensor in result.items() if name in gradient}
 
     def _begin(self) -> None:
         """Drop what was gathered, and decide whether to gather for the step to come."""

@@ -67,9 +67,9 @@ class QuadraticModel:
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Solve with a positive semi-definite matrix; directions it does not see get zero."""
-    tiny = torch.finfo(matrix.dtype).tiny
-    scale = matrix.diagonal().clamp_min(tiny).rsqrt()
-    correlation = matrix * scale.unsqueeze(0) * scale.unsqueeze(1)
+    diagonal = matrix.diagonal()
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)  # zero where a square underflowed
+    correlation = (matrix * scale.unsqueeze(0) * scale.unsqueeze(1)).clamp(-1, 1)
     inverse = torch.linalg.pinv(correlation, hermitian=True, rtol=1e-10)
     solution: Tensor = scale * (inverse @ (scale * right))
     return solution

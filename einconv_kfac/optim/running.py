@@ -59,10 +59,9 @@ class RunningFactors:
                 f"not with damping={damping:.3g}. A larger `damping` helps."
             ) from error
 
-    def apply(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+    def apply(self, gradient: dict[str, Tensor], inverses: Pair) -> dict[str, Tensor]:
         """Return the preconditioned gradient of the layer's parameters."""
-        assert self.inverses is not None
-        a, b = self.inverses
+        a, b = inverses
         if not gradient.keys() >= set(self.layer.parameters):
             gradient = {**self.layer.zeros(), **gradient}
         rows = self.layer.to_matrix(gradient)

@@ -101,10 +101,10 @@ def in_range(name: str, value: Any, *, below: float = math.inf, positive: bool =
     return float(value)
 
 
-def is_due(step: int, last: int | None, period: int) -> bool:
+def is_due(step: int, last: int | None, period: int, growth: int = 10) -> bool:
     """Tell whether work is due that is done every ``period`` steps, and more often early.
 
-    It is due when the number of steps has grown by a tenth since the last time, at the
-    latest ``period`` steps after it.
+    It is due when a ``growth``-th of all steps were taken since the last time, at the latest
+    ``period`` steps after it.
     """
-    return last is None or step - last >= min(period, max(1, step // 10))
+    return last is None or step - last >= min(period, max(1, step // growth))

@@ -9,7 +9,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 def conv_net(seed: int = 0, *, random_layers: bool = False) -> nn.Sequential:
-    """Return a network for ``[n, 1, 6, 6]``: strided, grouped and linear layers."""
+    """Return a network for ``[n, 1, 6, 6]``: strided, grouped and linear layers.
+
+    The random layers come with one, ``6``, that no Kronecker factor covers.
+    """
     torch.manual_seed(seed)
     extra = [nn.BatchNorm2d(4), nn.Dropout(0.3)] if random_layers else []
     return nn.Sequential(
@@ -18,6 +21,7 @@ def conv_net(seed: int = 0, *, random_layers: bool = False) -> nn.Sequential:
         nn.ReLU(inplace=True),
         nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2),
         nn.Tanh(),
+        *([nn.PReLU(4)] if random_layers else []),
         nn.Flatten(),
         nn.Linear(36, 3),
     ).double()

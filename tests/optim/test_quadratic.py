@@ -102,6 +102,15 @@ def test_minimum_has_no_slope_left_and_keeps_what_is_fixed() -> None:
     assert model.change(free, 0.1) < model.change(fixed, 0.1)
 
 
+def test_minimum_ignores_a_direction_whose_square_underflows() -> None:
+    matrix = torch.tensor([[1.0, 1e-30], [1e-30, 0.0]]).double()
+    model = QuadraticModel(
+        torch.tensor([-1.0, -1e-30]).double(), matrix, torch.zeros(2, 2).double()
+    )
+    assert model.minimum(0.0).tolist() == [1.0, 0.0]
+    assert model.minimum(0.0, {0: 0.5}).tolist() == [0.5, 0.0]
+
+
 def test_minimum_ignores_a_direction_that_repeats_another() -> None:
     ones = torch.ones(2, 2).double()
     model = QuadraticModel(torch.tensor([-1.0, -1.0]).double(), ones, ones)
