@@ -13,7 +13,7 @@ from einconv_kfac.geometry import Axis, Geometry
 def unfold(geometry: Geometry, x: Tensor) -> Tensor:
     """Return ``x[n,c,i] P[k,o,i] -> [n,(c k),(o)]``."""
     x = padded(x, _sides(geometry))
-    for dim, axis in enumerate(geometry.axes, start=2):
+    for dim, axis in enumerate(geometry.axes, 2):
         x = x.unfold(dim, axis.span, axis.stride)[..., :: axis.dilation]
     ndim = geometry.ndim  # x: [n, c, o0 .., k0 ..]
     x = x.permute(0, 1, *range(2 + ndim, 2 + 2 * ndim), *range(2, 2 + ndim))
@@ -57,7 +57,7 @@ def fold_axis(z: Tensor, kernel: int, output: int, dilation: int, stride: int) -
 def padded(x: Tensor, sides: Sequence[tuple[int, int]]) -> Tensor:
     """Pad the last dimensions with zeros; negative sides are cropped, without a copy."""
     added: list[int] = []
-    for back, (left, right) in enumerate(reversed(sides), start=1):
+    for back, (left, right) in enumerate(reversed(sides), 1):
         if left == 0 == right:
             added += [0, 0]
             continue

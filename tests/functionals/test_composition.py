@@ -143,6 +143,7 @@ def test_compiles_without_graph_breaks() -> None:
 
 @NEEDS_NEWER_TRACING
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore:At pre-dispatch tracing")  # of torch 2.4
 def test_exports() -> None:
     model = torch.nn.Sequential(ConvNd(2, 4, 6, 3, stride=2), ConvTransposeNd(2, 6, 2, 2, 2))
     x = torch.randn(2, 4, 7, 6)
