@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -129,13 +131,13 @@ def test_monte_carlo_converges_to_exact(loss_fn: nn.Module) -> None:
         y = torch.zeros(6, 3, dtype=torch.float64)
     exact = kronecker_factors(model, loss_fn, [(x, y)], fisher="exact")
     errors = []
-    for samples in (40, 4000):
+    for samples in (20, 2000):
         state = torch.get_rng_state()
         sampled = kronecker_factors(model, loss_fn, [(x, y)], mc_samples=samples)
         assert torch.equal(torch.get_rng_state(), state)
         norms = [(sampled[n].B - exact[n].B).norm() / exact[n].B.norm() for n in exact]
         errors.append(float(torch.stack(norms).mean()))
-    assert errors[1] < 0.03
+    assert errors[1] < 0.05
     assert errors[1] < errors[0] / 4  # a hundred times the samples, a tenth of the error
 
 
@@ -237,3 +239,44 @@ def test_checkpointed_layers(fisher: str) -> None:
     for block, reference in zip(got.values(), expected.values()):
         torch.testing.assert_close(block.A, reference.A, **TOLERANCE)
         torch.testing.assert_close(block.B, reference.B, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
+def test_streaming_holds_one_batch_at_a_time(kind: str) -> None:
+    counts: list[int] = []
+
+    class Stream:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for _ in range(8):
+                gc.collect()
+                counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
+                yield batch()
+
+    kronecker_factors(network(), nn.CrossEntropyLoss(), Stream(), kind=kind)
+    assert len(counts) == (8 if kind == "kfac" else 16)
+    for run in (counts[:8], counts[8:]):
+        assert run[-1:] == run[3:4]  # after the first batches nothing is added
+
+
+def test_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    kronecker_factors(network(), nn.CrossEntropyLoss(), [batch()] * 2, progress=True)
+    assert "2/2" in capfd.readouterr().err
+    kronecker_factors(network(), nn.CrossEntropyLoss(), [batch()] * 2)
+    assert capfd.readouterr().err == ""
+
+
+def test_autocast_and_channels_last_and_compiled() -> None:
+    (x, y), loss_fn = batch(), nn.CrossEntropyLoss()
+    expected = kronecker_factors(network(), loss_fn, [(x, y)], fisher="exact")
+    last = network().to(memory_format=torch.channels_last)
+    strided = x.contiguous(memory_format=torch.channels_last)
+    assert_equal(kronecker_factors(last, loss_fn, [(strided, y)], fisher="exact"), expected)
+    compiled = torch.compile(network(), backend="eager")
+    assert_equal(kronecker_factors(compiled, loss_fn, [(x, y)], fisher="exact"), expected)
+    single = network().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = kronecker_factors(single, loss_fn, [(x.float(), y)], fisher="exact")
+    for name, block in mixed.items():
+        assert block.A.dtype == block.B.dtype == torch.float32
+        for got, exact in ((block.A, expected[name].A), (block.B, expected[name].B)):
+            assert (got - exact).norm() < 0.05 * exact.norm()
