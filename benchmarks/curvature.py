@@ -31,7 +31,7 @@ class Task:
     """A model and a batch of images."""
 
     name: str
-    model: nn.Module
+    model: nn.Sequential
     x: Tensor
     y: Tensor
 
@@ -122,7 +122,8 @@ def peak(run: Run) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     held = largest = 0
-    for event in sorted(found.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+    profiler: Any = found.profiler
+    for event in sorted(profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
             largest = max(largest, held)

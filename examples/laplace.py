@@ -56,7 +56,8 @@ def train(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in tqdm(range(steps), desc="training"):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 
@@ -64,11 +65,12 @@ def choose_prior(
     model: nn.Module, curvature: KroneckerFactors, x: Tensor, y: Tensor, samples: int
 ) -> float:
     """Return the prior precision under which held-out images are likeliest."""
-    losses = {
-        prior: summary(predict(model, curvature, prior, x, samples), y)["loss"]
-        for prior in tqdm(PRIORS, desc="prior")
-    }
-    return min(losses, key=losses.__getitem__)
+    best, lowest = PRIORS[0], float("inf")
+    for prior in tqdm(PRIORS, desc="prior"):
+        loss = summary(predict(model, curvature, prior, x, samples), y)["loss"]
+        if loss < lowest:
+            best, lowest = prior, loss
+    return best
 
 
 @torch.no_grad()
@@ -81,7 +83,9 @@ def predict(
     total = torch.zeros(len(x), 10)
     for index in range(samples):
         direction = {name: draw[index] for name, draw in draws.items()}
-        output, tangent = jvp(lambda w: functional_call(model, w, (x,)), (weights,), (direction,))
+        output, tangent, *_ = jvp(
+            lambda w: functional_call(model, w, (x,)), (weights,), (direction,)
+        )
         total += (output + tangent).softmax(dim=1)
     return total / samples
 
