@@ -24,7 +24,7 @@ from tqdm import tqdm
 from einconv_kfac.curvature import KroneckerFactors, kronecker_factors
 
 BINS = 15
-PRIORS = [10.0 ** (exponent / 2) for exponent in range(2, 9)]  # precisions to choose from
+PRIORS = (10.0, 31.6, 100.0, 316.0, 1000.0, 3160.0, 10000.0)  # precisions to choose from
 
 
 def split_digits(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
