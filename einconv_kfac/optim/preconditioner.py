@@ -80,7 +80,7 @@ class KFACPreconditioner:
         self._estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
         layers = [
             layer
-            for layer in find_layers(model, every=True)
+            for layer in find_layers(model)
             if parameters is None or layer.weight in parameters
         ]
         self._model = model

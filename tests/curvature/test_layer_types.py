@@ -213,4 +213,5 @@ def test_frozen_parts() -> None:
     model[1].bias.requires_grad_(False)
     layers = find_layers(model, every=True)
     assert [layer.parameters for layer in layers] == [("1.weight",), ("2.weight",)]
-    assert [layer.name for layer in find_layers(model)] == ["2"]
+    assert [layer.name for layer in find_layers(model)] == ["1", "2"]
+    assert not find_layers(nn.Embedding(3, 2))  # left to the optimizer's plain rule

@@ -16,7 +16,7 @@ LARGEST_VOCABULARY = 8192
 class EmbeddingRule(LayerRule):
     """Inputs are indices ``[n, *s]``, outputs ``[n, *s, co]``."""
 
-    preconditioned = False
+    preconditioned = False  # a dense factor of the vocabulary's size is not worth inverting
 
     def split(self, module: nn.Embedding) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """See `LayerRule`."""

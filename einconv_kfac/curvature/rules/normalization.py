@@ -19,8 +19,6 @@ _INSTANCE_NORMS = ((nn.InstanceNorm1d, 3), (nn.InstanceNorm2d, 4), (nn.InstanceN
 class _ScaleRule(LayerRule):
     """A weight and a bias per channel."""
 
-    preconditioned = False
-
     def split(self, module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """See `LayerRule`."""
         return (module.weight.numel(), 1, 1), (0, 1, 2)
