@@ -1,7 +1,7 @@
 """Kronecker factors of real models: time and memory, next to other libraries in the same run.
 
-Each library runs in turn, several times, in one process; the table has the fastest run of each
-(other load only adds) and ratios of these. A library that refuses a model is shown as such.
+Each library runs in turn, several times, in one process; the table has the median run of each and
+ratios of these. A library that refuses a model is shown as such.
 Peak memory is that of tensors, as torch's profiler sees it. On grouped convolutions curvlinops
 averages the inputs of all groups, which is less work and another matrix.
 """
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -109,10 +110,19 @@ def backpack(task: Task, extend: Callable[[Any], Any] = lambda extension: extens
     return run
 
 
+def nngeometry(task: Task) -> Run:
+    """Monte-Carlo factors of NNGeometry, from its own loader."""
+    metrics, objects = import_module("nngeometry.metrics"), import_module("nngeometry.object")
+    data = torch.utils.data.TensorDataset(task.x, task.y)
+    loader = torch.utils.data.DataLoader(data, batch_size=len(data))
+    return lambda: metrics.FIM_MonteCarlo(task.model, loader, objects.PMatKFAC)
+
+
 LIBRARIES: dict[str, Callable[[Task], Run]] = {
     "einconv-kfac": ours,
     "curvlinops": curvlinops,
     "BackPACK": backpack,
+    "NNGeometry": nngeometry,
     "BackPACK, ours for groups": lambda task: backpack(task, with_groups),
 }
 
@@ -147,7 +157,7 @@ def measure(task: Task, repeats: int) -> dict[str, tuple[float, float] | str]:
             start = perf_counter()
             run()
             times[name].append(perf_counter() - start)
-    return {**results, **{n: (min(t), peak(runs[n])) for n, t in times.items()}}
+    return {**results, **{n: (median(t), peak(runs[n])) for n, t in times.items()}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
