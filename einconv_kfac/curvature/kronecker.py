@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.damping import damped_inverses
 from einconv_kfac.curvature.eigen import EigenBlock, decomposed
 from einconv_kfac.curvature.layout import Layout
 
@@ -91,11 +92,8 @@ class KroneckerBlock:
         check_damping(damping)
         if exact:
             return self.eigh().inverse(damping)
-        balance = (_mean_eigenvalue(self.A) / _mean_eigenvalue(self.B)).sqrt()[:, None, None]
-        root = (damping / self.scale) ** 0.5
         names = " and ".join(self.parameters)
-        a = damped_inverse(self.A, balance * root, f"A of {names}")
-        b = damped_inverse(self.B, root / balance, f"B of {names}")
+        a, b = damped_inverses((self.A, self.B), damping / self.scale, names)
         return KroneckerBlock(a, b, self.layout, 1 / self.scale)
 
     def sample(
@@ -119,30 +117,6 @@ def check_damping(damping: float) -> None:
         raise ValueError(f"`damping` must be a finite number >= 0, got {damping}.")
 
 
-def damped_inverse(factor: Tensor, damping: Tensor, name: str) -> Tensor:
-    """Return ``(factor + damping I)^-1`` per group; in float64 where float32 fails.
-
-    Raises:
-        RuntimeError: If it is not positive definite in float64 either.
-    """
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    damped = factor + damping * eye
-    triangle, failures = torch.linalg.cholesky_ex(damped)
-    if failures.any():
-        triangle, failures = torch.linalg.cholesky_ex(factor.double() + damping.double() * eye)
-        if failures.any():
-            raise RuntimeError(
-                f"The damped factor {name} must be positive definite, but is not with damping "
-                f"{float(damping.min()):.3g}. A larger `damping` helps."
-            )
-    return torch.cholesky_inverse(triangle).to(factor.dtype)
-
-
 def _trace(factor: Tensor) -> Tensor:
     """Return the trace per group, ``[g]``."""
     return factor.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-def _mean_eigenvalue(factor: Tensor) -> Tensor:
-    """Return ``tr(F) / dim(F)`` per group, ``[g]``, positive."""
-    return (_trace(factor) / factor.shape[-1]).clamp_min(torch.finfo(factor.dtype).tiny)

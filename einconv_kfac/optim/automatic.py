@@ -25,7 +25,7 @@ no guide to a larger one. The other bound is zero."""
 ADAPTATION_PERIOD = 5
 """Steps between two adaptations of the damping."""
 ADAPTATION = (19 / 20) ** ADAPTATION_PERIOD
-"""Factor of one adaptation (Martens and Grosse, 2015, section 6.5)."""
+"""Factor of one adaptation (Martens and Grosse, 2015)."""
 
 
 SCALE_PERIOD = 20
@@ -104,7 +104,7 @@ class AutomaticStep:
 
         From time to time a larger and a smaller damping of the inverses are tried beside the
         present one, and what promises the largest reduction is kept (as Martens and Grosse,
-        2015, section 6.6, do). A damping that is given is used as given.
+        2015, do). A damping that is given is used as given.
 
         Args:
             objective: The objective.

@@ -7,18 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.damping import damped_inverses
 from einconv_kfac.curvature.layers import Layer
 
 Pair = tuple[Tensor, Tensor]
 
 
 class RunningFactors:
-    """Applies ``(B (x) A + damping I)^-1`` to a layer's gradient, approximately.
-
-    The damping is factored with trace balance (Martens and Grosse, 2015, section 6.3)::
-
-        (A + pi sqrt(damping) I)^-1 (x) (B + sqrt(damping) / pi I)^-1
-        pi = sqrt((tr(A) / dim(A)) / (tr(B) / dim(B)))
+    """Applies ``(B (x) A + damping I)^-1`` to a layer's gradient, with factored damping.
 
     Args:
         layer: The layer.
@@ -48,16 +44,7 @@ class RunningFactors:
         """
         if self.factors is None:
             return None
-        a, b = self.factors
-        balance = (_mean_eigenvalue(a) / _mean_eigenvalue(b)).sqrt()
-        root = damping**0.5
-        try:
-            return _damped_inverse(a, balance * root), _damped_inverse(b, root / balance)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"The damped factors of '{self.layer.name}' must be positive definite, but are "
-                f"not with damping={damping:.3g}. A larger `damping` helps."
-            ) from error
+        return damped_inverses(self.factors, damping, f"'{self.layer.name}'")
 
     def apply(self, gradient: dict[str, Tensor], inverses: Pair) -> dict[str, Tensor]:
         """Return the preconditioned gradient of the layer's parameters."""
@@ -95,19 +82,3 @@ class RunningFactors:
 
         self.updates = state["updates"]
         self.factors, self.inverses = copied(state["factors"]), copied(state["inverses"])
-
-
-def _mean_eigenvalue(factor: Tensor) -> Tensor:
-    """Return ``tr(F) / dim(F)`` per group, ``[g, 1, 1]``, positive."""
-    mean = factor.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-    return mean.clamp_min(torch.finfo(factor.dtype).tiny)[:, None, None]
-
-
-def _damped_inverse(factor: Tensor, damping: Tensor) -> Tensor:
-    """Return ``(factor + damping I)^-1`` per group; in float64 where float32 fails."""
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    damped = factor + damping * eye
-    triangle, failures = torch.linalg.cholesky_ex(damped)
-    if failures.any():
-        triangle = torch.linalg.cholesky(damped.double())
-    return torch.cholesky_inverse(triangle).to(factor.dtype)
