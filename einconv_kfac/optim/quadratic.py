@@ -7,7 +7,7 @@ For directions ``d_i`` and ``u = sum_i c_i d_i``::
 with the gradient ``g`` (weight decay included), the exact generalised Gauss-Newton matrix
 ``G`` on the batch and the weight decay ``W`` (diagonal). ``d_i.G.d_j`` is the loss Hessian at
 the output between the Jacobian-vector products ``J d_i`` and ``J d_j``, so neither a gradient
-nor a backward pass is needed (Martens and Grosse, 2015, sections 6.4 and 7).
+nor a backward pass is needed (Martens and Grosse, 2015).
 """
 
 from __future__ import annotations
