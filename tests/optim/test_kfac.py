@@ -259,7 +259,7 @@ class TestDamping:
         train_step(model, loss_fn, opt, image_batch())
         first = opt._automatic._damping
         train_step(model, loss_fn, opt, image_batch())
-        assert opt._automatic._damping > first * 0.99
+        assert opt._automatic._damping > first
 
     def test_shrinks_when_the_model_is_right(self) -> None:
         torch.manual_seed(0)
