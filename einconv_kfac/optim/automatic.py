@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from einconv_kfac.optim.objective import Objective
+from einconv_kfac.optim.objective import Memory, Objective
 from einconv_kfac.optim.preconditioner import Inverses, KFACPreconditioner
-from einconv_kfac.optim.quadratic import Direction, QuadraticModel
-from einconv_kfac.optim.settings import is_due
+from einconv_kfac.optim.quadratic import Direction, QuadraticModel, sum_of
+from einconv_kfac.optim.settings import Constants, is_due
 
 INITIAL_DAMPING = 0.1
 """First damping, as a multiple of the curvature along the first gradient."""
@@ -27,6 +27,8 @@ ADAPTATION_PERIOD = 5
 ADAPTATION = (19 / 20) ** ADAPTATION_PERIOD
 """Factor of one adaptation (Martens and Grosse, 2015)."""
 
+
+_BUFFER = "momentum_buffer"
 
 SCALE_PERIOD = 20
 """Steps between two trials of the damping of the inverses."""
@@ -79,6 +81,36 @@ class AutomaticStep:
         self._scale = 1.0
         self.ratio = math.nan
 
+    def take_(self, objective: Objective, memory: Memory, constants: Constants) -> dict[str, float]:
+        """Take a step, and return its statistics.
+
+        Raises:
+            RuntimeError: If a forward pass of the objective is not known.
+        """
+        objective.check_replay()
+        damping = constants.damping
+        damping = self.damping(objective) if damping is None else damping
+        self._preconditioner.update_(constants)
+        previous = {n: m[_BUFFER] for n, m in memory.items() if _BUFFER in m}
+        fit = self.best_fit_(objective, previous, damping, constants.momentum)
+        if not math.isfinite(fit.predicted):
+            self.grow_()
+            message = "The quadratic model was not finite; the step was skipped."
+            warnings.warn(message, RuntimeWarning, stacklevel=6)
+            return {"damping": damping}
+        rate = max(objective.rates.values())
+        before = objective.value()
+        _move_(objective, memory, fit.directions, fit.coefficients * rate)
+        predicted = fit.model.change(fit.coefficients * rate, damping)
+        self.adapt_(self._preconditioner.steps, objective, before, predicted)
+        return {
+            "damping": damping,
+            "step_size": float(fit.coefficients[0]) * rate,
+            "momentum": float(fit.coefficients[-1]) * rate if fit.has_previous else 0.0,
+            "predicted": float(predicted),
+            "ratio": self.ratio,
+        }
+
     def damping(self, objective: Objective) -> float:
         """Return the damping; the first is a fraction of the curvature along the gradient."""
         if self._damping is None:
@@ -96,7 +128,7 @@ class AutomaticStep:
     def best_fit_(
         self,
         objective: Objective,
-        directions: tuple[Callable[[Direction], list[Direction]], Direction],
+        previous: Direction,
         damping: float,
         momentum: float | None,
     ) -> Fit:
@@ -108,22 +140,21 @@ class AutomaticStep:
 
         Args:
             objective: The objective.
-            directions: From the preconditioned gradient to the descent directions, and the
-                previous update (empty if there is none).
+            previous: The previous update, empty if there is none.
             damping: The damping of the quadratic model.
             momentum: The coefficient of the previous update if it is given.
         """
-        machine, (descent, previous) = self._preconditioner, directions
+        machine = self._preconditioner
         given = self._damping is None
         if given or not is_due(machine.steps, self._scaled, SCALE_PERIOD, SCALE_GROWTH):
             machine.refresh_(damping * self._scale, objective.decay)
             covered = machine.precondition(objective.gradient)
-            return self._fit(objective, (descent(covered), previous), damping, momentum)
+            return self._fit(objective, (covered, previous), damping, momentum)
         tried: list[tuple[Fit, float, Inverses]] = []
         for scale in self._scales():
             inverses = machine.inverted(damping * scale, objective.decay)
             covered = machine.precondition(objective.gradient, inverses)
-            fit = self._fit(objective, (descent(covered), previous), damping, momentum)
+            fit = self._fit(objective, (covered, previous), damping, momentum)
             tried.append((fit, scale, inverses))
         best, self._scale, inverses = min(tried, key=lambda trial: trial[0].rank)
         self._scaled = machine.steps
@@ -139,12 +170,13 @@ class AutomaticStep:
     def _fit(
         self,
         objective: Objective,
-        directions: tuple[list[Direction], Direction],
+        directions: tuple[Direction, Direction],
         damping: float,
         momentum: float | None,
     ) -> Fit:
         """Return the combination of directions that minimises the quadratic model."""
-        descent, previous = directions
+        covered, previous = directions
+        descent = _descent(objective, covered)
         every = [*descent, previous] if previous else descent
         model = objective.model(self._recorder, every)
         coefficients = model.minimum(damping)
@@ -198,3 +230,26 @@ class AutomaticStep:
         self._adapted = state["adapted"]
         self._scale = state["scale"]
         self._scaled = state["scaled"]
+
+
+def _descent(objective: Objective, covered: Direction) -> list[Direction]:
+    """Return descent directions: of the covered parameters, and of the others.
+
+    Learning rates count relative to the largest one.
+    """
+    rates, largest = objective.rates, max(objective.rates.values()) or 1.0
+    others = {name: g for name, g in objective.gradient.items() if name not in covered}
+    return [
+        {name: tensor * (-rates[name] / largest) for name, tensor in direction.items()}
+        for direction in (covered, others)
+        if direction
+    ]
+
+
+def _move_(objective: Objective, memory: Memory, directions: list[Direction], coefficients: Tensor) -> None:
+    """Add the combination of directions to the parameters, and remember it."""
+    for name, parameter in objective.parameters.items():
+        scales = coefficients.to(parameter)
+        update = sum_of([c * d[name] for c, d in zip(scales, directions) if name in d])
+        memory[name][_BUFFER] = update
+        parameter.add_(update)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from einconv_kfac.optim.quadratic import Direction, inner
 
 
 def kl_clip_factor(
-    direction: Direction, gradient: Direction, rates: dict[str, float], bound: float | None
+    direction: Direction, gradient: Direction, rates: Mapping[str, float], bound: float | None
 ) -> Tensor:
     """Return the factor, at most 1, that keeps ``sum lr^2 d.g`` at most at the bound.
 

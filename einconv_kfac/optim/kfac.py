@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from einconv_kfac.curvature.fisher import Fisher
 from einconv_kfac.curvature.layers import Approximation
 from einconv_kfac.curvature.losses import check_reduction
 from einconv_kfac.optim.automatic import AutomaticStep
-from einconv_kfac.optim.clipping import kl_clip_factor
+from einconv_kfac.optim.fixed import FixedStep
 from einconv_kfac.optim.objective import Objective, rescaled
-from einconv_kfac.optim.preconditioner import DEFAULT_DAMPING, NOT_FINITE, KFACPreconditioner
-from einconv_kfac.optim.quadratic import Direction, sum_of
-from einconv_kfac.optim.settings import Constants, GroupSettings, Schedule, Settings
+from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
+from einconv_kfac.optim.quadratic import Direction
+from einconv_kfac.optim.settings import GroupSettings, Schedule, Settings
 
-DEFAULT_MOMENTUM = 0.9
 _STATE_VERSION = 1
 
 
@@ -124,7 +121,8 @@ class KFAC(Optimizer):
             inverse_update_period=inverse_update_period,
             seed=seed,
         )
-        self._automatic = AutomaticStep(self._preconditioner) if adaptive else None
+        kind = AutomaticStep if adaptive else FixedStep
+        self._step: AutomaticStep | FixedStep = kind(self._preconditioner)
         self._statistics: dict[str, float] = {}
         if strict and (gaps := [n for n, rule in self.coverage().items() if rule != "kfac"]):
             self.remove_hooks()
@@ -201,99 +199,27 @@ class KFAC(Optimizer):
         parameters: Direction = {}
         gradient: Direction = {}
         decay: dict[str, float] = {}
+        rates: dict[str, float] = {}
         for group in self.param_groups:
             settings = GroupSettings.of(group)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     name = self._names[parameter]
-                    parameters[name], decay[name] = parameter, settings.weight_decay
+                    parameters[name] = parameter
+                    decay[name], rates[name] = settings.weight_decay, settings.lr
                     unscaled = parameter.grad if scale is None else parameter.grad / scale
                     gradient[name] = unscaled.add(parameter, alpha=settings.weight_decay)
         batches = self._preconditioner.recorder.take()
         if hasattr(self, "found_inf"):
             batches = rescaled(batches, scale, self._reduction)
-        return Objective(batches, parameters, gradient, decay)
+        return Objective(batches, parameters, gradient, decay, rates)
 
     def _update_(self, objective: Objective) -> None:
         """Take a step."""
-        if not objective.parameters:
-            return
-        constants = self._settings.at(self._preconditioner.steps)
-        if self._automatic is None:
-            self._preconditioner.update_(constants)
-            self._fixed_update_(objective, constants)
-            return
-        objective.check_replay()
-        damping = constants.damping
-        damping = self._automatic.damping(objective) if damping is None else damping
-        self._preconditioner.update_(constants)
-        self._automatic_update_(self._automatic, objective, damping, constants.momentum)
-
-    def _fixed_update_(self, objective: Objective, constants: Constants) -> None:
-        """Heavy-ball momentum on the preconditioned gradient, clipped."""
-        damping = DEFAULT_DAMPING if constants.damping is None else constants.damping
-        momentum = DEFAULT_MOMENTUM if constants.momentum is None else constants.momentum
-        gradient, rates = objective.gradient, self._rates()
-        self._preconditioner.refresh_(damping, objective.decay)
-        direction = self._preconditioner.precondition(gradient)
-        clip = kl_clip_factor(direction, gradient, rates, constants.kl_clip)
-        for name, parameter in objective.parameters.items():
-            step = direction[name] * clip.to(parameter) if name in direction else gradient[name]
-            velocity = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(step))
-            velocity.mul_(momentum).add_(step)
-            parameter.sub_(velocity, alpha=rates[name])
-        self._statistics = {"damping": damping, "clip": float(clip)}
-
-    def _automatic_update_(
-        self, automatic: AutomaticStep, objective: Objective, damping: float, momentum: float | None
-    ) -> None:
-        """Minimise the quadratic model over the span of the directions."""
-        rates, previous = self._rates(), self._previous(objective)
-        directions = partial(_descent, objective.gradient, rates)
-        fit = automatic.best_fit_(objective, (directions, previous), damping, momentum)
-        if not math.isfinite(fit.predicted):
-            automatic.grow_()
-            message = "The quadratic model was not finite; the step was skipped."
-            warnings.warn(message, RuntimeWarning, stacklevel=6)
-            return
-        rate = max(rates.values())
-        before = objective.value()
-        self._move_(objective, fit.directions, fit.coefficients * rate)
-        predicted = fit.model.change(fit.coefficients * rate, damping)
-        automatic.adapt_(self._preconditioner.steps, objective, before, predicted)
-        self._statistics = {
-            "damping": damping,
-            "step_size": float(fit.coefficients[0]) * rate,
-            "momentum": float(fit.coefficients[-1]) * rate if fit.has_previous else 0.0,
-            "predicted": float(predicted),
-            "ratio": automatic.ratio,
-        }
-
-    def _previous(self, objective: Objective) -> Direction:
-        """Return the previous update."""
-        return {
-            name: self.state[parameter]["momentum_buffer"]
-            for name, parameter in objective.parameters.items()
-            if "momentum_buffer" in self.state[parameter]
-        }
-
-    def _move_(
-        self, objective: Objective, directions: list[Direction], coefficients: Tensor
-    ) -> None:
-        """Add the combination of directions to the parameters, and remember it."""
-        for name, parameter in objective.parameters.items():
-            scales = coefficients.to(parameter)
-            update = sum_of([c * d[name] for c, d in zip(scales, directions) if name in d])
-            self.state[parameter]["momentum_buffer"] = update
-            parameter.add_(update)
-
-    def _rates(self) -> dict[str, float]:
-        """Return the learning rate by parameter name."""
-        return {
-            self._names[parameter]: float(group["lr"])
-            for group in self.param_groups
-            for parameter in group["params"]
-        }
+        if objective.parameters:
+            constants = self._settings.at(self._preconditioner.steps)
+            memory = {name: self.state[p] for name, p in objective.parameters.items()}
+            self._statistics = self._step.take_(objective, memory, constants)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that continuing needs; it loads with ``weights_only=True``."""
@@ -302,7 +228,7 @@ class KFAC(Optimizer):
             "kfac": {
                 "version": _STATE_VERSION,
                 "preconditioner": self._preconditioner.state_dict(),
-                "automatic": None if self._automatic is None else self._automatic.state_dict(),
+                "automatic": self._step.state_dict(),
             },
         }
 
@@ -315,27 +241,12 @@ class KFAC(Optimizer):
         state = state_dict.get("kfac")
         if state is None or state["version"] != _STATE_VERSION:
             raise ValueError(f"`state_dict` must be a KFAC state of version {_STATE_VERSION}.")
-        if (state["automatic"] is None) != (self._automatic is None):
+        if (state["automatic"] is None) != (self._step.state_dict() is None):
             raise ValueError("`state_dict` must come from an optimizer with the same `adaptive`.")
         self._preconditioner.check_state(state["preconditioner"])
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
         self._preconditioner.load_state_dict(state["preconditioner"])
-        if self._automatic is not None:
-            self._automatic.load_state_dict(state["automatic"])
-
-
-def _descent(gradient: Direction, rates: dict[str, float], covered: Direction) -> list[Direction]:
-    """Return descent directions: of the covered parameters, and of the others.
-
-    Learning rates count relative to the largest one.
-    """
-    rate = max(rates.values()) or 1.0
-    others = {name: tensor for name, tensor in gradient.items() if name not in covered}
-    return [
-        {name: tensor * (-rates[name] / rate) for name, tensor in direction.items()}
-        for direction in (covered, others)
-        if direction
-    ]
+        self._step.load_state_dict(state["automatic"])
 
 
 def _uncovered(model: nn.Module, names: list[str]) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from einconv_kfac.optim.quadratic import Direction, QuadraticModel, quadratic_model, sum_of
 from einconv_kfac.optim.recording import Batch, Recorder
+
+
+Memory: TypeAlias = Mapping[str, dict[str, Any]]
+"""What the optimizer keeps by parameter name: its state, as torch calls it."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,14 @@ class Objective:
         parameters: Parameters by name.
         gradient: Gradient by name, weight decay included.
         decay: Weight decay by name.
+        rates: Learning rate by name.
     """
 
     batches: Sequence[Batch]
     parameters: Direction
     gradient: Direction
     decay: Mapping[str, float]
+    rates: Mapping[str, float]
 
     def model(self, recorder: Recorder, directions: Sequence[Direction]) -> QuadraticModel:
         """Return the quadratic model in the span of directions."""

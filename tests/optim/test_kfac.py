@@ -257,9 +257,9 @@ class TestDamping:
         model, loss_fn = conv_net(), nn.CrossEntropyLoss()
         opt = KFAC(model, loss_fn, lr=6.0)  # six times the best step
         train_step(model, loss_fn, opt, image_batch())
-        first = opt._automatic._damping
+        first = opt._step._damping
         train_step(model, loss_fn, opt, image_batch())
-        assert opt._automatic._damping > first
+        assert opt._step._damping > first
 
     def test_shrinks_when_the_model_is_right(self) -> None:
         torch.manual_seed(0)
@@ -269,7 +269,7 @@ class TestDamping:
         dampings = []
         for _ in range(5):
             train_step(model, loss_fn, opt, (x, y))
-            dampings.append(opt._automatic._damping)
+            dampings.append(opt._step._damping)
         assert all(b < a for a, b in pairwise(dampings))
 
     def test_of_the_inverses_follows_what_the_quadratic_model_prefers(self) -> None:
@@ -280,7 +280,7 @@ class TestDamping:
         opt = KFAC(model, loss_fn, fisher="exact")
         for _ in range(3):
             train_step(model, loss_fn, opt, (x, y))
-        assert opt._automatic._scale < 0.5
+        assert opt._step._scale < 0.5
 
     def test_that_is_given_is_used_as_given(self) -> None:
         model, loss_fn = conv_net(), nn.CrossEntropyLoss()
@@ -288,4 +288,4 @@ class TestDamping:
         for seed in range(4):
             train_step(model, loss_fn, opt, image_batch(seed=seed))
         assert opt.statistics()["damping"] == 0.3
-        assert opt._automatic._scale == 1.0
+        assert opt._step._scale == 1.0
