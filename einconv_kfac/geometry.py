@@ -302,7 +302,13 @@ def output_padding_of(
 
 def hashable(value: Any) -> Any:
     """Turn lists into tuples, nested ones too."""
-    return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    try:
+        hash(value)
+    except TypeError:
+        return tuple(map(hashable, value))
+    return value
 
 
 def parse_convolution(

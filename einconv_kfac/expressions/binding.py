@@ -83,7 +83,7 @@ class ConstantCache:
 
     def __call__(self, operand: Operand, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the tensor, from the cache if it may be."""
-        if torch.compiler.is_compiling():
+        if _transformed():
             return constant_tensor(operand, device, dtype)
         key = (operand, device, dtype)
         with self._lock:
@@ -91,10 +91,9 @@ class ConstantCache:
             if tensor is not None:
                 self._hits += 1
                 self._tensors.move_to_end(key)
-        if tensor is not None and not _transformed():
-            return tensor
+                return tensor
         tensor = constant_tensor(operand, device, dtype)
-        if not _transformed() and _ordinary(tensor):
+        if _ordinary(tensor):
             with self._lock:
                 self._misses += 1
                 self._tensors[key] = tensor
@@ -129,8 +128,10 @@ def constant_tensor(operand: Operand, device: torch.device, dtype: torch.dtype) 
 
 def _transformed() -> bool:
     """Whether a mode that produces other than ordinary tensors is active."""
-    return torch.is_inference_mode_enabled() or bool(
-        torch.utils._python_dispatch._get_current_dispatch_mode()
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 

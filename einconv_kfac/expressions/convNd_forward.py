@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from einconv_kfac.expressions.expression import Bound, Expression
+from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.signatures import input_weight
 from einconv_kfac.expressions.terms import (
     check_weight,
-    expression,
     indices,
     input_node,
     pattern_nodes,
     spatial_size,
     weight_node,
 )
-from einconv_kfac.geometry import Geometry, Padding, Sizes, convolution, hashable
+from einconv_kfac.geometry import Geometry
 from einconv_kfac.network import Network
 from einconv_kfac.network.cache import cached
 from einconv_kfac.network.step import Shape
@@ -32,31 +30,24 @@ def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int)
     )
 
 
-def einsum_expression(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    simplify: bool = True,
-) -> Bound:
+def network_of(x: Shape, weight: Shape, options: Options, name: str = "x") -> Network:
+    """Return the contraction of an input, called ``name``, and a kernel of these shapes."""
+    sizes = spatial_size(x, name)
+    check_weight(weight, x[1], len(sizes), options.groups)
+    return network(options.convolution(sizes, weight[2:]), x[0], x[1], weight[0])
+
+
+@bound(input_weight)
+def einsum_expression(x: Shape, weight: Shape, options: Options) -> Network:
     """Return the forward pass of a convolution as an einsum expression.
 
     Args:
         x: Input of shape ``[n, (g ci), *i]``.
         weight: Kernel of shape ``[(g co), ci, *k]``.
-        stride: As in ``torch.nn.functional.conv2d``, in any dimension; so are the others.
-        padding: As in `einconv_kfac.geometry.convolution`.
-        dilation: Step between kernel entries.
-        groups: Number of channel groups.
-        simplify: Whether to simplify the expression.
+        options: OPTIONS
 
     Returns:
         Equation, operands, and the shape ``[n, (g co), *o]`` of the result.
-
-    Raises:
-        ValueError: If the shapes do not match, or as `convolution`.
 
     >>> import torch
     >>> x, weight = torch.rand(2, 3, 8), torch.rand(4, 3, 2)
@@ -64,22 +55,4 @@ def einsum_expression(
     >>> equation, list(torch.einsum(equation, *operands).reshape(shape).shape)
     ('abcd,ebd->aec', [2, 4, 4])
     """
-    options = (*map(hashable, (stride, padding, dilation)), groups, simplify)
-    return _expression(x.shape, weight.shape, *options).bind(x, weight)
-
-
-@cached(maxsize=1024)
-def _expression(
-    x: Shape,
-    weight: Shape,
-    stride: Sizes,
-    padding: Padding,
-    dilation: Sizes,
-    groups: int,
-    simplify: bool,
-) -> Expression:
-    """Return the expression for tensors of these shapes."""
-    sizes = spatial_size(tuple(x), "x")
-    check_weight(tuple(weight), x[1], len(sizes), groups)
-    geometry = convolution(sizes, tuple(weight[2:]), stride, padding, dilation, groups)
-    return expression(network(geometry, x[0], x[1], weight[0]), simplify)
+    return network_of(x, weight, options)

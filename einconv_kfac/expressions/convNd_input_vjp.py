@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from einconv_kfac.expressions.expression import Bound, Expression
+from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.signatures import weight_vector_size
 from einconv_kfac.expressions.terms import (
     check_output,
     check_weight,
-    expression,
     indices,
     output_node,
     pattern_nodes,
@@ -16,10 +14,6 @@ from einconv_kfac.expressions.terms import (
 )
 from einconv_kfac.geometry import (
     Geometry,
-    Padding,
-    Sizes,
-    convolution,
-    hashable,
     per_dimension,
 )
 from einconv_kfac.network import Network
@@ -39,61 +33,28 @@ def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int)
     )
 
 
-def einsum_expression(
-    weight: Tensor,
-    v: Tensor,
-    input_size: Sizes,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    simplify: bool = True,
-) -> Bound:
+@bound(weight_vector_size, slots=(1, 0))
+def einsum_expression(v: Shape, weight: Shape, options: Options) -> Network:
     """Return a convolution's input VJP as an einsum expression.
 
     Args:
         weight: Kernel of shape ``[(g co), ci, *k]``.
         v: Vector of shape ``[n, (g co), *o]``.
-        input_size: Input positions, one number or one per dimension.
-        stride: As in ``torch.nn.functional.conv2d``, in any dimension; so are the others.
-        padding: As in `einconv_kfac.geometry.convolution`.
-        dilation: Step between kernel entries.
-        groups: Number of channel groups.
-        simplify: Whether to simplify the expression.
+        options: OPTIONS
 
     Returns:
         Equation, operands, and the shape ``[n, (g ci), *i]`` of the result.
-
-    Raises:
-        ValueError: If the shapes do not match, or as `convolution`.
 
     >>> import torch
     >>> weight, v = torch.rand(4, 3, 2), torch.rand(2, 4, 4)
     >>> einsum_expression(weight, v, input_size=8, stride=2)[2]
     (2, 3, 8)
     """
-    options = (*map(hashable, (input_size, stride, padding, dilation)), groups, simplify)
-    return _expression(weight.shape, v.shape, *options).bind(v, weight)
-
-
-@cached(maxsize=1024)
-def _expression(
-    weight: Shape,
-    v: Shape,
-    input_size: Sizes,
-    stride: Sizes,
-    padding: Padding,
-    dilation: Sizes,
-    groups: int,
-    simplify: bool,
-) -> Expression:
-    """Return the expression for tensors of these shapes."""
-    weight, v = tuple(weight), tuple(v)
-    ndim = len(v) - 2
+    ndim, groups = len(v) - 2, options.groups
     check_weight(weight, groups * (weight[1] if len(weight) > 1 else 0), ndim, groups)
-    sizes = per_dimension(input_size, ndim, "input_size")
-    geometry = convolution(sizes, weight[2:], stride, padding, dilation, groups)
+    sizes = per_dimension(options.input_size, ndim, "input_size")
+    geometry = options.convolution(sizes, weight[2:])
     check_output(v, None, geometry)
     if v[1] != weight[0]:
         raise ValueError(f"`v` must have the {weight[0]} channels of `weight`, got {v[1]}.")
-    return expression(network(geometry, v[0], groups * weight[1], weight[0]), simplify)
+    return network(geometry, v[0], groups * weight[1], weight[0])

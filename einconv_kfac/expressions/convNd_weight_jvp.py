@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from einconv_kfac.expressions import convNd_forward
-from einconv_kfac.expressions.convNd_forward import network
-from einconv_kfac.expressions.expression import Bound
-from einconv_kfac.geometry import Padding, Sizes
+from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.convNd_forward import network, network_of
+from einconv_kfac.expressions.signatures import input_tangent
+from einconv_kfac.network import Network
+from einconv_kfac.network.step import Shape
 
 __all__ = ["einsum_expression", "network"]
 
 
-def einsum_expression(
-    x: Tensor,
-    v: Tensor,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    simplify: bool = True,
-) -> Bound:
+@bound(input_tangent)
+def einsum_expression(x: Shape, v: Shape, options: Options) -> Network:
     """Return a convolution's weight JVP as an einsum expression.
 
     A convolution is linear in its kernel, so this is the forward pass with the tangent in its
@@ -29,21 +21,13 @@ def einsum_expression(
     Args:
         x: Input of shape ``[n, (g ci), *i]``.
         v: Tangent of the kernel, of shape ``[(g co), ci, *k]``.
-        stride: As in `convNd_forward`; so are the others.
-        padding: Zeros around the input.
-        dilation: Step between kernel entries.
-        groups: Number of channel groups.
-        simplify: Whether to simplify the expression.
+        options: OPTIONS
 
     Returns:
         Equation, operands, and the shape ``[n, (g co), *o]`` of the result.
-
-    Raises:
-        ValueError: As `convNd_forward`.
 
     >>> import torch
     >>> einsum_expression(torch.rand(2, 3, 8), torch.rand(4, 3, 2))[2]
     (2, 4, 7)
     """
-    options = (stride, padding, dilation, groups, simplify)
-    return convNd_forward.einsum_expression(x, v, *options)
+    return network_of(x, v, options)

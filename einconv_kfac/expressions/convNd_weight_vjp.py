@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from einconv_kfac.expressions.expression import Bound, Expression
+from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.signatures import input_vector
 from einconv_kfac.expressions.terms import (
     check_output,
-    expression,
     indices,
     input_node,
     output_node,
     pattern_nodes,
     spatial_size,
 )
-from einconv_kfac.geometry import Geometry, Padding, Sizes, convolution, hashable
+from einconv_kfac.geometry import Geometry
 from einconv_kfac.network import Network
 from einconv_kfac.network.cache import cached
 from einconv_kfac.network.step import Shape
@@ -32,56 +30,23 @@ def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int)
     )
 
 
-def einsum_expression(
-    x: Tensor,
-    v: Tensor,
-    kernel_size: Sizes,
-    dilation: Sizes = 1,
-    padding: Padding = 0,
-    stride: Sizes = 1,
-    groups: int = 1,
-    simplify: bool = True,
-) -> Bound:
+@bound(input_vector)
+def einsum_expression(x: Shape, v: Shape, options: Options) -> Network:
     """Return a convolution's weight VJP as an einsum expression.
 
     Args:
         x: Input of shape ``[n, (g ci), *i]``.
         v: Vector of shape ``[n, (g co), *o]``.
-        kernel_size: Kernel entries, one number or one per dimension.
-        dilation: As in ``torch.nn.functional.conv2d``, in any dimension; so are the others.
-        padding: As in `einconv_kfac.geometry.convolution`.
-        stride: Step between windows.
-        groups: Number of channel groups.
-        simplify: Whether to simplify the expression.
+        options: OPTIONS
 
     Returns:
         Equation, operands, and the shape ``[(g co), ci, *k]`` of the result.
-
-    Raises:
-        ValueError: If the shapes do not match, or as `convolution`.
 
     >>> import torch
     >>> x, v = torch.rand(2, 3, 8), torch.rand(2, 4, 7)
     >>> einsum_expression(x, v, kernel_size=2)[2]
     (4, 3, 2)
     """
-    options = (*map(hashable, (kernel_size, dilation, padding, stride)), groups, simplify)
-    return _expression(x.shape, v.shape, *options).bind(x, v)
-
-
-@cached(maxsize=1024)
-def _expression(
-    x: Shape,
-    v: Shape,
-    kernel_size: Sizes,
-    dilation: Sizes,
-    padding: Padding,
-    stride: Sizes,
-    groups: int,
-    simplify: bool,
-) -> Expression:
-    """Return the expression for tensors of these shapes."""
-    sizes = spatial_size(tuple(x), "x")
-    geometry = convolution(sizes, kernel_size, stride, padding, dilation, groups)
-    check_output(tuple(v), x[0], geometry)
-    return expression(network(geometry, x[0], x[1], v[1]), simplify)
+    geometry = options.convolution(spatial_size(x, "x"))
+    check_output(v, x[0], geometry)
+    return network(geometry, x[0], x[1], v[1])

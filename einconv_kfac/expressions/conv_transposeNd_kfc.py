@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from torch import Tensor
-
-from einconv_kfac.expressions.expression import Bound, Expression
-from einconv_kfac.expressions.terms import expression, spatial_size, transposed_input_factor
-from einconv_kfac.geometry import Geometry, Padding, Sizes, hashable, transposed_convolution
+from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.signatures import transposed_input_kernel
+from einconv_kfac.expressions.terms import spatial_size, transposed_input_factor
+from einconv_kfac.geometry import Geometry
 from einconv_kfac.network import Network
 from einconv_kfac.network.cache import cached
 from einconv_kfac.network.step import Shape
@@ -21,69 +20,19 @@ def network(geometry: Geometry, batch: int, channels: int) -> Network:
     return transposed_input_factor(geometry, batch, channels, "", scale)
 
 
-def einsum_expression(
-    x: Tensor,
-    kernel_size: Sizes,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    output_padding: Sizes = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    simplify: bool = True,
-) -> Bound:
+@bound(transposed_input_kernel)
+def einsum_expression(x: Shape, options: Options) -> Network:
     """Return the KFC input factor of a transposed convolution as an einsum expression.
 
     Args:
         x: Input of shape ``[n, (g ci), *o]``.
-        kernel_size: Kernel entries, one number or one per dimension.
-        stride: Step between windows, one number or one per dimension; so are the others.
-        padding: Positions removed from the result, left and right.
-        output_padding: Further positions on the right of the result.
-        dilation: Step between kernel entries.
-        groups: Number of channel groups.
-        simplify: Whether to simplify the expression.
+        options: OPTIONS
 
     Returns:
         Equation, operands, and the shape ``[g, (ci *k), (ci *k)]`` of the result.
-
-    Raises:
-        ValueError: If the groups do not divide the channels, or as `transposed_convolution`.
 
     >>> import torch
     >>> einsum_expression(torch.rand(2, 4, 7), kernel_size=3, groups=2)[2]
     (2, 6, 6)
     """
-    options = (
-        *map(
-            hashable,
-            (
-                kernel_size,
-                stride,
-                padding,
-                output_padding,
-                dilation,
-            ),
-        ),
-        groups,
-        simplify,
-    )
-    return _expression(x.shape, *options).bind(x)
-
-
-@cached(maxsize=1024)
-def _expression(
-    x: Shape,
-    kernel_size: Sizes,
-    stride: Sizes,
-    padding: Padding,
-    output_padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    simplify: bool,
-) -> Expression:
-    """Return the expression for tensors of these shapes."""
-    sizes = spatial_size(tuple(x), "x")
-
-    options = (kernel_size, stride, padding, output_padding, dilation, groups)
-    geometry = transposed_convolution(sizes, *options)
-    return expression(network(geometry, x[0], x[1]), simplify)
+    return network(options.transposed(spatial_size(x, "x")), x[0], x[1])

@@ -6,13 +6,11 @@ network shares between the copies are given without.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
 from math import prod
 
-from einconv_kfac.expressions.expression import Expression
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Leaf, Network, Node, Pattern, simplified
+from einconv_kfac.network import Leaf, Network, Node, Pattern
 from einconv_kfac.network.step import Shape, Split
 
 
@@ -85,12 +83,6 @@ def pattern_nodes(geometry: Geometry, *, k: str = "", o: str = "", i: str = "") 
     """Return one pattern ``P[k, o, i]`` per dimension; arguments are the marks of its indices."""
     names = zip(*(indices(*pair) for pair in zip("koi", [geometry.ndim] * 3, (k, o, i))))
     return tuple(Node(Pattern(axis), triple) for axis, triple in zip(geometry.axes, names))
-
-
-def expression(network: Network, simplify: bool) -> Expression:
-    """Return the network as an einsum expression."""
-    network = replace(network, reshape_only=True)
-    return Expression(simplified(network) if simplify else network)
 
 
 def spatial_size(shape: Shape, name: str) -> Shape:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from einconv_kfac.geometry import Axis
-from einconv_kfac.network.step import Merge, Narrow, Shape, Split, Step, reshaped
+from einconv_kfac.network.step import VIEWS, Narrow, Shape, Step, reshaped
 
 ROLES = ("k", "o", "i")
 """The indices of an index pattern: kernel, output and input position."""
@@ -35,19 +35,18 @@ class Leaf:
         return reshaped(self.source, self.steps)
 
     def then(self, *steps: Step) -> Leaf:
-        """Return the leaf with more steps; a split that undoes a merge cancels it."""
+        """Return the leaf with more steps; a view that undoes the last one cancels it."""
         done = list(self.steps)
         for step in steps:
-            if isinstance(step, Narrow) and reshaped(self.source, done) == step.reshape(
-                reshaped(self.source, done)
-            ):
+            shape = reshaped(self.source, done)
+            after = step.reshape(shape)
+            if isinstance(step, Narrow) and after == shape:
                 continue
-            if isinstance(step, Split) and done and isinstance(done[-1], Merge):
-                before = reshaped(self.source, done[:-1])
-                if step.reshape(reshaped(self.source, done)) == before and step.dim == done[-1].dim:
-                    done.pop()
-                    continue
-            done.append(step)
+            undoes = isinstance(step, VIEWS) and done and isinstance(done[-1], VIEWS)
+            if undoes and after == reshaped(self.source, done[:-1]):
+                done.pop()
+            else:
+                done.append(step)
         return replace(self, steps=tuple(done))
 
 

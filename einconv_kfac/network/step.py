@@ -121,6 +121,9 @@ class Fold:
         return (*shape[: self.dim], self.length, *shape[self.dim + 2 :])
 
 
+VIEWS = (Split, Merge, Drop, Insert)
+"""Steps that keep all entries in their order."""
+
 Step: TypeAlias = Split | Merge | Drop | Insert | Narrow | Pad | Windows | Fold
 
 

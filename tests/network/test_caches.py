@@ -28,7 +28,7 @@ def test_repeated_calls_hit() -> None:
         convNd_forward.einsum_expression(x, weight, stride=[2], padding=[1])
         convNd(x, weight)
     info = cache_info()
-    assert info["expressions.convNd_forward._expression"][:2] == (2, 1)
+    assert info["expressions.convNd_forward.einsum_expression"][:2] == (2, 1)
     assert info["functionals.conv._geometry"][:2] == (2, 1)
     assert info["expressions.constant"].hits == 2
     assert all(entry.maxsize is not None for entry in info.values())
