@@ -39,7 +39,7 @@ def write(blocks: Tensor, key: Key, sums: Tensor, beta: float, diagonal: bool = 
     rows, columns = range(d + 1, d + 1 + c), range(d + 1 + c, d + 1 + 2 * c)
     if diagonal and not distinct:
         mirror_(sums.view(-1, prod(sums.shape[d + 1 : d + 1 + c]), prod(sums.shape[d + 1 + c :])))
-    _store(_pairs(blocks, key, c), _window_sums(sums, key), beta)
+    store(_pairs(blocks, key, c), _window_sums(sums, key), beta)
     if diagonal and distinct:
         k = range(1, 1 + c + d)
         blocks = blocks.permute(0, *(c + d + dim for dim in k), *k)
@@ -48,7 +48,7 @@ def write(blocks: Tensor, key: Key, sums: Tensor, beta: float, diagonal: bool = 
         target = target.permute(
             0, *range(1 + c, 1 + 2 * c), *range(1, 1 + c), *range(1 + 2 * c, target.ndim)
         )
-        _store(target, _window_sums(sums, key), beta)
+        store(target, _window_sums(sums, key), beta)
 
 
 def _window_sums(sums: Tensor, key: Key) -> Tensor:
@@ -74,6 +74,6 @@ def _pairs(blocks: Tensor, key: Key, c: int) -> Tensor:
     return blocks
 
 
-def _store(target: Tensor, values: Tensor, beta: float) -> None:
+def store(target: Tensor, values: Tensor, beta: float) -> None:
     """Set ``target`` to ``beta * target + values``."""
-    target.copy_(torch.add(values, target, alpha=beta) if beta else values)
+    target.mul_(beta).add_(values) if beta else target.copy_(values)

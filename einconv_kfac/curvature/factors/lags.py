@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.assembly import Key, scaled_if_incomplete, write
+from einconv_kfac.curvature.factors.assembly import Key, store, write
 from einconv_kfac.curvature.factors.coincidence import grid_size, lags
 from einconv_kfac.curvature.factors.problem import (
     BATCHED,
@@ -32,8 +32,11 @@ from einconv_kfac.geometry import Axis, Geometry
 Pair = tuple[tuple[int, int], tuple[int, int]]
 Sums = dict[tuple[Pair, Key], Tensor]
 
-WIDTH = 128
-"""Channels in a block: what is written of the factor at a time should fit into a cache."""
+ROWS = 1152
+"""Rows of the factor in a block: what is written at a time should fit into a cache."""
+
+NARROWEST = 32
+"""Channels that a block has at least."""
 
 NARROW = 1.2
 """What a multiplication costs in products of one block of channels, relative to wide ones."""
@@ -44,27 +47,63 @@ def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
     geometry = problem.geometry
     if geometry.ndim == 1:  # the outermost dimension has a part of its own
         x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
-    blocks = blocks_of(update.out, geometry.kernel_size)
-    update = scaled_if_incomplete(update, geometry.axes)
     sums: Sums = {}
-    parts = list(chunks(x, 1.0))
+    parts = list(chunks(x, _growth(problem)))
+    largest = max(stop - start for start, stop in pairwise(_edges(problem))) * problem.entries
+    memory = update.out.new_empty(geometry.groups * largest**2)  # reused: fresh memory is slow
     for part in parts:
         grids = Grids(part, geometry, update.out.dtype)
-        for pair in _channel_pairs(problem.channels):
+        for pair in _channel_pairs(problem):
+            block = _Block(update, pair, geometry, memory) if part is parts[-1] else None
             for key in _add_lags_(sums, pair, grids, update.alpha):
-                if part is parts[-1]:
-                    total, target = sums.pop((pair, key)), _between(blocks, pair)
-                    write(target, key, total, update.beta, pair[0] == pair[1])
-    for start, stop in pairwise(_edges(problem.channels)):
-        rows = slice(start * problem.entries, stop * problem.entries)
-        update.out[:, rows.stop :, rows] = update.out[:, rows, rows.stop :].mT
+                if block is not None:
+                    write(block.entries, key, sums.pop((pair, key)), 0.0, pair[0] == pair[1])
+            if block is not None:
+                block.store_()
+
+
+def _growth(problem: Problem) -> float:
+    """Return how many copies of a part to count: two, where the sums are small beside them."""
+    sums = len(half_of_lags(problem.geometry.axes)) * problem.channels**2
+    return 2.0 if 4 * sums * problem.geometry.groups < problem.inputs else 1.0
+
+
+class _Block:
+    """The entries between two blocks of channels, on their way to the factor.
+
+    They are collected with the channels innermost, where products are written row by row, and
+    interleaved with the kernel entries in one pass.
+
+    Args:
+        update: Where they go.
+        pair: The blocks of channels.
+        geometry: The convolution.
+        memory: Where they are collected.
+    """
+
+    def __init__(self, update: Update, pair: Pair, geometry: Geometry, memory: Tensor) -> None:
+        """Clear the memory: entries that no lag writes are zero."""
+        kernel = geometry.kernel_size
+        rows, columns = (stop - start for start, stop in pair)
+        shape = (geometry.groups, rows, *kernel, *kernel, columns)
+        entries = memory[: prod(shape)].zero_().view(shape)
+        self.entries = entries.movedim(-1, 2 + len(kernel))  # g ci *k ci' *k'
+        self._update, self._pair, self._size = update, pair, prod(kernel)
+
+    def store_(self) -> None:
+        """Update the factor's entries and their mirror images."""
+        rows, columns = (slice(a * self._size, b * self._size) for a, b in self._pair)
+        out, kernel = self._update.out, self.entries.shape[2 : self.entries.ndim // 2 + 1]
+        store(blocks_of(out[:, rows, columns], kernel), self.entries, self._update.beta)
+        if rows != columns:
+            out[:, columns, rows] = out[:, rows, columns].mT
 
 
 def lag_reuse_cost(problem: Problem) -> Cost:
     """Return what `lag_reuse` does."""
     axes = problem.geometry.axes
     axes = (Axis(1, 1), *axes) if len(axes) == 1 else axes
-    keys, blocks = half_of_lags(axes), len(_edges(problem.channels)) - 1
+    keys, blocks = half_of_lags(axes), len(_edges(problem)) - 1
     groups, samples = problem.geometry.groups, problem.batch * problem.geometry.groups
     row = prod(grid_size(axis) for axis in axes[1:])
     rows = sum(key[0].regions[-1][1] - key[0].regions[0][0] for key in keys)
@@ -85,15 +124,15 @@ def _border(key: Key) -> int:
     return sum(sizes[0]) * (prod(map(sum, sizes[1:])) - interior)
 
 
-def _edges(channels: int) -> list[int]:
+def _edges(problem: Problem) -> list[int]:
     """Return the bounds of even blocks of channels."""
-    count = max(1, round(channels / WIDTH))
-    return [channels * i // count for i in range(count + 1)]
+    count = max(1, round(problem.channels / max(NARROWEST, ROWS // problem.entries)))
+    return [problem.channels * i // count for i in range(count + 1)]
 
 
-def _channel_pairs(channels: int) -> list[Pair]:
+def _channel_pairs(problem: Problem) -> list[Pair]:
     """Return the pairs of blocks of channels, ``c <= c'``."""
-    return list(combinations_with_replacement(pairwise(_edges(channels)), 2))
+    return list(combinations_with_replacement(pairwise(_edges(problem)), 2))
 
 
 def _add_lags_(sums: Sums, pair: Pair, grids: Grids, alpha: float) -> Iterator[Key]:
@@ -102,7 +141,7 @@ def _add_lags_(sums: Sums, pair: Pair, grids: Grids, alpha: float) -> Iterator[K
     work = None
     keys = half_of_lags(axes) if pair[0] == pair[1] else _all_lags(axes)
     for (inner, remainder), group in groupby(keys, key=lambda key: (key[1:], key[0].left)):
-        grid = grids[(remainder, *(lag.left for lag in inner))][:, slice(*pair[0])]
+        grid = grids[(remainder, *(lag.left for lag in inner))][..., slice(*pair[0])]
         work = torch.empty_like(grid) if work is None else work  # fresh memory is slow
         left = _masked(grid, inner, work)
         for key in group:
@@ -142,7 +181,7 @@ class Grids:
         self._made: dict[tuple[int, ...], Tensor] = {}
 
     def __getitem__(self, remainders: tuple[int, ...]) -> Tensor:
-        """Return the grid ``[g, c, t0, n, *t]`` of the positions with these remainders."""
+        """Return the grid ``[g, t0, n, *t, c]`` of the positions with these remainders."""
         if remainders not in self._made:
             self._made[remainders] = self._grid(remainders)
         return self._made[remainders]
@@ -154,9 +193,9 @@ class Grids:
             ...,
             *(slice(r, None, axis.stride) for r, axis in zip(remainders, axes)),
         )
-        part = self._x[index].movedim(0, 3)  # g c t0 n *t
+        part = self._x[index].movedim((3, 0, 2), (1, 2, -1))  # g t0 n *t c
         sizes = [grid_size(axis) for axis in axes]
-        shape = (*part.shape[:2], sizes[0], part.shape[3], *sizes[1:])
+        shape = (part.shape[0], sizes[0], part.shape[2], *sizes[1:], part.shape[-1])
         if part.shape == shape:
             return part.to(self._dtype, memory_format=torch.contiguous_format).contiguous()
         grid = part.new_zeros(shape, dtype=self._dtype)
@@ -165,8 +204,12 @@ class Grids:
 
 
 def _masked(grid: Tensor, inner: Key, work: Tensor) -> Tensor:
-    """Return the grid ``[g, c, t0, n, *t]``, zero outside the interior of ``t``."""
-    kept: tuple[Any, ...] = (..., *(slice(*lag.regions[lag.interior]) for lag in inner))
+    """Return the grid ``[g, t0, n, *t, c]``, zero outside the interior of ``t``."""
+    kept: tuple[Any, ...] = (
+        ...,
+        *(slice(*lag.regions[lag.interior]) for lag in inner),
+        slice(None),
+    )
     if grid[kept].shape == grid.shape:
         return grid
     work.zero_()[kept] = grid[kept]
@@ -177,49 +220,39 @@ def _add_regions_(
     total: Tensor | None, key: Key, left: Tensor, grids: Grids, pair: Pair, alpha: float
 ) -> Tensor:
     """Add the products of each region to ``total``, of shape ``[*r, g, c, c']``."""
-    first = grids[tuple(lag.left for lag in key)][:, slice(*pair[0])]
-    second = grids[tuple(lag.right for lag in key)][:, slice(*pair[1])]
+    first = grids[tuple(lag.left for lag in key)][..., slice(*pair[0])]
+    second = grids[tuple(lag.right for lag in key)][..., slice(*pair[1])]
     beta = 1.0
     if total is None:
         regions = [len(lag.regions) for lag in key]
-        shape = (*regions, first.shape[0], first.shape[1], second.shape[1])
+        shape = (*regions, first.shape[0], first.shape[-1], second.shape[-1])
         total, beta = left.new_empty(shape), 0.0
     interior = tuple(lag.interior for lag in key[1:])
     for region in product(*(range(len(lag.regions)) for lag in key)):
         if region[1:] == interior:
-            operands = _rows(left, second, key, key[0].regions[region[0]])
+            here, there = _rows(left, second, key, key[0].regions[region[0]])
         else:
-            operands = _boxes(first, second, key, region)
-        add_matmul_(total[region], *operands, beta, alpha)
+            here, there = _boxes(first, second, key, region)
+        add_matmul_(total[region], here.mT, there, beta, alpha)
     return total
 
 
 def _rows(left: Tensor, right: Tensor, key: Key, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """View the flattened interior of a range of rows, ``[g, c, t]`` and ``[g, t, c']``."""
-    sizes = left.shape[3:]
+    """View the flattened interior of a range of rows, ``[g, t, c]`` and ``[g, t, c']``."""
+    sizes = left.shape[2:-1]
     row = prod(sizes)
     inner = sum(lag.shift * prod(sizes[j:]) for j, lag in enumerate(key[1:], start=2))
     start = rows[0] * row + max(0, -inner)  # what is left out is zero
     stop = rows[1] * row - max(0, inner)
     shift = key[0].shift * row + inner
-    return left.flatten(2)[:, :, start:stop], right.flatten(2)[
-        :, :, start + shift : stop + shift
-    ].mT
+    return left.flatten(1, -2)[:, start:stop], right.flatten(1, -2)[:, start + shift : stop + shift]
 
 
 def _boxes(left: Tensor, right: Tensor, key: Key, region: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Copy the positions of one region, ``[g, c, t]`` and ``[g, t, c']``."""
+    """Copy the positions of one region, ``[g, t, c]`` and ``[g, t, c']``."""
     ranges = [lag.regions[index] for lag, index in zip(key, region)]
     here = [slice(*edges) for edges in ranges]
     there = [slice(a + lag.shift, b + lag.shift) for (a, b), lag in zip(ranges, key)]
     every = slice(None)
-    box: tuple[Any, ...] = (every, every, here[0], every, *here[1:])
-    shifted: tuple[Any, ...] = (every, every, there[0], every, *there[1:])
-    return left[box].flatten(2), right[shifted].flatten(2).mT
-
-
-def _between(blocks: Tensor, pair: Pair) -> Tensor:
-    """View ``[g, ci, *k, ci', *k']`` between two blocks of channels."""
-    for dim, (start, stop) in zip((1, blocks.ndim // 2 + 1), pair):
-        blocks = blocks.narrow(dim, start, stop - start)
-    return blocks
+    box, shifted = ((every, side[0], every, *side[1:]) for side in (here, there))
+    return left[box].flatten(1, -2), right[shifted].flatten(1, -2)

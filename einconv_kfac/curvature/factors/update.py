@@ -11,6 +11,9 @@ from torch import Tensor
 PANEL = 128
 """Rows in a panel of the upper block triangle."""
 
+DIAGONAL = 1 << 17
+"""Elements on the diagonal that are made symmetric at a time, so that they stay in a cache."""
+
 
 @dataclass(frozen=True)
 class Update:
@@ -86,9 +89,13 @@ def mirror_(matrices: Tensor) -> None:
 
 
 def mirror_panel_(matrices: Tensor, start: int, stop: int) -> None:
-    """Copy a panel of rows, right of the diagonal, to the columns below the diagonal."""
-    diagonal = matrices[:, start:stop, start:stop]
-    diagonal.copy_(diagonal.triu() + diagonal.triu(1).mT)
+    """Copy a panel of rows, right of its square on the diagonal, to the columns below that.
+
+    The square itself becomes the mean of both triangles.
+    """
+    count = max(1, DIAGONAL // (stop - start) ** 2)
+    for diagonal in torch.split(matrices[:, start:stop, start:stop], count):
+        torch.mul(diagonal + diagonal.mT, 0.5, out=diagonal)
     matrices[:, stop:, start:stop] = matrices[:, start:stop, stop:].mT
 
 
