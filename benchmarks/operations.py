@@ -13,17 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from math import exp, log
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from timing import mean, seconds
 from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
@@ -131,22 +129,6 @@ def ours(layer: Layer, x: Tensor, weight: Tensor, v: Tensor) -> list[Callable[[]
     ]
 
 
-def seconds(calls: Calls, budget: float) -> dict[str, float]:
-    """Return the median time of each call; they take turns until the budget is spent."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    begin, turns = time.perf_counter(), 0
-    while turns < 3 or (time.perf_counter() < begin + budget and turns < 101):
-        turns += 1
-        for name, call in calls.items():
-            start = clock()
-            call()
-            times[name].append(clock() - start)
-    return {name: median(found) for name, found in times.items()}
-
-
 def contestants(layer: Layer, batch: int, with_einconv: bool = True) -> list[Calls]:
     """Return the calls to compare, per operation."""
     operands = tensors(layer, batch)
@@ -172,11 +154,6 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return most
 
 
-def geometric(values: list[float]) -> float:
-    """Return the geometric mean."""
-    return exp(sum(map(log, values)) / len(values))
-
-
 def layer_table(chosen: list[Layer], batch: int, budget: float) -> Iterator[str]:
     """Yield the times of every layer and their summary."""
     head = f"{'network':17}{'layer':30}"
@@ -200,7 +177,7 @@ def layer_table(chosen: list[Layer], batch: int, budget: float) -> Iterator[str]
         )
         behind = f", slower than einconv on {slower} of {len(found)}" if name == "ours" else ""
         yield (
-            f"{operation:12}{name:8} geometric mean {geometric(found):.2f} times torch, "
+            f"{operation:12}{name:8} geometric mean {mean(found):.2f} times torch, "
             f"worst {max(found):.1f}{behind}"
         )
 

@@ -1,0 +1,145 @@
+"""Where the time of a factor goes, against what no exact method can avoid.
+
+One layer of each kind. The time of a call is split by torch's profiler into matrix products,
+copies and writes, sums, and the rest. Below it stand the multiply-accumulates that remain when
+every product of positions is computed once, at the rate of a large matrix product of the same
+run, and the bytes of the input read once and of the result written once, at the rate of a copy
+between arrays that exist. The distance is the time as a multiple of the larger of the two.
+
+    python benchmarks/factor_profile.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import prod
+from pathlib import Path
+
+import torch
+from factor_contestants import OURS, ours
+from factor_layers import HERE, Layer, layers
+from timing import machine, seconds
+from torch.profiler import ProfilerActivity, profile
+
+from einconv_kfac.curvature.factors.choice import choose
+from einconv_kfac.curvature.factors.lags import half_of_lags
+from einconv_kfac.curvature.factors.transposed import residue_classes
+from einconv_kfac.geometry import Axis
+
+KINDS = {
+    "stride 1": "8x64x56x56 k3 s1 p1 d1 g1",
+    "stride 1, wide": "8x512x7x7 k3 s1 p1 d1 g1",
+    "stride 2": "8x128x28x28 k3 s2 p1 d1 g1",
+    "first layer": "8x3x224x224 k7 s2 p3 d1 g1",
+    "depthwise": "8x144x56x56 k3 s1 p1 d1 g144",
+    "depthwise, 7x7": "8x512x14x14 k7 s1 p3 d1 g512",
+    "1x1": "8x256x56x56 k1 s1 p0 d1 g1",
+    "kernel = stride": "8x256x28x28 k2 s2 p0 d1 g1",
+    "1d": "32x64x1024 k9 p4",
+    "3d": "8x32x16x28x28 k3 p1",
+    "transposed": "32x128x14x14 k4 s2 p1 transposed",
+}
+
+SORTS = {
+    "products": ("aten::mm", "aten::addmm_", "aten::bmm", "aten::baddbmm_"),
+    "copies": ("aten::copy_", "aten::fill_", "aten::cat"),
+    "sums": ("aten::sum", "aten::add", "aten::add_", "aten::mul", "aten::mul_", "aten::div_"),
+}
+
+
+def _products(axes: tuple[Axis, ...]) -> float:
+    """Count the pairs of positions whose product some entry needs, mirror images once."""
+    keys = half_of_lags(axes)
+    counts = [prod(sum(stop - start for start, stop in g.regions) for g in key) for key in keys]
+    zero = sum(n for n, key in zip(counts, keys) if not any(g.distance for g in key))
+    return sum(counts) - zero / 2
+
+
+def least(layer: Layer, approximation: str) -> tuple[float, float]:
+    """Return the multiply-accumulates and bytes that no exact method can avoid."""
+    problem = layer.problem
+    size = 4.0 * (prod(layer.shape) + layer.result_size)
+    if approximation == "reduce":
+        return problem.batch * layer.result_size / 2, size
+    axes = layer.geometry.axes
+    found = [axes]
+    if layer.transposed:
+        found = [tuple(c.axis for c in classes) for classes in product(*map(residue_classes, axes))]
+    pairs = sum(map(_products, found)) * problem.batch * layer.groups
+    return pairs * problem.channels**2, size
+
+
+def shares(layer: Layer, approximation: str, repeats: int) -> dict[str, float]:
+    """Return which part of the time each sort of operation takes."""
+    x, call = torch.randn(layer.shape), ours(layer, approximation)
+    call(x)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(repeats):
+            call(x)
+    times = {e.key: float(e.self_cpu_time_total) for e in profiler.key_averages()}
+    total = sum(times.values())
+    return {
+        sort: sum(time for key, time in times.items() if key in names) / total
+        for sort, names in SORTS.items()
+    }
+
+
+def rates(budget: float) -> tuple[float, float]:
+    """Return multiply-accumulates and bytes per second of a product and of a copy."""
+    a, size = torch.randn(1152, 1152), 1 << 23
+    here, there = torch.randn(size), torch.empty(size)
+    times = seconds({"product": lambda: a @ a, "copy": lambda: there.copy_(here)}, budget)
+    return len(a) ** 3 / times["product"], 8.0 * size / times["copy"]
+
+
+def report(kinds: dict[str, str], budget: float) -> Iterator[str]:
+    """Yield one line per layer and approximation."""
+    found = {str(layer): layer for layer in layers()}
+    speed, stream = rates(budget)
+    yield f"product {speed / 1e9:.1f} GMAC/s, copy {stream / 1e9:.1f} GB/s (read and written)"
+    yield ""
+    yield (
+        f"{'':7} {'kind':16} {'layer':34} {'algorithm':10} {'ms':>8} {'products':>9} {'copies':>7} "
+        f"{'sums':>5} {'rest':>5} {'MAC, least ms':>14} {'bytes, least ms':>16} {'distance':>9}"
+    )
+    for approximation, (kind, name) in product(("expand", "reduce"), kinds.items()):
+        layer = found[name]
+        x, call = torch.randn(layer.shape), ours(layer, approximation)
+        spent = seconds({OURS: lambda x=x, call=call: call(x)}, budget)[OURS]  # type: ignore[misc]
+        parts = shares(layer, approximation, 3)
+        rest = 1 - sum(parts.values())
+        macs, size = least(layer, approximation)
+        bounds = macs / speed, size / stream
+        chosen = approximation == "expand" and not layer.transposed
+        yield (
+            f"{approximation:7} {kind:16} {name:34} {choose(layer.problem) if chosen else '':10} "
+            f"{1e3 * spent:8.2f} {parts['products']:9.0%} {parts['copies']:7.0%} "
+            f"{parts['sums']:5.0%} {rest:5.0%} {1e3 * bounds[0]:14.2f} {1e3 * bounds[1]:16.2f} "
+            f"{spent / max(bounds):9.1f}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, and write it to a file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one layer, for a test")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds for a layer")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "factor_profile.txt")
+    options = parser.parse_args(arguments)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    lines = [machine(1)]
+    print(lines[0])
+    kinds = dict(list(KINDS.items())[2:3]) if options.quick else KINDS
+    for line in report(kinds, 0.0 if options.quick else options.budget):
+        print(line, flush=True)
+        lines.append(line)
+    torch.set_num_threads(threads)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
