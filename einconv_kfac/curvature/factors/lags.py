@@ -205,14 +205,13 @@ class Grids:
 
 def _masked(grid: Tensor, inner: Key, work: Tensor) -> Tensor:
     """Return the grid ``[g, t0, n, *t, c]``, zero outside the interior of ``t``."""
-    kept: tuple[Any, ...] = (
-        ...,
-        *(slice(*lag.regions[lag.interior]) for lag in inner),
-        slice(None),
-    )
-    if grid[kept].shape == grid.shape:
+    kept = [lag.regions[lag.interior] for lag in inner]
+    if all(stop - start == size for (start, stop), size in zip(kept, grid.shape[3:])):
         return grid
-    work.zero_()[kept] = grid[kept]
+    work.copy_(grid)
+    for dim, (start, stop) in enumerate(kept, start=3):
+        work.narrow(dim, 0, start).zero_()
+        work.narrow(dim, stop, work.shape[dim] - stop).zero_()
     return work
 
 
