@@ -26,7 +26,7 @@ from einconv_kfac.curvature.factors.problem import (
     chunk_count,
     chunks,
 )
-from einconv_kfac.curvature.factors.update import Update, add_matmul_, blocks_of
+from einconv_kfac.curvature.factors.update import Update, add_matmul_, blocks_of, mirror_block_
 from einconv_kfac.geometry import Axis, Geometry
 
 Pair = tuple[tuple[int, int], tuple[int, int]]
@@ -96,7 +96,7 @@ class _Block:
         out, kernel = self._update.out, self.entries.shape[2 : self.entries.ndim // 2 + 1]
         store(blocks_of(out[:, rows, columns], kernel), self.entries, self._update.beta)
         if rows != columns:
-            out[:, columns, rows] = out[:, rows, columns].mT
+            mirror_block_(out, rows, columns)
 
 
 def lag_reuse_cost(problem: Problem) -> Cost:

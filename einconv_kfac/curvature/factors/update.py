@@ -88,6 +88,13 @@ def mirror_(matrices: Tensor) -> None:
         mirror_panel_(matrices, start, stop)
 
 
+def mirror_block_(matrices: Tensor, rows: slice, columns: slice) -> None:
+    """Copy a block above the diagonal to below it, in strips that stay in a cache."""
+    for start in range(rows.start, rows.stop, PANEL):
+        strip = slice(start, min(start + PANEL, rows.stop))
+        matrices[:, columns, strip] = matrices[:, strip, columns].mT
+
+
 def mirror_panel_(matrices: Tensor, start: int, stop: int) -> None:
     """Copy a panel of rows, right of its square on the diagonal, to the columns below that.
 
