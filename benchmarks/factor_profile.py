@@ -3,8 +3,8 @@
 One layer of each kind. The time of a call is split by torch's profiler into matrix products,
 copies and writes, sums, and the rest. Below it stand the multiply-accumulates that remain when
 every product of positions is computed once, at the rate of a large matrix product of the same
-run, and the bytes of the input read once and of the result written once, at the rate of a copy
-between arrays that exist. The distance is the time as a multiple of the larger of the two.
+run, and the input read once and the result written once, at the rates of a sum and a fill of
+arrays larger than the caches. The distance is the time as a multiple of the larger of the two.
 
     python benchmarks/factor_profile.py
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -57,18 +58,17 @@ def _products(axes: tuple[Axis, ...]) -> float:
     return sum(counts) - zero / 2
 
 
-def least(layer: Layer, approximation: str) -> tuple[float, float]:
-    """Return the multiply-accumulates and bytes that no exact method can avoid."""
+def least(layer: Layer, approximation: str) -> float:
+    """Return the multiply-accumulates that no exact method can avoid."""
     problem = layer.problem
-    size = 4.0 * (prod(layer.shape) + layer.result_size)
     if approximation == "reduce":
-        return problem.batch * layer.result_size / 2, size
+        return problem.batch * layer.result_size / 2
     axes = layer.geometry.axes
     found = [axes]
     if layer.transposed:
         found = [tuple(c.axis for c in classes) for classes in product(*map(residue_classes, axes))]
     pairs = sum(map(_products, found)) * problem.batch * layer.groups
-    return pairs * problem.channels**2, size
+    return pairs * problem.channels**2
 
 
 def shares(layer: Layer, approximation: str, repeats: int) -> dict[str, float]:
@@ -86,19 +86,26 @@ def shares(layer: Layer, approximation: str, repeats: int) -> dict[str, float]:
     }
 
 
-def rates(budget: float) -> tuple[float, float]:
-    """Return multiply-accumulates and bytes per second of a product and of a copy."""
-    a, size = torch.randn(1152, 1152), 1 << 23
-    here, there = torch.randn(size), torch.empty(size)
-    times = seconds({"product": lambda: a @ a, "copy": lambda: there.copy_(here)}, budget)
-    return len(a) ** 3 / times["product"], 8.0 * size / times["copy"]
+def rates(budget: float) -> tuple[float, float, float]:
+    """Return multiply-accumulates, bytes read and bytes written per second."""
+    a, long = torch.randn(1152, 1152), torch.randn(1 << 26)
+    times = seconds(
+        {
+            "product": lambda: a @ a,
+            "read": partial(torch.sum, long),
+            "write": lambda: long.fill_(1.0),
+        },
+        budget,
+    )
+    size = 4.0 * long.numel()
+    return len(a) ** 3 / times["product"], size / times["read"], size / times["write"]
 
 
 def report(kinds: dict[str, str], budget: float) -> Iterator[str]:
     """Yield one line per layer and approximation."""
     found = {str(layer): layer for layer in layers()}
-    speed, stream = rates(budget)
-    yield f"product {speed / 1e9:.1f} GMAC/s, copy {stream / 1e9:.1f} GB/s (read and written)"
+    speed, read, write = rates(budget)
+    yield f"product {speed / 1e9:.1f} GMAC/s, read {read / 1e9:.1f}, write {write / 1e9:.1f} GB/s"
     yield ""
     yield (
         f"{'':7} {'kind':16} {'layer':34} {'algorithm':10} {'ms':>8} {'products':>9} {'copies':>7} "
@@ -110,8 +117,8 @@ def report(kinds: dict[str, str], budget: float) -> Iterator[str]:
         spent = seconds({OURS: lambda x=x, call=call: call(x)}, budget)[OURS]  # type: ignore[misc]
         parts = shares(layer, approximation, 3)
         rest = 1 - sum(parts.values())
-        macs, size = least(layer, approximation)
-        bounds = macs / speed, size / stream
+        moved = 4 * x.numel() / read + 4 * layer.result_size / write
+        bounds = least(layer, approximation) / speed, moved
         chosen = approximation == "expand" and not layer.transposed
         yield (
             f"{approximation:7} {kind:16} {name:34} {choose(layer.problem) if chosen else '':10} "
