@@ -1,8 +1,9 @@
 """Peak memory of the ways to compute a factor, each in a process of its own.
 
 Processes are forked from a server that has imported torch and computed nothing. The peak
-is that of the resident set beyond what there was before the call; a small product comes before,
-so that what libraries reserve on first use does not count.
+is that of the resident set beyond what there was before the call. It is that of the second
+call, after all free memory has been handed back: in the first one, code that is read from
+libraries and what they reserve for themselves, some ten megabytes, count as well.
 """
 
 from __future__ import annotations
@@ -39,12 +40,11 @@ def peak(call: Callable[[], Tensor]) -> float:
 def copies(layer: Layer, approximation: str, name: str) -> float:
     """Return the peak beyond input and result in copies of the input, in this process."""
     torch.set_num_threads(1)
-    small = torch.ones(128, 128)
-    torch.mm(small, small)
     x = torch.randn(layer.shape, generator=torch.Generator().manual_seed(0))
     call = CONTESTANTS[name](layer, approximation)
     if call is None:
         return float("nan")
+    call(x)
     used = peak(lambda: call(x)) - 4.0 * layer.result_size
     return max(0.0, used) / (4 * x.numel())
 
