@@ -33,10 +33,10 @@ def damped_inverses(
 
 def _inverse(factor: Tensor, damping: Tensor, name: str) -> Tensor:
     """Return ``(factor + damping I)^-1`` per group."""
-    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    triangle, failures = torch.linalg.cholesky_ex(factor + damping * eye)
+    triangle, failures = torch.linalg.cholesky_ex(_damped(factor, damping))
     if failures.any():
-        triangle, failures = torch.linalg.cholesky_ex(factor.double() + damping.double() * eye)
+        precise = _damped(factor.double(), damping.double())
+        triangle, failures = torch.linalg.cholesky_ex(precise)
         if failures.any():
             raise RuntimeError(
                 f"The damped factor {name} must be positive definite, but is not with damping "
@@ -49,6 +49,13 @@ def _inverse(factor: Tensor, damping: Tensor, name: str) -> Tensor:
             stacklevel=4,
         )
     return torch.cholesky_inverse(triangle).to(factor.dtype)
+
+
+def _damped(factor: Tensor, damping: Tensor) -> Tensor:
+    """Return ``factor + damping I`` for a damping ``[g, 1, 1]`` per group."""
+    damped = factor.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping.squeeze(-1))
+    return damped
 
 
 def _mean_eigenvalue(factor: Tensor) -> Tensor:
