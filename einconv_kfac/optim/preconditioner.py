@@ -128,10 +128,17 @@ class KFACPreconditioner:
             warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=3)
 
     def is_finite(self, gradients: Sequence[Tensor], batches: Sequence[Batch]) -> bool:
-        """Tell whether gradients, losses and the factors that were gathered are finite."""
+        """Tell whether gradients, losses and the factors that were gathered are finite.
+
+        A sum of outer products is finite where its diagonal is, and a tensor where its sum is;
+        entries are looked at one by one only if a sum is not, for it may overflow.
+        """
         sums = [part for moments in self._moments.values() for part in moments.sums()]
-        tensors = [*gradients, *(batch.loss for batch in batches), *sums]
-        return not tensors or bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+        diagonals = [part.diagonal(dim1=-2, dim2=-1) for part in sums]
+        tensors = [*gradients, *(batch.loss for batch in batches), *diagonals]
+        if not tensors or bool(torch.stack([t.sum().isfinite() for t in tensors]).all()):
+            return True
+        return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
     def discard(self) -> None:
         """Forget what was gathered since the last step, as if it had not been seen."""

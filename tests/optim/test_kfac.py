@@ -289,3 +289,19 @@ class TestDamping:
             train_step(model, loss_fn, opt, image_batch(seed=seed))
         assert opt.statistics()["damping"] == 0.3
         assert opt._step._scale == 1.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_are_noticed_and_large_ones_pass(value: float) -> None:
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    preconditioner = KFAC(model, loss_fn)._preconditioner
+    large = torch.full((3,), 1e308, dtype=torch.float64)  # finite, but the sum overflows
+    assert preconditioner.is_finite([torch.ones(2), large], [])
+    assert not preconditioner.is_finite([torch.ones(2), torch.tensor([1.0, value])], [])
+    assert not preconditioner.is_finite([torch.tensor([value, -value])], [])
+    x, y = image_batch()
+    loss_fn(model(x), y).backward()
+    assert preconditioner.is_finite([], [])
+    moments = preconditioner._moments["2"]
+    moments.sums()[0].fill_(value)
+    assert not preconditioner.is_finite([], [])
