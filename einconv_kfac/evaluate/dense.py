@@ -13,6 +13,12 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 NARROW = 32
 """Rows per kernel entry below which all kernel entries are unfolded, for a longer product."""
 
+SHORT = 64
+"""Positions below which the examples' products of inputs and outputs are one product."""
+
+WIDE = 512
+"""Positions from which on it is worth to copy the result for a better product."""
+
 LONG = 128
 """Output positions from which on a product per example is worth its call."""
 
@@ -53,6 +59,9 @@ def input_vjp(geometry: Geometry, weight: Tensor, v: Tensor) -> Tensor:
 def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
     """Return ``x P v -> [(g co), ci, *k]``."""
     groups, channels = geometry.groups, x.shape[1] // geometry.groups
+    if _pointwise(geometry) and x.dtype not in LOW_PRECISION:
+        matrices = _mixing(groups, x[_positions(geometry)], v)
+        return matrices.view(v.shape[1], channels, *geometry.kernel_size)
     rows = rows_of(geometry, unfold_all=channels * geometry.kernel_size[-1] < NARROW)
     v = v.reshape(v.shape[0], groups, -1, rows.outputs)
     shape = (len(rows.slices), groups, v.shape[2], channels * rows.entries)
@@ -82,6 +91,22 @@ def _mixed(matrices: Tensor, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     if channels.shape[2] < LONG and groups == 1:
         return _side_by_side(matrices[0], channels).contiguous().view(n, -1, *sizes)
     return torch.bmm(_repeated(matrices, len(channels)), channels).view(n, -1, *sizes)
+
+
+def _mixing(groups: int, x: Tensor, v: Tensor) -> Tensor:
+    """Return the matrices ``[g, co, ci]`` that are the weight VJP of `_mixed`."""
+    if groups > 1 or x[0, 0].numel() < SHORT:
+        x, v = (torch.unflatten(t, 1, (groups, -1)).flatten(3) for t in (x, v))
+        x, v = (t.permute(1, 2, 0, 3).flatten(2) for t in (x, v))  # [g, c, (n o)]
+        return torch.bmm(v, x.mT)
+    x, v = x.flatten(2), v.flatten(2)  # [n, c, o]
+    turned = x.shape[2] >= WIDE and 2 * v.shape[1] <= x.shape[1]  # a short product on the right
+    left, right = (x, v) if turned else (v, x)
+    (a, b), *more = zip(left.unbind(), right.mT.unbind())
+    total = torch.mm(a, b)
+    for a, b in more:
+        total.addmm_(a, b)
+    return (total.t().contiguous() if turned else total)[None]
 
 
 def _side_by_side(matrix: Tensor, columns: Tensor) -> Tensor:

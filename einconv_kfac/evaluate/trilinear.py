@@ -38,6 +38,8 @@ def convolution(geometry: Geometry, role: str, first: Tensor, second: Tensor) ->
     if torch.compiler.is_compiling():
         traced: Tensor = operator.convolution(role, operator.flattened(geometry), first, second)
         return traced
+    if not _differentiated(first, second):
+        return contract(geometry, role, first, second)
     apply: Any = _Convolution.apply
     if not torch._C._are_functorch_transforms_active():
         # what `apply` itself ends in, without first binding the arguments to a signature (0.1 ms)
@@ -45,6 +47,13 @@ def convolution(geometry: Geometry, role: str, first: Tensor, second: Tensor) ->
         apply = base.apply
     result: Tensor = apply(geometry, role, first, second)
     return result
+
+
+def _differentiated(first: Tensor, second: Tensor) -> bool:
+    """Whether a transform or a graph has to know of what is done to the tensors."""
+    recorded = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return recorded or forward_mode or torch._C._are_functorch_transforms_active()
 
 
 def _derivative(geometry: Geometry, wanted: str, tensors: dict[str, Tensor]) -> Tensor:
