@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate import dense, depthwise, stacked
+from einconv_kfac.evaluate import dense, depthwise, innermost, stacked
 from einconv_kfac.geometry import Axis, Geometry
 
 ROLES = ("x", "w", "v")
@@ -21,13 +21,25 @@ OPERATIONS: dict[str, Operation] = {
     "x": dense.input_vjp,
     "w": dense.weight_vjp,
 }
-
-
+DEPTHWISE: dict[str, Operation] = {
+    "v": depthwise.forward,
+    "x": depthwise.input_vjp,
+    "w": depthwise.weight_vjp,
+}
+INNERMOST: dict[str, Operation] = {
+    "v": innermost.forward,
+    "x": innermost.input_vjp,
+    "w": innermost.weight_vjp,
+}
 STACKED: dict[str, Operation] = {
     "v": stacked.forward,
     "x": stacked.input_vjp,
     "w": stacked.weight_vjp,
 }
+
+
+MANY = 32
+"""Channels from which on they are moved innermost."""
 
 
 def others(role: str) -> tuple[str, str]:
@@ -52,11 +64,11 @@ def operation(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> O
         return OPERATIONS[role]
     weight = {"v": second, "x": first}.get(role)
     single = first.shape[1] == groups if weight is None else weight.shape[1] == 1
-    if role == "v":
-        return depthwise.forward if single else dense.forward
-    outputs = second.shape[1] if role == "w" else first.shape[0]
-    special = depthwise.weight_vjp if role == "w" else depthwise.input_vjp
-    return special if single and outputs == groups else OPERATIONS[role]
+    outputs = second.shape[1] if weight is None else weight.shape[0]
+    if not single or (outputs != groups and role != "v"):
+        return OPERATIONS[role]
+    small = outputs == groups and groups >= MANY and innermost.pays(geometry)
+    return (INNERMOST if small else DEPTHWISE)[role]
 
 
 @torch.library.custom_op(
