@@ -41,13 +41,25 @@ class LayerCapture:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.enabled = True
         self.calls: list[LayerCall] = []
-        self._undo = [self._watch(layer, module) for layer in layers for module in layer.modules]
+        self._undo: dict[str, list[Callable[[], None]]] = {}
+        for layer in layers:
+            self.watch(layer)
 
     def __enter__(self) -> LayerCapture:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def watch(self, layer: Layer) -> None:
+        """Record the calls of a layer, instead of one of the same name if there is one."""
+        self._remove(layer.name)
+        self._undo[layer.name] = [self._watch(layer, module) for module in layer.modules]
+
+    def _remove(self, name: str) -> None:
+        """Remove the hooks of a layer."""
+        for undo in self._undo.pop(name, []):
+            undo()
 
     def _watch(self, layer: Layer, module: nn.Module) -> Callable[[], None]:
         """Record a module's calls under its layer's name; return what undoes that."""
@@ -72,9 +84,8 @@ class LayerCapture:
 
     def remove(self) -> None:
         """Remove every hook, and forget what was recorded."""
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
+        for name in list(self._undo):
+            self._remove(name)
         self.calls.clear()
 
     @contextmanager

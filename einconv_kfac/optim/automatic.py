@@ -238,10 +238,9 @@ def _descent(objective: Objective, covered: Direction) -> list[Direction]:
     Learning rates count relative to the largest one.
     """
     rates, largest = objective.rates, max(objective.rates.values()) or 1.0
-    others = {name: g for name, g in objective.gradient.items() if name not in covered}
     return [
         {name: tensor * (-rates[name] / largest) for name, tensor in direction.items()}
-        for direction in (covered, others)
+        for direction in (covered, objective.others)
         if direction
     ]
 

@@ -34,9 +34,10 @@ class FixedStep:
         direction = self._preconditioner.precondition(gradient)
         clip = kl_clip_factor(direction, gradient, rates, constants.kl_clip)
         for name, parameter in objective.parameters.items():
-            step = direction[name] * clip.to(parameter) if name in direction else gradient[name]
+            own, others = objective.momenta[name], objective.others
+            step = others[name] if name in others else direction[name] * clip.to(parameter)
             velocity = memory[name].setdefault("momentum_buffer", torch.zeros_like(step))
-            velocity.mul_(momentum).add_(step)
+            velocity.mul_(momentum if own is None else own).add_(step)
             parameter.sub_(velocity, alpha=rates[name])
         return {"damping": damping, "clip": float(clip)}
 

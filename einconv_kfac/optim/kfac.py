@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,19 @@ from einconv_kfac.curvature.fisher import Fisher
 from einconv_kfac.curvature.layers import Approximation
 from einconv_kfac.curvature.losses import check_reduction
 from einconv_kfac.optim.automatic import AutomaticStep
+from einconv_kfac.optim.coverage import Training, training, uncovered
+from einconv_kfac.optim.fallback import (
+    DECAYS,
+    WITHOUT_MOMENTUM,
+    Fallback,
+    check_fallback,
+    fallback_direction,
+)
 from einconv_kfac.optim.fixed import FixedStep
 from einconv_kfac.optim.objective import Objective, rescaled
 from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
 from einconv_kfac.optim.quadratic import Direction
+from einconv_kfac.optim.selection import Exclusion
 from einconv_kfac.optim.settings import GroupSettings, Schedule, Settings
 
 _STATE_VERSION = 1
@@ -40,12 +50,13 @@ class KFAC(Optimizer):
 
     Args:
         model: The model. Layers that a rule of `einconv_kfac.curvature` covers are
-            preconditioned; parameters of others take the gradient itself as their direction,
-            with a coefficient of its own in the quadratic model (see `coverage`).
+            preconditioned; parameters of others take the ``fallback`` (see `coverage`).
         loss_fn: The loss module that the training loop calls on the model's output.
         lr: Scale of the update. With ``adaptive=False`` it has no default worth having.
         params: Parameters or parameter groups, as for any torch optimizer; all that the model
-            trains by default. A group may set ``lr`` and ``weight_decay``.
+            trains by default. A group may set ``lr``, ``weight_decay``, ``momentum``,
+            ``damping``, ``factor_decay`` and the two periods, as numbers. A group's ``damping``
+            is that of its layers' inverses; the quadratic model keeps its own.
         adaptive: Whether step size, momentum and damping are automatic.
         momentum: Coefficient of the previous update; automatic (0.9 if not ``adaptive``) by
             default.
@@ -61,6 +72,12 @@ class KFAC(Optimizer):
             period are shorter at first: a tenth of the steps taken.
         inverse_update_period: Steps between two inversions of the factors.
         kl_clip: Bound on ``lr^2 d.g`` for ``adaptive=False``, ``None`` for none.
+        exclude: Modules, names of modules or patterns of names (``"encoder.*"``) that are left
+            to the fallback, with all that they contain.
+        fallback: Direction of the parameters without factors: ``"adam"`` (Kingma and Ba, 2015)
+            or ``"gradient"``. With ``adaptive=True`` it is Adam's by default, without momentum
+            and with a coefficient of its own in the quadratic model; otherwise it is the
+            gradient, since Adam's needs an ``lr`` of its own.
         strict: Whether to refuse parameters that no Kronecker factor covers.
         seed: Seed of the generator for sampled targets.
 
@@ -96,6 +113,8 @@ class KFAC(Optimizer):
         factor_update_period: Schedule = 10,
         inverse_update_period: Schedule = 100,
         kl_clip: Schedule | None = 1e-3,
+        exclude: Exclusion = (),
+        fallback: Fallback | None = None,
         strict: bool = False,
         seed: int = 0,
     ) -> None:
@@ -104,15 +123,18 @@ class KFAC(Optimizer):
         )
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._reduction = check_reduction(loss_fn)
+        self._model = model
+        default: Fallback = "adam" if adaptive else "gradient"
+        self._fallback = check_fallback(default if fallback is None else fallback)
         trained = (p for p in model.parameters() if p.requires_grad)
-        super().__init__(
-            trained if params is None else params, {"lr": lr, "weight_decay": weight_decay}
-        )
+        defaults = vars(GroupSettings(lr, weight_decay))
+        super().__init__(trained if params is None else params, dict(defaults))
         self._preconditioner = KFACPreconditioner(
             model,
             loss_fn,
             damping=damping,
             parameters=self._own_names(),
+            exclude=exclude,
             fisher=fisher,
             mc_samples=mc_samples,
             approximation=approximation,
@@ -124,9 +146,9 @@ class KFAC(Optimizer):
         kind = AutomaticStep if adaptive else FixedStep
         self._step: AutomaticStep | FixedStep = kind(self._preconditioner)
         self._statistics: dict[str, float] = {}
-        if strict and (gaps := [n for n, rule in self.coverage().items() if rule != "kfac"]):
+        if strict and (gaps := [n for n, kind in self.coverage().items() if kind == self._fallback]):
             self.remove_hooks()
-            raise ValueError(_uncovered(model, gaps))
+            raise ValueError(uncovered(model, gaps))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its parameters must be the model's."""
@@ -141,11 +163,17 @@ class KFAC(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        if "_preconditioner" in vars(self):
+            self._preconditioner.cover_(self._own_names())
 
-    def coverage(self) -> dict[str, str]:
-        """Return how each parameter of the optimizer is trained: ``"kfac"`` or ``"gradient"``."""
+    def coverage(self) -> Training:
+        """Return how each parameter of the model is trained; it prints as a table.
+
+        ``"kfac"``, the name of the fallback, ``"frozen"``, or ``"left out"`` if the optimizer
+        does not have it.
+        """
         covered = self._preconditioner.covered()
-        return {name: "kfac" if name in covered else "gradient" for name in self._own_names()}
+        return training(self._model, self._own_names(), covered, self._fallback)
 
     def statistics(self) -> dict[str, float]:
         """Return what the last step did, for a progress bar or a log.
@@ -178,6 +206,7 @@ class KFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._preconditioner.notice_unfrozen_()
         objective = self._objective()
         if getattr(self, "found_inf", None):  # a gradient scaler will lower its scale
             self._preconditioner.discard()
@@ -200,26 +229,39 @@ class KFAC(Optimizer):
         gradient: Direction = {}
         decay: dict[str, float] = {}
         rates: dict[str, float] = {}
+        momenta: dict[str, float | None] = {}
+        overrides: dict[str, GroupSettings] = {}
         for group in self.param_groups:
             settings = GroupSettings.of(group)
             for parameter in group["params"]:
+                overrides[name := self._names[parameter]] = settings
                 if parameter.grad is not None:
-                    name = self._names[parameter]
-                    parameters[name] = parameter
+                    parameters[name], momenta[name] = parameter, settings.momentum
                     decay[name], rates[name] = settings.weight_decay, settings.lr
                     unscaled = parameter.grad if scale is None else parameter.grad / scale
                     gradient[name] = unscaled.add(parameter, alpha=settings.weight_decay)
         batches = self._preconditioner.recorder.take()
         if hasattr(self, "found_inf"):
             batches = rescaled(batches, scale, self._reduction)
-        return Objective(batches, parameters, gradient, decay, rates)
+        self._preconditioner.overrides = overrides
+        return Objective(batches, parameters, gradient, decay, rates, momenta, {})
 
     def _update_(self, objective: Objective) -> None:
         """Take a step."""
         if objective.parameters:
             constants = self._settings.at(self._preconditioner.steps)
+            adaptive = isinstance(self._step, AutomaticStep)
+            if adaptive:
+                constants = replace(constants, momentum=objective.momentum(constants.momentum))
             memory = {name: self.state[p] for name, p in objective.parameters.items()}
+            plain = self._preconditioner.without_factors(objective.gradient)
+            decays = WITHOUT_MOMENTUM if adaptive else DECAYS
+            others, moments = fallback_direction(self._fallback, plain, memory, decays)
+            momenta = {**objective.momenta, **dict.fromkeys(moments, 0.0)}  # Adam has its own
+            objective = replace(objective, others=others, momenta=momenta)
             self._statistics = self._step.take_(objective, memory, constants)
+            for name, state in moments.items():
+                memory[name].update(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that continuing needs; it loads with ``weights_only=True``."""
@@ -247,14 +289,3 @@ class KFAC(Optimizer):
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
         self._preconditioner.load_state_dict(state["preconditioner"])
         self._step.load_state_dict(state["automatic"])
-
-
-def _uncovered(model: nn.Module, names: list[str]) -> str:
-    """Return what to say about parameters without Kronecker factors."""
-    modules = dict(model.named_modules())
-    kinds = {name: type(modules[name.rpartition(".")[0]]).__name__ for name in names}
-    listed = ", ".join(f"'{name}' ({kind})" for name, kind in kinds.items())
-    return (
-        f"`strict`=True needs Kronecker factors for every parameter, got none for {listed}. "
-        "Pass strict=False to train these by their gradient, or leave them out of `params`."
-    )

@@ -26,6 +26,8 @@ class Objective:
         gradient: Gradient by name, weight decay included.
         decay: Weight decay by name.
         rates: Learning rate by name.
+        momenta: Momentum by name, ``None`` for the optimizer's.
+        others: Directions of ascent of the parameters without Kronecker factors.
     """
 
     batches: Sequence[Batch]
@@ -33,11 +35,28 @@ class Objective:
     gradient: Direction
     decay: Mapping[str, float]
     rates: Mapping[str, float]
+    momenta: Mapping[str, float | None]
+    others: Direction
 
     def model(self, recorder: Recorder, directions: Sequence[Direction]) -> QuadraticModel:
         """Return the quadratic model in the span of directions."""
         point = (self.parameters, self.gradient, self.decay)
         return quadratic_model(recorder, self.batches, point, directions)
+
+    def momentum(self, default: float | None) -> float | None:
+        """Return the momentum of all parameters.
+
+        Raises:
+            ValueError: If parameter groups differ in it.
+        """
+        given = set(self.momenta.values())
+        if len(given) > 1:
+            raise ValueError(
+                "`momentum` must be the same in every parameter group when adaptive=True, got "
+                f"{sorted(map(str, given))}. Set it for all groups, or pass adaptive=False."
+            )
+        own = given.pop() if given else None
+        return default if own is None else own
 
     def check_replay(self) -> None:
         """Raise a ``RuntimeError`` if a forward pass of the objective is not known."""

@@ -17,7 +17,14 @@ from einconv_kfac.curvature.moments import LayerMoments
 from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.recording import Batch, Recorder
 from einconv_kfac.optim.running import Pair, RunningFactors
-from einconv_kfac.optim.settings import Constants, Schedule, Settings, is_due
+from einconv_kfac.optim.selection import Exclusion, excluded_modules
+from einconv_kfac.optim.settings import (
+    Constants,
+    GroupSettings,
+    Schedule,
+    Settings,
+    is_due,
+)
 
 Inverses: TypeAlias = dict[str, Pair | None]
 """Damped inverses by layer name."""
@@ -39,6 +46,7 @@ class KFACPreconditioner:
         loss_fn: The loss module that the training loop calls.
         damping: Multiple of the identity added to the curvature, or a function of the step.
         parameters: Names of the parameters to cover, all by default.
+        exclude: Modules, names of modules or patterns of names that are left out.
         fisher: Which Fisher.
         mc_samples: Samples per example for ``fisher="mc"``.
         approximation: How positions are treated.
@@ -66,6 +74,7 @@ class KFACPreconditioner:
         *,
         damping: Schedule | None = DEFAULT_DAMPING,
         parameters: Collection[str] | None = None,
+        exclude: Exclusion = (),
         fisher: Fisher = "mc",
         mc_samples: int = 1,
         approximation: Approximation = "expand",
@@ -78,21 +87,20 @@ class KFACPreconditioner:
             damping, factor_decay, factor_update_period, inverse_update_period
         )
         self._estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
-        layers = [
-            layer
-            for layer in find_layers(model)
-            if parameters is None or layer.weight in parameters
-        ]
+        self._excluded = excluded_modules(model, exclude)
         self._model = model
-        self._running = {layer.name: RunningFactors(layer) for layer in layers}
+        self._running: dict[str, RunningFactors] = {}
+        self._moments: dict[str, LayerMoments] = {}
+        self._trained: list[bool] = []
+        self._parameters = parameters
+        self.overrides: Mapping[str, GroupSettings] = {}
         device = next(model.parameters()).device
         self._generator = Generator(device).manual_seed(seed)
-        self._capture = LayerCapture(layers)
+        self._capture = LayerCapture([])
+        self.cover_(parameters)
         self.recorder = Recorder(model, loss_fn, self._gather)
         weakref.finalize(self, self._capture.remove)
         self._steps = 0
-        self._factor_step: int | None = None
-        self._inverse_step: int | None = None
         self._begin()
 
     @property
@@ -104,6 +112,39 @@ class KFACPreconditioner:
         """Return the names of the parameters that factors cover."""
         return {name for r in self._running.values() for name in r.layer.parameters}
 
+    def without_factors(self, gradient: Direction) -> Direction:
+        """Return the gradients that the coming step will not precondition."""
+        layers = [
+            running.layer
+            for name, running in self._running.items()
+            if running.factors is not None or name in self._moments
+        ]
+        covered = {n for own in layers if own.weight in gradient for n in own.parameters}
+        return {name: tensor for name, tensor in gradient.items() if name not in covered}
+
+    def cover_(self, parameters: Collection[str] | None) -> None:
+        """Cover the layers of these parameters (all if ``None``) that are trained by now.
+
+        The factors of a layer start anew where one of its parameters was not trained before.
+        """
+        self._parameters = parameters
+        self._trained = [p.requires_grad for p in self._model.parameters()]
+        for layer in find_layers(self._model):
+            known = self._running.get(layer.name)
+            if parameters is not None and layer.weight not in parameters:
+                continue
+            if known is not None and set(layer.parameters) <= set(known.layer.parameters):
+                continue
+            if self._excluded.isdisjoint(layer.modules):
+                self._running[layer.name] = RunningFactors(layer)
+                self._capture.watch(layer)
+                self._moments.pop(layer.name, None)
+
+    def notice_unfrozen_(self) -> None:
+        """Cover what was unfrozen since the last step."""
+        if self._trained != [p.requires_grad for p in self._model.parameters()]:
+            self.cover_(self._parameters)
+
     @torch.no_grad()
     def step(self) -> None:
         """Replace the gradients of the covered parameters by preconditioned ones.
@@ -112,6 +153,7 @@ class KFACPreconditioner:
             RuntimeError: If ``loss_fn`` never saw a batch, or a damped factor cannot be
                 inverted. No gradient is changed then.
         """
+        self.notice_unfrozen_()
         covered = self.covered()
         named = {n: p for n, p in self._model.named_parameters() if n in covered}
         gradient = {n: p.grad for n, p in named.items() if p.grad is not None}
@@ -159,10 +201,12 @@ class KFACPreconditioner:
         for name, moments in self._moments.items():
             a, b = self._estimator.factors(moments)
             scale = self._estimator.scale(moments.examples)
-            self._running[name].update_(a, b.mul_(scale), constants.factor_decay)
+            running = self._running[name]
+            running.update_(a, b.mul_(scale), self._of(running, constants).factor_decay)
         if self._moments:
-            self._factor_step = self._steps
-        if self._factor_step is None and self._running:
+            for name in self._due:
+                self._running[name].factor_step = self._steps
+        if self._running and all(r.factor_step is None for r in self._running.values()):
             raise RuntimeError(
                 "`step` needs the factors of at least one batch, but `loss_fn` never saw one. "
                 "Compute the loss as `loss_fn(model(x), y)` with the module given here and "
@@ -179,22 +223,46 @@ class KFACPreconditioner:
         Raises:
             RuntimeError: If a damped factor is singular. No inverse is changed then.
         """
-        period = self._settings.at(self._steps).inverse_update_period
-        if is_due(self._steps, self._inverse_step, period):
-            self.use_(self.inverted(damping, decay))
-
-    def inverted(self, damping: float, decay: Mapping[str, float]) -> Inverses:
-        """Return the damped inverses by layer; raises like `refresh_`."""
-        return {
-            name: running.inverted(damping + decay.get(running.layer.weight, 0.0))
+        constants = self._settings.at(self._steps)
+        due = [
+            name
             for name, running in self._running.items()
-        }
+            if is_due(
+                self._steps,
+                running.inverse_step,
+                self._of(running, constants).inverse_update_period,
+            )
+        ]
+        self.use_(self.inverted(damping, decay, due))
+
+    def inverted(
+        self, damping: float, decay: Mapping[str, float], layers: Collection[str] | None = None
+    ) -> Inverses:
+        """Return the damped inverses by layer; raises like `refresh_`.
+
+        Args:
+            damping: Damping, except where a parameter group sets its own.
+            decay: Weight decay by parameter name, which adds to the damping.
+            layers: Names of the layers, all by default.
+        """
+        inverses: Inverses = {}
+        for name in self._running if layers is None else layers:
+            running = self._running[name]
+            own = self.overrides.get(running.layer.weight)
+            given = damping if own is None or own.damping is None else own.damping
+            inverses[name] = running.inverted(given + decay.get(running.layer.weight, 0.0))
+        return inverses
 
     def use_(self, inverses: Inverses) -> None:
         """Take over inverses."""
-        for name, running in self._running.items():
-            running.inverses = inverses[name]
-        self._inverse_step = self._steps
+        for name, pair in inverses.items():
+            if pair is not None:
+                self._running[name].inverses = pair
+                self._running[name].inverse_step = self._steps
+
+    def _of(self, running: RunningFactors, constants: Constants) -> Constants:
+        """Return the numbers that hold for a layer."""
+        return constants.of(self.overrides.get(running.layer.weight))
 
     def precondition(self, gradient: Direction, inverses: Inverses | None = None) -> Direction:
         """Return the preconditioned gradient of the covered parameters.
@@ -212,15 +280,22 @@ class KFACPreconditioner:
 
     def _begin(self) -> None:
         """Drop what was gathered, and decide whether to gather for the step to come."""
-        self._moments: dict[str, LayerMoments] = {}
+        self._moments = {}
         self._generator_before = self._generator.get_state()
         self._capture.take()
-        period = self._settings.at(self._steps).factor_update_period
-        self._capture.enabled = is_due(self._steps, self._factor_step, period)
+        constants = self._settings.at(self._steps)
+        self._due = {
+            name
+            for name, running in self._running.items()
+            if is_due(
+                self._steps, running.factor_step, self._of(running, constants).factor_update_period
+            )
+        }
+        self._capture.enabled = bool(self._due)
 
     def _gather(self, output: Tensor, target: Tensor) -> None:
         """Add a batch to the factors to come, from the graph of its output."""
-        calls = self._capture.take()
+        calls = [call for call in self._capture.take() if call.layer in self._due]
         if not calls or not bool(output.isfinite().all()):
             return
         for call in calls:
@@ -241,8 +316,6 @@ class KFACPreconditioner:
             "layers": {name: running.state_dict() for name, running in self._running.items()},
             "generator": self._generator.get_state(),
             "steps": self._steps,
-            "factor_step": self._factor_step,
-            "inverse_step": self._inverse_step,
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -259,11 +332,10 @@ class KFACPreconditioner:
         Raises:
             ValueError: If it belongs to other layers. Nothing is changed then.
         """
+        self.notice_unfrozen_()
         self.check_state(state)
         for name, running in self._running.items():
             running.load_state_dict(state["layers"][name])
         self._generator.set_state(state["generator"].cpu())
         self._steps = state["steps"]
-        self._factor_step = state["factor_step"]
-        self._inverse_step = state["inverse_step"]
         self._begin()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class ForwardPass:
         """Return the model's output for other parameters.
 
         Random layers draw what they drew; buffers such as running statistics stay as they are.
+        Attention takes the one implementation that has a forward mode.
         """
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with self.surroundings.restored():
+        with self.surroundings.restored(), sdpa_kernel(SDPBackend.MATH):
             return functional_call(model, {**buffers, **parameters}, self.args, self.kwargs)

@@ -11,6 +11,7 @@ from einconv_kfac.curvature.damping import damped_inverses
 from einconv_kfac.curvature.layers import Layer
 
 Pair = tuple[Tensor, Tensor]
+_STATE = ("updates", "factors", "inverses", "factor_step", "inverse_step")
 
 
 class RunningFactors:
@@ -25,6 +26,8 @@ class RunningFactors:
         self.updates = 0
         self.factors: Pair | None = None
         self.inverses: Pair | None = None
+        self.factor_step: int | None = None
+        self.inverse_step: int | None = None
 
     def update_(self, a: Tensor, b: Tensor, decay: float) -> None:
         """Move the bias-corrected running averages towards new factors."""
@@ -57,7 +60,7 @@ class RunningFactors:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and numbers."""
-        return {"updates": self.updates, "factors": self.factors, "inverses": self.inverses}
+        return {name: getattr(self, name) for name in _STATE}
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise a ``ValueError`` if a state belongs to a layer of another shape."""
@@ -80,5 +83,6 @@ class RunningFactors:
         def copied(pair: Pair | None) -> Pair | None:
             return pair and (pair[0].to(device, copy=True), pair[1].to(device, copy=True))
 
-        self.updates = state["updates"]
+        for name in _STATE:
+            setattr(self, name, state[name])
         self.factors, self.inverses = copied(state["factors"]), copied(state["inverses"])

@@ -13,11 +13,10 @@ Schedule: TypeAlias = float | Callable[[int], float]
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """Hyper-parameters that each parameter group may set.
+    """Hyper-parameters that each parameter group may set; ``None`` stands for the optimizer's.
 
-    Args:
-        lr: Scale of the update.
-        weight_decay: Coefficient of half the squared norm that is added to the objective.
+    `KFAC` explains them. A layer whose bias is in another group takes its weight's settings,
+    but each parameter takes its own ``lr``, ``weight_decay`` and ``momentum``.
 
     Raises:
         ValueError: If a number is out of range.
@@ -25,10 +24,23 @@ class GroupSettings:
 
     lr: float
     weight_decay: float = 0.0
+    momentum: float | None = None
+    damping: float | None = None
+    factor_decay: float | None = None
+    factor_update_period: int | None = None
+    inverse_update_period: int | None = None
 
     def __post_init__(self) -> None:
         in_range("lr", self.lr)
         in_range("weight_decay", self.weight_decay)
+        if self.damping is not None:
+            in_range("damping", self.damping, positive=True)
+        for name in ("factor_decay", "momentum"):
+            if (value := getattr(self, name)) is not None:
+                in_range(name, value, below=1.0)
+        for name in ("factor_update_period", "inverse_update_period"):
+            if (value := getattr(self, name)) is not None:
+                positive_integer(name, value)
 
     @staticmethod
     def of(group: dict[str, Any]) -> GroupSettings:
@@ -59,9 +71,8 @@ class Settings:
         for name in ("factor_decay", "momentum"):
             self._check(name, below=1.0)
         for name in ("factor_update_period", "inverse_update_period"):
-            value = getattr(self, name)
-            if not callable(value) and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+            if not callable(value := getattr(self, name)):
+                positive_integer(name, value)
 
     def _check(self, name: str, **bounds: Any) -> None:
         value = getattr(self, name)
@@ -86,6 +97,25 @@ class Constants:
     inverse_update_period: int
     momentum: float | None
     kl_clip: float | None
+
+    def of(self, group: GroupSettings | None) -> Constants:
+        """Return the numbers that hold for a parameter group."""
+        if group is None:
+            return self
+        names = {entry.name for entry in fields(self)} & {entry.name for entry in fields(group)}
+        own = {name: getattr(group, name) for name in names}
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """Return a positive integer.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    return value
 
 
 def in_range(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> float:

@@ -160,7 +160,8 @@ def test_coverage_names_the_rule_of_every_parameter() -> None:
     model = conv_net(random_layers=True)
     coverage = KFAC(model, nn.CrossEntropyLoss()).coverage()
     assert coverage.keys() == dict(model.named_parameters()).keys()
-    assert {name for name, rule in coverage.items() if rule == "gradient"} == {"6.weight"}
+    assert {name for name, rule in coverage.items() if rule == "adam"} == {"6.weight"}
+    assert str(coverage).splitlines()[0].split() == ["parameter", "trained", "by"]
 
 
 def test_uncovered_parameters_are_trained() -> None:

@@ -1,0 +1,50 @@
+"""How each parameter of a model is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from einconv_kfac.curvature.coverage import table
+
+
+class Training(dict[str, str]):
+    """How each parameter is trained, by its name; prints as a table.
+
+    ``"kfac"``, the name of the fallback, ``"frozen"``, or ``"left out"`` if the optimizer does
+    not have the parameter.
+    """
+
+    def __str__(self) -> str:
+        return table(("parameter", "trained by"), list(self.items()))
+
+
+def training(
+    model: nn.Module, own: Collection[str], covered: Collection[str], fallback: str
+) -> Training:
+    """Return how each parameter of a model is trained.
+
+    Args:
+        model: The model.
+        own: Names of the optimizer's parameters.
+        covered: Names of the parameters that factors cover.
+        fallback: How the others are trained.
+    """
+    kinds = Training()
+    for name, parameter in model.named_parameters():
+        kind = "kfac" if name in covered else fallback
+        kind = kind if name in own else "left out"
+        kinds[name] = kind if parameter.requires_grad else "frozen"
+    return kinds
+
+
+def uncovered(model: nn.Module, names: Collection[str]) -> str:
+    """Return what to say about parameters without Kronecker factors."""
+    modules = dict(model.named_modules())
+    kinds = {name: type(modules[name.rpartition(".")[0]]).__name__ for name in names}
+    listed = ", ".join(f"'{name}' ({kind})" for name, kind in kinds.items())
+    return (
+        f"`strict`=True needs Kronecker factors for every parameter, got none for {listed}. "
+        "Pass strict=False to train these by the fallback, or leave them out of `params`."
+    )
