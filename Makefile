@@ -1,5 +1,5 @@
 PYTHON ?= python
-.PHONY: install test format lint types dist example benchmark ci clean
+.PHONY: install test format lint types dist example benchmark training step ci clean
 
 install: ## the package, editable, with all that development needs
 	$(PYTHON) -m pip install -e ".[test,lint]"
@@ -30,6 +30,12 @@ example: ## train on the digits
 
 benchmark: ## the digits over several seeds, with searched learning rates
 	$(PYTHON) benchmarks/digits.py
+
+training: ## KFAC beside tuned peers on Fashion-MNIST; more than an hour, continues where it was cut
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py
+
+step: ## the cost of a step on ResNet-18
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/step.py
 
 ci: ## everything that must pass, in fresh environments
 	bash .ci/run

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+from evidence.vision import torchvision_module
 from ggn import dense_ggn
 from torch import Tensor, nn
 
@@ -91,28 +89,6 @@ def test_coverage_of_odd_models() -> None:
     assert "more than 8192 embeddings" in reasons["embedding.weight"]
     assert "no rule covers GRU" in reasons["gru.weight_ih_l0"]
     assert len(coverage(model).gaps()) == len(reasons) - 2
-
-
-@cache
-def declare_vision_operators() -> torch.library.Library:
-    """Declare the operators that torchvision's models import but do not call.
-
-    They are missing where torchvision's binary was built for another torch.
-    """
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-def torchvision_module(name: str) -> Any:
-    try:
-        return import_module(f"torchvision.models.{name}")
-    except RuntimeError:
-        declare_vision_operators()
-        for loaded in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-            del sys.modules[loaded]  # half-initialised by the failed import
-        return import_module(f"torchvision.models.{name}")
 
 
 def residual() -> tuple[nn.Module, Tensor, set[str]]:

@@ -1,0 +1,59 @@
+"""What is searched: the same number of trials for every optimizer that has any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evidence.tasks import Task
+
+LEARNING_RATES = {
+    "SGD": (0.02, 0.5),
+    "AdamW": (1e-3, 2e-2),
+    "SOAP": (1e-3, 2e-2),
+    "SINGD": (1e-3, 0.1),
+    "asdl K-FAC": (0.03, 1.0),
+    "KFAC fixed": (0.01, 0.3),
+}
+"""Smallest and largest learning rate for classification."""
+AUTOENCODER_LEARNING_RATES = {**LEARNING_RATES, "SGD": (1e-4, 1e-2)}
+"""The same for losses that sum over pixels."""
+DAMPINGS = {"SINGD": (1e-4, 1e-1), "asdl K-FAC": (1e-3, 1.0), "KFAC fixed": (1e-3, 1.0)}
+"""Smallest and largest damping."""
+KFAC_SETTINGS: tuple[dict[str, Any], ...] = (
+    {"fisher": "forward-only"},
+    {"factor_update_period": 5, "inverse_update_period": 20},
+    {"approximation": "reduce"},
+    {"lr": 0.7},
+    {"fisher": "empirical"},
+    {"mc_samples": 4},
+    {"momentum": 0.9},
+)
+"""Settings of the automatic K-FAC, beside its defaults."""
+
+
+def settings(optimizer: str, task: Task, trials: int) -> list[dict[str, Any]]:
+    """Return the settings that are tried.
+
+    Learning rates are spaced evenly on a logarithmic scale. So are dampings; they are paired
+    with the learning rates by stepping through them by the golden section, which leaves no
+    correlation. KFAC has none to try; what it is tuned over is `KFAC_SETTINGS`.
+    """
+    if optimizer == "KFAC":
+        return [{}]
+    if optimizer == "KFAC tuned":
+        return [dict(setting) for setting in KFAC_SETTINGS[:trials]]
+    rates = AUTOENCODER_LEARNING_RATES if task.autoencoder else LEARNING_RATES
+    low, high = rates[optimizer]
+    tried: list[dict[str, Any]] = [
+        {"lr": _between(low, high, (index + 0.5) / trials)} for index in range(trials)
+    ]
+    if optimizer in DAMPINGS:
+        low, high = DAMPINGS[optimizer]
+        for index, setting in enumerate(tried):
+            setting["damping"] = _between(low, high, (0.5 + 0.618034 * index) % 1)
+    return tried
+
+
+def _between(low: float, high: float, fraction: float) -> float:
+    """Return the number at ``fraction`` between two, on a logarithmic scale, with 3 digits."""
+    return float(f"{low * (high / low) ** fraction:.3g}")

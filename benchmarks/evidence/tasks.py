@@ -1,0 +1,128 @@
+"""The tasks (a) to (f), each in three sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evidence.data import Split
+from evidence.models import conv_autoencoder, deep_autoencoder, plain_cnn, resnet20, small_cnn
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, a loss, and how long it is trained on what.
+
+    Args:
+        name: Its letter.
+        title: What it is, in the table.
+        model: Makes the network; the seed is set before.
+        batch_size: Examples per step.
+        steps: Steps of a run.
+        image_size: Height and width of the images.
+        train_size: How many of the training images are used.
+        autoencoder: Whether the targets are the images, one Bernoulli loss per pixel.
+        evaluations: How often a run is evaluated; the last time after its last step.
+    """
+
+    name: str
+    title: str
+    model: Callable[[], nn.Module]
+    batch_size: int
+    steps: int
+    image_size: int = 28
+    train_size: int = 60_000
+    autoencoder: bool = False
+    evaluations: int = 20
+
+    def loss_fn(self) -> nn.Module:
+        """Return the loss module; that of autoencoders sums over pixels and images."""
+        return nn.BCEWithLogitsLoss(reduction="sum") if self.autoencoder else nn.CrossEntropyLoss()
+
+    def loss(self, loss_fn: nn.Module, output: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Return the loss, averaged over images; for autoencoders summed over pixels."""
+        if not self.autoencoder:
+            loss: Tensor = loss_fn(output, y)
+            return loss
+        total: Tensor = loss_fn(output, x.flatten(1))
+        return total / len(x)
+
+    def due(self, step: int) -> bool:
+        """Return whether to evaluate after ``step`` steps."""
+        return step * self.evaluations // self.steps > (step - 1) * self.evaluations // self.steps
+
+    def data(self, split: Split) -> Split:
+        """Return the images of this task."""
+        return Split(split.train.first(self.train_size), split.test).at_size(self.image_size)
+
+
+SIZES = (784, 1000, 500, 250, 30)
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("a", "CNN, batch 128", partial(small_cnn, 14, (16, 32), 64), 128, 500, 14),
+        Task("b", "CNN, batch 2048", partial(small_cnn, 14, (16, 32), 64), 2048, 50, 14),
+        Task("c", "20 plain layers", partial(plain_cnn, 8), 128, 150),
+        Task("d", "ResNet-20", partial(resnet20, 8), 128, 200, 14, 20_000),
+        Task(
+            "e",
+            "convolutional autoencoder",
+            partial(conv_autoencoder, 28, 8, 30),
+            500,
+            120,
+            autoencoder=True,
+        ),
+        Task("f", "deep autoencoder", partial(deep_autoencoder, SIZES), 500, 100, autoencoder=True),
+    )
+}
+"""What fits into somewhat more than an hour on one core."""
+
+_FULL: dict[str, dict[str, Any]] = {
+    "a": {"model": partial(small_cnn, 28, (32, 64), 128), "steps": 2350, "image_size": 28},
+    "b": {"model": partial(small_cnn, 28, (32, 64), 128), "steps": 300, "image_size": 28},
+    "c": {"model": partial(plain_cnn, 32), "steps": 2350},
+    "d": {"model": partial(resnet20, 16), "steps": 2350, "image_size": 28},
+    "e": {"model": partial(conv_autoencoder, 28, 32, 30), "steps": 1200},
+    "f": {"steps": 1200},
+}
+_QUICK: dict[str, dict[str, Any]] = {
+    "a": {"model": partial(small_cnn, 14, (2, 4), 8), "batch_size": 32},
+    "b": {"model": partial(small_cnn, 14, (2, 4), 8), "batch_size": 64},
+    "c": {"model": partial(plain_cnn, 2, 6), "batch_size": 16, "image_size": 14},
+    "d": {"model": partial(resnet20, 2, 1), "batch_size": 16, "train_size": 256},
+    "e": {"model": partial(conv_autoencoder, 28, 2, 4), "batch_size": 32},
+    "f": {"model": partial(deep_autoencoder, (784, 16, 8, 4)), "batch_size": 32},
+}
+
+
+def tasks(size: str = "standard") -> dict[str, Task]:
+    """Return the tasks by letter; ``size`` is ``"standard"``, ``"full"`` or ``"quick"``."""
+    if size == "full":
+        return {name: replace(task, **_FULL[name]) for name, task in TASKS.items()}
+    if size == "quick":
+        return {
+            name: replace(task, steps=6, evaluations=3, **_QUICK[name])
+            for name, task in TASKS.items()
+        }
+    return dict(TASKS)
+
+
+def batches(task: Task, count: int, seed: int) -> Callable[[int], Tensor]:
+    """Return a function from the step to the indices of its examples, epoch by epoch shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    orders: list[Tensor] = []
+    per_epoch = max(count // task.batch_size, 1)
+
+    def indices(step: int) -> Tensor:
+        epoch, position = divmod(step, per_epoch)
+        while len(orders) <= epoch:
+            orders.append(torch.randperm(count, generator=generator))
+        return orders[epoch][position * task.batch_size :][: task.batch_size]
+
+    return indices

@@ -1,0 +1,167 @@
+"""The cost of a training step on ResNet-18 at 32x32, beside SGD in the same run.
+
+Every optimizer takes its turn at each step, on the same batch. What is counted is one complete
+period, late in training (no burn-in): with periods 10 and 100 that is 100 steps with ten updates of
+the factors and one of the inverses. Over several periods the median one counts. SINGD has no
+inverses; its preconditioner is updated at the factors' period.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from platform import machine
+from statistics import median
+from time import perf_counter
+
+import torch
+from evidence.models import resnet20
+from evidence.optimizers import Trainer, asdl_trainer, library, torch_trainer, with_rest
+from evidence.tasks import Task
+from evidence.vision import resnet18
+from torch import Tensor, nn
+
+from einconv_kfac.optim import KFAC
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_LATE = 100  # periods after which nothing is updated more often any more
+_LR = 1e-3
+_DAMPING = 0.1
+
+Build = Callable[[nn.Module, Task, tuple[int, int]], Trainer]
+
+
+def sgd(model: nn.Module, task: Task, periods: tuple[int, int]) -> Trainer:
+    """SGD with Nesterov momentum."""
+    opt = torch.optim.SGD(model.parameters(), lr=_LR, momentum=0.9, nesterov=True)
+    return torch_trainer([opt], model, task.loss_fn(), task)
+
+
+def _kfac(model: nn.Module, task: Task, periods: tuple[int, int], adaptive: bool) -> Trainer:
+    """KFAC, set to a late step."""
+    loss_fn = task.loss_fn()
+    opt = KFAC(
+        model,
+        loss_fn,
+        lr=1.0 if adaptive else _LR,
+        adaptive=adaptive,
+        factor_update_period=periods[0],
+        inverse_update_period=periods[1],
+    )
+    state = opt.state_dict()
+    state["kfac"]["preconditioner"]["steps"] = _LATE * max(periods)
+    opt.load_state_dict(state)
+    return torch_trainer([opt], model, loss_fn, task)
+
+
+def fixed(model: nn.Module, task: Task, periods: tuple[int, int]) -> Trainer:
+    """KFAC with fixed rates."""
+    return _kfac(model, task, periods, adaptive=False)
+
+
+def automatic(model: nn.Module, task: Task, periods: tuple[int, int]) -> Trainer:
+    """KFAC with the automatic step."""
+    return _kfac(model, task, periods, adaptive=True)
+
+
+def asdl(model: nn.Module, task: Task, periods: tuple[int, int]) -> Trainer:
+    """K-FAC of asdl; its burn-in is off."""
+    return asdl_trainer(model, task, (_LR, _DAMPING), periods, warm_up=0)
+
+
+def singd(model: nn.Module, task: Task, periods: tuple[int, int]) -> Trainer:
+    """SINGD, and AdamW for what it does not train."""
+    opt = library("singd.optim.optimizer").SINGD(
+        model, lr=_LR, damping=_DAMPING, T=periods[0], warn_unsupported=False
+    )
+    return torch_trainer(with_rest(model, opt), model, task.loss_fn(), task)
+
+
+BUILDS: dict[str, Build] = {
+    "SGD": sgd,
+    "KFAC, fixed": fixed,
+    "KFAC, automatic": automatic,
+    "asdl K-FAC": asdl,
+    "SINGD": singd,
+}
+
+
+def _built(
+    task: Task, periods: tuple[int, int], batch: tuple[Tensor, Tensor]
+) -> tuple[dict[str, Trainer], dict[str, str]]:
+    """Return the optimizers after a first step, and why others did not come so far."""
+    trainers: dict[str, Trainer] = {}
+    refused: dict[str, str] = {}
+    for name, build in BUILDS.items():
+        torch.manual_seed(0)
+        try:
+            trainer = build(task.model(), task, periods)
+            trainer.step(*batch, 1.0)
+            trainers[name] = trainer
+        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+            refused[name] = str(error).splitlines()[0][:90]
+    return trainers, refused
+
+
+def measure(
+    task: Task, periods: tuple[int, int], repeats: int, shape: tuple[int, int, int]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the seconds of an average step by optimizer, and why others have none."""
+    torch.manual_seed(0)
+    n = task.batch_size
+    batch = torch.randn(n, *shape), torch.randint(10, (n,))
+    trainers, refused = _built(task, periods, batch)
+    totals: dict[str, list[float]] = {name: [0.0] * repeats for name in trainers}
+    for index in range(repeats * max(periods)):
+        for name, trainer in trainers.items():  # interleaved, so that other load hits all alike
+            start = perf_counter()
+            trainer.step(*batch, 1.0)
+            totals[name][index // max(periods)] += perf_counter() - start
+    return {name: median(t) / max(periods) for name, t in totals.items()}, refused
+
+
+def table(seconds: dict[str, float], refused: dict[str, str]) -> list[str]:
+    """Return the lines of the table."""
+    base = seconds["SGD"]
+    lines = [f"{'':18}{'ms/step':>10}{'by SGD':>9}{'overhead':>10}"]
+    for name, value in seconds.items():
+        lines.append(f"{name:18}{1e3 * value:10.1f}{value / base:9.2f}{value / base - 1:10.2f}")
+    return lines + [f"{name:18}refused: {why}" for name, why in refused.items()]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, and write it to the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--batch", type=int, default=128, help="images per step")
+    add("--periods", default="10,100", help="of factors and inverses")
+    add("--repeats", type=int, default=1, help="complete periods")
+    add("--quick", action="store_true", help="a smoke test: tiny, periods 2 and 4")
+    add("--output", type=Path, default=RESULTS, help="folder of step.txt")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    factors, inverses = (2, 4) if options.quick else map(int, options.periods.split(","))
+    task = Task("step", "ResNet-18", resnet18, options.batch, inverses)
+    shape = (3, 32, 32)
+    if options.quick:
+        task = Task("step", "a tiny ResNet", partial(resnet20, 2, 1), 4, inverses)
+        shape = (1, 8, 8)
+    heading = (
+        f"{machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
+        f"{task.title}, {shape[1]}x{shape[2]}, batch {task.batch_size}, periods {factors} and "
+        f"{inverses}, median of {options.repeats} complete period(s)"
+    )
+    lines = [heading, "", *table(*measure(task, (factors, inverses), options.repeats, shape))]
+    print("\n".join(lines))
+    options.output.mkdir(parents=True, exist_ok=True)
+    name = "step-quick.txt" if options.quick else "step.txt"
+    (options.output / name).write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

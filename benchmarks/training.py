@@ -1,0 +1,221 @@
+"""Train on Fashion-MNIST: KFAC on its defaults beside tuned peers, in steps and in seconds.
+
+Each peer gets the same number of trials (seed 0), a linear warm-up over 5 % of the run and a cosine
+to zero; the setting with the smallest final training loss then runs on other seeds. The training
+loss is that on 2,000 fixed training images in evaluation mode, outside the clock. Finished runs are
+appended to a file of JSON lines and never repeated, so the whole can be cut and continued; table
+and picture are made from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from platform import machine
+from typing import Any
+
+import torch
+from evidence.data import DIRECTORY, Split, fashion_mnist, synthetic
+from evidence.optimizers import OPTIMIZERS
+from evidence.report import Outcome, draw, table
+from evidence.runs import Records, Run, train
+from evidence.search import settings
+from evidence.tasks import Task, tasks
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_PROBED = 16  # steps of which the second half tells the time of a run
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is compared.
+
+    Args:
+        size: The size of the tasks.
+        tasks: The tasks.
+        optimizers: Names of optimizers.
+        seeds: Seeds of the runs that count.
+        trials: Trials per optimizer, all on seed 0.
+    """
+
+    size: str
+    tasks: Sequence[Task]
+    optimizers: Sequence[str]
+    seeds: Sequence[int]
+    trials: int
+
+    def trial(self, task: Task, optimizer: str) -> list[Run]:
+        """Return the trials of an optimizer, untrained; none where there is nothing to choose."""
+        tried = settings(optimizer, task, self.trials)
+        if len(tried) == 1:
+            return []
+        return [self.run(task, optimizer, 0, setting) for setting in tried]
+
+    def run(self, task: Task, optimizer: str, seed: int, setting: dict[str, Any]) -> Run:
+        """Return an untrained run."""
+        return Run(self.size, task.name, optimizer, seed, setting, task.steps)
+
+
+class Comparison:
+    """Runs what is missing of a protocol.
+
+    Args:
+        protocol: What is compared.
+        split: The images.
+        records: The finished runs.
+    """
+
+    def __init__(self, protocol: Protocol, split: Split, records: Records) -> None:
+        self._protocol = protocol
+        self._split = split
+        self._records = records
+        self._data: dict[str, Split] = {}
+
+    def finished(self, task: Task, run: Run) -> Run:
+        """Return the finished run, training if it is not on record."""
+        found = self._records.find(run)
+        if found is None:
+            found = train(task, self._images(task), run)
+            self._records.add(found)
+            print(
+                f"({run.task}) {run.optimizer}, seed {run.seed}, {run.setting}: "
+                f"{found.error or f'{found.final:.4f} in {found.seconds[-1]:.1f} s'}",
+                flush=True,
+            )
+        return found
+
+    def outcome(self, task: Task) -> Outcome:
+        """Run all optimizers on a task; seeds outside, so that other load hits all alike."""
+        chosen: dict[str, dict[str, Any]] = {}
+        failures: dict[str, str] = {}
+        for name in self._protocol.optimizers:
+            trials = [self.finished(task, run) for run in self._protocol.trial(task, name)]
+            if trials and all(run.error for run in trials):
+                failures[name] = trials[0].error
+            else:
+                chosen[name] = min(trials, key=lambda run: run.final).setting if trials else {}
+        runs: dict[str, list[Run]] = {name: [] for name in chosen}
+        for seed in self._protocol.seeds:
+            for name, setting in chosen.items():
+                run = self._protocol.run(task, name, seed, setting)
+                runs[name].append(self.finished(task, run))
+        return Outcome(task, runs, failures)
+
+    def plan(self) -> Iterator[str]:
+        """Yield the estimated minutes of what is missing, from a few steps of each optimizer."""
+        total = 0.0
+        for task in self._protocol.tasks:
+            minutes = sum(self._minutes(task, name) for name in self._protocol.optimizers)
+            total += minutes
+            yield f"({task.name}) {task.title}: {minutes:.1f} minutes"
+        yield f"together {total:.1f} minutes"
+
+    def _minutes(self, task: Task, optimizer: str) -> float:
+        """Return the estimated minutes of an optimizer on a task, evaluations excluded."""
+        protocol = self._protocol
+        setting = settings(optimizer, task, protocol.trials)[0]
+        missing = sum(not self._records.find(run) for run in protocol.trial(task, optimizer))
+        missing += len(protocol.seeds)
+        short = replace(task, steps=_PROBED, evaluations=2)
+        done = train(short, self._images(task), protocol.run(short, optimizer, 0, setting))
+        if done.error:
+            return 0.0
+        half = done.seconds[1] - done.seconds[0]
+        return missing * task.steps * half / (_PROBED // 2) / 60
+
+    def _images(self, task: Task) -> Split:
+        """Return a task's images."""
+        if task.name not in self._data:
+            self._data = {task.name: task.data(self._split)}
+        return self._data[task.name]
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data-dir", type=Path, default=DIRECTORY, help="folder of the four .gz files")
+    add("--task", default="a,b,c,d,e,f", help="letters, separated by commas")
+    add("--optimizer", default=",".join(OPTIMIZERS), help="names, separated by commas")
+    add("--seeds", default="1,2,3", help="seeds of the runs that count, separated by commas")
+    add("--steps", type=int, help="steps of every run")
+    add("--trials", type=int, default=4, help="trials per optimizer")
+    add("--quick", action="store_true", help="a smoke test: tiny, needs no files, no meaning")
+    add("--full", action="store_true", help="full-size networks and runs; needs hours")
+    add("--plan", action="store_true", help="only estimate the time")
+    add("--output", type=Path, default=RESULTS, help="folder of training.jsonl, .txt and .png")
+    return parser.parse_args(arguments)
+
+
+def _chosen(given: str, known: Sequence[str], what: str) -> list[str]:
+    """Return the names in a comma-separated list.
+
+    Raises:
+        SystemExit: If one is not known.
+    """
+    names = given.split(",")
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"`--{what}` must be of {', '.join(known)}, got {name!r}.")
+    return names
+
+
+def _protocol(options: argparse.Namespace) -> Protocol:
+    """Return what the command line asks for."""
+    size = "quick" if options.quick else "full" if options.full else "standard"
+    known = tasks(size)
+    chosen = [known[name] for name in _chosen(options.task, list(known), "task")]
+    if options.steps is not None:
+        chosen = [replace(task, steps=options.steps) for task in chosen]
+    optimizers = _chosen(options.optimizer, list(OPTIMIZERS), "optimizer")
+    seeds = (1,) if options.quick else tuple(map(int, options.seeds.split(",")))
+    return Protocol(size, chosen, optimizers, seeds, 2 if options.quick else options.trials)
+
+
+def _split(options: argparse.Namespace) -> Split:
+    """Return the images; the quick comparison makes its own."""
+    if options.quick:
+        return synthetic()
+    try:
+        return fashion_mnist(options.data_dir)
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the comparison, and write table and picture."""
+    options = _arguments(arguments)
+    protocol = _protocol(options)
+    stem = "training-quick" if options.quick else "training"
+    records = Records(options.output / f"{stem}.jsonl")
+    comparison = Comparison(protocol, _split(options), records)
+    if options.plan:
+        for line in comparison.plan():
+            print(line, flush=True)
+        return
+    outcomes = []
+    for task in protocol.tasks:
+        outcomes.append(comparison.outcome(task))
+        lines = [_heading(protocol), "", *table(outcomes)]
+        (options.output / f"{stem}.txt").write_text("\n".join(lines))
+    print("\n".join(lines))
+    try:
+        draw(outcomes, options.output / f"{stem}.png")
+    except ImportError:
+        print("No picture: matplotlib is not installed.")
+
+
+def _heading(protocol: Protocol) -> str:
+    """Return what the table needs to be understood."""
+    return (
+        f"{machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
+        f"{protocol.size} tasks, {protocol.trials} trials (seed 0), seeds {protocol.seeds}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The training comparison runs, continues where it was cut, and measures what it says."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import struct
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import training
+from evidence.data import Images, fashion_mnist, synthetic
+from evidence.optimizers import schedule
+from evidence.report import Outcome, table
+from evidence.runs import Run, accuracy, mean_loss, train
+from evidence.search import settings
+from evidence.tasks import TASKS, batches, tasks
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+PACKAGES = {"SOAP": "pytorch_optimizer", "SINGD": "singd", "asdl K-FAC": "asdl"}
+
+
+def write_idx(path: Path, values: torch.Tensor, magic: int) -> None:
+    header = struct.pack(f">{1 + values.dim()}i", magic, *values.shape)
+    path.write_bytes(gzip.compress(header + bytes(values.flatten().tolist())))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for part, count in (("train", 5), ("t10k", 3)):
+        pixels = torch.arange(count * 4).reshape(count, 2, 2)
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", pixels, 2051)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", torch.arange(count), 2049)
+    return tmp_path
+
+
+def test_reads_the_files(folder: Path) -> None:
+    split = fashion_mnist(folder)
+    assert split.train.x.shape == (5, 1, 2, 2)
+    assert torch.equal(split.train.x.flatten() * 255, torch.arange(20.0))
+    assert split.test.y.tolist() == [0, 1, 2]
+
+
+def test_says_where_missing_files_come_from(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"needs train-images.*--data-dir"):
+        training.main(["--data-dir", str(tmp_path), "--output", str(tmp_path)])
+
+
+def test_refuses_a_cut_file(folder: Path) -> None:
+    write_idx(folder / "train-labels-idx1-ubyte.gz", torch.arange(5), 2051)
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte\.gz must be a complete"):
+        fashion_mnist(folder)
+
+
+@pytest.mark.parametrize("option", ["task", "optimizer"])
+def test_refuses_unknown_names(option: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"`--{option}` must be of .*, got 'z'"):
+        training.main(["--quick", f"--{option}", "z", "--output", str(tmp_path)])
+
+
+def test_tasks_get_a_table_and_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    chosen = ["--quick", "--task", "a,e", "--steps", "3", "--optimizer", "SGD,KFAC"]
+    training.main([*chosen, "--output", str(tmp_path)])
+    lines = (tmp_path / "training-quick.txt").read_text().splitlines()
+    assert [line[:3] for line in lines if line.startswith("(")] == ["(a)", "(e)"]
+    assert sum(line.startswith("    KFAC by SGD:") for line in lines) == 2
+    assert (tmp_path / "training-quick.png").stat().st_size > 0
+    runs = (tmp_path / "training-quick.jsonl").read_text()
+    assert not any(json.loads(line)["error"] for line in runs.splitlines())
+    training.main([*chosen, "--output", str(tmp_path)])  # nothing is left to run
+    assert (tmp_path / "training-quick.jsonl").read_text() == runs
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SOAP", "SINGD", "asdl K-FAC", "KFAC fixed", "KFAC"])
+@pytest.mark.parametrize("letter", ["c", "d", "e"])
+def test_every_peer_trains(name: str, letter: str) -> None:
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
+    task = tasks("quick")[letter]
+    setting = settings(name, task, 4)[0]
+    run = train(task, task.data(synthetic(64, 16)), Run("quick", letter, name, 0, setting, 2))
+    assert not run.error
+    assert len(run.losses) == len(run.seconds) == len(run.steps) > 0
+
+
+def test_a_missing_package_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    task = tasks("quick")["a"]
+    run = train(task, task.data(synthetic(64, 16)), Run("quick", "a", "SOAP", 0, {"lr": 0.1}, 2))
+    assert run.error == "ImportError: This optimizer needs pytorch_optimizer: pip install " + (
+        "pytorch-optimizer"
+    )
+    assert run.final == math.inf
+
+
+def test_the_plan_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--quick", "--plan", "--task", "f", "--optimizer", "SGD"]
+    training.main([*arguments, "--output", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("together")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("letter", TASKS)
+def test_sizes_fit_the_images(letter: str) -> None:
+    for size in ("standard", "full"):
+        task = tasks(size)[letter]
+        x = torch.rand(2, 1, task.image_size, task.image_size)
+        loss = task.loss(task.loss_fn(), task.model()(x), x, torch.tensor([1, 2]))
+        assert loss.isfinite()
+
+
+def test_evaluates_on_all_images() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4))
+    images = Images(torch.rand(1100, 1, 2, 2), torch.randint(4, (1100,)))
+    with torch.no_grad():
+        logits = model(images.x)
+    total = binary_cross_entropy_with_logits(logits, images.x.flatten(1), reduction="sum")
+    torch.testing.assert_close(mean_loss(TASKS["f"], model, images), float(total) / 1100)
+    assert accuracy(model, images) == float((logits.argmax(1) == images.y).double().mean())
+
+
+def test_batches_go_through_all_images_each_epoch() -> None:
+    indices = batches(replace(TASKS["a"], batch_size=5), 20, seed=0)
+    epochs = [torch.cat([indices(step) for step in range(4 * e, 4 * e + 4)]) for e in range(2)]
+    assert all(epoch.sort().values.tolist() == list(range(20)) for epoch in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_the_last_step_is_evaluated() -> None:
+    task = replace(TASKS["a"], steps=17, evaluations=5)
+    due = [step for step in range(1, 18) if task.due(step)]
+    assert len(due) == 5
+    assert due[-1] == 17
+
+
+def test_schedule_warms_up_and_ends_at_zero() -> None:
+    rates = [schedule(step, 100) for step in range(100)]
+    assert rates[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert sorted(rates[5:], reverse=True) == rates[5:]
+    assert rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize("name", ["SGD", "KFAC fixed", "KFAC tuned"])
+def test_trials_are_as_many_as_asked_for(name: str) -> None:
+    tried = settings(name, TASKS["c"], 4)
+    assert len({json.dumps(setting) for setting in tried}) == 4
+
+
+def test_table_has_ratios_to_the_best_peer() -> None:
+    def run(name: str, losses: list[float]) -> Run:
+        seconds = [1.0, 2.0, 4.0]
+        return Run("s", "f", name, 1, {}, 30, [10, 20, 30], losses, seconds, seconds)
+
+    runs = {
+        "SGD": [run("SGD", [9.0, 8.0, 7.0])],
+        "AdamW": [run("AdamW", [9.0, 8.0, 6.0])],
+        "KFAC": [run("KFAC", [9.0, 5.0, 4.0])],
+    }
+    lines = table([Outcome(TASKS["f"], runs, {"SOAP": "no such thing"})])
+    assert "target: 6.0000, the final training loss of AdamW" in lines[1]
+    assert "KFAC by AdamW: 0.67 of its steps, 0.50 of its time" in "".join(lines)
+    assert any("SOAP" in line and "failed: no such thing" in line for line in lines)
