@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,48 @@ class LayerCall:
     x: Tensor
     y_shape: torch.Size
     output: GradientEdge
+
+
+def ignore(*_: object) -> None:
+    """Take what a hook is called with, and do nothing."""
+
+
+def ignorer() -> Callable[..., None]:
+    """Return what copies of a model have in place of a hook."""
+    return ignore
+
+
+class _Record:
+    """Records the calls of a module; a copy of it, by ``deepcopy`` or ``pickle``, does not.
+
+    Args:
+        capture: Where to record them.
+        layer: The layer.
+        module: One of its modules.
+    """
+
+    def __init__(self, capture: LayerCapture, layer: Layer, module: nn.Module) -> None:
+        self._capture = capture
+        self._layer = layer
+        self._module = module
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if not (self._capture.enabled and torch.is_grad_enabled() and y.requires_grad):
+            return
+        layer, module = self._layer, self._module
+        if not layer.rule.accepts(module, x) or x.shape[0] == 0:
+            raise ValueError(
+                f"The input of '{layer.name}' ({type(module).__name__}) must be a non-empty batch "
+                f"[n, ...], got shape {list(x.shape)}. Add a batch dimension with "
+                "`x.unsqueeze(0)`."
+            )
+        call = LayerCall(layer.name, module, x.detach(), y.shape, get_gradient_edge(y))
+        self._capture.calls.append(call)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ignorer, ()
 
 
 class LayerCapture:
@@ -63,19 +106,7 @@ class LayerCapture:
 
     def _watch(self, layer: Layer, module: nn.Module) -> Callable[[], None]:
         """Record a module's calls under its layer's name; return what undoes that."""
-
-        def record(x: Tensor, y: Tensor) -> None:
-            if self.enabled and torch.is_grad_enabled() and y.requires_grad:
-                if not layer.rule.accepts(module, x) or x.shape[0] == 0:
-                    raise ValueError(
-                        f"The input of '{layer.name}' ({type(module).__name__}) must be a "
-                        f"non-empty batch [n, ...], got shape {list(x.shape)}. Add a batch "
-                        "dimension with `x.unsqueeze(0)`."
-                    )
-                edge = get_gradient_edge(y)
-                self.calls.append(LayerCall(layer.name, module, x.detach(), y.shape, edge))
-
-        return layer.rule.watch(module, record)
+        return layer.rule.watch(module, _Record(self, layer, module))
 
     def take(self) -> list[LayerCall]:
         """Return the calls recorded since the last time, and forget them."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from einconv_kfac.curvature.estimate import uncompiled
 from einconv_kfac.curvature.fisher import Fisher
 from einconv_kfac.curvature.layers import Approximation
 from einconv_kfac.curvature.losses import check_reduction
@@ -118,6 +119,7 @@ class KFAC(Optimizer):
         strict: bool = False,
         seed: int = 0,
     ) -> None:
+        entry, model = model, uncompiled(model)
         self._settings = Settings(
             damping, factor_decay, factor_update_period, inverse_update_period, momentum, kl_clip
         )
@@ -130,7 +132,7 @@ class KFAC(Optimizer):
         defaults = vars(GroupSettings(lr, weight_decay))
         super().__init__(trained if params is None else params, dict(defaults))
         self._preconditioner = KFACPreconditioner(
-            model,
+            entry,
             loss_fn,
             damping=damping,
             parameters=self._own_names(),
@@ -214,6 +216,8 @@ class KFAC(Optimizer):
             self._preconditioner.discard()
             warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=4)
         else:
+            if objective.batches or isinstance(self._step, FixedStep):
+                self._preconditioner.check_gathered(objective.batches)
             self._update_(objective)
             self._preconditioner.finish()
         return loss

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from einconv_kfac.curvature.capture import LayerCapture
+from einconv_kfac.curvature.estimate import uncompiled
 from einconv_kfac.curvature.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.layers import Approximation, find_layers
-from einconv_kfac.curvature.moments import LayerMoments
+from einconv_kfac.optim.gathering import NEVER_SEEN, Gathering
 from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.recording import Batch, Recorder
 from einconv_kfac.optim.running import Pair, RunningFactors
@@ -87,19 +86,15 @@ class KFACPreconditioner:
             damping, factor_decay, factor_update_period, inverse_update_period
         )
         self._estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
-        self._excluded = excluded_modules(model, exclude)
-        self._model = model
+        self._excluded = excluded_modules(uncompiled(model), exclude)
+        self._model = uncompiled(model)
         self._running: dict[str, RunningFactors] = {}
-        self._moments: dict[str, LayerMoments] = {}
         self._trained: list[bool] = []
         self._parameters = parameters
         self.overrides: Mapping[str, GroupSettings] = {}
-        device = next(model.parameters()).device
-        self._generator = Generator(device).manual_seed(seed)
-        self._capture = LayerCapture([])
+        self._gathering = Gathering(model, self._estimator, seed)
+        self.recorder = self._gathering.recorder
         self.cover_(parameters)
-        self.recorder = Recorder(model, loss_fn, self._gather)
-        weakref.finalize(self, self._capture.remove)
         self._steps = 0
         self._begin()
 
@@ -117,7 +112,7 @@ class KFACPreconditioner:
         layers = [
             running.layer
             for name, running in self._running.items()
-            if running.factors is not None or name in self._moments
+            if running.factors is not None or name in self._gathering.moments
         ]
         covered = {n for own in layers if own.weight in gradient for n in own.parameters}
         return {name: tensor for name, tensor in gradient.items() if name not in covered}
@@ -137,8 +132,7 @@ class KFACPreconditioner:
                 continue
             if self._excluded.isdisjoint(layer.modules):
                 self._running[layer.name] = RunningFactors(layer)
-                self._capture.watch(layer)
-                self._moments.pop(layer.name, None)
+                self._gathering.watch(layer)
 
     def notice_unfrozen_(self) -> None:
         """Cover what was unfrozen since the last step."""
@@ -157,7 +151,9 @@ class KFACPreconditioner:
         covered = self.covered()
         named = {n: p for n, p in self._model.named_parameters() if n in covered}
         gradient = {n: p.grad for n, p in named.items() if p.grad is not None}
-        if self.is_finite([*gradient.values()], self.recorder.take()):
+        batches = self.recorder.take()
+        if self.is_finite([*gradient.values()], batches):
+            self._gathering.check(batches)
             constants = self._settings.at(self._steps)
             damping = constants.damping or DEFAULT_DAMPING
             self.update_(constants)
@@ -169,13 +165,19 @@ class KFACPreconditioner:
             self.discard()
             warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=3)
 
+    def check_gathered(self, batches: Sequence[Batch]) -> None:
+        """Raise a ``RuntimeError`` if a layer was trained whose factors are due and not seen."""
+        self._gathering.check(batches)
+
     def is_finite(self, gradients: Sequence[Tensor], batches: Sequence[Batch]) -> bool:
         """Tell whether gradients, losses and the factors that were gathered are finite.
 
         A sum of outer products is finite where its diagonal is, and a tensor where its sum is;
         entries are looked at one by one only if a sum is not, for it may overflow.
         """
-        sums = [part for moments in self._moments.values() for part in moments.sums()]
+        if not self._gathering.finite:
+            return False
+        sums = [part for moments in self._gathering.moments.values() for part in moments.sums()]
         diagonals = [part.diagonal(dim1=-2, dim2=-1) for part in sums]
         tensors = [*gradients, *(batch.loss for batch in batches), *diagonals]
         if not tensors or bool(torch.stack([t.sum().isfinite() for t in tensors]).all()):
@@ -184,7 +186,7 @@ class KFACPreconditioner:
 
     def discard(self) -> None:
         """Forget what was gathered since the last step, as if it had not been seen."""
-        self._generator.set_state(self._generator_before)
+        self._gathering.rewind_()
         self._begin()
 
     def finish(self) -> None:
@@ -198,20 +200,14 @@ class KFACPreconditioner:
         Raises:
             RuntimeError: If nothing was ever gathered.
         """
-        for name, moments in self._moments.items():
+        for name, moments in self._gathering.moments.items():
             a, b = self._estimator.factors(moments)
             scale = self._estimator.scale(moments.examples)
             running = self._running[name]
             running.update_(a, b.mul_(scale), self._of(running, constants).factor_decay)
-        if self._moments:
-            for name in self._due:
-                self._running[name].factor_step = self._steps
+            running.factor_step = self._steps
         if self._running and all(r.factor_step is None for r in self._running.values()):
-            raise RuntimeError(
-                "`step` needs the factors of at least one batch, but `loss_fn` never saw one. "
-                "Compute the loss as `loss_fn(model(x), y)` with the module given here and "
-                "backpropagate it."
-            )
+            raise RuntimeError(NEVER_SEEN)
 
     def refresh_(self, damping: float, decay: Mapping[str, float]) -> None:
         """Recompute the inverses where they are due.
@@ -280,41 +276,24 @@ class KFACPreconditioner:
 
     def _begin(self) -> None:
         """Drop what was gathered, and decide whether to gather for the step to come."""
-        self._moments = {}
-        self._generator_before = self._generator.get_state()
-        self._capture.take()
         constants = self._settings.at(self._steps)
-        self._due = {
+        self._gathering.begin_(
             name
             for name, running in self._running.items()
             if is_due(
                 self._steps, running.factor_step, self._of(running, constants).factor_update_period
             )
-        }
-        self._capture.enabled = bool(self._due)
-
-    def _gather(self, output: Tensor, target: Tensor) -> None:
-        """Add a batch to the factors to come, from the graph of its output."""
-        calls = [call for call in self._capture.take() if call.layer in self._due]
-        if not calls or not bool(output.isfinite().all()):
-            return
-        for call in calls:
-            if call.layer not in self._moments:
-                layer = self._running[call.layer].layer
-                self._moments[call.layer] = LayerMoments(layer, self._estimator.approximation)
-        loss = self.recorder.loss(output, target)
-        self._estimator.add_(self._moments, calls, (output, target, loss), self._generator)
+        )
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good."""
-        self._capture.remove()
-        self.recorder.remove()
+        self._gathering.remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that continuing needs; it loads with ``weights_only=True``."""
         return {
             "layers": {name: running.state_dict() for name, running in self._running.items()},
-            "generator": self._generator.get_state(),
+            "generator": self._gathering.generator.get_state(),
             "steps": self._steps,
         }
 
@@ -336,6 +315,6 @@ class KFACPreconditioner:
         self.check_state(state)
         for name, running in self._running.items():
             running.load_state_dict(state["layers"][name])
-        self._generator.set_state(state["generator"].cpu())
+        self._gathering.generator.set_state(state["generator"].cpu())
         self._steps = state["steps"]
         self._begin()

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.capture import LayerCall, LayerCapture, ignorer
+from einconv_kfac.optim.passes import PendingPasses
 from einconv_kfac.optim.replay import ForwardPass, Surroundings
 
 
@@ -47,30 +49,34 @@ class Recorder:
     Args:
         model: The model.
         loss_fn: The loss module.
-        on_backward: Called with output (with its graph) and target when the backward pass of
-            a loss begins.
+        on_backward: Called when the backward pass of a loss begins, with the output (with its
+            graph), the target, and the calls of layers up to the loss.
+        capture: Records the calls of layers; none by default.
+        entry: The module that is called: the model, or what ``torch.compile`` made of it.
     """
 
     def __init__(
         self,
         model: nn.Module,
         loss_fn: nn.Module,
-        on_backward: Callable[[Tensor, Tensor], None],
+        on_backward: Callable[[Tensor, Tensor, list[LayerCall]], None],
+        capture: LayerCapture | None = None,
+        entry: nn.Module | None = None,
     ) -> None:
         self.enabled = True
         self.batches: list[Batch] = []
         self._model = model
         self._loss_fn = loss_fn
         self._on_backward = on_backward
-        self._begun: tuple[tuple[Any, ...], dict[str, Any], Surroundings] | None = None
-        self._last: ForwardPass | None = None
-        self._handles = _attach(weakref.ref(self), model, loss_fn)
+        self._entry = model if entry is None else entry
+        self._passes = PendingPasses(LayerCapture([]) if capture is None else capture)
+        self._handles = _attach(weakref.ref(self), self._entry, loss_fn)
         weakref.finalize(self, _detach, self._handles)
 
     def take(self) -> list[Batch]:
         """Return the batches since the last time, and forget them."""
         batches, self.batches = self.batches, []
-        self._last = self._begun = None
+        self._passes.clear_()
         return batches
 
     def remove(self) -> None:
@@ -89,27 +95,27 @@ class Recorder:
 
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note how a forward pass begins."""
-        if self._is_recording() and model is self._model:
-            self._begun = (args, kwargs, Surroundings.now(model))
+        if self._is_recording() and model is self._entry:
+            self._passes.begin_(args, kwargs, Surroundings.now(self._model))
 
-    def after_model(self, model: nn.Module, output: Any) -> None:
+    def after_model(self, model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         """Note how it ends."""
-        if self._is_recording() and model is self._model and self._begun is not None:
-            self._last, self._begun = ForwardPass(*self._begun, output), None
+        if self._is_recording() and model is self._entry:
+            self._passes.end_(output)
 
     def after_loss(self, loss_fn: nn.Module, inputs: tuple[Any, ...], loss: Tensor) -> None:
         """Record the batch once its loss is backpropagated."""
         if not self._is_recording() or loss_fn is not self._loss_fn or not loss.requires_grad:
             return
         output, target = inputs
-        forward = self._last if self._last is not None and self._last.output is output else None
+        forward, calls = self._passes.of_(output)
         this, value = weakref.ref(self), loss.detach()  # a hook that knew the loss would keep it
 
         def begin_backward(weight: Tensor) -> None:
             recorder = this()
             if recorder is not None and recorder.enabled:
                 with recorder.paused(), torch.enable_grad():
-                    recorder._on_backward(output, target)
+                    recorder._on_backward(output, target, calls)
                 parts = (output.detach(), target, value, weight.detach())
                 recorder.batches.append(Batch(forward, *parts))
 
@@ -132,25 +138,34 @@ class Recorder:
         return loss
 
 
+class _Hook:
+    """Tells a recorder of an event while there is one; copies of it do nothing.
+
+    Args:
+        recorder: The recorder.
+        event: Name of the method to call.
+    """
+
+    def __init__(self, recorder: weakref.ref[Recorder], event: str) -> None:
+        self._recorder = recorder
+        self._event = event
+
+    def __call__(self, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if (recorder := self._recorder()) is not None:
+            getattr(recorder, self._event)(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ignorer, ()
+
+
 def _attach(reference: weakref.ref[Recorder], model: nn.Module, loss_fn: nn.Module) -> list[Any]:
     """Attach hooks that do nothing once the recorder is gone."""
-
-    def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (recorder := reference()) is not None:
-            recorder.before_model(module, args, kwargs)
-
-    def after_model(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-        if (recorder := reference()) is not None:
-            recorder.after_model(module, output)
-
-    def after_loss(module: nn.Module, inputs: tuple[Any, ...], loss: Tensor) -> None:
-        if (recorder := reference()) is not None:
-            recorder.after_loss(module, inputs, loss)
-
     return [
-        model.register_forward_pre_hook(before_model, with_kwargs=True),
-        model.register_forward_hook(after_model),
-        loss_fn.register_forward_hook(after_loss),
+        model.register_forward_pre_hook(_Hook(reference, "before_model"), with_kwargs=True),
+        model.register_forward_hook(_Hook(reference, "after_model")),
+        loss_fn.register_forward_hook(_Hook(reference, "after_loss")),
     ]
 
 

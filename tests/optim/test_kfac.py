@@ -303,6 +303,6 @@ def test_gradients_that_are_not_finite_are_noticed_and_large_ones_pass(value: fl
     x, y = image_batch()
     loss_fn(model(x), y).backward()
     assert preconditioner.is_finite([], [])
-    moments = preconditioner._moments["2"]
+    moments = preconditioner._gathering.moments["2"]
     moments.sums()[0].fill_(value)
     assert not preconditioner.is_finite([], [])

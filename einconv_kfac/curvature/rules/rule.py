@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -47,11 +48,9 @@ class LayerRule(ABC):
 
     def watch(self, module: Any, record: Record) -> Callable[[], None]:
         """Have the calls of a module recorded, and return what undoes that."""
-
-        def hook(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
-            record(inputs[0] if inputs else next(iter(keywords.values())), output)
-
-        handle: RemovableHandle = module.register_forward_hook(hook, with_kwargs=True)
+        handle: RemovableHandle = module.register_forward_hook(
+            partial(_call_record, record), with_kwargs=True
+        )
         return handle.remove
 
     @abstractmethod
@@ -98,6 +97,13 @@ class LayerRule(ABC):
         terms = g.shape[0] * (1 if approximation == "reduce" else g.shape[-1])
         g = g.sum(-1, keepdim=True) if approximation == "reduce" else g
         return second_moment(g, terms, **into)
+
+
+def _call_record(
+    record: Record, _: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
+) -> None:
+    """Record the first input and the output of a call, as a forward hook."""
+    record(inputs[0] if inputs else next(iter(keywords.values())), output)
 
 
 def with_ones(a: Tensor) -> Tensor:
