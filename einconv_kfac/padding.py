@@ -29,12 +29,28 @@ def pad_input(x: Tensor, padding: Sequence[tuple[int, int]], mode: str = "zeros"
     if mode not in PADDING_MODES:
         raise ValueError(f"`padding_mode` must be one of {PADDING_MODES}, got {mode!r}.")
     if mode == "zeros":
-        flat = [side for sides in reversed(padding) for side in sides]
-        return functional.pad(x, flat) if any(flat) else x
+        return padded(x, padding)
     for dim, (left, right) in enumerate(padding, start=x.ndim - len(padding)):
         if left or right:
             x = x.index_select(dim, _source_positions(x, dim, (left, right), mode))
     return x
+
+
+def padded(x: Tensor, sides: Sequence[tuple[int, int]]) -> Tensor:
+    """Pad the last dimensions with zeros; negative sides are cropped, without a copy.
+
+    A side may be cropped by more than there is, down to the zeros on the other side.
+    """
+    added: list[int] = []
+    for back, (left, right) in enumerate(reversed(sides), 1):
+        if left == 0 == right:
+            added += [0, 0]
+            continue
+        size = x.shape[-back]
+        start, end = min(size, max(0, -left)), max(0, size - max(0, -right))
+        x = x.narrow(-back, start, max(0, end - start))
+        added += [max(0, left - max(0, -right - size)), max(0, right - max(0, -left - size))]
+    return functional.pad(x, added) if any(added) else x
 
 
 def _source_positions(x: Tensor, dim: int, sides: tuple[int, int], mode: str) -> Tensor:

@@ -58,6 +58,7 @@ CONV_CASES = (
     ConvCase("1d-same-even", 2, 4, (9,), (4,), {"padding": "same"}),
     ConvCase("1d-dilated", 4, 2, (13,), (3,), {"dilation": 3, "padding": (2,), "groups": 2}),
     ConvCase("1d-down-sampling", 2, 3, (12,), (2,), {"stride": 4}),
+    ConvCase("1d-window-in-padding", 2, 3, (2,), (1,), {"stride": 10, "padding": 4}),
     ConvCase("2d", 2, 3, (6, 7), (3, 2)),
     ConvCase("2d-padded", 3, 4, (5, 6), (3, 3), {"padding": 1}),
     ConvCase("2d-strided", 4, 6, (9, 7), (3, 3), {"stride": 2, "padding": 1, "groups": 2}),
@@ -77,6 +78,13 @@ CONV_CASES = (
     ConvCase("3d-dense", 2, 2, (4, 6, 2), (2, 3, 1), {"stride": (2, 3, 1)}),
 )  # fmt: skip
 """Convolutions that torch runs itself, in one to three dimensions."""
+
+HIGH_CASES = (
+    ConvCase("4d", 2, 4, (3, 2, 4, 3), (2, 1, 3, 2), {"stride": (1, 1, 2, 1), "padding": 1,
+                                                      "groups": 2}, 2),
+    ConvCase("5d", 1, 2, (2, 3, 2, 2, 3), (2, 2, 1, 2, 2), {"dilation": (1, 2, 1, 1, 1)}, 2),
+)  # fmt: skip
+"""Convolutions in four and five dimensions, of which torch has none."""
 
 
 def case_id(case: ConvCase) -> str:

@@ -16,8 +16,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate.windows import fold_axis, padded
+from einconv_kfac.evaluate.windows import fold_axis
 from einconv_kfac.geometry import Axis, Geometry
+from einconv_kfac.padding import padded
 
 CHUNK_BYTES = 2**20
 """Grid that is worked on at a time, per thread."""

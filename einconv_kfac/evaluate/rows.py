@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate.windows import fold_axis, padded
+from einconv_kfac.evaluate.windows import fold_axis
 from einconv_kfac.geometry import Axis, Geometry
+from einconv_kfac.padding import padded
 
 
 class Slide(NamedTuple):

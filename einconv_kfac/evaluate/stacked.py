@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional, grad
 
-from einconv_kfac.evaluate.windows import fold, padded, unfold
+from einconv_kfac.evaluate.windows import fold, unfold
 from einconv_kfac.geometry import Geometry
+from einconv_kfac.padding import padded
 
 LAST = 3
 """Axes that are left to torch."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
-from torch.nn import functional
 
 from einconv_kfac.geometry import Axis, Geometry
+from einconv_kfac.padding import padded
 
 
 def unfold(geometry: Geometry, x: Tensor) -> Tensor:
@@ -54,19 +52,6 @@ def fold_axis(z: Tensor, kernel: int, output: int, dilation: int, stride: int) -
     return folded
 
 
-def padded(x: Tensor, sides: Sequence[tuple[int, int]]) -> Tensor:
-    """Pad the last dimensions with zeros; negative sides are cropped, without a copy."""
-    added: list[int] = []
-    for back, (left, right) in enumerate(reversed(sides), 1):
-        if left == 0 == right:
-            added += [0, 0]
-            continue
-        start, size = max(0, -left), x.shape[-back]
-        x = x.narrow(-back, start, size - start - max(0, -right))
-        added += [max(0, left), max(0, right)]
-    return functional.pad(x, added) if any(added) else x
-
-
 def _scattered(x: Tensor, axis: Axis) -> Tensor:
     """Replace the first spatial dimension ``o`` by ``[k, i]``, at the end."""
     x = x.movedim(2, -1)
@@ -76,7 +61,7 @@ def _scattered(x: Tensor, axis: Axis) -> Tensor:
         target = scattered[..., entry, :].narrow(-1, entry * axis.dilation, span)
         target[..., :: axis.stride] = x
     left = axis.padding[0]
-    return functional.pad(scattered, (-left, axis.input_size + left - _length(axis)))
+    return padded(scattered, [(-left, axis.input_size + left - _length(axis))])
 
 
 def _length(axis: Axis) -> int:

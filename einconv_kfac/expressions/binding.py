@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from einconv_kfac.expressions.pattern import pattern_tensor
 from einconv_kfac.network.cache import CacheInfo, register
 from einconv_kfac.network.operand import ROLES, Delta, Operand, Pattern
 from einconv_kfac.network.step import Drop, Fold, Insert, Merge, Narrow, Pad, Split, Step, Windows
+from einconv_kfac.padding import padded
 
 
 def _padded(tensor: Tensor, step: Pad) -> Tensor:
-    """Add zeros to both ends of one dimension."""
-    behind = (0, 0) * (tensor.ndim - 1 - step.dim)
-    return functional.pad(tensor, (*behind, step.left, step.right))
+    """Add zeros to both ends of one dimension, or remove positions."""
+    behind = [(0, 0)] * (tensor.ndim - 1 - step.dim)
+    return padded(tensor, [(step.left, step.right), *behind])
 
 
 def _windowed(tensor: Tensor, step: Windows) -> Tensor:

@@ -6,8 +6,10 @@ from importlib import import_module
 
 import pytest
 import torch
-from cases import CONV_CASES, ConvCase, case_id
-from oracles import CONVOLUTIONS, contracted, unfolded
+from cases import CONV_CASES, HIGH_CASES, ConvCase, case_id
+from drawn_cases import conv_cases
+from hypothesis import given, settings
+from oracles import contracted, reference, unfolded
 from torch import Tensor
 
 from einconv_kfac.evaluate import evaluate
@@ -22,10 +24,9 @@ def arguments(operation: str, case: ConvCase) -> tuple[list[object], dict[str, o
     """The arguments with which einconv and einconv_kfac are called alike."""
     x, weight, v = case.input(), case.weight(), case.output_like()
     kernel, options = case.kernel_size, case.options
-    ungrouped = {key: value for key, value in options.items() if key != "groups"}
     return {
         "convNd_forward": ([x, weight], options),
-        "convNd_unfold": ([x, kernel], ungrouped),
+        "convNd_unfold": ([x, kernel], case.ungrouped),
         "convNd_input_vjp": ([weight, v, case.input_size], options),
         "convNd_weight_vjp": ([x, v, kernel], options),
         "convNd_kfc": ([x, kernel], options),
@@ -38,7 +39,7 @@ def expected(operation: str, case: ConvCase) -> Tensor:
     x, weight, v = case.input(), case.weight(), case.output_like()
 
     def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        return CONVOLUTIONS[case.geometry.ndim](x, weight, **case.options)
+        return reference(x, weight, case.geometry)
 
     if operation == "convNd_forward":
         return convolve(x, weight)
@@ -63,11 +64,12 @@ OPERATIONS = [
     "convNd_kfc",
     "convNd_kfac_reduce",
 ]
+ALL_OPERATIONS = pytest.mark.parametrize("operation", OPERATIONS)
 
 
-@ALL_CASES
+@pytest.mark.parametrize("case", [*CONV_CASES, *HIGH_CASES], ids=case_id)
 @SIMPLIFY
-@pytest.mark.parametrize("operation", OPERATIONS)
+@ALL_OPERATIONS
 def test_expression_equals_torch(operation: str, case: ConvCase, simplify: bool) -> None:
     module = import_module(f"einconv_kfac.expressions.{operation}")
     positional, keywords = arguments(operation, case)
@@ -77,7 +79,7 @@ def test_expression_equals_torch(operation: str, case: ConvCase, simplify: bool)
 
 @ALL_CASES
 @SIMPLIFY
-@pytest.mark.parametrize("operation", OPERATIONS)
+@ALL_OPERATIONS
 def test_expression_equals_einconv(operation: str, case: ConvCase, simplify: bool) -> None:
     ours = import_module(f"einconv_kfac.expressions.{operation}")
     theirs = import_module(f"einconv.expressions.{operation}")
@@ -96,8 +98,8 @@ def test_expression_equals_einconv(operation: str, case: ConvCase, simplify: boo
         ]
 
 
-@ALL_CASES
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("case", [*CONV_CASES, *HIGH_CASES], ids=case_id)
+@ALL_OPERATIONS
 def test_evaluation_equals_torch(operation: str, case: ConvCase) -> None:
     module = import_module(f"einconv_kfac.expressions.{operation}")
     x, weight, v = case.input(), case.weight(), case.output_like()
@@ -110,3 +112,12 @@ def test_evaluation_equals_torch(operation: str, case: ConvCase) -> None:
     network = module.network(case.geometry, case.batch, *channels)
     torch.testing.assert_close(evaluate(network, *tensors), expected(operation, case))
     torch.testing.assert_close(evaluate(simplified(network), *tensors), expected(operation, case))
+
+
+@ALL_OPERATIONS
+@settings(max_examples=50)
+@given(case=conv_cases())
+def test_drawn_expression_equals_torch(operation: str, case: ConvCase) -> None:
+    for simplify in (True, False):
+        test_expression_equals_torch(operation, case, simplify)
+    test_evaluation_equals_torch(operation, case)

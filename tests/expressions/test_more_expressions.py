@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONV_CASES, ConvCase, case_id
-from oracles import contracted, convolve, unfolded, unfolded_transposed
+from cases import CONV_CASES, HIGH_CASES, ConvCase, case_id
+from drawn_cases import conv_cases
+from hypothesis import given, settings
+from oracles import contracted, reference, unfolded, unfolded_transposed
 from torch import Tensor
 
 from einconv_kfac.evaluate import evaluate
@@ -17,10 +19,6 @@ from einconv_kfac.geometry import output_padding_of
 from einconv_kfac.network import Network, simplified
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own
-FOUR = ConvCase("4d", 2, 4, (3, 2, 4, 3), (2, 1, 3, 2), {"stride": (1, 1, 2, 1), "padding": 1,
-                                                         "groups": 2}, batch=2)  # fmt: skip
-FIVE = ConvCase("5d", 1, 2, (2, 3, 2, 2, 3), (2, 2, 1, 2, 2), {"dilation": (1, 2, 1, 1, 1)}, 2)
-CASES = pytest.mark.parametrize("case", [*CONV_CASES, FOUR, FIVE], ids=case_id)
 
 
 def expression_of(operation: str, *arguments: Any, **keywords: Any) -> Any:
@@ -55,7 +53,7 @@ def per_example(case: ConvCase, v: Tensor) -> Tensor:
     weight, x = case.weight(), case.input()
 
     def forward(weight: Tensor, x: Tensor) -> Tensor:
-        return convolve(x[None], weight, case.geometry)[0]
+        return reference(x[None], weight, case.geometry)[0]
 
     def pullback(x: Tensor, v: Tensor) -> Tensor:
         return torch.func.vjp(lambda w: forward(w, x), weight)[1](v)[0]
@@ -63,8 +61,7 @@ def per_example(case: ConvCase, v: Tensor) -> Tensor:
     return torch.stack([pullback(*pair) for pair in zip(x, v)])
 
 
-@CASES
-def test_fold(case: ConvCase) -> None:
+def fold(case: ConvCase) -> None:
     geometry, x = case.geometry, case.input()
     columns = unfolded(x, geometry).flatten(1, 2).cos()
     _, pullback = torch.func.vjp(lambda x: unfolded(x, geometry).flatten(1, 2), x)
@@ -75,33 +72,30 @@ def test_fold(case: ConvCase) -> None:
     check_network(network, expected, columns)
 
 
-@CASES
-def test_toeplitz(case: ConvCase) -> None:
+def toeplitz(case: ConvCase) -> None:
     weight, x = case.weight(), case.input()
     size, groups = case.geometry, case.groups
     network = network_of("convNd_toeplitz", size, case.in_channels, case.out_channels)
     matrix = evaluate(network, weight)
     xs = x.flatten(2).unflatten(1, (groups, -1)).flatten(2)
     result = torch.einsum("gab,ngb->nga", matrix, xs).reshape(case.output_like().shape)
-    torch.testing.assert_close(result, convolve(x, weight, case.geometry))
+    torch.testing.assert_close(result, reference(x, weight, case.geometry))
     check_network(network, matrix, weight)
     check("convNd_toeplitz", matrix, weight, case.input_size, **case.options)
 
 
-@CASES
-def test_jvps(case: ConvCase) -> None:
+def jvps(case: ConvCase) -> None:
     x, weight = case.input(), case.weight()
     geometry = case.geometry
     tangent = x.sin()
-    _, expected = torch.func.jvp(lambda x: convolve(x, weight, geometry), (x,), (tangent,))
+    _, expected = torch.func.jvp(lambda x: reference(x, weight, geometry), (x,), (tangent,))
     check("convNd_input_jvp", expected, weight, tangent, **case.options)
     tangent = weight.sin()
-    _, expected = torch.func.jvp(lambda w: convolve(x, w, geometry), (weight,), (tangent,))
+    _, expected = torch.func.jvp(lambda w: reference(x, w, geometry), (weight,), (tangent,))
     check("convNd_weight_jvp", expected, x, tangent, **case.options)
 
 
-@CASES
-def test_per_example_weight_vjp(case: ConvCase) -> None:
+def per_example_weight_vjp(case: ConvCase) -> None:
     x, v, name = case.input(), case.output_like(), "convNd_per_example_weight_vjp"
     expected = per_example(case, v)
     check(name, expected, x, v, case.kernel_size, **case.options)
@@ -115,8 +109,7 @@ def test_per_example_weight_vjp(case: ConvCase) -> None:
     check_network(network_of(name, case.geometry, case.batch, *channels), norms, x, v)
 
 
-@CASES
-def test_ggn_diagonal_and_gram(case: ConvCase) -> None:
+def ggn_diagonal_and_gram(case: ConvCase) -> None:
     x, s = case.input(), vectors(case)
     jacobian = torch.stack([per_example(case, v) for v in s])  # [v, n, (g co), ci, *k]
     sizes = case.geometry, 2, case.batch, case.in_channels, case.out_channels
@@ -149,23 +142,21 @@ def transposed_options(case: ConvCase) -> dict[str, Any]:
     return {**options, "output_padding": extra}
 
 
-@CASES
-def test_transposed_convolution(case: ConvCase) -> None:
+def transposed_convolution(case: ConvCase) -> None:
     weight, x, v = case.weight(), case.output_like(), case.input().cos()
     geometry = case.geometry
     options = {**transposed_options(case), "groups": case.groups}
-    result, pullback = torch.func.vjp(lambda v: convolve(v, weight, geometry), v)
+    result, pullback = torch.func.vjp(lambda v: reference(v, weight, geometry), v)
     (expected,) = pullback(x)
     check("conv_transposeNd_forward", expected, x, weight, **options)
     options.pop("output_padding")
     check("conv_transposeNd_input_vjp", result, weight, v, **options)
-    _, pullback = torch.func.vjp(lambda w: convolve(v, w, geometry), weight)
+    _, pullback = torch.func.vjp(lambda w: reference(v, w, geometry), weight)
     arguments = x, v, case.kernel_size
     check("conv_transposeNd_weight_vjp", pullback(x)[0], *arguments, **options)
 
 
-@CASES
-def test_transposed_unfold_and_factors(case: ConvCase) -> None:
+def transposed_unfold_and_factors(case: ConvCase) -> None:
     x, geometry, options = case.output_like(), case.geometry, transposed_options(case)
     columns = unfolded_transposed(x, geometry)
     arguments, sizes = (x, case.kernel_size), (geometry, case.batch, case.out_channels)
@@ -182,3 +173,28 @@ def test_transposed_unfold_and_factors(case: ConvCase) -> None:
     options.pop("output_padding")
     check(name, expected, *arguments, **options, output_size=case.input_size)
     check_network(network_of(name, *sizes), expected, x)
+
+
+CHECKS = [
+    fold,
+    toeplitz,
+    jvps,
+    per_example_weight_vjp,
+    ggn_diagonal_and_gram,
+    transposed_convolution,
+    transposed_unfold_and_factors,
+]
+ALL_CHECKS = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+
+
+@pytest.mark.parametrize("case", [*CONV_CASES, *HIGH_CASES], ids=case_id)
+@ALL_CHECKS
+def test_operation(check: Callable[[ConvCase], None], case: ConvCase) -> None:
+    check(case)
+
+
+@ALL_CHECKS
+@settings(max_examples=50)
+@given(case=conv_cases())
+def test_operation_on_drawn_geometries(check: Callable[[ConvCase], None], case: ConvCase) -> None:
+    check(case)

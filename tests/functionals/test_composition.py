@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from cases import ConvCase
+from drawn_cases import conv_cases
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from oracles import CONVOLUTIONS, convolve
+from oracles import convolve, reference
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +25,6 @@ from einconv_kfac.functionals import (
     unfoldNd,
     unfoldNd_transpose,
 )
-from einconv_kfac.geometry import Axis, Geometry
 from einconv_kfac.modules import ConvNd, ConvTransposeNd
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own
@@ -161,9 +161,9 @@ def test_types(dtype: torch.dtype, options: dict[str, Any]) -> None:
     tolerance = 4 * torch.finfo(dtype).eps
     close = {"rtol": tolerance, "atol": 20 * tolerance}
     results = ours, *torch.autograd.grad(ours.sum(), operands)
-    for result, reference in zip(results, (expected, *torch.autograd.grad(expected.sum(), exact))):
+    for result, correct in zip(results, (expected, *torch.autograd.grad(expected.sum(), exact))):
         assert result.dtype == dtype
-        torch.testing.assert_close(result.double(), reference, **close)
+        torch.testing.assert_close(result.double(), correct, **close)
 
 
 def test_autocast_and_layout() -> None:
@@ -199,35 +199,11 @@ def test_layers_copy_and_pickle() -> None:
         torch.testing.assert_close(twin(x), layer(x))
 
 
-@st.composite
-def problems(draw: Callable[[st.SearchStrategy[int]], int]) -> tuple[Geometry, int, int]:
-    """A geometry in one to three dimensions, and channels per group."""
-    axes = []
-    for _ in range(draw(st.integers(1, 3))):
-        kernel, stride, dilation = (draw(st.integers(1, 3)) for _ in range(3))
-        left, right = (draw(st.integers(0, 2)) for _ in range(2))
-        span = (kernel - 1) * dilation + 1
-        size = draw(st.integers(max(1, span - left - right), span + 3))
-        axes.append(Axis(size, kernel, stride, (left, right), dilation))
-    groups = draw(st.integers(1, 3))
-    return Geometry(tuple(axes), groups), draw(st.integers(1, 2)), draw(st.integers(1, 2))
-
-
-@settings(derandomize=True, database=None, max_examples=60, deadline=None)
-@given(problems())
-def test_contractions_on_drawn_geometries(problem: tuple[Geometry, int, int]) -> None:
-    geometry, ci, co = problem
-    torch.manual_seed(0)
-    x = torch.randn(2, geometry.groups * ci, *geometry.input_size, dtype=torch.float64)
-    weight = torch.randn(geometry.groups * co, ci, *geometry.kernel_size, dtype=torch.float64)
-    v = torch.randn(2, geometry.groups * co, *geometry.output_size, dtype=torch.float64)
-    sides = [side for pair in reversed(geometry.padding) for side in pair]
-    options = geometry.stride, 0, geometry.dilation, geometry.groups
-
-    def torchs(x: Tensor, weight: Tensor) -> Tensor:
-        return CONVOLUTIONS[geometry.ndim](functional.pad(x, sides), weight, None, *options)
-
-    y, pullback = torch.func.vjp(torchs, x, weight)
+@settings(max_examples=60)
+@given(conv_cases())
+def test_contractions_on_drawn_geometries(case: ConvCase) -> None:
+    geometry, x, weight, v = case.geometry, case.input(), case.weight(), case.output_like()
+    y, pullback = torch.func.vjp(lambda x, w: reference(x, w, geometry), x, weight)
     torch.testing.assert_close(contraction(geometry, "v", x, weight), y)
     torch.testing.assert_close(y, convolve(x, weight, geometry))
     for role, first, second, expected in zip("xw", (weight, x), (v, v), pullback(v)):
