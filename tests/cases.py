@@ -59,6 +59,8 @@ CONV_CASES = (
     ConvCase("1d-dilated", 4, 2, (13,), (3,), {"dilation": 3, "padding": (2,), "groups": 2}),
     ConvCase("1d-down-sampling", 2, 3, (12,), (2,), {"stride": 4}),
     ConvCase("1d-window-in-padding", 2, 3, (2,), (1,), {"stride": 10, "padding": 4}),
+    ConvCase("1d-swap", 2, 3, (8,), (3,), {"dilation": 3}),
+    ConvCase("1d-kernel-in-padding", 2, 3, (1,), (3,), {"padding": 1}),
     ConvCase("2d", 2, 3, (6, 7), (3, 2)),
     ConvCase("2d-padded", 3, 4, (5, 6), (3, 3), {"padding": 1}),
     ConvCase("2d-strided", 4, 6, (9, 7), (3, 3), {"stride": 2, "padding": 1, "groups": 2}),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Iterator
 from importlib import import_module
+from pkgutil import walk_packages
 from typing import Any
 
 import einconv
@@ -91,10 +95,32 @@ def test_snippet_gives_the_same(snippet: str, simplified: bool) -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
-@pytest.mark.parametrize("name", ["", ".functionals", ".modules"])
-def test_public_names_are_there(name: str) -> None:
-    theirs, ours = import_module(f"einconv{name}"), import_module(f"einconv_kfac{name}")
-    assert set(theirs.__all__) <= set(ours.__all__)
+def public_names() -> Iterator[tuple[str, str]]:
+    """Every public name of einconv, with the module from which it is imported."""
+    for name in ["einconv", *(m.name for m in walk_packages(einconv.__path__, "einconv."))]:
+        module = import_module(name)
+        yield from ((name, public) for public in getattr(module, "__all__", ()))
+        if hasattr(module, "einsum_expression"):
+            place, _, last = name.rpartition(".")
+            yield place, last
+
+
+def test_snippets_use_every_public_name() -> None:
+    imports = re.findall(r"^from PACKAGE(\S*) import (.+)$", "\n".join(SNIPPETS), re.MULTILINE)
+    used = {(f"einconv{place}", name) for place, names in imports for name in names.split(", ")}
+    assert used == set(public_names())
+    assert len(used) == 12
+
+
+@pytest.mark.parametrize(("place", "name"), list(public_names()))
+def test_public_names_take_the_same_arguments(place: str, name: str) -> None:
+    signatures = []
+    for module in (import_module(place), import_module(place.replace("einconv", "einconv_kfac"))):
+        found = import_module(f"{module.__name__}.{name}") if "expressions" in place else module
+        function = getattr(found, "einsum_expression" if "expressions" in place else name)
+        parameters = inspect.signature(function).parameters.values()
+        signatures.append([(p.name, p.kind, p.default) for p in parameters])
+    assert signatures[0] == signatures[1]
     assert einconv.index_pattern is not einconv_kfac.index_pattern
 
 

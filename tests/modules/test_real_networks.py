@@ -87,14 +87,30 @@ def test_conversion_keeps_outputs_gradients_and_names(
     kinds = [type(m) for m in converted.modules() if isinstance(m, nn.modules.conv._ConvNd)]
     assert kinds
     assert set(kinds) <= {ConvNd, ConvTransposeNd}
-    converted.load_state_dict(original.state_dict())
-    assert list(converted.state_dict()) == list(original.state_dict())
-    losses = [loss_of(model)() for model in networks]
-    torch.testing.assert_close(*losses)
-    for loss in losses:
-        loss.backward()
+    torch.manual_seed(1)
+    inputs = [torch.randn(4, 3, 16, 16, dtype=torch.float64)] * 2
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    outputs = [model(x) for model, x in zip(networks, inputs)]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.sin().sum().backward()
+    torch.testing.assert_close(*(x.grad for x in inputs))
     for ours, torchs in zip(converted.parameters(), original.parameters()):
         torch.testing.assert_close(ours.grad, torchs.grad)
+
+
+def test_converted_network_loads_the_originals_state(
+    networks: tuple[nn.Module, nn.Module],
+) -> None:
+    original, converted = networks
+    torch.manual_seed(1)
+    for parameter in converted.parameters():
+        nn.init.normal_(parameter)
+    state = original.state_dict()
+    assert list(converted.state_dict()) == list(state)
+    converted.load_state_dict(state)
+    torch.testing.assert_close(*(loss_of(model)() for model in networks))
+    original.load_state_dict(converted.state_dict())
 
 
 def test_converted_network_trains_as_the_original(
@@ -124,5 +140,9 @@ def test_converted_network_compiles(networks: tuple[nn.Module, nn.Module]) -> No
     converted = networks[1].eval()
     compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    torch.testing.assert_close(compiled(x), converted(x))
+    outputs = [model(x) for model in (compiled, converted)]
+    torch.testing.assert_close(*outputs)
+    parameters = list(converted.parameters())
+    gradients = [torch.autograd.grad(y.sin().sum(), parameters) for y in outputs]
+    torch.testing.assert_close(*gradients)
     torch._dynamo.reset()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
+from cases import CONV_CASES, HIGH_CASES, ConvCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,6 +29,8 @@ from einconv_kfac.geometry import Axis, Geometry, convolution
 from einconv_kfac.network import Delta, Leaf, Network, Node, Pattern, rules, simplified
 from einconv_kfac.network.rules.indices import merge_parallel
 from einconv_kfac.network.step import Drop, Merge, Split
+
+PLACE = "einconv_kfac.expressions"
 
 
 def value(network: Network) -> Tensor:
@@ -128,6 +132,36 @@ def test_rule_keeps_the_value(name: str, network: Network) -> None:
 
 def test_every_rule_is_tested() -> None:
     assert {rule.__name__ for rule in rules.RULES} == {name for name, _ in RULE_CASES}
+
+
+def operations(case: ConvCase) -> list[Network]:
+    """The network of every operation on a case."""
+    geometry, n, ci, co = case.geometry, case.batch, case.in_channels, case.out_channels
+    sizes = {
+        (n, ci, co): [
+            "convNd_forward",
+            "convNd_input_vjp",
+            "convNd_weight_vjp",
+            "convNd_per_example_weight_vjp",
+            "convNd_gradient_norm",
+        ],
+        (n, ci): ["convNd_unfold", "convNd_fold", "convNd_kfc", "convNd_kfac_reduce"],
+        (n, co): [f"conv_transposeNd_{name}" for name in ("unfold", "kfc", "kfac_reduce")],
+        (2, n, ci, co): ["convNd_ggn_diagonal", "convNd_gram"],
+        (ci, co): ["convNd_toeplitz"],
+    }
+    modules = [(import_module(f"{PLACE}.{name}"), key) for key in sizes for name in sizes[key]]
+    return [module.network(geometry, *key) for module, key in modules]
+
+
+def test_every_rule_fires() -> None:
+    networks = [network for case in CONV_CASES + HIGH_CASES for network in operations(case)]
+    fired = {name for network in networks for name in simplified(network).fired}
+    names = {rule.__name__ for rule in rules.RULES}
+    made_up = {"drop_duplicate_deltas", "unite_patterns"}  # of equations that are no operation
+    assert names - fired == made_up
+    others = {name for _, network in RULE_CASES for name in simplified(network).fired}
+    assert made_up <= others
 
 
 def test_halves_are_computed_once() -> None:
