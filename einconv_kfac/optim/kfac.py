@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from einconv_kfac.curvature.estimate import uncompiled
@@ -24,9 +24,9 @@ from einconv_kfac.optim.fallback import (
     check_fallback,
     fallback_direction,
 )
-from einconv_kfac.optim.fixed import FixedStep
+from einconv_kfac.optim.fixed import FixedOptions, FixedStep
 from einconv_kfac.optim.objective import Objective, rescaled
-from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
+from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner, rebuilt
 from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.selection import Exclusion
 from einconv_kfac.optim.settings import GroupSettings, Schedule, Settings
@@ -72,7 +72,15 @@ class KFAC(Optimizer):
         factor_update_period: Steps between two updates of the factors. This and the next
             period are shorter at first: a tenth of the steps taken.
         inverse_update_period: Steps between two inversions of the factors.
-        kl_clip: Bound on ``lr^2 d.g`` for ``adaptive=False``, ``None`` for none.
+        kl_clip: Bound on ``lr^2 d.g`` for ``adaptive=False``, ``None`` for none; kfac-jax calls
+            it norm constraint, as it bounds a norm that the curvature defines.
+        norm_constraint: Bound on the Euclidean norm of ``lr d`` for ``adaptive=False``, before
+            momentum; none by default.
+        nesterov: Whether momentum is Nesterov's, as in ``torch.optim.SGD``, for
+            ``adaptive=False``.
+        decoupled_weight_decay: Whether weight decay shrinks the parameters by ``lr`` times
+            itself and leaves gradient and curvature alone (Loshchilov and Hutter, 2019), for
+            ``adaptive=False``.
         exclude: Modules, names of modules or patterns of names (``"encoder.*"``) that are left
             to the fallback, with all that they contain.
         fallback: Direction of the parameters without factors: ``"adam"`` (Kingma and Ba, 2015)
@@ -80,6 +88,8 @@ class KFAC(Optimizer):
             and with a coefficient of its own in the quadratic model; otherwise it is the
             gradient, since Adam's needs an ``lr`` of its own.
         strict: Whether to refuse parameters that no Kronecker factor covers.
+        log_to: Called after each step that was taken with its number, from 0, and
+            `statistics`.
         seed: Seed of the generator for sampled targets.
 
     Raises:
@@ -114,14 +124,29 @@ class KFAC(Optimizer):
         factor_update_period: Schedule = 10,
         inverse_update_period: Schedule = 100,
         kl_clip: Schedule | None = 1e-3,
+        norm_constraint: Schedule | None = None,
+        nesterov: bool = False,
+        decoupled_weight_decay: bool = False,
         exclude: Exclusion = (),
         fallback: Fallback | None = None,
         strict: bool = False,
+        log_to: Callable[[int, dict[str, float]], object] | None = None,
         seed: int = 0,
     ) -> None:
+        unnamed = ("self", "params", "__class__")
+        self._given = {name: value for name, value in locals().items() if name not in unnamed}
+        options = FixedOptions(nesterov, decoupled_weight_decay, norm_constraint)
+        if adaptive:
+            options.check_automatic()
         entry, model = model, uncompiled(model)
         self._settings = Settings(
-            damping, factor_decay, factor_update_period, inverse_update_period, momentum, kl_clip
+            damping,
+            factor_decay,
+            factor_update_period,
+            inverse_update_period,
+            momentum,
+            kl_clip,
+            norm_constraint,
         )
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._reduction = check_reduction(loss_fn)
@@ -145,8 +170,12 @@ class KFAC(Optimizer):
             inverse_update_period=inverse_update_period,
             seed=seed,
         )
-        kind = AutomaticStep if adaptive else FixedStep
-        self._step: AutomaticStep | FixedStep = kind(self._preconditioner)
+        self._decoupled, self._log_to = decoupled_weight_decay, log_to
+        self._step: AutomaticStep | FixedStep = (
+            AutomaticStep(self._preconditioner)
+            if adaptive
+            else FixedStep(self._preconditioner, options)
+        )
         self._statistics: dict[str, float] = {}
         if strict and (gaps := [n for n, kind in self.coverage().items() if kind == self._fallback]):
             self.remove_hooks()
@@ -220,6 +249,8 @@ class KFAC(Optimizer):
                 self._preconditioner.check_gathered(objective.batches)
             self._update_(objective)
             self._preconditioner.finish()
+            if self._log_to is not None:
+                self._log_to(self._preconditioner.steps - 1, self.statistics())
         return loss
 
     def _own_names(self) -> list[str]:
@@ -241,9 +272,10 @@ class KFAC(Optimizer):
                 overrides[name := self._names[parameter]] = settings
                 if parameter.grad is not None:
                     parameters[name], momenta[name] = parameter, settings.momentum
-                    decay[name], rates[name] = settings.weight_decay, settings.lr
+                    decay[name] = 0.0 if self._decoupled else settings.weight_decay
+                    rates[name] = settings.lr
                     unscaled = parameter.grad if scale is None else parameter.grad / scale
-                    gradient[name] = unscaled.add(parameter, alpha=settings.weight_decay)
+                    gradient[name] = unscaled.add(parameter, alpha=decay[name])
         batches = self._preconditioner.recorder.take()
         if hasattr(self, "found_inf"):
             batches = rescaled(batches, scale, self._reduction)
@@ -257,7 +289,7 @@ class KFAC(Optimizer):
             adaptive = isinstance(self._step, AutomaticStep)
             if adaptive:
                 constants = replace(constants, momentum=objective.momentum(constants.momentum))
-            memory = {name: self.state[p] for name, p in objective.parameters.items()}
+            memory = {n: _following_(self.state[p], p) for n, p in objective.parameters.items()}
             plain = self._preconditioner.without_factors(objective.gradient)
             decays = WITHOUT_MOMENTUM if adaptive else DECAYS
             others, moments = fallback_direction(self._fallback, plain, memory, decays)
@@ -266,6 +298,11 @@ class KFAC(Optimizer):
             self._statistics = self._step.take_(objective, memory, constants)
             for name, state in moments.items():
                 memory[name].update(state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Describe how to copy it, with its model and its loss, by ``pickle`` or ``deepcopy``."""
+        given = {**self._given, "params": [dict(group) for group in self.param_groups]}
+        return rebuilt, (type(self), given, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that continuing needs; it loads with ``weights_only=True``."""
@@ -293,3 +330,11 @@ class KFAC(Optimizer):
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
         self._preconditioner.load_state_dict(state["preconditioner"])
         self._step.load_state_dict(state["automatic"])
+
+
+def _following_(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """Move what is remembered of a parameter to its device and dtype, which may have changed."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = value.to(parameter)
+    return state

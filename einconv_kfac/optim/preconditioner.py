@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -82,6 +82,8 @@ class KFACPreconditioner:
         inverse_update_period: Schedule = 100,
         seed: int = 0,
     ) -> None:
+        unnamed = ("self", "__class__")
+        self._given = {name: value for name, value in locals().items() if name not in unnamed}
         self._settings = Settings(
             damping, factor_decay, factor_update_period, inverse_update_period
         )
@@ -289,6 +291,10 @@ class KFACPreconditioner:
         """Detach from the model and the loss for good."""
         self._gathering.remove_hooks()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Describe how to copy it, with its model and its loss, by ``pickle`` or ``deepcopy``."""
+        return rebuilt, (type(self), self._given, self.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that continuing needs; it loads with ``weights_only=True``."""
         return {
@@ -318,3 +324,10 @@ class KFACPreconditioner:
         self._gathering.generator.set_state(state["generator"].cpu())
         self._steps = state["steps"]
         self._begin()
+
+
+def rebuilt(kind: Callable[..., Any], given: dict[str, Any], state: dict[str, Any]) -> Any:
+    """Return a copy, from the arguments it was made with and its state."""
+    made = kind(**given)
+    made.load_state_dict(state)
+    return made

@@ -109,6 +109,8 @@ class Recorder:
             return
         output, target = inputs
         forward, calls = self._passes.of_(output)
+        if forward is None and not _depends(loss, self._model):
+            return  # it is another model's
         this, value = weakref.ref(self), loss.detach()  # a hook that knew the loss would keep it
 
         def begin_backward(weight: Tensor) -> None:
@@ -167,6 +169,20 @@ def _attach(reference: weakref.ref[Recorder], model: nn.Module, loss_fn: nn.Modu
         model.register_forward_hook(_Hook(reference, "after_model")),
         loss_fn.register_forward_hook(_Hook(reference, "after_loss")),
     ]
+
+
+def _depends(loss: Tensor, model: nn.Module) -> bool:
+    """Tell whether a loss depends on a model's parameters."""
+    own = set(model.parameters())
+    found: set[Any] = {None}
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        if (node := waiting.pop()) not in found:
+            found.add(node)
+            if getattr(node, "variable", None) in own:
+                return True
+            waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 def _detach(handles: list[Any]) -> None:

@@ -36,6 +36,7 @@ class RunningFactors:
             self.factors = (a, b)
             return
         weight = (1 - decay) / (1 - decay**self.updates)
+        self.factors = (self.factors[0].to(a), self.factors[1].to(b))
         for running, new in zip(self.factors, (a, b)):
             running.lerp_(new, weight)
 
@@ -51,10 +52,10 @@ class RunningFactors:
 
     def apply(self, gradient: dict[str, Tensor], inverses: Pair) -> dict[str, Tensor]:
         """Return the preconditioned gradient of the layer's parameters."""
-        a, b = inverses
         if not gradient.keys() >= set(self.layer.parameters):
             gradient = {**self.layer.zeros(), **gradient}
         rows = self.layer.to_matrix(gradient)
+        a, b = (inverse.to(rows.device) for inverse in inverses)
         result = self.layer.from_matrix(b @ rows.to(a.dtype) @ a)
         return {name: tensor.to(rows.dtype) for name, tensor in result.items()}
 

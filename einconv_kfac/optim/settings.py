@@ -64,9 +64,10 @@ class Settings:
     inverse_update_period: Schedule = 100
     momentum: Schedule | None = None
     kl_clip: Schedule | None = 1e-3
+    norm_constraint: Schedule | None = None
 
     def __post_init__(self) -> None:
-        for name in ("damping", "kl_clip"):
+        for name in ("damping", "kl_clip", "norm_constraint"):
             self._check(name, positive=True)
         for name in ("factor_decay", "momentum"):
             self._check(name, below=1.0)
@@ -97,6 +98,7 @@ class Constants:
     inverse_update_period: int
     momentum: float | None
     kl_clip: float | None
+    norm_constraint: float | None
 
     def of(self, group: GroupSettings | None) -> Constants:
         """Return the numbers that hold for a parameter group."""
