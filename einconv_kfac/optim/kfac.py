@@ -26,7 +26,7 @@ from einconv_kfac.optim.fallback import (
 )
 from einconv_kfac.optim.fixed import FixedOptions, FixedStep
 from einconv_kfac.optim.objective import Objective, rescaled
-from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner, rebuilt
+from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner, arguments, rebuilt
 from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.selection import Exclusion
 from einconv_kfac.optim.settings import GroupSettings, Schedule, Settings
@@ -133,8 +133,7 @@ class KFAC(Optimizer):
         log_to: Callable[[int, dict[str, float]], object] | None = None,
         seed: int = 0,
     ) -> None:
-        unnamed = ("self", "params", "__class__")
-        self._given = {name: value for name, value in locals().items() if name not in unnamed}
+        self._given = arguments(locals())
         options = FixedOptions(nesterov, decoupled_weight_decay, norm_constraint)
         if adaptive:
             options.check_automatic()

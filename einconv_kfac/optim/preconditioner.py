@@ -82,8 +82,7 @@ class KFACPreconditioner:
         inverse_update_period: Schedule = 100,
         seed: int = 0,
     ) -> None:
-        unnamed = ("self", "__class__")
-        self._given = {name: value for name, value in locals().items() if name not in unnamed}
+        self._given = arguments(locals())
         self._settings = Settings(
             damping, factor_decay, factor_update_period, inverse_update_period
         )
@@ -324,6 +323,11 @@ class KFACPreconditioner:
         self._gathering.generator.set_state(state["generator"].cpu())
         self._steps = state["steps"]
         self._begin()
+
+
+def arguments(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a constructor that has just begun was given, without the parameters."""
+    return {n: value for n, value in names.items() if n not in ("self", "params", "__class__")}
 
 
 def rebuilt(kind: Callable[..., Any], given: dict[str, Any], state: dict[str, Any]) -> Any:
