@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from einconv_kfac.evaluate import columns
 from einconv_kfac.evaluate.rows import Rows, adjoint_rows_of, rows_of
 from einconv_kfac.geometry import Geometry
 
@@ -62,6 +63,8 @@ def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
     if _pointwise(geometry) and x.dtype not in LOW_PRECISION:
         matrices = _mixing(groups, x[_positions(geometry)], v)
         return matrices.view(v.shape[1], channels, *geometry.kernel_size)
+    if columns.pays(geometry, x):
+        return columns.weight_vjp(geometry, x, v)
     rows = rows_of(geometry, unfold_all=channels * geometry.kernel_size[-1] < NARROW)
     v = v.reshape(v.shape[0], groups, -1, rows.outputs)
     shape = (len(rows.slices), groups, v.shape[2], channels * rows.entries)
