@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from cases import CONV_CASES, HIGH_CASES, ConvCase, case_id
+from cases import CONV_CASES, HIGH_CASES, UNMET, ConvCase, case_id
 from drawn_cases import conv_cases
 from hypothesis import given, settings
 from oracles import contracted, reference, unfolded
@@ -67,7 +67,7 @@ OPERATIONS = [
 ALL_OPERATIONS = pytest.mark.parametrize("operation", OPERATIONS)
 
 
-@pytest.mark.parametrize("case", [*CONV_CASES, *HIGH_CASES], ids=case_id)
+@pytest.mark.parametrize("case", [*CONV_CASES, *HIGH_CASES, UNMET], ids=case_id)
 @SIMPLIFY
 @ALL_OPERATIONS
 def test_expression_equals_torch(operation: str, case: ConvCase, simplify: bool) -> None:
@@ -98,7 +98,7 @@ def test_expression_equals_einconv(operation: str, case: ConvCase, simplify: boo
         ]
 
 
-@pytest.mark.parametrize("case", [*CONV_CASES, *HIGH_CASES], ids=case_id)
+@pytest.mark.parametrize("case", [*CONV_CASES, *HIGH_CASES, UNMET], ids=case_id)
 @ALL_OPERATIONS
 def test_evaluation_equals_torch(operation: str, case: ConvCase) -> None:
     module = import_module(f"einconv_kfac.expressions.{operation}")

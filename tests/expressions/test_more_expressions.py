@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONV_CASES, HIGH_CASES, ConvCase, case_id
+from cases import CONV_CASES, HIGH_CASES, UNMET, ConvCase, case_id
 from drawn_cases import conv_cases
 from hypothesis import given, settings
 from oracles import contracted, reference, unfolded, unfolded_transposed
@@ -187,7 +187,7 @@ CHECKS = [
 ALL_CHECKS = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 
 
-@pytest.mark.parametrize("case", [*CONV_CASES, *HIGH_CASES], ids=case_id)
+@pytest.mark.parametrize("case", [*CONV_CASES, *HIGH_CASES, UNMET], ids=case_id)
 @ALL_CHECKS
 def test_operation(check: Callable[[ConvCase], None], case: ConvCase) -> None:
     check(case)

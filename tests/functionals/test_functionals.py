@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CONV_CASES, ConvCase, case_id
+from cases import CONV_CASES, UNMET, ConvCase, case_id
 from oracles import CONVOLUTIONS, TRANSPOSED, convolve, unfolded, unfolded_transposed
 from torch.nn import functional
 
@@ -20,7 +20,7 @@ from einconv_kfac.functionals import (
 from einconv_kfac.geometry import convolution, output_padding_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own
-ALL_CASES = pytest.mark.parametrize("case", CONV_CASES, ids=case_id)
+ALL_CASES = pytest.mark.parametrize("case", [*CONV_CASES, UNMET], ids=case_id)
 SIMPLIFY = pytest.mark.parametrize("simplify", [True, False], ids=["simplified", "plain"])
 
 
