@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from einconv_kfac.optim.objective import Memory, Objective
 from einconv_kfac.optim.preconditioner import Inverses, KFACPreconditioner
 from einconv_kfac.optim.quadratic import Direction, QuadraticModel, sum_of
 from einconv_kfac.optim.settings import Constants, is_due
+
+_BUFFER = "momentum_buffer"
 
 INITIAL_DAMPING = 0.1
 """First damping, as a multiple of the curvature along the first gradient."""
@@ -28,9 +31,15 @@ ADAPTATION = (19 / 20) ** ADAPTATION_PERIOD
 """Factor of one adaptation (Martens and Grosse, 2015)."""
 
 
-_BUFFER = "momentum_buffer"
+MIX_PERIOD = 5
+"""Steps between two fits of a coefficient for every direction. In between, their combination
+with the last coefficients is rescaled, which takes one Jacobian-vector product."""
+LARGEST_CHANGE = 1.0
+"""Bound on the change of a layer's output, root mean square, as a multiple of that of the
+output itself, where a step follows trials. A larger one can leave rectifiers without a gradient
+for good."""
 
-SCALE_PERIOD = 20
+SCALE_PERIOD = 100
 """Steps between two trials of the damping of the inverses."""
 SCALE_GROWTH = 2
 """Early trials come each time the number of steps has doubled or so."""
@@ -45,18 +54,26 @@ class Fit:
     """A step: a combination of directions.
 
     Args:
-        directions: The directions, the previous update last if there is one.
+        directions: The directions.
         model: The quadratic model in their span.
         coefficients: The coefficients that minimise it.
         predicted: The change that it predicts for them.
-        has_previous: Whether the last direction is the previous update.
+        mix: The coefficients of the preconditioned gradient, of what has no factors if there
+            is such, and of the previous update if there is one.
     """
 
     directions: list[Direction]
     model: QuadraticModel
     coefficients: Tensor
     predicted: float
-    has_previous: bool
+    mix: tuple[float, ...]
+
+    def update(self, objective: Objective, rate: float = 1.0) -> Direction:
+        """Return the step times a rate, by parameter name."""
+        return {
+            name: _combined(name, (self.coefficients * rate).to(parameter), self.directions)
+            for name, parameter in objective.parameters.items()
+        }
 
     @property
     def rank(self) -> float:
@@ -74,11 +91,14 @@ class AutomaticStep:
     def __init__(self, preconditioner: KFACPreconditioner) -> None:
         self._preconditioner = preconditioner
         self._recorder = preconditioner.recorder
+        self._recorder.keeps_outputs = True
         self._damping: float | None = None
         self._floor = 0.0
         self._adapted: int | None = None
         self._scaled: int | None = None
         self._scale = 1.0
+        self._mix: tuple[float, ...] = ()
+        self._mixed: int | None = None
         self.ratio = math.nan
 
     def take_(self, objective: Objective, memory: Memory, constants: Constants) -> dict[str, float]:
@@ -100,13 +120,15 @@ class AutomaticStep:
             return {"damping": damping}
         rate = max(objective.rates.values())
         before = objective.value()
-        _move_(objective, memory, fit.directions, fit.coefficients * rate)
+        for name, update in fit.update(objective, rate).items():
+            memory[name][_BUFFER] = update
+            objective.parameters[name].add_(update)
         predicted = fit.model.change(fit.coefficients * rate, damping)
         self.adapt_(self._preconditioner.steps, objective, before, predicted)
         return {
             "damping": damping,
-            "step_size": float(fit.coefficients[0]) * rate,
-            "momentum": float(fit.coefficients[-1]) * rate if fit.has_previous else 0.0,
+            "step_size": fit.mix[0] * rate,
+            "momentum": fit.mix[-1] * rate if previous else 0.0,
             "predicted": float(predicted),
             "ratio": self.ratio,
         }
@@ -144,22 +166,27 @@ class AutomaticStep:
             damping: The damping of the quadratic model.
             momentum: The coefficient of the previous update if it is given.
         """
-        machine = self._preconditioner
-        given = self._damping is None
+        machine, given = self._preconditioner, self._damping is None
         if given or not is_due(machine.steps, self._scaled, SCALE_PERIOD, SCALE_GROWTH):
             machine.refresh_(damping * self._scale, objective.decay)
-            covered = machine.precondition(objective.gradient)
-            return self._fit(objective, (covered, previous), damping, momentum)
-        tried: list[tuple[Fit, float, Inverses]] = []
-        for scale in self._scales():
-            inverses = machine.inverted(damping * scale, objective.decay)
-            covered = machine.precondition(objective.gradient, inverses)
-            fit = self._fit(objective, (covered, previous), damping, momentum)
-            tried.append((fit, scale, inverses))
-        best, self._scale, inverses = min(tried, key=lambda trial: trial[0].rank)
-        self._scaled = machine.steps
-        machine.use_(inverses)
-        return best
+            directions = _directions(objective, machine.precondition(objective.gradient), previous)
+            if momentum is None and self._keeps_mix(len(directions)):
+                return self._rescaled(objective, directions, damping)
+            fit = self._fit(objective, directions, bool(previous), damping, momentum)
+        else:
+            tried: list[tuple[Fit, float, Inverses]] = []
+            for scale in self._scales():
+                inverses = machine.inverted(damping * scale, objective.decay)
+                covered = machine.precondition(objective.gradient, inverses)
+                directions = _directions(objective, covered, previous)
+                fit = self._fit(objective, directions, bool(previous), damping, momentum)
+                tried.append((fit, scale, inverses))
+            fit, self._scale, inverses = min(tried, key=lambda trial: trial[0].rank)
+            self._scaled = machine.steps
+            machine.use_(inverses)
+            fit = self._bounded(objective, fit, damping)
+        self._mix, self._mixed = fit.mix, machine.steps
+        return fit
 
     def _scales(self) -> list[float]:
         """Return the present scale of the inverses' damping, a larger and a smaller one."""
@@ -167,26 +194,52 @@ class AutomaticStep:
         others = (self._scale * SCALE_CHANGE, self._scale / SCALE_CHANGE)
         return [self._scale, *(scale for scale in others if smallest <= scale <= largest)]
 
+    def _keeps_mix(self, count: int) -> bool:
+        """Tell whether the last coefficients still tell how to combine ``count`` directions."""
+        due = is_due(self._preconditioner.steps, self._mixed, MIX_PERIOD)
+        return not due and len(self._mix) == count
+
+    def _rescaled(self, objective: Objective, directions: list[Direction], damping: float) -> Fit:
+        """Return the best multiple of the combination with the last coefficients."""
+        mixed = {name: _combined(name, self._mix, directions) for name in objective.parameters}
+        model = objective.model(self._recorder, [mixed])
+        scale = model.minimum(damping)
+        predicted = float(model.change(scale, damping))
+        mix = tuple(float(scale) * c for c in self._mix)
+        return Fit([mixed], model, scale, predicted, mix)
+
     def _fit(
         self,
         objective: Objective,
-        directions: tuple[Direction, Direction],
+        directions: list[Direction],
+        has_previous: bool,
         damping: float,
         momentum: float | None,
     ) -> Fit:
         """Return the combination of directions that minimises the quadratic model."""
-        covered, previous = directions
-        descent = _descent(objective, covered)
-        every = [*descent, previous] if previous else descent
-        model = objective.model(self._recorder, every)
+        model = objective.model(self._recorder, directions)
         coefficients = model.minimum(damping)
-        if previous:
+        if has_previous:
             best = float(coefficients[-1])
             wanted = min(max(best, 0.0), LARGEST_MOMENTUM) if momentum is None else momentum
             if wanted != best:
-                coefficients = model.minimum(damping, {len(descent): wanted})
+                coefficients = model.minimum(damping, {len(directions) - 1: wanted})
         predicted = float(model.change(coefficients, damping))
-        return Fit(every, model, coefficients, predicted, bool(previous))
+        return Fit(directions, model, coefficients, predicted, tuple(coefficients.tolist()))
+
+    def _bounded(self, objective: Objective, fit: Fit, damping: float) -> Fit:
+        """Return a step that changes no layer's output too much."""
+        if not math.isfinite(fit.predicted):
+            return fit
+        update = fit.update(objective)
+        change = self._preconditioner.largest_change(update, objective.parameters)
+        scale = min(1.0, LARGEST_CHANGE / change) if change else 1.0
+        if scale == 1.0:
+            return fit
+        coefficients = fit.coefficients * scale
+        predicted = float(fit.model.change(coefficients, damping))
+        mix = tuple(scale * c for c in fit.mix)
+        return replace(fit, coefficients=coefficients, predicted=predicted, mix=mix)
 
     def adapt_(self, step: int, objective: Objective, before: Tensor, predicted: Tensor) -> None:
         """Compare the reduction of the objective with the predicted one, where it is due.
@@ -221,6 +274,8 @@ class AutomaticStep:
             "adapted": self._adapted,
             "scale": self._scale,
             "scaled": self._scaled,
+            "mix": list(self._mix),
+            "mixed": self._mixed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -230,25 +285,26 @@ class AutomaticStep:
         self._adapted = state["adapted"]
         self._scale = state["scale"]
         self._scaled = state["scaled"]
+        self._mix = tuple(state["mix"])
+        self._mixed = state["mixed"]
 
 
-def _descent(objective: Objective, covered: Direction) -> list[Direction]:
-    """Return descent directions: of the covered parameters, and of the others.
+def _directions(objective: Objective, covered: Direction, previous: Direction) -> list[Direction]:
+    """Return the descent directions, and the previous update unless it is empty.
 
     Learning rates count relative to the largest one.
     """
     rates, largest = objective.rates, max(objective.rates.values()) or 1.0
-    return [
+    descent = [
         {name: tensor * (-rates[name] / largest) for name, tensor in direction.items()}
         for direction in (covered, objective.others)
         if direction
     ]
+    return [*descent, previous] if previous else descent
 
 
-def _move_(objective: Objective, memory: Memory, directions: list[Direction], coefficients: Tensor) -> None:
-    """Add the combination of directions to the parameters, and remember it."""
-    for name, parameter in objective.parameters.items():
-        scales = coefficients.to(parameter)
-        update = sum_of([c * d[name] for c, d in zip(scales, directions) if name in d])
-        memory[name][_BUFFER] = update
-        parameter.add_(update)
+def _combined(
+    name: str, coefficients: Sequence[float] | Tensor, directions: Sequence[Direction]
+) -> Tensor:
+    """Return a combination of directions for one parameter."""
+    return sum_of([c * d[name] for c, d in zip(coefficients, directions) if name in d])

@@ -6,8 +6,11 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor, nn
+
 from einconv_kfac.curvature.capture import LayerCall, LayerCapture
 from einconv_kfac.optim.replay import ForwardPass, Surroundings
+from einconv_kfac.optim.tangents import Kept, keep_output
 
 LIMIT = 8
 """Number of forward passes without a loss of which the layers' calls are kept."""
@@ -18,14 +21,14 @@ class _Pass:
     """A forward pass: how it began, what its layers were called with, and its output.
 
     Args:
-        begun: Arguments, keyword arguments and surroundings, or ``None`` for calls of layers
+        begun: Arguments, keyword arguments, surroundings and kept outputs, or ``None`` for calls of layers
             outside of a forward pass of the model.
         calls: The calls of layers.
         output: Returns the output while somebody keeps it.
         used: Whether a loss was computed from it.
     """
 
-    begun: tuple[tuple[Any, ...], dict[str, Any], Surroundings] | None = None
+    begun: tuple[tuple[Any, ...], dict[str, Any], Surroundings, Kept] | None = None
     calls: list[LayerCall] = field(default_factory=list)
     output: Any = None
     used: bool = False
@@ -53,9 +56,17 @@ class PendingPasses:
         """Begin a forward pass of the model."""
         self._collect_()
         dead = [known for known in self._passes if known.alive() is None]
+        for known in dead:
+            known.begun = None
         pending = [known for known in dead if not known.used][-LIMIT:]
         kept = [p for p in self._passes if p not in dead or p in pending]
-        self._passes = [*kept, _Pass((args, kwargs, now))]
+        self._passes = [*kept, _Pass((args, kwargs, now, {}))]
+
+    def keep_(self, module: nn.Module, output: Tensor) -> None:
+        """Keep a module's output for the forward pass that is under way."""
+        current = self._passes[-1] if self._passes else None
+        if current is not None and current.begun is not None and current.output is None:
+            keep_output(current.begun[-1], module, output)
 
     def end_(self, output: Any) -> None:
         """End it."""

@@ -275,6 +275,14 @@ class KFACPreconditioner:
                 result.update(running.apply(gradient, pair))
         return {name: tensor for name, tensor in result.items() if name in gradient}
 
+    def largest_change(self, update: Direction, parameters: Direction) -> float:
+        """Return by how much an update changes the outputs of the layer where that is most.
+
+        The change is root mean square, relative to that of the layer's output.
+        """
+        changes = [r.change(update, parameters) for r in self._running.values() if r.factors]
+        return float(torch.stack(changes).amax()) if changes else 0.0
+
     def _begin(self) -> None:
         """Drop what was gathered, and decide whether to gather for the step to come."""
         constants = self._settings.at(self._steps)

@@ -159,6 +159,6 @@ def _output_tangent(
             )
             for name, tangent in direction.items()
         }
-        output = recorder.replay(batch, duals)
+        output = recorder.tangent(batch, duals)
         tangent = forward_ad.unpack_dual(output).tangent  # type: ignore[no-untyped-call]
         return torch.zeros_like(output) if tangent is None else tangent.clone()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.capture import LayerCall, LayerCapture, ignorer
 from einconv_kfac.optim.passes import PendingPasses
 from einconv_kfac.optim.replay import ForwardPass, Surroundings
+from einconv_kfac.optim.tangents import LINEAR
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Recorder:
         entry: nn.Module | None = None,
     ) -> None:
         self.enabled = True
+        self.keeps_outputs = False
         self.batches: list[Batch] = []
         self._model = model
         self._loss_fn = loss_fn
@@ -97,6 +99,11 @@ class Recorder:
         """Note how a forward pass begins."""
         if self._is_recording() and model is self._entry:
             self._passes.begin_(args, kwargs, Surroundings.now(self._model))
+
+    def after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the output of a linear layer, which Jacobian-vector products do not repeat then."""
+        if self.keeps_outputs and self.enabled:
+            self._passes.keep_(module, output)
 
     def after_model(self, model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         """Note how it ends."""
@@ -133,6 +140,13 @@ class Recorder:
             output: Tensor = batch.forward.again(self._model, parameters)
         return output
 
+    def tangent(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
+        """Return the output on a batch for its own parameters, which carry tangents."""
+        assert batch.forward is not None
+        with self.paused():
+            output: Tensor = batch.forward.tangent(self._model, parameters)
+        return output
+
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Evaluate the loss without recording it."""
         with self.paused():
@@ -164,7 +178,9 @@ class _Hook:
 
 def _attach(reference: weakref.ref[Recorder], model: nn.Module, loss_fn: nn.Module) -> list[Any]:
     """Attach hooks that do nothing once the recorder is gone."""
+    layers = [module for module in model.modules() if type(module) in LINEAR]
     return [
+        *(layer.register_forward_hook(_Hook(reference, "after_layer")) for layer in layers),
         model.register_forward_pre_hook(_Hook(reference, "before_model"), with_kwargs=True),
         model.register_forward_hook(_Hook(reference, "after_model")),
         loss_fn.register_forward_hook(_Hook(reference, "after_loss")),

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from einconv_kfac.optim.tangents import Kept, quick_tangents
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -51,11 +53,20 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """One call of a model."""
+    """One call of a model.
+
+    Args:
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        surroundings: What else it depended on.
+        kept: The outputs of its linear layers, or nothing.
+        output: Its output.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     surroundings: Surroundings
+    kept: Kept
     output: Any
 
     def again(self, model: nn.Module, parameters: dict[str, Tensor]) -> Any:
@@ -64,6 +75,28 @@ class ForwardPass:
         Random layers draw what they drew; buffers such as running statistics stay as they are.
         Attention takes the one implementation that has a forward mode.
         """
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        values = _values(model, parameters)
         with self.surroundings.restored(), sdpa_kernel(SDPBackend.MATH):
-            return functional_call(model, {**buffers, **parameters}, self.args, self.kwargs)
+            return functional_call(model, values, self.args, self.kwargs, tie_weights=False)
+
+    def tangent(self, model: nn.Module, parameters: dict[str, Tensor]) -> Any:
+        """Return the output as `again` does, for parameters of the same values with tangents."""
+        with quick_tangents(model, self.kept):
+            return self.again(model, parameters)
+
+
+def _values(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return other parameters and copies of the buffers, by name in each module that has them.
+
+    Each module comes once, since `functional_call` forgets what it replaced in a module that it
+    meets under several names.
+    """
+    values: dict[Tensor, Tensor] = {model.get_parameter(n): v for n, v in parameters.items()}
+    values |= {buffer: buffer.clone() for buffer in model.buffers()}
+    return {
+        name: values[tensor]
+        for prefix, module in model.named_modules()
+        for tensors in (module.named_parameters, module.named_buffers)
+        for name, tensor in tensors(prefix, recurse=False)
+        if tensor in values
+    }

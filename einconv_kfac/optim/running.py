@@ -50,6 +50,18 @@ class RunningFactors:
             return None
         return damped_inverses(self.factors, damping, f"'{self.layer.name}'")
 
+    def change(self, update: dict[str, Tensor], parameters: dict[str, Tensor]) -> Tensor:
+        """Return ``sqrt(tr(U A U^T) / tr(W A W^T))`` for an update ``U`` of parameters ``W``."""
+        assert self.factors is not None
+        a, _ = self.factors
+        squares = []
+        for values in (update, parameters):
+            known = {name: values[name] for name in self.layer.parameters if name in values}
+            rows = self.layer.to_matrix({**self.layer.zeros(), **known}).to(a.dtype)
+            squares.append(((rows @ a) * rows).sum())
+        change: Tensor = (squares[0] / squares[1].clamp_min(torch.finfo(a.dtype).tiny)).sqrt()
+        return change
+
     def apply(self, gradient: dict[str, Tensor], inverses: Pair) -> dict[str, Tensor]:
         """Return the preconditioned gradient of the layer's parameters."""
         if not gradient.keys() >= set(self.layer.parameters):

@@ -1,0 +1,142 @@
+"""Forward-mode differentiation that computes no layer's output twice.
+
+Torch's forward mode evaluates a layer together with its tangent. For layers that are linear in
+input and parameters, the output is known from the recorded forward pass, so that the tangent
+
+    dy = f(dx; W) + f(x; dW, db)
+
+is all that is left to compute. For batch normalisation on batch statistics, whose Jacobian in
+the input is symmetric, the tangent is that of torch's backward kernel at ``dx``, plus the
+normalisation of ``x`` with scale and shift ``dW`` and ``db``; torch's own formula takes several
+times as many passes over the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+Kept: TypeAlias = dict[nn.Module, list[tuple[Tensor, int]]]
+"""Outputs by module, in the order of its calls, with the version at which they were right."""
+
+Forward: TypeAlias = Callable[[Tensor], Tensor]
+
+LINEAR = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+"""Modules that are linear in their input and in their parameters; subclasses may not be."""
+NORMALIZING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def keep_output(kept: Kept, module: nn.Module, output: Tensor) -> None:
+    """Note an output, unless activations are checkpointed."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        kept.setdefault(module, []).append((output.detach(), output._version))
+
+
+@contextmanager
+def quick_tangents(model: nn.Module, kept: Kept) -> Iterator[None]:
+    """Make layers compute their tangents as above inside the block.
+
+    Args:
+        model: The model.
+        kept: The outputs of its recorded forward pass, which is about to be repeated.
+    """
+    changed = []
+    for module in model.modules():
+        if "forward" in vars(module):
+            continue
+        if type(module) in LINEAR and module in kept:
+            module.forward = _linear(module, iter(kept[module]))
+        elif type(module) in NORMALIZING and module.training:
+            module.forward = _normalizing(module)
+        else:
+            continue
+        changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _linear(module: Any, outputs: Iterator[tuple[Tensor, int]]) -> Forward:
+    """Return the forward pass of a linear module whose outputs are known."""
+    ordinary = type(module).forward
+
+    def at(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        before = dict(module._parameters)
+        module._parameters.update(weight=weight, bias=bias)
+        try:
+            result: Tensor = ordinary(module, x)
+        finally:
+            module._parameters.update(before)
+        return result
+
+    def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        output, version = next(outputs, (None, 0))
+        if output is None or output._version != version or len(args) != 1 or kwargs:
+            unknown: Tensor = ordinary(module, *args, **kwargs)
+            return unknown
+        weight, d_weight = _parts(module.weight)
+        _, d_bias = _parts(module.bias)
+        x, dx = _parts(args[0])
+        if d_weight is None and d_bias is not None:
+            d_weight = torch.zeros_like(weight)
+        tangent = None if d_weight is None else at(d_weight, d_bias, x)
+        if dx is not None:
+            through = at(weight, None, dx)
+            tangent = through if tangent is None else tangent.add_(through)
+        return output if tangent is None else _dual(output, tangent)
+
+    return forward
+
+
+def _normalizing(module: Any) -> Forward:
+    """Return the forward pass of batch normalisation on batch statistics."""
+    ordinary = type(module).forward
+
+    def forward(x: Tensor) -> Tensor:
+        data, dx = _parts(x)
+        weight, d_weight = _parts(module.weight)
+        bias, d_bias = _parts(module.bias)
+        if dx is None or weight is None or weight.dtype != data.dtype:
+            unknown: Tensor = ordinary(module, x)
+            return unknown
+        eps = module.eps
+        output, mean, scale = torch.native_batch_norm(data, weight, bias, None, None, True, 0, eps)
+        tangent, *_ = torch.ops.aten.native_batch_norm_backward(
+            dx, data, weight, None, None, mean, scale, True, eps, [True, False, False]
+        )
+        if d_weight is not None or d_bias is not None:
+            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight
+            own, *_ = torch.native_batch_norm(data, d_weight, d_bias, None, None, True, 0, eps)
+            tangent = tangent.add_(own)
+        return _dual(output, tangent)
+
+    return forward
+
+
+def _parts(tensor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return value and tangent."""
+    if tensor is None:
+        return None, None  # type: ignore[return-value]
+    value, tangent = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+    return value, tangent
+
+
+def _dual(value: Tensor, tangent: Tensor) -> Tensor:
+    """Join value and tangent."""
+    dual: Tensor = forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
+    return dual
