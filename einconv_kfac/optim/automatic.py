@@ -31,6 +31,8 @@ ADAPTATION = (19 / 20) ** ADAPTATION_PERIOD
 """Factor of one adaptation (Martens and Grosse, 2015)."""
 
 
+REJECTION = 4.0
+"""Factor by which the damping and its floor grow when a step is undone."""
 MIX_PERIOD = 5
 """Steps between two fits of a coefficient for every direction. In between, their combination
 with the last coefficients is rescaled, which takes one Jacobian-vector product."""
@@ -99,6 +101,7 @@ class AutomaticStep:
         self._scale = 1.0
         self._mix: tuple[float, ...] = ()
         self._mixed: int | None = None
+        self._range: tuple[float, float] | None = None
         self.ratio = math.nan
 
     def take_(self, objective: Objective, memory: Memory, constants: Constants) -> dict[str, float]:
@@ -108,6 +111,8 @@ class AutomaticStep:
             RuntimeError: If a forward pass of the objective is not known.
         """
         objective.check_replay()
+        if self._undone_(objective, memory):
+            return {"damping": self.damping(objective), "rejected": 1.0}
         damping = constants.damping
         damping = self.damping(objective) if damping is None else damping
         self._preconditioner.update_(constants)
@@ -132,6 +137,25 @@ class AutomaticStep:
             "predicted": float(predicted),
             "ratio": self.ratio,
         }
+
+    def _undone_(self, objective: Objective, memory: Memory) -> bool:
+        """Undo the previous step if the objective on the present batch exploded.
+
+        That is: if it exceeds all values so far by more than their largest size or range. On
+        the batch of the previous step itself, a step that fits noise looks as good as any.
+        """
+        value = float(objective.value())
+        lowest, highest = self._range or (value, value)
+        exploded = value > highest + max(abs(highest), highest - lowest)
+        if self._damping is None or not exploded or not any(_BUFFER in m for m in memory.values()):
+            self._range = min(lowest, value), max(highest, value)
+            return False
+        for name, parameter in objective.parameters.items():
+            if _BUFFER in memory[name]:
+                parameter.sub_(memory[name].pop(_BUFFER))
+        self._damping *= REJECTION
+        self._floor *= REJECTION
+        return True
 
     def damping(self, objective: Objective) -> float:
         """Return the damping; the first is a fraction of the curvature along the gradient."""
@@ -171,7 +195,9 @@ class AutomaticStep:
             machine.refresh_(damping * self._scale, objective.decay)
             directions = _directions(objective, machine.precondition(objective.gradient), previous)
             if momentum is None and self._keeps_mix(len(directions)):
-                return self._rescaled(objective, directions, damping)
+                fit = self._rescaled(objective, directions, damping)
+                if float(fit.coefficients) > 0 and not (previous and fit.mix[-1] > LARGEST_MOMENTUM):
+                    return fit
             fit = self._fit(objective, directions, bool(previous), damping, momentum)
         else:
             tried: list[tuple[Fit, float, Inverses]] = []
@@ -276,6 +302,7 @@ class AutomaticStep:
             "scaled": self._scaled,
             "mix": list(self._mix),
             "mixed": self._mixed,
+            "range": self._range and list(self._range),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -287,6 +314,7 @@ class AutomaticStep:
         self._scaled = state["scaled"]
         self._mix = tuple(state["mix"])
         self._mixed = state["mixed"]
+        self._range = state["range"] and (state["range"][0], state["range"][1])
 
 
 def _directions(objective: Objective, covered: Direction, previous: Direction) -> list[Direction]:

@@ -210,7 +210,8 @@ class KFAC(Optimizer):
 
         ``damping``, and with ``adaptive=True`` ``step_size``, ``momentum``, ``predicted`` (the
         change of the objective that the quadratic model predicted) and ``ratio`` (the true by
-        the predicted change, where they were last compared); otherwise ``clip``.
+        the predicted change, where they were last compared), or ``rejected`` where the step
+        before was undone, since the loss exploded after it; otherwise ``clip``.
         """
         return dict(self._statistics)
 

@@ -306,3 +306,33 @@ def test_gradients_that_are_not_finite_are_noticed_and_large_ones_pass(value: fl
     moments = preconditioner._gathering.moments["2"]
     moments.sums()[0].fill_(value)
     assert not preconditioner.is_finite([], [])
+
+
+class TestRejection:
+    def test_a_step_after_which_the_loss_explodes_is_undone(self) -> None:
+        model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+        opt = KFAC(model, loss_fn)
+        train_step(model, loss_fn, opt, image_batch())
+        before, damping = weights(model), opt.statistics()["damping"]
+        train_step(model, loss_fn, opt, image_batch())
+        x, y = image_batch()
+        loss = 100 * loss_fn(model(x), y)
+        loss.backward()
+        opt.step()
+        torch.testing.assert_close(weights(model), before, rtol=1e-12, atol=1e-12)
+        assert opt.statistics()["rejected"] == 1
+        assert opt.statistics()["damping"] > 2 * damping
+
+    def test_labels_without_meaning_do_no_harm(self) -> None:
+        torch.manual_seed(0)
+        model, loss_fn = conv_net(random_layers=True), nn.CrossEntropyLoss()
+        opt = KFAC(model, loss_fn)
+        losses = []
+        for _ in range(150):
+            x, y = torch.randn_like(image_batch(12)[0]), torch.randint(3, (12,))
+            opt.zero_grad()
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            opt.step()
+            losses.append(loss.item())
+        assert sorted(losses[-50:])[25] < 3
