@@ -226,9 +226,10 @@ def kfac_fixed(model: nn.Module, task: Task, setting: Setting) -> Trainer:
 
 def kfac(model: nn.Module, task: Task, setting: Setting) -> Trainer:
     """Our K-FAC with the automatic step, on its defaults but for what the setting says."""
-    loss_fn = task.loss_fn()
-    opt = KFAC(model, loss_fn, **setting)
-    return replace(torch_trainer([opt], model, loss_fn, task), scheduled=False)
+    loss_fn, changes = task.loss_fn(), dict(setting)
+    scheduled = bool(changes.pop("scheduled", False))
+    opt = KFAC(model, loss_fn, **changes)
+    return replace(torch_trainer([opt], model, loss_fn, task), scheduled=scheduled)
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, Task, Setting], Trainer]] = {

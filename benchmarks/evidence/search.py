@@ -9,7 +9,7 @@ from evidence.tasks import Task
 LEARNING_RATES = {
     "SGD": (0.02, 0.5),
     "AdamW": (1e-3, 2e-2),
-    "SOAP": (1e-3, 2e-2),
+    "SOAP": (2e-3, 5e-2),
     "SINGD": (1e-3, 0.1),
     "asdl K-FAC": (0.03, 1.0),
     "KFAC fixed": (0.01, 0.3),
@@ -20,15 +20,16 @@ AUTOENCODER_LEARNING_RATES = {**LEARNING_RATES, "SGD": (1e-4, 1e-2)}
 DAMPINGS = {"SINGD": (1e-4, 1e-1), "asdl K-FAC": (1e-3, 1.0), "KFAC fixed": (1e-3, 1.0)}
 """Smallest and largest damping."""
 KFAC_SETTINGS: tuple[dict[str, Any], ...] = (
+    {"lr": 0.3},
     {"fisher": "forward-only"},
-    {"factor_update_period": 5, "inverse_update_period": 20},
+    {"scheduled": True},
+    {"fisher": "forward-only", "scheduled": True},
     {"approximation": "reduce"},
-    {"lr": 0.7},
+    {"factor_update_period": 5, "inverse_update_period": 20},
     {"fisher": "empirical"},
     {"mc_samples": 4},
-    {"momentum": 0.9},
 )
-"""Settings of the automatic K-FAC, beside its defaults."""
+"""Settings of the automatic K-FAC, beside its defaults; some with the schedule of the peers."""
 
 
 def settings(optimizer: str, task: Task, trials: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from evidence.data import Images, fashion_mnist, synthetic
 from evidence.optimizers import schedule
 from evidence.report import Outcome, table
 from evidence.runs import Run, accuracy, mean_loss, train
-from evidence.search import settings
+from evidence.search import KFAC_SETTINGS, settings
 from evidence.tasks import TASKS, batches, tasks
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -87,6 +87,13 @@ def test_every_peer_trains(name: str, letter: str) -> None:
     run = train(task, task.data(synthetic(64, 16)), Run("quick", letter, name, 0, setting, 2))
     assert not run.error
     assert len(run.losses) == len(run.seconds) == len(run.steps) > 0
+
+
+@pytest.mark.parametrize("setting", KFAC_SETTINGS, ids=str)
+def test_every_setting_of_kfac_trains(setting: dict[str, object]) -> None:
+    task = tasks("quick")["a"]
+    run = Run("quick", "a", "KFAC tuned", 0, setting, 2)
+    assert not train(task, task.data(synthetic(64, 16)), run).error
 
 
 def test_a_missing_package_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
