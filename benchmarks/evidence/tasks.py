@@ -69,7 +69,7 @@ TASKS = {
         Task("a", "CNN, batch 128", partial(small_cnn, 14, (16, 32), 64), 128, 500, 14),
         Task("b", "CNN, batch 2048", partial(small_cnn, 14, (16, 32), 64), 2048, 50, 14),
         Task("c", "20 plain layers", partial(plain_cnn, 8), 128, 150),
-        Task("d", "ResNet-20", partial(resnet20, 8), 128, 200, 14, 20_000),
+        Task("d", "ResNet-20", partial(resnet20, 8), 128, 160, 14, 20_000),
         Task(
             "e",
             "convolutional autoencoder",
@@ -78,10 +78,10 @@ TASKS = {
             120,
             autoencoder=True,
         ),
-        Task("f", "deep autoencoder", partial(deep_autoencoder, SIZES), 500, 100, autoencoder=True),
+        Task("f", "deep autoencoder", partial(deep_autoencoder, SIZES), 500, 80, autoencoder=True),
     )
 }
-"""What fits into somewhat more than an hour on one core."""
+"""What fits into an hour and a half on one core."""
 
 _FULL: dict[str, dict[str, Any]] = {
     "a": {"model": partial(small_cnn, 28, (32, 64), 128), "steps": 2350, "image_size": 28},
