@@ -33,7 +33,7 @@ class SquaredGradients:
         self.layer = layer
         self.examples = 0
         self._basis = basis
-        self._sum: Tensor | None = None
+        self.total: Tensor | None = None  # of the squares so far, [g, co, d]
         self._inputs: list[Tensor] = []
 
     @torch.no_grad()
@@ -49,15 +49,15 @@ class SquaredGradients:
         """See `Moments`."""
         g = torch.cat([self._rotated(c, dy) for c, dy in zip(calls, gradients)], dim=-1)
         a = torch.cat(self._inputs, dim=-1)  # n g d s
-        if self._sum is None:
-            self._sum = g.new_zeros(g.shape[1], g.shape[2], a.shape[2])
+        if self.total is None:
+            self.total = g.new_zeros(g.shape[1], g.shape[2], a.shape[2])
         if a.shape[-1] == 1:  # no weight sharing: squares of outer products
             left, right = g.squeeze(-1).square(), a.squeeze(-1).square()
-            self._sum.add_(torch.einsum("nga,ngb->gab", left, right), alpha=scale)
+            self.total.add_(torch.einsum("nga,ngb->gab", left, right), alpha=scale)
             return
-        step = max(1, _LARGEST // self._sum.numel())
+        step = max(1, _LARGEST // self.total.numel())
         for part_g, part_a in zip(torch.split(g, step), torch.split(a, step)):
-            self._sum.add_((part_g @ part_a.mT).square().sum(0), alpha=scale)
+            self.total.add_((part_g @ part_a.mT).square().sum(0), alpha=scale)
 
     def block(self, scale: float) -> EigenBlock:
         """Return the block with the averages as eigenvalues.
@@ -65,9 +65,9 @@ class SquaredGradients:
         Raises:
             RuntimeError: If nothing was added.
         """
-        if self._sum is None:
+        if self.total is None:
             raise no_data(self.layer)
-        values = self._sum * (scale / self.examples)
+        values = self.total * (scale / self.examples)
         if self._basis is None:
             return EigenBlock(None, None, values, self.layer.layout)
         return EigenBlock(self._basis.basis_a, self._basis.basis_b, values, self.layer.layout)
@@ -78,11 +78,11 @@ class SquaredGradients:
         a = with_ones(a) if self.layer.bias is not None else a
         a = a.to(torch.promote_types(a.dtype, torch.float32))
         basis = None if self._basis is None else self._basis.basis_a
-        return a if basis is None else basis.mT @ a
+        return a if basis is None else basis.to(a).mT @ a
 
     def _rotated(self, call: LayerCall, gradient: Tensor) -> Tensor:
         """Return ``U_B^T g`` as ``[n, g, co, s]``."""
         g = self.layer.rule.outputs(call.module, gradient)
         g = g.to(torch.promote_types(g.dtype, torch.float32))
         basis = None if self._basis is None else self._basis.basis_b
-        return g if basis is None else basis.mT @ g
+        return g if basis is None else basis.to(g).mT @ g

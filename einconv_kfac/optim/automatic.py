@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from einconv_kfac.optim.objective import Memory, Objective
-from einconv_kfac.optim.preconditioner import Inverses, KFACPreconditioner
+from einconv_kfac.optim.preconditioner import KFACPreconditioner
 from einconv_kfac.optim.quadratic import Direction, QuadraticModel, sum_of
+from einconv_kfac.optim.renewal import Inverses
 from einconv_kfac.optim.settings import Constants, is_due
 
 _BUFFER = "momentum_buffer"
@@ -201,8 +202,9 @@ class AutomaticStep:
             fit = self._fit(objective, directions, bool(previous), damping, momentum)
         else:
             tried: list[tuple[Fit, float, Inverses]] = []
-            for scale in self._scales():
-                inverses = machine.inverted(damping * scale, objective.decay)
+            scales = self._scales()
+            found = machine.inverted([damping * scale for scale in scales], objective.decay)
+            for scale, inverses in zip(scales, found):
                 covered = machine.precondition(objective.gradient, inverses)
                 directions = _directions(objective, covered, previous)
                 fit = self._fit(objective, directions, bool(previous), damping, momentum)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.clipping import kl_clip_factor, norm_factor
-from einconv_kfac.optim.objective import Memory, Objective
+from einconv_kfac.optim.objective import Memory, Objective, Statistics
 from einconv_kfac.optim.preconditioner import DEFAULT_DAMPING, KFACPreconditioner
 from einconv_kfac.optim.settings import Constants, Schedule
 
@@ -47,7 +47,7 @@ class FixedStep:
         self._preconditioner = preconditioner
         self._options = options
 
-    def take_(self, objective: Objective, memory: Memory, constants: Constants) -> dict[str, float]:
+    def take_(self, objective: Objective, memory: Memory, constants: Constants) -> Statistics:
         """Take a step, and return its statistics."""
         damping = DEFAULT_DAMPING if constants.damping is None else constants.damping
         gradient, rates = objective.gradient, objective.rates
@@ -63,7 +63,7 @@ class FixedStep:
             step = others[name] if name in others else direction[name] * clip.to(parameter)
             step = self._accelerated_(step, memory[name], _momentum(objective, name, constants))
             parameter.sub_(step, alpha=rates[name])
-        return {"damping": damping, "clip": float(clip)}
+        return {"damping": damping, "clip": clip}
 
     def _decay_(self, objective: Objective) -> None:
         """Shrink the parameters by the rate times the weight decay."""

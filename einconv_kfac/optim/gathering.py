@@ -9,11 +9,12 @@ from typing import Any
 from torch import Generator, Tensor, nn
 
 from einconv_kfac.curvature.capture import LayerCall, LayerCapture
+from einconv_kfac.curvature.eigen import EigenBlock
 from einconv_kfac.curvature.estimate import uncompiled
 from einconv_kfac.curvature.fisher import FisherEstimator
 from einconv_kfac.curvature.layers import Layer
-from einconv_kfac.curvature.moments import LayerMoments
 from einconv_kfac.optim.recording import Recorder
+from einconv_kfac.optim.sums import LayerSums
 
 NEVER_SEEN = (
     "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
@@ -36,7 +37,8 @@ class Gathering:
         self._estimator = estimator
         self._model = uncompiled(model)
         self._layers: dict[str, Layer] = {}
-        self.moments: dict[str, LayerMoments] = {}
+        self.moments: dict[str, LayerSums] = {}
+        self.bases: dict[str, EigenBlock] = {}  # in which squared gradients are summed
         self.due: set[str] = set()
         self.finite = True
         self._capture = LayerCapture([])
@@ -76,7 +78,8 @@ class Gathering:
             return
         self._follow_(output)
         for name in {call.layer for call in own} - self.moments.keys():
-            self.moments[name] = LayerMoments(self._layers[name], self._estimator.approximation)
+            layer, approximation = self._layers[name], self._estimator.approximation
+            self.moments[name] = LayerSums(layer, approximation, self.bases.get(name))
         loss = self.recorder.loss(output, target)
         with self._capture.paused():  # checkpointed layers run again
             self._estimator.add_(self.moments, own, (output, target, loss), self.generator)

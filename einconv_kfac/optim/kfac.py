@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from einconv_kfac.curvature.fisher import Fisher
 from einconv_kfac.curvature.layers import Approximation
 from einconv_kfac.curvature.losses import check_reduction
 from einconv_kfac.optim.automatic import AutomaticStep
+from einconv_kfac.optim.copying import arguments, rebuilt
 from einconv_kfac.optim.coverage import Training, training, uncovered
 from einconv_kfac.optim.fallback import (
     DECAYS,
@@ -25,13 +26,14 @@ from einconv_kfac.optim.fallback import (
     fallback_direction,
 )
 from einconv_kfac.optim.fixed import FixedOptions, FixedStep
+from einconv_kfac.optim.inverses import Inverse
 from einconv_kfac.optim.objective import Objective, rescaled
-from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner, arguments, rebuilt
+from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
 from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.selection import Exclusion
 from einconv_kfac.optim.settings import GroupSettings, Schedule, Settings
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class KFAC(Optimizer):
@@ -72,6 +74,15 @@ class KFAC(Optimizer):
         factor_update_period: Steps between two updates of the factors. This and the next
             period are shorter at first: a tenth of the steps taken.
         inverse_update_period: Steps between two inversions of the factors.
+        inverse: ``"factored"`` splits the damping between the factors by trace balance (Martens
+            and Grosse, 2015), and takes a Cholesky decomposition of each; ``"exact"`` adds it to
+            their Kronecker product, by eigendecompositions, so that the damping of every step
+            is used at once; ``"ekfac"`` also replaces the eigenvalues by running averages of
+            squared gradients of single examples (George et al., 2018), which are projected to
+            the new eigenbasis where that changes.
+        inverse_in_background: Whether a thread inverts, from the second inversion on. An
+            inverse is taken over a tenth of its period after the step whose factors it
+            inverts, at the earliest in the next step, however long the thread takes.
         kl_clip: Bound on ``lr^2 d.g`` for ``adaptive=False``, ``None`` for none; kfac-jax calls
             it norm constraint, as it bounds a norm that the curvature defines.
         norm_constraint: Bound on the Euclidean norm of ``lr d`` for ``adaptive=False``, before
@@ -123,6 +134,8 @@ class KFAC(Optimizer):
         factor_decay: Schedule = 0.95,
         factor_update_period: Schedule = 10,
         inverse_update_period: Schedule = 100,
+        inverse: Inverse = "factored",
+        inverse_in_background: bool = False,
         kl_clip: Schedule | None = 1e-3,
         norm_constraint: Schedule | None = None,
         nesterov: bool = False,
@@ -167,6 +180,8 @@ class KFAC(Optimizer):
             factor_decay=factor_decay,
             factor_update_period=factor_update_period,
             inverse_update_period=inverse_update_period,
+            inverse=inverse,
+            inverse_in_background=inverse_in_background,
             seed=seed,
         )
         self._decoupled, self._log_to = decoupled_weight_decay, log_to
@@ -175,7 +190,7 @@ class KFAC(Optimizer):
             if adaptive
             else FixedStep(self._preconditioner, options)
         )
-        self._statistics: dict[str, float] = {}
+        self._statistics: Mapping[str, float | Tensor] = {}
         if strict and (gaps := [n for n, kind in self.coverage().items() if kind == self._fallback]):
             self.remove_hooks()
             raise ValueError(uncovered(model, gaps))
@@ -211,9 +226,12 @@ class KFAC(Optimizer):
         ``damping``, and with ``adaptive=True`` ``step_size``, ``momentum``, ``predicted`` (the
         change of the objective that the quadratic model predicted) and ``ratio`` (the true by
         the predicted change, where they were last compared), or ``rejected`` where the step
-        before was undone, since the loss exploded after it; otherwise ``clip``.
+        before was undone, since the loss exploded after it; otherwise ``clip``. Of all steps so
+        far, ``cholesky_retries`` counts decompositions that were tried again, in float64 and then
+        with ten times the damping of that layer.
         """
-        return dict(self._statistics)
+        numbers = {name: float(value) for name, value in self._statistics.items()}
+        return {**numbers, "cholesky_retries": float(self._preconditioner.retries())}
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good; no step can be taken after it."""

@@ -14,6 +14,8 @@ from einconv_kfac.optim.recording import Batch, Recorder
 
 Memory: TypeAlias = Mapping[str, dict[str, Any]]
 """What the optimizer keeps by parameter name: its state, as torch calls it."""
+Statistics: TypeAlias = Mapping[str, float | Tensor]
+"""What a step did; tensors are numbers on the device that nobody has asked for yet."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,23 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.estimate import uncompiled
 from einconv_kfac.curvature.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.layers import Approximation, find_layers
+from einconv_kfac.optim.copying import arguments, rebuilt
 from einconv_kfac.optim.gathering import NEVER_SEEN, Gathering
+from einconv_kfac.optim.inverses import Inverse
+from einconv_kfac.optim.inversion import kind_of
 from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.recording import Batch, Recorder
-from einconv_kfac.optim.running import Pair, RunningFactors
+from einconv_kfac.optim.renewal import Inverses, Renewal
+from einconv_kfac.optim.running import RunningFactors
 from einconv_kfac.optim.selection import Exclusion, excluded_modules
 from einconv_kfac.optim.settings import (
     Constants,
     GroupSettings,
     Schedule,
     Settings,
+    interval,
     is_due,
 )
-
-Inverses: TypeAlias = dict[str, Pair | None]
-"""Damped inverses by layer name."""
 
 DEFAULT_DAMPING = 0.03
 NOT_FINITE = "A gradient, loss or Kronecker factor was not finite; the step was skipped."
@@ -52,6 +54,8 @@ class KFACPreconditioner:
         factor_decay: Decay of the running averages of the factors.
         factor_update_period: Steps between two updates of the factors.
         inverse_update_period: Steps between two inversions.
+        inverse: How the damped curvature is inverted.
+        inverse_in_background: Whether a thread inverts.
         seed: Seed of the generator for sampled targets.
 
     Raises:
@@ -80,6 +84,8 @@ class KFACPreconditioner:
         factor_decay: Schedule = 0.95,
         factor_update_period: Schedule = 10,
         inverse_update_period: Schedule = 100,
+        inverse: Inverse = "factored",
+        inverse_in_background: bool = False,
         seed: int = 0,
     ) -> None:
         self._given = arguments(locals())
@@ -90,6 +96,8 @@ class KFACPreconditioner:
         self._excluded = excluded_modules(uncompiled(model), exclude)
         self._model = uncompiled(model)
         self._running: dict[str, RunningFactors] = {}
+        self._inverse = inverse
+        self._renewal = Renewal(self._running, kind_of(inverse, fisher), inverse_in_background)
         self._trained: list[bool] = []
         self._parameters = parameters
         self.overrides: Mapping[str, GroupSettings] = {}
@@ -107,6 +115,10 @@ class KFACPreconditioner:
     def covered(self) -> set[str]:
         """Return the names of the parameters that factors cover."""
         return {name for r in self._running.values() for name in r.layer.parameters}
+
+    def retries(self) -> int:
+        """Return how often a factor was decomposed again, in float64 or with more damping."""
+        return sum(running.retries for running in self._running.values())
 
     def without_factors(self, gradient: Direction) -> Direction:
         """Return the gradients that the coming step will not precondition."""
@@ -173,14 +185,13 @@ class KFACPreconditioner:
     def is_finite(self, gradients: Sequence[Tensor], batches: Sequence[Batch]) -> bool:
         """Tell whether gradients, losses and the factors that were gathered are finite.
 
-        A sum of outer products is finite where its diagonal is, and a tensor where its sum is;
-        entries are looked at one by one only if a sum is not, for it may overflow.
+        A tensor is finite where its sum is; entries are looked at one by one only if a sum is
+        not, for it may overflow.
         """
         if not self._gathering.finite:
             return False
-        sums = [part for moments in self._gathering.moments.values() for part in moments.sums()]
-        diagonals = [part.diagonal(dim1=-2, dim2=-1) for part in sums]
-        tensors = [*gradients, *(batch.loss for batch in batches), *diagonals]
+        sums = [part for own in self._gathering.moments.values() for part in own.checked()]
+        tensors = [*gradients, *(batch.loss for batch in batches), *sums]
         if not tensors or bool(torch.stack([t.sum().isfinite() for t in tensors]).all()):
             return True
         return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
@@ -205,13 +216,17 @@ class KFACPreconditioner:
             a, b = self._estimator.factors(moments)
             scale = self._estimator.scale(moments.examples)
             running = self._running[name]
-            running.update_(a, b.mul_(scale), self._of(running, constants).factor_decay)
+            factor_decay = self._of(running, constants).factor_decay
+            running.update_(a, b.mul_(scale), factor_decay)
+            if moments.squares is not None:
+                running.correct_(moments.squares.block(scale).values, factor_decay)
             running.factor_step = self._steps
+            running.factor_seconds = moments.seconds
         if self._running and all(r.factor_step is None for r in self._running.values()):
             raise RuntimeError(NEVER_SEEN)
 
     def refresh_(self, damping: float, decay: Mapping[str, float]) -> None:
-        """Recompute the inverses where they are due.
+        """Recompute the inverses where they are due, and set the damping where that is free.
 
         Args:
             damping: Damping of the inverses.
@@ -221,41 +236,35 @@ class KFACPreconditioner:
             RuntimeError: If a damped factor is singular. No inverse is changed then.
         """
         constants = self._settings.at(self._steps)
-        due = [
-            name
+        intervals = {
+            name: interval(self._steps, self._of(running, constants).inverse_update_period)
             for name, running in self._running.items()
-            if is_due(
-                self._steps,
-                running.inverse_step,
-                self._of(running, constants).inverse_update_period,
-            )
-        ]
-        self.use_(self.inverted(damping, decay, due))
+        }
+        self._renewal.refresh_(self._dampings(damping, decay), intervals, self._steps)
 
     def inverted(
-        self, damping: float, decay: Mapping[str, float], layers: Collection[str] | None = None
-    ) -> Inverses:
-        """Return the damped inverses by layer; raises like `refresh_`.
+        self, dampings: Sequence[float], decay: Mapping[str, float]
+    ) -> Iterator[Inverses]:
+        """Yield the inverses for several dampings; raises like `refresh_`.
 
         Args:
-            damping: Damping, except where a parameter group sets its own.
+            dampings: Dampings, except where a parameter group sets its own.
             decay: Weight decay by parameter name, which adds to the damping.
-            layers: Names of the layers, all by default.
         """
-        inverses: Inverses = {}
-        for name in self._running if layers is None else layers:
-            running = self._running[name]
-            own = self.overrides.get(running.layer.weight)
-            given = damping if own is None or own.damping is None else own.damping
-            inverses[name] = running.inverted(given + decay.get(running.layer.weight, 0.0))
-        return inverses
+        return self._renewal.inverted([self._dampings(damping, decay) for damping in dampings])
 
     def use_(self, inverses: Inverses) -> None:
         """Take over inverses."""
-        for name, pair in inverses.items():
-            if pair is not None:
-                self._running[name].inverses = pair
-                self._running[name].inverse_step = self._steps
+        self._renewal.use_(inverses, self._steps)
+
+    def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
+        """Return the dampings by layer."""
+        found: dict[str, float] = {}
+        for name, running in self._running.items():
+            own = self.overrides.get(weight := running.layer.weight)
+            given = damping if own is None or own.damping is None else own.damping
+            found[name] = given + decay.get(weight, 0.0)
+        return found
 
     def _of(self, running: RunningFactors, constants: Constants) -> Constants:
         """Return the numbers that hold for a layer."""
@@ -270,9 +279,11 @@ class KFACPreconditioner:
         """
         result: Direction = {}
         for name, running in self._running.items():
-            pair = running.inverses if inverses is None else inverses[name]
-            if pair is not None and running.layer.weight in gradient:
-                result.update(running.apply(gradient, pair))
+            if inverses is None:
+                running.follow_()
+            found = running if inverses is None else inverses.get(name)
+            if found and found.inverse is not None and running.layer.weight in gradient:
+                result.update(running.apply(gradient, found.inverse))
         return {name: tensor for name, tensor in result.items() if name in gradient}
 
     def largest_change(self, update: Direction, parameters: Direction) -> float:
@@ -286,6 +297,9 @@ class KFACPreconditioner:
     def _begin(self) -> None:
         """Drop what was gathered, and decide whether to gather for the step to come."""
         constants = self._settings.at(self._steps)
+        inverses = {n: own.inverse for n, own in self._running.items() if own.inverse is not None}
+        bases = {name: inverse.basis for name, inverse in inverses.items()}
+        self._gathering.bases = {n: basis for n, basis in bases.items() if basis is not None}
         self._gathering.begin_(
             name
             for name, running in self._running.items()
@@ -308,10 +322,16 @@ class KFACPreconditioner:
             "layers": {name: running.state_dict() for name, running in self._running.items()},
             "generator": self._gathering.generator.get_state(),
             "steps": self._steps,
+            "inverse": self._inverse,
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise a ``ValueError`` if a state belongs to other layers."""
+        """Raise a ``ValueError`` if a state belongs to other layers, or another ``inverse``."""
+        if state["inverse"] != self._inverse:
+            raise ValueError(
+                f"`state_dict` must come from the same `inverse`, got {state['inverse']!r} for "
+                f"{self._inverse!r}."
+            )
         differ = self._running.keys() ^ state["layers"].keys()
         if differ:
             raise ValueError(f"`state_dict` must have the model's layers, differs in {differ}.")
@@ -322,7 +342,8 @@ class KFACPreconditioner:
         """Take over the state of a preconditioner of the same model.
 
         Raises:
-            ValueError: If it belongs to other layers. Nothing is changed then.
+            ValueError: If it belongs to other layers or another ``inverse``. Nothing is changed
+                then.
         """
         self.notice_unfrozen_()
         self.check_state(state)
@@ -331,15 +352,3 @@ class KFACPreconditioner:
         self._gathering.generator.set_state(state["generator"].cpu())
         self._steps = state["steps"]
         self._begin()
-
-
-def arguments(names: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a constructor that has just begun was given, without the parameters."""
-    return {n: value for n, value in names.items() if n not in ("self", "params", "__class__")}
-
-
-def rebuilt(kind: Callable[..., Any], given: dict[str, Any], state: dict[str, Any]) -> Any:
-    """Return a copy, from the arguments it was made with and its state."""
-    made = kind(**given)
-    made.load_state_dict(state)
-    return made

@@ -139,4 +139,9 @@ def is_due(step: int, last: int | None, period: int, growth: int = 10) -> bool:
     It is due when a ``growth``-th of all steps were taken since the last time, at the latest
     ``period`` steps after it.
     """
-    return last is None or step - last >= min(period, max(1, step // growth))
+    return last is None or step - last >= interval(step, period, growth)
+
+
+def interval(step: int, period: int, growth: int = 10) -> int:
+    """Return after how many steps such work is due."""
+    return min(period, max(1, step // growth))

@@ -16,6 +16,11 @@ from einconv_kfac import KFAC, KFACPreconditioner
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}]
+INVERSES: list[dict[str, Any]] = [
+    {"inverse": "exact"},
+    {"inverse": "ekfac", "inverse_in_background": True},
+    {"lr": 0.1, "adaptive": False, "inverse": "ekfac", "damping": 0.3},
+]
 SCHEDULERS: dict[str, Any] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
     "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda _: 0.8),
@@ -77,7 +82,7 @@ def test_weight_averaging(options: dict[str, Any]) -> None:
     assert model[1].num_batches_tracked == 4
 
 
-@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("options", [*MODES, *INVERSES])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_a_copy_goes_on_as_the_original(options: dict[str, Any], way: str) -> None:
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
@@ -94,10 +99,11 @@ def test_a_copy_goes_on_as_the_original(options: dict[str, Any], way: str) -> No
     assert torch.equal(weights(model), weights(copies[0]))
 
 
+@pytest.mark.parametrize("inverse", ["factored", "exact", "ekfac"])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_copies_of_a_preconditioner(way: str) -> None:
+def test_copies_of_a_preconditioner(way: str, inverse: Any) -> None:
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
-    whole = (model, loss_fn, KFACPreconditioner(model, loss_fn))
+    whole = (model, loss_fn, KFACPreconditioner(model, loss_fn, inverse=inverse))
     copies = whole
     for _ in range(2):
         for net, loss, machine in dict.fromkeys((whole, copies)):
@@ -123,7 +129,7 @@ def test_a_copied_model_records_nothing_and_trains_with_an_optimizer_of_its_own(
     assert opt.state_dict()["kfac"]["preconditioner"]["layers"]["2"]["updates"] == 0
 
 
-@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("options", [*MODES, *INVERSES])
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_model_that_changes_its_dtype(options: dict[str, Any], steps: int) -> None:
     model, loss_fn = conv_net(random_layers=True).float(), nn.CrossEntropyLoss()

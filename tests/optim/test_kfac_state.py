@@ -17,6 +17,10 @@ MODES: list[dict[str, Any]] = [
     {"weight_decay": 1e-3},
     {"lr": 0.1, "adaptive": False},
     {"fisher": "empirical", "factor_update_period": 3, "inverse_update_period": 4},
+    {"inverse": "exact"},
+    {"inverse": "ekfac", "inverse_update_period": 3},
+    {"lr": 0.1, "adaptive": False, "inverse": "ekfac", "inverse_in_background": True},
+    {"inverse_in_background": True},
 ]
 
 

@@ -1,0 +1,18 @@
+"""Copies of what owns a model, from the arguments it was made with and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def arguments(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a constructor that has just begun was given, without the parameters."""
+    return {n: value for n, value in names.items() if n not in ("self", "params", "__class__")}
+
+
+def rebuilt(kind: Callable[..., Any], given: dict[str, Any], state: dict[str, Any]) -> Any:
+    """Return a copy, from the arguments it was made with and its state."""
+    made = kind(**given)
+    made.load_state_dict(state)
+    return made
