@@ -24,9 +24,16 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     alike = left.dtype == right.dtype == torch.float32 and left.device.type == "cpu"
     if multiply is None or not (large and alike) or torch.is_grad_enabled():
         return left @ right
+    left, right = _dense(left), _dense(right)
     if g == 1:
         return multiply(left[0], right[0].mT).unsqueeze(0)
     return torch.stack([multiply(a, b.mT) for a, b in zip(left, right)])
+
+
+def _dense(matrices: Tensor) -> Tensor:
+    """Return matrices without gaps in memory, for with those the library is very slow."""
+    dense = matrices.is_contiguous() or matrices.mT.is_contiguous()
+    return matrices if dense else matrices.contiguous()
 
 
 def _one_dnn() -> Callable[[Tensor, Tensor], Tensor] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from einconv_kfac.optim.objective import Memory, Objective
+from einconv_kfac.optim.objective import Memory, Objective, Statistics
 from einconv_kfac.optim.preconditioner import KFACPreconditioner
 from einconv_kfac.optim.quadratic import Direction, QuadraticModel, sum_of
 from einconv_kfac.optim.renewal import Inverses
@@ -104,14 +104,16 @@ class AutomaticStep:
         self._mixed: int | None = None
         self._range: tuple[float, float] | None = None
         self.ratio = math.nan
+        self.moved: dict[str, tuple[Tensor, float]] = {}
 
-    def take_(self, objective: Objective, memory: Memory, constants: Constants) -> dict[str, float]:
+    def take_(self, objective: Objective, memory: Memory, constants: Constants) -> Statistics:
         """Take a step, and return its statistics.
 
         Raises:
             RuntimeError: If a forward pass of the objective is not known.
         """
         objective.check_replay()
+        self.moved = {}
         if self._undone_(objective, memory):
             return {"damping": self.damping(objective), "rejected": 1.0}
         damping = constants.damping
@@ -120,14 +122,18 @@ class AutomaticStep:
         previous = {n: m[_BUFFER] for n, m in memory.items() if _BUFFER in m}
         fit = self.best_fit_(objective, previous, damping, constants.momentum)
         if not math.isfinite(fit.predicted):
-            self.grow_()
             message = "The quadratic model was not finite; the step was skipped."
             warnings.warn(message, RuntimeWarning, stacklevel=6)
+            if previous:  # skipping alone could meet the same model for ever
+                self._undo_(objective, memory)
+                return {"damping": damping, "rejected": 1.0}
+            self.grow_()
             return {"damping": damping}
         rate = max(objective.rates.values())
         before = objective.value()
         for name, update in fit.update(objective, rate).items():
             memory[name][_BUFFER] = update
+            self.moved[name] = update, 1.0
             objective.parameters[name].add_(update)
         predicted = fit.model.change(fit.coefficients * rate, damping)
         self.adapt_(self._preconditioner.steps, objective, before, predicted)
@@ -151,12 +157,17 @@ class AutomaticStep:
         if self._damping is None or not exploded or not any(_BUFFER in m for m in memory.values()):
             self._range = min(lowest, value), max(highest, value)
             return False
+        self._undo_(objective, memory)
+        return True
+
+    def _undo_(self, objective: Objective, memory: Memory) -> None:
+        """Undo the previous step, and raise the damping where it is automatic."""
         for name, parameter in objective.parameters.items():
             if _BUFFER in memory[name]:
                 parameter.sub_(memory[name].pop(_BUFFER))
-        self._damping *= REJECTION
-        self._floor *= REJECTION
-        return True
+        if self._damping is not None:
+            self._damping *= REJECTION
+            self._floor *= REJECTION
 
     def damping(self, objective: Objective) -> float:
         """Return the damping; the first is a fraction of the curvature along the gradient."""

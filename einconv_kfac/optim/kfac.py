@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +27,10 @@ from einconv_kfac.optim.fallback import (
 )
 from einconv_kfac.optim.fixed import FixedOptions, FixedStep
 from einconv_kfac.optim.inverses import Inverse
-from einconv_kfac.optim.objective import Objective, rescaled
+from einconv_kfac.optim.objective import Objective, Statistics, rescaled
 from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
 from einconv_kfac.optim.quadratic import Direction
+from einconv_kfac.optim.report import Report, norms
 from einconv_kfac.optim.selection import Exclusion
 from einconv_kfac.optim.settings import GroupSettings, Schedule, Settings
 
@@ -190,7 +191,7 @@ class KFAC(Optimizer):
             if adaptive
             else FixedStep(self._preconditioner, options)
         )
-        self._statistics: Mapping[str, float | Tensor] = {}
+        self._report = Report()
         if strict and (gaps := [n for n, kind in self.coverage().items() if kind == self._fallback]):
             self.remove_hooks()
             raise ValueError(uncovered(model, gaps))
@@ -226,12 +227,28 @@ class KFAC(Optimizer):
         ``damping``, and with ``adaptive=True`` ``step_size``, ``momentum``, ``predicted`` (the
         change of the objective that the quadratic model predicted) and ``ratio`` (the true by
         the predicted change, where they were last compared), or ``rejected`` where the step
-        before was undone, since the loss exploded after it; otherwise ``clip``. Of all steps so
-        far, ``cholesky_retries`` counts decompositions that were tried again, in float64 and then
-        with ten times the damping of that layer.
+        before was undone, since the loss exploded or the quadratic model was not finite after
+        it; otherwise ``clip``. Of all steps so far, ``cholesky_retries`` counts decompositions
+        that were tried again, in float64 and then with ten times the damping of that layer.
         """
-        numbers = {name: float(value) for name, value in self._statistics.items()}
-        return {**numbers, "cholesky_retries": float(self._preconditioner.retries())}
+        numbers = {name: float(value) for name, value in self._report.numbers.items()}
+        retries = sum(running.retries for running in self._preconditioner.layers.values())
+        return {**numbers, "cholesky_retries": float(retries)}
+
+    def layer_statistics(self) -> dict[str, dict[str, float]]:
+        """Return what the last step did with each layer that has factors, by its name.
+
+        ``damping`` of its inverse; ``condition_a`` and ``condition_b``, the condition numbers of
+        its factors when they were inverted (damped and in the 1-norm with
+        ``inverse="factored"``, else as they are and in the 2-norm); Euclidean norms
+        ``gradient_norm`` (weight decay included), ``update_norm`` and ``parameter_norm`` (after
+        the step); ``clip`` with ``adaptive=False``; ``cholesky_retries``; ``factor_seconds`` and
+        ``inverse_seconds``, what the host spent on its factors and its inverse when they were
+        last updated, where layers that are inverted together share the time. They are computed
+        when this is called; steps do not wait for them.
+        """
+        parameters = {name: parameter.detach() for parameter, name in self._names.items()}
+        return self._report.by_layer(self._preconditioner.layers, parameters)
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good; no step can be taken after it."""
@@ -257,15 +274,19 @@ class KFAC(Optimizer):
                 loss = closure()
         self._preconditioner.notice_unfrozen_()
         objective = self._objective()
+        gradients = [*objective.gradient.values()]
+        known = norms(gradients)
         if getattr(self, "found_inf", None):  # a gradient scaler will lower its scale
             self._preconditioner.discard()
-        elif not self._preconditioner.is_finite([*objective.gradient.values()], objective.batches):
+        elif not self._preconditioner.is_finite(gradients, objective.batches, known):
             self._preconditioner.discard()
             warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=4)
         else:
             if objective.batches or isinstance(self._step, FixedStep):
                 self._preconditioner.check_gathered(objective.batches)
-            self._update_(objective)
+            numbers = self._update_(objective)
+            sizes = dict(zip(objective.gradient, known))
+            self._report = Report(numbers, sizes, self._step.moved)
             self._preconditioner.finish()
             if self._log_to is not None:
                 self._log_to(self._preconditioner.steps - 1, self.statistics())
@@ -293,29 +314,33 @@ class KFAC(Optimizer):
                     decay[name] = 0.0 if self._decoupled else settings.weight_decay
                     rates[name] = settings.lr
                     unscaled = parameter.grad if scale is None else parameter.grad / scale
-                    gradient[name] = unscaled.add(parameter, alpha=decay[name])
+                    if decay[name]:
+                        unscaled = unscaled.add(parameter, alpha=decay[name])
+                    gradient[name] = unscaled
         batches = self._preconditioner.recorder.take()
         if hasattr(self, "found_inf"):
             batches = rescaled(batches, scale, self._reduction)
         self._preconditioner.overrides = overrides
         return Objective(batches, parameters, gradient, decay, rates, momenta, {})
 
-    def _update_(self, objective: Objective) -> None:
-        """Take a step."""
-        if objective.parameters:
-            constants = self._settings.at(self._preconditioner.steps)
-            adaptive = isinstance(self._step, AutomaticStep)
-            if adaptive:
-                constants = replace(constants, momentum=objective.momentum(constants.momentum))
-            memory = {n: _following_(self.state[p], p) for n, p in objective.parameters.items()}
-            plain = self._preconditioner.without_factors(objective.gradient)
-            decays = WITHOUT_MOMENTUM if adaptive else DECAYS
-            others, moments = fallback_direction(self._fallback, plain, memory, decays)
-            momenta = {**objective.momenta, **dict.fromkeys(moments, 0.0)}  # Adam has its own
-            objective = replace(objective, others=others, momenta=momenta)
-            self._statistics = self._step.take_(objective, memory, constants)
-            for name, state in moments.items():
-                memory[name].update(state)
+    def _update_(self, objective: Objective) -> Statistics:
+        """Take a step, and return its statistics."""
+        if not objective.parameters:
+            return {}
+        constants = self._settings.at(self._preconditioner.steps)
+        adaptive = isinstance(self._step, AutomaticStep)
+        if adaptive:
+            constants = replace(constants, momentum=objective.momentum(constants.momentum))
+        memory = {n: _following_(self.state[p], p) for n, p in objective.parameters.items()}
+        plain = self._preconditioner.without_factors(objective.gradient)
+        decays = WITHOUT_MOMENTUM if adaptive else DECAYS
+        others, moments = fallback_direction(self._fallback, plain, memory, decays)
+        momenta = {**objective.momenta, **dict.fromkeys(moments, 0.0)}  # Adam has its own
+        objective = replace(objective, others=others, momenta=momenta)
+        statistics = self._step.take_(objective, memory, constants)
+        for name, state in moments.items():
+            memory[name].update(state)
+        return statistics
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Describe how to copy it, with its model and its loss, by ``pickle`` or ``deepcopy``."""

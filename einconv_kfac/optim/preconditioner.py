@@ -19,6 +19,7 @@ from einconv_kfac.optim.inversion import kind_of
 from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.recording import Batch, Recorder
 from einconv_kfac.optim.renewal import Inverses, Renewal
+from einconv_kfac.optim.report import norms
 from einconv_kfac.optim.running import RunningFactors
 from einconv_kfac.optim.selection import Exclusion, excluded_modules
 from einconv_kfac.optim.settings import (
@@ -116,9 +117,10 @@ class KFACPreconditioner:
         """Return the names of the parameters that factors cover."""
         return {name for r in self._running.values() for name in r.layer.parameters}
 
-    def retries(self) -> int:
-        """Return how often a factor was decomposed again, in float64 or with more damping."""
-        return sum(running.retries for running in self._running.values())
+    @property
+    def layers(self) -> Mapping[str, RunningFactors]:
+        """The layers that factors cover, by name."""
+        return self._running
 
     def without_factors(self, gradient: Direction) -> Direction:
         """Return the gradients that the coming step will not precondition."""
@@ -182,19 +184,31 @@ class KFACPreconditioner:
         """Raise a ``RuntimeError`` if a layer was trained whose factors are due and not seen."""
         self._gathering.check(batches)
 
-    def is_finite(self, gradients: Sequence[Tensor], batches: Sequence[Batch]) -> bool:
+    def is_finite(
+        self,
+        gradients: Sequence[Tensor],
+        batches: Sequence[Batch],
+        known: Sequence[Tensor] | None = None,
+    ) -> bool:
         """Tell whether gradients, losses and the factors that were gathered are finite.
 
-        A tensor is finite where its sum is; entries are looked at one by one only if a sum is
-        not, for it may overflow.
+        It is the one number of an ordinary step that the host waits for. A tensor is finite
+        where its norm or sum is; entries are looked at one by one only if one is not, for it
+        may overflow.
+
+        Args:
+            gradients: The gradients.
+            batches: The batches with the losses.
+            known: The norms of the gradients, if they are known.
         """
         if not self._gathering.finite:
             return False
         sums = [part for own in self._gathering.moments.values() for part in own.checked()]
-        tensors = [*gradients, *(batch.loss for batch in batches), *sums]
-        if not tensors or bool(torch.stack([t.sum().isfinite() for t in tensors]).all()):
+        others = [*(batch.loss for batch in batches), *sums]
+        short = [*(norms(gradients) if known is None else known), *(t.sum() for t in others)]
+        if not short or bool(torch.stack(short).isfinite().all()):
             return True
-        return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+        return bool(torch.stack([t.isfinite().all() for t in [*gradients, *others]]).all())
 
     def discard(self) -> None:
         """Forget what was gathered since the last step, as if it had not been seen."""

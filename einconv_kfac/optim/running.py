@@ -9,6 +9,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.damping import Pair
 from einconv_kfac.curvature.layers import Layer
+from einconv_kfac.curvature.products import product
 from einconv_kfac.optim.background import Pending
 from einconv_kfac.optim.inverses import LayerInverse, inverse_of
 from einconv_kfac.optim.inversion import Inverted, Task
@@ -73,7 +74,7 @@ class RunningFactors:
         for values in (update, parameters):
             known = {name: values[name] for name in self.layer.parameters if name in values}
             rows = self.layer.to_matrix({**self.layer.zeros(), **known}).to(a.dtype)
-            squares.append(((rows @ a) * rows).sum())
+            squares.append((product(rows, a) * rows).sum())
         change: Tensor = (squares[0] / squares[1].clamp_min(torch.finfo(a.dtype).tiny)).sqrt()
         return change
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ from optim_cases import conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
+from einconv_kfac.optim.quadratic import QuadraticModel
 from einconv_kfac.optim.settings import is_due
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -322,6 +324,24 @@ class TestRejection:
         torch.testing.assert_close(weights(model), before, rtol=1e-12, atol=1e-12)
         assert opt.statistics()["rejected"] == 1
         assert opt.statistics()["damping"] > 2 * damping
+
+    @pytest.mark.parametrize("damping", [None, 0.1])
+    def test_a_step_after_which_the_model_is_not_finite_is_undone(
+        self, damping: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+        opt = KFAC(model, loss_fn, damping=damping)
+        train_step(model, loss_fn, opt, image_batch())
+        before, change = weights(model), QuadraticModel.change
+        train_step(model, loss_fn, opt, image_batch())
+        with monkeypatch.context() as patch:
+            patch.setattr(QuadraticModel, "change", lambda *arguments: change(*arguments) * math.inf)
+            for _ in range(3):  # the first has a step to undo
+                with pytest.warns(RuntimeWarning, match="quadratic model was not finite"):
+                    train_step(model, loss_fn, opt, image_batch())
+                torch.testing.assert_close(weights(model), before, rtol=1e-12, atol=1e-12)
+        losses = [train_step(model, loss_fn, opt, image_batch()) for _ in range(10)]
+        assert losses[-1] < losses[0]
 
     def test_labels_without_meaning_do_no_harm(self) -> None:
         torch.manual_seed(0)
