@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -69,6 +70,34 @@ def quick_tangents(model: nn.Module, kept: Kept) -> Iterator[None]:
     finally:
         for module in changed:
             del module.forward
+
+
+@contextmanager
+def portable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Run recurrent layers by torch's own operations inside the block.
+
+    Those of oneDNN and cuDNN have no forward mode, and can be differentiated once only.
+    """
+    changed = [m for m in model.modules() if isinstance(m, nn.RNNBase) and "forward" not in vars(m)]
+    for module in changed:
+        module.forward = partial(_plain_recurrence, module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _plain_recurrence(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the forward pass of a recurrent layer without oneDNN and cuDNN."""
+    mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns of Intel GPUs
+    torch._C._set_cudnn_enabled(False)
+    try:
+        return type(module).forward(module, *args, **kwargs)
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch._C._set_cudnn_enabled(cudnn)
 
 
 def _linear(module: Any, outputs: Iterator[tuple[Tensor, int]]) -> Forward:
