@@ -26,7 +26,7 @@ Direction: TypeAlias = dict[str, Tensor]
 def jacobian_products(
     recorder: Recorder, batch: Batch, parameters: Direction, directions: Sequence[Direction]
 ) -> list[Tensor]:
-    """Return ``J d``, shaped like the output, for each direction ``d``.
+    """Return ``J d``, shaped like the output of the batch's portion, for each direction ``d``.
 
     Once an operator without forward mode was met, the recorder does without from then on.
 
@@ -49,15 +49,17 @@ def jacobian_products(
 
 
 def check_products(
-    recorder: Recorder, batch: Batch, parameters: Direction, direction: Direction
+    recorder: Recorder, batches: Sequence[Batch], parameters: Direction, direction: Direction
 ) -> None:
-    """Raise, once for a recorder, what `jacobian_products` raises.
+    """Raise what `jacobian_products` raises; what costs time is checked once for a recorder.
 
     The model must repeat its output, by computing all of its layers.
     """
+    for batch in batches:
+        recorder.check_portion(batch)
     if not recorder.products_checked:
-        _check_repeated(batch, recorder.replay(batch, {}))
-        jacobian_products(recorder, batch, parameters, [direction])
+        _check_repeated(batches[0], recorder.repeat(batches[0], {}))
+        jacobian_products(recorder, batches[0], parameters, [direction])
         recorder.products_checked = True
 
 
@@ -93,7 +95,7 @@ def _backward_products(
     names = list(dict.fromkeys(name for d in directions for name in d))
     with torch.enable_grad():
         leaves = {name: parameters[name].detach().requires_grad_() for name in names}
-        output = recorder.replay(batch, leaves)
+        output = recorder.repeat(batch, leaves)
         _check_repeated(batch, output)
         if not output.requires_grad:
             return [torch.zeros_like(output) for _ in directions]
@@ -150,14 +152,22 @@ def _check_repeated(batch: Batch, output: Tensor) -> None:
     assert batch.forward is not None
     _, lowered, dtype = batch.forward.surroundings.autocast
     eps = torch.finfo(dtype if lowered else output.dtype).eps
-    expected, value = batch.output.double(), output.detach().double()
+    expected = batch.output if batch.portion is None else batch.output[batch.portion.rows]
+    expected, value = expected.double(), output.detach().double()
     allowed = min(10 * eps**0.5, 0.1) * expected.norm()
-    if value.shape != expected.shape or bool((value - expected).norm() > allowed):
+    if value.shape == expected.shape and not bool((value - expected).norm() > allowed):
+        return
+    if batch.portion is not None:
         raise RuntimeError(
-            "The model must repeat its output when it runs again on a recorded batch with "
-            "adaptive=True, got another one. Draw random numbers from torch's global generator, "
-            "keep no state between calls, change no output in place, or pass adaptive=False."
+            "`product_fraction` below 1 needs a model that treats every example alone, got "
+            "another output for a part of the batch than for the whole: a layer mixes examples, "
+            "or draws random numbers otherwise than nn.Dropout. Pass product_fraction=1."
         )
+    raise RuntimeError(
+        "The model must repeat its output when it runs again on a recorded batch with "
+        "adaptive=True, got another one. Draw random numbers from torch's global generator, "
+        "keep no state between calls, change no output in place, or pass adaptive=False."
+    )
 
 
 def _refusal(why: str) -> RuntimeError:

@@ -76,7 +76,7 @@ class Objective:
                 "inside the model, when adaptive=True, got another tensor. Move what happens in "
                 "between into the model, or pass adaptive=False."
             )
-        check_products(recorder, self.batches[0], self.parameters, self.gradient)
+        check_products(recorder, self.batches, self.parameters, self.gradient)
 
     def value(self) -> Tensor:
         """Return the objective as it was recorded, for the parameters as they are."""

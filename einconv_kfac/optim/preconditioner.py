@@ -52,6 +52,7 @@ class KFACPreconditioner:
         factor_decay: Decay of the running averages of the factors.
         factor_update_period: Steps between two updates of the factors.
         inverse_update_period: Steps between two inversions.
+        factor_fraction: Fraction of each batch's examples that the factors are averaged over.
         seed: Seed of the generator for sampled targets.
 
     Raises:
@@ -80,6 +81,7 @@ class KFACPreconditioner:
         factor_decay: Schedule = 0.95,
         factor_update_period: Schedule = 10,
         inverse_update_period: Schedule = 100,
+        factor_fraction: float = 1.0,
         seed: int = 0,
     ) -> None:
         self._given = arguments(locals())
@@ -93,7 +95,7 @@ class KFACPreconditioner:
         self._trained: list[bool] = []
         self._parameters = parameters
         self.overrides: Mapping[str, GroupSettings] = {}
-        self._gathering = Gathering(model, self._estimator, seed)
+        self._gathering = Gathering(model, self._estimator, seed, factor_fraction)
         self.recorder = self._gathering.recorder
         self.cover_(parameters)
         self._steps = 0

@@ -122,7 +122,10 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
 def _curvature(
     recorder: Recorder, batch: Batch, parameters: Direction, directions: Sequence[Direction]
 ) -> Tensor:
-    """Return ``d_i.G.d_j`` of one batch, ``[m, m]``."""
+    """Return ``d_i.G.d_j`` of one batch, ``[m, m]``; an unbiased estimate from its portion.
+
+    The loss and its Hessian are those of the whole batch, whatever its reduction divides by.
+    """
     tangents = jacobian_products(recorder, batch, parameters, directions)
     precise = torch.promote_types(batch.output.dtype, torch.float32)
     output = batch.output.detach().to(precise).requires_grad_()
@@ -130,6 +133,9 @@ def _curvature(
         loss = recorder.loss(output, batch.target)
         (slope,) = torch.autograd.grad(loss, output, create_graph=True)
     tangents = [tangent.to(precise) for tangent in tangents]
+    if batch.portion is not None:
+        tangents = [batch.portion.spread(tangent) for tangent in tangents]
     products = [torch.autograd.grad(slope, output, t, retain_graph=True)[0] for t in tangents]
     left = torch.stack(tangents).flatten(1).double()
-    return left @ torch.stack(products).flatten(1).double().T
+    curvature = left @ torch.stack(products).flatten(1).double().T
+    return curvature if batch.portion is None else curvature * batch.portion.scale

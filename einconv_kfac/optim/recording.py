@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.capture import LayerCall, LayerCapture, ignorer
 from einconv_kfac.optim.passes import PendingPasses
 from einconv_kfac.optim.places import Targets, loss_arguments
+from einconv_kfac.optim.portion import Portion, check_separate
 from einconv_kfac.optim.replay import ForwardPass, Surroundings
 from einconv_kfac.optim.tangents import LINEAR
 
@@ -34,6 +35,7 @@ class Batch:
         target: Second argument of the loss, or all `Targets`.
         loss: The loss, detached.
         weight: The derivative of the objective by this loss.
+        portion: The examples that its curvature is taken from, if not all.
     """
 
     forward: ForwardPass | None
@@ -41,6 +43,7 @@ class Batch:
     target: Any
     loss: Tensor
     weight: Tensor
+    portion: Portion | None = None
 
 
 class Recorder:
@@ -148,11 +151,23 @@ class Recorder:
         with self.paused():
             return batch.forward.again(self._model, parameters)
 
+    def repeat(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
+        """Return the loss's argument as `replay` does, for the batch's portion."""
+        assert batch.forward is not None
+        with self.paused():
+            return batch.forward.of(batch.portion).again(self._model, parameters)
+
     def tangent(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
         """Return the same for the batch's own parameters, which carry tangents."""
         assert batch.forward is not None
         with self.paused():
-            return batch.forward.tangent(self._model, parameters)
+            return batch.forward.of(batch.portion).tangent(self._model, parameters)
+
+    def check_portion(self, batch: Batch) -> None:
+        """Raise a ``RuntimeError`` if a batch's portion cannot be treated alone."""
+        if batch.forward is not None and batch.portion is not None:
+            check_separate(self._model)
+            batch.forward.of(batch.portion)
 
     def loss(self, output: Tensor, target: Any) -> Tensor:
         """Evaluate the loss without recording it."""

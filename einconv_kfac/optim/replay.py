@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from einconv_kfac.optim.places import Place
+from einconv_kfac.optim.portion import Portion, restricted, whole_masks
 from einconv_kfac.optim.tangents import Kept, portable_recurrence, quick_tangents
 
 
@@ -62,6 +63,7 @@ class ForwardPass:
         surroundings: What else it depended on.
         kept: The outputs of its linear layers, or nothing.
         place: Where the loss took its argument.
+        portion: The examples that it is about, if not all.
     """
 
     args: tuple[Any, ...]
@@ -69,6 +71,19 @@ class ForwardPass:
     surroundings: Surroundings
     kept: Kept
     place: Place
+    portion: Portion | None = None
+
+    def of(self, portion: Portion | None) -> ForwardPass:
+        """Return the forward pass of a portion of the examples.
+
+        Raises:
+            RuntimeError: If an argument of the model does not have the examples first.
+        """
+        if portion is None:
+            return self
+        args, kwargs = restricted(portion, self.args, self.kwargs)
+        kept = portion.kept(self.kept)
+        return replace(self, args=args, kwargs=kwargs, kept=kept, portion=portion)
 
     def again(self, model: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
         """Return what the loss takes from the model, for other parameters.
@@ -82,7 +97,11 @@ class ForwardPass:
         def run() -> Any:
             return functional_call(model, values, self.args, self.kwargs, tie_weights=False)
 
-        with self.surroundings.restored(), sdpa_kernel(SDPBackend.MATH), portable_recurrence(model):
+        with ExitStack() as stack:
+            stack.enter_context(self.surroundings.restored())
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(portable_recurrence(model))
+            stack.enter_context(whole_masks(model, self.portion))
             return self.place.found(run)
 
     def tangent(self, model: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
