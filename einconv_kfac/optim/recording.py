@@ -21,7 +21,7 @@ from einconv_kfac.optim.passes import PendingPasses
 from einconv_kfac.optim.places import Targets, loss_arguments
 from einconv_kfac.optim.portion import Portion, check_separate
 from einconv_kfac.optim.replay import ForwardPass, Surroundings
-from einconv_kfac.optim.tangents import LINEAR
+from einconv_kfac.optim.tangents import LINEAR, NORMALIZING
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Recorder:
             self._passes.begin_(args, kwargs, Surroundings.now(self._model))
 
     def after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the output of a linear layer, which Jacobian-vector products do not repeat then."""
+        """Keep what Jacobian-vector products need not compute again."""
         if self.keeps_outputs and self.enabled:
             self._passes.keep_(module, output)
 
@@ -201,7 +201,7 @@ class _Hook:
 
 def _attach(reference: weakref.ref[Recorder], model: nn.Module, loss_fn: nn.Module) -> list[Any]:
     """Attach hooks that do nothing once the recorder is gone."""
-    layers = [module for module in model.modules() if type(module) in LINEAR]
+    layers = [m for m in model.modules() if type(m) in (*LINEAR, *NORMALIZING)]
     return [
         *(layer.register_forward_hook(_Hook(reference, "after_layer")) for layer in layers),
         model.register_forward_pre_hook(_Hook(reference, "before_model"), with_kwargs=True),
