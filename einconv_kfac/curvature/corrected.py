@@ -37,9 +37,10 @@ class SquaredGradients:
         self._inputs: list[Tensor] = []
 
     @torch.no_grad()
-    def add_inputs_(self, calls: Sequence[LayerCall]) -> None:
-        """See `Moments`."""
-        self.examples += batch_size(self.layer, calls)
+    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
+        """See `LayerMoments`."""
+        size = batch_size(self.layer, calls)
+        self.examples += size if examples is None else examples
         self._inputs = [self._rotated_input(call) for call in calls]
 
     @torch.no_grad()

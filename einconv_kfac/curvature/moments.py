@@ -45,21 +45,27 @@ class LayerMoments:
         self._outputs: Tensor | None = None
 
     @torch.no_grad()
-    def add_inputs_(self, calls: Sequence[LayerCall]) -> None:
-        """See `Moments`."""
+    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
+        """See `Moments`.
+
+        Args:
+            calls: The calls.
+            examples: The number of examples that each call stands for, if that is not its own.
+        """
         rule, bias = self.layer.rule, self.layer.bias is not None
         positions = [rule.positions(call.module, call.y_shape) for call in calls]
-        self.examples += calls[0].x.shape[0]
+        self.examples += calls[0].x.shape[0] if examples is None else examples
         if self.approximation == "reduce" and len(calls) > 1:
-            examples = batch_size(self.layer, calls)
+            size = batch_size(self.layer, calls)
+            examples = size if examples is None else examples
             self._terms += examples
             sums = [rule.inputs(c.module, c.x, c.y_shape).sum(-1, keepdim=True) for c in calls]
             mean = torch.stack(sums).sum(0) / sum(positions)  # [n, g, d, 1]
             columns = with_ones(mean) if bias else mean
-            self._inputs = second_moment(columns, examples, **_into(self._inputs, examples))
+            self._inputs = second_moment(columns, size, **_into(self._inputs, examples))
             return
         for call, shared in zip(calls, positions):
-            n = call.x.shape[0]
+            n = call.x.shape[0] if examples is None else examples
             self._terms += n if self.approximation == "reduce" else n * shared
             self._inputs = rule.input_factor(
                 call.module,

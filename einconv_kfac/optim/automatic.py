@@ -112,7 +112,7 @@ class AutomaticStep:
         Raises:
             RuntimeError: If a forward pass of the objective is not known.
         """
-        objective.check_replay()
+        objective.check_replay(self._recorder)
         self.moved = {}
         if self._undone_(objective, memory):
             return {"damping": self.damping(objective), "rejected": 1.0}

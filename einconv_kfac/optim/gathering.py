@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Generator, Tensor, nn
@@ -13,7 +13,10 @@ from einconv_kfac.curvature.eigen import EigenBlock
 from einconv_kfac.curvature.estimate import uncompiled
 from einconv_kfac.curvature.fisher import FisherEstimator
 from einconv_kfac.curvature.layers import Layer
+from einconv_kfac.curvature.moments import Moments
 from einconv_kfac.optim.recording import Recorder
+from einconv_kfac.optim.sampling import sampled
+from einconv_kfac.optim.settings import fraction
 from einconv_kfac.optim.sums import LayerSums
 
 NEVER_SEEN = (
@@ -30,11 +33,15 @@ class Gathering:
     Args:
         model: The model, or what ``torch.compile`` made of it.
         estimator: Which Fisher of which loss.
-        seed: Seed of the generator for sampled targets.
+        seed: Seed of the generator for sampled targets and examples.
+        part: Fraction of the examples that the factors are averaged over.
     """
 
-    def __init__(self, model: nn.Module, estimator: FisherEstimator, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, estimator: FisherEstimator, seed: int, part: float = 1.0
+    ) -> None:
         self._estimator = estimator
+        self._part = fraction("factor_fraction", part)
         self._model = uncompiled(model)
         self._layers: dict[str, Layer] = {}
         self.moments: dict[str, LayerSums] = {}
@@ -81,8 +88,11 @@ class Gathering:
             layer, approximation = self._layers[name], self._estimator.approximation
             self.moments[name] = LayerSums(layer, approximation, self.bases.get(name))
         loss = self.recorder.loss(output, target)
+        moments: Mapping[str, Moments] = self.moments
+        if self._part < 1:
+            moments = sampled(self.moments, self._part, self.generator)
         with self._capture.paused():  # checkpointed layers run again
-            self._estimator.add_(self.moments, own, (output, target, loss), self.generator)
+            self._estimator.add_(moments, own, (output, target, loss), self.generator)
         self.moments = {name: m for name, m in self.moments.items() if m.examples}
 
     def _follow_(self, output: Tensor) -> None:

@@ -28,6 +28,7 @@ from einconv_kfac.optim.fallback import (
 from einconv_kfac.optim.fixed import FixedOptions, FixedStep
 from einconv_kfac.optim.inverses import Inverse
 from einconv_kfac.optim.objective import Objective, Statistics, rescaled
+from einconv_kfac.optim.portion import product_fraction_of, with_portions
 from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
 from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.report import Report, norms
@@ -84,6 +85,11 @@ class KFAC(Optimizer):
         inverse_in_background: Whether a thread inverts, from the second inversion on. An
             inverse is taken over a tenth of its period after the step whose factors it
             inverts, at the earliest in the next step, however long the thread takes.
+        factor_fraction: Fraction of each batch's examples, drawn at random, that the factors
+            are averaged over (the backward pass for them takes all).
+        product_fraction: Fraction of each batch's examples, drawn at random, from which the
+            quadratic model takes its curvature, for ``adaptive=True`` and models whose layers
+            treat every example alone.
         kl_clip: Bound on ``lr^2 d.g`` for ``adaptive=False``, ``None`` for none; kfac-jax calls
             it norm constraint, as it bounds a norm that the curvature defines.
         norm_constraint: Bound on the Euclidean norm of ``lr d`` for ``adaptive=False``, before
@@ -137,6 +143,8 @@ class KFAC(Optimizer):
         inverse_update_period: Schedule = 100,
         inverse: Inverse = "factored",
         inverse_in_background: bool = False,
+        factor_fraction: float = 1.0,
+        product_fraction: float = 1.0,
         kl_clip: Schedule | None = 1e-3,
         norm_constraint: Schedule | None = None,
         nesterov: bool = False,
@@ -151,6 +159,7 @@ class KFAC(Optimizer):
         options = FixedOptions(nesterov, decoupled_weight_decay, norm_constraint)
         if adaptive:
             options.check_automatic()
+        self._portion = product_fraction_of(product_fraction, adaptive), seed
         entry, model = model, uncompiled(model)
         self._settings = Settings(
             damping,
@@ -183,6 +192,7 @@ class KFAC(Optimizer):
             inverse_update_period=inverse_update_period,
             inverse=inverse,
             inverse_in_background=inverse_in_background,
+            factor_fraction=factor_fraction,
             seed=seed,
         )
         self._decoupled, self._log_to = decoupled_weight_decay, log_to
@@ -320,6 +330,7 @@ class KFAC(Optimizer):
         batches = self._preconditioner.recorder.take()
         if hasattr(self, "found_inf"):
             batches = rescaled(batches, scale, self._reduction)
+        batches = with_portions(batches, *self._portion, self._preconditioner.steps)
         self._preconditioner.overrides = overrides
         return Objective(batches, parameters, gradient, decay, rates, momenta, {})
 

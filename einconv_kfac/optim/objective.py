@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from einconv_kfac.optim.jacobian import check_products
 from einconv_kfac.optim.quadratic import Direction, QuadraticModel, quadratic_model, sum_of
 from einconv_kfac.optim.recording import Batch, Recorder
 
@@ -60,8 +61,11 @@ class Objective:
         own = given.pop() if given else None
         return default if own is None else own
 
-    def check_replay(self) -> None:
-        """Raise a ``RuntimeError`` if a forward pass of the objective is not known."""
+    def check_replay(self, recorder: Recorder) -> None:
+        """Raise a ``RuntimeError`` if a forward pass of the objective is not known.
+
+        The first time, also if the model cannot run again or has no Jacobian-vector products.
+        """
         if not self.batches:
             raise RuntimeError(
                 "`step` needs the loss it steps on, but none was backpropagated since the last "
@@ -70,10 +74,11 @@ class Objective:
             )
         if any(batch.forward is None for batch in self.batches):
             raise RuntimeError(
-                "`loss_fn` must be called on the model's output itself when adaptive=True, got "
-                "another tensor. Move what happens in between into the model, or pass "
-                "adaptive=False."
+                "`loss_fn` must be called on the model's output itself (or a tensor of it), or "
+                "inside the model, when adaptive=True, got another tensor. Move what happens in "
+                "between into the model, or pass adaptive=False."
             )
+        check_products(recorder, self.batches, self.parameters, self.gradient)
 
     def value(self) -> Tensor:
         """Return the objective as it was recorded, for the parameters as they are."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.capture import LayerCall, LayerCapture
+from einconv_kfac.optim.places import Inside, Place, Returned, tensors_of
 from einconv_kfac.optim.replay import ForwardPass, Surroundings
 from einconv_kfac.optim.tangents import Kept, keep_output
 
@@ -18,24 +19,40 @@ LIMIT = 8
 
 @dataclass(eq=False)
 class _Pass:
-    """A forward pass: how it began, what its layers were called with, and its output.
+    """A forward pass: how it began, what its layers were called with, and its outputs.
 
     Args:
-        begun: Arguments, keyword arguments, surroundings and kept outputs, or ``None`` for calls of layers
-            outside of a forward pass of the model.
+        begun: Arguments, keyword arguments, surroundings and kept outputs, or ``None`` for calls
+            of layers outside of a forward pass of the model.
         calls: The calls of layers.
-        output: Returns the output while somebody keeps it.
+        outputs: Each returns a tensor of the output while somebody keeps it; ``None`` while the
+            pass is under way.
+        losses: Number of losses computed inside of it so far.
         used: Whether a loss was computed from it.
     """
 
     begun: tuple[tuple[Any, ...], dict[str, Any], Surroundings, Kept] | None = None
     calls: list[LayerCall] = field(default_factory=list)
-    output: Any = None
+    outputs: list[weakref.ref[Tensor]] | None = None
+    losses: int = 0
     used: bool = False
 
-    def alive(self) -> Any:
-        """Return the output, or ``None`` if nobody keeps it."""
-        return None if self.output is None else self.output()
+    @property
+    def is_running(self) -> bool:
+        """Tell whether it is under way."""
+        return self.begun is not None and self.outputs is None
+
+    @property
+    def is_alive(self) -> bool:
+        """Tell whether somebody keeps an output."""
+        return any(reference() is not None for reference in self.outputs or [])
+
+    def place_of(self, output: Tensor) -> Place | None:
+        """Return where the output has a tensor, if it does."""
+        for index, reference in enumerate(self.outputs or []):
+            if reference() is output:
+                return Returned(index)
+        return None
 
 
 class PendingPasses:
@@ -55,7 +72,7 @@ class PendingPasses:
     def begin_(self, args: tuple[Any, ...], kwargs: dict[str, Any], now: Surroundings) -> None:
         """Begin a forward pass of the model."""
         self._collect_()
-        dead = [known for known in self._passes if known.alive() is None]
+        dead = [known for known in self._passes if not known.is_alive]
         for known in dead:
             known.begun = None
         pending = [known for known in dead if not known.used][-LIMIT:]
@@ -65,25 +82,41 @@ class PendingPasses:
     def keep_(self, module: nn.Module, output: Tensor) -> None:
         """Keep a module's output for the forward pass that is under way."""
         current = self._passes[-1] if self._passes else None
-        if current is not None and current.begun is not None and current.output is None:
+        if current is not None and current.begun is not None and current.outputs is None:
             keep_output(current.begun[-1], module, output)
+
+    def count_loss_(self, loss_fn: nn.Module) -> Inside | None:
+        """Return the place of a loss that is being computed, if that is inside of the model."""
+        current = self._passes[-1] if self._passes else None
+        if current is None or not current.is_running:
+            return None
+        current.losses += 1
+        return Inside(loss_fn, current.losses - 1)
 
     def end_(self, output: Any) -> None:
         """End it."""
         self._collect_()
         if self._passes:
-            self._passes[-1].output = _reference(output)
+            self._passes[-1].outputs = [weakref.ref(tensor) for tensor in tensors_of(output)]
 
-    def of_(self, output: Any) -> tuple[ForwardPass | None, list[LayerCall]]:
-        """Return the forward pass that made an output, if one did, and all calls so far."""
+    def of_(self, output: Tensor, inside: Place | None) -> tuple[ForwardPass | None, list[LayerCall]]:
+        """Return the forward pass that gave a loss its argument, if one did, and all calls so far.
+
+        Args:
+            output: The argument.
+            inside: Where it was given, if that was inside of the pass that is under way.
+        """
         self._collect_()
-        found = [known for known in self._passes if known.alive() is output]
-        for known in found or self._passes:
+        places = [(known, known.place_of(output)) for known in self._passes]
+        found = [(known, place) for known, place in places if place is not None]
+        if inside is not None:
+            found = [(self._passes[-1], inside)]
+        for known in [known for known, _ in found] or self._passes:
             known.used = True
         calls = [call for known in self._passes for call in known.calls]
-        if not found or found[-1].begun is None:
+        if not found or found[-1][0].begun is None:
             return None, calls
-        return ForwardPass(*found[-1].begun, output), calls
+        return ForwardPass(*found[-1][0].begun, found[-1][1]), calls
 
     def clear_(self) -> None:
         """Forget all of them."""
@@ -97,11 +130,3 @@ class PendingPasses:
             self._passes = [_Pass()]
         if calls:
             self._passes[-1].calls += calls
-
-
-def _reference(output: Any) -> Any:
-    """Return a weak reference, or ``None`` for an output that takes none."""
-    try:
-        return weakref.ref(output)
-    except TypeError:
-        return None

@@ -57,6 +57,7 @@ class KFACPreconditioner:
         inverse_update_period: Steps between two inversions.
         inverse: How the damped curvature is inverted.
         inverse_in_background: Whether a thread inverts.
+        factor_fraction: Fraction of each batch's examples that the factors are averaged over.
         seed: Seed of the generator for sampled targets.
 
     Raises:
@@ -87,6 +88,7 @@ class KFACPreconditioner:
         inverse_update_period: Schedule = 100,
         inverse: Inverse = "factored",
         inverse_in_background: bool = False,
+        factor_fraction: float = 1.0,
         seed: int = 0,
     ) -> None:
         self._given = arguments(locals())
@@ -102,7 +104,7 @@ class KFACPreconditioner:
         self._trained: list[bool] = []
         self._parameters = parameters
         self.overrides: Mapping[str, GroupSettings] = {}
-        self._gathering = Gathering(model, self._estimator, seed)
+        self._gathering = Gathering(model, self._estimator, seed, factor_fraction)
         self.recorder = self._gathering.recorder
         self.cover_(parameters)
         self._steps = 0

@@ -12,20 +12,16 @@ nor a backward pass is needed (Martens and Grosse, 2015).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from einconv_kfac.optim.jacobian import Direction, jacobian_products
 from einconv_kfac.optim.recording import Batch, Recorder
 
-Direction: TypeAlias = dict[str, Tensor]
-"""A tensor per parameter name."""
+__all__ = ["Direction", "QuadraticModel", "inner", "quadratic_model", "sum_of"]
 
 
 @dataclass(frozen=True)
@@ -126,39 +122,20 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
 def _curvature(
     recorder: Recorder, batch: Batch, parameters: Direction, directions: Sequence[Direction]
 ) -> Tensor:
-    """Return ``d_i.G.d_j`` of one batch, ``[m, m]``."""
-    tangents = [_output_tangent(recorder, batch, parameters, d) for d in directions]
+    """Return ``d_i.G.d_j`` of one batch, ``[m, m]``; an unbiased estimate from its portion.
+
+    The loss and its Hessian are those of the whole batch, whatever its reduction divides by.
+    """
+    tangents = jacobian_products(recorder, batch, parameters, directions)
     precise = torch.promote_types(batch.output.dtype, torch.float32)
     output = batch.output.detach().to(precise).requires_grad_()
     with torch.enable_grad():
         loss = recorder.loss(output, batch.target)
         (slope,) = torch.autograd.grad(loss, output, create_graph=True)
     tangents = [tangent.to(precise) for tangent in tangents]
+    if batch.portion is not None:
+        tangents = [batch.portion.spread(tangent) for tangent in tangents]
     products = [torch.autograd.grad(slope, output, t, retain_graph=True)[0] for t in tangents]
     left = torch.stack(tangents).flatten(1).double()
-    return left @ torch.stack(products).flatten(1).double().T
-
-
-@cache
-def _load_forward_mode() -> None:
-    """Let torch compile its forward-mode formulas; it warns about its own compiler."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
-
-
-def _output_tangent(
-    recorder: Recorder, batch: Batch, parameters: Direction, direction: Direction
-) -> Tensor:
-    """Return the Jacobian-vector product ``J d`` as ``[n, ...]``, in forward mode."""
-    _load_forward_mode()
-    with torch.no_grad(), forward_ad.dual_level():
-        duals = {
-            name: forward_ad.make_dual(  # type: ignore[no-untyped-call]
-                parameters[name].detach(), tangent
-            )
-            for name, tangent in direction.items()
-        }
-        output = recorder.tangent(batch, duals)
-        tangent = forward_ad.unpack_dual(output).tangent  # type: ignore[no-untyped-call]
-        return torch.zeros_like(output) if tangent is None else tangent.clone()
+    curvature = left @ torch.stack(products).flatten(1).double().T
+    return curvature if batch.portion is None else curvature * batch.portion.scale

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.capture import LayerCall, LayerCapture, ignorer
 from einconv_kfac.optim.passes import PendingPasses
+from einconv_kfac.optim.places import Targets, loss_arguments
+from einconv_kfac.optim.portion import Portion, check_separate
 from einconv_kfac.optim.replay import ForwardPass, Surroundings
-from einconv_kfac.optim.tangents import LINEAR
+from einconv_kfac.optim.tangents import LINEAR, NORMALIZING
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,20 @@ class Batch:
 
     Args:
         forward: The model call that made the output, or ``None`` if the loss was given
-            something other than the model's output.
+            something that the model did not return.
         output: First argument of the loss, ``[n, ...]``, detached.
-        target: Second argument of the loss.
+        target: Second argument of the loss, or all `Targets`.
         loss: The loss, detached.
         weight: The derivative of the objective by this loss.
+        portion: The examples that its curvature is taken from, if not all.
     """
 
     forward: ForwardPass | None
     output: Tensor
-    target: Tensor
+    target: Any
     loss: Tensor
     weight: Tensor
+    portion: Portion | None = None
 
 
 class Recorder:
@@ -60,12 +64,14 @@ class Recorder:
         self,
         model: nn.Module,
         loss_fn: nn.Module,
-        on_backward: Callable[[Tensor, Tensor, list[LayerCall]], None],
+        on_backward: Callable[[Tensor, Any, list[LayerCall]], None],
         capture: LayerCapture | None = None,
         entry: nn.Module | None = None,
     ) -> None:
         self.enabled = True
         self.keeps_outputs = False
+        self.forward_mode = True
+        self.products_checked = False
         self.batches: list[Batch] = []
         self._model = model
         self._loss_fn = loss_fn
@@ -101,7 +107,7 @@ class Recorder:
             self._passes.begin_(args, kwargs, Surroundings.now(self._model))
 
     def after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the output of a linear layer, which Jacobian-vector products do not repeat then."""
+        """Keep what Jacobian-vector products need not compute again."""
         if self.keeps_outputs and self.enabled:
             self._passes.keep_(module, output)
 
@@ -110,12 +116,18 @@ class Recorder:
         if self._is_recording() and model is self._entry:
             self._passes.end_(output)
 
-    def after_loss(self, loss_fn: nn.Module, inputs: tuple[Any, ...], loss: Tensor) -> None:
+    def after_loss(
+        self, loss_fn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
+    ) -> None:
         """Record the batch once its loss is backpropagated."""
-        if not self._is_recording() or loss_fn is not self._loss_fn or not loss.requires_grad:
+        if not self.enabled or loss_fn is not self._loss_fn:
             return
-        output, target = inputs
-        forward, calls = self._passes.of_(output)
+        inside = self._passes.count_loss_(loss_fn)
+        if not torch.is_grad_enabled() or not loss.requires_grad:
+            return
+        output, *targets = loss_arguments(loss_fn, args, kwargs)
+        target = targets[0] if len(targets) == 1 else Targets(targets)
+        forward, calls = self._passes.of_(output, inside)
         if forward is None and not _depends(loss, self._model):
             return  # it is another model's
         this, value = weakref.ref(self), loss.detach()  # a hook that knew the loss would keep it
@@ -134,23 +146,34 @@ class Recorder:
         return self.enabled and torch.is_grad_enabled()
 
     def replay(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
-        """Return the model's output on a batch, whose forward pass is known, for parameters."""
+        """Return the loss's argument on a batch, whose forward pass is known, for parameters."""
         assert batch.forward is not None
         with self.paused():
-            output: Tensor = batch.forward.again(self._model, parameters)
-        return output
+            return batch.forward.again(self._model, parameters)
+
+    def repeat(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
+        """Return the loss's argument as `replay` does, for the batch's portion."""
+        assert batch.forward is not None
+        with self.paused():
+            return batch.forward.of(batch.portion).again(self._model, parameters)
 
     def tangent(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
-        """Return the output on a batch for its own parameters, which carry tangents."""
+        """Return the same for the batch's own parameters, which carry tangents."""
         assert batch.forward is not None
         with self.paused():
-            output: Tensor = batch.forward.tangent(self._model, parameters)
-        return output
+            return batch.forward.of(batch.portion).tangent(self._model, parameters)
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+    def check_portion(self, batch: Batch) -> None:
+        """Raise a ``RuntimeError`` if a batch's portion cannot be treated alone."""
+        if batch.forward is not None and batch.portion is not None:
+            check_separate(self._model)
+            batch.forward.of(batch.portion)
+
+    def loss(self, output: Tensor, target: Any) -> Tensor:
         """Evaluate the loss without recording it."""
+        targets = target if isinstance(target, Targets) else (target,)
         with self.paused():
-            loss: Tensor = self._loss_fn(output, target)
+            loss: Tensor = self._loss_fn(output, *targets)
         return loss
 
 
@@ -178,12 +201,12 @@ class _Hook:
 
 def _attach(reference: weakref.ref[Recorder], model: nn.Module, loss_fn: nn.Module) -> list[Any]:
     """Attach hooks that do nothing once the recorder is gone."""
-    layers = [module for module in model.modules() if type(module) in LINEAR]
+    layers = [m for m in model.modules() if type(m) in (*LINEAR, *NORMALIZING)]
     return [
         *(layer.register_forward_hook(_Hook(reference, "after_layer")) for layer in layers),
         model.register_forward_pre_hook(_Hook(reference, "before_model"), with_kwargs=True),
         model.register_forward_hook(_Hook(reference, "after_model")),
-        loss_fn.register_forward_hook(_Hook(reference, "after_loss")),
+        loss_fn.register_forward_hook(_Hook(reference, "after_loss"), with_kwargs=True),
     ]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from einconv_kfac.optim.tangents import Kept, quick_tangents
+from einconv_kfac.optim.places import Place
+from einconv_kfac.optim.portion import Portion, restricted, whole_masks
+from einconv_kfac.optim.tangents import Kept, portable_recurrence, quick_tangents
 
 
 @dataclass(frozen=True)
@@ -60,27 +62,50 @@ class ForwardPass:
         kwargs: Its keyword arguments.
         surroundings: What else it depended on.
         kept: The outputs of its linear layers, or nothing.
-        output: Its output.
+        place: Where the loss took its argument.
+        portion: The examples that it is about, if not all.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     surroundings: Surroundings
     kept: Kept
-    output: Any
+    place: Place
+    portion: Portion | None = None
 
-    def again(self, model: nn.Module, parameters: dict[str, Tensor]) -> Any:
-        """Return the model's output for other parameters.
+    def of(self, portion: Portion | None) -> ForwardPass:
+        """Return the forward pass of a portion of the examples.
+
+        Raises:
+            RuntimeError: If an argument of the model does not have the examples first.
+        """
+        if portion is None:
+            return self
+        args, kwargs = restricted(portion, self.args, self.kwargs)
+        kept = portion.kept(self.kept)
+        return replace(self, args=args, kwargs=kwargs, kept=kept, portion=portion)
+
+    def again(self, model: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
+        """Return what the loss takes from the model, for other parameters.
 
         Random layers draw what they drew; buffers such as running statistics stay as they are.
-        Attention takes the one implementation that has a forward mode.
+        Attention and recurrent layers take the one implementation that has a forward mode and a
+        differentiable backward pass.
         """
         values = _values(model, parameters)
-        with self.surroundings.restored(), sdpa_kernel(SDPBackend.MATH):
+
+        def run() -> Any:
             return functional_call(model, values, self.args, self.kwargs, tie_weights=False)
 
-    def tangent(self, model: nn.Module, parameters: dict[str, Tensor]) -> Any:
-        """Return the output as `again` does, for parameters of the same values with tangents."""
+        with ExitStack() as stack:
+            stack.enter_context(self.surroundings.restored())
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(portable_recurrence(model))
+            stack.enter_context(whole_masks(model, self.portion))
+            return self.place.found(run)
+
+    def tangent(self, model: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
+        """Return the same for parameters of the same values with tangents."""
         with quick_tangents(model, self.kept):
             return self.again(model, parameters)
 

@@ -120,6 +120,17 @@ def positive_integer(name: str, value: Any) -> int:
     return value
 
 
+def fraction(name: str, value: Any) -> float:
+    """Return a number in ``(0, 1]``.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+        raise ValueError(f"`{name}` must be a number in (0, 1], got {value!r}.")
+    return float(value)
+
+
 def in_range(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> float:
     """Return a number in ``[0, below)``, or in ``(0, below)``.
 

@@ -31,12 +31,12 @@ class LayerSums(LayerMoments):
         self.squares = None if basis is None else SquaredGradients(layer, basis)
         self.seconds = 0.0
 
-    def add_inputs_(self, calls: Sequence[LayerCall]) -> None:
-        """See `Moments`."""
+    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
+        """See `LayerMoments`."""
         start = perf_counter()
-        super().add_inputs_(calls)
+        super().add_inputs_(calls, examples)
         if self.squares is not None:
-            self.squares.add_inputs_(calls)
+            self.squares.add_inputs_(calls, examples)
         self.seconds += perf_counter() - start
 
     def add_gradients_(
