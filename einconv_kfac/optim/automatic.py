@@ -12,7 +12,7 @@ from torch import Tensor
 
 from einconv_kfac.optim.objective import Memory, Objective, Statistics
 from einconv_kfac.optim.preconditioner import KFACPreconditioner
-from einconv_kfac.optim.quadratic import Direction, QuadraticModel, sum_of
+from einconv_kfac.optim.quadratic import Direction, QuadraticModel
 from einconv_kfac.optim.renewal import Inverses
 from einconv_kfac.optim.settings import Constants, is_due
 
@@ -73,10 +73,8 @@ class Fit:
 
     def update(self, objective: Objective, rate: float = 1.0) -> Direction:
         """Return the step times a rate, by parameter name."""
-        return {
-            name: _combined(name, (self.coefficients * rate).to(parameter), self.directions)
-            for name, parameter in objective.parameters.items()
-        }
+        coefficients = (self.coefficients * rate).tolist()
+        return {name: _combined(name, coefficients, self.directions) for name in objective.parameters}
 
     @property
     def rank(self) -> float:
@@ -344,8 +342,10 @@ def _directions(objective: Objective, covered: Direction, previous: Direction) -
     return [*descent, previous] if previous else descent
 
 
-def _combined(
-    name: str, coefficients: Sequence[float] | Tensor, directions: Sequence[Direction]
-) -> Tensor:
+def _combined(name: str, coefficients: Sequence[float], directions: Sequence[Direction]) -> Tensor:
     """Return a combination of directions for one parameter."""
-    return sum_of([c * d[name] for c, d in zip(coefficients, directions) if name in d])
+    (factor, first), *others = [(c, d[name]) for c, d in zip(coefficients, directions) if name in d]
+    total = first * factor
+    for factor, tensor in others:
+        total.add_(tensor, alpha=factor)
+    return total

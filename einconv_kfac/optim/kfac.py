@@ -27,10 +27,9 @@ from einconv_kfac.optim.fallback import (
 )
 from einconv_kfac.optim.fixed import FixedOptions, FixedStep
 from einconv_kfac.optim.inverses import Inverse
-from einconv_kfac.optim.objective import Objective, Statistics, rescaled
+from einconv_kfac.optim.objective import Objective, Statistics, at_parameters, rescaled
 from einconv_kfac.optim.portion import product_fraction_of, with_portions
 from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
-from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.report import Report, norms
 from einconv_kfac.optim.selection import Exclusion
 from einconv_kfac.optim.settings import GroupSettings, Schedule, Settings
@@ -309,30 +308,15 @@ class KFAC(Optimizer):
     def _objective(self) -> Objective:
         """Return the objective of this step, from the gradients there are."""
         scale = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler for this step
-        parameters: Direction = {}
-        gradient: Direction = {}
-        decay: dict[str, float] = {}
-        rates: dict[str, float] = {}
-        momenta: dict[str, float | None] = {}
-        overrides: dict[str, GroupSettings] = {}
-        for group in self.param_groups:
-            settings = GroupSettings.of(group)
-            for parameter in group["params"]:
-                overrides[name := self._names[parameter]] = settings
-                if parameter.grad is not None:
-                    parameters[name], momenta[name] = parameter, settings.momentum
-                    decay[name] = 0.0 if self._decoupled else settings.weight_decay
-                    rates[name] = settings.lr
-                    unscaled = parameter.grad if scale is None else parameter.grad / scale
-                    if decay[name]:
-                        unscaled = unscaled.add(parameter, alpha=decay[name])
-                    gradient[name] = unscaled
+        objective, overrides = at_parameters(
+            self.param_groups, self._names, scale, self._decoupled
+        )
+        self._preconditioner.overrides = overrides
         batches = self._preconditioner.recorder.take()
         if hasattr(self, "found_inf"):
             batches = rescaled(batches, scale, self._reduction)
         batches = with_portions(batches, *self._portion, self._preconditioner.steps)
-        self._preconditioner.overrides = overrides
-        return Objective(batches, parameters, gradient, decay, rates, momenta, {})
+        return replace(objective, batches=batches)
 
     def _update_(self, objective: Objective) -> Statistics:
         """Take a step, and return its statistics."""

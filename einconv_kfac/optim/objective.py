@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from einconv_kfac.optim.jacobian import check_products
 from einconv_kfac.optim.quadratic import Direction, QuadraticModel, quadratic_model, sum_of
 from einconv_kfac.optim.recording import Batch, Recorder
+from einconv_kfac.optim.settings import GroupSettings
 
 
 Memory: TypeAlias = Mapping[str, dict[str, Any]]
@@ -98,6 +99,41 @@ class Objective:
             if weight
         ]
         return sum_of([*(loss.double() for loss in losses), *norms])
+
+
+def at_parameters(
+    groups: Sequence[dict[str, Any]],
+    names: Mapping[nn.Parameter, str],
+    scale: Tensor | None,
+    decoupled: bool,
+) -> tuple[Objective, dict[str, GroupSettings]]:
+    """Return an objective without batches, from the gradients there are, and all settings.
+
+    Args:
+        groups: Parameter groups.
+        names: Names of their parameters.
+        scale: What the gradients are too large by.
+        decoupled: Whether weight decay is not part of the objective.
+    """
+    parameters: Direction = {}
+    gradient: Direction = {}
+    decay: dict[str, float] = {}
+    rates: dict[str, float] = {}
+    momenta: dict[str, float | None] = {}
+    overrides: dict[str, GroupSettings] = {}
+    for group in groups:
+        settings = GroupSettings.of(group)
+        for parameter in group["params"]:
+            overrides[name := names[parameter]] = settings
+            if parameter.grad is None:
+                continue
+            parameters[name], momenta[name] = parameter, settings.momentum
+            decay[name] = 0.0 if decoupled else settings.weight_decay
+            rates[name] = settings.lr
+            gradient[name] = parameter.grad if scale is None else parameter.grad / scale
+            if decay[name]:
+                gradient[name] = gradient[name].add(parameter, alpha=decay[name])
+    return Objective([], parameters, gradient, decay, rates, momenta, {}), overrides
 
 
 def rescaled(batches: Sequence[Batch], scale: Tensor | None, reduction: str) -> list[Batch]:

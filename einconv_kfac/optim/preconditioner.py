@@ -313,9 +313,7 @@ class KFACPreconditioner:
     def _begin(self) -> None:
         """Drop what was gathered, and decide whether to gather for the step to come."""
         constants = self._settings.at(self._steps)
-        inverses = {n: own.inverse for n, own in self._running.items() if own.inverse is not None}
-        bases = {name: inverse.basis for name, inverse in inverses.items()}
-        self._gathering.bases = {n: basis for n, basis in bases.items() if basis is not None}
+        self._gathering.bases = self._renewal.bases()
         self._gathering.begin_(
             name
             for name, running in self._running.items()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
+from einconv_kfac.curvature.eigen import EigenBlock
 from einconv_kfac.optim.background import Pending, begun, delay
 from einconv_kfac.optim.inversion import Inverted, Kind
 from einconv_kfac.optim.running import RunningFactors
@@ -58,6 +59,12 @@ class Renewal:
         self._begin_(later, dampings, intervals, step)
         for name, own in self._running.items():
             own.inverse = own.inverse and own.inverse.damped(dampings[name])
+
+    def bases(self) -> dict[str, EigenBlock]:
+        """Return the eigenbases in which inverses want squared gradients, by layer."""
+        inverses = {n: own.inverse for n, own in self._running.items() if own.inverse is not None}
+        bases = {name: inverse.basis for name, inverse in inverses.items()}
+        return {name: basis for name, basis in bases.items() if basis is not None}
 
     def inverted(self, several: Sequence[Mapping[str, float]]) -> Iterator[Inverses]:
         """Yield the inverses for several dampings, each by layer; raises like `refresh_`."""
