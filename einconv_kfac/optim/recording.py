@@ -78,7 +78,8 @@ class Recorder:
         self._loss_fn = loss_fn
         self._on_backward = on_backward
         self._entry = model if entry is None else entry
-        self._passes = PendingPasses(LayerCapture([]) if capture is None else capture)
+        self._capture = LayerCapture([]) if capture is None else capture
+        self._passes = PendingPasses(self._capture)
         self._buffers = ChangingBuffers()
         self._handles = _attach(weakref.ref(self), self._entry, loss_fn)
         weakref.finalize(self, _detach, self._handles)
@@ -152,19 +153,19 @@ class Recorder:
     def replay(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
         """Return the loss's argument on a batch, whose forward pass is known, for parameters."""
         assert batch.forward is not None
-        with self.paused():
+        with self.paused(), self._capture.paused():
             return batch.forward.again(self._model, parameters)
 
     def repeat(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
         """Return the loss's argument as `replay` does, for the batch's portion."""
         assert batch.forward is not None
-        with self.paused():
+        with self.paused(), self._capture.paused():
             return batch.forward.of(batch.portion).again(self._model, parameters)
 
     def tangent(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
         """Return the same for the batch's own parameters, which carry tangents."""
         assert batch.forward is not None
-        with self.paused():
+        with self.paused(), self._capture.paused():
             return batch.forward.of(batch.portion).tangent(self._model, parameters)
 
     def check_portion(self, batch: Batch) -> None:

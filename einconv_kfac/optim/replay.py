@@ -120,12 +120,17 @@ def _values(
     Each module comes once, since `functional_call` forgets what it replaced in a module that it
     meets under several names.
     """
-    values: dict[Tensor, Tensor] = {model.get_parameter(n): v for n, v in parameters.items()}
-    values |= {buffer: buffers.get(n, buffer).clone() for n, buffer in model.named_buffers()}
-    return {
-        name: values[tensor]
-        for prefix, module in model.named_modules()
-        for tensors in (module.named_parameters, module.named_buffers)
-        for name, tensor in tensors(prefix, recurse=False)
-        if tensor in values
-    }
+    copies: dict[Tensor, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (start + name in parameters or parameter in copies):
+                own = parameters.get(start + name, parameter)
+                values[start + name] = copies.setdefault(parameter, own)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if buffer not in copies:
+                    copies[buffer] = buffers.get(start + name, buffer).clone()
+                values[start + name] = copies[buffer]
+    return values
