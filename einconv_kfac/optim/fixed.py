@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,7 @@ class FixedStep:
     def state_dict(self) -> None:
         """Return the state, of which there is none."""
 
-    def load_state_dict(self, state: Any) -> None:
+    def load_state_dict(self, state: Any, parameters: Mapping[str, Tensor]) -> None:
         """Take over a state."""
 
 

@@ -367,7 +367,8 @@ class KFAC(Optimizer):
         self._preconditioner.check_state(state["preconditioner"])
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
         self._preconditioner.load_state_dict(state["preconditioner"])
-        self._step.load_state_dict(state["automatic"])
+        parameters = {name: parameter.detach() for parameter, name in self._names.items()}
+        self._step.load_state_dict(state["automatic"], parameters)
 
 
 def _following_(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -259,15 +259,16 @@ class KFACPreconditioner:
         self._renewal.refresh_(self._dampings(damping, decay), intervals, self._steps)
 
     def inverted(
-        self, dampings: Sequence[float], decay: Mapping[str, float]
+        self, dampings: Iterable[float], decay: Mapping[str, float]
     ) -> Iterator[Inverses]:
         """Yield the inverses for several dampings; raises like `refresh_`.
 
         Args:
-            dampings: Dampings, except where a parameter group sets its own.
+            dampings: Dampings, except where a parameter group sets its own; each is asked for
+                when its inverses are.
             decay: Weight decay by parameter name, which adds to the damping.
         """
-        return self._renewal.inverted([self._dampings(damping, decay) for damping in dampings])
+        return self._renewal.inverted(self._dampings(damping, decay) for damping in dampings)
 
     def use_(self, inverses: Inverses) -> None:
         """Take over inverses."""
@@ -302,13 +303,13 @@ class KFACPreconditioner:
                 result.update(running.apply(gradient, found.inverse))
         return {name: tensor for name, tensor in result.items() if name in gradient}
 
-    def largest_change(self, update: Direction, parameters: Direction) -> float:
-        """Return by how much an update changes the outputs of the layer where that is most.
+    def relative_change(self, update: Direction, parameters: Direction) -> float:
+        """Return by how much an update changes the outputs of layers, summed over the layers.
 
-        The change is root mean square, relative to that of the layer's output.
+        Each change is root mean square, relative to that of the layer's output.
         """
         changes = [r.change(update, parameters) for r in self._running.values() if r.factors]
-        return float(torch.stack(changes).amax()) if changes else 0.0
+        return float(torch.stack(changes).sum()) if changes else 0.0
 
     def _begin(self) -> None:
         """Drop what was gathered, and decide whether to gather for the step to come."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -66,7 +66,7 @@ class Renewal:
         bases = {name: inverse.basis for name, inverse in inverses.items()}
         return {name: basis for name, basis in bases.items() if basis is not None}
 
-    def inverted(self, several: Sequence[Mapping[str, float]]) -> Iterator[Inverses]:
+    def inverted(self, several: Iterable[Mapping[str, float]]) -> Iterator[Inverses]:
         """Yield the inverses for several dampings, each by layer; raises like `refresh_`."""
         first: Inverses | None = None
         for dampings in several:

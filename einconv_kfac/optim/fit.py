@@ -1,0 +1,167 @@
+"""The best combination of a few directions, by the quadratic model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from einconv_kfac.optim.objective import Objective
+from einconv_kfac.optim.preconditioner import KFACPreconditioner
+from einconv_kfac.optim.quadratic import Direction, QuadraticModel, inner
+from einconv_kfac.optim.signal import Signal
+
+LARGEST_MOMENTUM = 0.95
+"""Bound on the coefficient of the previous update; the quadratic model of one small batch is
+no guide to a larger one. The other bound is zero."""
+LARGEST_CHANGE = math.log(2)
+"""Bound on the sum over layers of the relative changes of their outputs. Where each of many
+layers in a row changes by ``c``, the network changes by up to ``prod(1 + c) - 1 <= 1`` (deep
+relative trust; Bernstein et al., 2020), which no quadratic model knows. A larger change can
+leave rectifiers without a gradient for good."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A step: a combination of directions.
+
+    Args:
+        directions: The directions.
+        model: The quadratic model of the batch in their span.
+        coefficients: The coefficients.
+        expected: The change of the objective to be expected of them, not only on the batch.
+        mix: The coefficients of the preconditioned gradient, of what has no factors if there
+            is such, and of the previous update if there is one.
+    """
+
+    directions: list[Direction]
+    model: QuadraticModel
+    coefficients: Tensor
+    expected: float
+    mix: tuple[float, ...]
+
+    def update(self, objective: Objective, rate: float = 1.0) -> Direction:
+        """Return the step times a rate, by parameter name."""
+        coefficients = (self.coefficients * rate).tolist()
+        return {name: combined(name, coefficients, self.directions) for name in objective.parameters}
+
+    def predicted(self, damping: float, rate: float = 1.0) -> float:
+        """Return the change of the damped objective on the batch that the model predicts."""
+        return float(self.model.change(self.coefficients * rate, damping))
+
+    def moved(self, rate: float) -> float:
+        """Return ``d.(G + W).u`` for the first direction ``d`` and the step ``u`` times a rate."""
+        return rate * float(self.model.curvature[0] @ self.coefficients)
+
+    @property
+    def rank(self) -> float:
+        """Return the expected change, or infinity if that is not a number."""
+        return math.inf if math.isnan(self.expected) else self.expected
+
+
+class Fitting:
+    """Fits coefficients.
+
+    Args:
+        preconditioner: Recorded the batches, and knows the layers.
+        signal: Tells how much of the slopes along descent directions to trust.
+    """
+
+    def __init__(self, preconditioner: KFACPreconditioner, signal: Signal) -> None:
+        self._preconditioner = preconditioner
+        self._signal = signal
+
+    def full(
+        self,
+        objective: Objective,
+        directions: list[Direction],
+        damping: float,
+        momentum: tuple[bool, float | None],
+    ) -> Fit:
+        """Return the best combination that changes no layer's output too much.
+
+        Args:
+            objective: The objective.
+            directions: The directions.
+            damping: The damping of the quadratic model.
+            momentum: Whether the last direction is the previous update, and its coefficient if
+                that is given.
+        """
+        has_previous, given = momentum
+        model = objective.model(self._preconditioner.recorder, directions)
+        trusted = self._signal.corrected(model, len(directions) - has_previous)
+        coefficients = trusted.minimum(damping)
+        if has_previous:
+            best = float(coefficients[-1])
+            wanted = min(max(best, 0.0), LARGEST_MOMENTUM) if given is None else given
+            if wanted != best:
+                coefficients = trusted.minimum(damping, {len(directions) - 1: wanted})
+        expected = float(trusted.change(coefficients, damping))
+        fit = Fit(directions, model, coefficients, expected, tuple(coefficients.tolist()))
+        if not math.isfinite(expected):
+            return fit
+        scale = self._allowed(objective, fit)
+        if scale == 1.0:
+            return fit
+        coefficients = coefficients * scale
+        expected = float(trusted.change(coefficients, damping))
+        mix = tuple(scale * c for c in fit.mix)
+        return replace(fit, coefficients=coefficients, expected=expected, mix=mix)
+
+    def _allowed(self, objective: Objective, fit: Fit) -> float:
+        """Return the fraction of a step, at most 1, that changes no layer's output too much."""
+        update = fit.update(objective)
+        change = self._preconditioner.relative_change(update, objective.parameters)
+        return min(1.0, LARGEST_CHANGE / change) if change else 1.0
+
+    def rescaled(
+        self,
+        objective: Objective,
+        directions: list[Direction],
+        damping: float,
+        previous: tuple[tuple[float, ...], bool],
+    ) -> Fit:
+        """Return the best multiple of the combination with the last coefficients.
+
+        Args:
+            objective: The objective.
+            directions: The directions.
+            damping: The damping of the quadratic model.
+            previous: The last coefficients, and whether the last of them is the momentum.
+        """
+        mix, has_previous = previous
+        mixed = {name: combined(name, mix, directions) for name in objective.parameters}
+        model = objective.model(self._preconditioner.recorder, [mixed])
+        unbiased = mix[-1] * inner(objective.gradient, directions[-1]) if has_previous else 0.0
+        trusted = replace(
+            model, slope=self._signal.fraction * (model.slope - unbiased) + unbiased
+        )
+        scale = trusted.minimum(damping)
+        expected = float(trusted.change(scale, damping))
+        return Fit([mixed], model, scale, expected, tuple(float(scale) * c for c in mix))
+
+
+def descents(objective: Objective, covered: Direction) -> list[Direction]:
+    """Return the descent directions; learning rates count relative to the largest one.
+
+    Args:
+        objective: The objective.
+        covered: The preconditioned gradient of the parameters that have factors.
+    """
+    rates, largest = objective.rates, max(objective.rates.values()) or 1.0
+    return [
+        {name: tensor * (-rates[name] / largest) for name, tensor in direction.items()}
+        for direction in (covered, objective.others)
+        if direction
+    ]
+
+
+def combined(name: str, coefficients: Sequence[float], directions: Sequence[Direction]) -> Tensor:
+    """Return a combination of directions for one parameter."""
+    (factor, first), *others = [(c, d[name]) for c, d in zip(coefficients, directions) if name in d]
+    total = first * factor
+    for factor, tensor in others:
+        total.add_(tensor, alpha=factor)
+    return total
