@@ -1,5 +1,5 @@
 PYTHON ?= python
-.PHONY: install test format lint types dist example benchmark training step ci clean
+.PHONY: install test format lint types dist example benchmark training step fractions growth ci clean
 
 install: ## the package, editable, with all that development needs
 	$(PYTHON) -m pip install -e ".[test,lint]"
@@ -36,6 +36,12 @@ training: ## KFAC beside tuned peers on Fashion-MNIST; more than an hour, contin
 
 step: ## the cost of a step on ResNet-18
 	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/step.py
+
+fractions: ## the cost of a step on a part of the examples
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/fractions_of_batches.py
+
+growth: ## what a thousand steps leave behind
+	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/growth.py
 
 ci: ## everything that must pass, in fresh environments
 	bash .ci/run

@@ -106,7 +106,9 @@ def _backward_products(
             )
             transposed = {n: g for n, g in zip(names, found) if g is not None}
             products = [_by_dual(transposed, w, direction) for direction in directions]
-        except (RuntimeError, NotImplementedError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # NotImplementedError is one
             raise _refusal(str(error)) from error
     for direction, product in zip(directions, products):
         _check_adjoint(direction, product, transposed, w)

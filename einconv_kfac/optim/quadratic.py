@@ -97,11 +97,10 @@ def quadratic_model(
 
 def inner(a: Direction, b: Direction, weights: Mapping[str, float] | None = None) -> Tensor:
     """Return the (weighted) inner product over the parameters that both have, in float64."""
-    parts = [
-        torch.dot(a[name].flatten(), b[name].flatten()).double() * (weights[name] if weights else 1)
-        for name in a
-        if name in b
-    ]
+    names = [name for name in a if name in b]
+    parts = [torch.dot(a[name].flatten(), b[name].flatten()).double() for name in names]
+    if weights:
+        parts = [part * weights[name] for part, name in zip(parts, names)]
     device = next(iter(a.values())).device
     return sum_of(parts) if parts else torch.zeros((), dtype=torch.float64, device=device)
 

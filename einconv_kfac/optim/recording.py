@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.capture import LayerCall, LayerCapture, ignorer
+from einconv_kfac.optim.buffers import ChangingBuffers
 from einconv_kfac.optim.passes import PendingPasses
 from einconv_kfac.optim.places import Targets, loss_arguments
 from einconv_kfac.optim.portion import Portion, check_separate
@@ -77,7 +78,9 @@ class Recorder:
         self._loss_fn = loss_fn
         self._on_backward = on_backward
         self._entry = model if entry is None else entry
-        self._passes = PendingPasses(LayerCapture([]) if capture is None else capture)
+        self._capture = LayerCapture([]) if capture is None else capture
+        self._passes = PendingPasses(self._capture)
+        self._buffers = ChangingBuffers()
         self._handles = _attach(weakref.ref(self), self._entry, loss_fn)
         weakref.finalize(self, _detach, self._handles)
 
@@ -104,7 +107,8 @@ class Recorder:
     def before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note how a forward pass begins."""
         if self._is_recording() and model is self._entry:
-            self._passes.begin_(args, kwargs, Surroundings.now(self._model))
+            buffers = self._buffers.copied(self._model) if self.keeps_outputs else {}
+            self._passes.begin_(args, kwargs, Surroundings.now(self._model, buffers))
 
     def after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
         """Keep what Jacobian-vector products need not compute again."""
@@ -115,6 +119,7 @@ class Recorder:
         """Note how it ends."""
         if self._is_recording() and model is self._entry:
             self._passes.end_(output)
+            self._buffers.notice_(self._model)
 
     def after_loss(
         self, loss_fn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
@@ -148,19 +153,19 @@ class Recorder:
     def replay(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
         """Return the loss's argument on a batch, whose forward pass is known, for parameters."""
         assert batch.forward is not None
-        with self.paused():
+        with self.paused(), self._capture.paused():
             return batch.forward.again(self._model, parameters)
 
     def repeat(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
         """Return the loss's argument as `replay` does, for the batch's portion."""
         assert batch.forward is not None
-        with self.paused():
+        with self.paused(), self._capture.paused():
             return batch.forward.of(batch.portion).again(self._model, parameters)
 
     def tangent(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
         """Return the same for the batch's own parameters, which carry tangents."""
         assert batch.forward is not None
-        with self.paused():
+        with self.paused(), self._capture.paused():
             return batch.forward.of(batch.portion).tangent(self._model, parameters)
 
     def check_portion(self, batch: Batch) -> None:

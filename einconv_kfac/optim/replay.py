@@ -19,27 +19,29 @@ from einconv_kfac.optim.tangents import Kept, portable_recurrence, quick_tangent
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a forward pass depends on besides its arguments: random state and autocast.
+    """What a forward pass depends on besides its arguments and parameters.
 
     Args:
         cpu: State of torch's global random generator.
         cuda: The same by CUDA device.
         autocast: Device type, whether autocast is enabled, and its dtype.
+        buffers: Copies of buffers that it may change, by name.
     """
 
     cpu: Tensor
     cuda: dict[int, Tensor]
     autocast: tuple[str, bool, torch.dtype]
+    buffers: dict[str, Tensor]
 
     @staticmethod
-    def now(model: nn.Module) -> Surroundings:
-        """Return what a forward pass of a model would depend on now."""
+    def now(model: nn.Module, buffers: dict[str, Tensor]) -> Surroundings:
+        """Return what a forward pass of a model would depend on now, given copies of buffers."""
         devices = {parameter.device for parameter in model.parameters()}
         kind = next(iter(devices)).type
         autocast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         indices = {device.index for device in devices if device.type == "cuda"}
         cuda = {index: torch.cuda.get_rng_state(index) for index in indices}
-        return Surroundings(torch.get_rng_state(), cuda, autocast)
+        return Surroundings(torch.get_rng_state(), cuda, autocast, buffers)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -92,7 +94,7 @@ class ForwardPass:
         Attention and recurrent layers take the one implementation that has a forward mode and a
         differentiable backward pass.
         """
-        values = _values(model, parameters)
+        values = _values(model, parameters, self.surroundings.buffers)
 
         def run() -> Any:
             return functional_call(model, values, self.args, self.kwargs, tie_weights=False)
@@ -110,18 +112,25 @@ class ForwardPass:
             return self.again(model, parameters)
 
 
-def _values(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def _values(
+    model: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Return other parameters and copies of the buffers, by name in each module that has them.
 
     Each module comes once, since `functional_call` forgets what it replaced in a module that it
     meets under several names.
     """
-    values: dict[Tensor, Tensor] = {model.get_parameter(n): v for n, v in parameters.items()}
-    values |= {buffer: buffer.clone() for buffer in model.buffers()}
-    return {
-        name: values[tensor]
-        for prefix, module in model.named_modules()
-        for tensors in (module.named_parameters, module.named_buffers)
-        for name, tensor in tensors(prefix, recurse=False)
-        if tensor in values
-    }
+    copies: dict[Tensor, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (start + name in parameters or parameter in copies):
+                own = parameters.get(start + name, parameter)
+                values[start + name] = copies.setdefault(parameter, own)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if buffer not in copies:
+                    copies[buffer] = buffers.get(start + name, buffer).clone()
+                values[start + name] = copies[buffer]
+    return values

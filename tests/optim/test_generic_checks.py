@@ -67,6 +67,10 @@ def test_schedulers_set_what_they_set_for_sgd(name: str, options: dict[str, Any]
     resumed.load_state_dict(schedulers[0].state_dict())
 
 
+def test_every_scheduler_of_torch_is_in_the_table() -> None:
+    assert set(lr_scheduler.__all__) - {"LRScheduler"} <= {n.split("-")[0] for n in SCHEDULERS}
+
+
 @pytest.mark.parametrize("options", MODES)
 def test_weight_averaging(options: dict[str, Any]) -> None:
     model, loss_fn = conv_net(random_layers=True), nn.CrossEntropyLoss()

@@ -1,0 +1,72 @@
+"""Models whose forward passes change buffers that they depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import image_batch, train_step, weights
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from einconv_kfac import KFAC
+from einconv_kfac.optim import buffers
+from einconv_kfac.optim.recording import Recorder
+
+
+class Moving(nn.Module):
+    """Subtracts a running mean, which it updates or replaces."""
+
+    def __init__(self, replaces: bool) -> None:
+        super().__init__()
+        self.replaces = replaces
+        self.register_buffer("mean", torch.zeros(36).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            mean = self.mean.lerp(x.mean(0), 0.5)
+            if self.replaces:
+                self.mean = mean
+            else:
+                self.mean.copy_(mean)
+        return x - self.mean
+
+
+def net(kind: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    if kind == "spectral":
+        first: list[Any] = [spectral_norm(nn.Linear(36, 5))]
+    else:
+        first = [Moving(kind == "replaced"), nn.Linear(36, 5)]
+    return nn.Sequential(nn.Flatten(), *first, nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+@pytest.mark.parametrize("kind", ["updated", "replaced", "spectral"])
+@pytest.mark.parametrize("small", [True, False])
+def test_a_pass_is_repeated_from_where_it_began(
+    kind: str, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large buffers are copied once they are known to change."""
+    if not small:
+        monkeypatch.setattr(buffers, "SMALL", 1)
+    model, loss_fn, (x, y) = net(kind), nn.CrossEntropyLoss(), image_batch()
+    recorder = Recorder(model, loss_fn, lambda *_: None)
+    recorder.keeps_outputs = True
+    for _ in range(2):
+        output = model(x)
+        loss_fn(output, y).backward()
+    after = [b.clone() for b in model.buffers()]
+    repeated = recorder.replay(recorder.take()[-1], {})
+    torch.testing.assert_close(repeated, output, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(after, model.buffers()))
+
+
+@pytest.mark.parametrize("kind", ["updated", "replaced", "spectral"])
+def test_they_train(kind: str) -> None:
+    model, loss_fn = net(kind), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn)
+    before = weights(model)
+    losses = [train_step(model, loss_fn, opt, image_batch(24)) for _ in range(15)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert not torch.equal(before, weights(model))
