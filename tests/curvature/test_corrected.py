@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -110,3 +111,26 @@ def test_streaming_in_parts_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     parts = kronecker_factors(model, loss_fn, [(x, y)], kind="diagonal", fisher="exact")
     for name in whole:
         torch.testing.assert_close(parts[name].values, whole[name].values, **TOLERANCE)
+
+
+@pytest.mark.parametrize("largest", [1, 100, 1 << 22])
+def test_examples_are_taken_in_parts(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More positions than channels, fewer, and none; the sums do not depend on the parts."""
+    torch.manual_seed(0)
+    layers = (
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(3, 40, 3),
+        nn.Flatten(),
+        nn.Linear(360, 3),
+    )
+    model, loss_fn = nn.Sequential(*layers).double(), nn.CrossEntropyLoss()
+    data = [(torch.randn(4, 2, 5, 5).double(), torch.tensor([0, 1, 2, 0]))]
+    options: dict[str, Any] = {"fisher": "exact", "kind": "ekfac"}
+    whole = kronecker_factors(model, loss_fn, data, **options)
+    monkeypatch.setattr("einconv_kfac.curvature.corrected._LARGEST", largest)
+    parts = kronecker_factors(model, loss_fn, data, **options)
+    diagonal = kronecker_factors(model, loss_fn, data, fisher="exact", kind="diagonal")
+    for name, block in whole.items():
+        torch.testing.assert_close(block.values, parts[name].values)
+        torch.testing.assert_close(block.trace(), diagonal[name].trace())
