@@ -56,7 +56,7 @@ def check_products(
     The model must repeat its output, by computing all of its layers.
     """
     for batch in batches:
-        recorder.check_portion(batch)
+        recorder.check_batch(batch)
     if not recorder.products_checked:
         _check_repeated(batches[0], recorder.repeat(batches[0], {}))
         jacobian_products(recorder, batches[0], parameters, [direction])
@@ -168,7 +168,9 @@ def _check_repeated(batch: Batch, output: Tensor) -> None:
     raise RuntimeError(
         "The model must repeat its output when it runs again on a recorded batch with "
         "adaptive=True, got another one. Draw random numbers from torch's global generator, "
-        "keep no state between calls, change no output in place, or pass adaptive=False."
+        "keep no state between calls but in buffers, change no output in place, run attention "
+        "with dropout under `sdpa_kernel(SDPBackend.MATH)` and recurrent layers with dropout "
+        "without cuDNN, or pass adaptive=False."
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.capture import LayerCall, LayerCapture, ignorer
 from einconv_kfac.optim.buffers import ChangingBuffers
 from einconv_kfac.optim.passes import PendingPasses
-from einconv_kfac.optim.places import Targets, loss_arguments
+from einconv_kfac.optim.places import Inside, Targets, loss_arguments
 from einconv_kfac.optim.portion import Portion, check_separate
 from einconv_kfac.optim.replay import ForwardPass, Surroundings
 from einconv_kfac.optim.tangents import LINEAR, NORMALIZING
@@ -168,9 +168,17 @@ class Recorder:
         with self.paused(), self._capture.paused():
             return batch.forward.of(batch.portion).tangent(self._model, parameters)
 
-    def check_portion(self, batch: Batch) -> None:
-        """Raise a ``RuntimeError`` if a batch's portion cannot be treated alone."""
-        if batch.forward is not None and batch.portion is not None:
+    def check_batch(self, batch: Batch) -> None:
+        """Raise a ``RuntimeError`` if a batch or its portion cannot run again."""
+        if batch.forward is None:
+            return
+        if isinstance(batch.forward.place, Inside) and self._entry is not self._model:
+            raise RuntimeError(
+                "`loss_fn` must be called outside of a compiled model when adaptive=True, got a call "
+                "inside, which is not seen where compiled code runs. Compile the part before the "
+                "loss and pass that here, or pass adaptive=False."
+            )
+        if batch.portion is not None:
             check_separate(self._model)
             batch.forward.of(batch.portion)
 

@@ -12,7 +12,7 @@ import torch
 from optim_cases import conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
-from einconv_kfac import KFAC
+from einconv_kfac import KFAC, KFACPreconditioner
 from einconv_kfac.curvature.losses import EntrywiseRule, register_loss
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -166,6 +166,37 @@ def test_a_loss_that_is_not_called_again_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"must call `loss_fn` 1 time\(s\) again"):
         opt.step()
     assert torch.equal(before, weights(model))
+
+
+def test_a_loss_inside_of_a_compiled_model() -> None:
+    """With fixed rates it trains; the automatic step would not see it in compiled code."""
+    plain, model = WithLoss(), WithLoss()
+    for run in (plain, torch.compile(model, backend="eager")):
+        opt = KFAC(run, (plain if run is plain else model).loss_fn, lr=0.1, adaptive=False)
+        for seed in range(24):
+            opt.zero_grad()
+            run(*image_batch(seed=seed)).backward()
+            opt.step()
+    torch.testing.assert_close(weights(model), weights(plain), **EXACT)
+    before = weights(model)
+    run = torch.compile(model, backend="eager")
+    opt = KFAC(run, model.loss_fn)
+    run(*image_batch()).backward()
+    with pytest.raises(RuntimeError, match="must be called outside of a compiled model"):
+        opt.step()
+    assert torch.equal(before, weights(model))
+
+
+def test_the_preconditioner_takes_a_loss_inside() -> None:
+    plain, loss_fn, model = conv_net(), nn.CrossEntropyLoss(), WithLoss()
+    x, y = image_batch()
+    machines = KFACPreconditioner(plain, loss_fn), KFACPreconditioner(model, model.loss_fn)
+    loss_fn(plain(x), y).backward()
+    model(x, y).backward()
+    for machine in machines:
+        machine.step()
+    for a, b in zip(plain.parameters(), model.parameters()):
+        assert torch.equal(a.grad, b.grad)
 
 
 def test_replays_leave_no_hooks_and_no_graphs() -> None:
