@@ -191,7 +191,7 @@ class AutomaticStep:
                 fit = self._fitting.rescaled(objective, directions, damping, last)
                 if float(fit.coefficients) > 0 and not (previous and fit.mix[-1] > LARGEST_MOMENTUM):
                     return fit
-            fit = self._fitting.full(objective, directions, damping, follows)
+            fit = self._fitting.full(objective, directions, damping, follows, bounded=not given)
         else:
             fit, self._scale, inverses = self._best_trial(objective, previous, damping, momentum)
             self._scaled = machine.steps
@@ -227,7 +227,7 @@ class AutomaticStep:
         for inverses in found:
             covered = machine.precondition(objective.gradient, inverses)
             directions = [*descents(objective, covered), *([previous] if previous else [])]
-            fit = self._fitting.full(objective, directions, damping, follows)
+            fit = self._fitting.full(objective, directions, damping, follows, bounded=True)
             trials.append((fit, next(tried), inverses))
         return best()
 

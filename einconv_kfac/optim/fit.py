@@ -79,8 +79,10 @@ class Fitting:
         directions: list[Direction],
         damping: float,
         momentum: tuple[bool, float | None],
+        *,
+        bounded: bool,
     ) -> Fit:
-        """Return the best combination that changes no layer's output too much.
+        """Return the best combination.
 
         Args:
             objective: The objective.
@@ -88,6 +90,7 @@ class Fitting:
             damping: The damping of the quadratic model.
             momentum: Whether the last direction is the previous update, and its coefficient if
                 that is given.
+            bounded: Whether to keep the change of the layers' outputs within `LARGEST_CHANGE`.
         """
         has_previous, given = momentum
         model = objective.model(self._preconditioner.recorder, directions)
@@ -100,7 +103,7 @@ class Fitting:
                 coefficients = trusted.minimum(damping, {len(directions) - 1: wanted})
         expected = float(trusted.change(coefficients, damping))
         fit = Fit(directions, model, coefficients, expected, tuple(coefficients.tolist()))
-        if not math.isfinite(expected):
+        if not bounded or not math.isfinite(expected):
             return fit
         scale = self._allowed(objective, fit)
         if scale == 1.0:

@@ -65,7 +65,8 @@ class Signal:
     def learn_(self, gradient: Direction) -> None:
         """Learn from the next batch's gradient, if something was noted."""
         if self._direction and self._slope < 0:
-            held = float(inner(gradient, self._direction)) - self._moved
+            noted = {n: d.to(gradient[n]) for n, d in self._direction.items() if n in gradient}
+            held = float(inner(gradient, noted)) - self._moved
             sample = min(max(held / self._slope, RANGE[0]), RANGE[1])
             self._average += (1 - DECAY) * (sample - self._average)
             self._weight += (1 - DECAY) * (1 - self._weight)
