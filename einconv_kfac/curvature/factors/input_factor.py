@@ -12,7 +12,7 @@ from torch import Tensor
 from einconv_kfac.curvature.factors.choice import algorithm_of
 from einconv_kfac.curvature.factors.pointwise import add_columns_
 from einconv_kfac.curvature.factors.problem import Problem, check_approximation
-from einconv_kfac.curvature.factors.reduced import reduced, window_sums
+from einconv_kfac.curvature.factors.reduced import position_sums, reduced, window_sums
 from einconv_kfac.curvature.factors.transposed import ResidueClass, residue_classes
 from einconv_kfac.curvature.factors.update import Update, blocks_of, prepare
 from einconv_kfac.geometry import Geometry, Padding, Sizes, convolution, transposed_convolution
@@ -195,7 +195,7 @@ def linear_input_factor(
     if expand:
         add_columns_(rows.mT.unsqueeze(1), inner)
     if bias or not expand:
-        sums = rows.sum(1, dtype=dtype)
+        sums = position_sums(rows.mT, dtype)
     if not expand:
         reduced(sums, positions, inner)
     if bias:

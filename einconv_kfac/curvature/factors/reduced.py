@@ -7,6 +7,7 @@ cheaper (`pieces`); then the matrix has a column for each of these sums only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
 from math import prod
@@ -20,7 +21,7 @@ from einconv_kfac.curvature.factors.pieces import (
     partition,
     shares_one_product,
 )
-from einconv_kfac.curvature.factors.problem import chunks
+from einconv_kfac.curvature.factors.problem import chunk_size, chunks
 from einconv_kfac.curvature.factors.update import Update
 from einconv_kfac.geometry import Axis, Geometry
 
@@ -48,7 +49,7 @@ def window_sums(
     """
     axes = geometry.axes
     if all(map(_meets_all, axes, x.shape[2:])):
-        return x.flatten(2).sum(2, dtype=dtype)
+        return position_sums(x, dtype)
     items = x.shape[0] * x.shape[1]
     pieces = partition(axes, transposed, items)
     if not all(axis.entries for axis in pieces):  # nothing but padding
@@ -57,9 +58,29 @@ def window_sums(
     matrices = _matrices(x, axes, dtype, transposed)
     if x.dtype == dtype and _is_dense(x):
         return _sums(x, pieces, matrices)
-    limit = x.numel() // 2  # of the elements, which are at least as large when converted
-    parts = (part.to(dtype) for part in chunks(x, 1.0, min(limit, 1 << 20)))
-    return torch.cat([_sums(part, pieces, matrices) for part in parts])
+    sums = x.new_empty(x.shape[0], x.shape[1] * prod(geometry.kernel_size), dtype=dtype)
+    for part, target in _converted(x, sums):
+        target.copy_(_sums(part, pieces, matrices))
+    return sums
+
+
+def position_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x`` of shape ``[n, c, *s]`` summed over ``s``."""
+    positions = tuple(range(2, x.ndim))
+    if x.dtype == dtype or not positions:
+        return x.sum(positions) if positions else x.to(dtype)
+    sums = x.new_empty(x.shape[:2], dtype=dtype)
+    for part, target in _converted(x, sums):
+        torch.sum(part, positions, out=target)
+    return sums
+
+
+def _converted(x: Tensor, sums: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a few examples of ``x`` in the dtype of ``sums`` and where theirs are, in turn."""
+    done = 0
+    for part in chunks(x, 1.0, min(x.numel() // 2, chunk_size(x.device.type, x.numel()))):
+        yield part.to(sums.dtype), sums[done : done + len(part)]
+        done += len(part)
 
 
 def _meets_all(axis: Axis, size: int) -> bool:
