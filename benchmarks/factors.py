@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 from factor_contestants import CONTESTANTS, OURS, ours
 from factor_layers import HERE, Layer, layers
-from factor_memory import memory
+from factor_memory import MEASURED, memory
 from factor_report import Row, draw, summary, table
 from timing import machine, seconds
 
 from einconv_kfac.curvature.factors.choice import applicable, choose
+from einconv_kfac.curvature.factors.problem import APPROXIMATIONS
 
 
-def measure(layer: Layer, approximation: str, budget: float) -> Row:
+def measure(layer: Layer, approximation: str, budget: float, with_memory: bool = True) -> Row:
     """Time the contestants and our algorithms on one layer."""
     x = torch.randn(layer.shape, generator=torch.Generator().manual_seed(0))
     functions = {name: make(layer, approximation) for name, make in CONTESTANTS.items()}
@@ -40,7 +41,8 @@ def measure(layer: Layer, approximation: str, budget: float) -> Row:
         others = {name: partial(ours(layer, approximation, name), x) for name in names}
         algorithms = seconds({OURS: calls[OURS], **others}, budget / 2)
         algorithms = {name: t * times[OURS] / algorithms[OURS] for name, t in algorithms.items()}
-    return Row(layer, approximation, times, memory(layer, approximation), algorithms)
+    used = memory(layer, approximation) if with_memory else dict.fromkeys(MEASURED, float("nan"))
+    return Row(layer, approximation, times, used, algorithms)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,16 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a few small layers, for a test")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=1.0, help="seconds for a layer")
+    parser.add_argument("--approximation", choices=APPROXIMATIONS, help="both by default")
+    parser.add_argument("--layers", default="", help="only those whose line holds this text")
+    parser.add_argument("--skip-memory", action="store_true", help="measure times alone")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "factors.txt")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    chosen = list(layers())
+    chosen = [found for found in layers() if options.layers in f"{found.network} {found}"]
     if options.quick:
         chosen = sorted(chosen, key=lambda layer: prod(layer.shape) * layer.result_size)[:4]
     rows = []
-    for approximation in ("expand", "reduce"):
+    for approximation in [options.approximation] if options.approximation else APPROXIMATIONS:
         for layer in chosen:
-            rows.append(measure(layer, approximation, options.budget))
+            row = measure(layer, approximation, options.budget, not options.skip_memory)
+            rows.append(row)
             print(*list(table(rows[-1:]))[2:3], flush=True)
     text = [machine(options.threads), "", *summary(rows), "", *table(rows)]
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from einconv_kfac.curvature.factors.choice import algorithm_of
 from einconv_kfac.curvature.factors.pointwise import add_columns_
 from einconv_kfac.curvature.factors.problem import Problem, check_approximation
-from einconv_kfac.curvature.factors.reduced import averages, reduced
+from einconv_kfac.curvature.factors.reduced import position_sums, reduced, window_sums
 from einconv_kfac.curvature.factors.transposed import ResidueClass, residue_classes
 from einconv_kfac.curvature.factors.update import Update, blocks_of, prepare
 from einconv_kfac.geometry import Geometry, Padding, Sizes, convolution, transposed_convolution
@@ -79,12 +79,12 @@ def conv_input_factor(
     if expand:
         algorithm_of(problem, algorithm).add(x, problem, inner)
         if bias:
-            _append_ones_(averages(x, geometry, dtype), geometry.positions, update)
+            _append_ones_(window_sums(x, geometry, dtype), geometry.positions, update)
     else:
-        mean = averages(x, geometry, dtype)
-        reduced(mean, inner)
+        sums = window_sums(x, geometry, dtype)
+        reduced(sums, geometry.positions, inner)
         if bias:
-            _append_ones_(mean, 1, update)
+            _append_ones_(sums, geometry.positions, update, 1 / geometry.positions)
     return update.out
 
 
@@ -146,12 +146,13 @@ def conv_transpose_input_factor(
     x = _pad_to(x, geometry.output_size)
     if expand:
         _add_classes_(x, problem, inner, algorithm)
+    positions = prod(geometry.input_size)
     if bias or not expand:
-        mean = averages(x, geometry, update.out.dtype, transposed=True)
+        sums = window_sums(x, geometry, update.out.dtype, transposed=True)
     if not expand:
-        reduced(mean, inner)
+        reduced(sums, positions, inner)
     if bias:
-        _append_ones_(mean, prod(geometry.input_size) if expand else 1, update)
+        _append_ones_(sums, positions, update, 1.0 if expand else 1 / positions)
     return update.out
 
 
@@ -191,12 +192,14 @@ def linear_input_factor(
     update = prepare(a, (1, size + bias), out, beta, alpha / n)
     dtype, inner = update.out.dtype, update.within(size)
     rows = a.reshape(n, positions, size)
-    mean = rows.mean(1, dtype=dtype) if bias or not expand else None
-    if not expand and mean is not None:
-        rows = mean.unsqueeze(1)
-    add_columns_(rows.mT.unsqueeze(1), inner)
-    if bias and mean is not None:
-        _append_ones_(mean[:, None], positions if expand else 1, update)
+    if expand:
+        add_columns_(rows.mT.unsqueeze(1), inner)
+    if bias or not expand:
+        sums = position_sums(rows.mT, dtype)
+    if not expand:
+        reduced(sums, positions, inner)
+    if bias:
+        _append_ones_(sums, positions, update, 1.0 if expand else 1 / positions)
     return update.out
 
 
@@ -254,11 +257,18 @@ def _reversed_blocks(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
     return blocks_of(factor, kernel).flip([*range(2, 2 + d), *range(3 + d, 3 + 2 * d)])
 
 
-def _append_ones_(mean: Tensor, positions: int, update: Update) -> None:
-    """Update the row and column of a constant 1 from the averages ``[n, (g) .. d]`` of a."""
+def _append_ones_(sums: Tensor, positions: int, update: Update, weight: float = 1.0) -> None:
+    """Update the row and column of a constant 1 from ``weight`` times sums over positions.
+
+    Args:
+        sums: The sums of ``a`` over positions, ``[n, (g d)]``.
+        positions: Number of positions.
+        update: The update, of all rows and columns.
+        weight: What the sums are multiplied with.
+    """
     groups, size = update.out.shape[0], update.out.shape[1] - 1
-    column = mean.reshape(-1, groups, size).sum(0).mul_(positions)
+    column = sums.sum(0).view(groups, size).mul_(weight)
     update.set_(column, update.out[:, :size, size])
     update.out[:, size, :size] = update.out[:, :size, size]
-    corner = column.new_full((groups,), positions * mean.shape[0])
+    corner = column.new_full((groups,), weight * positions * sums.shape[0])
     update.set_(corner, update.out[:, size, size])

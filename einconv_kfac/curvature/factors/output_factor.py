@@ -7,6 +7,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.factors.pointwise import add_columns_
 from einconv_kfac.curvature.factors.problem import check_approximation
+from einconv_kfac.curvature.factors.reduced import position_sums, reduced
 from einconv_kfac.curvature.factors.update import prepare
 
 
@@ -91,7 +92,8 @@ def conv_output_factor(
     scale = alpha / (n * positions if expand else n)
     update = prepare(g, (groups, channels // groups), out, beta, scale)
     rows = g.flatten(0, 1)  # (v n) c *o
-    if not expand:
-        rows = rows.flatten(2).sum(2, dtype=update.out.dtype)
-    add_columns_(rows.reshape(rows.shape[0], groups, channels // groups, -1), update)
+    if expand:
+        add_columns_(rows.reshape(rows.shape[0], groups, channels // groups, -1), update)
+    else:
+        reduced(position_sums(rows, update.out.dtype), 1, update)
     return update.out

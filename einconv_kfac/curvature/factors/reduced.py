@@ -1,48 +1,86 @@
-"""KFAC-reduce: average the windows first, then one small product."""
+"""KFAC-reduce: sum over the windows first, then one small product.
+
+The window sums of an input are a product with a 0/1 matrix ``[*k, *i]``, the index pattern summed
+over outputs. Positions that meet the same kernel entries are summed before it where that is
+cheaper (`pieces`); then the matrix has a column for each of these sums only.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import reduce
 from math import prod
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.coincidence import Ranges, cut, lags
-from einconv_kfac.curvature.factors.problem import chunks
+from einconv_kfac.curvature.factors.pieces import (
+    Pieces,
+    incidences,
+    partition,
+    shares_one_product,
+)
+from einconv_kfac.curvature.factors.problem import chunk_size, chunks
 from einconv_kfac.curvature.factors.update import Update
 from einconv_kfac.geometry import Axis, Geometry
 
+TYPECODES = {torch.float32: "f", torch.float64: "d"}
 
-def reduced(mean: Tensor, update: Update) -> None:
-    """Add ``sum_n abar abar^T`` to the update, from the averages ``[n, (g d)]``."""
+
+def reduced(sums: Tensor, positions: int, update: Update) -> None:
+    """Add ``sum_n abar abar^T`` to the update, from the sums ``[n, (g d)]`` over positions."""
     groups, size = update.out.shape[:2]
-    update.add_product_(mean.reshape(-1, groups, size).permute(1, 2, 0))
+    scaled = replace(update, alpha=update.alpha / positions**2)
+    scaled.add_product_(sums.reshape(-1, groups, size).permute(1, 2, 0))
 
 
-def averages(x: Tensor, geometry: Geometry, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    """Return the windows' averages ``[n, (c *k)]`` of ``x``, of shape ``[n, c, *i]``.
+def window_sums(
+    x: Tensor, geometry: Geometry, dtype: torch.dtype, transposed: bool = False
+) -> Tensor:
+    """Return the sums over each window, ``[n, (c *k)]``, of ``x``, of shape ``[n, c, *i]``.
 
     Args:
         x: The input.
         geometry: The convolution.
-        dtype: The dtype of the averages.
+        dtype: The dtype of the sums.
         transposed: Whether ``x`` is the input of the transposed convolution, so that the
-            averages are over the convolution's inputs.
+            windows are over the convolution's inputs.
     """
     axes = geometry.axes
-    sizes = geometry.input_size if transposed else geometry.output_size
-    if all(_meets_all(axis, size) for axis, size in zip(axes, x.shape[2:])):
-        return x.flatten(2).sum(2, dtype=dtype).div_(prod(sizes))
-    if _is_small(axes):
-        pattern = reduce(torch.kron, [window_pattern(axis, x, dtype, transposed) for axis in axes])
-        flat = torch.cat([part.to(dtype).flatten(2) @ pattern for part in chunks(x, 1.0)])
-        return flat.flatten(1).div_(prod(sizes))
-    sums = _first_sums(x, axes[0], dtype, transposed).div_(prod(sizes))  # n c k0 *i
-    for dim, axis in enumerate(axes[1:], start=3):
-        pattern = window_pattern(axis, x, dtype, transposed)
-        sums = (sums.movedim(dim, -1) @ pattern).movedim(-1, dim)
-    return sums.flatten(1)
+    if all(map(_meets_all, axes, x.shape[2:])):
+        return position_sums(x, dtype)
+    items = x.shape[0] * x.shape[1]
+    pieces = partition(axes, transposed, items)
+    if not all(axis.entries for axis in pieces):  # nothing but padding
+        entries = prod(axis.kernel_size for axis in axes)
+        return x.new_zeros(x.shape[0], x.shape[1] * entries, dtype=dtype)
+    matrices = _matrices(x, axes, dtype, transposed)
+    if x.dtype == dtype and _is_dense(x):
+        return _sums(x, pieces, matrices)
+    sums = x.new_empty(x.shape[0], x.shape[1] * prod(geometry.kernel_size), dtype=dtype)
+    for part, target in _converted(x, sums):
+        target.copy_(_sums(part, pieces, matrices))
+    return sums
+
+
+def position_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x`` of shape ``[n, c, *s]`` summed over ``s``."""
+    positions = tuple(range(2, x.ndim))
+    if x.dtype == dtype or not positions:
+        return x.sum(positions) if positions else x.to(dtype)
+    sums = x.new_empty(x.shape[:2], dtype=dtype)
+    for part, target in _converted(x, sums):
+        torch.sum(part, positions, out=target)
+    return sums
+
+
+def _converted(x: Tensor, sums: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a few examples of ``x`` in the dtype of ``sums`` and where theirs are, in turn."""
+    done = 0
+    for part in chunks(x, 1.0, min(x.numel() // 2, chunk_size(x.device.type, x.numel()))):
+        yield part.to(sums.dtype), sums[done : done + len(part)]
+        done += len(part)
 
 
 def _meets_all(axis: Axis, size: int) -> bool:
@@ -51,40 +89,103 @@ def _meets_all(axis: Axis, size: int) -> bool:
     return single and len(axis.outputs(0)) == size
 
 
-def _is_small(axes: tuple[Axis, ...]) -> bool:
-    """Return whether one product with the pattern of all axes beats sums axis by axis."""
-    positions = prod(axis.input_size for axis in axes)
-    return positions <= 256 and any(2 * axis.kernel_size > axis.input_size for axis in axes)
+def _is_dense(x: Tensor) -> bool:
+    """Return whether the positions of an image follow each other at equal distances."""
+    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
 
 
-def window_pattern(axis: Axis, like: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-    """Return which positions each kernel entry meets, ``[i, k]``, or ``[o, k]`` if transposed."""
-    offsets = torch.arange(axis.kernel_size, device=like.device) * axis.dilation - axis.padding[0]
-    if transposed:
-        met = torch.arange(axis.output_size, device=like.device)[:, None] * axis.stride + offsets
-        return ((met >= 0) & (met < axis.input_size)).to(dtype)
-    steps = torch.arange(axis.input_size, device=like.device)[:, None] - offsets  # o S
-    inside = (steps >= 0) & (steps < axis.output_size * axis.stride)
-    return (inside & (steps % axis.stride == 0)).to(dtype)
+def _sums(x: Tensor, pieces: tuple[Pieces, ...], matrices: tuple[Tensor, ...]) -> Tensor:
+    """Return the window sums ``[n, (c *k)]`` of ``x``, of shape ``[n, c, *i]``."""
+    for dim, axis in enumerate(pieces, start=2):
+        if not axis.are_positions:
+            x = _piece_sums(x, dim, axis)
+    if len(matrices) == 1:
+        return _product(x.flatten(2), matrices[0]).flatten(1)
+    leading, last = matrices
+    rows = _product(x.flatten(1, -2), last)  # n (c *p) k
+    rows = rows.reshape(-1, leading.shape[1], last.shape[0])  # (n c) *p k
+    sums = rows.new_empty(len(rows), leading.shape[0], last.shape[0])
+    torch.bmm(leading.expand(len(rows), *leading.shape), rows, out=sums)
+    return sums.reshape(x.shape[0], -1)
 
 
-def _first_sums(x: Tensor, axis: Axis, dtype: torch.dtype, transposed: bool) -> Tensor:
-    """Sum each window of the first spatial dimension of ``x``, ``[n, c, i, ..]``, to ``k``."""
-    sums = x.new_zeros(*x.shape[:2], axis.kernel_size, *x.shape[3:], dtype=dtype)
-    if transposed:
-        ranges = [(met.start, met.stop) for met in map(axis.outputs, range(axis.kernel_size))]
-        _add_windows_(sums, x, range(axis.kernel_size), cut(ranges))
-        return sums
-    for lag in lags(axis):
-        if lag.distance == 0:
-            grid = x[:, :, lag.left :: axis.stride]
-            _add_windows_(sums, grid, lag.entries, (lag.regions, lag.windows))
+def _piece_sums(x: Tensor, dim: int, pieces: Pieces) -> Tensor:
+    """Return ``x`` with dimension ``dim`` summed over the positions of each piece."""
+    sizes = [*x.shape]
+    sizes[dim] = len(pieces.entries)
+    if x.stride(1) == 1:  # channels last
+        sums = x.new_empty(sizes[0], *sizes[2:], sizes[1]).movedim(-1, 1)
+    else:
+        sums = x.new_empty(sizes)
+    done = 0
+    for run in pieces.runs:
+        part = x.narrow(dim, run.start, run.stop - run.start)
+        target = sums.narrow(dim, done, len(run.kept))
+        done += len(run.kept)
+        if not run.is_summed:
+            target.copy_(part)
+        elif run.period == 1:
+            torch.sum(part, dim, keepdim=True, out=target)
+        elif run.is_complete:
+            torch.sum(torch.unflatten(part, dim, (-1, run.period)), dim, out=target)
+        else:
+            periods = torch.unflatten(part, dim, (-1, run.period))
+            for place, i in enumerate(run.kept):
+                torch.sum(periods.select(dim + 1, i), dim, out=target.select(dim, place))
     return sums
 
 
-def _add_windows_(sums: Tensor, grid: Tensor, entries: range, parts: tuple[Ranges, Ranges]) -> None:
-    """Add to each entry of ``sums``, ``[n, c, k, ..]``, the regions of its window."""
-    regions = [grid[:, :, slice(*edges)].sum(2, dtype=sums.dtype) for edges in parts[0]]
-    for k, (first, end) in zip(entries, parts[1]):
-        for region in regions[first:end]:
-            sums[:, :, k].add_(region)
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return ``x`` of shape ``[n, r, p]`` times the transpose of ``matrix``, ``[k, p]``.
+
+    Products are written to a given tensor, so that autocast leaves their precision alone.
+    """
+    n, rows, k = x.shape[0], x.shape[1], matrix.shape[0]
+    if x.is_contiguous():
+        out = x.new_empty(n, rows, k)
+        torch.mm(x.view(n * rows, -1), matrix.T, out=out.view(n * rows, k))
+        return out
+    return torch.bmm(matrix.expand(n, *matrix.shape), x.mT, out=x.new_empty(n, k, rows)).mT
+
+
+def _matrices(
+    x: Tensor, axes: tuple[Axis, ...], dtype: torch.dtype, transposed: bool
+) -> tuple[Tensor, ...]:
+    """Return the matrices ``[k, piece]`` of all axes, or of all but the last, and the last.
+
+    On a CPU their elements are kept; elsewhere they are made where they are needed, without
+    waiting for the device.
+    """
+    items = x.shape[0] * x.shape[1]
+    split = len(axes) if shares_one_product(axes, transposed, items) else len(axes) - 1
+    parts = tuple(part for part in (axes[:split], axes[split:]) if part)
+    if x.device.type == "cpu" and type(x) is Tensor:
+        kept = incidences(axes, transposed, items, TYPECODES[dtype])
+        rows = (prod(axis.kernel_size for axis in part) for part in parts)
+        return tuple(
+            torch.frombuffer(values, dtype=dtype).view(k, -1) for values, k in zip(kept, rows)
+        )
+    pieces = iter(partition(axes, transposed, items))
+    return tuple(
+        reduce(torch.kron, [_incidence(a, next(pieces), x.device, transposed) for a in part]).to(
+            dtype
+        )
+        for part in parts
+    )
+
+
+def _incidence(axis: Axis, pieces: Pieces, device: torch.device, transposed: bool) -> Tensor:
+    """Return which pieces each kernel entry meets, ``[k, piece]``."""
+    offsets = torch.arange(axis.kernel_size, device=device)[:, None] * axis.dilation
+    offsets = offsets - axis.padding[0]
+    if transposed:
+        met = torch.arange(axis.output_size, device=device) * axis.stride + offsets
+        pattern = (met >= 0) & (met < axis.input_size)
+    else:
+        steps = torch.arange(axis.input_size, device=device) - offsets  # o S
+        pattern = (steps >= 0) & (steps < axis.output_size * axis.stride)
+        pattern &= steps % axis.stride == 0
+    if pieces.are_positions:
+        return pattern.to(torch.float32)
+    places = (run.start + i for run in pieces.runs for i in run.kept)
+    return torch.cat([pattern[:, i, None] for i in places], 1).to(torch.float32)

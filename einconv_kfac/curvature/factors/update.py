@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.factors.allocation import new_matrices
+
 PANEL = 128
 """Rows in a panel of the upper block triangle."""
 
+STRIP = 64
+"""Rows of a panel that are copied to columns at a time, so that both stay in a cache."""
+
 DIAGONAL = 1 << 17
 """Elements on the diagonal that are made symmetric at a time, so that they stay in a cache."""
+
+SHORT = 64
+"""Columns up to which a product costs no more than writing its result."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,48 @@ class Update:
             a: The factor of the product.
             last: Whether this is the last product, so that the lower triangle can follow.
         """
-        for start, stop in pairwise(panels(a.shape[1], self.out.device.type)):
+        kind, (groups, size, length) = self.out.device.type, a.shape
+        if last and self.beta == 0 and size <= (2 * PANEL if length <= SHORT else PANEL):
+            self._set_whole_(a)
+            return
+        if last and kind == "cpu" and (groups == 1 or size > 2 * PANEL):
+            for matrix, factor in zip(self.out, a):
+                self._add_by_buffer_(matrix, factor)
+            mirror_diagonal_(self.out)
+            return
+        for start, stop in pairwise(panels(size, kind)):
             left, right = a[:, start:stop], a[:, start:].mT
             add_matmul_(self.out[:, start:stop, start:], left, right, self.beta, self.alpha)
             if last:
                 mirror_panel_(self.out, start, stop)
+        if last:
+            mirror_diagonal_(self.out)
+
+    def _add_by_buffer_(self, out: Tensor, a: Tensor) -> None:
+        """Add to one matrix ``out`` for ``a`` of shape ``[D, L]``; diagonal blocks lack symmetry.
+
+        A panel of rows is made in a buffer and copied from there to rows and to columns. The
+        buffer's rows, unlike those of ``out``, never compete for the same places in a cache.
+        """
+        size = len(out)
+        buffer = out.new_empty(PANEL, ((size + 15) // 16 | 1) * 16)  # odd in cache lines
+        for start, stop in pairwise(panels(size, "cpu")):
+            panel, rows = buffer[: stop - start, : size - start], out[start:stop, start:]
+            if self.beta:
+                panel.copy_(rows)
+            panel.addmm_(a[start:stop], a[start:].T, beta=self.beta, alpha=self.alpha)
+            rows.copy_(panel)
+            for first in range(start, stop, STRIP):
+                end = min(first + STRIP, stop)
+                out[end:, first:end] = panel[first - start : end - start, end - start :].T
+
+    def _set_whole_(self, a: Tensor) -> None:
+        """Set small matrices to ``alpha a a^T``: half of it plus the transpose of that half."""
+        for start, stop in _parts(self.out):
+            target, part = self.out[start:stop], a[start:stop]
+            half = target.new_empty(target.shape)
+            add_matmul_(half, part, part.mT, 0.0, self.alpha / 2)
+            torch.add(half, half.mT, out=target)
 
     def added(self) -> Update:
         """Return the update for what remains to be added once ``beta`` has been applied."""
@@ -68,6 +114,14 @@ def panels(size: int, device: str) -> list[int]:
     return [*range(0, size, width), size]
 
 
+def _parts(matrices: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of parts of a batch ``[g, D, D]`` that stay in a cache."""
+    batch, rows, columns = matrices.shape
+    count = max(1, DIAGONAL // (rows * columns)) if matrices.device.type == "cpu" else batch
+    for start in range(0, batch, count):
+        yield start, start + count
+
+
 def add_matmul_(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> None:
     """Set ``target`` to ``beta target + alpha left right``, for batches of matrices."""
     if target.shape[0] == 1:
@@ -84,8 +138,8 @@ def blocks_of(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
 
 def mirror_(matrices: Tensor) -> None:
     """Copy the upper triangle of ``[g, D, D]`` to the lower one."""
-    for start, stop in pairwise(panels(matrices.shape[-1], "cpu")):
-        mirror_panel_(matrices, start, stop)
+    mirror_panel_(matrices, 0, matrices.shape[-1])
+    mirror_diagonal_(matrices)
 
 
 def mirror_block_(matrices: Tensor, rows: slice, columns: slice) -> None:
@@ -96,14 +150,35 @@ def mirror_block_(matrices: Tensor, rows: slice, columns: slice) -> None:
 
 
 def mirror_panel_(matrices: Tensor, start: int, stop: int) -> None:
-    """Copy a panel of rows, right of its square on the diagonal, to the columns below that.
+    """Copy a panel of rows, right of the blocks on its diagonal, to the columns below those."""
+    width = strip_width(matrices)
+    for first in range(start, stop, width):
+        end = min(first + width, stop)
+        if end < matrices.shape[-1]:
+            matrices[:, end:, first:end] = matrices[:, first:end, end:].mT
 
-    The square itself becomes the mean of both triangles.
-    """
-    count = max(1, DIAGONAL // (stop - start) ** 2)
-    for diagonal in torch.split(matrices[:, start:stop, start:stop], count):
+
+def mirror_diagonal_(matrices: Tensor) -> None:
+    """Set the blocks on the diagonal to the mean of both triangles."""
+    width, size = strip_width(matrices), matrices.shape[-1]
+    whole = size // width
+    batch, row, column = matrices.stride()
+    blocks = matrices.as_strided(
+        (matrices.shape[0], whole, width, width),
+        (batch, width * (row + column), row, column),
+        matrices.storage_offset(),
+    )
+    for start, stop in _parts(matrices[:, :width, : whole * width]) if whole else ():
+        diagonal = blocks[start:stop]
         torch.mul(diagonal + diagonal.mT, 0.5, out=diagonal)
-    matrices[:, stop:, start:stop] = matrices[:, start:stop, stop:].mT
+    if size % width:
+        rest = matrices[:, whole * width :, whole * width :]
+        torch.mul(rest + rest.mT, 0.5, out=rest)
+
+
+def strip_width(matrices: Tensor) -> int:
+    """Return the width of the blocks on the diagonal of ``[g, D, D]``."""
+    return STRIP if matrices.device.type == "cpu" else 8 * PANEL
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -139,7 +214,7 @@ def prepare(
     if out is None:
         if beta:
             raise ValueError(f"`beta` must be 0 without `out`, got {beta}.")
-        return Update(like.new_empty(expected, dtype=dtype), 0.0, alpha)
+        return Update(new_matrices(like, expected, dtype), 0.0, alpha)
     if out.shape != expected or not out.is_contiguous():
         raise ValueError(f"`out` must be contiguous of shape {expected}, got {tuple(out.shape)}.")
     if out.dtype != dtype or out.device != like.device:

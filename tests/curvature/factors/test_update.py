@@ -1,0 +1,53 @@
+"""Products into results of all sizes: their value, symmetry and memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from einconv_kfac.curvature.factors import allocation
+from einconv_kfac.curvature.factors.update import DIAGONAL, PANEL, SHORT, prepare
+
+SIZES = (1, 9, PANEL - 1, PANEL + 2, 2 * PANEL, 2 * PANEL + 1, 3 * PANEL + 65)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("length", [3, SHORT + 1])
+def test_products_in_parts(size: int, groups: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, groups, size, length, generator=generator, dtype=torch.float64)
+    expected = torch.einsum("pgal,pgbl->gab", a, a)
+    start = torch.ones(groups, size + 1, size + 1, dtype=torch.float64)
+    for beta, out in ((0.0, None), (0.5, start)):
+        update = prepare(a, (groups, size + 1), out, beta, 3.0).within(size)
+        update.add_product_(a[0], last=False)
+        update.added().add_product_(a[1])
+        torch.testing.assert_close(update.out, beta + 3 * expected)
+        assert torch.equal(update.out, update.out.mT)
+    update = prepare(a, (groups, size), None, 0.0, 3.0)
+    update.add_product_(a.movedim(0, 2).flatten(2))
+    torch.testing.assert_close(update.out, 3 * expected)
+    assert torch.equal(update.out, update.out.mT)
+
+
+def test_many_small_products() -> None:
+    """More groups than are multiplied at a time."""
+    groups = DIAGONAL // 16 + 3
+    a = torch.randn(groups, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for out in (None, torch.ones(groups, 4, 4, dtype=torch.float64)):
+        update = prepare(a, (groups, 4), out, 0.0 if out is None else 1.0, 1.0)
+        update.add_product_(a)
+        torch.testing.assert_close(update.out, a @ a.mT + (0 if out is None else 1))
+        assert torch.equal(update.out, update.out.mT)
+
+
+def test_large_results_are_ordinary_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    like, shape = torch.zeros(1), (1, 1100, 1100)
+    for advise in (allocation._madvise(), None):
+        monkeypatch.setattr(allocation, "_madvise", lambda advise=advise: advise)
+        fresh = allocation.new_matrices(like, shape, torch.float64).fill_(2.0)
+        assert fresh.shape == shape
+        assert fresh.is_contiguous()
+        assert fresh.sum() == 2.0 * 1100**2
+        assert torch.equal(fresh.clone(), fresh)
