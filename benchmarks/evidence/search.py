@@ -7,11 +7,11 @@ from typing import Any
 from evidence.tasks import Task
 
 LEARNING_RATES = {
-    "SGD": (0.02, 0.5),
-    "AdamW": (1e-3, 2e-2),
-    "SOAP": (2e-3, 5e-2),
+    "SGD": (3e-3, 0.5),
+    "AdamW": (1e-3, 4e-2),
+    "SOAP": (2e-3, 0.1),
     "SINGD": (1e-3, 0.1),
-    "asdl K-FAC": (0.03, 1.0),
+    "asdl K-FAC": (0.01, 1.0),
     "KFAC fixed": (0.01, 0.3),
 }
 """Smallest and largest learning rate for classification."""
@@ -37,9 +37,9 @@ def settings(optimizer: str, task: Task, trials: int) -> list[dict[str, Any]]:
 
     Learning rates are spaced evenly on a logarithmic scale. So are dampings; they are paired
     with the learning rates by stepping through them by the golden section, which leaves no
-    correlation. KFAC has none to try; what it is tuned over is `KFAC_SETTINGS`.
+    correlation. KFAC on its defaults has none to try; what it is tuned over is `KFAC_SETTINGS`.
     """
-    if optimizer == "KFAC":
+    if optimizer in ("KFAC", "KFAC short"):
         return [{}]
     if optimizer == "KFAC tuned":
         return [dict(setting) for setting in KFAC_SETTINGS[:trials]]
