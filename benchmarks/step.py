@@ -1,9 +1,11 @@
 """The cost of a training step on ResNet-18 at 32x32, beside SGD in the same run.
 
-Every optimizer takes its turn at each step, on the same batch. What is counted is one complete
-period, late in training (no burn-in): with periods 10 and 100 that is 100 steps with ten updates of
-the factors and one of the inverses. Over several periods the median one counts. SINGD has no
-inverses; its preconditioner is updated at the factors' period.
+Every optimizer takes its turn at each step, on the same batch, late in training (no burn-in). With
+periods 10 and 100 an average step is one of 100, of which ten update the factors and one of these
+the inverses as well. Twenty steps stand for them: the first, where everything is due (and is done
+for the first time, which costs more than later), the eleventh for the other updates of the factors,
+and the rest for ordinary steps. Over several repetitions the median counts. SINGD has no inverses;
+its preconditioner is updated at the factors' period.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from torch import Tensor, nn
 from einconv_kfac.optim import KFAC
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_LATE = 100  # periods after which nothing is updated more often any more
+_LATE = 100  # periods after which nothing is updated more often than its period says
 _LR = 1e-3
 _DAMPING = 0.1
+REFUSALS = (ImportError, NotImplementedError, RuntimeError, ValueError)
+"""What an optimizer raises that cannot train the network."""
 
 Build = Callable[[nn.Module, Task, tuple[int, int]], Trainer]
 
@@ -89,21 +93,47 @@ BUILDS: dict[str, Build] = {
 }
 
 
-def _built(
-    task: Task, periods: tuple[int, int], batch: tuple[Tensor, Tensor]
-) -> tuple[dict[str, Trainer], dict[str, str]]:
-    """Return the optimizers after a first step, and why others did not come so far."""
+def _built(task: Task, periods: tuple[int, int]) -> tuple[dict[str, Trainer], dict[str, str]]:
+    """Return the optimizers, and why others cannot be had."""
     trainers: dict[str, Trainer] = {}
     refused: dict[str, str] = {}
     for name, build in BUILDS.items():
         torch.manual_seed(0)
         try:
-            trainer = build(task.model(), task, periods)
-            trainer.step(*batch, 1.0)
-            trainers[name] = trainer
-        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+            trainers[name] = build(task.model(), task, periods)
+        except REFUSALS as error:
             refused[name] = str(error).splitlines()[0][:90]
     return trainers, refused
+
+
+def _window(
+    task: Task, periods: tuple[int, int], batch: tuple[Tensor, Tensor]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the seconds of an average step by optimizer, and why others have none."""
+    factors, inverses = periods
+    shares = _shares(factors, inverses)
+    trainers, refused = _built(task, periods)
+    totals = dict.fromkeys(trainers, 0.0)
+    for share in shares:
+        for name in list(trainers):  # interleaved, so that other load hits all alike
+            start = perf_counter()
+            try:
+                trainers[name].step(*batch, 1.0)
+            except REFUSALS as error:
+                refused[name] = str(error).splitlines()[0][:90]
+                del trainers[name], totals[name]
+                continue
+            totals[name] += share * (perf_counter() - start)
+    return totals, refused
+
+
+def _shares(factors: int, inverses: int) -> list[float]:
+    """Return which share of all steps each step of the window stands for."""
+    updates = inverses // factors
+    ordinary = (inverses - updates) / (2 * factors - 2)
+    shares = [ordinary] * (2 * factors)
+    shares[0], shares[factors] = 1, updates - 1
+    return [share / inverses for share in shares]
 
 
 def measure(
@@ -113,14 +143,9 @@ def measure(
     torch.manual_seed(0)
     n = task.batch_size
     batch = torch.randn(n, *shape), torch.randint(10, (n,))
-    trainers, refused = _built(task, periods, batch)
-    totals: dict[str, list[float]] = {name: [0.0] * repeats for name in trainers}
-    for index in range(repeats * max(periods)):
-        for name, trainer in trainers.items():  # interleaved, so that other load hits all alike
-            start = perf_counter()
-            trainer.step(*batch, 1.0)
-            totals[name][index // max(periods)] += perf_counter() - start
-    return {name: median(t) / max(periods) for name, t in totals.items()}, refused
+    windows = [_window(task, periods, batch) for _ in range(repeats)]
+    names = windows[0][0]
+    return {name: median(w[name] for w, _ in windows) for name in names}, windows[0][1]
 
 
 def table(seconds: dict[str, float], refused: dict[str, str]) -> list[str]:
@@ -140,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--batch", type=int, default=128, help="images per step")
     add("--periods", default="10,100", help="of factors and inverses")
-    add("--repeats", type=int, default=1, help="complete periods")
+    add("--repeats", type=int, default=1, help="repetitions")
     add("--quick", action="store_true", help="a smoke test: tiny, periods 2 and 4")
     add("--output", type=Path, default=RESULTS, help="folder of step.txt")
     options = parser.parse_args(arguments)
@@ -154,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     heading = (
         f"{machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
         f"{task.title}, {shape[1]}x{shape[2]}, batch {task.batch_size}, periods {factors} and "
-        f"{inverses}, median of {options.repeats} complete period(s)"
+        f"{inverses}, median of {options.repeats} repetition(s)"
     )
     lines = [heading, "", *table(*measure(task, (factors, inverses), options.repeats, shape))]
     print("\n".join(lines))

@@ -1,11 +1,10 @@
 """Train on Fashion-MNIST: KFAC on its defaults beside tuned peers, in steps and in seconds.
 
 Each peer gets the same number of trials (seed 0), a linear warm-up over 5 % of the run and a cosine
-to zero; the setting with the smallest final training loss then runs on other seeds. KFAC keeps a
-constant rate; its short run has half of the steps (a quarter for task (e)) and the schedule of the
-others. The training loss is that on 2,000 fixed training images in evaluation mode, outside the
-clock. Finished runs are appended to a file of JSON lines and never repeated, so the whole can be
-cut and continued; table and picture are made from it.
+to zero; the setting with the smallest final training loss then runs on other seeds. KFAC's
+defaults have no schedule. The training loss is that on 2,000 fixed training images in evaluation
+mode, outside the clock. Finished runs are appended to a file of JSON lines and never repeated, so
+the whole can be cut and continued; table and picture are made from it.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ class Protocol:
 
     def run(self, task: Task, optimizer: str, seed: int, setting: dict[str, Any]) -> Run:
         """Return an untrained run."""
-        steps = task.steps // task.share if optimizer == "KFAC short" else task.steps
-        return Run(self.size, task.name, optimizer, seed, setting, steps)
+        return Run(self.size, task.name, optimizer, seed, setting, task.steps)
 
 
 class Comparison:

@@ -232,11 +232,6 @@ def kfac(model: nn.Module, task: Task, setting: Setting) -> Trainer:
     return replace(torch_trainer([opt], model, loss_fn, task), scheduled=scheduled)
 
 
-def kfac_short(model: nn.Module, task: Task, setting: Setting) -> Trainer:
-    """Our K-FAC on its defaults with the peers' schedule; its run is shorter than theirs."""
-    return kfac(model, task, {**setting, "scheduled": True})
-
-
 OPTIMIZERS: dict[str, Callable[[nn.Module, Task, Setting], Trainer]] = {
     "SGD": sgd,
     "AdamW": adamw,
@@ -245,7 +240,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, Task, Setting], Trainer]] = {
     "asdl K-FAC": asdl_kfac,
     "KFAC fixed": kfac_fixed,
     "KFAC": kfac,
-    "KFAC short": kfac_short,
     "KFAC tuned": kfac,
 }
 PEERS = ("SGD", "AdamW", "SOAP", "SINGD", "asdl K-FAC")

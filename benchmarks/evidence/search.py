@@ -39,7 +39,7 @@ def settings(optimizer: str, task: Task, trials: int) -> list[dict[str, Any]]:
     with the learning rates by stepping through them by the golden section, which leaves no
     correlation. KFAC on its defaults has none to try; what it is tuned over is `KFAC_SETTINGS`.
     """
-    if optimizer in ("KFAC", "KFAC short"):
+    if optimizer == "KFAC":
         return [{}]
     if optimizer == "KFAC tuned":
         return [dict(setting) for setting in KFAC_SETTINGS[:trials]]

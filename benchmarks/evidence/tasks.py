@@ -28,7 +28,6 @@ class Task:
         train_size: How many of the training images are used.
         autoencoder: Whether the targets are the images, one Bernoulli loss per pixel.
         evaluations: How often a run is evaluated; the last time after its last step.
-        share: KFAC's short run takes one in ``share`` of the steps.
     """
 
     name: str
@@ -40,7 +39,6 @@ class Task:
     train_size: int = 60_000
     autoencoder: bool = False
     evaluations: int = 30
-    share: int = 2
 
     def loss_fn(self) -> nn.Module:
         """Return the loss module; that of autoencoders sums over pixels and images."""
@@ -79,7 +77,6 @@ TASKS = {
             500,
             240,
             autoencoder=True,
-            share=4,
         ),
         Task("f", "deep autoencoder", partial(deep_autoencoder, SIZES), 500, 160, autoencoder=True),
     )

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from einconv_kfac.optim.quadratic import Direction, QuadraticModel, inner
 
-SMALLEST = 0.01
-"""Smallest fraction, so that training goes on where noise hides the signal for a while."""
+SMALLEST = 0.1
+"""Smallest fraction. What is best for one step is too little for many, as the directions of small
+curvature still have signal where those of large curvature have none left."""
 DECAY = 0.9
 """Decay of the running average."""
 RANGE = (-1.0, 1.5)
