@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.factors.products import add_matmul_
+
 PANEL = 128
 """Rows in a panel of the upper block triangle."""
 
@@ -66,14 +68,6 @@ def panels(size: int, device: str) -> list[int]:
     """
     width = PANEL if device == "cpu" else 8 * PANEL
     return [*range(0, size, width), size]
-
-
-def add_matmul_(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> None:
-    """Set ``target`` to ``beta target + alpha left right``, for batches of matrices."""
-    if target.shape[0] == 1:
-        target[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
-    else:
-        target.baddbmm_(left, right, beta=beta, alpha=alpha)
 
 
 def blocks_of(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
