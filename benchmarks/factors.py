@@ -22,6 +22,7 @@ from factor_report import Row, draw, summary, table
 from timing import machine, seconds
 
 from einconv_kfac.curvature.factors.choice import applicable, choose
+from einconv_kfac.curvature.factors.problem import APPROXIMATIONS
 
 
 def measure(layer: Layer, approximation: str, budget: float) -> Row:
@@ -36,7 +37,10 @@ def measure(layer: Layer, approximation: str, budget: float) -> Row:
     times = seconds(calls, budget)
     algorithms: dict[str, float] = {}
     if approximation == "expand" and not layer.transposed:
-        names = [name for name in applicable(layer.problem) if name != choose(layer.problem)]
+        problem = layer.problem
+        names = [name for name in applicable(problem) if name != choose(problem)]
+        if problem.geometry.groups > 1:
+            names = [name for name in names if name != "correlations"]  # far behind, and slow
         others = {name: partial(ours(layer, approximation, name), x) for name in names}
         algorithms = seconds({OURS: calls[OURS], **others}, budget / 2)
         algorithms = {name: t * times[OURS] / algorithms[OURS] for name, t in algorithms.items()}
@@ -49,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a few small layers, for a test")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--budget", type=float, default=1.0, help="seconds for a layer")
+    parser.add_argument("--approximation", choices=APPROXIMATIONS, help="one of both only")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "factors.txt")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -56,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         chosen = sorted(chosen, key=lambda layer: prod(layer.shape) * layer.result_size)[:4]
     rows = []
-    for approximation in ("expand", "reduce"):
+    for approximation in [options.approximation] if options.approximation else APPROXIMATIONS:
         for layer in chosen:
             rows.append(measure(layer, approximation, options.budget))
             print(*list(table(rows[-1:]))[2:3], flush=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.bands import banded, banded_cost
 from einconv_kfac.curvature.factors.correlations import correlated, correlated_cost
+from einconv_kfac.curvature.factors.grams import LARGEST, gram, gram_cost
 from einconv_kfac.curvature.factors.im2col import im2col, im2col_cost
 from einconv_kfac.curvature.factors.lags import lag_reuse, lag_reuse_cost
 from einconv_kfac.curvature.factors.pointwise import pointwise, pointwise_cost
@@ -31,6 +33,7 @@ ALGORITHMS = {
     "lags": Algorithm(lag_reuse, lag_reuse_cost),
     "correlations": Algorithm(correlated, correlated_cost),
     "bands": Algorithm(banded, banded_cost),
+    "grams": Algorithm(gram, gram_cost),
     "im2col": Algorithm(im2col, im2col_cost),
     "pointwise": Algorithm(pointwise, pointwise_cost),
 }
@@ -50,11 +53,14 @@ def applicable(problem: Problem) -> tuple[str, ...]:
     """Return the names of the algorithms that can compute the problem's factor.
 
     Correlations are left to CPUs: on a GPU the routine may round to TF32, and add in any order.
+    Gram matrices are left to tiny images: their memory grows with the square of the positions.
     """
     single = all(axis.kernel_size == 1 for axis in problem.geometry.axes)
     unknown = {"pointwise"} if not single else set()
     if problem.device != "cpu" or problem.geometry.ndim > 3:
         unknown.add("correlations")
+    if problem.channels * prod(problem.geometry.input_size) > LARGEST:
+        unknown.add("grams")
     return tuple(name for name in ALGORITHMS if name not in unknown)
 
 

@@ -35,6 +35,12 @@ STRIPS = 1.4
 SLOW = 8.0
 """The same in float64, for which there is no such routine."""
 
+FULL = 16
+"""Channels of a group that the routine works on together, whether there are as many or not."""
+
+SEPARATE = 3.0
+"""What a multiplication costs where groups with fewer channels are computed one by one."""
+
 CALLS = 100
 """Operations that a weight gradient and what surrounds it cost."""
 
@@ -226,7 +232,8 @@ def correlated_cost(problem: Problem) -> Cost:
     found = calls(axes, True, _is_fine(problem))
     rows = sum(call.positions * prod(call.lags) for call in found)
     products = sum(prod(call.lags) for call in found)
-    slow = SLOW if problem.dtype == torch.float64 else 1.0
+    slow = SLOW if problem.dtype == torch.float64 else max(1.0, FULL / channels)
+    slow *= SEPARATE if groups > 1 and channels < FULL else 1.0
     macs = STRIPS * slow * rows * problem.batch * groups * channels**2
     copied = problem.inputs * GROWTH * blocks
     written = (problem.outputs + products * groups * channels**2) / 3  # mostly whole rows

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from factor_definition import columns, factor
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from einconv_kfac.curvature.factors import conv_input_factor, conv_transpose_input_factor
@@ -56,7 +56,10 @@ def options_of(geometry: Geometry) -> dict[str, Any]:
 def test_expand(algorithm: str, data: st.DataObject) -> None:
     largest = 3 if algorithm == "correlations" else 4
     geometry = data.draw(geometries(1 if algorithm == "pointwise" else 4, largest))
-    x = draw_input(geometry, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)))
+    channels, batch = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    problem = Problem(geometry, batch, channels, torch.float64, "cpu")
+    assume(algorithm in applicable(problem))
+    x = draw_input(geometry, channels, batch)
     bias = data.draw(st.booleans())
     expected = factor(columns(x, geometry), "expand", bias)
     options = {**options_of(geometry), "bias": bias, "algorithm": algorithm}
@@ -94,7 +97,7 @@ def test_transposed(approximation: str, geometry: Geometry, data: st.DataObject)
     assert torch.equal(got, got.mT)
 
 
-@pytest.mark.parametrize("algorithm", ["lags", "correlations", "bands", "im2col"])
+@pytest.mark.parametrize("algorithm", ["lags", "correlations", "bands", "grams", "im2col"])
 def test_many_parts(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An input that is processed one example at a time, with channels in several blocks."""
     monkeypatch.setattr("einconv_kfac.curvature.factors.problem.chunk_size", lambda *_: 1)
