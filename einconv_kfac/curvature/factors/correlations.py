@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.assembly import write
+from einconv_kfac.curvature.factors.assembly import Key, write
 from einconv_kfac.curvature.factors.blocks import Block, Pair, block_memory, channel_pairs, edges
 from einconv_kfac.curvature.factors.problem import Cost, Problem, part_size
 from einconv_kfac.curvature.factors.spans import Span, spans_of_all
@@ -123,13 +123,21 @@ def correlated(x: Tensor, problem: Problem, update: Update) -> None:
         sums = _all_sums(x, pair, found, geometry, update)
         block = Block(update, pair, geometry, memory)
         for combined, total in sums.items():
-            for index in product(*(range(len(span.distances)) for span in combined)):
-                key = tuple(span.pairs(span.distances[i]) for span, i in zip(combined, index))
+            for index, key in _keys(combined):
                 regions = total[(slice(None),) * len(key) + index]
                 if not any(lag.distance for lag in key):
                     regions = regions.contiguous()  # made symmetric in place
                 write(block.entries, key, regions, 0.0, pair[0] == pair[1])
         block.store_()
+
+
+@lru_cache(maxsize=1024)
+def _keys(combined: Spans) -> tuple[tuple[tuple[int, ...], Key], ...]:
+    """Return the lags of some spans, and where each is among their distances."""
+    return tuple(
+        (index, tuple(span.pairs(span.distances[i]) for span, i in zip(combined, index)))
+        for index in product(*(range(len(span.distances)) for span in combined))
+    )
 
 
 def _is_fine(problem: Problem) -> bool:

@@ -37,7 +37,7 @@ def gram(x: Tensor, problem: Problem, update: Update) -> None:
 
 
 def pair_pattern(axis: Axis, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Count the outputs for which ``k`` meets ``i`` and ``k'`` meets ``i'``, ``[(i i'), (k k')]``."""
+    """Count the outputs at which ``k, k'`` meet ``i, i'``, as ``[(i i'), (k k')]``."""
     kernel, outputs, inputs = (
         torch.arange(size, device=like.device)
         for size in (axis.kernel_size, axis.output_size, axis.input_size)
