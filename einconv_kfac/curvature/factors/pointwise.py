@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.problem import SMALL, Cost, Problem, chunk_size, chunks
+from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_size, chunks
 from einconv_kfac.curvature.factors.products import WIDE, mkl_is_narrow
 from einconv_kfac.curvature.factors.update import Update, panels
 
@@ -49,7 +49,7 @@ def add_columns_(x: Tensor, update: Update) -> None:
     where a product costs less than adding it up.
     """
     onednn = mkl_is_narrow() and x.shape[2] >= WIDE and update.out.dtype == torch.float32
-    limit = max(SMALL, chunk_size(x.device.type, x.numel()) // 2)
+    limit = chunk_size(x.device.type, x.numel())
     if x.stride(2) == 1 and x.dtype == update.out.dtype:
         limit = x.numel()  # channels last
     elif x.device.type == "cpu" and x.shape[3] >= (LONG_FOR_ONEDNN if onednn else LONG):
