@@ -113,7 +113,7 @@ def report(kinds: dict[str, str], budget: float) -> Iterator[str]:
     yield f"product {speed / 1e9:.1f} GMAC/s, read {read / 1e9:.1f}, write {write / 1e9:.1f} GB/s"
     yield ""
     yield (
-        f"{'':7} {'kind':16} {'layer':34} {'algorithm':10} {'ms':>8} {'products':>9} {'copies':>7} "
+        f"{'':7} {'kind':16} {'layer':34} {'algorithm':12} {'ms':>8} {'products':>9} {'copies':>7} "
         f"{'sums':>5} {'rest':>5} {'MAC, least ms':>14} {'bytes, least ms':>16} {'distance':>9}"
     )
     for approximation, (kind, name) in product(("expand", "reduce"), kinds.items()):
@@ -126,7 +126,7 @@ def report(kinds: dict[str, str], budget: float) -> Iterator[str]:
         bounds = least(layer, approximation) / speed, moved
         chosen = approximation == "expand" and not layer.transposed
         yield (
-            f"{approximation:7} {kind:16} {name:34} {choose(layer.problem) if chosen else '':10} "
+            f"{approximation:7} {kind:16} {name:34} {choose(layer.problem) if chosen else '':12} "
             f"{1e3 * spent:8.2f} {parts['products']:9.0%} {parts['copies']:7.0%} "
             f"{parts['sums']:5.0%} {rest:5.0%} {1e3 * bounds[0]:14.2f} {1e3 * bounds[1]:16.2f} "
             f"{spent / max(bounds):9.1f}"
