@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from einconv_kfac.curvature.factors.choice import choose
 from einconv_kfac.curvature.factors.lags import half_of_lags
+from einconv_kfac.curvature.factors.products import add_matmul_
 from einconv_kfac.curvature.factors.transposed import residue_classes
 from einconv_kfac.geometry import Axis
 
@@ -44,8 +45,11 @@ KINDS = {
 }
 
 SORTS = {
-    "products": ("aten::mm", "aten::addmm_", "aten::bmm", "aten::baddbmm_"),
-    "copies": ("aten::copy_", "aten::fill_", "aten::cat"),
+    "products": (
+        *("aten::mm", "aten::addmm_", "aten::bmm", "aten::baddbmm_", "aten::mkldnn_linear"),
+        *("aten::convolution_backward", "aten::_slow_conv2d_backward"),
+    ),
+    "copies": ("aten::copy_", "aten::fill_", "aten::cat", "aten::to_mkldnn", "aten::_to_dense"),
     "sums": ("aten::sum", "aten::add", "aten::add_", "aten::mul", "aten::mul_", "aten::div_"),
 }
 
@@ -88,17 +92,18 @@ def shares(layer: Layer, approximation: str, repeats: int) -> dict[str, float]:
 
 def rates(budget: float) -> tuple[float, float, float]:
     """Return multiply-accumulates, bytes read and bytes written per second."""
-    a, long = torch.randn(1152, 1152), torch.randn(1 << 26)
+    a, long = torch.randn(1, 1152, 1152), torch.randn(1 << 26)
+    out = torch.empty_like(a)
     times = seconds(
         {
-            "product": lambda: a @ a,
+            "product": lambda: add_matmul_(out, a, a.mT, 0.0, 1.0),
             "read": partial(torch.sum, long),
             "write": lambda: long.fill_(1.0),
         },
         budget,
     )
     size = 4.0 * long.numel()
-    return len(a) ** 3 / times["product"], size / times["read"], size / times["write"]
+    return out.shape[-1] ** 3 / times["product"], size / times["read"], size / times["write"]
 
 
 def report(kinds: dict[str, str], budget: float) -> Iterator[str]:
@@ -108,7 +113,7 @@ def report(kinds: dict[str, str], budget: float) -> Iterator[str]:
     yield f"product {speed / 1e9:.1f} GMAC/s, read {read / 1e9:.1f}, write {write / 1e9:.1f} GB/s"
     yield ""
     yield (
-        f"{'':7} {'kind':16} {'layer':34} {'algorithm':10} {'ms':>8} {'products':>9} {'copies':>7} "
+        f"{'':7} {'kind':16} {'layer':34} {'algorithm':12} {'ms':>8} {'products':>9} {'copies':>7} "
         f"{'sums':>5} {'rest':>5} {'MAC, least ms':>14} {'bytes, least ms':>16} {'distance':>9}"
     )
     for approximation, (kind, name) in product(("expand", "reduce"), kinds.items()):
@@ -121,7 +126,7 @@ def report(kinds: dict[str, str], budget: float) -> Iterator[str]:
         bounds = least(layer, approximation) / speed, moved
         chosen = approximation == "expand" and not layer.transposed
         yield (
-            f"{approximation:7} {kind:16} {name:34} {choose(layer.problem) if chosen else '':10} "
+            f"{approximation:7} {kind:16} {name:34} {choose(layer.problem) if chosen else '':12} "
             f"{1e3 * spent:8.2f} {parts['products']:9.0%} {parts['copies']:7.0%} "
             f"{parts['sums']:5.0%} {rest:5.0%} {1e3 * bounds[0]:14.2f} {1e3 * bounds[1]:16.2f} "
             f"{spent / max(bounds):9.1f}"

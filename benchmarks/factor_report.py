@@ -86,9 +86,10 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the distribution of the ratios of each class."""
     names = ("einconv", "im2col")
-    figure = Figure(figsize=(10, 4))
-    axes = figure.subplots(1, 2, sharey=True)
-    for panel, approximation in zip(axes, ("expand", "reduce")):
+    approximations = list(dict.fromkeys(row.approximation for row in rows))
+    figure = Figure(figsize=(5 * len(approximations), 4))
+    axes = figure.subplots(1, len(approximations), sharey=True, squeeze=False)[0]
+    for panel, approximation in zip(axes, approximations):
         for kind, style in (("overlapping", "-"), ("dense", ":")):
             for color, name in enumerate(names):
                 ratios = sorted(

@@ -7,11 +7,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.coincidence import Lag, lags
+from einconv_kfac.curvature.factors.coincidence import Pairs, lags
 from einconv_kfac.curvature.factors.update import Update, mirror_
 from einconv_kfac.geometry import Axis
 
-Key = tuple[Lag, ...]
+Key = tuple[Pairs, ...]
 """The lags of all dimensions together."""
 
 

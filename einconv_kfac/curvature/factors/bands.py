@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.assembly import Key, scaled_if_incomplete, write
-from einconv_kfac.curvature.factors.lags import half_of_lags
+from einconv_kfac.curvature.factors.assembly import scaled_if_incomplete, write
+from einconv_kfac.curvature.factors.lags import Key, half_of_lags
 from einconv_kfac.curvature.factors.problem import (
     BATCHED,
     Cost,
@@ -27,7 +27,8 @@ from einconv_kfac.curvature.factors.problem import (
     chunk_count,
     chunks,
 )
-from einconv_kfac.curvature.factors.update import Update, add_matmul_, blocks_of
+from einconv_kfac.curvature.factors.products import add_matmul_, mkl_price
+from einconv_kfac.curvature.factors.update import Update, blocks_of
 from einconv_kfac.geometry import Axis, Geometry
 
 LEAST = 16
@@ -123,8 +124,9 @@ def banded_cost(problem: Problem) -> Cost:
     copied = problem.inputs * (1 + _growth(last, channels))
     products = count * regions * len(found) * (1 + BATCHED * (groups - 1))
     calls = 10 * products + 30 * len(keys)
-    written = problem.outputs + count * sums
-    return Cost(macs * problem.batch * groups, width, copied, written, calls)
+    written = 0.6 * (problem.outputs + count * sums)  # along diagonals, but in order
+    price = mkl_price(problem) * problem.batch * groups
+    return Cost(macs * price, width, copied, written, calls)
 
 
 class _Operand:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.bands import banded, banded_cost
+from einconv_kfac.curvature.factors.correlations import correlated, correlated_cost
+from einconv_kfac.curvature.factors.grams import LARGEST, gram, gram_cost
 from einconv_kfac.curvature.factors.im2col import im2col, im2col_cost
 from einconv_kfac.curvature.factors.lags import lag_reuse, lag_reuse_cost
 from einconv_kfac.curvature.factors.pointwise import pointwise, pointwise_cost
@@ -28,26 +31,37 @@ class Algorithm:
 
 ALGORITHMS = {
     "lags": Algorithm(lag_reuse, lag_reuse_cost),
+    "correlations": Algorithm(correlated, correlated_cost),
     "bands": Algorithm(banded, banded_cost),
+    "grams": Algorithm(gram, gram_cost),
     "im2col": Algorithm(im2col, im2col_cost),
     "pointwise": Algorithm(pointwise, pointwise_cost),
 }
 
 PRICES = {
-    "cpu": Cost(26e-12, 0.0, 1.1e-9, 2e-9, 3.8e-6),
+    "cpu": Cost(9.2e-12, 0.0, 0.56e-9, 1.5e-9, 1.8e-6),
     "cuda": Cost(4e-14, 64.0, 4e-12, 4e-12, 1e-5),
 }
 """Seconds per unit; ``width`` is that of products which reach half of the full speed.
 
-Those of a CPU are a fit to the layers of benchmarks/factors.py on one core; what matters is
-their ratio. Those of a GPU follow from data sheets.
+Those of a CPU are a fit to the layers of benchmarks/factors.py on one core, with products by
+oneDNN; what matters is their ratio. Those of a GPU follow from data sheets.
 """
 
 
 def applicable(problem: Problem) -> tuple[str, ...]:
-    """Return the names of the algorithms that can compute the problem's factor."""
+    """Return the names of the algorithms that can compute the problem's factor.
+
+    Correlations are left to CPUs: on a GPU the routine may round to TF32, and add in any order.
+    Gram matrices are left to tiny images: their memory grows with the square of the positions.
+    """
     single = all(axis.kernel_size == 1 for axis in problem.geometry.axes)
-    return tuple(name for name in ALGORITHMS if name != "pointwise" or single)
+    unknown = {"pointwise"} if not single else set()
+    if problem.device != "cpu" or problem.geometry.ndim > 3:
+        unknown.add("correlations")
+    if problem.channels * prod(problem.geometry.input_size) > LARGEST:
+        unknown.add("grams")
+    return tuple(name for name in ALGORITHMS if name not in unknown)
 
 
 def seconds(cost: Cost, problem: Problem) -> float:
@@ -108,19 +122,19 @@ def explain(
         ValueError: If the hyper-parameters do not fit.
 
     >>> print(explain((32, 64, 56, 56), 3, padding=1))  # doctest: +ELLIPSIS
-    algorithm        GMAC    copied    written    calls  estimate
-    lags...
+    algorithm           GMAC    copied    written    calls  estimate
+    correlations...
     """
     geometry = convolution(input_shape[2:], kernel_size, stride, padding, dilation, groups)
     channels = geometry.split_channels(input_shape[1])
     problem = Problem(geometry, input_shape[0], channels, dtype, device)
     costs = {name: ALGORITHMS[name].cost(problem) for name in applicable(problem)}
     estimates = {name: seconds(cost, problem) for name, cost in costs.items()}
-    lines = ["algorithm        GMAC    copied    written    calls  estimate"]
+    lines = ["algorithm           GMAC    copied    written    calls  estimate"]
     for name in sorted(costs, key=lambda name: (name != choose(problem), estimates[name])):
         cost = costs[name]
         lines.append(
-            f"{name:10} {cost.macs / 1e9:10.3f} {cost.copied:9.2e}  {cost.written:9.2e} "
+            f"{name:13} {cost.macs / 1e9:10.3f} {cost.copied:9.2e}  {cost.written:9.2e} "
             f"{cost.calls:8.0f} {1e3 * estimates[name]:7.2f} ms"
         )
     return "\n".join(lines)

@@ -18,29 +18,41 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Lag:
+class Pairs:
     """The pairs ``(k, k + distance)`` of kernel entries whose ``k`` has one remainder.
+
+    Args:
+        distance: ``k' - k``.
+        entries: The kernel entries ``k``.
+        windows: For each ``k``, the range of regions ``(first, end)`` that its window covers.
+    """
+
+    distance: int
+    entries: range
+    windows: Ranges
+
+
+@dataclass(frozen=True)
+class Lag(Pairs):
+    """Pairs of kernel entries, and where the positions that they meet are.
 
     Positions are counted on grids that hold every ``S``-th position of the input: position
     ``t`` of the grid with remainder ``r`` is input position ``t S + r``.
 
     Args:
-        distance: ``k' - k``.
+        distance: See `Pairs`, as for the two arguments that follow.
+        entries: See `Pairs`.
+        windows: See `Pairs`.
         left: Remainder of the positions that ``k`` meets.
         right: Remainder of the positions that ``k'`` meets.
         shift: Grid position met by ``k'`` minus the one met by ``k``.
-        entries: The kernel entries ``k``.
         regions: Disjoint ranges ``(start, stop)`` of the left grid, in increasing order.
-        windows: For each ``k``, the range of regions ``(first, end)`` that its window covers.
     """
 
-    distance: int
     left: int
     right: int
     shift: int
-    entries: range
     regions: Ranges
-    windows: Ranges
 
     @property
     def interior(self) -> int:
@@ -81,7 +93,7 @@ def _lag(axis: Axis, distance: int, entries: range) -> Lag:
         low, high = max(here.start, there.start), min(here.stop, there.stop)
         ranges.append((start + low, start + max(low, high)))
     regions, windows = cut(ranges)
-    return Lag(distance, remainders[0], right, shift - shifts[0], entries, regions, windows)
+    return Lag(distance, entries, windows, remainders[0], right, shift - shifts[0], regions)
 
 
 def cut(ranges: list[tuple[int, int]]) -> tuple[Ranges, Ranges]:

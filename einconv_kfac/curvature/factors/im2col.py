@@ -38,6 +38,6 @@ def im2col_cost(problem: Problem) -> Cost:
     columns = problem.batch * problem.geometry.positions * problem.geometry.groups
     count = chunk_count(problem, _growth(problem))
     calls = count * (5 + len(bounds)) * (1 + BATCHED * problem.geometry.groups) + 4 * len(bounds)
-    short = 1 + SHORT / problem.geometry.output_size[-1]
+    short = 1.1 + SHORT / problem.geometry.output_size[-1]
     copied = problem.size * columns * short
-    return Cost(pairs * columns, problem.size, copied, problem.outputs, calls)
+    return Cost(pairs * columns, problem.size, copied, 1.2 * problem.outputs, calls)

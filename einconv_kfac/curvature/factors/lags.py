@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import combinations_with_replacement, groupby, pairwise, product
+from itertools import groupby, product
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.assembly import Key, store, write
-from einconv_kfac.curvature.factors.coincidence import grid_size, lags
+from einconv_kfac.curvature.factors.assembly import write
+from einconv_kfac.curvature.factors.blocks import Block, Pair, block_memory, channel_pairs, edges
+from einconv_kfac.curvature.factors.coincidence import Lag, grid_size, lags
 from einconv_kfac.curvature.factors.problem import (
     BATCHED,
     SCATTERED,
@@ -26,17 +27,12 @@ from einconv_kfac.curvature.factors.problem import (
     chunk_count,
     chunks,
 )
-from einconv_kfac.curvature.factors.update import Update, add_matmul_, blocks_of, mirror_block_
+from einconv_kfac.curvature.factors.products import add_matmul_, mkl_price
+from einconv_kfac.curvature.factors.update import Update
 from einconv_kfac.geometry import Axis, Geometry
 
-Pair = tuple[tuple[int, int], tuple[int, int]]
+Key = tuple[Lag, ...]
 Sums = dict[tuple[Pair, Key], Tensor]
-
-ROWS = 1152
-"""Rows of the factor in a block: what is written at a time should fit into a cache."""
-
-NARROWEST = 32
-"""Channels that a block has at least."""
 
 NARROW = 1.2
 """What a multiplication costs in products of one block of channels, relative to wide ones."""
@@ -49,12 +45,11 @@ def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
         x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
     sums: Sums = {}
     parts = list(chunks(x, _growth(problem)))
-    largest = max(stop - start for start, stop in pairwise(_edges(problem))) * problem.entries
-    memory = update.out.new_empty(geometry.groups * largest**2)  # reused: fresh memory is slow
+    memory = block_memory(problem, update.out)
     for part in parts:
         grids = Grids(part, geometry, update.out.dtype)
-        for pair in _channel_pairs(problem):
-            block = _Block(update, pair, geometry, memory) if part is parts[-1] else None
+        for pair in channel_pairs(problem):
+            block = Block(update, pair, geometry, memory) if part is parts[-1] else None
             for key in _add_lags_(sums, pair, grids, update.alpha):
                 if block is not None:
                     write(block.entries, key, sums.pop((pair, key)), 0.0, pair[0] == pair[1])
@@ -68,42 +63,11 @@ def _growth(problem: Problem) -> float:
     return 2.0 if 4 * sums * problem.geometry.groups < problem.inputs else 1.0
 
 
-class _Block:
-    """The entries between two blocks of channels, on their way to the factor.
-
-    They are collected with the channels innermost, where products are written row by row, and
-    interleaved with the kernel entries in one pass.
-
-    Args:
-        update: Where they go.
-        pair: The blocks of channels.
-        geometry: The convolution.
-        memory: Where they are collected.
-    """
-
-    def __init__(self, update: Update, pair: Pair, geometry: Geometry, memory: Tensor) -> None:
-        """Clear the memory: entries that no lag writes are zero."""
-        kernel = geometry.kernel_size
-        rows, columns = (stop - start for start, stop in pair)
-        shape = (geometry.groups, rows, *kernel, *kernel, columns)
-        entries = memory[: prod(shape)].zero_().view(shape)
-        self.entries = entries.movedim(-1, 2 + len(kernel))  # g ci *k ci' *k'
-        self._update, self._pair, self._size = update, pair, prod(kernel)
-
-    def store_(self) -> None:
-        """Update the factor's entries and their mirror images."""
-        rows, columns = (slice(a * self._size, b * self._size) for a, b in self._pair)
-        out, kernel = self._update.out, self.entries.shape[2 : self.entries.ndim // 2 + 1]
-        store(blocks_of(out[:, rows, columns], kernel), self.entries, self._update.beta)
-        if rows != columns:
-            mirror_block_(out, rows, columns)
-
-
 def lag_reuse_cost(problem: Problem) -> Cost:
     """Return what `lag_reuse` does."""
     axes = problem.geometry.axes
     axes = (Axis(1, 1), *axes) if len(axes) == 1 else axes
-    keys, blocks = half_of_lags(axes), len(_edges(problem)) - 1
+    keys, blocks = half_of_lags(axes), len(edges(problem)) - 1
     groups, samples = problem.geometry.groups, problem.batch * problem.geometry.groups
     row = prod(grid_size(axis) for axis in axes[1:])
     rows = sum(key[0].regions[-1][1] - key[0].regions[0][0] for key in keys)
@@ -111,7 +75,7 @@ def lag_reuse_cost(problem: Problem) -> Cost:
     regions = sum(prod(len(lag.regions) for lag in key) for key in keys)
     strips = 2 * SCATTERED * sum(_border(key) for key in keys)
     copied = samples * problem.channels * (masks + strips * blocks)
-    macs = NARROW * rows * row * samples * problem.channels**2
+    macs = NARROW * mkl_price(problem) * rows * row * samples * problem.channels**2
     products = chunk_count(problem, 1.0) * regions * (1 + BATCHED * (groups - 1))
     calls = blocks**2 * (8 * products + 30 * len(keys))
     return Cost(macs, problem.channels / blocks, copied, problem.outputs, calls)
@@ -122,17 +86,6 @@ def _border(key: Key) -> int:
     sizes = [[stop - start for start, stop in lag.regions] for lag in key]
     interior = prod(size[lag.interior] for size, lag in zip(sizes[1:], key[1:]))
     return sum(sizes[0]) * (prod(map(sum, sizes[1:])) - interior)
-
-
-def _edges(problem: Problem) -> list[int]:
-    """Return the bounds of even blocks of channels."""
-    count = max(1, round(problem.channels / max(NARROWEST, ROWS // problem.entries)))
-    return [problem.channels * i // count for i in range(count + 1)]
-
-
-def _channel_pairs(problem: Problem) -> list[Pair]:
-    """Return the pairs of blocks of channels, ``c <= c'``."""
-    return list(combinations_with_replacement(pairwise(_edges(problem)), 2))
 
 
 def _add_lags_(sums: Sums, pair: Pair, grids: Grids, alpha: float) -> Iterator[Key]:

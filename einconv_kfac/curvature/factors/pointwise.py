@@ -5,13 +5,18 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_size, chunks
+from einconv_kfac.curvature.factors.products import WIDE, mkl_is_narrow
 from einconv_kfac.curvature.factors.update import Update, panels
 
 LONG = 256
 """Positions from which the product of a single example is worth a call."""
+
+LONG_FOR_ONEDNN = 8192
+"""The same where the product is computed by oneDNN and added to the others."""
 
 
 def pointwise(x: Tensor, problem: Problem, update: Update) -> None:
@@ -40,12 +45,14 @@ def add_columns_(x: Tensor, update: Update) -> None:
     """Add ``sum_{n,s} x x^T`` for ``x`` of shape ``[n, g, c, s]`` to the update.
 
     Where the examples do not follow each other in memory, long ones are multiplied one by
-    one, which needs no copy, and short ones are gathered.
+    one, which needs no copy, and short ones are gathered; so are those that oneDNN multiplies,
+    where a product costs less than adding it up.
     """
+    onednn = mkl_is_narrow() and x.shape[2] >= WIDE and update.out.dtype == torch.float32
     limit = chunk_size(x.device.type, x.numel())
     if x.stride(2) == 1 and x.dtype == update.out.dtype:
         limit = x.numel()  # channels last
-    elif x.device.type == "cpu" and x.shape[3] >= LONG:
+    elif x.device.type == "cpu" and x.shape[3] >= (LONG_FOR_ONEDNN if onednn else LONG):
         limit = 1
     parts = list(chunks(x, 1.0, limit))
     for part in parts:

@@ -17,6 +17,9 @@ BATCHED = 0.004
 SCATTERED = 3
 """What copying or adding single elements costs, relative to whole rows."""
 
+SMALL = 1 << 18
+"""Elements that are not worth being processed in parts."""
+
 APPROXIMATIONS = ("expand", "reduce")
 
 
@@ -117,3 +120,9 @@ def chunks(x: Tensor, growth: float, limit: int | None = None) -> Iterator[Tenso
     step = max(1, int(limit / max(1.0, growth * x[0].numel())))
     for start in range(0, x.shape[0], step):
         yield x[start : start + step]
+
+
+def part_size(x: Tensor, growth: float) -> int:
+    """Return how many examples of ``x`` to process at a time, at least two."""
+    limit = max(SMALL, chunk_size(x.device.type, x.numel()) / growth)
+    return max(2, int(limit / max(1, x[0].numel())))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.allocation import new_matrices
+from einconv_kfac.curvature.factors.products import add_matmul_
 
 PANEL = 128
 """Rows in a panel of the upper block triangle."""
@@ -120,14 +121,6 @@ def _parts(matrices: Tensor) -> Iterator[tuple[int, int]]:
     count = max(1, DIAGONAL // (rows * columns)) if matrices.device.type == "cpu" else batch
     for start in range(0, batch, count):
         yield start, start + count
-
-
-def add_matmul_(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> None:
-    """Set ``target`` to ``beta target + alpha left right``, for batches of matrices."""
-    if target.shape[0] == 1:
-        target[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
-    else:
-        target.baddbmm_(left, right, beta=beta, alpha=alpha)
 
 
 def blocks_of(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from factor_definition import columns, factor
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from einconv_kfac.curvature.factors import conv_input_factor, conv_transpose_input_factor
@@ -31,9 +31,9 @@ def axes(draw: st.DrawFn, largest: int, entries: int = 4) -> Axis:
 
 
 @st.composite
-def geometries(draw: st.DrawFn, entries: int = 4) -> Geometry:
+def geometries(draw: st.DrawFn, entries: int = 4, largest: int = 4) -> Geometry:
     """Draw a convolution of one to four dimensions."""
-    ndim = draw(st.integers(1, 4))
+    ndim = draw(st.integers(1, largest))
     entries = min(entries, 5 - ndim) if ndim > 2 else entries
     found = [draw(axes(LARGEST[ndim - 1], entries)) for _ in range(ndim)]
     return Geometry(tuple(found), draw(st.sampled_from([1, 1, 2, 3])))
@@ -54,8 +54,12 @@ def options_of(geometry: Geometry) -> dict[str, Any]:
 @given(data=st.data())
 @DRAWN
 def test_expand(algorithm: str, data: st.DataObject) -> None:
-    geometry = data.draw(geometries(entries=1 if algorithm == "pointwise" else 4))
-    x = draw_input(geometry, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)))
+    largest = 3 if algorithm == "correlations" else 4
+    geometry = data.draw(geometries(1 if algorithm == "pointwise" else 4, largest))
+    channels, batch = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    problem = Problem(geometry, batch, channels, torch.float64, "cpu")
+    assume(algorithm in applicable(problem))
+    x = draw_input(geometry, channels, batch)
     bias = data.draw(st.booleans())
     expected = factor(columns(x, geometry), "expand", bias)
     options = {**options_of(geometry), "bias": bias, "algorithm": algorithm}
@@ -93,12 +97,12 @@ def test_transposed(approximation: str, geometry: Geometry, data: st.DataObject)
     assert torch.equal(got, got.mT)
 
 
-@pytest.mark.parametrize("algorithm", ["lags", "bands", "im2col"])
+@pytest.mark.parametrize("algorithm", ["lags", "correlations", "bands", "grams", "im2col"])
 def test_many_parts(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An input that is processed one example at a time, with channels in several blocks."""
     monkeypatch.setattr("einconv_kfac.curvature.factors.problem.chunk_size", lambda *_: 1)
-    monkeypatch.setattr("einconv_kfac.curvature.factors.lags.ROWS", 18)
-    monkeypatch.setattr("einconv_kfac.curvature.factors.lags.NARROWEST", 2)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.blocks.ROWS", 18)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.blocks.NARROWEST", 2)
     geometry = Geometry((Axis(7, 3, 1, (1, 1)), Axis(8, 3, 2, (1, 1))))
     x = draw_input(geometry, 5, 4)
     expected = factor(columns(x, geometry), "expand")

@@ -22,7 +22,7 @@ from einconv_kfac.curvature.factors.choice import ALGORITHMS
 SINGLE = {"rtol": 1e-4, "atol": 1e-4}
 DOUBLE = {"rtol": 1e-10, "atol": 1e-10}
 APPROXIMATIONS = ("expand", "reduce")
-WINDOWED = ("lags", "bands", "im2col")
+WINDOWED = ("lags", "correlations", "bands", "grams", "im2col")
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -117,7 +117,7 @@ def test_layout_does_not_matter(approximation: str, kernel: int) -> None:
 @pytest.mark.parametrize("algorithm", WINDOWED)
 @pytest.mark.parametrize("groups", [1, 5])
 def test_symmetric_definite_and_repeatable(algorithm: str, groups: int) -> None:
-    x = draw(3, 150, 8, 7, dtype=torch.float32)
+    x = draw(3, *((20, 4, 5) if algorithm == "grams" else (150, 8, 7)), dtype=torch.float32)
     a = conv_input_factor(x, 3, 1, 1, groups=groups, algorithm=algorithm)
     assert torch.equal(a, a.mT)
     assert torch.equal(a, conv_input_factor(x, 3, 1, 1, groups=groups, algorithm=algorithm))
@@ -179,7 +179,7 @@ def test_output_factor_errors() -> None:
 
 def test_explain_names_the_choice_first() -> None:
     lines = explain((8, 64, 56, 56), 3, padding=1).splitlines()
-    assert lines[1].startswith("lags")
-    assert {line.split()[0] for line in lines[1:]} == set(ALGORITHMS) - {"pointwise"}
+    assert lines[1].startswith("correlations")
+    assert {line.split()[0] for line in lines[1:]} == set(ALGORITHMS) - {"grams", "pointwise"}
     assert explain((8, 64, 56, 56), 1).splitlines()[1].startswith("pointwise")
     assert explain((8, 64, 28, 28), 7, groups=64, device="cuda")

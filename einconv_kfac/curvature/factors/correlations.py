@@ -1,0 +1,248 @@
+"""Correlations of the input with itself, by the weight gradient of a convolution.
+
+The weight gradient of a convolution whose output gradient is the left operand holds the
+products at all distances of a kernel of lags, in one call of a routine made for such sums. A
+call is made for each region of the left positions; see docs/factors.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.factors.assembly import Key, write
+from einconv_kfac.curvature.factors.blocks import Block, Pair, block_memory, channel_pairs, edges
+from einconv_kfac.curvature.factors.problem import Cost, Problem, part_size
+from einconv_kfac.curvature.factors.spans import Span, spans_of_all
+from einconv_kfac.curvature.factors.update import Update
+from einconv_kfac.geometry import Axis, Geometry
+
+Spans = tuple[Span, ...]
+Range = tuple[int, int, int]
+
+FINE = 16
+"""Positions per channel up to which products, and not operands, cost most to move."""
+
+STRIPS = 1.4
+"""What a multiplication costs on average over large and small regions."""
+
+SLOW = 8.0
+"""The same in float64, for which there is no such routine."""
+
+FULL = 16
+"""Channels of a group that the routine works on together, whether there are as many or not."""
+
+SEPARATE = 3.0
+"""What a multiplication costs where groups with fewer channels are computed one by one."""
+
+CALLS = 100
+"""Operations that a weight gradient and what surrounds it cost."""
+
+GROWTH = 4.0
+"""Copies of a part of the input at a time: channels last, and both operands."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One weight gradient: the correlations of one region of the left positions.
+
+    Args:
+        spans: The lags of all dimensions.
+        left: The input positions ``(start, stop, step)`` of the region, per dimension.
+        right: Those of their partners; some may be padding.
+        lags: The number of lags per dimension.
+        slot: Where the results belong in an array ``[*r, *lag]``.
+        positions: Number of left positions.
+        is_interior: Whether the region is the largest.
+    """
+
+    spans: Spans
+    left: tuple[Range, ...]
+    right: tuple[Range, ...]
+    lags: tuple[int, ...]
+    slot: tuple[int | slice, ...]
+    positions: int
+    is_interior: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Regions and lags of the spans."""
+        regions = (len(span.regions) for span in self.spans)
+        return (*regions, *(len(span.distances) for span in self.spans))
+
+
+@lru_cache(maxsize=256)
+def calls(axes: tuple[Axis, ...], half: bool, fine: bool) -> tuple[Call, ...]:
+    """Return the calls for the lags of `spans_of_all`."""
+    found = []
+    for combined in spans_of_all(axes, half, fine):
+        interior = tuple(span.interior for span in combined)
+        for region in product(*(range(len(span.regions)) for span in combined)):
+            needed = [span.needed(r) for span, r in zip(combined, region)]
+            if all(needed):
+                found.append(_call(combined, region, needed, region == interior))
+    return tuple(found)
+
+
+def _call(combined: Spans, region: tuple[int, ...], needed: list[range], interior: bool) -> Call:
+    """Return the call for one region and the distances that are needed of it."""
+    edges_of = [span.regions[r] for span, r in zip(combined, region)]
+    left = tuple(
+        (span.partner(start, 0), span.partner(stop - 1, 0) + 1, span.axis.stride)
+        for span, (start, stop) in zip(combined, edges_of)
+    )
+    right = tuple(
+        (span.partner(start, lags[0]), span.partner(stop - 1, lags[-1]) + 1, 1)
+        for span, (start, stop), lags in zip(combined, edges_of, needed)
+    )
+    inside = (
+        slice(lags[0] - span.distances[0], lags[-1] - span.distances[0] + 1)
+        for span, lags in zip(combined, needed)
+    )
+    lags = tuple(map(len, needed))
+    positions = prod(stop - start for start, stop in edges_of)
+    return Call(combined, left, right, lags, (*region, *inside), positions, interior)
+
+
+def correlated(x: Tensor, problem: Problem, update: Update) -> None:
+    """Add ``sum_{n,o} a a^T`` to the update, from correlations of the input with itself."""
+    geometry = problem.geometry
+    if geometry.ndim == 1:
+        x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
+    x = x.reshape(x.shape[0], geometry.groups, problem.channels, *x.shape[2:])
+    x = x.movedim((1, 2), (-2, -1))  # n *i g c
+    memory = block_memory(problem, update.out)
+    for pair in channel_pairs(problem):
+        found = calls(geometry.axes, pair[0] == pair[1], _is_fine(problem))
+        sums = _all_sums(x, pair, found, geometry, update)
+        block = Block(update, pair, geometry, memory)
+        for combined, total in sums.items():
+            for index, key in _keys(combined):
+                regions = total[(slice(None),) * len(key) + index]
+                if not any(lag.distance for lag in key):
+                    regions = regions.contiguous()  # made symmetric in place
+                write(block.entries, key, regions, 0.0, pair[0] == pair[1])
+        block.store_()
+
+
+@lru_cache(maxsize=1024)
+def _keys(combined: Spans) -> tuple[tuple[tuple[int, ...], Key], ...]:
+    """Return the lags of some spans, and where each is among their distances."""
+    return tuple(
+        (index, tuple(span.pairs(span.distances[i]) for span, i in zip(combined, index)))
+        for index in product(*(range(len(span.distances)) for span in combined))
+    )
+
+
+def _is_fine(problem: Problem) -> bool:
+    """Return whether few regions are better than few calls."""
+    positions = problem.batch * prod(problem.geometry.input_size)
+    return positions < FINE * problem.channels
+
+
+def _all_sums(
+    x: Tensor, pair: Pair, found: tuple[Call, ...], geometry: Geometry, update: Update
+) -> dict[Spans, Tensor]:
+    """Return the correlations ``[*r, *lag, g, c, c']`` of two blocks of channels.
+
+    Those of small regions are computed for all examples at once, those of the largest for
+    some at a time.
+    """
+    groups, dtype = geometry.groups, update.out.dtype
+    sums: dict[Spans, Tensor] = {}
+    for call in found:
+        if call.spans not in sums:
+            shape = (*call.shape, groups, *(stop - start for start, stop in pair))
+            sums[call.spans] = x.new_zeros(shape, dtype=dtype)
+    step = part_size(x[..., slice(*pair[0])], GROWTH)
+    for start in range(0, len(x), step):
+        parts = [x[start : start + step, ..., slice(*edge)] for edge in dict.fromkeys(pair)]
+        parts = [part.to(dtype).contiguous() for part in parts]
+        for call in found:
+            if call.is_interior:
+                _add_correlations_(sums[call.spans], call, parts, geometry, update)
+    whole = parts if step >= len(x) else [x[..., slice(*edge)] for edge in pair]
+    for call in found:
+        if not call.is_interior:
+            _add_correlations_(sums[call.spans], call, whole, geometry, update)
+    return sums
+
+
+def _add_correlations_(
+    total: Tensor, call: Call, operands: list[Tensor], geometry: Geometry, update: Update
+) -> None:
+    """Add the correlations of one region to ``total``, of shape ``[*r, *lag, g, c, c']``.
+
+    Args:
+        total: What to add to.
+        call: The region and its lags.
+        operands: The blocks of channels, ``[n, *i, g, c]``, or one for both.
+        geometry: The convolution.
+        update: What to multiply with, and the dtype.
+    """
+    left = _box(operands[0], call.left, total.dtype)
+    right = _box(operands[-1], call.right, total.dtype)
+    if prod(call.lags) == 1 and left.shape[1:-2] == right.shape[1:-2]:
+        here, there = (x.flatten(0, -3).movedim(1, 0) for x in (left, right))  # g t c
+        products = here.mT @ there
+        total[call.slot].view_as(products).add_(products, alpha=update.alpha)
+        return
+    found = _weight_gradient(left, right, call.lags, geometry)
+    found = torch.unflatten(found, 0, (geometry.groups, -1)).movedim((0, 1, 2), (-3, -2, -1))
+    total[call.slot].add_(found, alpha=update.alpha)
+
+
+def _box(x: Tensor, ranges: tuple[Range, ...], dtype: torch.dtype) -> Tensor:
+    """Copy a box of ``x``, ``[n, *i, g, c]``, with zeros where it leaves ``x``."""
+    sizes = x.shape[1:-2]
+    inside: tuple[Any, ...] = tuple(
+        slice(max(0, start), min(size, stop), step)
+        for (start, stop, step), size in zip(ranges, sizes)
+    )
+    part = x[(slice(None), *inside)]
+    lengths = [-(-(stop - start) // step) for start, stop, step in ranges]
+    shape = (len(x), *lengths, *x.shape[-2:])
+    if part.shape == shape:
+        box = part.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    else:
+        box = x.new_zeros(shape, dtype=dtype)
+        there = (slice(max(0, -a), min(size, b) - a) for (a, b, _), size in zip(ranges, sizes))
+        box[(slice(None), *there)] = part
+    return box
+
+
+def _weight_gradient(
+    left: Tensor, right: Tensor, lags: tuple[int, ...], geometry: Geometry
+) -> Tensor:
+    """Return ``sum_{n,t} left[n, t, g, c] right[n, t S + l D, g, c']`` as ``[(g c), c', *l]``."""
+    left, right = left.flatten(-2).movedim(-1, 1), right.flatten(-2).movedim(-1, 1)
+    weight = left.new_empty(left.shape[1], right.shape[1] // geometry.groups, *lags)
+    zero = [0] * geometry.ndim
+    found: Tensor = torch.ops.aten.convolution_backward(
+        left, right, weight, None, geometry.stride, zero, geometry.dilation, False, zero,
+        geometry.groups, [False, True, False],
+    )[1]  # fmt: skip
+    return found
+
+
+def correlated_cost(problem: Problem) -> Cost:
+    """Return what `correlated` does."""
+    axes = problem.geometry.axes
+    axes = (Axis(1, 1), *axes) if len(axes) == 1 else axes
+    groups, channels = problem.geometry.groups, problem.channels
+    blocks = len(edges(problem)) - 1
+    found = calls(axes, True, _is_fine(problem))
+    rows = sum(call.positions * prod(call.lags) for call in found)
+    products = sum(prod(call.lags) for call in found)
+    slow = SLOW if problem.dtype == torch.float64 else max(1.0, FULL / channels)
+    slow *= SEPARATE if groups > 1 and channels < FULL else 1.0
+    macs = STRIPS * slow * rows * problem.batch * groups * channels**2
+    copied = problem.inputs * GROWTH * blocks
+    written = (problem.outputs + products * groups * channels**2) / 3  # mostly whole rows
+    return Cost(macs, channels, copied, written, CALLS * len(found) * blocks**2)
