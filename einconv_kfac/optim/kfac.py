@@ -45,7 +45,9 @@ class KFAC(Optimizer):
     2016, for convolutions). With ``adaptive=True`` the update is ``lr * (alpha d + mu d0)``
     for the preconditioned descent direction ``d`` and the previous update ``d0``, where
     ``alpha`` and ``mu`` minimise the exact quadratic model of the objective on the batch, and
-    the damping follows the Levenberg-Marquardt rule. With ``adaptive=False`` the update is
+    the damping follows the Levenberg-Marquardt rule. Of the slope along ``d``, which comes from
+    the same batch, only the fraction counts that the batches after it have confirmed so far, so
+    that steps become smaller as noise takes over. With ``adaptive=False`` the update is
     heavy-ball momentum with the given ``lr``, ``momentum`` and ``damping``.
 
     The training loop is torch's own; hooks on the model and on ``loss_fn`` see what they need.
