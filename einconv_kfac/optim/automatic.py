@@ -188,8 +188,11 @@ class AutomaticStep:
             directions = [*descents(objective, covered), *([previous] if previous else [])]
             if momentum is None and self._keeps_mix(len(directions)):
                 last = self._mix, bool(previous)
-                fit = self._fitting.rescaled(objective, directions, damping, last)
-                if float(fit.coefficients) > 0 and not (previous and fit.mix[-1] > LARGEST_MOMENTUM):
+                fit = self._fitting.rescaled(
+                    objective, directions, damping, last, bounded=not given
+                )
+                runaway = previous and fit.mix[-1] > LARGEST_MOMENTUM
+                if float(fit.coefficients) > 0 and not runaway:
                     return fit
             fit = self._fitting.full(objective, directions, damping, follows, bounded=not given)
         else:
@@ -300,6 +303,7 @@ class AutomaticStep:
             "mix": list(self._mix),
             "mixed": self._mixed,
             "range": self._range and list(self._range),
+            "reach": self._fitting.reach,
             "signal": self._signal.state_dict(),
         }
 
@@ -313,6 +317,7 @@ class AutomaticStep:
         self._mix = tuple(state["mix"])
         self._mixed = state["mixed"]
         self._range = state["range"] and (state["range"][0], state["range"][1])
+        self._fitting.reach = state["reach"]
         self._signal.load_state_dict(state["signal"], parameters)
 
 
