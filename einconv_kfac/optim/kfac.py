@@ -15,7 +15,7 @@ from einconv_kfac.curvature.estimate import uncompiled
 from einconv_kfac.curvature.fisher import Fisher
 from einconv_kfac.curvature.layers import Approximation
 from einconv_kfac.curvature.losses import check_reduction
-from einconv_kfac.optim.automatic import AutomaticStep
+from einconv_kfac.optim.automatic import AutomaticStep, check_every_step_of
 from einconv_kfac.optim.copying import arguments, rebuilt
 from einconv_kfac.optim.coverage import Training, training, uncovered
 from einconv_kfac.optim.fallback import (
@@ -99,6 +99,9 @@ class KFAC(Optimizer):
         decoupled_weight_decay: Whether weight decay shrinks the parameters by ``lr`` times
             itself and leaves gradient and curvature alone (Loshchilov and Hutter, 2019), for
             ``adaptive=False``.
+        check_every_step: Whether to evaluate the objective again after every step instead of
+            some, for one forward pass, where step size and damping are automatic: a step after
+            which its own batch's loss has grown is shortened or rejected, and the damping grows.
         exclude: Modules, names of modules or patterns of names (``"encoder.*"``) that are left
             to the fallback, with all that they contain.
         fallback: Direction of the parameters without factors: ``"adam"`` (Kingma and Ba, 2015)
@@ -149,6 +152,7 @@ class KFAC(Optimizer):
         norm_constraint: Schedule | None = None,
         nesterov: bool = False,
         decoupled_weight_decay: bool = False,
+        check_every_step: bool = False,
         exclude: Exclusion = (),
         fallback: Fallback | None = None,
         strict: bool = False,
@@ -159,6 +163,7 @@ class KFAC(Optimizer):
         options = FixedOptions(nesterov, decoupled_weight_decay, norm_constraint)
         if adaptive:
             options.check_automatic()
+        check_every_step = check_every_step_of(check_every_step, adaptive, damping)
         self._portion = product_fraction_of(product_fraction, adaptive), seed
         entry, model = model, uncompiled(model)
         self._settings = Settings(
@@ -197,7 +202,7 @@ class KFAC(Optimizer):
         )
         self._decoupled, self._log_to = decoupled_weight_decay, log_to
         self._step: AutomaticStep | FixedStep = (
-            AutomaticStep(self._preconditioner)
+            AutomaticStep(self._preconditioner, check_every_step)
             if adaptive
             else FixedStep(self._preconditioner, options)
         )
