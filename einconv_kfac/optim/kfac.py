@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from einconv_kfac.curvature.estimate import uncompiled
@@ -16,7 +16,7 @@ from einconv_kfac.curvature.fisher import Fisher
 from einconv_kfac.curvature.layers import Approximation
 from einconv_kfac.curvature.losses import check_reduction
 from einconv_kfac.optim.automatic import AutomaticStep, check_every_step_of
-from einconv_kfac.optim.copying import arguments, rebuilt
+from einconv_kfac.optim.copying import arguments, rebuilt, shared_arguments
 from einconv_kfac.optim.coverage import Training, training, uncovered
 from einconv_kfac.optim.fallback import (
     DECAYS,
@@ -27,7 +27,13 @@ from einconv_kfac.optim.fallback import (
 )
 from einconv_kfac.optim.fixed import FixedOptions, FixedStep
 from einconv_kfac.optim.inverses import Inverse
-from einconv_kfac.optim.objective import Objective, Statistics, at_parameters, rescaled
+from einconv_kfac.optim.objective import (
+    Objective,
+    Statistics,
+    at_parameters,
+    following_,
+    rescaled,
+)
 from einconv_kfac.optim.portion import product_fraction_of, with_portions
 from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
 from einconv_kfac.optim.report import Report, norms
@@ -183,23 +189,9 @@ class KFAC(Optimizer):
         trained = (p for p in model.parameters() if p.requires_grad)
         defaults = vars(GroupSettings(lr, weight_decay))
         super().__init__(trained if params is None else params, dict(defaults))
-        self._preconditioner = KFACPreconditioner(
-            entry,
-            loss_fn,
-            damping=damping,
-            parameters=self._own_names(),
-            exclude=exclude,
-            fisher=fisher,
-            mc_samples=mc_samples,
-            approximation=approximation,
-            factor_decay=factor_decay,
-            factor_update_period=factor_update_period,
-            inverse_update_period=inverse_update_period,
-            inverse=inverse,
-            inverse_in_background=inverse_in_background,
-            factor_fraction=factor_fraction,
-            seed=seed,
-        )
+        shared = shared_arguments(self._given, KFACPreconditioner)
+        own: dict[str, Any] = {**shared, "model": entry, "parameters": self._own_names()}
+        self._preconditioner = KFACPreconditioner(**own)
         self._decoupled, self._log_to = decoupled_weight_decay, log_to
         self._step: AutomaticStep | FixedStep = (
             AutomaticStep(self._preconditioner, check_every_step)
@@ -207,7 +199,8 @@ class KFAC(Optimizer):
             else FixedStep(self._preconditioner, options)
         )
         self._report = Report()
-        if strict and (gaps := [n for n, kind in self.coverage().items() if kind == self._fallback]):
+        gaps = [n for n, kind in self.coverage().items() if kind == self._fallback]
+        if strict and gaps:
             self.remove_hooks()
             raise ValueError(uncovered(model, gaps))
 
@@ -315,9 +308,7 @@ class KFAC(Optimizer):
     def _objective(self) -> Objective:
         """Return the objective of this step, from the gradients there are."""
         scale = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler for this step
-        objective, overrides = at_parameters(
-            self.param_groups, self._names, scale, self._decoupled
-        )
+        objective, overrides = at_parameters(self.param_groups, self._names, scale, self._decoupled)
         self._preconditioner.overrides = overrides
         batches = self._preconditioner.recorder.take()
         if hasattr(self, "found_inf"):
@@ -333,7 +324,7 @@ class KFAC(Optimizer):
         adaptive = isinstance(self._step, AutomaticStep)
         if adaptive:
             constants = replace(constants, momentum=objective.momentum(constants.momentum))
-        memory = {n: _following_(self.state[p], p) for n, p in objective.parameters.items()}
+        memory = {n: following_(self.state[p], p) for n, p in objective.parameters.items()}
         plain = self._preconditioner.without_factors(objective.gradient)
         decays = WITHOUT_MOMENTUM if adaptive else DECAYS
         others, moments = fallback_direction(self._fallback, plain, memory, decays)
@@ -376,11 +367,3 @@ class KFAC(Optimizer):
         self._preconditioner.load_state_dict(state["preconditioner"])
         parameters = {name: parameter.detach() for parameter, name in self._names.items()}
         self._step.load_state_dict(state["automatic"], parameters)
-
-
-def _following_(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """Move what is remembered of a parameter to its device and dtype, which may have changed."""
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            state[name] = value.to(parameter)
-    return state

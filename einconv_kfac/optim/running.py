@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -147,3 +148,11 @@ class RunningFactors:
             found = Inverted(known, pending["conditions"], pending["retries"])
             times = pending["begun"], pending["due"]
             self.pending = Pending.of(*times, self.layer.name, found)
+
+
+def check_layers(layers: Mapping[str, RunningFactors], states: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` if states belong to other layers."""
+    if differ := layers.keys() ^ states.keys():
+        raise ValueError(f"`state_dict` must have the model's layers, differs in {differ}.")
+    for name, running in layers.items():
+        running.check_state(states[name])
