@@ -18,13 +18,7 @@ from einconv_kfac.curvature.losses import check_reduction
 from einconv_kfac.optim.automatic import AutomaticStep, check_every_step_of
 from einconv_kfac.optim.copying import arguments, rebuilt, shared_arguments
 from einconv_kfac.optim.coverage import Training, training, uncovered
-from einconv_kfac.optim.fallback import (
-    DECAYS,
-    WITHOUT_MOMENTUM,
-    Fallback,
-    check_fallback,
-    fallback_direction,
-)
+from einconv_kfac.optim.fallback import Fallback, check_fallback, with_fallback
 from einconv_kfac.optim.fixed import FixedOptions, FixedStep
 from einconv_kfac.optim.inverses import Inverse
 from einconv_kfac.optim.objective import (
@@ -326,10 +320,7 @@ class KFAC(Optimizer):
             constants = replace(constants, momentum=objective.momentum(constants.momentum))
         memory = {n: following_(self.state[p], p) for n, p in objective.parameters.items()}
         plain = self._preconditioner.without_factors(objective.gradient)
-        decays = WITHOUT_MOMENTUM if adaptive else DECAYS
-        others, moments = fallback_direction(self._fallback, plain, memory, decays)
-        momenta = {**objective.momenta, **dict.fromkeys(moments, 0.0)}  # Adam has its own
-        objective = replace(objective, others=others, momenta=momenta)
+        objective, moments = with_fallback(objective, self._fallback, plain, memory, adaptive)
         statistics = self._step.take_(objective, memory, constants)
         for name, state in moments.items():
             memory[name].update(state)
