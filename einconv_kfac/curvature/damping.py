@@ -58,7 +58,7 @@ def balanced(factors: Pair, damping: float) -> Pair:
     ``pi = sqrt((tr(A) / d) / (tr(B) / co))`` per group (Martens and Grosse, 2015).
     """
     a, b = factors
-    balance = (_mean_eigenvalue(a) / _mean_eigenvalue(b)).sqrt()
+    balance = _mean_eigenvalue(a).sqrt() / _mean_eigenvalue(b).sqrt()  # no overflow if B is 0
     root = damping**0.5
     return balance * root, root / balance
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import tee
 from typing import Any
 
@@ -14,9 +14,9 @@ from einconv_kfac.optim.fit import LARGEST_MOMENTUM, Fit, Fitting, descents
 from einconv_kfac.optim.objective import Memory, Objective, Statistics
 from einconv_kfac.optim.preconditioner import KFACPreconditioner
 from einconv_kfac.optim.quadratic import Direction
-from einconv_kfac.optim.renewal import Inverses
 from einconv_kfac.optim.settings import Constants, is_due
 from einconv_kfac.optim.signal import Signal
+from einconv_kfac.optim.trials import Trial, Trials
 
 _BUFFER = "momentum_buffer"
 
@@ -38,7 +38,7 @@ ROUNDING = 1e-4
 SHORTENING = 0.25
 """Factor by which a step is shortened after which the objective has grown on its own batch."""
 SHORTENINGS = 8
-"""How often, at most."""
+"""How often, at most; a step after which it has still grown then is rejected."""
 SHORTENING_DAMPS = 2.0
 """Factor by which the damping and its floor grow then."""
 MIX_PERIOD = 5
@@ -48,10 +48,6 @@ SCALE_PERIOD = 100
 """Steps between two trials of the damping of the inverses."""
 SCALE_GROWTH = 2
 """Early trials come each time the number of steps has doubled or so."""
-SCALE_CHANGE = 3.0
-"""Factor by which a trial changes that damping."""
-SCALE_RANGE = (1e-3, 1e3)
-"""Bounds on it, as a multiple of the damping of the quadratic model."""
 
 
 class AutomaticStep:
@@ -59,9 +55,11 @@ class AutomaticStep:
 
     Args:
         preconditioner: Preconditions gradients, and recorded the batches.
+        check_every_step: Whether to evaluate the objective again after every step.
     """
 
-    def __init__(self, preconditioner: KFACPreconditioner) -> None:
+    def __init__(self, preconditioner: KFACPreconditioner, check_every_step: bool = False) -> None:
+        self._check_every_step = check_every_step
         self._preconditioner = preconditioner
         self._recorder = preconditioner.recorder
         self._recorder.keeps_outputs = True
@@ -188,8 +186,11 @@ class AutomaticStep:
             directions = [*descents(objective, covered), *([previous] if previous else [])]
             if momentum is None and self._keeps_mix(len(directions)):
                 last = self._mix, bool(previous)
-                fit = self._fitting.rescaled(objective, directions, damping, last)
-                if float(fit.coefficients) > 0 and not (previous and fit.mix[-1] > LARGEST_MOMENTUM):
+                fit = self._fitting.rescaled(
+                    objective, directions, damping, last, bounded=not given
+                )
+                runaway = previous and fit.mix[-1] > LARGEST_MOMENTUM
+                if float(fit.coefficients) > 0 and not runaway:
                     return fit
             fit = self._fitting.full(objective, directions, damping, follows, bounded=not given)
         else:
@@ -201,35 +202,18 @@ class AutomaticStep:
 
     def _best_trial(
         self, objective: Objective, previous: Direction, damping: float, momentum: float | None
-    ) -> tuple[Fit, float, Inverses]:
-        """Return the best step with its scale of the inverses' damping, and the inverses.
-
-        Larger scales are tried as long as that helps, or else smaller ones.
-        """
+    ) -> Trial:
+        """Return the best step with its scale of the inverses' damping, and the inverses."""
         machine, follows = self._preconditioner, (bool(previous), momentum)
-        trials: list[tuple[Fit, float, Inverses]] = []
-
-        def best() -> tuple[Fit, float, Inverses]:
-            return min(trials, key=lambda trial: trial[0].rank)
-
-        def scales() -> Iterator[float]:  # goes on when the one before has been tried
-            yield self._scale
-            for factor in (SCALE_CHANGE, 1 / SCALE_CHANGE):
-                for scale in _powers(self._scale, factor):
-                    yield scale
-                    if best()[1] != scale:
-                        break
-                if best()[1] != self._scale:
-                    return
-
-        wanted, tried = tee(scales())
+        trials = Trials(self._scale)
+        wanted, tried = tee(trials.scales())
         found = machine.inverted((damping * scale for scale in wanted), objective.decay)
         for inverses in found:
             covered = machine.precondition(objective.gradient, inverses)
             directions = [*descents(objective, covered), *([previous] if previous else [])]
             fit = self._fitting.full(objective, directions, damping, follows, bounded=True)
-            trials.append((fit, next(tried), inverses))
-        return best()
+            trials.add_((fit, next(tried), inverses))
+        return trials.best()
 
     def _keeps_mix(self, count: int) -> bool:
         """Tell whether the last coefficients still tell how to combine ``count`` directions."""
@@ -253,36 +237,48 @@ class AutomaticStep:
             The fraction of the step that is left.
         """
         step = self._preconditioner.steps
-        if self._damping is None or not is_due(step, self._adapted, ADAPTATION_PERIOD):
+        due = is_due(step, self._adapted, ADAPTATION_PERIOD)
+        if self._damping is None or not predicted or not (due or self._check_every_step):
             return 1.0
-        if not predicted:
-            return 1.0
-        self._adapted = step
         change = float(objective.value_again(self._recorder) - before)
         self.ratio = change / predicted
-        if self.ratio > 3 / 4:
-            self._damping = max(self._damping * ADAPTATION, self._floor)
-        elif not self.ratio >= 1 / 4:  # also if it is not a number
-            self.grow_()
-        if predicted < 0 and not change <= ROUNDING * abs(float(before)):
-            return self._shortened_(objective, update, before)
+        if due:
+            self._adapted = step
+            self._follow_ratio_(predicted)
+        allowed = before + ROUNDING * before.abs() + max(predicted, 0.0)
+        if not float(before) + change <= float(allowed):  # also if it is not a number
+            return self._shortened_(objective, update, allowed)
         return 1.0
 
-    def _shortened_(self, objective: Objective, update: Direction, before: Tensor) -> float:
-        """Shorten a step until the objective does not grow, and return the fraction left."""
+    def _follow_ratio_(self, predicted: float) -> None:
+        """Shrink the damping where the model was right, and grow it where it was not.
+
+        A growth may be predicted where ``lr`` or the momentum is given. It is no reason to
+        shrink the damping, and a reason to grow it where the true one is larger.
+        """
+        assert self._damping is not None
+        if predicted < 0 and self.ratio > 3 / 4:
+            self._damping = max(self._damping * ADAPTATION, self._floor)
+        elif not 1 / 4 <= self.ratio <= 1:  # also if it is not a number
+            self.grow_()
+
+    def _shortened_(self, objective: Objective, update: Direction, allowed: Tensor) -> float:
+        """Shorten a step until the objective is allowed, or else take it back.
+
+        Returns:
+            The fraction of the step that is left.
+        """
         assert self._damping is not None
         self._damping *= SHORTENING_DAMPS
         self._floor *= SHORTENING_DAMPS
         fraction = 1.0
         for _ in range(SHORTENINGS):
-            for name, tensor in update.items():
-                objective.parameters[name].sub_(tensor, alpha=1 - SHORTENING)
-                tensor.mul_(SHORTENING)
+            _shorten_(objective, update, SHORTENING)
             fraction *= SHORTENING
-            change = float(objective.value_again(self._recorder) - before)
-            if change <= ROUNDING * abs(float(before)):
-                break
-        return fraction
+            if bool(objective.value_again(self._recorder) <= allowed):
+                return fraction
+        _shorten_(objective, update, 0.0)
+        return 0.0
 
     def grow_(self) -> None:
         """Grow an automatic damping by one adaptation."""
@@ -300,6 +296,7 @@ class AutomaticStep:
             "mix": list(self._mix),
             "mixed": self._mixed,
             "range": self._range and list(self._range),
+            "reach": self._fitting.reach,
             "signal": self._signal.state_dict(),
         }
 
@@ -313,11 +310,29 @@ class AutomaticStep:
         self._mix = tuple(state["mix"])
         self._mixed = state["mixed"]
         self._range = state["range"] and (state["range"][0], state["range"][1])
+        self._fitting.reach = state["reach"]
         self._signal.load_state_dict(state["signal"], parameters)
 
 
-def _powers(start: float, factor: float) -> Iterator[float]:
-    """Yield ``start`` times powers of a factor, from the first on, within `SCALE_RANGE`."""
-    smallest, largest = SCALE_RANGE
-    while smallest <= (start := start * factor) <= largest:
-        yield start
+def _shorten_(objective: Objective, update: Direction, fraction: float) -> None:
+    """Shorten a step that was taken to a fraction."""
+    for name, tensor in update.items():
+        objective.parameters[name].sub_(tensor, alpha=1 - fraction)
+        tensor.mul_(fraction)
+
+
+def check_every_step_of(value: bool, adaptive: bool, damping: object) -> bool:
+    """Return whether every step is checked.
+
+    Raises:
+        ValueError: If it is to be and the damping does not follow from such checks.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"`check_every_step` must be True or False, got {value!r}.")
+    if value and not (adaptive and damping is None):
+        raise ValueError(
+            "`check_every_step` must be False where adaptive=False or a `damping` is given, got "
+            "True: what is checked reacts by its damping. Leave `damping` out, and pass "
+            "adaptive=True."
+        )
+    return value

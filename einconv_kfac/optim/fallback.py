@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from einconv_kfac.optim.objective import Objective
 from einconv_kfac.optim.quadratic import Direction
 
 Fallback: TypeAlias = Literal["adam", "gradient"]
@@ -49,6 +51,28 @@ def fallback_direction(
         return dict(gradient), {}
     moments = {name: _moments(memory[name], g, decays) for name, g in gradient.items()}
     return {name: _adam(own, decays) for name, own in moments.items()}, moments
+
+
+def with_fallback(
+    objective: Objective,
+    kind: Fallback,
+    plain: Direction,
+    memory: Mapping[str, dict[str, Any]],
+    adaptive: bool,
+) -> tuple[Objective, dict[str, dict[str, Any]]]:
+    """Return an objective with the directions of what has no factors, and what to remember.
+
+    Args:
+        objective: The objective.
+        kind: Kind of fallback.
+        plain: Gradients of the parameters without factors.
+        memory: What is remembered so far, by parameter name.
+        adaptive: Whether the momentum is the automatic step's.
+    """
+    decays = WITHOUT_MOMENTUM if adaptive else DECAYS
+    others, moments = fallback_direction(kind, plain, memory, decays)
+    momenta = {**objective.momenta, **dict.fromkeys(moments, 0.0)}  # Adam has its own
+    return replace(objective, others=others, momenta=momenta), moments
 
 
 def _moments(

@@ -21,6 +21,9 @@ LARGEST_CHANGE = math.log(2)
 layers in a row changes by ``c``, the network changes by up to ``prod(1 + c) - 1 <= 1`` (deep
 relative trust; Bernstein et al., 2020), which no quadratic model knows. A larger change can
 leave rectifiers without a gradient for good."""
+CERTAIN = 0.5
+"""Fraction of that bound up to which the change of a rescaled step is taken to be as large per
+length as that of the last step for which it was computed; beyond it is computed."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,23 @@ class Fit:
     def update(self, objective: Objective, rate: float = 1.0) -> Direction:
         """Return the step times a rate, by parameter name."""
         coefficients = (self.coefficients * rate).tolist()
-        return {name: combined(name, coefficients, self.directions) for name in objective.parameters}
+        return {
+            name: combined(name, coefficients, self.directions) for name in objective.parameters
+        }
 
     def predicted(self, damping: float, rate: float = 1.0) -> float:
         """Return the change of the damped objective on the batch that the model predicts."""
         return float(self.model.change(self.coefficients * rate, damping))
+
+    @property
+    def length(self) -> float:
+        """Return the Euclidean norm of the step."""
+        return math.sqrt(max(0.0, float(self.coefficients @ self.model.gram @ self.coefficients)))
+
+    def scaled(self, factor: float, expected: float) -> Fit:
+        """Return the step times a factor, and what is then expected."""
+        mix = tuple(factor * c for c in self.mix)
+        return replace(self, coefficients=self.coefficients * factor, expected=expected, mix=mix)
 
     def moved(self, rate: float) -> float:
         """Return ``d.(G + W).u`` for the first direction ``d`` and the step ``u`` times a rate."""
@@ -67,11 +82,15 @@ class Fitting:
     Args:
         preconditioner: Recorded the batches, and knows the layers.
         signal: Tells how much of the slopes along descent directions to trust.
+
+    Attributes:
+        reach: Change of the layers' outputs per length of a step, when it was last computed.
     """
 
     def __init__(self, preconditioner: KFACPreconditioner, signal: Signal) -> None:
         self._preconditioner = preconditioner
         self._signal = signal
+        self.reach = math.inf
 
     def full(
         self,
@@ -103,21 +122,21 @@ class Fitting:
                 coefficients = trusted.minimum(damping, {len(directions) - 1: wanted})
         expected = float(trusted.change(coefficients, damping))
         fit = Fit(directions, model, coefficients, expected, tuple(coefficients.tolist()))
-        if not bounded or not math.isfinite(expected):
-            return fit
-        scale = self._allowed(objective, fit)
-        if scale == 1.0:
-            return fit
-        coefficients = coefficients * scale
-        expected = float(trusted.change(coefficients, damping))
-        mix = tuple(scale * c for c in fit.mix)
-        return replace(fit, coefficients=coefficients, expected=expected, mix=mix)
+        return self._bounded(objective, fit, trusted, damping) if bounded else fit
 
-    def _allowed(self, objective: Objective, fit: Fit) -> float:
-        """Return the fraction of a step, at most 1, that changes no layer's output too much."""
+    def _bounded(
+        self, objective: Objective, fit: Fit, trusted: QuadraticModel, damping: float
+    ) -> Fit:
+        """Return a step, or the largest fraction that changes the layers' outputs little enough."""
+        if not math.isfinite(fit.expected):
+            return fit
         update = fit.update(objective)
         change = self._preconditioner.relative_change(update, objective.parameters)
-        return min(1.0, LARGEST_CHANGE / change) if change else 1.0
+        self.reach = change / length if (length := fit.length) else math.inf
+        if change <= LARGEST_CHANGE:
+            return fit
+        scale = LARGEST_CHANGE / change
+        return fit.scaled(scale, float(trusted.change(fit.coefficients * scale, damping)))
 
     def rescaled(
         self,
@@ -125,6 +144,8 @@ class Fitting:
         directions: list[Direction],
         damping: float,
         previous: tuple[tuple[float, ...], bool],
+        *,
+        bounded: bool,
     ) -> Fit:
         """Return the best multiple of the combination with the last coefficients.
 
@@ -133,17 +154,20 @@ class Fitting:
             directions: The directions.
             damping: The damping of the quadratic model.
             previous: The last coefficients, and whether the last of them is the momentum.
+            bounded: As for `full`; far from the bound, the change is not computed but taken to
+                be proportional to the length of the step.
         """
         mix, has_previous = previous
         mixed = {name: combined(name, mix, directions) for name in objective.parameters}
         model = objective.model(self._preconditioner.recorder, [mixed])
         unbiased = mix[-1] * inner(objective.gradient, directions[-1]) if has_previous else 0.0
-        trusted = replace(
-            model, slope=self._signal.fraction * (model.slope - unbiased) + unbiased
-        )
+        trusted = replace(model, slope=self._signal.fraction * (model.slope - unbiased) + unbiased)
         scale = trusted.minimum(damping)
         expected = float(trusted.change(scale, damping))
-        return Fit([mixed], model, scale, expected, tuple(float(scale) * c for c in mix))
+        fit = Fit([mixed], model, scale, expected, tuple(float(scale) * c for c in mix))
+        if not bounded or self.reach * fit.length <= CERTAIN * LARGEST_CHANGE:
+            return fit
+        return self._bounded(objective, fit, trusted, damping)
 
 
 def descents(objective: Objective, covered: Direction) -> list[Direction]:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Generator, Tensor, nn
 
 from einconv_kfac.curvature.capture import LayerCall, LayerCapture
@@ -14,7 +15,8 @@ from einconv_kfac.curvature.estimate import uncompiled
 from einconv_kfac.curvature.fisher import FisherEstimator
 from einconv_kfac.curvature.layers import Layer
 from einconv_kfac.curvature.moments import Moments
-from einconv_kfac.optim.recording import Recorder
+from einconv_kfac.optim.recording import Batch, Recorder
+from einconv_kfac.optim.report import norms
 from einconv_kfac.optim.sampling import sampled
 from einconv_kfac.optim.settings import fraction
 from einconv_kfac.optim.sums import LayerSums
@@ -124,6 +126,32 @@ class Gathering:
         """Tell whether a layer's weight has a gradient that is not zero."""
         gradient = self._model.get_parameter(self._layers[name].weight).grad
         return gradient is not None and bool(gradient.any())
+
+    def is_finite(
+        self,
+        gradients: Sequence[Tensor],
+        batches: Sequence[Batch],
+        known: Sequence[Tensor] | None = None,
+    ) -> bool:
+        """Tell whether gradients, losses and the factors that were gathered are finite.
+
+        It is the one number of an ordinary step that the host waits for. A tensor is finite
+        where its norm or sum is; entries are looked at one by one only if one is not, for it
+        may overflow.
+
+        Args:
+            gradients: The gradients.
+            batches: The batches with the losses.
+            known: The norms of the gradients, if they are known.
+        """
+        if not self.finite:
+            return False
+        sums = [part for own in self.moments.values() for part in own.checked()]
+        others = [*(batch.loss for batch in batches), *sums]
+        short = [*(norms(gradients) if known is None else known), *(t.sum() for t in others)]
+        if not short or bool(torch.stack(short).isfinite().all()):
+            return True
+        return bool(torch.stack([t.isfinite().all() for t in [*gradients, *others]]).all())
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good."""

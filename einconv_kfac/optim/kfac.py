@@ -8,26 +8,26 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from einconv_kfac.curvature.estimate import uncompiled
 from einconv_kfac.curvature.fisher import Fisher
 from einconv_kfac.curvature.layers import Approximation
 from einconv_kfac.curvature.losses import check_reduction
-from einconv_kfac.optim.automatic import AutomaticStep
-from einconv_kfac.optim.copying import arguments, rebuilt
+from einconv_kfac.optim.automatic import AutomaticStep, check_every_step_of
+from einconv_kfac.optim.copying import arguments, rebuilt, shared_arguments
 from einconv_kfac.optim.coverage import Training, training, uncovered
-from einconv_kfac.optim.fallback import (
-    DECAYS,
-    WITHOUT_MOMENTUM,
-    Fallback,
-    check_fallback,
-    fallback_direction,
-)
+from einconv_kfac.optim.fallback import Fallback, check_fallback, with_fallback
 from einconv_kfac.optim.fixed import FixedOptions, FixedStep
 from einconv_kfac.optim.inverses import Inverse
-from einconv_kfac.optim.objective import Objective, Statistics, at_parameters, rescaled
+from einconv_kfac.optim.objective import (
+    Objective,
+    Statistics,
+    at_parameters,
+    following_,
+    rescaled,
+)
 from einconv_kfac.optim.portion import product_fraction_of, with_portions
 from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
 from einconv_kfac.optim.report import Report, norms
@@ -101,6 +101,9 @@ class KFAC(Optimizer):
         decoupled_weight_decay: Whether weight decay shrinks the parameters by ``lr`` times
             itself and leaves gradient and curvature alone (Loshchilov and Hutter, 2019), for
             ``adaptive=False``.
+        check_every_step: Whether to evaluate the objective again after every step instead of
+            some, for one forward pass, where step size and damping are automatic: a step after
+            which its own batch's loss has grown is shortened or rejected, and the damping grows.
         exclude: Modules, names of modules or patterns of names (``"encoder.*"``) that are left
             to the fallback, with all that they contain.
         fallback: Direction of the parameters without factors: ``"adam"`` (Kingma and Ba, 2015)
@@ -151,6 +154,7 @@ class KFAC(Optimizer):
         norm_constraint: Schedule | None = None,
         nesterov: bool = False,
         decoupled_weight_decay: bool = False,
+        check_every_step: bool = False,
         exclude: Exclusion = (),
         fallback: Fallback | None = None,
         strict: bool = False,
@@ -161,6 +165,7 @@ class KFAC(Optimizer):
         options = FixedOptions(nesterov, decoupled_weight_decay, norm_constraint)
         if adaptive:
             options.check_automatic()
+        check_every_step = check_every_step_of(check_every_step, adaptive, damping)
         self._portion = product_fraction_of(product_fraction, adaptive), seed
         entry, model = model, uncompiled(model)
         self._settings = Settings(
@@ -180,31 +185,18 @@ class KFAC(Optimizer):
         trained = (p for p in model.parameters() if p.requires_grad)
         defaults = vars(GroupSettings(lr, weight_decay))
         super().__init__(trained if params is None else params, dict(defaults))
-        self._preconditioner = KFACPreconditioner(
-            entry,
-            loss_fn,
-            damping=damping,
-            parameters=self._own_names(),
-            exclude=exclude,
-            fisher=fisher,
-            mc_samples=mc_samples,
-            approximation=approximation,
-            factor_decay=factor_decay,
-            factor_update_period=factor_update_period,
-            inverse_update_period=inverse_update_period,
-            inverse=inverse,
-            inverse_in_background=inverse_in_background,
-            factor_fraction=factor_fraction,
-            seed=seed,
-        )
+        shared = shared_arguments(self._given, KFACPreconditioner)
+        own: dict[str, Any] = {**shared, "model": entry, "parameters": self._own_names()}
+        self._preconditioner = KFACPreconditioner(**own)
         self._decoupled, self._log_to = decoupled_weight_decay, log_to
         self._step: AutomaticStep | FixedStep = (
-            AutomaticStep(self._preconditioner)
+            AutomaticStep(self._preconditioner, check_every_step)
             if adaptive
             else FixedStep(self._preconditioner, options)
         )
         self._report = Report()
-        if strict and (gaps := [n for n, kind in self.coverage().items() if kind == self._fallback]):
+        gaps = [n for n, kind in self.coverage().items() if kind == self._fallback]
+        if strict and gaps:
             self.remove_hooks()
             raise ValueError(uncovered(model, gaps))
 
@@ -312,9 +304,7 @@ class KFAC(Optimizer):
     def _objective(self) -> Objective:
         """Return the objective of this step, from the gradients there are."""
         scale = getattr(self, "grad_scale", None)  # set by torch.amp.GradScaler for this step
-        objective, overrides = at_parameters(
-            self.param_groups, self._names, scale, self._decoupled
-        )
+        objective, overrides = at_parameters(self.param_groups, self._names, scale, self._decoupled)
         self._preconditioner.overrides = overrides
         batches = self._preconditioner.recorder.take()
         if hasattr(self, "found_inf"):
@@ -330,12 +320,9 @@ class KFAC(Optimizer):
         adaptive = isinstance(self._step, AutomaticStep)
         if adaptive:
             constants = replace(constants, momentum=objective.momentum(constants.momentum))
-        memory = {n: _following_(self.state[p], p) for n, p in objective.parameters.items()}
+        memory = {n: following_(self.state[p], p) for n, p in objective.parameters.items()}
         plain = self._preconditioner.without_factors(objective.gradient)
-        decays = WITHOUT_MOMENTUM if adaptive else DECAYS
-        others, moments = fallback_direction(self._fallback, plain, memory, decays)
-        momenta = {**objective.momenta, **dict.fromkeys(moments, 0.0)}  # Adam has its own
-        objective = replace(objective, others=others, momenta=momenta)
+        objective, moments = with_fallback(objective, self._fallback, plain, memory, adaptive)
         statistics = self._step.take_(objective, memory, constants)
         for name, state in moments.items():
             memory[name].update(state)
@@ -373,11 +360,3 @@ class KFAC(Optimizer):
         self._preconditioner.load_state_dict(state["preconditioner"])
         parameters = {name: parameter.detach() for parameter, name in self._names.items()}
         self._step.load_state_dict(state["automatic"], parameters)
-
-
-def _following_(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """Move what is remembered of a parameter to its device and dtype, which may have changed."""
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            state[name] = value.to(parameter)
-    return state

@@ -13,7 +13,6 @@ from einconv_kfac.optim.quadratic import Direction, QuadraticModel, quadratic_mo
 from einconv_kfac.optim.recording import Batch, Recorder
 from einconv_kfac.optim.settings import GroupSettings
 
-
 Memory: TypeAlias = Mapping[str, dict[str, Any]]
 """What the optimizer keeps by parameter name: its state, as torch calls it."""
 Statistics: TypeAlias = Mapping[str, float | Tensor]
@@ -151,3 +150,11 @@ def rescaled(batches: Sequence[Batch], scale: Tensor | None, reduction: str) -> 
         total = sum_of([batch.weight for batch in batches])
         scale = total if reduction == "mean" else total / len(batches)
     return [replace(batch, weight=batch.weight / scale.to(batch.weight)) for batch in batches]
+
+
+def following_(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """Move what is remembered of a parameter to its device and dtype, which may have changed."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = value.to(parameter)
+    return state

@@ -17,10 +17,9 @@ from einconv_kfac.optim.gathering import NEVER_SEEN, Gathering
 from einconv_kfac.optim.inverses import Inverse
 from einconv_kfac.optim.inversion import kind_of
 from einconv_kfac.optim.quadratic import Direction
-from einconv_kfac.optim.recording import Batch, Recorder
+from einconv_kfac.optim.recording import Batch
 from einconv_kfac.optim.renewal import Inverses, Renewal
-from einconv_kfac.optim.report import norms
-from einconv_kfac.optim.running import RunningFactors
+from einconv_kfac.optim.running import RunningFactors, check_layers
 from einconv_kfac.optim.selection import Exclusion, excluded_modules
 from einconv_kfac.optim.settings import (
     Constants,
@@ -192,25 +191,8 @@ class KFACPreconditioner:
         batches: Sequence[Batch],
         known: Sequence[Tensor] | None = None,
     ) -> bool:
-        """Tell whether gradients, losses and the factors that were gathered are finite.
-
-        It is the one number of an ordinary step that the host waits for. A tensor is finite
-        where its norm or sum is; entries are looked at one by one only if one is not, for it
-        may overflow.
-
-        Args:
-            gradients: The gradients.
-            batches: The batches with the losses.
-            known: The norms of the gradients, if they are known.
-        """
-        if not self._gathering.finite:
-            return False
-        sums = [part for own in self._gathering.moments.values() for part in own.checked()]
-        others = [*(batch.loss for batch in batches), *sums]
-        short = [*(norms(gradients) if known is None else known), *(t.sum() for t in others)]
-        if not short or bool(torch.stack(short).isfinite().all()):
-            return True
-        return bool(torch.stack([t.isfinite().all() for t in [*gradients, *others]]).all())
+        """See `Gathering.is_finite`."""
+        return self._gathering.is_finite(gradients, batches, known)
 
     def discard(self) -> None:
         """Forget what was gathered since the last step, as if it had not been seen."""
@@ -258,9 +240,7 @@ class KFACPreconditioner:
         }
         self._renewal.refresh_(self._dampings(damping, decay), intervals, self._steps)
 
-    def inverted(
-        self, dampings: Iterable[float], decay: Mapping[str, float]
-    ) -> Iterator[Inverses]:
+    def inverted(self, dampings: Iterable[float], decay: Mapping[str, float]) -> Iterator[Inverses]:
         """Yield the inverses for several dampings; raises like `refresh_`.
 
         Args:
@@ -347,11 +327,7 @@ class KFACPreconditioner:
                 f"`state_dict` must come from the same `inverse`, got {state['inverse']!r} for "
                 f"{self._inverse!r}."
             )
-        differ = self._running.keys() ^ state["layers"].keys()
-        if differ:
-            raise ValueError(f"`state_dict` must have the model's layers, differs in {differ}.")
-        for name, running in self._running.items():
-            running.check_state(state["layers"][name])
+        check_layers(self._running, state["layers"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a preconditioner of the same model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -67,7 +68,11 @@ class RunningFactors:
         self.inverse_step, self.pending = step, None
 
     def change(self, update: dict[str, Tensor], parameters: dict[str, Tensor]) -> Tensor:
-        """Return ``sqrt(tr(U A U^T) / tr(W A W^T))`` for an update ``U`` of parameters ``W``."""
+        """Return ``sqrt(tr(U A U^T) / tr(W A W^T))`` for an update ``U`` of parameters ``W``.
+
+        It is zero where the layer's output is: nothing is small relative to that, and a layer
+        that starts at zero, as heads and residual branches often do, could never leave it.
+        """
         assert self.factors is not None
         a, _ = self.factors
         squares = []
@@ -75,8 +80,8 @@ class RunningFactors:
             known = {name: values[name] for name in self.layer.parameters if name in values}
             rows = self.layer.to_matrix({**self.layer.zeros(), **known}).to(a.dtype)
             squares.append((product(rows, a) * rows).sum())
-        change: Tensor = (squares[0] / squares[1].clamp_min(torch.finfo(a.dtype).tiny)).sqrt()
-        return change
+        moved, present = squares
+        return torch.where(present > 0, moved / present, 0.0).sqrt()
 
     def apply(self, gradient: dict[str, Tensor], inverse: LayerInverse) -> dict[str, Tensor]:
         """Return the preconditioned gradient of the layer's parameters."""
@@ -143,3 +148,11 @@ class RunningFactors:
             found = Inverted(known, pending["conditions"], pending["retries"])
             times = pending["begun"], pending["due"]
             self.pending = Pending.of(*times, self.layer.name, found)
+
+
+def check_layers(layers: Mapping[str, RunningFactors], states: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` if states belong to other layers."""
+    if differ := layers.keys() ^ states.keys():
+        raise ValueError(f"`state_dict` must have the model's layers, differs in {differ}.")
+    for name, running in layers.items():
+        running.check_state(states[name])

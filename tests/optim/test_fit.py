@@ -1,0 +1,138 @@
+"""The best combination of directions, and the bound on what a step changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import conv_net, image_batch, train_step
+from torch import Tensor, nn
+
+from einconv_kfac import KFAC
+from einconv_kfac.optim.fit import CERTAIN, LARGEST_CHANGE, Fit, combined
+from einconv_kfac.optim.preconditioner import KFACPreconditioner
+from einconv_kfac.optim.quadratic import QuadraticModel
+
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def deep_net(depth: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    widths = [36] + [30] * depth
+    layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(30, 3)).double()
+
+
+def changes_of(
+    model: nn.Sequential, steps: int, **options: Any
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Train on fresh batches; return the change of every step by the running factors."""
+    loss_fn = nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, **options)
+    changes, statistics = [], []
+    for seed in range(steps):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train_step(model, loss_fn, opt, image_batch(32, seed=seed))
+        statistics.append(opt.statistics())
+        if "rejected" not in statistics[-1]:
+            total = 0.0
+            for name, running in opt._preconditioner.layers.items():
+                a = running.factors[0][0]  # [d, d], one group
+                w, b = (before[f"{name}.{part}"] for part in ("weight", "bias"))
+                now = [
+                    model.get_parameter(f"{name}.{part}").detach() for part in ("weight", "bias")
+                ]
+                rows = torch.cat([w, b[:, None]], 1)
+                u = torch.cat([now[0] - w, (now[1] - b)[:, None]], 1)
+                total += math.sqrt(torch.trace(u @ a @ u.T) / torch.trace(rows @ a @ rows.T))
+            changes.append(total)
+    return changes, statistics
+
+
+def test_no_step_changes_the_layers_by_more_than_the_bound() -> None:
+    """Neither a step for which all coefficients are fitted nor one that is rescaled."""
+    changes, _ = changes_of(deep_net(), 80)
+    assert max(changes) == pytest.approx(LARGEST_CHANGE, rel=1e-9)
+    assert max(changes[50:]) > CERTAIN * LARGEST_CHANGE  # where four of five steps are rescaled
+
+
+def test_a_given_damping_is_not_bounded() -> None:
+    changes, _ = changes_of(deep_net(), 20, damping=1e-3)
+    assert max(changes) > 1.5 * LARGEST_CHANGE
+
+
+def test_the_change_is_that_of_the_outputs() -> None:
+    """The running factors of one batch measure the outputs of the layers on it."""
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    machine = KFACPreconditioner(model, loss_fn)
+    x, y = image_batch()
+    loss_fn(model(x), y).backward()
+    machine.update_(machine._settings.at(0))
+    generator = torch.Generator().manual_seed(1)
+    point = {name: p.detach() for name, p in model.named_parameters()}
+    update = {n: torch.randn(p.shape, generator=generator).double() for n, p in point.items()}
+    expected = 0.0
+    for index, inputs in ((0, x), (2, model[:2](x).detach()), (5, model[:5](x).detach())):
+        layer: Callable[..., Tensor] = model[index]
+        outputs = []
+        for values in (update, point):
+            own = {part: values[f"{index}.{part}"] for part in ("weight", "bias")}
+            outputs.append(torch.func.functional_call(layer, own, (inputs,)))
+        moved, present = (float(output.detach().square().sum()) for output in outputs)
+        expected += math.sqrt(moved / present)
+    assert machine.relative_change(update, point) == pytest.approx(expected, rel=1e-9)
+
+
+def test_what_was_not_updated_does_not_change() -> None:
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    machine = KFACPreconditioner(model, loss_fn)
+    assert machine.relative_change({}, {}) == 0.0  # no factors yet
+    x, y = image_batch()
+    loss_fn(model(x), y).backward()
+    machine.update_(machine._settings.at(0))
+    point = {name: p.detach() for name, p in model.named_parameters()}
+    assert machine.relative_change({n: torch.zeros_like(p) for n, p in point.items()}, point) == 0
+    alone = machine.relative_change({"5.weight": point["5.weight"]}, point)
+    with_bias = {"5.weight": point["5.weight"], "5.bias": point["5.bias"]}
+    assert alone > 0
+    assert machine.relative_change(with_bias, point) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_that_starts_at_zero_is_trained(dtype: torch.dtype) -> None:
+    model, loss_fn = conv_net().to(dtype), nn.CrossEntropyLoss()
+    nn.init.zeros_(model[5].weight)
+    nn.init.zeros_(model[5].bias)
+    opt = KFAC(model, loss_fn)
+    x, y = image_batch(24)
+    losses = [train_step(model, loss_fn, opt, (x.to(dtype), y)) for _ in range(25)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_scaled_step_is_that_multiple() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = ({"w": torch.randn(3, generator=generator).double()} for _ in range(2))
+    gram = torch.stack([a["w"], b["w"]]) @ torch.stack([a["w"], b["w"]]).T
+    model = QuadraticModel(torch.tensor([-1.0, 0.5]).double(), 2 * gram, gram)
+    fit = Fit([a, b], model, torch.tensor([0.5, 0.25]).double(), -1.0, (0.5, 0.25))
+    step = 0.5 * a["w"] + 0.25 * b["w"]
+    assert fit.length == pytest.approx(float(step.norm()))
+    assert fit.moved(2.0) == pytest.approx(4 * float(a["w"] @ step))
+    half = fit.scaled(0.5, -0.7)
+    assert (half.expected, half.mix) == (-0.7, (0.25, 0.125))
+    torch.testing.assert_close(combined("w", half.mix, [a, b]), step / 2, **EXACT)
+    slope = -0.5 + 0.125
+    curved = 2.1 * float(step.square().sum())
+    assert fit.predicted(0.1) == pytest.approx(slope + curved / 2)
+    assert fit.predicted(0.1, 0.5) == pytest.approx(slope / 2 + curved / 8)
+
+
+def test_combinations_leave_out_what_a_direction_does_not_have() -> None:
+    a, b = {"v": torch.ones(2)}, {"v": torch.full((2,), 3.0), "w": torch.ones(1)}
+    assert combined("v", (2.0, 0.5), [a, b]).tolist() == [3.5, 3.5]
+    assert combined("w", (2.0, 0.5), [a, b]).tolist() == [0.5]
+    assert a["v"].tolist() == [1.0, 1.0]

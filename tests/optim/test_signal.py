@@ -1,0 +1,177 @@
+"""How much of a batch's slope other batches confirm."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import Batch, conv_net, image_batch, train_step, weights
+from torch import Tensor, nn
+
+from einconv_kfac import KFAC
+from einconv_kfac.optim.quadratic import QuadraticModel
+from einconv_kfac.optim.signal import DECAY, RANGE, SMALLEST, Signal
+
+ROUNDING = 1e-7
+
+
+def regression(seed: int, *, noise: float = 0.5, truth: float = 1.0, size: int = 300) -> Batch:
+    """Return inputs, and outputs that depend on them linearly but for noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 4, generator=generator, dtype=torch.float64)
+    y = truth * x[:, :2] + noise * torch.randn(size, 2, generator=generator, dtype=torch.float64)
+    return x, y
+
+
+def linear() -> nn.Linear:
+    model = nn.Linear(4, 2).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"lr": 0.3}, {"damping": 0.5}])
+def test_one_batch_of_a_quadratic_problem_confirms_itself(options: dict[str, Any]) -> None:
+    """The slope after a step is known exactly: ``(g + G u).d - d.G u = g.d``."""
+    torch.manual_seed(0)
+    model, loss_fn, batch = nn.Linear(4, 2).double(), nn.MSELoss(), regression(0)
+    opt = KFAC(model, loss_fn, fisher="exact", **options)
+    for _ in range(5):
+        train_step(model, loss_fn, opt, batch)
+        signal = opt._step._signal
+        assert signal.fraction == pytest.approx(1.0, abs=ROUNDING)
+    assert signal._average / signal._weight == pytest.approx(1.0, abs=ROUNDING)
+
+
+def samples(count: int, **problem: float) -> Tensor:
+    """Return what a second batch says of the slope of a first one, for many pairs."""
+    found = []
+    for seed in range(count):
+        model, loss_fn = linear(), nn.MSELoss()
+        opt = KFAC(model, loss_fn, fisher="exact")
+        for batch in (regression(2 * seed, **problem), regression(2 * seed + 1, **problem)):
+            train_step(model, loss_fn, opt, batch)
+        signal = opt._step._signal
+        found.append(signal._average / signal._weight)
+    return torch.tensor(found)
+
+
+def test_other_batches_do_not_confirm_pure_noise() -> None:
+    assert abs(float(samples(100, truth=0.0).mean())) < 0.15
+    assert float(samples(10, noise=0.1).mean()) > 0.9
+
+
+def test_the_sample_is_its_definition() -> None:
+    """From gradients and the dense Hessian of two batches; the first step is one of descent."""
+    model, loss_fn = linear(), nn.MSELoss()
+    first, second = regression(0, size=20), regression(1, size=20)
+    opt = KFAC(model, loss_fn, fisher="exact")
+    points, gradients = [weights(model)], []
+    train_step(model, loss_fn, opt, first)
+    direction = {n: d.clone() for n, d in opt._step._signal._direction.items()}
+    gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    points.append(weights(model))
+    train_step(model, loss_fn, opt, second)
+    gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+    def loss(point: Tensor) -> Tensor:
+        return loss_fn(first[0] @ point[:8].reshape(2, 4).T + point[8:], first[1])
+
+    hessian = torch.autograd.functional.hessian(loss, points[0])
+    d = torch.cat([direction[name].flatten() for name, _ in model.named_parameters()])
+    expected = (gradients[1] @ d - d @ hessian @ (points[1] - points[0])) / (gradients[0] @ d)
+    signal = opt._step._signal
+    assert RANGE[0] < float(expected) < RANGE[1]
+    assert signal._average / signal._weight == pytest.approx(float(expected), rel=1e-9)
+
+
+def learned(*held: float) -> Signal:
+    """Return a signal after samples."""
+    signal = Signal()
+    for value in held:
+        signal.expect_({"w": torch.tensor([-1.0, 0.0])}, -1.0, 0.25)
+        signal.learn_({"w": torch.tensor([value - 0.25, 7.0])})
+    return signal
+
+
+def test_samples_are_clipped_and_averaged_without_bias() -> None:
+    assert Signal().fraction == 1.0
+    assert learned(10.0)._average / learned(10.0)._weight == pytest.approx(RANGE[1])
+    assert learned(10.0).fraction == 1.0
+    assert learned(-10.0)._average / learned(-10.0)._weight == pytest.approx(RANGE[0])
+    assert learned(-10.0).fraction == SMALLEST
+    values = [0.5, 0.2, 0.9, -5.0, 0.4]
+    kept = [max(value, RANGE[0]) for value in values]
+    parts = [(1 - DECAY) * DECAY ** (4 - i) * value for i, value in enumerate(kept)]
+    assert learned(*values).fraction == pytest.approx(sum(parts) / (1 - DECAY**5))
+
+
+def test_nothing_is_learned_from_what_was_not_noted_or_no_descent() -> None:
+    signal = learned(0.5)
+    signal.learn_({"w": torch.tensor([-9.0, 0.0])})  # nothing noted since
+    assert signal.fraction == pytest.approx(0.5)
+    signal.expect_({"w": torch.ones(2)}, 0.0, 0.0)
+    signal.learn_({"w": torch.ones(2)})
+    assert signal.fraction == pytest.approx(0.5)
+    signal.expect_({"w": torch.ones(2)}, -1.0, 0.0)
+    signal.forget_()
+    signal.learn_({"w": torch.ones(2)})
+    assert signal.fraction == pytest.approx(0.5)
+
+
+def test_only_slopes_of_descent_are_corrected() -> None:
+    model = QuadraticModel(
+        torch.tensor([-4.0, -2.0, 3.0]).double(), torch.eye(3).double(), torch.eye(3).double()
+    )
+    found = learned(0.25).corrected(model, 2)
+    torch.testing.assert_close(found.slope, torch.tensor([-1.0, -0.5, 3.0]).double())
+    assert found.curvature is model.curvature
+    assert model.slope.tolist() == [-4.0, -2.0, 3.0]
+
+
+def test_a_state_goes_on_where_it_was() -> None:
+    signal = learned(0.5, 0.1)
+    signal.expect_({"w": torch.tensor([-1.0, 0.5])}, -1.0, 0.25)
+    buffer = io.BytesIO()
+    torch.save(signal.state_dict(), buffer)
+    buffer.seek(0)
+    again, state = Signal(), torch.load(buffer, weights_only=True)
+    again.load_state_dict(state, {"w": torch.zeros(2)})
+    state["direction"]["w"].zero_()  # it is a copy
+    for each in (signal, again):
+        each.learn_({"w": torch.tensor([0.1, 0.2])})
+    assert again.fraction == signal.fraction != learned(0.5, 0.1).fraction
+
+
+def test_a_step_that_is_undone_is_forgotten() -> None:
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn)
+    for _ in range(2):
+        train_step(model, loss_fn, opt, image_batch())
+    signal = opt._step._signal
+    before = signal.fraction
+    assert signal._direction
+    x, y = image_batch()
+    (100 * loss_fn(model(x), y)).backward()
+    opt.step()
+    assert opt.statistics()["rejected"] == 1
+    assert not signal._direction
+    assert signal.fraction == before
+    train_step(model, loss_fn, opt, image_batch())
+    assert signal.fraction == before
+
+
+def test_the_state_of_an_optimizer_has_it() -> None:
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn)
+    for seed in range(3):
+        train_step(model, loss_fn, opt, image_batch(seed=seed))
+    state = opt.state_dict()["kfac"]["automatic"]["signal"]
+    assert state["weight"] > 0
+    assert state["direction"].keys() == dict(model.named_parameters()).keys()
+    again = KFAC(model, loss_fn)
+    again.load_state_dict(opt.state_dict())
+    assert again._step._signal.fraction == opt._step._signal.fraction
+    assert opt.statistics()["signal"] == opt._step._signal.fraction
