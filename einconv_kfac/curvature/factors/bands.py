@@ -100,6 +100,7 @@ def banded(x: Tensor, problem: Problem, update: Update) -> None:
                 write(blocks, key, total, update.beta)
             else:
                 sums[key] = total
+        del operands  # not to be kept while the next ones are made
 
 
 def _growth(axis: Axis, channels: int) -> float:

@@ -61,4 +61,5 @@ def add_columns_(x: Tensor, update: Update) -> None:
     for part in parts:
         columns = part.to(update.out.dtype).movedim(0, 2).flatten(2)  # g c (n s)
         update.add_product_(columns, last=part is parts[-1])
+        del columns  # not to be kept while the next ones are made
         update = update.added()
