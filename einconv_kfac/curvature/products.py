@@ -18,6 +18,9 @@ from torch import Tensor
 LARGE = 1 << 20
 """Multiplications from which on a product is worth the longer way to oneDNN."""
 
+WIDE = 64
+"""Rows and columns from which a product is worth reordering a transposed operand."""
+
 SHORT = 64
 """Length of the sums up to which a product costs no more than writing its result."""
 
@@ -53,7 +56,9 @@ def add_matmul_(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha:
 
 def _one_dnn_for(left: Tensor, right: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
     """Return ``x, w -> x @ w.T`` by oneDNN where that is faster; it has no derivatives."""
-    large = left[0].numel() * right.shape[-1] >= LARGE
+    rows, columns = left.shape[1], right.shape[2]
+    large = rows * columns * left.shape[2] >= LARGE
+    large = large and (left.is_contiguous() or min(rows, columns) >= WIDE)
     single = left.dtype == right.dtype == torch.float32 and left.device.type == "cpu"
     if not (large and single and torch.backends.mkldnn.enabled) or torch.is_grad_enabled():
         return None

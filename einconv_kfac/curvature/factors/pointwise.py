@@ -10,10 +10,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_size, chunks
 from einconv_kfac.curvature.factors.update import Update, panels
-from einconv_kfac.curvature.products import mkl_is_narrow
-
-WIDE = 64
-"""Rows from which products are large enough for oneDNN."""
+from einconv_kfac.curvature.products import WIDE, mkl_is_narrow
 
 LONG = 256
 """Positions from which the product of a single example is worth a call."""
