@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from einconv_kfac.curvature.factors.choice import choose
 from einconv_kfac.curvature.factors.lags import half_of_lags
-from einconv_kfac.curvature.factors.products import add_matmul_
 from einconv_kfac.curvature.factors.transposed import residue_classes
+from einconv_kfac.curvature.products import add_matmul_
 from einconv_kfac.geometry import Axis
 
 KINDS = {
@@ -46,10 +46,10 @@ KINDS = {
 
 SORTS = {
     "products": (
-        *("aten::mm", "aten::addmm_", "aten::bmm", "aten::baddbmm_", "aten::mkldnn_linear"),
+        *("aten::mm", "aten::addmm_", "aten::bmm", "aten::baddbmm_", "mkldnn::_linear_pointwise"),
         *("aten::convolution_backward", "aten::_slow_conv2d_backward"),
     ),
-    "copies": ("aten::copy_", "aten::fill_", "aten::cat", "aten::to_mkldnn", "aten::_to_dense"),
+    "copies": ("aten::copy_", "aten::fill_", "aten::cat"),
     "sums": ("aten::sum", "aten::add", "aten::add_", "aten::mul", "aten::mul_", "aten::div_"),
 }
 
@@ -90,6 +90,7 @@ def shares(layer: Layer, approximation: str, repeats: int) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
 def rates(budget: float) -> tuple[float, float, float]:
     """Return multiply-accumulates, bytes read and bytes written per second."""
     a, long = torch.randn(1, 1152, 1152), torch.randn(1 << 26)

@@ -1,44 +1,88 @@
-"""Large matrix products, by the faster of a processor's libraries."""
+"""Products of matrices, by the library that is fastest for them.
+
+torch multiplies float32 matrices on x86 with Intel's MKL, which uses the full width of the
+vector units on Intel's processors only. oneDNN, the library of torch's convolutions, does on
+all: on others large products take half the time. It reads its operands where they are, unless
+one has gaps between its rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-LARGE = 1 << 21
-"""Multiplications from which on the other library is worth its overhead."""
+LARGE = 1 << 20
+"""Multiplications from which on a product is worth the longer way to oneDNN."""
+
+WIDE = 64
+"""Rows and columns from which a product is worth reordering a transposed operand."""
+
+SHORT = 64
+"""Length of the sums up to which a product costs no more than writing its result."""
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the matrix products ``[g, m, k] @ [g, k, n]`` of large matrices.
-
-    On processors that are not Intel's, the library that torch multiplies float32 matrices with
-    (MKL) leaves half of the vector units idle, where the one of its convolutions (oneDNN) does
-    not: 2.2 times faster on an AMD EPYC. On others both are alike.
-    """
-    multiply = _one_dnn()
-    g, m, k = left.shape
-    large = m * k * right.shape[-1] >= LARGE
-    alike = left.dtype == right.dtype == torch.float32 and left.device.type == "cpu"
-    if multiply is None or not (large and alike) or torch.is_grad_enabled():
+    """Return the matrix products ``[g, m, k] @ [g, k, n]``."""
+    multiply = _one_dnn_for(left, right)
+    if multiply is None:
         return left @ right
-    left, right = _dense(left), _dense(right)
-    if g == 1:
+    left, right = (x if _is_dense(x) else x.contiguous() for x in (left, right))
+    if len(left) == 1:
         return multiply(left[0], right[0].mT).unsqueeze(0)
     return torch.stack([multiply(a, b.mT) for a, b in zip(left, right)])
 
 
-def _dense(matrices: Tensor) -> Tensor:
-    """Return matrices without gaps in memory, for with those the library is very slow."""
-    dense = matrices.is_contiguous() or matrices.mT.is_contiguous()
-    return matrices if dense else matrices.contiguous()
+def add_matmul_(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> None:
+    """Set ``target`` to ``beta target + alpha left right``, for batches of matrices.
+
+    Operands are not copied to be multiplied faster, nor results of short sums.
+    """
+    if len(target) > 1:
+        target.baddbmm_(left, right, beta=beta, alpha=alpha)
+        return
+    worthwhile = left.shape[-1] > SHORT and _is_dense(left) and _is_dense(right)
+    multiply = _one_dnn_for(left, right) if worthwhile else None
+    if multiply is None:
+        target[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
+    elif beta:
+        target[0].mul_(beta).add_(multiply(left[0], right[0].mT), alpha=alpha)
+    else:
+        torch.mul(multiply(left[0], right[0].mT), alpha, out=target[0])
 
 
-def _one_dnn() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Return ``x, w -> x @ w.T``, if torch has it."""
-    if not torch.backends.mkldnn.enabled or not torch._C._has_mkldnn:
+def _one_dnn_for(left: Tensor, right: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return ``x, w -> x @ w.T`` by oneDNN where that is faster; it has no derivatives."""
+    rows, columns = left.shape[1], right.shape[2]
+    large = rows * columns * left.shape[2] >= LARGE
+    large = large and (left.is_contiguous() or min(rows, columns) >= WIDE)
+    single = left.dtype == right.dtype == torch.float32 and left.device.type == "cpu"
+    if not (large and single and torch.backends.mkldnn.enabled) or torch.is_grad_enabled():
         return None
-    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    return linear and (lambda x, w: linear(x, w, None, "none", [], ""))
+    return _by_one_dnn if mkl_is_narrow() else None
+
+
+def _by_one_dnn(x: Tensor, w: Tensor) -> Tensor:
+    """Return ``x @ w.T``."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return found
+
+
+def _is_dense(matrices: Tensor) -> bool:
+    """Return whether matrices have no gaps in memory, with which oneDNN is very slow."""
+    return matrices.is_contiguous() or matrices.mT.is_contiguous()
+
+
+@lru_cache(maxsize=1)
+def mkl_is_narrow() -> bool:
+    """Return whether this is a processor on which oneDNN uses wider vectors than MKL."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):  # type: ignore[no-untyped-call]
+        return False
+    information = Path("/proc/cpuinfo")
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    other = information.is_file() and "GenuineIntel" not in information.read_text()
+    return wide and known and other

@@ -18,7 +18,6 @@ with warnings.catch_warnings():
 
 from einconv_kfac import KFAC, KFACPreconditioner
 from einconv_kfac.curvature import kronecker_factors
-from einconv_kfac.curvature.products import LARGE, product
 from einconv_kfac.optim import background, inversion
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
@@ -294,22 +293,6 @@ class TestBackground:
             if thread.name.startswith("kfac"):
                 thread.join(timeout=60)
         assert not any(thread.name.startswith("kfac") for thread in threading.enumerate())
-
-
-def test_large_products_are_those_of_matmul() -> None:
-    torch.manual_seed(0)
-    shapes: list[Callable[[Tensor], Tensor]] = [
-        lambda t: t,
-        lambda t: t.mT.contiguous().mT,
-        lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
-    ]
-    for view in shapes:
-        left, right = view(torch.randn(2, 128, 200)), view(torch.randn(2, 200, 130))
-        assert 128 * 200 * 130 >= LARGE
-        with torch.no_grad():
-            torch.testing.assert_close(product(left, right), left @ right, **FLOAT)
-        left.requires_grad_()
-        assert product(left, right).requires_grad
 
 
 def test_eigenvalues_are_corrected_by_a_part_of_the_examples() -> None:

@@ -26,9 +26,10 @@ from einconv_kfac.curvature.factors.problem import (
     Problem,
     chunk_count,
     chunks,
+    mkl_price,
 )
-from einconv_kfac.curvature.factors.products import add_matmul_, mkl_price
 from einconv_kfac.curvature.factors.update import Update, blocks_of
+from einconv_kfac.curvature.products import add_matmul_
 from einconv_kfac.geometry import Axis, Geometry
 
 LEAST = 16
@@ -99,6 +100,7 @@ def banded(x: Tensor, problem: Problem, update: Update) -> None:
                 write(blocks, key, total, update.beta)
             else:
                 sums[key] = total
+        del operands  # not to be kept while the next ones are made
 
 
 def _growth(axis: Axis, channels: int) -> float:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.assembly import store
-from einconv_kfac.curvature.factors.problem import BATCHED, SMALL, Cost, Problem
-from einconv_kfac.curvature.factors.products import mkl_price
+from einconv_kfac.curvature.factors.problem import BATCHED, SMALL, Cost, Problem, mkl_price
 from einconv_kfac.curvature.factors.update import Update, mirror_
 from einconv_kfac.geometry import Axis
 

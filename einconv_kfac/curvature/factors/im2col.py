@@ -22,6 +22,7 @@ def im2col(x: Tensor, problem: Problem, update: Update) -> None:
     for part in parts:
         columns = unfolded(part.to(update.out.dtype), geometry)
         update.add_product_(columns, last=part is parts[-1])
+        del columns  # not to be kept while the next ones are made
         update = update.added()
 
 

@@ -26,9 +26,10 @@ from einconv_kfac.curvature.factors.problem import (
     Problem,
     chunk_count,
     chunks,
+    mkl_price,
 )
-from einconv_kfac.curvature.factors.products import add_matmul_, mkl_price
 from einconv_kfac.curvature.factors.update import Update
+from einconv_kfac.curvature.products import add_matmul_
 from einconv_kfac.geometry import Axis, Geometry
 
 Key = tuple[Lag, ...]

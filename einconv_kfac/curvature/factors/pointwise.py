@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_size, chunks
-from einconv_kfac.curvature.factors.products import WIDE, mkl_is_narrow
 from einconv_kfac.curvature.factors.update import Update, panels
+from einconv_kfac.curvature.products import WIDE, mkl_is_narrow
 
 LONG = 256
 """Positions from which the product of a single example is worth a call."""
@@ -58,4 +58,5 @@ def add_columns_(x: Tensor, update: Update) -> None:
     for part in parts:
         columns = part.to(update.out.dtype).movedim(0, 2).flatten(2)  # g c (n s)
         update.add_product_(columns, last=part is parts[-1])
+        del columns  # not to be kept while the next ones are made
         update = update.added()

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.products import mkl_is_narrow
 from einconv_kfac.geometry import Geometry
 
 BATCHED = 0.004
@@ -19,6 +20,9 @@ SCATTERED = 3
 
 SMALL = 1 << 18
 """Elements that are not worth being processed in parts."""
+
+NARROW_VECTORS = 2.0
+"""How much longer large products take by MKL than by oneDNN, where its vectors are narrower."""
 
 APPROXIMATIONS = ("expand", "reduce")
 
@@ -79,6 +83,12 @@ class Cost:
     copied: float
     written: float
     calls: float
+
+
+def mkl_price(problem: Problem) -> float:
+    """Return what a multiplication by torch's ordinary product costs, relative to oneDNN's."""
+    ordinary = problem.device != "cpu" or problem.dtype == torch.float64
+    return NARROW_VECTORS if mkl_is_narrow() and not ordinary else 1.0
 
 
 def check_approximation(approximation: str, algorithm: str | None = None) -> bool:

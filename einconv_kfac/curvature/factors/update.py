@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.allocation import new_matrices
-from einconv_kfac.curvature.factors.products import add_matmul_
+from einconv_kfac.curvature.products import SHORT, add_matmul_
 
 PANEL = 128
 """Rows in a panel of the upper block triangle."""
@@ -20,9 +20,6 @@ STRIP = 64
 
 DIAGONAL = 1 << 17
 """Elements on the diagonal that are made symmetric at a time, so that they stay in a cache."""
-
-SHORT = 64
-"""Columns up to which a product costs no more than writing its result."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,8 @@ class Update:
             panel, rows = buffer[: stop - start, : size - start], out[start:stop, start:]
             if self.beta:
                 panel.copy_(rows)
-            panel.addmm_(a[start:stop], a[start:].T, beta=self.beta, alpha=self.alpha)
+            left, right = a[None, start:stop], a[None, start:].mT
+            add_matmul_(panel.unsqueeze(0), left, right, self.beta, self.alpha)
             rows.copy_(panel)
             for first in range(start, stop, STRIP):
                 end = min(first + STRIP, stop)
