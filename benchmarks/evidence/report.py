@@ -118,7 +118,7 @@ def _ratios(outcome: Outcome, peer: str, target: float) -> str:
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draw the training loss by step and by second, seed by seed.
+    """Draw the training loss by step and by second of the processor, seed by seed.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -131,7 +131,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     )
     for outcome, (by_step, by_second) in zip(outcomes, axes):
         _curves(outcome, by_step, "steps")
-        _curves(outcome, by_second, "seconds")
+        _curves(outcome, by_second, "cpu_seconds")
         by_step.set_ylabel("training loss")
         by_step.set_title(f"({outcome.task.name}) {outcome.task.title}")
     axes[0][0].legend(fontsize="small")
@@ -147,4 +147,4 @@ def _curves(outcome: Outcome, axis: Any, clock: str) -> None:
             label = name if index == 0 else None
             axis.plot(getattr(run, clock), run.losses, color=f"C{color}", label=label, lw=1)
     axis.set_yscale("log")
-    axis.set_xlabel(clock)
+    axis.set_xlabel(clock.replace("cpu_seconds", "seconds of the processor"))
