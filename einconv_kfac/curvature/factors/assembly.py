@@ -76,4 +76,7 @@ def _pairs(blocks: Tensor, key: Key, c: int) -> Tensor:
 
 def store(target: Tensor, values: Tensor, beta: float) -> None:
     """Set ``target`` to ``beta * target + values``."""
-    target.mul_(beta).add_(values) if beta else target.copy_(values)
+    if beta == 0:
+        target.copy_(values)
+    else:
+        (target if beta == 1 else target.mul_(beta)).add_(values)

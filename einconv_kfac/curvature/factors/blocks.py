@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import combinations_with_replacement, pairwise
 from math import prod
 
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.assembly import store
+from einconv_kfac.curvature.factors.coincidence import lags
 from einconv_kfac.curvature.factors.problem import Problem
-from einconv_kfac.curvature.factors.update import Update, blocks_of, mirror_block_
-from einconv_kfac.geometry import Geometry
+from einconv_kfac.curvature.factors.update import Update, mirror_block_
+from einconv_kfac.geometry import Axis, Geometry
 
 Pair = tuple[tuple[int, int], tuple[int, int]]
 
@@ -20,42 +21,60 @@ ROWS = 1152
 NARROWEST = 32
 """Channels that a block has at least."""
 
+BUFFER = 1 << 16
+"""Elements of the rows that are interleaved at a time."""
+
 
 class Block:
-    """The entries between two blocks of channels, on their way to the factor.
+    """The entries between two blocks of channels, collected where they belong.
 
-    They are collected with the channels innermost, where products are written row by row, and
-    interleaved with the kernel entries in one pass.
+    In each row the channels are innermost until `store_`, so that products are written in one
+    go; then they are interleaved with the kernel entries, a few rows at a time.
 
     Args:
-        update: Where they go.
+        update: Where the entries go.
         pair: The blocks of channels.
         geometry: The convolution.
-        memory: Where they are collected.
     """
 
-    def __init__(self, update: Update, pair: Pair, geometry: Geometry, memory: Tensor) -> None:
-        """Clear the memory: entries that no lag writes are zero."""
-        kernel = geometry.kernel_size
-        rows, columns = (stop - start for start, stop in pair)
-        shape = (geometry.groups, rows, *kernel, *kernel, columns)
-        entries = memory[: prod(shape)].zero_().view(shape)
-        self.entries = entries.movedim(-1, 2 + len(kernel))  # g ci *k ci' *k'
-        self._update, self._pair, self._size = update, pair, prod(kernel)
+    def __init__(self, update: Update, pair: Pair, geometry: Geometry) -> None:
+        """Scale old values, and clear the rest: entries that no lag writes are zero."""
+        kernel, self._out = geometry.kernel_size, update.out
+        self._size, d = prod(kernel), len(kernel)
+        self._rows, self._columns = (slice(a * self._size, b * self._size) for a, b in pair)
+        part = update.out[:, self._rows, self._columns]
+        self.beta = float(update.beta != 0)  # that of what is written
+        if self.beta:
+            _interleave_(part.mul_(update.beta), self._size)
+        elif not all_are_written(geometry.axes):
+            part.zero_()
+        entries = part.unflatten(2, (*kernel, -1)).unflatten(1, (-1, *kernel))
+        self.entries = entries.movedim(-1, 2 + d)  # g ci *k ci' *k'
 
     def store_(self) -> None:
-        """Update the factor's entries and their mirror images."""
-        rows, columns = (slice(a * self._size, b * self._size) for a, b in self._pair)
-        out, kernel = self._update.out, self.entries.shape[2 : self.entries.ndim // 2 + 1]
-        store(blocks_of(out[:, rows, columns], kernel), self.entries, self._update.beta)
-        if rows != columns:
-            mirror_block_(out, rows, columns)
+        """Bring the entries into order, and copy them to their mirror images."""
+        part = self._out[:, self._rows, self._columns]
+        _interleave_(part, part.shape[2] // self._size)
+        if self._rows != self._columns:
+            mirror_block_(self._out, self._rows, self._columns)
 
 
-def block_memory(problem: Problem, like: Tensor) -> Tensor:
-    """Return memory for the largest block, to be used again: fresh memory is slow."""
-    largest = max(stop - start for start, stop in pairwise(edges(problem))) * problem.entries
-    return like.new_empty(problem.geometry.groups * largest**2)
+@lru_cache(maxsize=1024)
+def all_are_written(axes: tuple[Axis, ...]) -> bool:
+    """Return whether every pair of kernel entries meets some pair of positions."""
+    windows = [[window for lag in lags(axis) for window in lag.windows] for axis in axes]
+    return all(
+        len(found) == axis.kernel_size**2 and all(first < end for first, end in found)
+        for axis, found in zip(axes, windows)
+    )
+
+
+def _interleave_(part: Tensor, inner: int) -> None:
+    """Transpose each row of ``part``, ``[g, r, (outer inner)]``, to ``[g, r, (inner outer)]``."""
+    rows = max(1, BUFFER // part.shape[2])
+    for matrix in part if 1 < inner < part.shape[2] else ():
+        for strip in matrix.split(rows):
+            strip.copy_(strip.unflatten(1, (-1, inner)).mT.flatten(1))
 
 
 def edges(problem: Problem) -> list[int]:

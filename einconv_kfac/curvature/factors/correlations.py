@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import groupby, product
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.assembly import Key, write
-from einconv_kfac.curvature.factors.blocks import Block, Pair, block_memory, channel_pairs, edges
+from einconv_kfac.curvature.factors.blocks import Block, Pair, channel_pairs, edges
 from einconv_kfac.curvature.factors.problem import Cost, Problem, part_size
 from einconv_kfac.curvature.factors.spans import Span, spans_of_all
 from einconv_kfac.curvature.factors.update import Update
@@ -43,6 +43,9 @@ SEPARATE = 3.0
 
 CALLS = 100
 """Operations that a weight gradient and what surrounds it cost."""
+
+SUMS = 4
+"""How many times the sums of all regions fit into the input, if they are held together."""
 
 GROWTH = 4.0
 """Copies of a part of the input at a time: channels last, and both operands."""
@@ -117,18 +120,35 @@ def correlated(x: Tensor, problem: Problem, update: Update) -> None:
         x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
     x = x.reshape(x.shape[0], geometry.groups, problem.channels, *x.shape[2:])
     x = x.movedim((1, 2), (-2, -1))  # n *i g c
-    memory = block_memory(problem, update.out)
     for pair in channel_pairs(problem):
-        found = calls(geometry.axes, pair[0] == pair[1], _is_fine(problem))
-        sums = _all_sums(x, pair, found, geometry, update)
-        block = Block(update, pair, geometry, memory)
-        for combined, total in sums.items():
-            for index, key in _keys(combined):
-                regions = total[(slice(None),) * len(key) + index]
-                if not any(lag.distance for lag in key):
-                    regions = regions.contiguous()  # made symmetric in place
-                write(block.entries, key, regions, 0.0, pair[0] == pair[1])
+        block, diagonal = Block(update, pair, geometry), pair[0] == pair[1]
+        operands = [x[..., slice(*edge)] for edge in dict.fromkeys(pair)]
+        step = part_size(operands[0], GROWTH)
+        if step >= len(x):
+            operands = [operand.to(update.out.dtype).contiguous() for operand in operands]
+        for found in _rounds(calls(geometry.axes, diagonal, _is_fine(problem)), problem):
+            sums = _all_sums(operands, step, found, geometry, update)
+            for combined, total in sums.items():
+                for index, key in _keys(combined):
+                    regions = total[(slice(None),) * len(key) + index]
+                    if not any(lag.distance for lag in key):
+                        regions = regions.contiguous()  # made symmetric in place
+                    write(block.entries, key, regions, block.beta, diagonal)
+            del sums  # not to be kept while the next ones are made
         block.store_()
+
+
+def _rounds(found: tuple[Call, ...], problem: Problem) -> list[list[Call]]:
+    """Return the calls whose sums are held at the same time: all, if these are small."""
+    by_spans = [list(calls) for _, calls in groupby(found, key=lambda call: call.spans)]
+    sums = sum(prod(calls[0].shape) for calls in by_spans) * _block_size(problem)
+    return [list(found)] if SUMS * sums <= problem.inputs else by_spans
+
+
+def _block_size(problem: Problem) -> int:
+    """Return the products between two blocks of channels at one lag."""
+    bounds = edges(problem)
+    return problem.geometry.groups * (bounds[1] - bounds[0]) ** 2
 
 
 @lru_cache(maxsize=1024)
@@ -147,30 +167,27 @@ def _is_fine(problem: Problem) -> bool:
 
 
 def _all_sums(
-    x: Tensor, pair: Pair, found: tuple[Call, ...], geometry: Geometry, update: Update
+    operands: list[Tensor], step: int, found: list[Call], geometry: Geometry, update: Update
 ) -> dict[Spans, Tensor]:
     """Return the correlations ``[*r, *lag, g, c, c']`` of two blocks of channels.
 
     Those of small regions are computed for all examples at once, those of the largest for
-    some at a time.
+    ``step`` at a time.
     """
-    groups, dtype = geometry.groups, update.out.dtype
+    first, dtype = operands[0], update.out.dtype
     sums: dict[Spans, Tensor] = {}
     for call in found:
         if call.spans not in sums:
-            shape = (*call.shape, groups, *(stop - start for start, stop in pair))
-            sums[call.spans] = x.new_zeros(shape, dtype=dtype)
-    step = part_size(x[..., slice(*pair[0])], GROWTH)
-    for start in range(0, len(x), step):
-        parts = [x[start : start + step, ..., slice(*edge)] for edge in dict.fromkeys(pair)]
-        parts = [part.to(dtype).contiguous() for part in parts]
+            shape = (*call.shape, *first.shape[-2:], operands[-1].shape[-1])
+            sums[call.spans] = first.new_zeros(shape, dtype=dtype)
+        if not call.is_interior:
+            _add_correlations_(sums[call.spans], call, operands, geometry, update)
+    for start in range(0, len(first), step):
+        parts = [operand[start : start + step].to(dtype).contiguous() for operand in operands]
         for call in found:
             if call.is_interior:
                 _add_correlations_(sums[call.spans], call, parts, geometry, update)
-    whole = parts if step >= len(x) else [x[..., slice(*edge)] for edge in pair]
-    for call in found:
-        if not call.is_interior:
-            _add_correlations_(sums[call.spans], call, whole, geometry, update)
+        del parts  # not to be kept while the next ones are made
     return sums
 
 
@@ -222,7 +239,8 @@ def _weight_gradient(
 ) -> Tensor:
     """Return ``sum_{n,t} left[n, t, g, c] right[n, t S + l D, g, c']`` as ``[(g c), c', *l]``."""
     left, right = left.flatten(-2).movedim(-1, 1), right.flatten(-2).movedim(-1, 1)
-    weight = left.new_empty(left.shape[1], right.shape[1] // geometry.groups, *lags)
+    sizes = (left.shape[1], *lags, right.shape[1] // geometry.groups)
+    weight = left.new_empty(sizes).movedim(-1, 1)  # of the operands' format, not to be copied
     zero = [0] * geometry.ndim
     found: Tensor = torch.ops.aten.convolution_backward(
         left, right, weight, None, geometry.stride, zero, geometry.dilation, False, zero,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.assembly import write
-from einconv_kfac.curvature.factors.blocks import Block, Pair, block_memory, channel_pairs, edges
+from einconv_kfac.curvature.factors.blocks import Block, Pair, channel_pairs, edges
 from einconv_kfac.curvature.factors.coincidence import Lag, grid_size, lags
 from einconv_kfac.curvature.factors.problem import (
     BATCHED,
@@ -46,14 +46,14 @@ def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
         x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
     sums: Sums = {}
     parts = list(chunks(x, _growth(problem)))
-    memory = block_memory(problem, update.out)
     for part in parts:
         grids = Grids(part, geometry, update.out.dtype)
         for pair in channel_pairs(problem):
-            block = Block(update, pair, geometry, memory) if part is parts[-1] else None
+            block = Block(update, pair, geometry) if part is parts[-1] else None
             for key in _add_lags_(sums, pair, grids, update.alpha):
                 if block is not None:
-                    write(block.entries, key, sums.pop((pair, key)), 0.0, pair[0] == pair[1])
+                    total, diagonal = sums.pop((pair, key)), pair[0] == pair[1]
+                    write(block.entries, key, total, block.beta, diagonal)
             if block is not None:
                 block.store_()
 

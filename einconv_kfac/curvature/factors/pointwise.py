@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_size, chunks
-from einconv_kfac.curvature.factors.update import Update, panels
-from einconv_kfac.curvature.products import WIDE, mkl_is_narrow
+from einconv_kfac.curvature.factors.update import Update, mirror_, panels
+from einconv_kfac.curvature.products import mkl_is_narrow
 
 LONG = 256
 """Positions from which the product of a single example is worth a call."""
 
 LONG_FOR_ONEDNN = 8192
 """The same where the product is computed by oneDNN and added to the others."""
+
+FEW = 1 << 24
+"""Multiplications up to which one call for all examples is no slower than a gathered copy."""
 
 
 def pointwise(x: Tensor, problem: Problem, update: Update) -> None:
@@ -46,14 +49,23 @@ def add_columns_(x: Tensor, update: Update) -> None:
 
     Where the examples do not follow each other in memory, long ones are multiplied one by
     one, which needs no copy, and short ones are gathered; so are those that oneDNN multiplies,
-    where a product costs less than adding it up.
+    where a product costs less than adding it up. As oneDNN copies them once more, half are
+    gathered at a time, unless adding up large products costs more than that.
     """
-    onednn = mkl_is_narrow() and x.shape[2] >= WIDE and update.out.dtype == torch.float32
+    same, on_cpu = x.dtype == update.out.dtype, x.device.type == "cpu"
+    onednn = mkl_is_narrow() and update.out.dtype == torch.float32
+    is_long = x.shape[3] >= (LONG_FOR_ONEDNN if onednn else LONG)
     limit = chunk_size(x.device.type, x.numel())
-    if x.stride(2) == 1 and x.dtype == update.out.dtype:
+    if x.stride(2) == 1 and same:
         limit = x.numel()  # channels last
-    elif x.device.type == "cpu" and x.shape[3] >= (LONG_FOR_ONEDNN if onednn else LONG):
+    elif on_cpu and same and x.shape[1] == 1 and x.numel() * x.shape[2] <= FEW:
+        update.out[0].addbmm_(x[:, 0], x[:, 0].mT, beta=update.beta, alpha=update.alpha)
+        mirror_(update.out)
+        return
+    elif on_cpu and is_long:
         limit = 1
+    elif on_cpu and 1.5 * x.numel() > update.out.numel():
+        limit = min(limit, -(-x.numel() // 2))
     parts = list(chunks(x, 1.0, limit))
     for part in parts:
         columns = part.to(update.out.dtype).movedim(0, 2).flatten(2)  # g c (n s)
