@@ -6,6 +6,7 @@ from functools import lru_cache
 from itertools import combinations_with_replacement, pairwise
 from math import prod
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.coincidence import lags
@@ -48,7 +49,7 @@ class Block:
             _interleave_(part.mul_(update.beta), self._size)
         elif not all_are_written(geometry.axes):
             part.zero_()
-        entries = part.unflatten(2, (*kernel, -1)).unflatten(1, (-1, *kernel))
+        entries = torch.unflatten(torch.unflatten(part, 2, (*kernel, -1)), 1, (-1, *kernel))
         self.entries = entries.movedim(-1, 2 + d)  # g ci *k ci' *k'
 
     def store_(self) -> None:
@@ -74,7 +75,7 @@ def _interleave_(part: Tensor, inner: int) -> None:
     rows = max(1, BUFFER // part.shape[2])
     for matrix in part if 1 < inner < part.shape[2] else ():
         for strip in matrix.split(rows):
-            strip.copy_(strip.unflatten(1, (-1, inner)).mT.flatten(1))
+            strip.copy_(torch.unflatten(strip, 1, (-1, inner)).mT.flatten(1))
 
 
 def edges(problem: Problem) -> list[int]:

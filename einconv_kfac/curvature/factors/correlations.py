@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.assembly import Key, write
-from einconv_kfac.curvature.factors.blocks import Block, Pair, channel_pairs, edges
+from einconv_kfac.curvature.factors.blocks import Block, channel_pairs, edges
 from einconv_kfac.curvature.factors.problem import Cost, Problem, part_size
 from einconv_kfac.curvature.factors.spans import Span, spans_of_all
 from einconv_kfac.curvature.factors.update import Update
