@@ -9,7 +9,7 @@ without regions in the last dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import product
 from math import prod
@@ -25,6 +25,7 @@ from einconv_kfac.curvature.factors.problem import (
     Cost,
     Problem,
     chunk_count,
+    chunk_size,
     chunks,
     mkl_price,
 )
@@ -54,6 +55,10 @@ class Band:
     width: int
     count: int
 
+    def start(self, block: int) -> int:
+        """Return the first position that a block meets."""
+        return (self.first + block * self.outputs) * self.axis.stride - self.axis.padding[0]
+
 
 @lru_cache(maxsize=1024)
 def bands(axis: Axis, channels: int = 1) -> tuple[Band, ...]:
@@ -79,20 +84,35 @@ def bands(axis: Axis, channels: int = 1) -> tuple[Band, ...]:
 
 def banded(x: Tensor, problem: Problem, update: Update) -> None:
     """Add ``sum_{n,o} a a^T`` to the update, from products of blocks of positions."""
-    geometry = problem.geometry
+    geometry, c = problem.geometry, problem.channels
     if geometry.ndim == 1:  # no dimension to take lags along
         x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
+    growth = _growth(geometry.axes[-1], c)
+    step = groups_at_once(problem, growth)
+    for start in range(0, geometry.groups, step):
+        some = replace(geometry, groups=min(step, geometry.groups - start))
+        part = x[:, start * c : (start + some.groups) * c]
+        parts = list(chunks(part, growth, chunk_size(problem.device, problem.inputs)))
+        _add_bands_(parts, some, replace(update, out=update.out[start : start + some.groups]))
+
+
+def groups_at_once(problem: Problem, growth: float) -> int:
+    """Return how many groups to process at a time: half of the input, or less."""
+    limit = chunk_size(problem.device, problem.inputs // 2) / growth
+    return max(1, int(limit * problem.geometry.groups / problem.inputs))
+
+
+def _add_bands_(parts: list[Tensor], geometry: Geometry, update: Update) -> None:
+    """Add the products of some groups, of at least two dimensions, some examples at a time."""
     leading, last = geometry.axes[:-1], geometry.axes[-1]
+    channels = parts[0].shape[1] // geometry.groups
     blocks = blocks_of(update.out, geometry.kernel_size)
     blocks = blocks.movedim((1 + len(leading) + 1, -1), (2, 4 + len(leading)))  # g ci k *k ci' k'
     update = scaled_if_incomplete(update, leading)
     sums: dict[Key, Tensor] = {}
-    parts = list(chunks(x, _growth(last, problem.channels)))
     for part in parts:
-        operands = [
-            _Operand(part, geometry, band, update.out.dtype)
-            for band in bands(last, problem.channels)
-        ]
+        rows = Rows(part, geometry, update.out.dtype)
+        operands = [_Operand(rows, band) for band in bands(last, channels)]
         for key in half_of_lags(leading):
             total = _region_sums(key, operands, update.alpha)
             total = total if key not in sums else sums.pop(key).add_(total)
@@ -100,7 +120,7 @@ def banded(x: Tensor, problem: Problem, update: Update) -> None:
                 write(blocks, key, total, update.beta)
             else:
                 sums[key] = total
-        del operands  # not to be kept while the next ones are made
+        del rows, operands  # not to be kept while the next ones are made
 
 
 def _growth(axis: Axis, channels: int) -> float:
@@ -122,48 +142,96 @@ def banded_cost(problem: Problem) -> Cost:
     width = channels * max(band.width for band in found)
     entries = groups * (channels * last.kernel_size) ** 2
     sums = regions * sum(band.outputs for band in found) * entries
-    count = chunk_count(problem, _growth(last, channels))
-    copied = problem.inputs * (1 + _growth(last, channels))
-    products = count * regions * len(found) * (1 + BATCHED * (groups - 1))
-    calls = 10 * products + 30 * len(keys)
+    growth = _growth(last, channels)
+    steps = -(-groups // groups_at_once(problem, growth))
+    count = chunk_count(problem, growth) if groups == 1 else 1
+    blocks = sum(band.count for band in found) if are_views(groups, channels) else 0
+    copied = problem.inputs * (2 if blocks else 1 + growth)
+    products = count * regions * (10 * len(found) + 4 * blocks)
+    calls = products * (steps + BATCHED * (groups - 1)) + 30 * steps * len(keys)
     written = 0.6 * (problem.outputs + count * sums)  # along diagonals, but in order
     price = mkl_price(problem) * problem.batch * groups
     return Cost(macs * price, width, copied, written, calls)
 
 
-class _Operand:
-    """The blocks of an input by the leading positions' remainders, made when asked for.
+def are_views(groups: int, channels: int) -> bool:
+    """Return whether blocks are views of rows: in batches of products of single channels."""
+    return groups > 1 and channels == 1
+
+
+class Rows:
+    """An input by the leading positions' remainders, padded along the last dimension.
 
     Args:
         x: Input of shape ``[n, c, *i]``.
         geometry: The convolution.
-        band: The blocks of its last dimension.
         dtype: The dtype of the products.
     """
 
-    def __init__(self, x: Tensor, geometry: Geometry, band: Band, dtype: torch.dtype) -> None:
+    def __init__(self, x: Tensor, geometry: Geometry, dtype: torch.dtype) -> None:
         """Remember the input."""
         x = x.reshape(x.shape[0], geometry.groups, -1, *x.shape[2:])
-        self.band, self.channels, self._dtype = band, x.shape[2], dtype
+        self.channels, self.dtype, self.axis = x.shape[2], dtype, geometry.axes[-1]
         self._strides = geometry.stride[:-1]
         self._x = x.movedim((0, 2), (-3, -2))  # g *i n c i
-        self._made: dict[tuple[int, ...], Tensor] = {}
+        self._padded: dict[tuple[int, ...], Tensor] = {}
 
-    def __getitem__(self, remainders: tuple[int, ...]) -> Tensor:
-        """Return the blocks ``[g, *t, (b n), (c w)]`` of the positions with these remainders."""
+    def grid(self, remainders: tuple[int, ...]) -> Tensor:
+        """View the positions with these remainders, ``[g, *t, n, c, i]``."""
+        index = (slice(r, None, s) for r, s in zip(remainders, self._strides))
+        return self._x[(slice(None), *index)]
+
+    def padded(self, remainders: tuple[int, ...]) -> Tensor:
+        """Return them with zeros on both sides, as far as bands reach; made once."""
+        if remainders not in self._padded:
+            grid, left = self.grid(remainders), self.axis.padding[0]
+            found = bands(self.axis, self.channels)
+            stop = max(band.start(band.count - 1) + band.width for band in found) + left
+            rows = grid.new_zeros(*grid.shape[:-1], stop, dtype=self.dtype)
+            inside = min(grid.shape[-1], stop - left)
+            rows[..., left : left + inside] = grid[..., :inside]
+            self._padded[remainders] = rows
+        return self._padded[remainders]
+
+
+class _Operand:
+    """The blocks of an input along one band, made when asked for.
+
+    Args:
+        rows: The input.
+        band: The blocks of its last dimension.
+    """
+
+    def __init__(self, rows: Rows, band: Band) -> None:
+        """Remember the input."""
+        self._rows, self.band, self.channels = rows, band, rows.channels
+        self._made: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def __getitem__(self, remainders: tuple[int, ...]) -> list[Tensor]:
+        """Return the blocks ``[g, *t, n, (c w)]`` of the positions with these remainders.
+
+        Those of depthwise convolutions are views, and products of a batch. Those of others
+        follow each other along ``n``, so that there is one large product.
+        """
         if remainders not in self._made:
-            grid = (slice(r, None, s) for r, s in zip(remainders, self._strides))
-            index: tuple[Any, ...] = (slice(None), *grid)
-            self._made[remainders] = self._blocks(self._x[index])
+            grid = self._rows.grid(remainders)
+            if not are_views(len(grid), self.channels):
+                self._made[remainders] = [self._copied(grid)]
+            else:
+                padded, left = self._rows.padded(remainders), self.band.axis.padding[0]
+                starts = (self.band.start(block) + left for block in range(self.band.count))
+                self._made[remainders] = [
+                    padded[..., start : start + self.band.width].flatten(-2) for start in starts
+                ]
         return self._made[remainders]
 
-    def _blocks(self, x: Tensor) -> Tensor:
+    def _copied(self, x: Tensor) -> Tensor:
         """Copy the blocks of the last dimension of ``x``, ``[g, *t, n, c, i]``."""
-        band, axis = self.band, self.band.axis
+        band = self.band
         shape = (*x.shape[:-3], band.count, *x.shape[-3:-1], band.width)
-        blocks = x.new_zeros(shape, dtype=self._dtype)  # g *t b n c w
+        blocks = x.new_zeros(shape, dtype=self._rows.dtype)  # g *t b n c w
         for block in range(band.count):
-            start = (band.first + block * band.outputs) * axis.stride - axis.padding[0]
+            start = band.start(block)
             low, high = max(0, start), min(x.shape[-1], start + band.width)
             if low < high:
                 blocks[..., block, :, :, low - start : high - start] = x[..., low:high]
@@ -208,8 +276,11 @@ def _region_sum(
         every,
         *(slice(a + lag.shift, b + lag.shift) for (a, b), lag in zip(region, key)),
     )
-    left = operand[tuple(lag.left for lag in key)][here].flatten(1, -2)
-    right = operand[tuple(lag.right for lag in key)][there].flatten(1, -2)
-    products = left.new_empty(left.shape[0], left.shape[2], left.shape[2])
-    add_matmul_(products, left.mT, right, 0.0, alpha)
+    lefts, rights = (operand[tuple(side)] for side in zip(*((lag.left, lag.right) for lag in key)))
+    size, beta = lefts[0].shape[-1], 0.0
+    products = lefts[0].new_empty(len(lefts[0]), size, size)
+    for left, right in zip(lefts, rights):
+        columns, rows = left[here].flatten(1, -2).mT, right[there].flatten(1, -2)
+        add_matmul_(products, columns, rows, beta, alpha)
+        beta = 1.0
     return operand.entries(products)

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from einconv_kfac.curvature.factors import conv_input_factor, conv_transpose_input_factor
+from einconv_kfac.curvature.factors.bands import bands
 from einconv_kfac.curvature.factors.choice import ALGORITHMS, applicable, choose
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.geometry import Axis, Geometry, transposed_convolution
@@ -50,6 +51,17 @@ def options_of(geometry: Geometry) -> dict[str, Any]:
     return {name: getattr(geometry, name) for name in names}
 
 
+def check_update(x: torch.Tensor, expected: torch.Tensor, options: dict[str, Any]) -> None:
+    """Check that a running average of other factors is updated, and stays symmetric."""
+    old = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    old = old + old.mT
+    out = conv_input_factor(x, **options, out=old.clone(), beta=0.5, alpha=2.0)
+    torch.testing.assert_close(out, 0.5 * old + 2 * expected, **TOLERANCE)
+    assert torch.equal(out, out.mT)
+    fresh = conv_input_factor(x, **options)
+    torch.testing.assert_close(fresh, expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @given(data=st.data())
 @DRAWN
@@ -63,10 +75,7 @@ def test_expand(algorithm: str, data: st.DataObject) -> None:
     bias = data.draw(st.booleans())
     expected = factor(columns(x, geometry), "expand", bias)
     options = {**options_of(geometry), "bias": bias, "algorithm": algorithm}
-    out = torch.ones_like(expected)
-    conv_input_factor(x, **options, out=out, beta=0.5, alpha=2.0)
-    torch.testing.assert_close(out, 0.5 + 2 * expected, **TOLERANCE)
-    assert torch.equal(out, out.mT)
+    check_update(x, expected, options)
 
 
 @given(geometries(), st.integers(1, 3), st.integers(1, 3), st.booleans())
@@ -106,11 +115,25 @@ def test_many_parts(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = Geometry((Axis(7, 3, 1, (1, 1)), Axis(8, 3, 2, (1, 1))))
     x = draw_input(geometry, 5, 4)
     expected = factor(columns(x, geometry), "expand")
-    out = torch.ones_like(expected)
-    options = {**options_of(geometry), "algorithm": algorithm}
-    conv_input_factor(x, **options, out=out, beta=0.5, alpha=2.0)
-    torch.testing.assert_close(out, 0.5 + 2 * expected, **TOLERANCE)
-    assert torch.equal(out, out.mT)
+    check_update(x, expected, {**options_of(geometry), "algorithm": algorithm})
+
+
+def test_bands_of_some_groups_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Depthwise, with several bands of equal width, one that remains, and a last, smaller part."""
+    monkeypatch.setattr("einconv_kfac.curvature.factors.bands.groups_at_once", lambda *_: 2)
+    geometry = Geometry((Axis(5, 3, 1, (1, 1)), Axis(44, 3, 1, (1, 2))), 5)
+    assert [band.count for band in bands(geometry.axes[-1])] == [3, 1]
+    x = draw_input(geometry, 1, 3)
+    options = {**options_of(geometry), "algorithm": "bands"}
+    check_update(x, factor(columns(x, geometry), "expand"), options)
+
+
+def test_pointwise_in_halves() -> None:
+    """An input of which half of the examples are gathered at a time."""
+    geometry = Geometry((Axis(11, 1), Axis(11, 1)))
+    x = draw_input(geometry, 97, 16)
+    options = {**options_of(geometry), "algorithm": "pointwise"}
+    check_update(x, factor(columns(x, geometry), "expand"), options)
 
 
 @given(geometries(), st.integers(1, 300), st.sampled_from(["cpu", "cuda"]))
