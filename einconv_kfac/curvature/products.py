@@ -36,16 +36,19 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return torch.stack([multiply(a, b.mT) for a, b in zip(left, right)])
 
 
-def add_matmul_(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> None:
+def add_matmul_(
+    target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, rows: int = 0
+) -> None:
     """Set ``target`` to ``beta target + alpha left right``, for batches of matrices.
 
-    Operands are not copied to be multiplied faster, nor results of short sums.
+    Operands are not copied to be multiplied faster, nor results of short sums, unless these are
+    a part that fits a cache of a product with more ``rows``; all parts are then alike.
     """
     if len(target) > 1:
         target.baddbmm_(left, right, beta=beta, alpha=alpha)
         return
-    worthwhile = left.shape[-1] > SHORT and _is_dense(left) and _is_dense(right)
-    multiply = _one_dnn_for(left, right) if worthwhile else None
+    worthwhile = (rows or left.shape[-1] > SHORT) and _is_dense(left) and _is_dense(right)
+    multiply = _one_dnn_for(left, right, rows) if worthwhile else None
     if multiply is None:
         target[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
     elif beta:
@@ -54,15 +57,24 @@ def add_matmul_(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha:
         torch.mul(multiply(left[0], right[0].mT), alpha, out=target[0])
 
 
-def _one_dnn_for(left: Tensor, right: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Return ``x, w -> x @ w.T`` by oneDNN where that is faster; it has no derivatives."""
-    rows, columns = left.shape[1], right.shape[2]
+def _one_dnn_for(
+    left: Tensor, right: Tensor, rows: int = 0
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return ``x, w -> x @ w.T`` by oneDNN where that is faster."""
+    return _by_one_dnn if is_for_one_dnn(left, right, rows) else None
+
+
+def is_for_one_dnn(left: Tensor, right: Tensor, rows: int = 0) -> bool:
+    """Return whether oneDNN makes a product, or a part of one with ``rows``, faster.
+
+    It has no derivatives.
+    """
+    rows, columns = rows or left.shape[1], right.shape[2]
     large = rows * columns * left.shape[2] >= LARGE
     large = large and (left.is_contiguous() or min(rows, columns) >= WIDE)
     single = left.dtype == right.dtype == torch.float32 and left.device.type == "cpu"
-    if not (large and single and torch.backends.mkldnn.enabled) or torch.is_grad_enabled():
-        return None
-    return _by_one_dnn if mkl_is_narrow() else None
+    enabled = bool(torch.backends.mkldnn.enabled) and not torch.is_grad_enabled()
+    return large and single and enabled and mkl_is_narrow()
 
 
 def _by_one_dnn(x: Tensor, w: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def conv_input_factor(
         approximation: ``"expand"`` (KFC) or ``"reduce"``.
         bias: Whether the layer has a bias; its row and column are the last.
         algorithm: Name of the algorithm to use for expand; by default the cheapest.
-        out: Tensor to update and return: ``out <- beta * out + alpha * A``.
+        out: Symmetric tensor to update and return: ``out <- beta * out + alpha * A``.
         beta: What the old values of ``out`` are multiplied with.
         alpha: What the factor is multiplied with.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.allocation import new_matrices
+from einconv_kfac.curvature.factors.short_sums import add_whole_, is_symmetric_by_itself
 from einconv_kfac.curvature.products import SHORT, add_matmul_
 
 PANEL = 128
@@ -30,11 +31,13 @@ class Update:
         out: The matrices; only their upper block triangle is kept current until `mirror_`.
         beta: What the values in ``out`` are multiplied with; 0 ignores them.
         alpha: What the new matrices are multiplied with.
+        is_begun: Whether something was added, maybe to the upper block triangle only.
     """
 
     out: Tensor
     beta: float
     alpha: float
+    is_begun: bool = False
 
     def add_product_(self, a: Tensor, last: bool = True) -> None:
         """Add ``alpha a a^T`` for ``a`` of shape ``[g, D, L]`` on the upper block triangle.
@@ -44,6 +47,9 @@ class Update:
             last: Whether this is the last product, so that the lower triangle can follow.
         """
         kind, (groups, size, length) = self.out.device.type, a.shape
+        if last and not self.is_begun and is_symmetric_by_itself(self.out, a):
+            add_whole_(self.out, a, self.beta, self.alpha)
+            return
         if last and self.beta == 0 and size <= (2 * PANEL if length <= SHORT else PANEL):
             self._set_whole_(a)
             return
@@ -89,7 +95,7 @@ class Update:
 
     def added(self) -> Update:
         """Return the update for what remains to be added once ``beta`` has been applied."""
-        return replace(self, beta=1.0)
+        return replace(self, beta=1.0, is_begun=True)
 
     def within(self, size: int) -> Update:
         """Return the update of the leading ``size`` rows and columns."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from einconv_kfac.curvature.factors import allocation
+from einconv_kfac.curvature.factors import allocation, short_sums
 from einconv_kfac.curvature.factors.update import DIAGONAL, PANEL, SHORT, prepare
 
 SIZES = (1, 9, PANEL - 1, PANEL + 2, 2 * PANEL, 2 * PANEL + 1, 3 * PANEL + 65)
@@ -39,6 +39,24 @@ def test_many_small_products() -> None:
         update = prepare(a, (groups, 4), out, 0.0 if out is None else 1.0, 1.0)
         update.add_product_(a)
         torch.testing.assert_close(update.out, a @ a.mT + (0 if out is None else 1))
+        assert torch.equal(update.out, update.out.mT)
+
+
+@pytest.mark.parametrize("size", [200, 577, 901])
+@pytest.mark.parametrize("is_tried", [True, False])
+def test_short_sums(size: int, is_tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, where whole products may be symmetric by themselves; or may not."""
+    if not is_tried:
+        monkeypatch.setattr(short_sums, "_is_symmetric", lambda *_: False)
+    a = torch.randn(1, size, 31, generator=torch.Generator().manual_seed(0))
+    old = torch.randn(1, size + 1, size + 1, generator=torch.Generator().manual_seed(1))
+    old = old + old.mT
+    for beta, out in ((0.0, None), (0.3, old.clone())):
+        with torch.no_grad():
+            update = prepare(a, (1, size + 1), out, beta, 0.7).within(size)
+            update.add_product_(a)
+        expected = 0.7 * a.double() @ a.double().mT + beta * old[:, :size, :size]
+        torch.testing.assert_close(update.out, expected.float(), rtol=1e-4, atol=1e-4)
         assert torch.equal(update.out, update.out.mT)
 
 
