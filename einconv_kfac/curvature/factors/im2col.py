@@ -7,7 +7,14 @@ from math import prod
 
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.problem import BATCHED, Cost, Problem, chunk_count, chunks
+from einconv_kfac.curvature.factors.problem import (
+    BATCHED,
+    Cost,
+    Problem,
+    chunk_count,
+    chunk_size,
+    chunks,
+)
 from einconv_kfac.curvature.factors.unfold import unfolded
 from einconv_kfac.curvature.factors.update import Update, panels
 
@@ -18,7 +25,7 @@ SHORT = 8
 def im2col(x: Tensor, problem: Problem, update: Update) -> None:
     """Add ``sum_{n,o} a a^T`` to the update, where ``a`` are the columns of the unfolded input."""
     geometry = problem.geometry
-    parts = list(chunks(x, _growth(problem)))
+    parts = list(chunks(x, _growth(problem), _limit(problem)))
     for part in parts:
         columns = unfolded(part.to(update.out.dtype), geometry)
         update.add_product_(columns, last=part is parts[-1])
@@ -32,12 +39,18 @@ def _growth(problem: Problem) -> float:
     return problem.entries * geometry.positions / prod(geometry.input_size)
 
 
+def _limit(problem: Problem) -> int:
+    """Return the elements to unfold at a time: few where adding up products costs little."""
+    share = 2 if problem.outputs <= problem.inputs else 1
+    return chunk_size(problem.device, problem.inputs // share)
+
+
 def im2col_cost(problem: Problem) -> Cost:
     """Return what `im2col` does."""
     bounds = panels(problem.size, problem.device)
     pairs = sum((stop - start) * (problem.size - start) for start, stop in pairwise(bounds))
     columns = problem.batch * problem.geometry.positions * problem.geometry.groups
-    count = chunk_count(problem, _growth(problem))
+    count = chunk_count(problem, _growth(problem), _limit(problem))
     calls = count * (5 + len(bounds)) * (1 + BATCHED * problem.geometry.groups) + 4 * len(bounds)
     short = 1.1 + SHORT / problem.geometry.output_size[-1]
     copied = problem.size * columns * short

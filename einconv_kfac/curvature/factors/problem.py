@@ -114,9 +114,9 @@ def chunk_size(device: str, elements: int) -> int:
     return min(max(elements, smallest), largest)
 
 
-def chunk_count(problem: Problem, growth: float) -> int:
+def chunk_count(problem: Problem, growth: float, limit: int | None = None) -> int:
     """Return into how many parts `chunks` cuts the input."""
-    limit = chunk_size(problem.device, problem.inputs)
+    limit = chunk_size(problem.device, problem.inputs) if limit is None else limit
     per_example = max(1.0, growth * problem.inputs / problem.batch)
     return -(-problem.batch // max(1, int(limit / per_example)))
 
