@@ -31,8 +31,10 @@ def pointwise(x: Tensor, problem: Problem, update: Update) -> None:
         index.append(slice(start, start + (len(met) - 1) * axis.stride + 1, axis.stride))
         if not met:  # nothing but padding
             index[-1] = slice(0, 0)
-    x = x[tuple(index)]
-    add_columns_(x.reshape(x.shape[0], problem.geometry.groups, problem.channels, -1), update)
+    x = torch.unflatten(x[tuple(index)], 1, (problem.geometry.groups, problem.channels))
+    if any(axis.stride > 1 for axis in problem.geometry.axes):  # copied once, all in a row
+        x = x.movedim(0, 2).flatten(2).unsqueeze(0)  # 1 g c (n s)
+    add_columns_(x.flatten(3), update)
 
 
 def pointwise_cost(problem: Problem) -> Cost:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.products import SHORT, add_matmul_, is_for_one_dnn
 
-ROWS = 1 << 18
+ROWS = 1 << 17
 """Elements of the rows that are made at a time, so that they stay in a cache."""
 
 LEAST = 64
