@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from einconv_kfac.optim.fit import LARGEST_MOMENTUM, Fit, Fitting, descents
+from einconv_kfac.optim import slow_momentum
+from einconv_kfac.optim.fit import Fit, Fitting, descents
 from einconv_kfac.optim.objective import Memory, Objective, Statistics
 from einconv_kfac.optim.preconditioner import KFACPreconditioner
 from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.settings import Constants, is_due
 from einconv_kfac.optim.signal import Signal
+from einconv_kfac.optim.slow_momentum import SlowMomentum
 from einconv_kfac.optim.trials import Trial, Trials
 
 _BUFFER = "momentum_buffer"
@@ -64,6 +66,7 @@ class AutomaticStep:
         self._recorder = preconditioner.recorder
         self._recorder.keeps_outputs = True
         self._signal = Signal()
+        self._slow = SlowMomentum()
         self._fitting = Fitting(preconditioner, self._signal)
         self._damping: float | None = None
         self._floor = 0.0
@@ -91,7 +94,9 @@ class AutomaticStep:
         damping = self.damping(objective) if damping is None else damping
         self._preconditioner.update_(constants)
         previous = {n: m[_BUFFER] for n, m in memory.items() if _BUFFER in m}
-        fit = self.best_fit_(objective, previous, damping, constants.momentum)
+        slow = constants.momentum is None
+        momentum = self._slow.direction(memory, objective.rates) if slow else previous
+        fit = self.best_fit_(objective, momentum, damping, constants.momentum)
         if not math.isfinite(fit.expected):
             message = "The quadratic model was not finite; the step was skipped."
             warnings.warn(message, RuntimeWarning, stacklevel=6)
@@ -104,17 +109,23 @@ class AutomaticStep:
         before = objective.value()
         update = fit.update(objective, rate)
         for name, tensor in update.items():
-            memory[name][_BUFFER] = tensor
-            self.moved[name] = tensor, 1.0
             objective.parameters[name].add_(tensor)
         predicted = fit.predicted(damping, rate)
         rate *= self.adapt_(objective, update, before, predicted)
+        coefficient = fit.mix[-1] * rate if momentum else 0.0
+        if slow:
+            coefficient = self._follow_(objective, update, memory, before)
+        for name, tensor in update.items():
+            memory[name][_BUFFER] = tensor
+            self.moved[name] = tensor, 1.0
         if len(fit.directions) == len(fit.mix):
-            self._signal.expect_(fit.directions[0], float(fit.model.slope[0]), fit.moved(rate))
+            followed = coefficient if slow and momentum else 0.0
+            moved = fit.moved(rate, followed)
+            self._signal.expect_(fit.directions[0], float(fit.model.slope[0]), moved)
         return {
             "damping": damping,
             "step_size": fit.mix[0] * rate,
-            "momentum": fit.mix[-1] * rate if previous else 0.0,
+            "momentum": coefficient,
             "signal": self._signal.fraction,
             "predicted": predicted,
             "ratio": self.ratio,
@@ -138,6 +149,7 @@ class AutomaticStep:
     def _undo_(self, objective: Objective, memory: Memory) -> None:
         """Undo the previous step, and raise the damping where it is automatic."""
         for name, parameter in objective.parameters.items():
+            memory[name].pop(slow_momentum.BUFFER, None)
             if _BUFFER in memory[name]:
                 parameter.sub_(memory[name].pop(_BUFFER))
         self._signal.forget_()
@@ -162,9 +174,9 @@ class AutomaticStep:
     def best_fit_(
         self,
         objective: Objective,
-        previous: Direction,
+        momentum: Direction,
         damping: float,
-        momentum: float | None,
+        coefficient: float | None,
     ) -> Fit:
         """Return the best step, with up-to-date inverses.
 
@@ -174,43 +186,47 @@ class AutomaticStep:
 
         Args:
             objective: The objective.
-            previous: The previous update, empty if there is none.
+            momentum: What the last steps amount to, empty at first.
             damping: The damping of the quadratic model.
-            momentum: The coefficient of the previous update if it is given.
+            coefficient: How much of it is part of the step, if that is given; otherwise it is
+                no part of the step, but of the quadratic model.
         """
         machine, given = self._preconditioner, self._damping is None
-        follows = bool(previous), momentum
+        follows = bool(momentum), coefficient or 0.0
         if given or not is_due(machine.steps, self._scaled, SCALE_PERIOD, SCALE_GROWTH):
             machine.refresh_(damping * self._scale, objective.decay)
             covered = machine.precondition(objective.gradient)
-            directions = [*descents(objective, covered), *([previous] if previous else [])]
-            if momentum is None and self._keeps_mix(len(directions)):
-                last = self._mix, bool(previous)
+            directions = descents(objective, covered)
+            if coefficient is None and self._keeps_mix(len(directions)):
                 fit = self._fitting.rescaled(
-                    objective, directions, damping, last, bounded=not given
+                    objective, directions, damping, self._mix, bounded=not given
                 )
-                runaway = previous and fit.mix[-1] > LARGEST_MOMENTUM
-                if float(fit.coefficients) > 0 and not runaway:
+                if float(fit.coefficients) > 0:
                     return fit
+            directions += [momentum] if momentum else []
             fit = self._fitting.full(objective, directions, damping, follows, bounded=not given)
         else:
-            fit, self._scale, inverses = self._best_trial(objective, previous, damping, momentum)
+            fit, self._scale, inverses = self._best_trial(objective, momentum, damping, follows)
             self._scaled = machine.steps
             machine.use_(inverses)
-        self._mix, self._mixed = fit.mix, machine.steps
+        self._mix, self._mixed = fit.mix[: len(fit.mix) - bool(momentum)], machine.steps
         return fit
 
     def _best_trial(
-        self, objective: Objective, previous: Direction, damping: float, momentum: float | None
+        self,
+        objective: Objective,
+        momentum: Direction,
+        damping: float,
+        follows: tuple[bool, float],
     ) -> Trial:
         """Return the best step with its scale of the inverses' damping, and the inverses."""
-        machine, follows = self._preconditioner, (bool(previous), momentum)
+        machine = self._preconditioner
         trials = Trials(self._scale)
         wanted, tried = tee(trials.scales())
         found = machine.inverted((damping * scale for scale in wanted), objective.decay)
         for inverses in found:
             covered = machine.precondition(objective.gradient, inverses)
-            directions = [*descents(objective, covered), *([previous] if previous else [])]
+            directions = [*descents(objective, covered), *([momentum] if momentum else [])]
             fit = self._fitting.full(objective, directions, damping, follows, bounded=True)
             trials.add_((fit, next(tried), inverses))
         return trials.best()
@@ -219,6 +235,31 @@ class AutomaticStep:
         """Tell whether the last coefficients still tell how to combine ``count`` directions."""
         due = is_due(self._preconditioner.steps, self._mixed, MIX_PERIOD)
         return not due and len(self._mix) == count
+
+    def _follow_(
+        self, objective: Objective, update: Direction, memory: Memory, before: Tensor
+    ) -> float:
+        """Follow the slow momentum, and return its coefficient.
+
+        Where every step is checked, the momentum is dropped if with it the objective has grown
+        on its own batch.
+
+        Args:
+            objective: The objective; the step on the batch was taken.
+            update: That step; what is followed is added to it.
+            memory: Where the momentum is kept.
+            before: The objective before the step.
+        """
+        own = {name: tensor.clone() for name, tensor in update.items()}
+        coefficient = self._slow.follow_(objective, update, memory, self._signal.fraction)
+        allowed = before + ROUNDING * before.abs()
+        if not self._check_every_step or objective.value_again(self._recorder) <= allowed:
+            return coefficient
+        for name, tensor in own.items():
+            objective.parameters[name].add_(tensor - update[name])
+            update[name].copy_(tensor)
+            memory[name].pop(slow_momentum.BUFFER, None)
+        return 0.0
 
     def adapt_(
         self, objective: Objective, update: Direction, before: Tensor, predicted: float
@@ -297,6 +338,7 @@ class AutomaticStep:
             "mixed": self._mixed,
             "range": self._range and list(self._range),
             "reach": self._fitting.reach,
+            "slow": self._slow.state_dict(),
             "signal": self._signal.state_dict(),
         }
 
@@ -311,6 +353,7 @@ class AutomaticStep:
         self._mixed = state["mixed"]
         self._range = state["range"] and (state["range"][0], state["range"][1])
         self._fitting.reach = state["reach"]
+        self._slow.load_state_dict(state["slow"])
         self._signal.load_state_dict(state["signal"], parameters)
 
 

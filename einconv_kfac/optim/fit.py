@@ -10,12 +10,9 @@ from torch import Tensor
 
 from einconv_kfac.optim.objective import Objective
 from einconv_kfac.optim.preconditioner import KFACPreconditioner
-from einconv_kfac.optim.quadratic import Direction, QuadraticModel, inner
+from einconv_kfac.optim.quadratic import Direction, QuadraticModel
 from einconv_kfac.optim.signal import Signal
 
-LARGEST_MOMENTUM = 0.95
-"""Bound on the coefficient of the previous update; the quadratic model of one small batch is
-no guide to a larger one. The other bound is zero."""
 LARGEST_CHANGE = math.log(2)
 """Bound on the sum over layers of the relative changes of their outputs. Where each of many
 layers in a row changes by ``c``, the network changes by up to ``prod(1 + c) - 1 <= 1`` (deep
@@ -36,7 +33,7 @@ class Fit:
         coefficients: The coefficients.
         expected: The change of the objective to be expected of them, not only on the batch.
         mix: The coefficients of the preconditioned gradient, of what has no factors if there
-            is such, and of the previous update if there is one.
+            is such, and of a momentum if there is one.
     """
 
     directions: list[Direction]
@@ -66,9 +63,15 @@ class Fit:
         mix = tuple(factor * c for c in self.mix)
         return replace(self, coefficients=self.coefficients * factor, expected=expected, mix=mix)
 
-    def moved(self, rate: float) -> float:
-        """Return ``d.(G + W).u`` for the first direction ``d`` and the step ``u`` times a rate."""
-        return rate * float(self.model.curvature[0] @ self.coefficients)
+    def moved(self, rate: float, last: float = 0.0) -> float:
+        """Return ``d.(G + W).u`` for the first direction ``d``.
+
+        Args:
+            rate: What the step is multiplied with in ``u``.
+            last: What is added to it of the last direction.
+        """
+        curvature = self.model.curvature[0]
+        return rate * float(curvature @ self.coefficients) + last * float(curvature[-1])
 
     @property
     def rank(self) -> float:
@@ -97,7 +100,7 @@ class Fitting:
         objective: Objective,
         directions: list[Direction],
         damping: float,
-        momentum: tuple[bool, float | None],
+        momentum: tuple[bool, float],
         *,
         bounded: bool,
     ) -> Fit:
@@ -107,19 +110,14 @@ class Fitting:
             objective: The objective.
             directions: The directions.
             damping: The damping of the quadratic model.
-            momentum: Whether the last direction is the previous update, and its coefficient if
-                that is given.
+            momentum: Whether the last direction is a momentum, and its coefficient.
             bounded: Whether to keep the change of the layers' outputs within `LARGEST_CHANGE`.
         """
-        has_previous, given = momentum
+        has_momentum, coefficient = momentum
         model = objective.model(self._preconditioner.recorder, directions)
-        trusted = self._signal.corrected(model, len(directions) - has_previous)
-        coefficients = trusted.minimum(damping)
-        if has_previous:
-            best = float(coefficients[-1])
-            wanted = min(max(best, 0.0), LARGEST_MOMENTUM) if given is None else given
-            if wanted != best:
-                coefficients = trusted.minimum(damping, {len(directions) - 1: wanted})
+        descents = len(directions) - has_momentum
+        trusted = self._signal.corrected(model, descents)
+        coefficients = trusted.minimum(damping, {descents: coefficient} if has_momentum else None)
         expected = float(trusted.change(coefficients, damping))
         fit = Fit(directions, model, coefficients, expected, tuple(coefficients.tolist()))
         return self._bounded(objective, fit, trusted, damping) if bounded else fit
@@ -143,7 +141,7 @@ class Fitting:
         objective: Objective,
         directions: list[Direction],
         damping: float,
-        previous: tuple[tuple[float, ...], bool],
+        mix: tuple[float, ...],
         *,
         bounded: bool,
     ) -> Fit:
@@ -153,15 +151,13 @@ class Fitting:
             objective: The objective.
             directions: The directions.
             damping: The damping of the quadratic model.
-            previous: The last coefficients, and whether the last of them is the momentum.
+            mix: The last coefficients.
             bounded: As for `full`; far from the bound, the change is not computed but taken to
                 be proportional to the length of the step.
         """
-        mix, has_previous = previous
         mixed = {name: combined(name, mix, directions) for name in objective.parameters}
         model = objective.model(self._preconditioner.recorder, [mixed])
-        unbiased = mix[-1] * inner(objective.gradient, directions[-1]) if has_previous else 0.0
-        trusted = replace(model, slope=self._signal.fraction * (model.slope - unbiased) + unbiased)
+        trusted = self._signal.corrected(model, 1)
         scale = trusted.minimum(damping)
         expected = float(trusted.change(scale, damping))
         fit = Fit([mixed], model, scale, expected, tuple(float(scale) * c for c in mix))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from einconv_kfac.optim.quadratic import Direction, QuadraticModel, inner
 
-SMALLEST = 0.1
+SMALLEST = 0.25
 """Smallest fraction. What is best for one step is too little for many, as the directions of small
 curvature still have signal where those of large curvature have none left."""
 DECAY = 0.9
