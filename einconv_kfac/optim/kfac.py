@@ -34,7 +34,7 @@ from einconv_kfac.optim.report import Report, norms
 from einconv_kfac.optim.selection import Exclusion
 from einconv_kfac.optim.settings import GroupSettings, Schedule, Settings
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 
 
 class KFAC(Optimizer):

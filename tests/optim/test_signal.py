@@ -102,7 +102,7 @@ def test_samples_are_clipped_and_averaged_without_bias() -> None:
     assert learned(10.0).fraction == 1.0
     assert learned(-10.0)._average / learned(-10.0)._weight == pytest.approx(RANGE[0])
     assert learned(-10.0).fraction == SMALLEST
-    values = [0.5, 0.2, 0.9, -5.0, 0.4]
+    values = [0.9, 0.8, 1.4, -5.0, 0.7]
     kept = [max(value, RANGE[0]) for value in values]
     parts = [(1 - DECAY) * DECAY ** (4 - i) * value for i, value in enumerate(kept)]
     assert learned(*values).fraction == pytest.approx(sum(parts) / (1 - DECAY**5))

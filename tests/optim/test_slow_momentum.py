@@ -1,0 +1,97 @@
+"""The slow momentum: its recursion, learning rates, and what drops it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import conv_net, image_batch, train_step, weights
+from torch import Tensor, nn
+
+from einconv_kfac import KFAC
+from einconv_kfac.optim.objective import Objective
+from einconv_kfac.optim.slow_momentum import BUFFER, GAIN, WINDOW, SlowMomentum
+
+EXACT = {"rtol": 1e-12, "atol": 1e-14}
+
+
+def objective(parameters: dict[str, Tensor], rates: dict[str, float]) -> Objective:
+    return Objective([], parameters, {}, {}, rates, {}, {})
+
+
+def test_the_momentum_is_the_sum_it_is_documented_as() -> None:
+    """Against the sum over all earlier steps, written out."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(12, 3, generator=generator).double()
+    signals = torch.rand(12, generator=generator).double() + 0.1
+    slow, memory = SlowMomentum(), {"w": dict[str, Any]()}
+    point = {"w": torch.zeros(3).double()}
+    for t, (u, s) in enumerate(zip(steps, signals.tolist())):
+        before, update = point["w"].clone(), {"w": s * u}
+        point["w"].add_(update["w"])
+        weight = slow.follow_(objective(point, {"w": 1.0}), update, memory, s)
+        assert weight == pytest.approx(WINDOW / (t + WINDOW))
+        later = torch.zeros(3).double()
+        for i in range(t):
+            decay = 1.0
+            for j in range(i, t):
+                decay *= 1 - WINDOW / (j + WINDOW)
+            later += GAIN * decay * steps[i]
+        torch.testing.assert_close(point["w"] - before, s * u + weight * later, **EXACT)
+        torch.testing.assert_close(update["w"], point["w"] - before, **EXACT)
+
+
+def test_a_learning_rate_scales_what_is_followed() -> None:
+    memory: dict[str, dict[str, Any]] = {n: {BUFFER: torch.ones(2)} for n in ("half", "none")}
+    point = {n: torch.zeros(2) for n in memory}
+    slow, rates = SlowMomentum(), {"half": 0.5, "none": 0.0}
+    slow.steps = 5
+    direction = slow.direction(memory, rates)
+    update = {"half": torch.full((2,), 0.25), "none": torch.zeros(2)}
+    weight = slow.follow_(objective(point, rates), update, memory, 1.0)
+    torch.testing.assert_close(point["half"], weight * direction["half"])
+    assert not point["none"].any() and not direction["none"].any()
+    kept = (1 - weight) * (1 + GAIN * 0.25 / 0.5)
+    torch.testing.assert_close(memory["half"][BUFFER], torch.full((2,), kept))
+
+
+def test_a_given_momentum_takes_its_place() -> None:
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, momentum=0.5)
+    for seed in range(3):
+        train_step(model, loss_fn, opt, image_batch(seed=seed))
+    assert opt.statistics()["momentum"] == pytest.approx(0.5)
+    assert all(BUFFER not in opt.state[p] for p in model.parameters())
+
+
+def test_it_is_dropped_where_it_makes_a_checked_loss_grow() -> None:
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, check_every_step=True)
+    for seed in range(8):
+        train_step(model, loss_fn, opt, image_batch(seed=seed))
+    for p in model.parameters():
+        opt.state[p][BUFFER] = 100 * torch.ones_like(p)
+    x, y = image_batch(seed=8)
+    before, point = train_step(model, loss_fn, opt, (x, y)), weights(model)
+    assert float(loss_fn(model(x), y).detach()) <= before
+    assert all(BUFFER not in opt.state[p] for p in model.parameters())
+    moved = torch.cat([opt.state[p]["momentum_buffer"].flatten() for p in model.parameters()])
+    assert float(moved.norm()) < float(point.norm())
+
+
+def test_small_noisy_batches_lead_to_the_optimum() -> None:
+    """A regression whose least squares solution is known."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 6, generator=generator).double() * torch.logspace(0, -1, 6).double()
+    y = x @ torch.ones(6, 1).double() + torch.randn(4096, 1, generator=generator).double()
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(6, 1).double(), nn.MSELoss()
+    opt = KFAC(model, loss_fn)
+    for step in range(128):
+        chosen = slice(step * 16, step * 16 + 16)
+        train_step(model, loss_fn, opt, (x[chosen], y[chosen]))
+    rows = torch.cat([x, torch.ones_like(y)], 1)
+    least = float((y - rows @ torch.linalg.lstsq(rows, y).solution).square().mean())
+    excess = float(loss_fn(model(x), y)) - least
+    assert excess < 0.05 * least
