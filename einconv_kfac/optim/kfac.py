@@ -64,8 +64,8 @@ class KFAC(Optimizer):
             ``damping``, ``factor_decay`` and the two periods, as numbers. A group's ``damping``
             is that of its layers' inverses; the quadratic model keeps its own.
         adaptive: Whether step size, momentum and damping are automatic.
-        momentum: Coefficient of the previous update; automatic (0.9 if not ``adaptive``) by
-            default.
+        momentum: Coefficient of the previous update (heavy ball). By default 0.9 if not
+            ``adaptive``, otherwise a slow momentum whose memory grows with time.
         damping: Multiple of the identity added to the curvature, in its units; automatic (0.03
             if not ``adaptive``) by default.
         weight_decay: Coefficient of half the squared norm of the parameters, which is part of
@@ -228,8 +228,8 @@ class KFAC(Optimizer):
     def statistics(self) -> dict[str, float]:
         """Return what the last step did, for a progress bar or a log.
 
-        ``damping``, and with ``adaptive=True`` ``step_size``, ``momentum``, ``signal`` (the
-        fraction of a batch's slope that other batches confirm), ``predicted`` (the change of
+        ``damping``, and with ``adaptive=True`` ``step_size``, ``momentum`` (the
+        coefficient of what the last steps amount to), ``signal`` (the fraction of a batch's slope that other batches confirm), ``predicted`` (the change of
         the objective that the quadratic model predicted) and ``ratio`` (the true by
         the predicted change, where they were last compared), or ``rejected`` where the step
         before was undone, since the loss exploded or the quadratic model was not finite after
