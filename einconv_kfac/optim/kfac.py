@@ -228,13 +228,14 @@ class KFAC(Optimizer):
     def statistics(self) -> dict[str, float]:
         """Return what the last step did, for a progress bar or a log.
 
-        ``damping``, and with ``adaptive=True`` ``step_size``, ``momentum`` (the
-        coefficient of what the last steps amount to), ``signal`` (the fraction of a batch's slope that other batches confirm), ``predicted`` (the change of
-        the objective that the quadratic model predicted) and ``ratio`` (the true by
-        the predicted change, where they were last compared), or ``rejected`` where the step
-        before was undone, since the loss exploded or the quadratic model was not finite after
-        it; otherwise ``clip``. Of all steps so far, ``cholesky_retries`` counts decompositions
-        that were tried again, in float64 and then with ten times the damping of that layer.
+        ``damping``, and with ``adaptive=True`` ``step_size``, ``momentum`` (the coefficient of
+        what the last steps amount to), ``signal`` (the fraction of a batch's slope that other
+        batches confirm), ``predicted`` (the change of the objective that the quadratic model
+        predicted) and ``ratio`` (the true by the predicted change, where they were last
+        compared), or ``rejected`` where the step before was undone, since the loss exploded or
+        the quadratic model was not finite after it; otherwise ``clip``. Of all steps so far,
+        ``cholesky_retries`` counts decompositions that were tried again, in float64 and then
+        with ten times the damping of that layer.
         """
         numbers = {name: float(value) for name, value in self._report.numbers.items()}
         retries = sum(running.retries for running in self._preconditioner.layers.values())
