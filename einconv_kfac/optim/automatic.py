@@ -250,10 +250,11 @@ class AutomaticStep:
             memory: Where the momentum is kept.
             before: The objective before the step.
         """
-        own = {name: tensor.clone() for name, tensor in update.items()}
+        checks = self._check_every_step
+        own = {name: tensor.clone() for name, tensor in update.items() if checks}
         coefficient = self._slow.follow_(objective, update, memory, self._signal.fraction)
         allowed = before + ROUNDING * before.abs()
-        if not self._check_every_step or objective.value_again(self._recorder) <= allowed:
+        if not checks or bool(objective.value_again(self._recorder) <= allowed):
             return coefficient
         for name, tensor in own.items():
             objective.parameters[name].add_(tensor - update[name])
@@ -362,20 +363,3 @@ def _shorten_(objective: Objective, update: Direction, fraction: float) -> None:
     for name, tensor in update.items():
         objective.parameters[name].sub_(tensor, alpha=1 - fraction)
         tensor.mul_(fraction)
-
-
-def check_every_step_of(value: bool, adaptive: bool, damping: object) -> bool:
-    """Return whether every step is checked.
-
-    Raises:
-        ValueError: If it is to be and the damping does not follow from such checks.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"`check_every_step` must be True or False, got {value!r}.")
-    if value and not (adaptive and damping is None):
-        raise ValueError(
-            "`check_every_step` must be False where adaptive=False or a `damping` is given, got "
-            "True: what is checked reacts by its damping. Leave `damping` out, and pass "
-            "adaptive=True."
-        )
-    return value

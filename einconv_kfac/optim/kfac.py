@@ -15,7 +15,7 @@ from einconv_kfac.curvature.estimate import uncompiled
 from einconv_kfac.curvature.fisher import Fisher
 from einconv_kfac.curvature.layers import Approximation
 from einconv_kfac.curvature.losses import check_reduction
-from einconv_kfac.optim.automatic import AutomaticStep, check_every_step_of
+from einconv_kfac.optim.automatic import AutomaticStep
 from einconv_kfac.optim.copying import arguments, rebuilt, shared_arguments
 from einconv_kfac.optim.coverage import Training, training, uncovered
 from einconv_kfac.optim.fallback import Fallback, check_fallback, with_fallback
@@ -32,7 +32,12 @@ from einconv_kfac.optim.portion import product_fraction_of, with_portions
 from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
 from einconv_kfac.optim.report import Report, norms
 from einconv_kfac.optim.selection import Exclusion
-from einconv_kfac.optim.settings import GroupSettings, Schedule, Settings
+from einconv_kfac.optim.settings import (
+    GroupSettings,
+    Schedule,
+    Settings,
+    check_every_step_of,
+)
 
 _STATE_VERSION = 3
 

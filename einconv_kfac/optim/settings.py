@@ -156,3 +156,20 @@ def is_due(step: int, last: int | None, period: int, growth: int = 10) -> bool:
 def interval(step: int, period: int, growth: int = 10) -> int:
     """Return after how many steps such work is due."""
     return min(period, max(1, step // growth))
+
+
+def check_every_step_of(value: bool, adaptive: bool, damping: object) -> bool:
+    """Return whether every step is checked.
+
+    Raises:
+        ValueError: If it is to be and the damping does not follow from such checks.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"`check_every_step` must be True or False, got {value!r}.")
+    if value and not (adaptive and damping is None):
+        raise ValueError(
+            "`check_every_step` must be False where adaptive=False or a `damping` is given, got "
+            "True: what is checked reacts by its damping. Leave `damping` out, and pass "
+            "adaptive=True."
+        )
+    return value
