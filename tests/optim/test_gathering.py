@@ -229,6 +229,6 @@ def test_evaluation_that_records_gradients_stays_bounded(with_loss: bool) -> Non
             if with_loss:
                 loss_fn(output, y)
         counts.append(alive())
-    assert counts[0] == counts[1]
+    assert counts[1] <= counts[0]  # what other tests left may go meanwhile
     train_step(model, loss_fn, opt, (x, y))
     assert updates(opt) == [1, 1, 1]
