@@ -1,4 +1,4 @@
-"""The automatic step: step size, momentum and damping from the exact quadratic model."""
+"""The automatic step: step size and damping from the exact quadratic model."""
 
 from __future__ import annotations
 
@@ -112,15 +112,15 @@ class AutomaticStep:
             objective.parameters[name].add_(tensor)
         predicted = fit.predicted(damping, rate)
         rate *= self.adapt_(objective, update, before, predicted)
-        coefficient = fit.mix[-1] * rate if momentum else 0.0
+        coefficient = fit.mix[-1] * rate
         if slow:
             coefficient = self._follow_(objective, update, memory, before)
+        coefficient = coefficient if momentum else 0.0
         for name, tensor in update.items():
             memory[name][_BUFFER] = tensor
             self.moved[name] = tensor, 1.0
         if len(fit.directions) == len(fit.mix):
-            followed = coefficient if slow and momentum else 0.0
-            moved = fit.moved(rate, followed)
+            moved = fit.moved(rate, coefficient if slow else 0.0)
             self._signal.expect_(fit.directions[0], float(fit.model.slope[0]), moved)
         return {
             "damping": damping,

@@ -47,13 +47,14 @@ class KFAC(Optimizer):
 
     The gradient ``g`` (with ``weight_decay * parameter`` added) is preconditioned layer by
     layer with ``(B + ..)^-1 g (A + ..)^-1`` (Martens and Grosse, 2015; Grosse and Martens,
-    2016, for convolutions). With ``adaptive=True`` the update is ``lr * (alpha d + mu d0)``
-    for the preconditioned descent direction ``d`` and the previous update ``d0``, where
-    ``alpha`` and ``mu`` minimise the exact quadratic model of the objective on the batch, and
-    the damping follows the Levenberg-Marquardt rule. Of the slope along ``d``, which comes from
-    the same batch, only the fraction counts that the batches after it have confirmed so far, so
-    that steps become smaller as noise takes over. With ``adaptive=False`` the update is
-    heavy-ball momentum with the given ``lr``, ``momentum`` and ``damping``.
+    2016, for convolutions). With ``adaptive=True`` the update is ``lr * (alpha d + c m)`` for
+    the preconditioned descent direction ``d`` and a slow momentum ``m``. Here ``alpha``
+    minimises the exact quadratic model of the objective on the batch, and the damping follows
+    the Levenberg-Marquardt rule. Of the slope along ``d``, which comes from the same batch,
+    only the fraction counts that the batches after it have confirmed so far; ``m`` sums half
+    of the steps without that correction, over a memory that grows with time, and the weight
+    ``c`` follows from the number of steps. With ``adaptive=False`` the update is heavy-ball
+    momentum with the given ``lr``, ``momentum`` and ``damping``.
 
     The training loop is torch's own; hooks on the model and on ``loss_fn`` see what they need.
     Every hyper-parameter from ``momentum`` on that is a number may be a function of the number
