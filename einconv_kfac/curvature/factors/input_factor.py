@@ -12,9 +12,14 @@ from torch import Tensor
 from einconv_kfac.curvature.factors.choice import algorithm_of
 from einconv_kfac.curvature.factors.pointwise import add_columns_
 from einconv_kfac.curvature.factors.problem import Problem, check_approximation
-from einconv_kfac.curvature.factors.reduced import position_sums, reduced, window_sums
+from einconv_kfac.curvature.factors.reduced import position_sums, reduced_factor, window_sums
 from einconv_kfac.curvature.factors.transposed import ResidueClass, residue_classes
-from einconv_kfac.curvature.factors.update import Update, blocks_of, prepare
+from einconv_kfac.curvature.factors.update import (
+    Update,
+    accumulation_dtype,
+    blocks_of,
+    prepare,
+)
 from einconv_kfac.geometry import Geometry, Padding, Sizes, convolution, transposed_convolution
 from einconv_kfac.padding import pad_input
 
@@ -72,19 +77,15 @@ def conv_input_factor(
     """
     geometry = convolution(x.shape[2:], kernel_size, stride, padding, dilation, groups)
     expand = check_approximation(approximation, algorithm)
-    problem = _problem(x, geometry)
-    update = prepare(x, (groups, problem.size + bias), out, beta, alpha / x.shape[0])
-    inner = update.within(problem.size)
-    dtype = update.out.dtype
-    if expand:
-        algorithm_of(problem, algorithm).add(x, problem, inner)
-        if bias:
-            _append_ones_(window_sums(x, geometry, dtype), geometry.positions, update)
-    else:
-        sums = window_sums(x, geometry, dtype)
-        reduced(sums, geometry.positions, inner)
-        if bias:
-            _append_ones_(sums, geometry.positions, update, 1 / geometry.positions)
+    problem, dtype, alpha = _problem(x, geometry), accumulation_dtype(x.dtype), alpha / x.shape[0]
+    if not expand:
+        sums, positions = window_sums(x, geometry, dtype), geometry.positions
+        target: Any = {"out": out, "beta": beta, "alpha": alpha}
+        return reduced_factor(sums, positions, groups, bias=bias, **target)
+    update = prepare(x, (groups, problem.size + bias), out, beta, alpha)
+    algorithm_of(problem, algorithm).add(x, problem, update.within(problem.size))
+    if bias:
+        _append_ones_(window_sums(x, geometry, dtype), geometry.positions, update)
     return update.out
 
 
@@ -140,19 +141,17 @@ def conv_transpose_input_factor(
         x.shape[2:], kernel_size, stride, padding, output_padding, dilation, groups
     )
     expand = check_approximation(approximation, algorithm)
-    problem = _problem(x, geometry)
-    update = prepare(x, (groups, problem.size + bias), out, beta, alpha / x.shape[0])
-    inner = update.within(problem.size)
-    x = _pad_to(x, geometry.output_size)
-    if expand:
-        _add_classes_(x, problem, inner, algorithm)
-    positions = prod(geometry.input_size)
+    problem, dtype, alpha = _problem(x, geometry), accumulation_dtype(x.dtype), alpha / x.shape[0]
+    x, positions = _pad_to(x, geometry.output_size), prod(geometry.input_size)
     if bias or not expand:
-        sums = window_sums(x, geometry, update.out.dtype, transposed=True)
+        sums = window_sums(x, geometry, dtype, transposed=True)
     if not expand:
-        reduced(sums, positions, inner)
+        target: Any = {"out": out, "beta": beta, "alpha": alpha}
+        return reduced_factor(sums, positions, groups, bias=bias, **target)
+    update = prepare(x, (groups, problem.size + bias), out, beta, alpha)
+    _add_classes_(x, problem, update.within(problem.size), algorithm)
     if bias:
-        _append_ones_(sums, positions, update, 1.0 if expand else 1 / positions)
+        _append_ones_(sums, positions, update)
     return update.out
 
 
@@ -189,17 +188,16 @@ def linear_input_factor(
     expand = check_approximation(approximation)
     _check_batch(a, 2)
     n, positions, size = a.shape[0], prod(a.shape[1:-1]), a.shape[-1]
-    update = prepare(a, (1, size + bias), out, beta, alpha / n)
-    dtype, inner = update.out.dtype, update.within(size)
-    rows = a.reshape(n, positions, size)
-    if expand:
-        add_columns_(rows.mT.unsqueeze(1), inner)
+    rows, dtype, alpha = a.reshape(n, positions, size), accumulation_dtype(a.dtype), alpha / n
     if bias or not expand:
         sums = position_sums(rows.mT, dtype)
     if not expand:
-        reduced(sums, positions, inner)
+        target: Any = {"out": out, "beta": beta, "alpha": alpha}
+        return reduced_factor(sums, positions, 1, bias=bias, **target)
+    update = prepare(a, (1, size + bias), out, beta, alpha)
+    add_columns_(rows.mT.unsqueeze(1), update.within(size))
     if bias:
-        _append_ones_(sums, positions, update, 1.0 if expand else 1 / positions)
+        _append_ones_(sums, positions, update)
     return update.out
 
 
@@ -257,18 +255,17 @@ def _reversed_blocks(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
     return blocks_of(factor, kernel).flip([*range(2, 2 + d), *range(3 + d, 3 + 2 * d)])
 
 
-def _append_ones_(sums: Tensor, positions: int, update: Update, weight: float = 1.0) -> None:
-    """Update the row and column of a constant 1 from ``weight`` times sums over positions.
+def _append_ones_(sums: Tensor, positions: int, update: Update) -> None:
+    """Update the row and column of a constant 1 from sums over positions.
 
     Args:
         sums: The sums of ``a`` over positions, ``[n, (g d)]``.
         positions: Number of positions.
         update: The update, of all rows and columns.
-        weight: What the sums are multiplied with.
     """
     groups, size = update.out.shape[0], update.out.shape[1] - 1
-    column = sums.sum(0).view(groups, size).mul_(weight)
+    column = sums.sum(0).view(groups, size)
     update.set_(column, update.out[:, :size, size])
     update.out[:, size, :size] = update.out[:, :size, size]
-    corner = column.new_full((groups,), weight * positions * sums.shape[0])
+    corner = column.new_full((groups,), positions * sums.shape[0])
     update.set_(corner, update.out[:, size, size])

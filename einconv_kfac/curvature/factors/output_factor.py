@@ -7,8 +7,8 @@ from torch import Tensor
 
 from einconv_kfac.curvature.factors.pointwise import add_columns_
 from einconv_kfac.curvature.factors.problem import check_approximation
-from einconv_kfac.curvature.factors.reduced import position_sums, reduced
-from einconv_kfac.curvature.factors.update import prepare
+from einconv_kfac.curvature.factors.reduced import position_sums, reduced_factor
+from einconv_kfac.curvature.factors.update import accumulation_dtype, prepare
 
 
 def output_factor(
@@ -90,10 +90,10 @@ def conv_output_factor(
         raise ValueError(f"`g`'s channels must be divisible by groups={groups}, got {channels}.")
     positions = g[0, 0, 0].numel()
     scale = alpha / (n * positions if expand else n)
-    update = prepare(g, (groups, channels // groups), out, beta, scale)
     rows = g.flatten(0, 1)  # (v n) c *o
-    if expand:
-        add_columns_(rows.reshape(rows.shape[0], groups, channels // groups, -1), update)
-    else:
-        reduced(position_sums(rows, update.out.dtype), 1, update)
+    if not expand:
+        sums = position_sums(rows, accumulation_dtype(g.dtype))
+        return reduced_factor(sums, 1, groups, out=out, beta=beta, alpha=scale)
+    update = prepare(g, (groups, channels // groups), out, beta, scale)
+    add_columns_(rows.reshape(rows.shape[0], groups, channels // groups, -1), update)
     return update.out

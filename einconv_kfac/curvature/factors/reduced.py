@@ -8,7 +8,6 @@ cheaper (`pieces`); then the matrix has a column for each of these sums only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import reduce
 from math import prod
 
@@ -22,17 +21,44 @@ from einconv_kfac.curvature.factors.pieces import (
     shares_one_product,
 )
 from einconv_kfac.curvature.factors.problem import chunk_size, chunks
-from einconv_kfac.curvature.factors.update import Update
+from einconv_kfac.curvature.factors.short_sums import new_whole
+from einconv_kfac.curvature.factors.update import prepare
 from einconv_kfac.geometry import Axis, Geometry
 
 TYPECODES = {torch.float32: "f", torch.float64: "d"}
 
 
-def reduced(sums: Tensor, positions: int, update: Update) -> None:
-    """Add ``sum_n abar abar^T`` to the update, from the sums ``[n, (g d)]`` over positions."""
-    groups, size = update.out.shape[:2]
-    scaled = replace(update, alpha=update.alpha / positions**2)
-    scaled.add_product_(sums.reshape(-1, groups, size).permute(1, 2, 0))
+def reduced_factor(
+    sums: Tensor,
+    positions: int,
+    groups: int,
+    *,
+    bias: bool = False,
+    out: Tensor | None = None,
+    beta: float = 0.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Return ``beta out + alpha sum_n abar abar^T`` per group, from sums over positions.
+
+    Args:
+        sums: The sums, of shape ``[n, (g d)]``.
+        positions: Number of positions that were summed.
+        groups: Number of channel groups.
+        bias: Whether ``abar`` ends in a 1.
+        out: The factors to update, or none; see `prepare`, as for the arguments that follow.
+        beta: What the old values are multiplied with.
+        alpha: What the new ones are multiplied with.
+    """
+    rows = sums.reshape(len(sums), groups, -1)
+    if bias:
+        rows = torch.cat([rows, rows.new_full((len(sums), groups, 1), positions)], 2)
+    a, scale = rows.permute(1, 2, 0), alpha / positions**2  # g d n
+    found = None if out is not None or beta else new_whole(a, scale)
+    if found is None:
+        update = prepare(sums, (groups, a.shape[1]), out, beta, scale)
+        update.add_product_(a)
+        found = update.out
+    return found
 
 
 def window_sums(

@@ -47,7 +47,7 @@ class Update:
             last: Whether this is the last product, so that the lower triangle can follow.
         """
         kind, (groups, size, length) = self.out.device.type, a.shape
-        if last and not self.is_begun and is_symmetric_by_itself(self.out, a):
+        if last and not self.is_begun and is_symmetric_by_itself(self.out, a, self.alpha):
             add_whole_(self.out, a, self.beta, self.alpha)
             return
         if last and self.beta == 0 and size <= (2 * PANEL if length <= SHORT else PANEL):
