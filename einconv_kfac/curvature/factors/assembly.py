@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from math import prod
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.coincidence import Pairs, lags
+from einconv_kfac.curvature.factors.coincidence import Pairs, Ranges, lags
 from einconv_kfac.curvature.factors.update import Update, mirror_
 from einconv_kfac.geometry import Axis
 
@@ -59,10 +60,28 @@ def _window_sums(sums: Tensor, key: Key) -> Tensor:
             sizes[dim] = len(lag.windows)
             sums = sums.expand(sizes)
         else:
-            parts = [sums.narrow(dim, first, end - first).sum(dim) for first, end in lag.windows]
-            sums = torch.stack(parts, dim)
+            sums = torch.stack(_range_sums(sums.unbind(dim), lag.windows), dim)
     d = len(key)
     return sums.permute(*range(d, sums.ndim), *range(d))
+
+
+def _range_sums(parts: tuple[Tensor, ...], windows: Ranges) -> list[Tensor]:
+    """Sum the parts ``first`` to ``end`` of each window, by way of the windows inside of it.
+
+    Element by element: the order in which ``sum`` adds depends on the place in memory, so that
+    mirror images would differ.
+    """
+    made: dict[tuple[int, int], Tensor] = {}
+    for first, end in sorted(windows, key=lambda window: window[1] - window[0]):
+        if (first, end - 1) in made:
+            made[first, end] = made[first, end - 1] + parts[end - 1]
+        elif (first + 1, end) in made:
+            made[first, end] = made[first + 1, end] + parts[first]
+        elif first < end:
+            made[first, end] = reduce(torch.add, parts[first:end])
+        else:
+            made[first, end] = torch.zeros_like(parts[0])
+    return [made[window] for window in windows]
 
 
 def _pairs(blocks: Tensor, key: Key, c: int) -> Tensor:
