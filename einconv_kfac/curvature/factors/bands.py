@@ -30,11 +30,14 @@ from einconv_kfac.curvature.factors.problem import (
     mkl_price,
 )
 from einconv_kfac.curvature.factors.update import Update, blocks_of
-from einconv_kfac.curvature.products import add_matmul_
+from einconv_kfac.curvature.products import WIDE, add_matmul_
 from einconv_kfac.geometry import Axis, Geometry
 
 LEAST = 16
 """Rows and columns from which products of matrices are fast."""
+
+NARROW = 1.6
+"""What a multiplication costs in single products with fewer than `WIDE` rows and columns."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ def banded_cost(problem: Problem) -> Cost:
     calls = products * (steps + BATCHED * (groups - 1)) + 30 * steps * len(keys)
     written = 0.6 * (problem.outputs + count * sums)  # along diagonals, but in order
     price = mkl_price(problem) * problem.batch * groups
+    price *= NARROW if groups == 1 and width < WIDE else 1.0
     return Cost(macs * price, width, copied, written, calls)
 
 

@@ -17,6 +17,7 @@ from einconv_kfac.curvature.factors.im2col import im2col, im2col_cost
 from einconv_kfac.curvature.factors.lags import lag_reuse, lag_reuse_cost
 from einconv_kfac.curvature.factors.pointwise import pointwise, pointwise_cost
 from einconv_kfac.curvature.factors.problem import Cost, Problem
+from einconv_kfac.curvature.factors.rows import by_rows, rows_cost
 from einconv_kfac.curvature.factors.update import Update
 from einconv_kfac.geometry import Padding, Sizes, convolution
 
@@ -33,6 +34,7 @@ ALGORITHMS = {
     "lags": Algorithm(lag_reuse, lag_reuse_cost),
     "correlations": Algorithm(correlated, correlated_cost),
     "bands": Algorithm(banded, banded_cost),
+    "rows": Algorithm(by_rows, rows_cost),
     "grams": Algorithm(gram, gram_cost),
     "im2col": Algorithm(im2col, im2col_cost),
     "pointwise": Algorithm(pointwise, pointwise_cost),
@@ -53,12 +55,15 @@ def applicable(problem: Problem) -> tuple[str, ...]:
     """Return the names of the algorithms that can compute the problem's factor.
 
     Correlations are left to CPUs: on a GPU the routine may round to TF32, and add in any order.
+    So are products of rows, which few calls are made for.
     Gram matrices are left to tiny images: their memory grows with the square of the positions.
     """
     single = all(axis.kernel_size == 1 for axis in problem.geometry.axes)
     unknown = {"pointwise"} if not single else set()
     if problem.device != "cpu" or problem.geometry.ndim > 3:
         unknown.add("correlations")
+    if problem.device != "cpu" or problem.geometry.ndim > 2 or problem.geometry.groups > 1:
+        unknown.add("rows")
     if problem.channels * prod(problem.geometry.input_size) > LARGEST:
         unknown.add("grams")
     return tuple(name for name in ALGORITHMS if name not in unknown)

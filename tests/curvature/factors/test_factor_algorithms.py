@@ -106,7 +106,7 @@ def test_transposed(approximation: str, geometry: Geometry, data: st.DataObject)
     assert torch.equal(got, got.mT)
 
 
-@pytest.mark.parametrize("algorithm", ["lags", "correlations", "bands", "grams", "im2col"])
+@pytest.mark.parametrize("algorithm", ["lags", "correlations", "bands", "rows", "grams", "im2col"])
 def test_many_parts(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An input that is processed one example at a time, with channels in several blocks."""
     monkeypatch.setattr("einconv_kfac.curvature.factors.problem.chunk_size", lambda *_: 1)
