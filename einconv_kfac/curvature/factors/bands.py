@@ -10,15 +10,13 @@ without regions in the last dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache, reduce
-from itertools import product
+from functools import lru_cache
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.assembly import scaled_if_incomplete, write
 from einconv_kfac.curvature.factors.lags import Key, half_of_lags
 from einconv_kfac.curvature.factors.problem import (
     BATCHED,
@@ -29,7 +27,8 @@ from einconv_kfac.curvature.factors.problem import (
     chunks,
     mkl_price,
 )
-from einconv_kfac.curvature.factors.update import Update, blocks_of
+from einconv_kfac.curvature.factors.regions import Region, regions_of, write_regions
+from einconv_kfac.curvature.factors.update import Update
 from einconv_kfac.curvature.products import WIDE, add_matmul_
 from einconv_kfac.geometry import Axis, Geometry
 
@@ -109,21 +108,22 @@ def _add_bands_(parts: list[Tensor], geometry: Geometry, update: Update) -> None
     """Add the products of some groups, of at least two dimensions, some examples at a time."""
     leading, last = geometry.axes[:-1], geometry.axes[-1]
     channels = parts[0].shape[1] // geometry.groups
-    blocks = blocks_of(update.out, geometry.kernel_size)
-    blocks = blocks.movedim((1 + len(leading) + 1, -1), (2, 4 + len(leading)))  # g ci k *k ci' k'
-    update = scaled_if_incomplete(update, leading)
-    sums: dict[Key, Tensor] = {}
+    regions = regions_of(leading)
+    entries = (channels, last.kernel_size) * 2
+    shape = (len(regions), geometry.groups, *entries)
+    sums = parts[0].new_empty(shape, dtype=update.out.dtype)
+    is_first = True
     for part in parts:
         rows = Rows(part, geometry, update.out.dtype)
-        operands = [_Operand(rows, band) for band in bands(last, channels)]
-        for key in half_of_lags(leading):
-            total = _region_sums(key, operands, update.alpha)
-            total = total if key not in sums else sums.pop(key).add_(total)
-            if part is parts[-1]:
-                write(blocks, key, total, update.beta)
-            else:
-                sums[key] = total
-        del rows, operands  # not to be kept while the next ones are made
+        for band in bands(last, channels):
+            operand = _Operand(rows, band)
+            for (key, region), total in zip(regions, sums):
+                products = operand.products(key, region, update.alpha)
+                operand.sum_entries_(products, total, is_first)
+            is_first = False
+            del operand  # not to be kept while the next one is made
+        del rows
+    write_regions(sums, leading, update)
 
 
 def _growth(axis: Axis, channels: int) -> float:
@@ -241,8 +241,25 @@ class _Operand:
                 blocks[..., block, :, :, low - start : high - start] = x[..., low:high]
         return blocks.flatten(-2).flatten(-3, -2)
 
-    def entries(self, products: Tensor) -> Tensor:
-        """Sum the products ``[g, (c w), (c' w')]`` of the blocks to ``[g, c, k, c', k']``."""
+    def products(self, key: Key, region: Region, alpha: float) -> Tensor:
+        """Return the products ``[g, (c w), (c' w')]`` of the blocks in one region."""
+        every = slice(None)
+        here: tuple[Any, ...] = (every, *(slice(*edges) for edges in region))
+        there: tuple[Any, ...] = (
+            every,
+            *(slice(a + lag.shift, b + lag.shift) for (a, b), lag in zip(region, key)),
+        )
+        lefts, rights = (self[tuple(side)] for side in zip(*((g.left, g.right) for g in key)))
+        size, beta = lefts[0].shape[-1], 0.0
+        products = lefts[0].new_empty(len(lefts[0]), size, size)
+        for left, right in zip(lefts, rights):
+            columns, rows = left[here].flatten(1, -2).mT, right[there].flatten(1, -2)
+            add_matmul_(products, columns, rows, beta, alpha)
+            beta = 1.0
+        return products
+
+    def sum_entries_(self, products: Tensor, total: Tensor, is_first: bool) -> None:
+        """Sum the products to ``total``, ``[g, c, k, c', k']``, or add them to what it has."""
         axis, c, w, row = self.band.axis, self.channels, self.band.width, products.shape[-1]
         sizes = (len(products), c, axis.kernel_size, c, axis.kernel_size, self.band.outputs)
         strides = (
@@ -254,37 +271,12 @@ class _Operand:
             axis.stride * (row + 1),
         )
         terms = products.as_strided(sizes, strides)
-        if c <= 4:
-            return terms.sum(-1)
-        return reduce(torch.add, terms.unbind(-1))  # a short sum of many is slow
-
-
-def _region_sums(key: Key, operands: list[_Operand], alpha: float) -> Tensor:
-    """Return the products of each region, ``[*r, g, c, k, c', k']``."""
-    regions = list(product(*(lag.regions for lag in key)))
-    sums = [
-        reduce(torch.add, (_region_sum(key, region, operand, alpha) for operand in operands))
-        for region in regions
-    ]
-    shape = [len(lag.regions) for lag in key]
-    return torch.stack(sums).reshape(*shape, *sums[0].shape)
-
-
-def _region_sum(
-    key: Key, region: tuple[tuple[int, int], ...], operand: _Operand, alpha: float
-) -> Tensor:
-    """Return the products ``[g, c, k, c', k']`` of one region."""
-    every = slice(None)
-    here: tuple[Any, ...] = (every, *(slice(*edges) for edges in region))
-    there: tuple[Any, ...] = (
-        every,
-        *(slice(a + lag.shift, b + lag.shift) for (a, b), lag in zip(region, key)),
-    )
-    lefts, rights = (operand[tuple(side)] for side in zip(*((lag.left, lag.right) for lag in key)))
-    size, beta = lefts[0].shape[-1], 0.0
-    products = lefts[0].new_empty(len(lefts[0]), size, size)
-    for left, right in zip(lefts, rights):
-        columns, rows = left[here].flatten(1, -2).mT, right[there].flatten(1, -2)
-        add_matmul_(products, columns, rows, beta, alpha)
-        beta = 1.0
-    return operand.entries(products)
+        if c > 4:  # a short sum of many is slow
+            first, *others = terms.unbind(-1)
+            total.copy_(first) if is_first else total.add_(first)
+            for term in others:
+                total.add_(term)
+        elif is_first:
+            torch.sum(terms, -1, out=total)
+        else:
+            total.add_(terms.sum(-1))

@@ -1,0 +1,104 @@
+"""The sums of all regions, brought to the factor by one product with a small matrix.
+
+A window of a pair of kernel entries is a union of regions. So the sums of all windows are the sums
+of all regions times a matrix ``[(k k'), region]`` of zeros and ones: a few calls, however many lags
+there are. Half of the lags suffice. The matrix halves what lies on the diagonal, and adding the
+transpose makes the rest; so mirror images are equal to the last bit.
+"""
+
+from __future__ import annotations
+
+from array import array
+from functools import lru_cache
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.factors.assembly import scaled_if_incomplete, store, write
+from einconv_kfac.curvature.factors.lags import Key, half_of_lags
+from einconv_kfac.curvature.factors.update import STRIP, Update, blocks_of
+from einconv_kfac.geometry import Axis
+
+Region = tuple[tuple[int, int], ...]
+
+FEW = 4
+"""Channels up to which the entries of one lag are not worth the calls that write them."""
+
+TYPECODES = {torch.float32: "f", torch.float64: "d"}
+
+
+@lru_cache(maxsize=256)
+def regions_of(axes: tuple[Axis, ...]) -> tuple[tuple[Key, Region], ...]:
+    """Return the regions of half of the lags, those of a lag in a row."""
+    return tuple(
+        (key, region)
+        for key in half_of_lags(axes)
+        for region in product(*(lag.regions for lag in key))
+    )
+
+
+@lru_cache(maxsize=256)
+def _members(axes: tuple[Axis, ...], typecode: str) -> array[float]:
+    """Return the matrix ``[(k k'), region]``, by rows: 1 where a pair's window has a region."""
+    kernel, columns = prod(axis.kernel_size for axis in axes), len(regions_of(axes))
+    values, first = array(typecode, [0.0]) * (kernel**2 * columns), 0
+    for key in half_of_lags(axes):
+        sizes = [len(lag.regions) for lag in key]
+        for pairs in product(*(zip(lag.entries, lag.windows) for lag in key)):
+            here = _flat([k for k, _ in pairs], [axis.kernel_size for axis in axes])
+            distances = [lag.distance for lag in key]
+            there = here + _flat(distances, [axis.kernel_size for axis in axes])
+            for region in product(*(range(*window) for _, window in pairs)):
+                place = (here * kernel + there) * columns + first + _flat(region, sizes)
+                values[place] = 1.0 if any(distances) else 0.5
+        first += prod(sizes)
+    return values
+
+
+def _flat(index: list[int] | tuple[int, ...], sizes: list[int]) -> int:
+    """Return the place of an index, or a distance of two, in an array of these sizes."""
+    place = 0
+    for i, size in zip(index, sizes):
+        place = place * size + i
+    return place
+
+
+def write_regions(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
+    """Update the factor with the sums ``[r, g, c, k, c', k']`` of all regions of ``axes``.
+
+    With one product for few channels on a CPU, and otherwise one lag after the other.
+
+    Args:
+        sums: The sums; ``k`` are the kernel entries of the last dimension.
+        axes: The leading dimensions.
+        update: The update, in which all that is added is already multiplied with ``alpha``.
+    """
+    plain = type(sums) is Tensor and sums.device.type == "cpu" and len(sums)
+    if plain and sums.shape[2] <= FEW and not torch.compiler.is_compiling():
+        _write_all(sums, axes, update)
+        return
+    kernel = (*(axis.kernel_size for axis in axes), sums.shape[-1])
+    blocks = blocks_of(update.out, kernel).movedim((1 + len(kernel), -1), (2, 3 + len(kernel)))
+    update, first = scaled_if_incomplete(update, axes), 0
+    for key in half_of_lags(axes):  # blocks: g ci k *k ci' k' *k'
+        sizes = [len(lag.regions) for lag in key]
+        last = first + prod(sizes)
+        write(blocks, key, torch.unflatten(sums[first:last], 0, sizes), update.beta)
+        first = last
+
+
+def _write_all(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
+    """Do so with one product."""
+    groups, channels, inner = sums.shape[1:4]
+    kernel = prod(axis.kernel_size for axis in axes)
+    members = _members(axes, TYPECODES[sums.dtype])
+    matrix = torch.frombuffer(members, dtype=sums.dtype).view(kernel**2, -1)
+    halves = torch.mm(matrix, sums.flatten(1))
+    halves = halves.view(kernel, kernel, groups, channels, inner, channels, inner)
+    size = channels * kernel * inner
+    halves = halves.permute(2, 3, 0, 4, 5, 1, 6).reshape(groups, size, size)
+    for start in range(0, size, STRIP):
+        strip = slice(start, start + STRIP)
+        store(update.out[:, strip], halves[:, strip] + halves[:, :, strip].mT, update.beta)
