@@ -1,9 +1,8 @@
 """The sums of all regions, brought to the factor by one product with a small matrix.
 
 A window of a pair of kernel entries is a union of regions. So the sums of all windows are the sums
-of all regions times a matrix ``[(k k'), region]`` of zeros and ones: a few calls, however many lags
-there are. Half of the lags suffice. The matrix halves what lies on the diagonal, and adding the
-transpose makes the rest; so mirror images are equal to the last bit.
+of all regions times a matrix ``[kk', region]`` of zeros and ones: a few calls, however many lags
+there are. Half of the lags suffice; the pairs ``k <= k'`` are those that they have.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.assembly import scaled_if_incomplete, store, write
+from einconv_kfac.curvature.factors.assembly import scaled_if_incomplete, write
 from einconv_kfac.curvature.factors.lags import Key, half_of_lags
-from einconv_kfac.curvature.factors.update import STRIP, Update, blocks_of
+from einconv_kfac.curvature.factors.mirrored import LARGEST, pair_ranks, write_mirrored
+from einconv_kfac.curvature.factors.update import Update, blocks_of
 from einconv_kfac.geometry import Axis
 
 Region = tuple[tuple[int, int], ...]
@@ -41,18 +41,17 @@ def regions_of(axes: tuple[Axis, ...]) -> tuple[tuple[Key, Region], ...]:
 
 @lru_cache(maxsize=256)
 def _members(axes: tuple[Axis, ...], typecode: str) -> array[float]:
-    """Return the matrix ``[(k k'), region]``, by rows: 1 where a pair's window has a region."""
-    kernel, columns = prod(axis.kernel_size for axis in axes), len(regions_of(axes))
-    values, first = array(typecode, [0.0]) * (kernel**2 * columns), 0
+    """Return the matrix ``[kk', region]``, by rows: 1 where a pair's window has a region."""
+    kernel, columns = [axis.kernel_size for axis in axes], len(regions_of(axes))
+    ranks, first = pair_ranks(prod(kernel)).tolist(), 0
+    values = array(typecode, [0.0]) * ((ranks[-1][-1] + 1) * columns)
     for key in half_of_lags(axes):
         sizes = [len(lag.regions) for lag in key]
         for pairs in product(*(zip(lag.entries, lag.windows) for lag in key)):
-            here = _flat([k for k, _ in pairs], [axis.kernel_size for axis in axes])
-            distances = [lag.distance for lag in key]
-            there = here + _flat(distances, [axis.kernel_size for axis in axes])
+            here = _flat([k for k, _ in pairs], kernel)
+            there = here + _flat([lag.distance for lag in key], kernel)
             for region in product(*(range(*window) for _, window in pairs)):
-                place = (here * kernel + there) * columns + first + _flat(region, sizes)
-                values[place] = 1.0 if any(distances) else 0.5
+                values[ranks[here][there] * columns + first + _flat(region, sizes)] = 1.0
         first += prod(sizes)
     return values
 
@@ -76,7 +75,8 @@ def write_regions(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
         update: The update, in which all that is added is already multiplied with ``alpha``.
     """
     plain = type(sums) is Tensor and sums.device.type == "cpu" and len(sums)
-    if plain and sums.shape[2] <= FEW and not torch.compiler.is_compiling():
+    is_small = sums.shape[2] <= FEW and update.out[0].numel() <= LARGEST
+    if plain and is_small and not torch.compiler.is_compiling():
         _write_all(sums, axes, update)
         return
     kernel = (*(axis.kernel_size for axis in axes), sums.shape[-1])
@@ -91,14 +91,9 @@ def write_regions(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
 
 def _write_all(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
     """Do so with one product."""
-    groups, channels, inner = sums.shape[1:4]
+    regions, groups = sums.shape[:2]
+    members = torch.frombuffer(_members(axes, TYPECODES[sums.dtype]), dtype=sums.dtype)
+    halves = torch.mm(members.view(-1, regions), sums.view(regions, -1))
+    halves = halves.view(len(halves), groups, -1).transpose(0, 1)
     kernel = prod(axis.kernel_size for axis in axes)
-    members = _members(axes, TYPECODES[sums.dtype])
-    matrix = torch.frombuffer(members, dtype=sums.dtype).view(kernel**2, -1)
-    halves = torch.mm(matrix, sums.flatten(1))
-    halves = halves.view(kernel, kernel, groups, channels, inner, channels, inner)
-    size = channels * kernel * inner
-    halves = halves.permute(2, 3, 0, 4, 5, 1, 6).reshape(groups, size, size)
-    for start in range(0, size, STRIP):
-        strip = slice(start, start + STRIP)
-        store(update.out[:, strip], halves[:, strip] + halves[:, :, strip].mT, update.beta)
+    write_mirrored(halves, kernel, sums.shape[-1], update)
