@@ -17,7 +17,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.factors.assembly import scaled_if_incomplete, write
 from einconv_kfac.curvature.factors.lags import Key, half_of_lags
-from einconv_kfac.curvature.factors.mirrored import LARGEST, pair_ranks, write_mirrored
+from einconv_kfac.curvature.factors.mirrored import KEPT, pair_ranks, write_mirrored
 from einconv_kfac.curvature.factors.update import Update, blocks_of
 from einconv_kfac.geometry import Axis
 
@@ -44,7 +44,7 @@ def _members(axes: tuple[Axis, ...], typecode: str) -> array[float]:
     """Return the matrix ``[kk', region]``, by rows: 1 where a pair's window has a region."""
     kernel, columns = [axis.kernel_size for axis in axes], len(regions_of(axes))
     ranks, first = pair_ranks(prod(kernel)).tolist(), 0
-    values = array(typecode, [0.0]) * ((ranks[-1][-1] + 1) * columns)
+    values: array[float] = array(typecode, [0.0]) * ((ranks[-1][-1] + 1) * columns)
     for key in half_of_lags(axes):
         sizes = [len(lag.regions) for lag in key]
         for pairs in product(*(zip(lag.entries, lag.windows) for lag in key)):
@@ -75,7 +75,7 @@ def write_regions(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
         update: The update, in which all that is added is already multiplied with ``alpha``.
     """
     plain = type(sums) is Tensor and sums.device.type == "cpu" and len(sums)
-    is_small = sums.shape[2] <= FEW and update.out[0].numel() <= LARGEST
+    is_small = sums.shape[2] <= FEW and update.out[0].numel() <= KEPT
     if plain and is_small and not torch.compiler.is_compiling():
         _write_all(sums, axes, update)
         return
