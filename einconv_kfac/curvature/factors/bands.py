@@ -27,7 +27,7 @@ from einconv_kfac.curvature.factors.problem import (
     chunks,
     mkl_price,
 )
-from einconv_kfac.curvature.factors.regions import Region, regions_of, write_regions
+from einconv_kfac.curvature.factors.regions import FEW, Region, regions_of, write_regions
 from einconv_kfac.curvature.factors.update import Update
 from einconv_kfac.curvature.products import WIDE, add_matmul_
 from einconv_kfac.geometry import Axis, Geometry
@@ -152,7 +152,8 @@ def banded_cost(problem: Problem) -> Cost:
     copied = problem.inputs * (2 if blocks else 1 + growth)
     products = count * regions * (10 * len(found) + 4 * blocks)
     calls = products * (steps + BATCHED * (groups - 1)) + 30 * steps * len(keys)
-    written = 0.6 * (problem.outputs + count * sums)  # along diagonals, but in order
+    along = 0.6 if channels <= FEW else 0.42  # diagonals, but in order
+    written = along * (problem.outputs + count * sums)
     price = mkl_price(problem) * problem.batch * groups
     price *= NARROW if groups == 1 and width < WIDE else 1.0
     return Cost(macs * price, width, copied, written, calls)
@@ -271,7 +272,7 @@ class _Operand:
             axis.stride * (row + 1),
         )
         terms = products.as_strided(sizes, strides)
-        if c > 4:  # a short sum of many is slow
+        if c > FEW:  # a short sum of many is slow
             first, *others = terms.unbind(-1)
             total.copy_(first) if is_first else total.add_(first)
             for term in others:

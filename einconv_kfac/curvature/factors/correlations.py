@@ -35,8 +35,11 @@ STRIPS = 1.4
 SLOW = 8.0
 """The same in float64, for which there is no such routine."""
 
-FULL = 16
-"""Channels of a group that the routine works on together, whether there are as many or not."""
+FULL = 56
+"""Channels of a group from which the routine is at full speed."""
+
+FEW = 16
+"""Channels of a group that it works on together, whether there are as many or not."""
 
 SEPARATE = 3.0
 """What a multiplication costs where groups with fewer channels are computed one by one."""
@@ -259,7 +262,7 @@ def correlated_cost(problem: Problem) -> Cost:
     rows = sum(call.positions * prod(call.lags) for call in found)
     products = sum(prod(call.lags) for call in found)
     slow = SLOW if problem.dtype == torch.float64 else max(1.0, FULL / channels)
-    slow *= SEPARATE if groups > 1 and channels < FULL else 1.0
+    slow *= SEPARATE if groups > 1 and channels < FEW else 1.0
     macs = STRIPS * slow * rows * problem.batch * groups * channels**2
     copied = problem.inputs * GROWTH * blocks
     written = (problem.outputs + products * groups * channels**2) / 3  # mostly whole rows

@@ -94,7 +94,7 @@ def gram_cost(problem: Problem) -> Cost:
     """Return what `gram` does."""
     axes, groups = problem.geometry.axes, problem.geometry.groups
     rows = problem.channels * prod(problem.geometry.input_size)
-    macs = rows**2 * problem.batch
+    macs = float(rows**2 * problem.batch)
     left = rows**2 * _pairs(axes[0].input_size) / axes[0].input_size ** 2
     for axis in reversed(axes[1:]):
         macs += left * axis.kernel_size**2
