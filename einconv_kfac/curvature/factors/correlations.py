@@ -18,6 +18,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.factors.assembly import Key, write
 from einconv_kfac.curvature.factors.blocks import Block, channel_pairs, edges
+from einconv_kfac.curvature.factors.layout import channels_last
 from einconv_kfac.curvature.factors.problem import Cost, Problem, part_size
 from einconv_kfac.curvature.factors.spans import Span, spans_of_all
 from einconv_kfac.curvature.factors.update import Update
@@ -128,7 +129,7 @@ def correlated(x: Tensor, problem: Problem, update: Update) -> None:
         operands = [x[..., slice(*edge)] for edge in dict.fromkeys(pair)]
         step = part_size(operands[0], GROWTH)
         if step >= len(x):
-            operands = [operand.to(update.out.dtype).contiguous() for operand in operands]
+            operands = [channels_last(operand, update.out.dtype) for operand in operands]
         for found in _rounds(calls(geometry.axes, diagonal, _is_fine(problem)), problem):
             sums = _all_sums(operands, step, found, geometry, update)
             for combined, total in sums.items():
@@ -186,7 +187,7 @@ def _all_sums(
         if not call.is_interior:
             _add_correlations_(sums[call.spans], call, operands, geometry, update)
     for start in range(0, len(first), step):
-        parts = [operand[start : start + step].to(dtype).contiguous() for operand in operands]
+        parts = [channels_last(operand[start : start + step], dtype) for operand in operands]
         for call in found:
             if call.is_interior:
                 _add_correlations_(sums[call.spans], call, parts, geometry, update)
@@ -229,7 +230,7 @@ def _box(x: Tensor, ranges: tuple[Range, ...], dtype: torch.dtype) -> Tensor:
     lengths = [-(-(stop - start) // step) for start, stop, step in ranges]
     shape = (len(x), *lengths, *x.shape[-2:])
     if part.shape == shape:
-        box = part.to(dtype, memory_format=torch.contiguous_format).contiguous()
+        box = channels_last(part, dtype)
     else:
         box = x.new_zeros(shape, dtype=dtype)
         there = (slice(max(0, -a), min(size, b) - a) for (a, b, _), size in zip(ranges, sizes))

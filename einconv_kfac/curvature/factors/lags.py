@@ -19,6 +19,7 @@ from torch import Tensor
 from einconv_kfac.curvature.factors.assembly import write
 from einconv_kfac.curvature.factors.blocks import Block, Pair, channel_pairs, edges
 from einconv_kfac.curvature.factors.coincidence import Lag, grid_size, lags
+from einconv_kfac.curvature.factors.layout import channels_last
 from einconv_kfac.curvature.factors.problem import (
     BATCHED,
     SCATTERED,
@@ -151,7 +152,7 @@ class Grids:
         sizes = [grid_size(axis) for axis in axes]
         shape = (part.shape[0], sizes[0], part.shape[2], *sizes[1:], part.shape[-1])
         if part.shape == shape:
-            return part.to(self._dtype, memory_format=torch.contiguous_format).contiguous()
+            return channels_last(part, self._dtype)
         grid = part.new_zeros(shape, dtype=self._dtype)
         grid[tuple(slice(size) for size in part.shape)] = part
         return grid
