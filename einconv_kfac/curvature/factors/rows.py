@@ -9,7 +9,6 @@ sums depends on ``k`` alone, since rows beyond the input are zero: a product wit
 from __future__ import annotations
 
 from functools import lru_cache, reduce
-from itertools import product
 from math import prod
 
 import torch
@@ -109,35 +108,37 @@ def _row_sums(x: Tensor, problem: Problem, band: Band, alpha: float) -> Tensor:
 
     Positions ``i`` are those of all channels, and ``d`` is the distance of the rows.
     """
-    lead = _axes(problem)[0]
-    left, right = _operands(x, lead, band)
-    windows = x.new_tensor(_windows(lead)).repeat(1, band.count)
-    size = left.shape[1] * right.shape[2]
-    sums = x.new_empty(len(windows), size)
+    lead, width = _axes(problem)[0], problem.channels * band.width
+    windows, size = x.new_tensor(_windows(lead)), _distances(lead) * width**2
+    sums, beta = x.new_empty(len(windows), size), 0.0
     step = max(1, max(AT_ONCE, problem.inputs // 2) // size)
-    for start in range(0, len(left), step):
-        rows = slice(start, start + step)
-        products = torch.bmm(left[rows], right[rows]).view(-1, size)
-        sums.addmm_(windows[:, rows], products, beta=float(start > 0), alpha=alpha)
+    products = x.new_empty(min(step, windows.shape[1]), width, size // width)
+    for block in range(band.count):
+        left, right = _operands(x, lead, band, block)
+        for start in range(0, len(left), step):
+            rows = slice(start, start + step)
+            part = products[: len(left) - start]
+            torch.bmm(left[rows], right[rows], out=part)
+            sums.addmm_(windows[:, rows], part.flatten(1), beta=beta, alpha=alpha)
+            beta = 1.0
+        del left, right  # not to be kept while the next ones are made
     return sums
 
 
-def _operands(x: Tensor, lead: Axis, band: Band) -> tuple[Tensor, Tensor]:
-    """Return the blocks of each row, ``[r, (c w), n]``, and of the next, ``[r, n, (d c w)]``.
+def _operands(x: Tensor, lead: Axis, band: Band, block: int) -> tuple[Tensor, Tensor]:
+    """Return a block of each row, ``[r, (c w), n]``, and of those from it on, ``[r, n, (d c w)]``.
 
     Both view one copy of ``x``, ``[c, t, i, n]``, in which the rows of a product are neighbours.
     """
     c, _, size, n = x.shape
-    shape = (band.count, lead.dilation, _length(lead), c, band.width, n)
-    rows, pitch, distances = prod(shape[:3]), prod(shape[3:]), _distances(lead)
+    shape = (lead.dilation, _length(lead), c, band.width, n)
+    rows, pitch, distances = prod(shape[:2]), prod(shape[2:]), _distances(lead)
     flat = x.new_zeros((rows + distances - 1) * pitch)
-    blocks = flat[: rows * pitch].view(shape)
-    for block, grid in product(range(band.count), range(lead.dilation)):
-        start = band.start(block)
-        low, high = max(0, start), min(size, start + band.width)
-        if low < high:
-            part = x[:, grid :: lead.dilation, low:high].movedim(0, 1)  # t c w n
-            blocks[block, grid, : len(part), :, low - start : high - start] = part
+    start = band.start(block)
+    low, high = max(0, start), min(size, start + band.width)
+    for grid, target in enumerate(flat[: rows * pitch].view(shape)):
+        part = x[:, grid :: lead.dilation, low : max(low, high)].movedim(0, 1)  # t c w n
+        target[: len(part), :, low - start : low - start + part.shape[2]] = part
     left = flat.as_strided((rows, pitch // n, n), (pitch, n, 1))
     return left, flat.as_strided((rows, n, distances * pitch // n), (pitch, 1, n))
 
