@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.mirrored import write_mirrored
-from einconv_kfac.curvature.factors.problem import BATCHED, SMALL, Cost, Problem, mkl_price
+from einconv_kfac.curvature.factors.problem import BATCHED, Cost, Problem, mkl_price
 from einconv_kfac.curvature.factors.update import Update
 from einconv_kfac.geometry import Axis
 
 LARGEST = 512
 """Channels times positions of a group up to which all pairs are worth a thought."""
+
+AT_ONCE = 1 << 17
+"""Elements of Gram matrices that are made at a time, so that they stay in a cache."""
 
 
 def gram(x: Tensor, problem: Problem, update: Update) -> None:
@@ -29,13 +32,13 @@ def gram(x: Tensor, problem: Problem, update: Update) -> None:
     geometry, dtype = problem.geometry, update.out.dtype
     x = x.reshape(x.shape[0], geometry.groups, -1).permute(1, 2, 0)  # g (c i) n
     first, *others = (pair_pattern(axis, x, dtype) for axis in geometry.axes)
-    first = _upper(first, geometry.axes[0])
+    first = _upper(first, geometry.axes[0]) * update.alpha
     places = _upper_places(problem, x.device)
-    step = max(1, SMALL // x.shape[1] ** 2)
+    step = max(1, AT_ONCE // x.shape[1] ** 2)
     for start in range(0, geometry.groups, step):
         part = x[start : start + step].to(dtype)
         products = torch.bmm(part, part.mT).flatten(1).index_select(1, places)
-        found = _entries(products, problem, first, others).mul_(update.alpha)
+        found = _entries(products, problem, first, others)
         rest = problem.entries // geometry.kernel_size[0]
         some = replace(update, out=update.out[start : start + step])
         write_mirrored(found, geometry.kernel_size[0], rest, some)
@@ -100,7 +103,7 @@ def gram_cost(problem: Problem) -> Cost:
         macs += left * axis.kernel_size**2
         left *= (axis.kernel_size / axis.input_size) ** 2
     macs += left * _pairs(axes[0].kernel_size)
-    calls = 60 + 12 * -(-groups // max(1, SMALL // rows**2)) + 8 * BATCHED * groups
+    calls = 60 + 12 * -(-groups // max(1, AT_ONCE // rows**2)) + 8 * BATCHED * groups
     price = 1.5 * mkl_price(problem)
     written = 0.8 * groups * rows**2 + 0.5 * problem.outputs  # mostly gathered, in order
     return Cost(macs * groups * price, 1.0, problem.inputs, written, calls)

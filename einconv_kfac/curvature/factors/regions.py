@@ -8,6 +8,7 @@ there are. Half of the lags suffice; the pairs ``k <= k'`` are those that they h
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -25,6 +26,9 @@ Region = tuple[tuple[int, int], ...]
 
 FEW = 4
 """Channels up to which the entries of one lag are not worth the calls that write them."""
+
+AT_ONCE = 1 << 17
+"""Sums of windows that are made at a time, so that they stay in a cache."""
 
 TYPECODES = {torch.float32: "f", torch.float64: "d"}
 
@@ -90,10 +94,14 @@ def write_regions(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
 
 
 def _write_all(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
-    """Do so with one product."""
-    regions, groups = sums.shape[:2]
+    """Do so with one product for some groups at a time."""
+    regions, groups, inner = *sums.shape[:2], sums.shape[-1]
     members = torch.frombuffer(_members(axes, TYPECODES[sums.dtype]), dtype=sums.dtype)
-    halves = torch.mm(members.view(-1, regions), sums.view(regions, -1))
-    halves = halves.view(len(halves), groups, -1).transpose(0, 1)
-    kernel = prod(axis.kernel_size for axis in axes)
-    write_mirrored(halves, kernel, sums.shape[-1], update)
+    members, sums = members.view(-1, regions), sums.view(regions, groups, -1)
+    pairs, kernel = len(members), prod(axis.kernel_size for axis in axes)
+    step = max(1, AT_ONCE // (pairs * sums.shape[2]))
+    for start in range(0, groups, step):
+        part = slice(start, start + step)
+        halves = torch.mm(members, sums[:, part].flatten(1)).view(pairs, -1, sums.shape[2])
+        some = replace(update, out=update.out[part])
+        write_mirrored(halves.transpose(0, 1), kernel, inner, some)
