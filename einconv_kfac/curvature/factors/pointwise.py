@@ -21,6 +21,9 @@ LONG_FOR_ONEDNN = 8192
 FEW = 1 << 24
 """Multiplications up to which one call for all examples is no slower than a gathered copy."""
 
+SMALL = 3 << 24
+"""Multiplications for which all examples are gathered at once."""
+
 
 def pointwise(x: Tensor, problem: Problem, update: Update) -> None:
     """Add ``sum_{n,o} a a^T`` to the update, for a kernel that meets single positions."""
@@ -66,7 +69,7 @@ def add_columns_(x: Tensor, update: Update) -> None:
         return
     elif on_cpu and is_long:
         limit = 1
-    elif on_cpu and 1.5 * x.numel() > update.out.numel():
+    elif on_cpu and 1.5 * x.numel() > update.out.numel() and x.numel() * x.shape[2] > SMALL:
         limit = min(limit, -(-x.numel() // 2))
     parts = list(chunks(x, 1.0, limit))
     for part in parts:

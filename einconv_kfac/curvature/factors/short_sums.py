@@ -1,7 +1,7 @@
-"""Products ``a a^T`` of few columns, whose cost is that of writing the result: no half is copied.
+"""Small products ``a a^T``, or of few columns, of which no half is copied: that would cost more.
 
-oneDNN adds short sums one after the other, and all in the same order, so that ``a a^T`` comes out
-symmetric to the last bit. MKL often does not. The order depends on shapes and places in memory,
+oneDNN adds the terms of all sums in the same order, at least of short ones, so that ``a a^T`` comes
+out symmetric to the last bit. MKL often does not. The order depends on shapes and places in memory,
 not on numbers; each shape is tried once, on numbers of which any other order would show.
 """
 
@@ -20,6 +20,9 @@ ROWS = 1 << 18
 
 LEAST = 64
 """Rows that are made at a time at least."""
+
+FEW = 3 << 24
+"""Multiplications of which a part costs less than the calls that leave it out."""
 
 KEPT = 1 << 25
 """Bytes of a result up to which the C library keeps freed memory for the next one."""
@@ -41,7 +44,8 @@ def is_symmetric_by_itself(out: Tensor, a: Tensor, alpha: float) -> bool:
 def _is_short(a: Tensor) -> bool:
     """Return whether oneDNN makes ``a a^T`` for a plain ``a`` of shape ``[1, D, L]``."""
     plain = type(a) is Tensor and not torch.compiler.is_compiling()
-    return plain and a.shape[2] <= SHORT and is_for_one_dnn(a, a.mT)
+    small = a.shape[2] <= SHORT or a.shape[1] ** 2 * a.shape[2] <= FEW
+    return plain and small and is_for_one_dnn(a, a.mT)
 
 
 @lru_cache(maxsize=1024)
@@ -76,11 +80,11 @@ def new_whole(a: Tensor, alpha: float) -> Tensor | None:
 
 def add_whole_(out: Tensor, a: Tensor, beta: float, alpha: float) -> None:
     """Set ``out`` to ``beta out + alpha a a^T``, all of it, some rows at a time."""
-    a, size = _scaled(a, alpha), a.shape[1]
+    a, size = a.contiguous(), a.shape[1]
     step = max(LEAST, ROWS // size)
     for start in range(0, size, step):
         rows = slice(start, start + step)
-        add_matmul_(out[:, rows], a[:, rows], a.mT, beta, 1.0, size)
+        add_matmul_(out[:, rows], a[:, rows], a.mT, beta, alpha, size)
 
 
 def _scaled(a: Tensor, alpha: float) -> Tensor:

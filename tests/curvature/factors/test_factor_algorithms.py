@@ -14,6 +14,7 @@ from einconv_kfac.curvature.factors import conv_input_factor, conv_transpose_inp
 from einconv_kfac.curvature.factors.bands import bands
 from einconv_kfac.curvature.factors.choice import ALGORITHMS, applicable, choose
 from einconv_kfac.curvature.factors.problem import Problem
+from einconv_kfac.curvature.factors.rows import row_bands
 from einconv_kfac.geometry import Axis, Geometry, transposed_convolution
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
@@ -125,6 +126,41 @@ def test_bands_of_some_groups_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert [band.count for band in bands(geometry.axes[-1])] == [3, 1]
     x = draw_input(geometry, 1, 3)
     options = {**options_of(geometry), "algorithm": "bands"}
+    check_update(x, factor(columns(x, geometry), "expand"), options)
+
+
+def test_rows_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of one width and one of another, a few rows at a time, with dilation."""
+    monkeypatch.setattr("einconv_kfac.curvature.factors.rows.BLOCK", 0.0)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.rows.BAND", 0.0)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.rows.AT_ONCE", 1)
+    geometry = Geometry((Axis(9, 3, 1, (1, 2), 2), Axis(23, 3, 1, (1, 1))))
+    problem = Problem(geometry, 3, 2, torch.float64, "cpu")
+    row_bands.cache_clear()
+    assert sum(band.count for band in row_bands(problem)) > 2
+    x = draw_input(geometry, 2, 3)
+    options = {**options_of(geometry), "algorithm": "rows"}
+    check_update(x, factor(columns(x, geometry), "expand"), options)
+    row_bands.cache_clear()
+
+
+@pytest.mark.parametrize("algorithm", ["bands", "grams"])
+def test_places_that_are_not_kept(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries that are gathered, or written, as if the factor were a large one."""
+    monkeypatch.setattr("einconv_kfac.curvature.factors.mirrored.KEPT", 0)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.regions.KEPT", 0)
+    geometry = Geometry((Axis(5, 3, 1, (1, 1)), Axis(6, 3, 1, (1, 1))))
+    x = draw_input(geometry, 2, 3)
+    options = {**options_of(geometry), "algorithm": algorithm}
+    check_update(x, factor(columns(x, geometry), "expand"), options)
+
+
+@pytest.mark.parametrize("algorithm", ["lags", "correlations"])
+def test_channels_far_apart(algorithm: str) -> None:
+    """Images so large that a few channels are copied at a time."""
+    geometry = Geometry((Axis(33, 3, 1, (1, 1)), Axis(32, 3, 1, (1, 1))))
+    x = draw_input(geometry, 19, 2)
+    options = {**options_of(geometry), "algorithm": algorithm}
     check_update(x, factor(columns(x, geometry), "expand"), options)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from einconv_kfac.curvature.factors import allocation, short_sums
+from einconv_kfac.curvature.factors.reduced import reduced_factor
 from einconv_kfac.curvature.factors.update import DIAGONAL, PANEL, SHORT, prepare
 
 SIZES = (1, 9, PANEL - 1, PANEL + 2, 2 * PANEL, 2 * PANEL + 1, 3 * PANEL + 65)
@@ -42,13 +43,15 @@ def test_many_small_products() -> None:
         assert torch.equal(update.out, update.out.mT)
 
 
-@pytest.mark.parametrize("size", [200, 577, 901])
+@pytest.mark.parametrize(("size", "length"), [(200, 31), (577, 31), (901, 31), (230, 400)])
 @pytest.mark.parametrize("is_tried", [True, False])
-def test_short_sums(size: int, is_tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_products(
+    size: int, length: int, is_tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float32, where whole products may be symmetric by themselves; or may not."""
     if not is_tried:
         monkeypatch.setattr(short_sums, "_is_symmetric", lambda *_: False)
-    a = torch.randn(1, size, 31, generator=torch.Generator().manual_seed(0))
+    a = torch.randn(1, size, length, generator=torch.Generator().manual_seed(0))
     old = torch.randn(1, size + 1, size + 1, generator=torch.Generator().manual_seed(1))
     old = old + old.mT
     for beta, out in ((0.0, None), (0.3, old.clone())):
@@ -58,6 +61,22 @@ def test_short_sums(size: int, is_tried: bool, monkeypatch: pytest.MonkeyPatch) 
         expected = 0.7 * a.double() @ a.double().mT + beta * old[:, :size, :size]
         torch.testing.assert_close(update.out, expected.float(), rtol=1e-4, atol=1e-4)
         assert torch.equal(update.out, update.out.mT)
+
+
+@pytest.mark.parametrize("size", [300, 577])
+@pytest.mark.parametrize("is_tried", [True, False])
+def test_new_whole_products(size: int, is_tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results as oneDNN made them, if they are symmetric, equal those that were updated."""
+    sums = torch.randn(40, size, generator=torch.Generator().manual_seed(0))
+    if not is_tried:
+        monkeypatch.setattr(short_sums, "_is_symmetric", lambda *_: False)
+    with torch.no_grad():
+        got = reduced_factor(sums, 3, 1, bias=True, alpha=0.7)
+    ones = torch.cat([sums / 3, torch.ones(40, 1)], 1).double()
+    expected = 0.7 * ones.mT @ ones
+    torch.testing.assert_close(got[0], expected.float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(got, got.mT)
+    assert got.is_contiguous()
 
 
 def test_large_results_are_ordinary_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
