@@ -211,9 +211,10 @@ class _Operand:
         """Remember the input."""
         self._rows, self.band, self.channels = rows, band, rows.channels
         self._made: dict[tuple[int, ...], list[Tensor]] = {}
+        self._repeats = 1  # blocks that follow each other at each position
 
     def __getitem__(self, remainders: tuple[int, ...]) -> list[Tensor]:
-        """Return the blocks ``[g, *t, n, (c w)]`` of the positions with these remainders.
+        """Return the blocks ``[g, *t, (t n), (c w)]`` of the positions with these remainders.
 
         Those of depthwise convolutions are views, and products of a batch. Those of others
         follow each other along ``n``, so that there is one large product.
@@ -221,13 +222,14 @@ class _Operand:
         if remainders not in self._made:
             grid = self._rows.grid(remainders)
             if not are_views(len(grid), self.channels):
-                self._made[remainders] = [self._copied(grid)]
+                blocks = [self._copied(grid)]
             else:
                 padded, left = self._rows.padded(remainders), self.band.axis.padding[0]
                 starts = (self.band.start(block) + left for block in range(self.band.count))
-                self._made[remainders] = [
-                    padded[..., start : start + self.band.width].flatten(-2) for start in starts
-                ]
+                width = self.band.width
+                blocks = [padded[..., start : start + width].flatten(-2) for start in starts]
+            self._repeats = blocks[0].shape[-2]
+            self._made[remainders] = [block.flatten(-3, -2) for block in blocks]
         return self._made[remainders]
 
     def _copied(self, x: Tensor) -> Tensor:
@@ -244,20 +246,24 @@ class _Operand:
 
     def products(self, key: Key, region: Region, alpha: float) -> Tensor:
         """Return the products ``[g, (c w), (c' w')]`` of the blocks in one region."""
-        every = slice(None)
-        here: tuple[Any, ...] = (every, *(slice(*edges) for edges in region))
-        there: tuple[Any, ...] = (
-            every,
-            *(slice(a + lag.shift, b + lag.shift) for (a, b), lag in zip(region, key)),
-        )
+        shifted = tuple((a + lag.shift, b + lag.shift) for (a, b), lag in zip(region, key))
         lefts, rights = (self[tuple(side)] for side in zip(*((g.left, g.right) for g in key)))
         size, beta = lefts[0].shape[-1], 0.0
         products = lefts[0].new_empty(len(lefts[0]), size, size)
         for left, right in zip(lefts, rights):
-            columns, rows = left[here].flatten(1, -2).mT, right[there].flatten(1, -2)
+            columns, rows = self._box(left, region).mT, self._box(right, shifted)
             add_matmul_(products, columns, rows, beta, alpha)
             beta = 1.0
         return products
+
+    def _box(self, blocks: Tensor, ranges: Region) -> Tensor:
+        """Return the positions of a region in ``[g, *t, (t n), (c w)]``, as ``[g, r, (c w)]``."""
+        start, stop = (edge * self._repeats for edge in ranges[-1])
+        rows = blocks.narrow(-2, start, stop - start)
+        if len(ranges) == 1:
+            return rows
+        outer: tuple[Any, ...] = (slice(None), *(slice(*edges) for edges in ranges[:-1]))
+        return rows[outer].flatten(1, -2)
 
     def sum_entries_(self, products: Tensor, total: Tensor, is_first: bool) -> None:
         """Sum the products to ``total``, ``[g, c, k, c', k']``, or add them to what it has."""
