@@ -127,6 +127,7 @@ class AutomaticStep:
             "step_size": fit.mix[0] * rate,
             "momentum": coefficient,
             "signal": self._signal.fraction,
+            "gain": self._slow.gain,
             "predicted": predicted,
             "ratio": self.ratio,
         }

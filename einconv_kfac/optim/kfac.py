@@ -52,7 +52,7 @@ class KFAC(Optimizer):
     minimises the exact quadratic model of the objective on the batch, and the damping follows
     the Levenberg-Marquardt rule. Of the slope along ``d``, which comes from the same batch,
     only the fraction counts that the batches after it have confirmed so far; ``m`` sums half
-    of the steps without that correction, over a memory that grows with time, and the weight
+    or more of the steps without that correction, over a memory that grows with time, and the weight
     ``c`` follows from the number of steps. With ``adaptive=False`` the update is heavy-ball
     momentum with the given ``lr``, ``momentum`` and ``damping``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import exp
 from typing import Any
 
 import pytest
@@ -11,13 +12,18 @@ from torch import Tensor, nn
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.objective import Objective
-from einconv_kfac.optim.slow_momentum import BUFFER, GAIN, WINDOW, SlowMomentum
+from einconv_kfac.optim.slow_momentum import BUFFER, GAINS, GROWTH, WINDOW, SlowMomentum
 
+GAIN, LARGEST = GAINS
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 
 
-def objective(parameters: dict[str, Tensor], rates: dict[str, float]) -> Objective:
-    return Objective([], parameters, {}, {}, rates, {}, {})
+def objective(
+    parameters: dict[str, Tensor], rates: dict[str, float], gradient: float = 0.0
+) -> Objective:
+    """Return an objective whose gradient has equal entries."""
+    slopes = {name: torch.full_like(p, gradient) for name, p in parameters.items()}
+    return Objective([], parameters, slopes, {}, rates, {}, {})
 
 
 def test_the_momentum_is_the_sum_it_is_documented_as() -> None:
@@ -54,6 +60,21 @@ def test_a_learning_rate_scales_what_is_followed() -> None:
     assert not point["none"].any() and not direction["none"].any()
     kept = (1 - weight) * (1 + GAIN * 0.25 / 0.5)
     torch.testing.assert_close(memory["half"][BUFFER], torch.full((2,), kept))
+
+
+def test_the_gain_grows_while_batches_confirm_the_momentum() -> None:
+    """The momentum has positive entries: a positive gradient means that it went too far."""
+    memory: dict[str, dict[str, Any]] = {"w": {}}
+    point, slow = {"w": torch.zeros(2)}, SlowMomentum()
+    gains = []
+    for gradient in [-1.0] * 300 + [1.0] * 12_000:
+        update = {"w": torch.full((2,), 0.25)}
+        slow.follow_(objective(point, {"w": 1.0}, gradient), update, memory, 1.0)
+        gains.append(slow.gain)
+    expected = GAIN * exp(GROWTH * sum(WINDOW / (t + WINDOW) for t in range(2, 60)))  # it is zero before
+    assert gains[59] == pytest.approx(expected)
+    assert gains[299] == LARGEST
+    assert gains[-1] == GAIN
 
 
 def test_a_given_momentum_takes_its_place() -> None:
