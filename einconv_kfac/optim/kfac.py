@@ -236,10 +236,11 @@ class KFAC(Optimizer):
 
         ``damping``, and with ``adaptive=True`` ``step_size``, ``momentum`` (the coefficient of
         what the last steps amount to), ``signal`` (the fraction of a batch's slope that other
-        batches confirm), ``predicted`` (the change of the objective that the quadratic model
-        predicted) and ``ratio`` (the true by the predicted change, where they were last
-        compared), or ``rejected`` where the step before was undone, since the loss exploded or
-        the quadratic model was not finite after it; otherwise ``clip``. Of all steps so far,
+        batches confirm), ``gain`` (how much of a step the slow momentum takes), ``predicted``
+        (the change of the objective that the quadratic model predicted) and ``ratio`` (the true
+        by the predicted change, where they were last compared), or ``rejected`` where the step
+        before was undone, since the loss exploded or the quadratic model was not finite after
+        it; otherwise ``clip``. Of all steps so far,
         ``cholesky_retries`` counts decompositions that were tried again, in float64 and then
         with ten times the damping of that layer.
         """
