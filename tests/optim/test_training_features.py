@@ -194,7 +194,7 @@ def test_statistics_of_an_automatic_step() -> None:
     opt = KFAC(model, loss_fn)
     train_step(model, loss_fn, opt, image_batch())
     found = opt.statistics()
-    chosen = {"damping", "step_size", "momentum", "signal"}
+    chosen = {"damping", "step_size", "momentum", "signal", "gain"}
     assert found.keys() == chosen | {"predicted", "ratio", "cholesky_retries"}
     assert found["predicted"] < 0 < found["step_size"]
 
