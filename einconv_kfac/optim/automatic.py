@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from einconv_kfac.optim import slow_momentum
 from einconv_kfac.optim.fit import Fit, Fitting, descents
 from einconv_kfac.optim.objective import Memory, Objective, Statistics
 from einconv_kfac.optim.preconditioner import KFACPreconditioner
@@ -149,8 +148,8 @@ class AutomaticStep:
 
     def _undo_(self, objective: Objective, memory: Memory) -> None:
         """Undo the previous step, and raise the damping where it is automatic."""
+        self._slow.drop_(memory)
         for name, parameter in objective.parameters.items():
-            memory[name].pop(slow_momentum.BUFFER, None)
             if _BUFFER in memory[name]:
                 parameter.sub_(memory[name].pop(_BUFFER))
         self._signal.forget_()
@@ -260,7 +259,7 @@ class AutomaticStep:
         for name, tensor in own.items():
             objective.parameters[name].add_(tensor - update[name])
             update[name].copy_(tensor)
-            memory[name].pop(slow_momentum.BUFFER, None)
+        self._slow.drop_(memory)
         return 0.0
 
     def adapt_(

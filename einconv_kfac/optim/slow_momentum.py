@@ -74,7 +74,7 @@ class SlowMomentum:
             The coefficient ``c``.
         """
         weight = self.weight
-        self._learn_(objective.gradient, memory)
+        self._learn_(objective.gradient, self.direction(memory, objective.rates))
         self.steps += 1
         for name, tensor in update.items():
             rate = objective.rates[name]
@@ -89,9 +89,15 @@ class SlowMomentum:
             momentum.mul_(1 - weight).add_(later)
         return weight
 
-    def _learn_(self, gradient: Direction, memory: Memory) -> None:
+    def drop_(self, memory: Memory) -> None:
+        """Drop the momentum, which led too far, and what was learned of its gain."""
+        for state in memory.values():
+            state.pop(BUFFER, None)
+        self.gain, _ = GAINS
+        self._slope = 0.0
+
+    def _learn_(self, gradient: Direction, momentum: Direction) -> None:
         """Adapt the gain to what a gradient confirms of the momentum."""
-        momentum = {name: state[BUFFER] for name, state in memory.items() if BUFFER in state}
         if not momentum:
             return
         self._slope += self.weight * (float(inner(gradient, momentum)) - self._slope)

@@ -71,10 +71,22 @@ def test_the_gain_grows_while_batches_confirm_the_momentum() -> None:
         update = {"w": torch.full((2,), 0.25)}
         slow.follow_(objective(point, {"w": 1.0}, gradient), update, memory, 1.0)
         gains.append(slow.gain)
-    expected = GAIN * exp(GROWTH * sum(WINDOW / (t + WINDOW) for t in range(2, 60)))  # it is zero before
+    followed = [WINDOW / (t + WINDOW) for t in range(2, 60)]  # the momentum is zero before
+    expected = GAIN * exp(GROWTH * sum(followed))
     assert gains[59] == pytest.approx(expected)
     assert gains[299] == LARGEST
     assert gains[-1] == GAIN
+
+
+def test_what_was_learned_is_dropped_with_the_momentum() -> None:
+    memory: dict[str, dict[str, Any]] = {"w": {}}
+    point, slow = {"w": torch.zeros(2)}, SlowMomentum()
+    for _ in range(20):
+        update = {"w": torch.full((2,), 0.25)}
+        slow.follow_(objective(point, {"w": 1.0}, -1.0), update, memory, 1.0)
+    assert slow.gain > GAIN
+    slow.drop_(memory)
+    assert slow.gain == GAIN and BUFFER not in memory["w"]
 
 
 def test_a_given_momentum_takes_its_place() -> None:
