@@ -1,10 +1,8 @@
 """Where the time of a factor goes, against what no exact method can avoid.
 
 One layer of each kind. The time of a call is split by torch's profiler into matrix products,
-copies and writes, sums, and the rest. Below it stand the multiply-accumulates that remain when
-every product of positions is computed once, at the rate of a large matrix product of the same
-run, and the input read once and the result written once, at the rates of a sum and a fill of
-arrays larger than the caches. The distance is the time as a multiple of the larger of the two.
+copies and writes, sums, and the rest. Beside it stand the products and the bytes that cannot be
+avoided. The distance is the time as a multiple of the larger of the two.
 
     python benchmarks/factor_profile.py
 """
@@ -13,22 +11,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import product
-from math import prod
 from pathlib import Path
 
 import torch
+from factor_bounds import rates, shares
 from factor_contestants import OURS, ours
-from factor_layers import HERE, Layer, layers
+from factor_layers import HERE, layers
 from timing import machine, seconds
-from torch.profiler import ProfilerActivity, profile
 
 from einconv_kfac.curvature.factors.choice import choose
-from einconv_kfac.curvature.factors.lags import half_of_lags
-from einconv_kfac.curvature.factors.transposed import residue_classes
-from einconv_kfac.curvature.products import add_matmul_
-from einconv_kfac.geometry import Axis
 
 KINDS = {
     "stride 1": "8x64x56x56 k3 s1 p1 d1 g1",
@@ -44,74 +36,12 @@ KINDS = {
     "transposed": "32x128x14x14 k4 s2 p1 transposed",
 }
 
-SORTS = {
-    "products": (
-        *("aten::mm", "aten::addmm_", "aten::bmm", "aten::baddbmm_", "mkldnn::_linear_pointwise"),
-        *("aten::convolution_backward", "aten::_slow_conv2d_backward"),
-    ),
-    "copies": ("aten::copy_", "aten::fill_", "aten::cat"),
-    "sums": ("aten::sum", "aten::add", "aten::add_", "aten::mul", "aten::mul_", "aten::div_"),
-}
-
-
-def _products(axes: tuple[Axis, ...]) -> float:
-    """Count the pairs of positions whose product some entry needs, mirror images once."""
-    keys = half_of_lags(axes)
-    counts = [prod(sum(stop - start for start, stop in g.regions) for g in key) for key in keys]
-    zero = sum(n for n, key in zip(counts, keys) if not any(g.distance for g in key))
-    return sum(counts) - zero / 2
-
-
-def least(layer: Layer, approximation: str) -> float:
-    """Return the multiply-accumulates that no exact method can avoid."""
-    problem = layer.problem
-    if approximation == "reduce":
-        return problem.batch * layer.result_size / 2
-    axes = layer.geometry.axes
-    found = [axes]
-    if layer.transposed:
-        found = [tuple(c.axis for c in classes) for classes in product(*map(residue_classes, axes))]
-    pairs = sum(map(_products, found)) * problem.batch * layer.groups
-    return pairs * problem.channels**2
-
-
-def shares(layer: Layer, approximation: str, repeats: int) -> dict[str, float]:
-    """Return which part of the time each sort of operation takes."""
-    x, call = torch.randn(layer.shape), ours(layer, approximation)
-    call(x)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(repeats):
-            call(x)
-    times = {e.key: float(e.self_cpu_time_total) for e in profiler.key_averages()}
-    total = sum(times.values())
-    return {
-        sort: sum(time for key, time in times.items() if key in names) / total
-        for sort, names in SORTS.items()
-    }
-
-
-@torch.no_grad()
-def rates(budget: float) -> tuple[float, float, float]:
-    """Return multiply-accumulates, bytes read and bytes written per second."""
-    a, long = torch.randn(1, 1152, 1152), torch.randn(1 << 26)
-    out = torch.empty_like(a)
-    times = seconds(
-        {
-            "product": lambda: add_matmul_(out, a, a.mT, 0.0, 1.0),
-            "read": partial(torch.sum, long),
-            "write": lambda: long.fill_(1.0),
-        },
-        budget,
-    )
-    size = 4.0 * long.numel()
-    return out.shape[-1] ** 3 / times["product"], size / times["read"], size / times["write"]
-
 
 def report(kinds: dict[str, str], budget: float) -> Iterator[str]:
     """Yield one line per layer and approximation."""
     found = {str(layer): layer for layer in layers()}
-    speed, read, write = rates(budget)
-    yield f"product {speed / 1e9:.1f} GMAC/s, read {read / 1e9:.1f}, write {write / 1e9:.1f} GB/s"
+    speed = rates(budget)
+    yield str(speed)
     yield ""
     yield (
         f"{'':7} {'kind':16} {'layer':34} {'algorithm':12} {'ms':>8} {'products':>9} {'copies':>7} "
@@ -123,8 +53,7 @@ def report(kinds: dict[str, str], budget: float) -> Iterator[str]:
         spent = seconds({OURS: lambda x=x, call=call: call(x)}, budget)[OURS]  # type: ignore[misc]
         parts = shares(layer, approximation, 3)
         rest = 1 - sum(parts.values())
-        moved = 4 * x.numel() / read + 4 * layer.result_size / write
-        bounds = least(layer, approximation) / speed, moved
+        bounds = speed.bounds(layer, approximation)
         chosen = approximation == "expand" and not layer.transposed
         yield (
             f"{approximation:7} {kind:16} {name:34} {choose(layer.problem) if chosen else '':12} "

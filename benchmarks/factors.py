@@ -2,7 +2,8 @@
 
 Every distinct layer of conv_layers.json, at batch size 32 for the networks on images of up to
 64 pixels and 8 for those on 224, and some layers in one and three dimensions and a transposed
-one. The contestants take turns; times are medians. Memory is the peak of the resident set in
+one. The contestants take turns; times are medians. "Least" is the time of the products and bytes
+that no exact method can avoid. Memory is the peak of the resident set in
 a fresh process beyond input and result. Writes a table and a picture to benchmarks/results/.
 """
 
@@ -15,17 +16,20 @@ from math import prod
 from pathlib import Path
 
 import torch
+from factor_bounds import Rates, rates, shares
 from factor_contestants import CONTESTANTS, OURS, ours
 from factor_layers import HERE, Layer, layers
 from factor_memory import MEASURED, memory
-from factor_report import Row, draw, summary, table
+from factor_report import Row, draw, shortfalls, summary, table
 from timing import machine, seconds
 
 from einconv_kfac.curvature.factors.choice import applicable, choose
 from einconv_kfac.curvature.factors.problem import APPROXIMATIONS
 
 
-def measure(layer: Layer, approximation: str, budget: float, with_memory: bool = True) -> Row:
+def measure(
+    layer: Layer, approximation: str, budget: float, speed: Rates, with_memory: bool = True
+) -> Row:
     """Time the contestants and our algorithms on one layer."""
     x = torch.randn(layer.shape, generator=torch.Generator().manual_seed(0))
     functions = {name: make(layer, approximation) for name, make in CONTESTANTS.items()}
@@ -45,7 +49,10 @@ def measure(layer: Layer, approximation: str, budget: float, with_memory: bool =
         algorithms = seconds({OURS: calls[OURS], **others}, budget / 2)
         algorithms = {name: t * times[OURS] / algorithms[OURS] for name, t in algorithms.items()}
     used = memory(layer, approximation) if with_memory else dict.fromkeys(MEASURED, float("nan"))
-    return Row(layer, approximation, times, used, algorithms)
+    bound = max(speed.bounds(layer, approximation))
+    return Row(
+        layer, approximation, times, used, algorithms, bound, shares(layer, approximation, 3)
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,17 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [found for found in layers() if options.layers in f"{found.network} {found}"]
     if options.quick:
         chosen = sorted(chosen, key=lambda layer: prod(layer.shape) * layer.result_size)[:4]
-    rows = []
+    speed, rows = rates(options.budget), []
     for approximation in [options.approximation] if options.approximation else APPROXIMATIONS:
         for layer in chosen:
-            row = measure(layer, approximation, options.budget, not options.skip_memory)
+            row = measure(layer, approximation, options.budget, speed, not options.skip_memory)
             rows.append(row)
             print(*list(table(rows[-1:]))[2:3], flush=True)
-    text = [machine(options.threads), "", *summary(rows), "", *table(rows)]
+    head = [machine(options.threads), str(speed), ""]
+    text = [*head, *summary(rows), "", *table(rows), *shortfalls(rows)]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text("\n".join(text) + "\n")
     draw(rows, options.output.with_suffix(".png"))
-    print("\n".join(text[: text.index("", 2)]))
+    print("\n".join(text[: text.index("", len(head))]))
 
 
 if __name__ == "__main__":

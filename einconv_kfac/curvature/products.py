@@ -8,6 +8,7 @@ one has gaps between its rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,9 @@ LARGE = 1 << 20
 
 WIDE = 64
 """Rows and columns from which a product is worth reordering a transposed operand."""
+
+ZEN_4 = 25
+"""The number of AMD's last family of processors whose vectors are wider than what computes."""
 
 SHORT = 64
 """Length of the sums up to which a product costs no more than writing its result."""
@@ -89,12 +93,29 @@ def _is_dense(matrices: Tensor) -> bool:
 
 
 @lru_cache(maxsize=1)
+def is_double_pumped() -> bool:
+    """Return whether this is one of AMD's processors before Zen 5, to which width is worth little.
+
+    They compute with each half of a vector in turn.
+    """
+    family = re.search(r"cpu family\s*:\s*(\d+)", _processor())
+    is_old = family is not None and int(family[1]) <= ZEN_4
+    return is_old and "AuthenticAMD" in _processor()
+
+
+@lru_cache(maxsize=1)
 def mkl_is_narrow() -> bool:
     """Return whether this is a processor on which oneDNN uses wider vectors than MKL."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):  # type: ignore[no-untyped-call]
         return False
-    information = Path("/proc/cpuinfo")
+    processor = _processor()
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    other = information.is_file() and "GenuineIntel" not in information.read_text()
+    other = bool(processor) and "GenuineIntel" not in processor
     return wide and known and other
+
+
+def _processor() -> str:
+    """Return what the operating system tells of the processor, nothing if it has no such file."""
+    information = Path("/proc/cpuinfo")
+    return information.read_text() if information.is_file() else ""

@@ -83,3 +83,19 @@ def test_give_the_same_factors(kernel_size: int, stride: int, layout: torch.memo
         )
         torch.testing.assert_close(out.double(), 0.5 + 2 * expected, **SINGLE)
         assert torch.equal(out, out.mT)
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ("vendor_id : AuthenticAMD\ncpu family\t: 25\n", True),
+        ("vendor_id : AuthenticAMD\ncpu family\t: 26\n", False),
+        ("vendor_id : GenuineIntel\ncpu family\t: 6\n", False),
+        ("", False),
+    ],
+)
+def test_double_pumped_processors_are_known(
+    processor: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_processor", lambda: processor)
+    assert products.is_double_pumped.__wrapped__() == expected

@@ -21,6 +21,9 @@ from einconv_kfac.curvature.factors.update import Update, panels
 SHORT = 8
 """Elements of a row that copying it costs in addition."""
 
+GROUPED = 1.4
+"""What copying for batches of small products costs, relative to that for a single one."""
+
 
 def im2col(x: Tensor, problem: Problem, update: Update) -> None:
     """Add ``sum_{n,o} a a^T`` to the update, where ``a`` are the columns of the unfolded input."""
@@ -53,5 +56,5 @@ def im2col_cost(problem: Problem) -> Cost:
     count = chunk_count(problem, _growth(problem), _limit(problem))
     calls = count * (5 + len(bounds)) * (1 + BATCHED * problem.geometry.groups) + 4 * len(bounds)
     short = 1.1 + SHORT / problem.geometry.output_size[-1]
-    copied = problem.size * columns * short
+    copied = problem.size * columns * short * (GROUPED if problem.geometry.groups > 1 else 1.0)
     return Cost(pairs * columns, problem.size, copied, 1.2 * problem.outputs, calls)

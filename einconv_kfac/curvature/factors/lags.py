@@ -77,7 +77,8 @@ def lag_reuse_cost(problem: Problem) -> Cost:
     regions = sum(prod(len(lag.regions) for lag in key) for key in keys)
     strips = 2 * SCATTERED * sum(_border(key) for key in keys)
     copied = samples * problem.channels * (masks + strips * blocks)
-    macs = NARROW * mkl_price(problem) * rows * row * samples * problem.channels**2
+    price = NARROW * mkl_price(problem, problem.channels / blocks)
+    macs = price * rows * row * samples * problem.channels**2
     products = chunk_count(problem, 1.0) * regions * (1 + BATCHED * (groups - 1))
     calls = blocks**2 * (8 * products + 30 * len(keys))
     return Cost(macs, problem.channels / blocks, copied, problem.outputs, calls)

@@ -69,7 +69,7 @@ def add_columns_(x: Tensor, update: Update) -> None:
         return
     elif on_cpu and is_long:
         limit = 1
-    elif on_cpu and 1.5 * x.numel() > update.out.numel() and x.numel() * x.shape[2] > SMALL:
+    elif on_cpu and x.numel() > update.out.numel() and x.numel() * x.shape[2] > SMALL:
         limit = min(limit, -(-x.numel() // 2))
     parts = list(chunks(x, 1.0, limit))
     for part in parts:

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.products import mkl_is_narrow
+from einconv_kfac.curvature.products import is_double_pumped, mkl_is_narrow
 from einconv_kfac.geometry import Geometry
 
 BATCHED = 0.004
@@ -23,6 +23,9 @@ SMALL = 1 << 18
 
 NARROW_VECTORS = 2.0
 """How much longer large products take by MKL than by oneDNN, where its vectors are narrower."""
+
+HALF_SPEED = 40
+"""Width of a large product at half of MKL's full speed, where that is oneDNN's."""
 
 APPROXIMATIONS = ("expand", "reduce")
 
@@ -85,10 +88,17 @@ class Cost:
     calls: float
 
 
-def mkl_price(problem: Problem) -> float:
-    """Return what a multiplication by torch's ordinary product costs, relative to oneDNN's."""
+def mkl_price(problem: Problem, width: float | None = None) -> float:
+    """Return what a multiplication by torch's ordinary product costs, relative to oneDNN's.
+
+    Args:
+        problem: The problem.
+        width: Rows and columns of the products, if all are large.
+    """
     ordinary = problem.device != "cpu" or problem.dtype == torch.float64
-    return NARROW_VECTORS if mkl_is_narrow() and not ordinary else 1.0
+    if ordinary or not mkl_is_narrow():
+        return 1.0
+    return 1 + HALF_SPEED / width if width and is_double_pumped() else NARROW_VECTORS
 
 
 def check_approximation(approximation: str, algorithm: str | None = None) -> bool:
