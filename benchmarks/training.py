@@ -143,6 +143,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizer", default=",".join(OPTIMIZERS), help="names, separated by commas")
     add("--seeds", default="1,2,3", help="seeds of the runs that count, separated by commas")
     add("--steps", type=int, help="steps of every run")
+    add("--fraction", type=float, default=1.0, help="of the steps of every run")
     add("--trials", type=int, default=5, help="trials per optimizer")
     add("--quick", action="store_true", help="a smoke test: tiny, needs no files, no meaning")
     add("--full", action="store_true", help="full-size networks and runs; needs hours")
@@ -171,6 +172,7 @@ def _protocol(options: argparse.Namespace) -> Protocol:
     chosen = [known[name] for name in _chosen(options.task, list(known), "task")]
     if options.steps is not None:
         chosen = [replace(task, steps=options.steps) for task in chosen]
+    chosen = [replace(t, steps=round(options.fraction * t.steps)) for t in chosen]
     optimizers = _chosen(options.optimizer, list(OPTIMIZERS), "optimizer")
     seeds = (1,) if options.quick else tuple(map(int, options.seeds.split(",")))
     return Protocol(size, chosen, optimizers, seeds, 2 if options.quick else options.trials)

@@ -126,7 +126,7 @@ class AutomaticStep:
             "step_size": fit.mix[0] * rate,
             "momentum": coefficient,
             "signal": self._signal.fraction,
-            "gain": self._slow.gain,
+            "gain": self._slow.gains.mean,
             "predicted": predicted,
             "ratio": self.ratio,
         }

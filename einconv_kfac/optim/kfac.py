@@ -39,7 +39,7 @@ from einconv_kfac.optim.settings import (
     check_every_step_of,
 )
 
-_STATE_VERSION = 4
+_STATE_VERSION = 5
 
 
 class KFAC(Optimizer):

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from einconv_kfac.optim.gains import Gains, layer_of
 from einconv_kfac.optim.objective import Memory, Objective
-from einconv_kfac.optim.quadratic import Direction, inner
+from einconv_kfac.optim.quadratic import Direction
 
 BUFFER = "slow_momentum"
 
-GAINS = (0.5, 16.0)
-"""How much of the step that a batch asks for is followed later, at first and at most. Where noise
-is all there is, 1 makes the loss of small batches jump; where there is little, more is faster."""
-GROWTH = 0.2
-"""Rate of growth as long as batches confirm the slow momentum: ``t ** (GROWTH * WINDOW)``."""
 WINDOW = 5
 """It is followed over the latest fraction ``1 / WINDOW`` of the steps, or so."""
 
@@ -25,24 +20,20 @@ class SlowMomentum:
 
     The minimum ``u`` of the quadratic model of one batch is made of the noise in its gradient as
     much as of what other batches share. Parameters take the fraction ``s`` of it at once that
-    other batches confirm (the signal), and ``gain`` times all of it later::
+    other batches confirm (the signal), and what is left of ``gain`` times ``u`` later::
 
-        parameters += s u + c m,   m <- (1 - c) (m + gain u),   c = WINDOW / (t + WINDOW)
+        parameters += s u + c m,   m <- (1 - c) (m + (gain - s) u),   c = WINDOW / (t + WINDOW)
 
     for step ``t = 0, 1, ..``. What the last ``t / WINDOW`` batches agree on is thereby followed
-    ``s + gain`` times as far as ``u``, of which no batch's noise has more than a small part. It is
+    ``gain`` times as far as ``u``, of which no batch's noise has more than a small part. It is
     a second momentum as in AdEMAMix (Pagliardini et al., 2024), whose memory grows with time as
     that of the averages of Shamir and Zhang (2013), so that noise dies down without a schedule.
-
-    The next batch's gradient ``g`` knows nothing of the noise in ``m``. Where ``g.m < 0`` on
-    average, the steps were too short for what batches agree on, and the gain grows; otherwise
-    noise has taken the parameters further than that, and it shrinks again.
+    Each layer has a gain of its own (`Gains`).
     """
 
     def __init__(self) -> None:
         self.steps = 0
-        self.gain, _ = GAINS
-        self._slope = 0.0
+        self.gains = Gains()
 
     @property
     def weight(self) -> float:
@@ -74,41 +65,34 @@ class SlowMomentum:
             The coefficient ``c``.
         """
         weight = self.weight
-        self._learn_(objective.gradient, self.direction(memory, objective.rates))
+        momentum = self.direction(memory, objective.rates)
+        self.gains.learn_(objective, momentum, update, weight, signal)
         self.steps += 1
         for name, tensor in update.items():
             rate = objective.rates[name]
             if not rate:
                 continue
-            later = tensor * ((1 - weight) * self.gain / (signal * rate))
-            if (momentum := memory[name].get(BUFFER)) is None:
+            gain = self.gains.later(layer_of(name), signal)
+            later = tensor * ((1 - weight) * gain / (signal * rate))
+            if (followed := memory[name].get(BUFFER)) is None:
                 memory[name][BUFFER] = later
                 continue
-            tensor.add_(momentum, alpha=weight * rate)
-            objective.parameters[name].add_(momentum, alpha=weight * rate)
-            momentum.mul_(1 - weight).add_(later)
+            tensor.add_(followed, alpha=weight * rate)
+            objective.parameters[name].add_(followed, alpha=weight * rate)
+            followed.mul_(1 - weight).add_(later)
         return weight
 
     def drop_(self, memory: Memory) -> None:
-        """Drop the momentum, which led too far, and what was learned of its gain."""
+        """Drop the momentum, which led too far, and what was learned of it."""
         for state in memory.values():
             state.pop(BUFFER, None)
-        self.gain, _ = GAINS
-        self._slope = 0.0
-
-    def _learn_(self, gradient: Direction, momentum: Direction) -> None:
-        """Adapt the gain to what a gradient confirms of the momentum."""
-        if not momentum:
-            return
-        self._slope += self.weight * (float(inner(gradient, momentum)) - self._slope)
-        change = math.exp(math.copysign(GROWTH * self.weight, -self._slope))
-        smallest, largest = GAINS
-        self.gain = min(max(self.gain * change, smallest), largest)
+        self.gains = Gains()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers; the momentum itself is the optimizer's."""
-        return {"steps": self.steps, "gain": self.gain, "slope": self._slope}
+        return {"steps": self.steps, "gains": self.gains.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
-        self.steps, self.gain, self._slope = state["steps"], state["gain"], state["slope"]
+        self.steps = state["steps"]
+        self.gains.load_state_dict(state["gains"])

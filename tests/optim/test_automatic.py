@@ -166,7 +166,7 @@ def test_a_given_damping_is_not_compared_with_anything(monkeypatch: pytest.Monke
     monkeypatch.setattr(Objective, "value_again", value)
     model, loss_fn, opt = wavy(damping=1e-4)
     wrong = 0
-    for seed in range(20):
+    for seed in range(60):
         loss = train_step(model, loss_fn, opt, batch := wavy_batch(seed))
         wrong += grown(model, loss_fn, batch, loss)
         assert opt.statistics()["damping"] == 1e-4

@@ -114,7 +114,7 @@ def test_automatic_training_reduces_the_loss(random_layers: bool, fisher: Any) -
     model, loss_fn = conv_net(random_layers=random_layers), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn, fisher=fisher)
     losses = [train_step(model, loss_fn, opt, image_batch(24)) for _ in range(25)]
-    assert losses[-1] < 0.3 * losses[0]
+    assert sum(losses[-5:]) / 5 < 0.3 * losses[0]
 
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
