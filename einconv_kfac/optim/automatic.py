@@ -15,6 +15,7 @@ from einconv_kfac.optim.objective import Memory, Objective, Statistics
 from einconv_kfac.optim.preconditioner import KFACPreconditioner
 from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.settings import Constants, is_due
+from einconv_kfac.optim.shortening import shorten_
 from einconv_kfac.optim.signal import Signal
 from einconv_kfac.optim.slow_momentum import SlowMomentum
 from einconv_kfac.optim.trials import Trial, Trials
@@ -30,18 +31,12 @@ ADAPTATION_PERIOD = 5
 """Steps between two adaptations of the damping."""
 ADAPTATION = (19 / 20) ** ADAPTATION_PERIOD
 """Factor of one adaptation (Martens and Grosse, 2015)."""
-
-
 REJECTION = 4.0
 """Factor by which the damping and its floor grow when a step is undone."""
 ROUNDING = 1e-4
 """Growth of the objective, relative to its size, that does not count as such."""
-SHORTENING = 0.25
-"""Factor by which a step is shortened after which the objective has grown on its own batch."""
-SHORTENINGS = 8
-"""How often, at most; a step after which it has still grown then is rejected."""
 SHORTENING_DAMPS = 2.0
-"""Factor by which the damping and its floor grow then."""
+"""Factor by which the damping and its floor grow when a step is shortened."""
 MIX_PERIOD = 5
 """Steps between two fits of a coefficient for every direction. In between, their combination
 with the last coefficients is rescaled, which takes one Jacobian-vector product."""
@@ -289,7 +284,9 @@ class AutomaticStep:
             self._follow_ratio_(predicted)
         allowed = before + ROUNDING * before.abs() + max(predicted, 0.0)
         if not float(before) + change <= float(allowed):  # also if it is not a number
-            return self._shortened_(objective, update, allowed)
+            self._damping *= SHORTENING_DAMPS
+            self._floor *= SHORTENING_DAMPS
+            return shorten_(objective, self._recorder, update, allowed)
         return 1.0
 
     def _follow_ratio_(self, predicted: float) -> None:
@@ -303,24 +300,6 @@ class AutomaticStep:
             self._damping = max(self._damping * ADAPTATION, self._floor)
         elif not 1 / 4 <= self.ratio <= 1:  # also if it is not a number
             self.grow_()
-
-    def _shortened_(self, objective: Objective, update: Direction, allowed: Tensor) -> float:
-        """Shorten a step until the objective is allowed, or else take it back.
-
-        Returns:
-            The fraction of the step that is left.
-        """
-        assert self._damping is not None
-        self._damping *= SHORTENING_DAMPS
-        self._floor *= SHORTENING_DAMPS
-        fraction = 1.0
-        for _ in range(SHORTENINGS):
-            _shorten_(objective, update, SHORTENING)
-            fraction *= SHORTENING
-            if bool(objective.value_again(self._recorder) <= allowed):
-                return fraction
-        _shorten_(objective, update, 0.0)
-        return 0.0
 
     def grow_(self) -> None:
         """Grow an automatic damping by one adaptation."""
@@ -356,10 +335,3 @@ class AutomaticStep:
         self._fitting.reach = state["reach"]
         self._slow.load_state_dict(state["slow"])
         self._signal.load_state_dict(state["signal"], parameters)
-
-
-def _shorten_(objective: Objective, update: Direction, fraction: float) -> None:
-    """Shorten a step that was taken to a fraction."""
-    for name, tensor in update.items():
-        objective.parameters[name].sub_(tensor, alpha=1 - fraction)
-        tensor.mul_(fraction)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim import automatic
-from einconv_kfac.optim.automatic import ADAPTATION, ROUNDING, SHORTENING, SHORTENING_DAMPS
+from einconv_kfac.optim.automatic import ADAPTATION, ROUNDING, SHORTENING_DAMPS
 from einconv_kfac.optim.objective import Objective
+from einconv_kfac.optim.shortening import SHORTENING
 from einconv_kfac.optim.trials import SCALE_RANGE, Trials
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
