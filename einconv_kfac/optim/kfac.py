@@ -51,9 +51,9 @@ class KFAC(Optimizer):
     the preconditioned descent direction ``d`` and a slow momentum ``m``. Here ``alpha``
     minimises the exact quadratic model of the objective on the batch, and the damping follows
     the Levenberg-Marquardt rule. Of the slope along ``d``, which comes from the same batch,
-    only the fraction counts that the batches after it have confirmed so far; ``m`` sums half
-    or more of the steps without that correction, over a memory that grows with time, and the weight
-    ``c`` follows from the number of steps. With ``adaptive=False`` the update is heavy-ball
+    only the fraction counts that the batches after it have confirmed so far; ``m`` sums what is
+    left of the steps, as far as later batches confirm that, layer by layer, over a memory that
+    grows with time, and the weight ``c`` follows from the number of steps. With ``adaptive=False`` the update is heavy-ball
     momentum with the given ``lr``, ``momentum`` and ``damping``.
 
     The training loop is torch's own; hooks on the model and on ``loss_fn`` see what they need.
@@ -236,9 +236,10 @@ class KFAC(Optimizer):
 
         ``damping``, and with ``adaptive=True`` ``step_size``, ``momentum`` (the coefficient of
         what the last steps amount to), ``signal`` (the fraction of a batch's slope that other
-        batches confirm), ``gain`` (how much of a step the slow momentum takes), ``predicted``
-        (the change of the objective that the quadratic model predicted) and ``ratio`` (the true
-        by the predicted change, where they were last compared), or ``rejected`` where the step
+        batches confirm), ``gain`` (how far the minima of batches are followed altogether, a mean
+        over layers), ``predicted`` (the change of the objective that the quadratic model
+        predicted) and ``ratio`` (the true by the predicted change, where they were last
+        compared), or ``rejected`` where the step
         before was undone, since the loss exploded or the quadratic model was not finite after
         it; otherwise ``clip``. Of all steps so far,
         ``cholesky_retries`` counts decompositions that were tried again, in float64 and then
