@@ -4,7 +4,8 @@ Every optimizer takes its turn at each step, on the same batch, late in training
 periods 10 and 100 an average step is one of 100, of which ten update the factors and one of these
 the inverses as well. Twenty steps stand for them: the first, where everything is due (and is done
 for the first time, which costs more than later), the eleventh for the other updates of the factors,
-and the rest for ordinary steps. Over several repetitions the median counts. SINGD has no inverses;
+and the rest for ordinary steps. Over several repetitions the median counts. On one thread a time is
+that of the processor, which other processes disturb least. SINGD has no inverses;
 its preconditioner is updated at the factors' period.
 """
 
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from platform import machine
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 from evidence.models import resnet20
@@ -111,19 +112,20 @@ def _window(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return the seconds of an average step by optimizer, and why others have none."""
     factors, inverses = periods
+    clock = process_time if torch.get_num_threads() == 1 else perf_counter
     shares = _shares(factors, inverses)
     trainers, refused = _built(task, periods)
     totals = dict.fromkeys(trainers, 0.0)
     for share in shares:
         for name in list(trainers):  # interleaved, so that other load hits all alike
-            start = perf_counter()
+            start = clock()
             try:
                 trainers[name].step(*batch, 1.0)
             except REFUSALS as error:
                 refused[name] = str(error).splitlines()[0][:90]
                 del trainers[name], totals[name]
                 continue
-            totals[name] += share * (perf_counter() - start)
+            totals[name] += share * (clock() - start)
     return totals, refused
 
 
