@@ -65,7 +65,8 @@ def test_refuses_unknown_names(option: str, tmp_path: Path) -> None:
 
 def test_tasks_get_a_table_and_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    chosen = ["--quick", "--task", "a,e", "--steps", "3", "--optimizer", "SGD,KFAC"]
+    length = ["--steps", "6", "--fraction", "0.5"]
+    chosen = ["--quick", "--task", "a,e", *length, "--optimizer", "SGD,KFAC"]
     training.main([*chosen, "--output", str(tmp_path)])
     lines = (tmp_path / "training-quick.txt").read_text().splitlines()
     assert [line[:3] for line in lines if line.startswith("(")] == ["(a)", "(e)"]
@@ -73,6 +74,7 @@ def test_tasks_get_a_table_and_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "training-quick.png").stat().st_size > 0
     runs = (tmp_path / "training-quick.jsonl").read_text()
     assert not any(json.loads(line)["error"] for line in runs.splitlines())
+    assert all(json.loads(line)["steps"][-1] == 3 for line in runs.splitlines())
     training.main([*chosen, "--output", str(tmp_path)])  # nothing is left to run
     assert (tmp_path / "training-quick.jsonl").read_text() == runs
 
