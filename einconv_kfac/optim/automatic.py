@@ -73,6 +73,11 @@ class AutomaticStep:
         self.ratio = math.nan
         self.moved: dict[str, tuple[Tensor, float]] = {}
 
+    @property
+    def gains(self) -> dict[str, float]:
+        """How far the slow momentum lets steps be followed, by module."""
+        return self._slow.gains.by_layer
+
     def take_(self, objective: Objective, memory: Memory, constants: Constants) -> Statistics:
         """Take a step, and return its statistics.
 

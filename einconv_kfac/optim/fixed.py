@@ -52,6 +52,7 @@ class FixedStep:
         self._preconditioner = preconditioner
         self._options = options
         self.moved: dict[str, tuple[Tensor, float]] = {}
+        self.gains: dict[str, float] = {}
 
     def take_(self, objective: Objective, memory: Memory, constants: Constants) -> Statistics:
         """Take a step, and return its statistics."""

@@ -61,9 +61,14 @@ class Gains:
         self._layers: dict[str, _Layer] = {}
 
     @property
+    def by_layer(self) -> dict[str, float]:
+        """The gains, by the name of the layer."""
+        return {layer: known.gain for layer, known in self._layers.items()}
+
+    @property
     def mean(self) -> float:
         """The mean over layers."""
-        gains = [layer.gain for layer in self._layers.values()]
+        gains = self.by_layer.values()
         return sum(gains) / len(gains) if gains else FIRST
 
     def learn_(

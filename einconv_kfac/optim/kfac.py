@@ -256,9 +256,10 @@ class KFAC(Optimizer):
         its factors when they were inverted (damped and in the 1-norm with
         ``inverse="factored"``, else as they are and in the 2-norm); Euclidean norms
         ``gradient_norm`` (weight decay included), ``update_norm`` and ``parameter_norm`` (after
-        the step); ``clip`` with ``adaptive=False``; ``cholesky_retries``; ``factor_seconds`` and
-        ``inverse_seconds``, what the host spent on its factors and its inverse when they were
-        last updated, where layers that are inverted together share the time. They are computed
+        the step); ``gain`` where there is a slow momentum, ``clip`` with fixed rates;
+        ``cholesky_retries``; ``factor_seconds`` and ``inverse_seconds``, what the host spent on
+        its factors and its inverse when they were last updated, where layers that are inverted
+        together share the time. They are computed
         when this is called; steps do not wait for them.
         """
         parameters = {name: parameter.detach() for parameter, name in self._names.items()}
@@ -300,7 +301,7 @@ class KFAC(Optimizer):
                 self._preconditioner.check_gathered(objective.batches)
             numbers = self._update_(objective)
             sizes = dict(zip(objective.gradient, known))
-            self._report = Report(numbers, sizes, self._step.moved)
+            self._report = Report(numbers, sizes, self._step.moved, self._step.gains)
             self._preconditioner.finish()
             if self._log_to is not None:
                 self._log_to(self._preconditioner.steps - 1, self.statistics())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from einconv_kfac.optim.gains import layer_of
 from einconv_kfac.optim.objective import Statistics
 from einconv_kfac.optim.quadratic import Direction
 from einconv_kfac.optim.running import RunningFactors
@@ -25,11 +26,13 @@ class Report:
         numbers: Of the whole model.
         gradients: Norms of the gradients, by parameter name.
         moved: The update.
+        gains: How far steps are followed, by the name of the parameters' module.
     """
 
     numbers: Statistics = field(default_factory=dict)
     gradients: Direction = field(default_factory=dict)
     moved: Moved = field(default_factory=dict)
+    gains: Mapping[str, float] = field(default_factory=dict)
 
     def by_layer(
         self, layers: Mapping[str, RunningFactors], parameters: Direction
@@ -56,6 +59,8 @@ class Report:
         if running.inverse is not None and running.conditions is not None:
             a, b = running.conditions.tolist()
             numbers |= {"damping": running.inverse.damping, "condition_a": a, "condition_b": b}
+        if (gain := self.gains.get(layer_of(names[0]))) is not None:
+            numbers["gain"] = gain
         if "clip" in self.numbers:
             numbers["clip"] = float(self.numbers["clip"])
         return numbers

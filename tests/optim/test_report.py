@@ -93,6 +93,11 @@ def test_statistics_by_layer(options: dict[str, Any]) -> None:
         assert layer["inverse_seconds"] > 0
         assert layer["cholesky_retries"] == 0
         assert ("clip" in layer) == (not options.get("adaptive", True))
+        assert ("gain" in layer) == options.get("adaptive", True)
+    if options.get("adaptive", True):
+        gains = opt._step.gains
+        assert all(layer["gain"] == gains[name] for name, layer in found.items())
+        assert opt.statistics()["gain"] == pytest.approx(sum(gains.values()) / len(gains))
 
 
 def test_condition_numbers_are_those_of_the_factors() -> None:
