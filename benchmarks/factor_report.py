@@ -17,7 +17,7 @@ from einconv_kfac.curvature.factors.choice import choose
 
 LIMITED = ("einconv", "im2col")
 """The contestants that the aims are about."""
-AT_MOST = "".join(f"{name:>12}" for name in ("at most", LIMITED[1]))
+AT_MOST = "".join(f"{f'max {name}':>12}" for name in LIMITED)
 
 
 @dataclass

@@ -94,13 +94,13 @@ def _is_dense(matrices: Tensor) -> bool:
 
 @lru_cache(maxsize=1)
 def is_double_pumped() -> bool:
-    """Return whether this is one of AMD's processors before Zen 5, to which width is worth little.
+    """Return whether this is one of AMD's processors before Zen 5.
 
-    They compute with each half of a vector in turn.
+    They compute with each half of a wide vector in turn, so that width is worth little.
     """
-    family = re.search(r"cpu family\s*:\s*(\d+)", _processor())
-    is_old = family is not None and int(family[1]) <= ZEN_4
-    return is_old and "AuthenticAMD" in _processor()
+    processor = _processor()
+    family = re.search(r"cpu family\s*:\s*(\d+)", processor)
+    return "AuthenticAMD" in processor and family is not None and int(family[1]) <= ZEN_4
 
 
 @lru_cache(maxsize=1)

@@ -22,7 +22,7 @@ def kl_clip_factor(
 
 
 def norm_factor(direction: Direction, rates: Mapping[str, float], bound: float | None) -> Tensor:
-    """Return the factor, at most 1, that keeps the Euclidean norm of ``lr d`` at most at the bound."""
+    """Return the factor, at most 1, that keeps the Euclidean norm of ``lr d`` within the bound."""
     return _factor((direction, direction), rates, None if bound is None else bound**2)
 
 

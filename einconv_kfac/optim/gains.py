@@ -119,9 +119,8 @@ class Gains:
         known.gain = min(max(gain, SMALLEST), LARGEST)
 
     def later(self, layer: str, signal: float) -> float:
-        """Return how much of ``u`` is followed later."""
-        known = self._layers.get(layer)
-        return max((known.gain if known else FIRST) - signal, LEAST_LATER)
+        """Return how much of ``u`` is followed later, for a layer that has had a step."""
+        return max(self._layers[layer].gain - signal, LEAST_LATER)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """Return the state as numbers."""

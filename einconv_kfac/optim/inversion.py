@@ -19,8 +19,13 @@ from einconv_kfac.curvature.damping import (
 )
 from einconv_kfac.curvature.eigen import EigenBlock, decomposed
 from einconv_kfac.curvature.layout import Layout
-from einconv_kfac.optim.inverses import CorrectedInverse, EigenInverse, FactoredInverse, Inverse
-from einconv_kfac.optim.inverses import LayerInverse
+from einconv_kfac.optim.inverses import (
+    CorrectedInverse,
+    EigenInverse,
+    FactoredInverse,
+    Inverse,
+    LayerInverse,
+)
 
 RAISE = 10.0
 """Factor by which the damping of a layer is raised where its Cholesky decomposition fails."""

@@ -53,8 +53,9 @@ class KFAC(Optimizer):
     the Levenberg-Marquardt rule. Of the slope along ``d``, which comes from the same batch,
     only the fraction counts that the batches after it have confirmed so far; ``m`` sums what is
     left of the steps, as far as later batches confirm that, layer by layer, over a memory that
-    grows with time, and the weight ``c`` follows from the number of steps. With ``adaptive=False`` the update is heavy-ball
-    momentum with the given ``lr``, ``momentum`` and ``damping``.
+    grows with time, and the weight ``c`` follows from the number of steps. With
+    ``adaptive=False`` the update is heavy-ball momentum with the given ``lr``, ``momentum`` and
+    ``damping``.
 
     The training loop is torch's own; hooks on the model and on ``loss_fn`` see what they need.
     Every hyper-parameter from ``momentum`` on that is a number may be a function of the number
@@ -239,9 +240,8 @@ class KFAC(Optimizer):
         batches confirm), ``gain`` (how far the minima of batches are followed altogether, a mean
         over layers), ``predicted`` (the change of the objective that the quadratic model
         predicted) and ``ratio`` (the true by the predicted change, where they were last
-        compared), or ``rejected`` where the step
-        before was undone, since the loss exploded or the quadratic model was not finite after
-        it; otherwise ``clip``. Of all steps so far,
+        compared), or ``rejected`` where the step before was undone, since the loss exploded or
+        the quadratic model was not finite after it; otherwise ``clip``. Of all steps so far,
         ``cholesky_retries`` counts decompositions that were tried again, in float64 and then
         with ten times the damping of that layer.
         """
@@ -259,8 +259,7 @@ class KFAC(Optimizer):
         the step); ``gain`` where there is a slow momentum, ``clip`` with fixed rates;
         ``cholesky_retries``; ``factor_seconds`` and ``inverse_seconds``, what the host spent on
         its factors and its inverse when they were last updated, where layers that are inverted
-        together share the time. They are computed
-        when this is called; steps do not wait for them.
+        together share the time. They are computed when this is called; steps do not wait.
         """
         parameters = {name: parameter.detach() for parameter, name in self._names.items()}
         return self._report.by_layer(self._preconditioner.layers, parameters)

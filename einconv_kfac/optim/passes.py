@@ -99,7 +99,9 @@ class PendingPasses:
         if self._passes:
             self._passes[-1].outputs = [weakref.ref(tensor) for tensor in tensors_of(output)]
 
-    def of_(self, output: Tensor, inside: Place | None) -> tuple[ForwardPass | None, list[LayerCall]]:
+    def of_(
+        self, output: Tensor, inside: Place | None
+    ) -> tuple[ForwardPass | None, list[LayerCall]]:
         """Return the forward pass that gave a loss its argument, if one did, and all calls so far.
 
         Args:

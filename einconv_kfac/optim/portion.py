@@ -88,9 +88,7 @@ def product_fraction_of(value: Any, adaptive: bool) -> float:
     return fraction("product_fraction", value)
 
 
-def with_portions(
-    batches: list[Batch], part: float, seed: int, step: int
-) -> list[Batch]:
+def with_portions(batches: list[Batch], part: float, seed: int, step: int) -> list[Batch]:
     """Give each batch a random portion of a fraction of its examples, rounded up.
 
     Args:
@@ -158,7 +156,9 @@ def _masked(module: Any, portion: Portion, x: Tensor) -> Tensor:
 
 def _is_channels_last(x: Tensor) -> bool:
     """Tell whether images are stored channels last."""
-    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return (
+        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def restricted(

@@ -174,9 +174,9 @@ class Recorder:
             return
         if isinstance(batch.forward.place, Inside) and self._entry is not self._model:
             raise RuntimeError(
-                "`loss_fn` must be called outside of a compiled model when adaptive=True, got a call "
-                "inside, which is not seen where compiled code runs. Compile the part before the "
-                "loss and pass that here, or pass adaptive=False."
+                "`loss_fn` must be called outside of a compiled model when adaptive=True, got a "
+                "call inside, which is not seen where compiled code runs. Compile the part before "
+                "the loss and pass that here, or pass adaptive=False."
             )
         if batch.portion is not None:
             check_separate(self._model)

@@ -33,7 +33,9 @@ class Renewal:
         self._in_background = in_background
         self._warned = False
 
-    def refresh_(self, dampings: Mapping[str, float], intervals: Mapping[str, int], step: int) -> None:
+    def refresh_(
+        self, dampings: Mapping[str, float], intervals: Mapping[str, int], step: int
+    ) -> None:
         """Renew the inverses that are due, and rebind the damping of the others.
 
         Args:

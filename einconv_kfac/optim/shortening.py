@@ -14,9 +14,7 @@ SHORTENINGS = 8
 """How often, at most; a step after which the objective has still grown then is taken back."""
 
 
-def shorten_(
-    objective: Objective, recorder: Recorder, update: Direction, allowed: Tensor
-) -> float:
+def shorten_(objective: Objective, recorder: Recorder, update: Direction, allowed: Tensor) -> float:
     """Shorten a step until the objective is allowed, or else take it back.
 
     Args:

@@ -165,9 +165,7 @@ def _normalizing(module: Any, known: Iterator[tuple[Tensor, int]]) -> Forward:
 
         def normalized(by: Tensor, shift: Tensor | None) -> Tensor:
             variance = scale.square().reciprocal() - module.eps
-            return torch.native_batch_norm(
-                data, by, shift, mean, variance, False, 0, module.eps
-            )[0]
+            return torch.native_batch_norm(data, by, shift, mean, variance, False, 0, module.eps)[0]
 
         tangent, *_ = torch.ops.aten.native_batch_norm_backward(
             dx, data, weight, None, None, mean, scale, True, module.eps, [True, False, False]

@@ -37,7 +37,8 @@ def test_evaluation_records_nothing(
         for training in (True, False):
             x, y = image_batch(seed=1)
             loss_fn(model.train(training)(x), y)
-    assert recorder.batches == [] and recorder._passes._passes == []
+    assert recorder.batches == []
+    assert recorder._passes._passes == []
     assert opt._preconditioner._gathering._capture.calls == []
     train_step(model.train(), loss_fn, opt, image_batch())
 

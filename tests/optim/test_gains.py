@@ -59,9 +59,7 @@ def test_a_gain_grows_where_steps_were_too_short_or_noise_is_small(
     assert gains.mean == pytest.approx(FIRST * exp(WEIGHT * (GROWTH if grows else -SHRINKAGE)))
 
 
-@pytest.mark.parametrize(
-    ("ascent", "limit"), [(-1.0, LARGEST), (5e-5, CONFIDENT), (1.0, SMALLEST)]
-)
+@pytest.mark.parametrize(("ascent", "limit"), [(-1.0, LARGEST), (5e-5, CONFIDENT), (1.0, SMALLEST)])
 def test_gains_have_limits(ascent: float, limit: float) -> None:
     gains = learned({"a.weight": [ascent, -1.0]}, count=2_000)
     assert gains.mean == pytest.approx(limit, rel=SHRINKAGE * WEIGHT)
@@ -93,7 +91,8 @@ def test_what_was_learned_is_dropped_with_the_momentum() -> None:
         slow.follow_(Objective([], point, slope, {}, {"w": 1.0}, {}, {}), update, memory, 1.0)
     assert slow.gains.mean > FIRST
     slow.drop_(memory)
-    assert slow.gains.mean == FIRST and BUFFER not in memory["w"]
+    assert slow.gains.mean == FIRST
+    assert BUFFER not in memory["w"]
 
 
 def test_batches_of_one_kind_are_followed_further_than_noise() -> None:

@@ -87,7 +87,7 @@ def test_modules_compiled_in_place_are_refused(part: str, options: dict[str, Any
     model = conv_net()
     before = weights(model)
     model.get_submodule(part).compile(backend="eager")
-    with pytest.raises(RuntimeError, match="The factors of '0'.* need calls.*compile"):
+    with pytest.raises(RuntimeError, match=r"The factors of '0'.* need calls.*compile"):
         trained(model, model, options)
     assert torch.equal(before, weights(model))
 
@@ -105,7 +105,7 @@ def test_checkpointed_layers_are_captured(options: dict[str, Any]) -> None:
 def test_reentrant_checkpoints_are_refused(options: dict[str, Any]) -> None:
     model = Checkpointed(reentrant=True)
     before = weights(model)
-    with pytest.raises(RuntimeError, match="'net.0', 'net.2' need calls.*use_reentrant=False"):
+    with pytest.raises(RuntimeError, match=r"'net\.0', 'net\.2' need calls.*use_reentrant=False"):
         trained(model, model, options)
     assert torch.equal(before, weights(model))
 

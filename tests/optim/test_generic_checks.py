@@ -208,7 +208,9 @@ def test_state_dict_hooks_and_round_trip(options: dict[str, Any]) -> None:
     for index, entries in state["state"].items():
         assert all(torch.equal(twice["state"][index][name], entries[name]) for name in entries)
     with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
-        opt.load_state_dict({**state, "param_groups": [{**state["param_groups"][0], "params": [0]}]})
+        opt.load_state_dict(
+            {**state, "param_groups": [{**state["param_groups"][0], "params": [0]}]}
+        )
 
 
 @pytest.mark.parametrize("options", MODES)

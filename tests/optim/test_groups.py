@@ -36,7 +36,9 @@ def test_a_group_has_its_own_damping_rate_and_decay() -> None:
         {"params": model[0].parameters(), "damping": 0.5, "lr": 0.3},
         {"params": model[2].parameters(), "weight_decay": 0.1},
     ]
-    opt = KFAC(model, loss_fn, lr=0.2, params=groups, damping=0.05, **{**FIXED, "fisher": "empirical"})
+    opt = KFAC(
+        model, loss_fn, lr=0.2, params=groups, damping=0.05, **{**FIXED, "fisher": "empirical"}
+    )
     before = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
     hidden = (x @ before[0].T).tanh()
     at_output = 2 * (hidden @ before[1].T - y) / 2  # the mean over two outputs
@@ -137,7 +139,7 @@ def test_fixed_fallback_is_torchs(kind: Any) -> None:
 
 
 def test_an_unknown_fallback_is_refused() -> None:
-    with pytest.raises(ValueError, match="`fallback` must be one of .*, got 'sgd'"):
+    with pytest.raises(ValueError, match=r"`fallback` must be one of .*, got 'sgd'"):
         KFAC(conv_net(), nn.CrossEntropyLoss(), fallback="sgd")  # type: ignore[arg-type]
 
 

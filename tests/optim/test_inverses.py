@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -118,7 +117,9 @@ def test_another_damping_needs_no_new_decomposition(
     assert counts == [12]
     assert opt._step._scaled == 1
     model = conv_net()
-    opt = KFAC(model, loss_fn, lr=0.1, adaptive=False, inverse=inverse, damping=lambda s: 1 / (1 + s))
+    opt = KFAC(
+        model, loss_fn, lr=0.1, adaptive=False, inverse=inverse, damping=lambda s: 1 / (1 + s)
+    )
     opt._preconditioner._steps = 10000
     for step in range(3):
         train_step(model, loss_fn, opt, image_batch())
@@ -216,7 +217,9 @@ class TestRecovery:
 @pytest.mark.parametrize("inverse", KINDS)
 def test_layers_of_one_shape_are_inverted_together(inverse: Any, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layouts = [own.layer.layout for own in KFAC(conv_net(), nn.MSELoss())._preconditioner._running.values()]
+    layouts = [
+        own.layer.layout for own in KFAC(conv_net(), nn.MSELoss())._preconditioner._running.values()
+    ]
     tasks = []
     for index, layout in enumerate(2 * layouts):
         groups, rows, columns = layout.shape
@@ -232,7 +235,7 @@ def test_layers_of_one_shape_are_inverted_together(inverse: Any, dtype: torch.dt
 
 
 class TestBackground:
-    OPTIONS: dict[str, Any] = {"fisher": "exact", "inverse_update_period": 20}
+    OPTIONS: ClassVar[dict[str, Any]] = {"fisher": "exact", "inverse_update_period": 20}
 
     def trained(self, steps: range, **options: Any) -> tuple[nn.Module, KFAC]:
         model, loss_fn = conv_net(), nn.CrossEntropyLoss()
@@ -271,7 +274,9 @@ class TestBackground:
         assert {(own.pending, own.inverse_step) for own in running} == {(None, 1020)}
 
     def test_errors_surface_when_it_is_taken_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        model, opt = self.trained(range(1000, 1020), lr=0.1, adaptive=False, inverse_in_background=True)
+        model, opt = self.trained(
+            range(1000, 1020), lr=0.1, adaptive=False, inverse_in_background=True
+        )
         loss_fn, before = opt._preconditioner._estimator.loss_fn, inversion.inverses
         monkeypatch.setattr(inversion, "inverses", lambda factors, _: [None] * len(factors))
         train_step(model, loss_fn, opt, image_batch())

@@ -114,7 +114,8 @@ def test_automatic_training_reduces_the_loss(random_layers: bool, fisher: Any) -
     model, loss_fn = conv_net(random_layers=random_layers), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn, fisher=fisher)
     losses = [train_step(model, loss_fn, opt, image_batch(24)) for _ in range(25)]
-    assert sum(losses[-5:]) / 5 < 0.3 * losses[0]
+    last = sum(losses[-5:]) / 5 if random_layers else losses[-1]  # dropout changes each loss
+    assert last < 0.3 * losses[0]
 
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
@@ -335,7 +336,9 @@ class TestRejection:
         before, change = weights(model), QuadraticModel.change
         train_step(model, loss_fn, opt, image_batch())
         with monkeypatch.context() as patch:
-            patch.setattr(QuadraticModel, "change", lambda *arguments: change(*arguments) * math.inf)
+            patch.setattr(
+                QuadraticModel, "change", lambda *arguments: change(*arguments) * math.inf
+            )
             for _ in range(3):  # the first has a step to undo
                 with pytest.warns(RuntimeWarning, match="quadratic model was not finite"):
                     train_step(model, loss_fn, opt, image_batch())

@@ -17,7 +17,7 @@ from einconv_kfac.optim.recording import Recorder
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 LOSSES: dict[str, Any] = {
-    "mean": lambda: nn.CrossEntropyLoss(),
+    "mean": nn.CrossEntropyLoss,
     "sum": lambda: nn.CrossEntropyLoss(reduction="sum"),
     "weights": lambda: nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]).double(), ignore_index=1),
 }
@@ -41,7 +41,9 @@ def curvatures_of_examples(
     f, tangent = jvp(output, ({n: p.detach() for n, p in model.named_parameters()},), (direction,))
     parts = tangent.unsqueeze(0) * torch.eye(len(f)).double().unsqueeze(-1)
     hessian = torch.autograd.functional.hessian(lambda out: loss_fn(out, batch[1]), f)
-    return torch.stack([(p.flatten() @ hessian.reshape(f.numel(), -1)) @ p.flatten() for p in parts])
+    return torch.stack(
+        [(p.flatten() @ hessian.reshape(f.numel(), -1)) @ p.flatten() for p in parts]
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -61,7 +63,8 @@ def test_curvature_is_that_of_the_chosen_examples(
     recorder.keeps_outputs, recorder.forward_mode = True, forward_mode
     loss_fn(model(x), y).backward()
     (batch,) = with_portions(recorder.take(), 0.25, 0, 3)
-    assert batch.portion is not None and len(batch.portion.rows) == 2
+    assert batch.portion is not None
+    assert len(batch.portion.rows) == 2
     point = dict(model.named_parameters()), direction, dict.fromkeys(direction, 0.0)
     found = quadratic_model(recorder, [batch], point, [direction])
     expected = 3 * wanted[batch.portion.rows].sum()

@@ -11,8 +11,8 @@ from optim_cases import conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.objective import Objective
 from einconv_kfac.optim.gains import FIRST, LEAST_LATER, SHRINKAGE, SMALLEST
+from einconv_kfac.optim.objective import Objective
 from einconv_kfac.optim.slow_momentum import BUFFER, WINDOW, SlowMomentum
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
@@ -57,7 +57,8 @@ def test_a_learning_rate_scales_what_is_followed() -> None:
     update = {"half": torch.full((2,), 0.25), "none": torch.zeros(2)}
     weight = slow.follow_(objective(point, rates), update, memory, 1.0)
     torch.testing.assert_close(point["half"], weight * direction["half"])
-    assert not point["none"].any() and not direction["none"].any()
+    assert not point["none"].any()
+    assert not direction["none"].any()
     kept = (1 - weight) * (1 + LEAST_LATER * 0.25 / 0.5)
     torch.testing.assert_close(memory["half"][BUFFER], torch.full((2,), kept))
 

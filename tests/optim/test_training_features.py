@@ -85,7 +85,9 @@ def test_autocast(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", MODES)
 def test_clipped_gradients_give_the_step_of_clipped_gradients(options: dict[str, Any]) -> None:
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
-    opt = KFAC(model, loss_fn, momentum=0.0, damping=0.1, fisher="exact", **{**options, "kl_clip": None})
+    opt = KFAC(
+        model, loss_fn, momentum=0.0, damping=0.1, fisher="exact", **{**options, "kl_clip": None}
+    )
     x, y = image_batch()
     loss_fn(model(x), y).backward()
     norm = clip_grad_norm_(model.parameters(), 1e-3)
@@ -94,7 +96,9 @@ def test_clipped_gradients_give_the_step_of_clipped_gradients(options: dict[str,
     step = weights(model) - before
 
     other = conv_net()
-    opt = KFAC(other, loss_fn, momentum=0.0, damping=0.1, fisher="exact", **{**options, "kl_clip": None})
+    opt = KFAC(
+        other, loss_fn, momentum=0.0, damping=0.1, fisher="exact", **{**options, "kl_clip": None}
+    )
     train_step(other, loss_fn, opt, (x, y))
     torch.testing.assert_close(step, (weights(other) - before) * (1e-3 / norm), rtol=1e-4, atol=0)
 

@@ -91,6 +91,9 @@ class Cost:
 def mkl_price(problem: Problem, width: float | None = None) -> float:
     """Return what a multiplication by torch's ordinary product costs, relative to oneDNN's.
 
+    Where wide vectors are worth little, only large products cost as little by MKL; batches of
+    small ones were fitted at the same price as elsewhere.
+
     Args:
         problem: The problem.
         width: Rows and columns of the products, if all are large.
