@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from einconv_kfac.curvature import kronecker_factors
-from einconv_kfac.curvature.neighbours.backpack import with_groups
+from einconv_kfac.curvature.interop.backpack import with_groups
 
 Run = Callable[[], object]
 

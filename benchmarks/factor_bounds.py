@@ -18,9 +18,9 @@ from factor_layers import Layer
 from timing import seconds
 from torch.profiler import ProfilerActivity, profile
 
-from einconv_kfac.curvature.factors.lags import half_of_lags
-from einconv_kfac.curvature.factors.transposed import residue_classes
-from einconv_kfac.curvature.products import add_matmul_
+from einconv_kfac.curvature.devices.products import add_matmul_
+from einconv_kfac.curvature.factors.algorithms.lags import half_of_lags
+from einconv_kfac.curvature.factors.indices.residue_classes import residue_classes
 from einconv_kfac.geometry import Axis
 
 SORTS = {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from einconv_kfac.curvature.factors.problem import Problem
-from einconv_kfac.geometry import Geometry, convolution, transposed_convolution
+from einconv_kfac.geometry import Geometry, conv_geometry, conv_transpose_geometry
 
 HERE = Path(__file__).resolve().parent
 
@@ -28,7 +28,7 @@ class Layer:
     @property
     def geometry(self) -> Geometry:
         """The convolution, or the one that the transposed one is the adjoint of."""
-        make = transposed_convolution if self.transposed else convolution
+        make = conv_transpose_geometry if self.transposed else conv_geometry
         return make(self.shape[2:], **self.options)
 
     @property

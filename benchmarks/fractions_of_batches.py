@@ -45,7 +45,7 @@ def optimizer(model: nn.Module, loss_fn: nn.Module, period: int, parts: Sequence
         loss_fn,
         factor_update_period=period,
         factor_fraction=parts[0],
-        product_fraction=parts[1],
+        curvature_fraction=parts[1],
     )
     state = opt.state_dict()
     state["kfac"]["preconditioner"]["steps"] = _LATE

@@ -105,7 +105,7 @@ WAYS: dict[str, tuple[Callable[..., list[tuple[int, ...]]], dict[str, Any]]] = {
     "fixed": (whole, _FIXED),
     "automatic, loss inside": (inside, {}),
     "fixed, loss inside": (inside, _FIXED),
-    "automatic, fractions": (parts, {"product_fraction": 0.5, "factor_fraction": 0.5}),
+    "automatic, fractions": (parts, {"curvature_fraction": 0.5, "factor_fraction": 0.5}),
     "fixed, fraction": (parts, {**_FIXED, "factor_fraction": 0.5}),
     "automatic, two backward": (squares, {}),
 }

@@ -30,7 +30,7 @@ from einconv_kfac.evaluate import convolution, evaluate
 from einconv_kfac.expressions import cache_clear, convNd_forward, convNd_kfac_reduce
 from einconv_kfac.functionals import convNd
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.geometry import convolution as described
+from einconv_kfac.geometry import conv_geometry as described
 
 HERE = Path(__file__).parent
 OPERATIONS = ("forward", "input VJP", "weight VJP")

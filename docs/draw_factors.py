@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from einconv_kfac.curvature.factors.coincidence import Lag, lags
+from einconv_kfac.curvature.factors.indices.lag_pairs import Lag, lags
 from einconv_kfac.geometry import Axis
 
 AXIS = Axis(input_size=6, kernel_size=3, padding=(1, 1))

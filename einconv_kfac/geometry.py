@@ -185,7 +185,7 @@ def parse_padding(padding: Padding, ndim: int) -> tuple[tuple[int, int], ...]:
     return tuple((left, right) for left, right in sides)
 
 
-def convolution(
+def conv_geometry(
     input_size: Sequence[int],
     kernel_size: Sizes,
     stride: Sizes = 1,
@@ -210,7 +210,7 @@ def convolution(
             does not fit, or ``"same"`` meets a stride.
         TypeError: If a hyper-parameter is not an integer.
 
-    >>> convolution((32, 28), kernel_size=3, stride=(2, 1), padding=1).output_size
+    >>> conv_geometry((32, 28), kernel_size=3, stride=(2, 1), padding=1).output_size
     (16, 28)
     """
     return _convolution(
@@ -218,7 +218,7 @@ def convolution(
     )
 
 
-def transposed_convolution(
+def conv_transpose_geometry(
     input_size: Sequence[int],
     kernel_size: Sizes,
     stride: Sizes = 1,
@@ -233,10 +233,10 @@ def transposed_convolution(
     input, of size ``(O - 1) S - p_left - p_right + D (K - 1) + 1 + output_padding``.
 
     Raises:
-        ValueError: As `convolution`; also if ``output_padding`` reaches stride and dilation,
+        ValueError: As `conv_geometry`; also if ``output_padding`` reaches stride and dilation,
             or if no output would be left.
 
-    >>> transposed_convolution((7,), kernel_size=3, stride=2, output_padding=1).input_size
+    >>> conv_transpose_geometry((7,), kernel_size=3, stride=2, output_padding=1).input_size
     (16,)
     """
     ndim = len(input_size)
@@ -277,7 +277,7 @@ def output_padding_of(
     """Return the output padding with which a transposed convolution has an output size.
 
     Raises:
-        ValueError: If none below stride or dilation does; as `convolution`.
+        ValueError: If none below stride or dilation does; as `conv_geometry`.
 
     >>> output_padding_of(16, (7,), kernel_size=3, stride=2)
     (1,)
@@ -319,7 +319,7 @@ def parse_convolution(
     dilation: Sizes = 1,
     groups: int = 1,
 ) -> Geometry:
-    """Parse torch's spellings without a cache; see `convolution`."""
+    """Parse torch's spellings without a cache; see `conv_geometry`."""
     ndim = len(input_size)
     sizes = per_dimension(tuple(input_size), ndim, "input_size")
     kernel = per_dimension(kernel_size, ndim, "kernel_size")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.geometry import Geometry, convolution
+from einconv_kfac.geometry import Geometry, conv_geometry
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ConvCase:
 
     @property
     def geometry(self) -> Geometry:
-        return convolution(self.input_size, self.kernel_size, **self.options)
+        return conv_geometry(self.input_size, self.kernel_size, **self.options)
 
     def input(self, dtype: torch.dtype = torch.float64) -> Tensor:
         generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from evidence.vision import torchvision_module
 from torch import Tensor, nn
 
 from einconv_kfac.curvature import LayerRule, register_layer
-from einconv_kfac.curvature.rules import ChannelNormRule
+from einconv_kfac.curvature.layers.rules import ChannelNormRule
 
 
 def random(*shape: int) -> Tensor:

@@ -14,9 +14,9 @@ from oracles import CONVOLUTIONS, TRANSPOSED
 from einconv_kfac.geometry import (
     Axis,
     Geometry,
-    convolution,
+    conv_geometry,
+    conv_transpose_geometry,
     output_padding_of,
-    transposed_convolution,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own
@@ -46,7 +46,7 @@ def test_transposed_sizes_equal_torch(
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     x, weight = torch.ones(1, 1, size), torch.ones(1, 1, kernel)
     try:
-        geometry = transposed_convolution((size,), kernel, **options, output_padding=extra)
+        geometry = conv_transpose_geometry((size,), kernel, **options, output_padding=extra)
     except ValueError:
         with pytest.raises(RuntimeError):
             TRANSPOSED[1](x, weight, **options, output_padding=extra)
@@ -58,12 +58,12 @@ def test_transposed_sizes_equal_torch(
 
 
 def test_spellings_agree() -> None:
-    plain = convolution((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1))
-    assert convolution((8, 8), 3, 2, 1) == plain
-    assert convolution([8, 8], [3, 3], [2], [1, 1], [1, 1]) == plain
-    assert convolution((8,), 4, padding="same").padding == ((1, 2),)
-    assert convolution((8,), 4, padding="valid").padding == ((0, 0),)
-    assert hash(plain) == hash(convolution((8, 8), 3, 2, 1))
+    plain = conv_geometry((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1))
+    assert conv_geometry((8, 8), 3, 2, 1) == plain
+    assert conv_geometry([8, 8], [3, 3], [2], [1, 1], [1, 1]) == plain
+    assert conv_geometry((8,), 4, padding="same").padding == ((1, 2),)
+    assert conv_geometry((8,), 4, padding="valid").padding == ((0, 0),)
+    assert hash(plain) == hash(conv_geometry((8, 8), 3, 2, 1))
 
 
 ERRORS: list[tuple[Any, str]] = [
@@ -71,9 +71,12 @@ ERRORS: list[tuple[Any, str]] = [
     (lambda: Axis(3, 1, padding=(-1, 0)), "`padding` must not be negative"),
     (lambda: Axis(3, 4), "`kernel_size` must fit into the padded input"),
     (lambda: Geometry((), 0), "`groups` must be at least 1, got 0"),
-    (lambda: convolution((8,), 3, padding=(1, 2)), "`padding` must have one entry per dimension"),
-    (lambda: convolution((8,), 3, padding="SAME"), "`padding` must be 'same', 'valid' or numbers"),
-    (lambda: convolution((8,), 3, groups=2).split_channels(3), "divisible by groups=2, got 3"),
+    (lambda: conv_geometry((8,), 3, padding=(1, 2)), "`padding` must have one entry per dimension"),
+    (
+        lambda: conv_geometry((8,), 3, padding="SAME"),
+        "`padding` must be 'same', 'valid' or numbers",
+    ),
+    (lambda: conv_geometry((8,), 3, groups=2).split_channels(3), "divisible by groups=2, got 3"),
 ]
 
 

@@ -1,9 +1,13 @@
 """Curvature as Kronecker factors."""
 
-from einconv_kfac.curvature.collection import KroneckerFactors, pooled
-from einconv_kfac.curvature.coverage import Coverage, coverage
-from einconv_kfac.curvature.eigen import EigenBlock
-from einconv_kfac.curvature.estimate import kronecker_factors
+from einconv_kfac.curvature.blocks.collection import KroneckerFactors, pooled
+from einconv_kfac.curvature.blocks.eigen import EigenBlock
+from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
+from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.blocks.sums import SumBlock
+from einconv_kfac.curvature.estimation.estimate import kronecker_factors
+from einconv_kfac.curvature.estimation.fisher import FisherEstimator
+from einconv_kfac.curvature.estimation.verification import Verification, verify
 from einconv_kfac.curvature.factors import (
     conv_input_factor,
     conv_output_factor,
@@ -11,14 +15,10 @@ from einconv_kfac.curvature.factors import (
     linear_input_factor,
     output_factor,
 )
-from einconv_kfac.curvature.fisher import FisherEstimator
-from einconv_kfac.curvature.kronecker import KroneckerBlock
-from einconv_kfac.curvature.layers import Layer, find_layers
-from einconv_kfac.curvature.layout import Layout
+from einconv_kfac.curvature.layers.coverage import Coverage, coverage
+from einconv_kfac.curvature.layers.layer import Layer, find_layers
+from einconv_kfac.curvature.layers.rules import LayerRule, LinearRule, register_layer
 from einconv_kfac.curvature.losses import EntrywiseRule, LossRule, register_loss
-from einconv_kfac.curvature.rules import LayerRule, LinearRule, register_layer
-from einconv_kfac.curvature.sums import SumBlock
-from einconv_kfac.curvature.verification import Verification, verify
 
 __all__ = [
     "Coverage",

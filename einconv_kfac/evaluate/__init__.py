@@ -6,6 +6,6 @@ convolution's, in the order that its sizes suggest.
 """
 
 from einconv_kfac.evaluate.contraction import evaluate
-from einconv_kfac.evaluate.trilinear import convolution
+from einconv_kfac.evaluate.kernels.trilinear import convolution
 
 __all__ = ["convolution", "evaluate"]

@@ -22,8 +22,8 @@ def evaluate(network: Network, *tensors: Tensor) -> Tensor:
         Tensor of shape ``network.shape``.
 
     >>> from einconv_kfac.expressions import convNd_forward
-    >>> from einconv_kfac.geometry import convolution
-    >>> network = convNd_forward.network(convolution((8,), 3), 2, 4, 5)
+    >>> from einconv_kfac.geometry import conv_geometry
+    >>> network = convNd_forward.network(conv_geometry((8,), 3), 2, 4, 5)
     >>> evaluate(network, torch.rand(2, 4, 8), torch.rand(5, 4, 3)).shape
     torch.Size([2, 5, 6])
     """

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate import dense, depthwise, innermost, stacked
+from einconv_kfac.evaluate.kernels import dense, depthwise, innermost, stacked
 from einconv_kfac.geometry import Axis, Geometry
 
 ROLES = ("x", "w", "v")

@@ -15,10 +15,10 @@ from einconv_kfac.geometry import (
     Geometry,
     Padding,
     Sizes,
-    convolution,
+    conv_geometry,
+    conv_transpose_geometry,
     hashable,
     output_padding_of,
-    transposed_convolution,
 )
 from einconv_kfac.network import Network, simplified
 from einconv_kfac.network.cache import cached
@@ -57,10 +57,10 @@ class Options(NamedTuple):
     output_size: Sizes | None = None
     input_size: Sizes = ()
 
-    def convolution(self, input_size: Shape, kernel_size: Shape | None = None) -> Geometry:
+    def geometry(self, input_size: Shape, kernel_size: Shape | None = None) -> Geometry:
         """Return the convolution of an input, whose kernel may be known by its shape."""
         kernel = self.kernel_size if kernel_size is None else kernel_size
-        return convolution(input_size, kernel, *self[:4])
+        return conv_geometry(input_size, kernel, *self[:4])
 
     def transposed(self, input_size: Shape, kernel_size: Shape | None = None) -> Geometry:
         """Return the convolution whose adjoint takes the input of a transposed convolution."""
@@ -70,7 +70,7 @@ class Options(NamedTuple):
         if self.output_size is not None:
             sizes = self.output_size, input_size, kernel
             more = output_padding_of(*sizes, stride, padding, dilation)
-        return transposed_convolution(input_size, kernel, stride, padding, more, dilation, groups)
+        return conv_transpose_geometry(input_size, kernel, stride, padding, more, dilation, groups)
 
 
 class Call(NamedTuple):

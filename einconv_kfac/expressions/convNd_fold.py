@@ -42,5 +42,5 @@ def einsum_expression(z: Shape, options: Options) -> Network:
     (2, 3, 8)
     """
     ndim = 1 if isinstance(options.input_size, int) else len(options.input_size)
-    geometry = options.convolution(per_dimension(options.input_size, ndim, "input_size"))
+    geometry = options.geometry(per_dimension(options.input_size, ndim, "input_size"))
     return network(geometry, z[0], column_channels(z, geometry))

@@ -34,7 +34,7 @@ def network_of(x: Shape, weight: Shape, options: Options, name: str = "x") -> Ne
     """Return the contraction of an input, called ``name``, and a kernel of these shapes."""
     sizes = spatial_size(x, name)
     check_weight(weight, x[1], len(sizes), options.groups)
-    return network(options.convolution(sizes, weight[2:]), x[0], x[1], weight[0])
+    return network(options.geometry(sizes, weight[2:]), x[0], x[1], weight[0])
 
 
 @bound(input_weight)

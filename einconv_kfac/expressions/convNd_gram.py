@@ -65,6 +65,6 @@ def einsum_expression(x: Shape, s: Shape, options: Options) -> Network:
     >>> einsum_expression(x, s, kernel_size=2)[2]
     (10, 10)
     """
-    geometry = options.convolution(spatial_size(x, "x"))
+    geometry = options.geometry(spatial_size(x, "x"))
     check_output(s[1:], x[0], geometry, "s")
     return network(geometry, s[0], x[0], x[1], s[2])

@@ -53,7 +53,7 @@ def einsum_expression(v: Shape, weight: Shape, options: Options) -> Network:
     ndim, groups = len(v) - 2, options.groups
     check_weight(weight, groups * (weight[1] if len(weight) > 1 else 0), ndim, groups)
     sizes = per_dimension(options.input_size, ndim, "input_size")
-    geometry = options.convolution(sizes, weight[2:])
+    geometry = options.geometry(sizes, weight[2:])
     check_output(v, None, geometry)
     if v[1] != weight[0]:
         raise ValueError(f"`v` must have the {weight[0]} channels of `weight`, got {v[1]}.")

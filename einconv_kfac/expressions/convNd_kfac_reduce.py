@@ -38,4 +38,4 @@ def einsum_expression(x: Shape, options: Options) -> Network:
     >>> einsum_expression(torch.rand(2, 4, 8), kernel_size=3, groups=2)[2]
     (2, 6, 6)
     """
-    return network(options.convolution(spatial_size(x, "x")), x[0], x[1])
+    return network(options.geometry(spatial_size(x, "x")), x[0], x[1])

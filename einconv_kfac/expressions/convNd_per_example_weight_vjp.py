@@ -55,6 +55,6 @@ def einsum_expression(x: Shape, v: Shape, options: Options) -> Network:
     >>> einsum_expression(x, v, kernel_size=2)[2]
     (2, 4, 3, 2)
     """
-    geometry = options.convolution(spatial_size(x, "x"))
+    geometry = options.geometry(spatial_size(x, "x"))
     check_output(v, x[0], geometry)
     return network(geometry, x[0], x[1], v[1])

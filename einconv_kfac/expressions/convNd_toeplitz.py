@@ -48,5 +48,5 @@ def einsum_expression(weight: Shape, options: Options) -> Network:
     """
     check_kernel(weight, options.groups)
     sizes = per_dimension(options.input_size, len(weight) - 2, "input_size")
-    geometry = options.convolution(sizes, weight[2:])
+    geometry = options.geometry(sizes, weight[2:])
     return network(geometry, options.groups * weight[1], weight[0])

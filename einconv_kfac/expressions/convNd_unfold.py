@@ -46,4 +46,4 @@ def einsum_expression(x: Shape, options: Options) -> Network:
     >>> equation, shape
     ('ab,cdb->acd', (2, 6, 7))
     """
-    return network(options.convolution(spatial_size(x, "x")), x[0], x[1])
+    return network(options.geometry(spatial_size(x, "x")), x[0], x[1])

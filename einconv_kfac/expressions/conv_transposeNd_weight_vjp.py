@@ -29,6 +29,6 @@ def einsum_expression(v: Shape, x: Shape, options: Options) -> Network:
     >>> einsum_expression(x, v, kernel_size=2, stride=2)[2]
     (4, 3, 2)
     """
-    geometry = options.convolution(spatial_size(v, "v"))
+    geometry = options.geometry(spatial_size(v, "v"))
     check_output(x, v[0], geometry, "x")
     return network(geometry, v[0], v[1], x[1])

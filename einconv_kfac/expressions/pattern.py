@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einconv_kfac.geometry import Axis, convolution
+from einconv_kfac.geometry import Axis, conv_geometry
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def index_pattern(
     tensor([[1, 0, 0, 0],
             [0, 0, 1, 0]], dtype=torch.int32)
     """
-    (axis,) = convolution((input_size,), kernel_size, stride, padding, dilation).axes
+    (axis,) = conv_geometry((input_size,), kernel_size, stride, padding, dilation).axes
     return pattern_tensor(axis, device, dtype)
 
 

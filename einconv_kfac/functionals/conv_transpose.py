@@ -9,7 +9,7 @@ from einconv_kfac.evaluate import convolution, evaluate
 from einconv_kfac.expressions import convNd_input_vjp
 from einconv_kfac.expressions.terms import check_transposed_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, with_bias
-from einconv_kfac.geometry import Geometry, Padding, Sizes, hashable, transposed_convolution
+from einconv_kfac.geometry import Geometry, Padding, Sizes, conv_transpose_geometry, hashable
 from einconv_kfac.network.cache import cached
 from einconv_kfac.network.step import Shape
 
@@ -48,7 +48,7 @@ def conv_transposeNd(  # noqa: N802 (in line with convNd)
 
     Raises:
         ValueError: If the shapes, types or devices do not match, or as
-            `transposed_convolution`.
+            `conv_transpose_geometry`.
 
     >>> import torch
     >>> conv_transposeNd(torch.rand(2, 4, 7), torch.rand(4, 3, 2), stride=2).shape
@@ -81,7 +81,7 @@ def _geometry(
     check_transposed_weight(tuple(weight), x[0], len(sizes), groups)
     kernel = tuple(weight[2:])
     options = (stride, padding, output_padding, dilation, groups)
-    return transposed_convolution(sizes, kernel, *options)
+    return conv_transpose_geometry(sizes, kernel, *options)
 
 
 _cached_geometry = cached(maxsize=1024)(_geometry)

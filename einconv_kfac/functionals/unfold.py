@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from einconv_kfac.evaluate import evaluate, windows
+from einconv_kfac.evaluate import evaluate
+from einconv_kfac.evaluate.kernels import windows
 from einconv_kfac.expressions import conv_transposeNd_unfold, convNd_fold, convNd_unfold
 from einconv_kfac.expressions.terms import column_channels, spatial_size
 from einconv_kfac.geometry import (
     Padding,
     Sizes,
+    conv_transpose_geometry,
     parse_convolution,
     per_dimension,
-    transposed_convolution,
 )
 
 
@@ -126,7 +127,7 @@ def unfoldNd_transpose(  # noqa: N802 (einconv's name)
         Tensor of shape ``[n, (c *k), (*i)]``.
 
     Raises:
-        ValueError: As `transposed_convolution`.
+        ValueError: As `conv_transpose_geometry`.
 
     >>> import torch
     >>> unfoldNd_transpose(torch.rand(2, 3, 7), kernel_size=2, stride=2).shape
@@ -134,7 +135,7 @@ def unfoldNd_transpose(  # noqa: N802 (einconv's name)
     """
     sizes = spatial_size(tuple(x.shape), "x")
     options = (kernel_size, stride, padding, output_padding, dilation)
-    geometry = transposed_convolution(sizes, *options)
+    geometry = conv_transpose_geometry(sizes, *options)
     if simplify:
         return windows.unfold_transposed(geometry, x)
     return evaluate(conv_transposeNd_unfold.network(geometry, x.shape[0], x.shape[1]), x)

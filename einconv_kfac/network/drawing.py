@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from einconv_kfac.network.layout import COLUMN, MARGIN, ROW, Point, bonds, center, positions
 from einconv_kfac.network.operand import Delta, Leaf, Operand
+from einconv_kfac.network.placement import COLUMN, MARGIN, ROW, Point, bonds, center, positions
 
 if TYPE_CHECKING:  # a network draws itself
     from einconv_kfac.network.network import Network

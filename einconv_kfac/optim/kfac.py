@@ -11,32 +11,32 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from einconv_kfac.curvature.estimate import uncompiled
-from einconv_kfac.curvature.fisher import Fisher
-from einconv_kfac.curvature.layers import Approximation
+from einconv_kfac.curvature.estimation.estimate import uncompiled
+from einconv_kfac.curvature.estimation.fisher import Fisher
+from einconv_kfac.curvature.layers.layer import Approximation
 from einconv_kfac.curvature.losses import check_reduction
-from einconv_kfac.optim.automatic import AutomaticStep
-from einconv_kfac.optim.copying import arguments, rebuilt, shared_arguments
 from einconv_kfac.optim.coverage import Training, training, uncovered
-from einconv_kfac.optim.fallback import Fallback, check_fallback, with_fallback
-from einconv_kfac.optim.fixed import FixedOptions, FixedStep
-from einconv_kfac.optim.inverses import Inverse
-from einconv_kfac.optim.objective import (
+from einconv_kfac.optim.diagnostics import Report, norms
+from einconv_kfac.optim.hyperparameters import (
+    GroupSettings,
+    Schedule,
+    Settings,
+    checked_safeguard,
+)
+from einconv_kfac.optim.inverses.protocol import Inverse
+from einconv_kfac.optim.parameters import Exclusion
+from einconv_kfac.optim.pickling import arguments, rebuilt, shared_arguments
+from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
+from einconv_kfac.optim.replay.subsample import curvature_fraction_of, with_portions
+from einconv_kfac.optim.step.automatic import AutomaticStep
+from einconv_kfac.optim.step.fallback import Fallback, check_fallback, with_fallback
+from einconv_kfac.optim.step.fixed import FixedOptions, FixedStep
+from einconv_kfac.optim.step.objective import (
     Objective,
     Statistics,
     at_parameters,
     following_,
     rescaled,
-)
-from einconv_kfac.optim.portion import product_fraction_of, with_portions
-from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
-from einconv_kfac.optim.report import Report, norms
-from einconv_kfac.optim.selection import Exclusion
-from einconv_kfac.optim.settings import (
-    GroupSettings,
-    Schedule,
-    Settings,
-    check_every_step_of,
 )
 
 _STATE_VERSION = 5
@@ -96,19 +96,19 @@ class KFAC(Optimizer):
             inverts, at the earliest in the next step, however long the thread takes.
         factor_fraction: Fraction of each batch's examples, drawn at random, that the factors
             are averaged over (the backward pass for them takes all).
-        product_fraction: Fraction of each batch's examples, drawn at random, from which the
+        curvature_fraction: Fraction of each batch's examples, drawn at random, from which the
             quadratic model takes its curvature, for ``adaptive=True`` and models whose layers
             treat every example alone.
         kl_clip: Bound on ``lr^2 d.g`` for ``adaptive=False``, ``None`` for none; kfac-jax calls
             it norm constraint, as it bounds a norm that the curvature defines.
-        norm_constraint: Bound on the Euclidean norm of ``lr d`` for ``adaptive=False``, before
+        max_step_norm: Bound on the Euclidean norm of ``lr d`` for ``adaptive=False``, before
             momentum; none by default.
         nesterov: Whether momentum is Nesterov's, as in ``torch.optim.SGD``, for
             ``adaptive=False``.
         decoupled_weight_decay: Whether weight decay shrinks the parameters by ``lr`` times
             itself and leaves gradient and curvature alone (Loshchilov and Hutter, 2019), for
             ``adaptive=False``.
-        check_every_step: Whether to evaluate the objective again after every step instead of
+        safeguard: Whether to evaluate the objective again after every step instead of
             some, for one forward pass, where step size and damping are automatic: a step after
             which its own batch's loss has grown is shortened or rejected, and the damping grows.
         exclude: Modules, names of modules or patterns of names (``"encoder.*"``) that are left
@@ -156,12 +156,12 @@ class KFAC(Optimizer):
         inverse: Inverse = "factored",
         inverse_in_background: bool = False,
         factor_fraction: float = 1.0,
-        product_fraction: float = 1.0,
+        curvature_fraction: float = 1.0,
         kl_clip: Schedule | None = 1e-3,
-        norm_constraint: Schedule | None = None,
+        max_step_norm: Schedule | None = None,
         nesterov: bool = False,
         decoupled_weight_decay: bool = False,
-        check_every_step: bool = False,
+        safeguard: bool = False,
         exclude: Exclusion = (),
         fallback: Fallback | None = None,
         strict: bool = False,
@@ -169,11 +169,11 @@ class KFAC(Optimizer):
         seed: int = 0,
     ) -> None:
         self._given = arguments(locals())
-        options = FixedOptions(nesterov, decoupled_weight_decay, norm_constraint)
+        options = FixedOptions(nesterov, decoupled_weight_decay, max_step_norm)
         if adaptive:
             options.check_automatic()
-        check_every_step = check_every_step_of(check_every_step, adaptive, damping)
-        self._portion = product_fraction_of(product_fraction, adaptive), seed
+        safeguard = checked_safeguard(safeguard, adaptive, damping)
+        self._portion = curvature_fraction_of(curvature_fraction, adaptive), seed
         entry, model = model, uncompiled(model)
         self._settings = Settings(
             damping,
@@ -182,7 +182,7 @@ class KFAC(Optimizer):
             inverse_update_period,
             momentum,
             kl_clip,
-            norm_constraint,
+            max_step_norm,
         )
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._reduction = check_reduction(loss_fn)
@@ -197,7 +197,7 @@ class KFAC(Optimizer):
         self._preconditioner = KFACPreconditioner(**own)
         self._decoupled, self._log_to = decoupled_weight_decay, log_to
         self._step: AutomaticStep | FixedStep = (
-            AutomaticStep(self._preconditioner, check_every_step)
+            AutomaticStep(self._preconditioner, safeguard)
             if adaptive
             else FixedStep(self._preconditioner, options)
         )

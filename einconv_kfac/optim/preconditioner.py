@@ -9,19 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.estimate import uncompiled
-from einconv_kfac.curvature.fisher import Fisher, FisherEstimator
-from einconv_kfac.curvature.layers import Approximation, find_layers
-from einconv_kfac.optim.copying import arguments, rebuilt
-from einconv_kfac.optim.gathering import NEVER_SEEN, Gathering
-from einconv_kfac.optim.inverses import Inverse
-from einconv_kfac.optim.inversion import kind_of
-from einconv_kfac.optim.quadratic import Direction
-from einconv_kfac.optim.recording import Batch
-from einconv_kfac.optim.renewal import Inverses, Renewal
-from einconv_kfac.optim.running import RunningFactors, check_layers
-from einconv_kfac.optim.selection import Exclusion, excluded_modules
-from einconv_kfac.optim.settings import (
+from einconv_kfac.curvature.estimation.estimate import uncompiled
+from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
+from einconv_kfac.curvature.layers.layer import Approximation, find_layers
+from einconv_kfac.optim.factors.collector import NEVER_SEEN, Gathering
+from einconv_kfac.optim.factors.refresh import Inverses, Renewal
+from einconv_kfac.optim.factors.running import RunningFactors, check_layers
+from einconv_kfac.optim.hyperparameters import (
     Constants,
     GroupSettings,
     Schedule,
@@ -29,6 +23,12 @@ from einconv_kfac.optim.settings import (
     interval,
     is_due,
 )
+from einconv_kfac.optim.inverses.protocol import Inverse
+from einconv_kfac.optim.inverses.registry import kind_of
+from einconv_kfac.optim.parameters import Exclusion, excluded_modules
+from einconv_kfac.optim.pickling import arguments, rebuilt
+from einconv_kfac.optim.replay.recorder import Batch
+from einconv_kfac.optim.step.quadratic_model import Direction
 
 DEFAULT_DAMPING = 0.03
 NOT_FINITE = "A gradient, loss or Kronecker factor was not finite; the step was skipped."

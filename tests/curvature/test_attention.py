@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from einconv_kfac.curvature import coverage, find_layers, kronecker_factors
-from einconv_kfac.curvature.capture import LayerCapture
+from einconv_kfac.curvature.estimation.capture import LayerCapture
 
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}
 

@@ -16,7 +16,7 @@ from einconv_kfac.curvature import (
     kronecker_factors,
     register_layer,
 )
-from einconv_kfac.curvature.capture import LayerCapture
+from einconv_kfac.curvature.estimation.capture import LayerCapture
 
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}
 

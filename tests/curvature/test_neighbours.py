@@ -13,8 +13,8 @@ with warnings.catch_warnings():
     import curvlinops
 
 from einconv_kfac.curvature import KroneckerFactors, kronecker_factors
-from einconv_kfac.curvature.neighbours.backpack import with_groups
-from einconv_kfac.curvature.neighbours.curvlinops import CurvatureOperator, to_kfac_operator
+from einconv_kfac.curvature.interop.backpack import with_groups
+from einconv_kfac.curvature.interop.curvlinops import CurvatureOperator, to_kfac_operator
 
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-9}
 

@@ -9,10 +9,10 @@ import torch
 from factor_definition import columns, factor
 from torch import Tensor
 
-from einconv_kfac.curvature import products
+from einconv_kfac.curvature.devices import products
+from einconv_kfac.curvature.devices.products import LARGE, add_matmul_, product
 from einconv_kfac.curvature.factors import conv_input_factor
-from einconv_kfac.curvature.products import LARGE, add_matmul_, product
-from einconv_kfac.geometry import convolution
+from einconv_kfac.geometry import conv_geometry
 
 SINGLE = {"rtol": 1e-5, "atol": 1e-4}
 
@@ -73,7 +73,7 @@ def test_are_made_by_one_dnn_where_it_is_faster(
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_give_the_same_factors(kernel_size: int, stride: int, layout: torch.memory_format) -> None:
     x = torch.randn(3, 70, 19, 13, generator=torch.Generator().manual_seed(0))
-    geometry = convolution(x.shape[2:], kernel_size, stride, 1)
+    geometry = conv_geometry(x.shape[2:], kernel_size, stride, 1)
     expected = factor(columns(x.double(), geometry), "expand")
     out, x = torch.ones(expected.shape), x.to(memory_format=layout)
     name = "im2col" if kernel_size > 1 else None

@@ -142,7 +142,7 @@ def transposed_options(case: ConvCase) -> dict[str, Any]:
     return {**options, "output_padding": extra}
 
 
-def transposed_convolution(case: ConvCase) -> None:
+def conv_transpose_geometry(case: ConvCase) -> None:
     weight, x, v = case.weight(), case.output_like(), case.input().cos()
     geometry = case.geometry
     options = {**transposed_options(case), "groups": case.groups}
@@ -181,7 +181,7 @@ CHECKS = [
     jvps,
     per_example_weight_vjp,
     ggn_diagonal_and_gram,
-    transposed_convolution,
+    conv_transpose_geometry,
     transposed_unfold_and_factors,
 ]
 ALL_CHECKS = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from oracles import reference
 from torch import Tensor
 
-from einconv_kfac.evaluate import columns, convolution
+from einconv_kfac.evaluate import convolution
+from einconv_kfac.evaluate.kernels import columns
 
 
 def pulled_back(case: ConvCase) -> Tensor:

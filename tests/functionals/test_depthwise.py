@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from einconv_kfac.evaluate import convolution, innermost, operator
-from einconv_kfac.geometry import convolution as described
+from einconv_kfac.evaluate import convolution, operator
+from einconv_kfac.evaluate.kernels import innermost
+from einconv_kfac.geometry import conv_geometry as described
 
 CASES: list[dict[str, Any]] = [
     {"input_size": (9,), "kernel_size": 3},

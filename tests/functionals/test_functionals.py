@@ -17,7 +17,7 @@ from einconv_kfac.functionals import (
     unfoldNd,
     unfoldNd_transpose,
 )
-from einconv_kfac.geometry import convolution, output_padding_of
+from einconv_kfac.geometry import conv_geometry, output_padding_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own
 ALL_CASES = pytest.mark.parametrize("case", [*CONV_CASES, UNMET], ids=case_id)
@@ -91,7 +91,7 @@ def test_convolution_in_many_dimensions(ndim: int, simplify: bool) -> None:
     torch.manual_seed(0)
     sizes, kernel = (4, 3, 5, 3, 2)[:ndim], (2, 3, 2, 1, 2)[:ndim]
     options = {"stride": (2, 1, 1, 2, 1)[:ndim], "padding": 1, "dilation": (1, 1, 2, 1, 1)[:ndim]}
-    geometry = convolution(sizes, kernel, **options, groups=2)
+    geometry = conv_geometry(sizes, kernel, **options, groups=2)
     x = torch.randn(2, 4, *sizes, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 2, *kernel, dtype=torch.float64, requires_grad=True)
     result = convNd(x, weight, **options, groups=2, simplify=simplify)

@@ -14,11 +14,11 @@ from einconv_kfac.expressions import (
     convNd_kfac_reduce,
     convNd_toeplitz,
 )
-from einconv_kfac.geometry import convolution
+from einconv_kfac.geometry import conv_geometry
 from einconv_kfac.network import simplified
 
-GEOMETRY = convolution((8, 9), (2, 3), stride=(2, 1), padding=(0, 1), groups=2)
-DENSE = convolution((8,), 2, stride=2)
+GEOMETRY = conv_geometry((8, 9), (2, 3), stride=(2, 1), padding=(0, 1), groups=2)
+DENSE = conv_geometry((8,), 2, stride=2)
 NETWORKS = {
     "forward": convNd_forward.network(GEOMETRY, 4, 6, 8),
     "reduce": convNd_kfac_reduce.network(GEOMETRY, 4, 6),
@@ -59,6 +59,6 @@ def test_explanation_counts() -> None:
 
 
 def test_network_in_words() -> None:
-    assert str(convNd_forward.network(convolution((8,), 3), 2, 4, 5)) == (
+    assert str(convNd_forward.network(conv_geometry((8,), 3), 2, 4, 5)) == (
         "x[n g ci i0] P[k0 o0 i0] W[g co ci k0] -> [n g co o0]"
     )

@@ -25,7 +25,7 @@ from einconv_kfac.expressions import (
     convNd_weight_vjp,
 )
 from einconv_kfac.expressions.binding import constant_tensor, stepped
-from einconv_kfac.geometry import Axis, Geometry, convolution
+from einconv_kfac.geometry import Axis, Geometry, conv_geometry
 from einconv_kfac.network import Delta, Leaf, Network, Node, Pattern, rules, simplified
 from einconv_kfac.network.rules.indices import merge_parallel
 from einconv_kfac.network.step import Drop, Merge, Split
@@ -53,11 +53,11 @@ def value(network: Network) -> Tensor:
 
 
 def forward(*sizes: int, **options: object) -> Network:
-    return convNd_forward.network(convolution(sizes[:1], sizes[1], **options), 2, 2, 3)
+    return convNd_forward.network(conv_geometry(sizes[:1], sizes[1], **options), 2, 2, 3)
 
 
 def adjoint(*sizes: int, **options: object) -> Network:
-    return convNd_input_vjp.network(convolution(sizes[:1], sizes[1], **options), 2, 2, 3)
+    return convNd_input_vjp.network(conv_geometry(sizes[:1], sizes[1], **options), 2, 2, 3)
 
 
 def deltas(*pairs: str, leaf: str = "", output: str = "") -> Network:
@@ -103,7 +103,7 @@ RULE_CASES: list[tuple[str, Network]] = [
     ("crop", forward(8, 3, stride=2)),
     ("whole", forward(4, 4, stride=3)),
     ("whole", adjoint(4, 4)),
-    ("sum_patterns", convNd_kfac_reduce.network(convolution((7,), 3, padding=1), 2, 2)),
+    ("sum_patterns", convNd_kfac_reduce.network(conv_geometry((7,), 3, padding=1), 2, 2)),
     ("unite_patterns", two_patterns("Koi", "kK")),
     ("unite_patterns", two_patterns("koI", "I")),
     ("unite_patterns", two_patterns("kOi", "")),
@@ -111,8 +111,8 @@ RULE_CASES: list[tuple[str, Network]] = [
     ("swap", forward(8, 3, dilation=3)),
     ("swap", adjoint(8, 3, dilation=3)),
     ("trim_kernel", forward(1, 3, padding=1)),
-    ("trim_kernel", convNd_weight_vjp.network(convolution((2,), 5, padding=2), 2, 2, 3)),
-    ("trim_kernel", convNd_unfold.network(convolution((1,), 3, padding=1), 2, 2)),
+    ("trim_kernel", convNd_weight_vjp.network(conv_geometry((2,), 5, padding=2), 2, 2, 3)),
+    ("trim_kernel", convNd_unfold.network(conv_geometry((1,), 3, padding=1), 2, 2)),
     ("trim_output", forward(3, 1, padding=2)),
     ("trim_output", adjoint(3, 1, padding=2)),
 ]
@@ -165,13 +165,13 @@ def test_every_rule_fires() -> None:
 
 
 def test_halves_are_computed_once() -> None:
-    network = convNd_gram.network(convolution((6, 5), 2), 2, 3, 2, 4)
+    network = convNd_gram.network(conv_geometry((6, 5), 2), 2, 3, 2, 4)
     explanation = network.explain()
     assert len(explanation.contractions) == 2  # of three, two are the same
 
 
 def test_delta_between_outputs_stays() -> None:
-    network = convNd_toeplitz.network(convolution((6,), 2, stride=2), 2, 3)
+    network = convNd_toeplitz.network(conv_geometry((6,), 2, stride=2), 2, 3)
     simple = simplified(network)
     assert [type(n.operand) for n in simple.nodes] == [Delta, Leaf]
     torch.testing.assert_close(value(simple), value(network))

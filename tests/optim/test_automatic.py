@@ -11,11 +11,11 @@ from optim_cases import Batch, conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim import automatic
-from einconv_kfac.optim.automatic import ADAPTATION, ROUNDING, SHORTENING_DAMPS
-from einconv_kfac.optim.objective import Objective
-from einconv_kfac.optim.shortening import SHORTENING
-from einconv_kfac.optim.trials import SCALE_RANGE, Trials
+from einconv_kfac.optim.step import automatic
+from einconv_kfac.optim.step.automatic import ADAPTATION, ROUNDING, SHORTENING_DAMPS
+from einconv_kfac.optim.step.backtracking import SHORTENING
+from einconv_kfac.optim.step.damping_search import SCALE_RANGE, Trials
+from einconv_kfac.optim.step.objective import Objective
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -110,9 +110,9 @@ def test_a_step_that_no_shortening_helps_is_taken_back(
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("check_every_step", [False, True])
-def test_every_step_is_checked_if_wanted(check_every_step: bool) -> None:
-    model, loss_fn, opt = wavy(check_every_step=check_every_step)
+@pytest.mark.parametrize("safeguard", [False, True])
+def test_every_step_is_checked_if_wanted(safeguard: bool) -> None:
+    model, loss_fn, opt = wavy(safeguard=safeguard)
     wrong = 0
     for seed in range(80):
         before, floor = weights(model), opt._step._floor
@@ -121,19 +121,19 @@ def test_every_step_is_checked_if_wanted(check_every_step: bool) -> None:
             continue
         torch.testing.assert_close(buffers(model, opt), weights(model) - before, **EXACT)
         wrong += grown(model, loss_fn, batch, loss)
-        if check_every_step and seed and opt.statistics()["ratio"] < -1e-3:
+        if safeguard and seed and opt.statistics()["ratio"] < -1e-3:
             assert opt._step._floor == pytest.approx(SHORTENING_DAMPS * floor)
-    assert (wrong > 0) is not check_every_step
+    assert (wrong > 0) is not safeguard
 
 
 def test_a_check_of_a_good_step_changes_nothing() -> None:
     """Between adaptations the damping stays, so that training is the same with and without."""
     batches, found = [image_batch(24, seed=s) for s in range(60)], []
-    for check_every_step in (False, True):
+    for safeguard in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).double()
         loss_fn = nn.CrossEntropyLoss()
-        opt = KFAC(model, loss_fn, check_every_step=check_every_step)
+        opt = KFAC(model, loss_fn, safeguard=safeguard)
         ratios = []
         for batch in batches:
             train_step(model, loss_fn, opt, batch)
@@ -148,7 +148,7 @@ def test_a_check_of_a_good_step_changes_nothing() -> None:
     [
         ({"adaptive": False, "lr": 0.1}, "must be False where adaptive=False or a `damping`"),
         ({"damping": 0.1}, "must be False where adaptive=False or a `damping` is given, got True"),
-        ({"check_every_step": 2}, "`check_every_step` must be True or False, got 2"),
+        ({"safeguard": 2}, "`safeguard` must be True or False, got 2"),
     ],
 )
 def test_checks_are_refused_where_nothing_could_react(
@@ -156,7 +156,7 @@ def test_checks_are_refused_where_nothing_could_react(
 ) -> None:
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
     with pytest.raises(ValueError, match=message):
-        KFAC(model, loss_fn, **{"check_every_step": True, **options})
+        KFAC(model, loss_fn, **{"safeguard": True, **options})
     assert not any(m._forward_hooks for m in [*model.modules(), loss_fn])
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim import buffers
-from einconv_kfac.optim.recording import Recorder
+from einconv_kfac.optim.replay import buffers
+from einconv_kfac.optim.replay.recorder import Recorder
 
 
 class Moving(nn.Module):

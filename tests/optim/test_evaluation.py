@@ -12,7 +12,7 @@ from torch.optim import swa_utils
 from torch.utils.data import DataLoader, TensorDataset
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.replay import Surroundings
+from einconv_kfac.optim.replay.forward import Surroundings
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}]

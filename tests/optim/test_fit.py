@@ -13,10 +13,10 @@ from optim_cases import conv_net, image_batch, train_step
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim import slow_momentum
-from einconv_kfac.optim.fit import CERTAIN, LARGEST_CHANGE, Fit, combined
 from einconv_kfac.optim.preconditioner import KFACPreconditioner
-from einconv_kfac.optim.quadratic import QuadraticModel
+from einconv_kfac.optim.step import slow_momentum
+from einconv_kfac.optim.step.quadratic_model import QuadraticModel
+from einconv_kfac.optim.step.subspace import CERTAIN, LARGEST_CHANGE, Fit, combined
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 

@@ -72,7 +72,7 @@ def test_the_norm_constraint_bounds_the_step(bound: float) -> None:
     start, moved = weights(conv_net()), []
     for constraint in (None, lambda _: bound):
         model, loss_fn = conv_net(), nn.CrossEntropyLoss()
-        opt = KFAC(model, loss_fn, lr=0.2, momentum=0.0, norm_constraint=constraint, **options)
+        opt = KFAC(model, loss_fn, lr=0.2, momentum=0.0, max_step_norm=constraint, **options)
         train_step(model, loss_fn, opt, image_batch())
         moved.append(weights(model) - start)
     factor = min(1.0, bound / float(moved[0].norm()))
@@ -81,7 +81,7 @@ def test_the_norm_constraint_bounds_the_step(bound: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"nesterov": True}, {"decoupled_weight_decay": True}, {"norm_constraint": 1.0}]
+    "option", [{"nesterov": True}, {"decoupled_weight_decay": True}, {"max_step_norm": 1.0}]
 )
 def test_the_automatic_step_refuses_them(option: dict[str, Any]) -> None:
     (name,) = option

@@ -11,7 +11,7 @@ from optim_cases import conv_net, image_batch, train_step
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.gains import (
+from einconv_kfac.optim.step.layer_gains import (
     CONFIDENT,
     FIRST,
     GROWTH,
@@ -22,8 +22,8 @@ from einconv_kfac.optim.gains import (
     Gains,
     layer_of,
 )
-from einconv_kfac.optim.objective import Objective
-from einconv_kfac.optim.slow_momentum import BUFFER, SlowMomentum
+from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.slow_momentum import BUFFER, SlowMomentum
 
 WEIGHT = 0.01
 

@@ -17,7 +17,8 @@ with warnings.catch_warnings():
 
 from einconv_kfac import KFAC, KFACPreconditioner
 from einconv_kfac.curvature import kronecker_factors
-from einconv_kfac.optim import background, inversion
+from einconv_kfac.optim.inverses import background
+from einconv_kfac.optim.inverses import registry as inversion
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
 FLOAT = {"rtol": 1e-4, "atol": 1e-4}
@@ -259,7 +260,7 @@ class TestBackground:
             future.result()
             return future
 
-        monkeypatch.setattr("einconv_kfac.optim.renewal.begun", waited)
+        monkeypatch.setattr("einconv_kfac.optim.factors.refresh.begun", waited)
         again, _ = self.trained(range(1000, 1025), **options)
         assert torch.equal(weights(model), weights(again))
 

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, jvp
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.jacobian import jacobian_products
-from einconv_kfac.optim.recording import Batch, Recorder
+from einconv_kfac.optim.replay.jvp import jacobian_products
+from einconv_kfac.optim.replay.recorder import Batch, Recorder
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 

@@ -12,8 +12,8 @@ from optim_cases import conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.quadratic import QuadraticModel
-from einconv_kfac.optim.settings import is_due
+from einconv_kfac.optim.hyperparameters import is_due
+from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 FLOAT = {"rtol": 1e-5, "atol": 1e-7}

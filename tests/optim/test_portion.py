@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.portion import Portion, with_portions
-from einconv_kfac.optim.quadratic import quadratic_model
-from einconv_kfac.optim.recording import Recorder
+from einconv_kfac.optim.replay.recorder import Recorder
+from einconv_kfac.optim.replay.subsample import Portion, with_portions
+from einconv_kfac.optim.step.quadratic_model import quadratic_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 LOSSES: dict[str, Any] = {
@@ -92,14 +92,14 @@ def test_training_on_portions(random_layers: bool) -> None:
     for resume in (False, True):
         model = dropping() if random_layers else conv_net()
         loss_fn = nn.CrossEntropyLoss()
-        opt = KFAC(model, loss_fn, product_fraction=0.5)
+        opt = KFAC(model, loss_fn, curvature_fraction=0.5)
         torch.manual_seed(1)
         x, y = image_batch(24)
         for step in range(20):
             train_step(model, loss_fn, opt, (x, y))
             if resume and step == 9:
                 state = opt.state_dict()
-                opt = KFAC(model, loss_fn, product_fraction=0.5)
+                opt = KFAC(model, loss_fn, curvature_fraction=0.5)
                 opt.load_state_dict(state)
         assert loss_fn(model.eval()(x), y) < 0.7
         found.append(weights(model))
@@ -131,7 +131,7 @@ class Mixing(nn.Module):
 
 def refused(model: nn.Module, message: str, *others: Any, **options: Any) -> None:
     loss_fn, (x, y) = nn.CrossEntropyLoss(), image_batch()
-    opt = KFAC(model, loss_fn, product_fraction=0.5, damping=0.1)
+    opt = KFAC(model, loss_fn, curvature_fraction=0.5, damping=0.1)
     before, buffers = weights(model), [b.clone() for b in model.buffers()]
     loss = loss_fn(model(x, *others, **options), y)
     buffers = [b.clone() for b in model.buffers()]
@@ -149,7 +149,7 @@ def test_what_mixes_examples_is_refused() -> None:
     refused(Called(Mixing()), "a layer mixes examples")
     refused(Called(nn.RReLU()), "draws random numbers otherwise than nn.Dropout")
     model, loss_fn = Called(norm.eval()), nn.CrossEntropyLoss()
-    opt = KFAC(model, loss_fn, product_fraction=0.5)
+    opt = KFAC(model, loss_fn, curvature_fraction=0.5)
     train_step(model, loss_fn, opt, image_batch())
 
 
@@ -158,15 +158,15 @@ def test_arguments_without_examples_first_are_refused() -> None:
     refused(Called(), r"got \[\] for argument 'scale' of the model", scale=torch.ones(()).double())
     refused(Called(), r"got list for argument 1 of the model", [1.0])
     model, loss_fn, (x, y) = Called(), nn.CrossEntropyLoss(), image_batch()
-    opt = KFAC(model, loss_fn, product_fraction=0.5)
+    opt = KFAC(model, loss_fn, curvature_fraction=0.5)
     loss_fn(model(x, None, "plain", scale=2.0), y).backward()
     opt.step()
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1.5, float("nan"), "half", True, None])
 def test_bad_fractions_are_refused(value: Any) -> None:
-    for name in ("product_fraction", "factor_fraction"):
+    for name in ("curvature_fraction", "factor_fraction"):
         with pytest.raises(ValueError, match=rf"`{name}` must be a number in \(0, 1\]"):
             KFAC(conv_net(), nn.CrossEntropyLoss(), **{name: value})
     with pytest.raises(ValueError, match="must be 1 when adaptive=False"):
-        KFAC(conv_net(), nn.CrossEntropyLoss(), lr=0.1, adaptive=False, product_fraction=0.5)
+        KFAC(conv_net(), nn.CrossEntropyLoss(), lr=0.1, adaptive=False, curvature_fraction=0.5)

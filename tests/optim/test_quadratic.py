@@ -10,8 +10,8 @@ from optim_cases import conv_net, image_batch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from einconv_kfac.optim.quadratic import QuadraticModel, quadratic_model
-from einconv_kfac.optim.recording import Recorder
+from einconv_kfac.optim.replay.recorder import Recorder
+from einconv_kfac.optim.step.quadratic_model import QuadraticModel, quadratic_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 

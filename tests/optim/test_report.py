@@ -45,7 +45,7 @@ def test_ordinary_steps_wait_for_one_number(nesterov: bool, inverse: Any, fallba
     model, loss_fn = conv_net(random_layers=True), nn.CrossEntropyLoss()
     opt = KFAC(
         model, loss_fn, lr=0.01, adaptive=False, weight_decay=0.1, inverse=inverse,
-        nesterov=nesterov, fallback=fallback, norm_constraint=1.0,
+        nesterov=nesterov, fallback=fallback, max_step_norm=1.0,
     )  # fmt: skip
     opt._preconditioner._steps = 10000
     for _ in range(2):

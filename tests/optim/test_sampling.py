@@ -11,11 +11,11 @@ from optim_cases import conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC, KFACPreconditioner
-from einconv_kfac.curvature.capture import LayerCapture
-from einconv_kfac.curvature.fisher import FisherEstimator
-from einconv_kfac.curvature.layers import find_layers
-from einconv_kfac.curvature.moments import LayerMoments
-from einconv_kfac.optim.sampling import SampledMoments
+from einconv_kfac.curvature.estimation.capture import LayerCapture
+from einconv_kfac.curvature.estimation.fisher import FisherEstimator
+from einconv_kfac.curvature.estimation.moments import LayerMoments
+from einconv_kfac.curvature.layers.layer import find_layers
+from einconv_kfac.optim.factors.sampled_moments import SampledMoments
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}]
@@ -111,7 +111,7 @@ def test_training_on_some_examples(random_layers: bool, options: dict[str, Any])
 
 def test_all_examples_are_the_default() -> None:
     found = []
-    for options in ({}, {"factor_fraction": 1.0, "product_fraction": 1}):
+    for options in ({}, {"factor_fraction": 1.0, "curvature_fraction": 1}):
         model, loss_fn = conv_net(), nn.CrossEntropyLoss()
         opt = KFAC(model, loss_fn, **options)
         for seed in range(3):

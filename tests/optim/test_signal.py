@@ -11,8 +11,8 @@ from optim_cases import Batch, conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.quadratic import QuadraticModel
-from einconv_kfac.optim.signal import DECAY, RANGE, SMALLEST, Signal
+from einconv_kfac.optim.step.quadratic_model import QuadraticModel
+from einconv_kfac.optim.step.slope_trust import DECAY, RANGE, SMALLEST, Signal
 
 ROUNDING = 1e-7
 

@@ -11,9 +11,9 @@ from optim_cases import conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.gains import FIRST, LEAST_LATER, SHRINKAGE, SMALLEST
-from einconv_kfac.optim.objective import Objective
-from einconv_kfac.optim.slow_momentum import BUFFER, WINDOW, SlowMomentum
+from einconv_kfac.optim.step.layer_gains import FIRST, LEAST_LATER, SHRINKAGE, SMALLEST
+from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.slow_momentum import BUFFER, WINDOW, SlowMomentum
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 
@@ -75,7 +75,7 @@ def test_a_given_momentum_takes_its_place() -> None:
 def test_it_is_dropped_where_it_makes_a_checked_loss_grow() -> None:
     generator = torch.Generator().manual_seed(0)
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
-    opt = KFAC(model, loss_fn, check_every_step=True)
+    opt = KFAC(model, loss_fn, safeguard=True)
     for seed in range(8):
         train_step(model, loss_fn, opt, image_batch(seed=seed))
     for p in model.parameters():  # random, so that the network does not die but errs

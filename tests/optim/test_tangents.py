@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from einconv_kfac.optim.recording import Recorder
+from einconv_kfac.optim.replay.recorder import Recorder
 
 NETS = {
     "linear": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)),

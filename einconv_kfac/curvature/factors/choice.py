@@ -10,16 +10,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.bands import banded, banded_cost
-from einconv_kfac.curvature.factors.correlations import correlated, correlated_cost
-from einconv_kfac.curvature.factors.grams import LARGEST, gram, gram_cost
-from einconv_kfac.curvature.factors.im2col import im2col, im2col_cost
-from einconv_kfac.curvature.factors.lags import lag_reuse, lag_reuse_cost
-from einconv_kfac.curvature.factors.pointwise import pointwise, pointwise_cost
+from einconv_kfac.curvature.factors.algorithms.bands import banded, banded_cost
+from einconv_kfac.curvature.factors.algorithms.correlations import correlated, correlated_cost
+from einconv_kfac.curvature.factors.algorithms.grams import LARGEST, gram, gram_cost
+from einconv_kfac.curvature.factors.algorithms.im2col import im2col, im2col_cost
+from einconv_kfac.curvature.factors.algorithms.lags import lag_reuse, lag_reuse_cost
+from einconv_kfac.curvature.factors.algorithms.pointwise import pointwise, pointwise_cost
+from einconv_kfac.curvature.factors.algorithms.rows import by_rows, rows_cost
 from einconv_kfac.curvature.factors.problem import Cost, Problem
-from einconv_kfac.curvature.factors.rows import by_rows, rows_cost
-from einconv_kfac.curvature.factors.update import Update
-from einconv_kfac.geometry import Padding, Sizes, convolution
+from einconv_kfac.curvature.factors.symmetric.update import Update
+from einconv_kfac.geometry import Padding, Sizes, conv_geometry
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def explain(
     algorithm           GMAC    copied    written    calls  estimate
     correlations...
     """
-    geometry = convolution(input_shape[2:], kernel_size, stride, padding, dilation, groups)
+    geometry = conv_geometry(input_shape[2:], kernel_size, stride, padding, dilation, groups)
     channels = geometry.split_channels(input_shape[1])
     problem = Problem(geometry, input_shape[0], channels, dtype, device)
     costs = {name: ALGORITHMS[name].cost(problem) for name in applicable(problem)}

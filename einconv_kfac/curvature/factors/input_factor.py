@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.factors.algorithms.pointwise import add_columns_
 from einconv_kfac.curvature.factors.choice import algorithm_of
-from einconv_kfac.curvature.factors.pointwise import add_columns_
+from einconv_kfac.curvature.factors.indices.residue_classes import ResidueClass, residue_classes
 from einconv_kfac.curvature.factors.problem import Problem, check_approximation
-from einconv_kfac.curvature.factors.reduced import position_sums, reduced_factor, window_sums
-from einconv_kfac.curvature.factors.transposed import ResidueClass, residue_classes
-from einconv_kfac.curvature.factors.update import (
+from einconv_kfac.curvature.factors.reduce import position_sums, reduced_factor, window_sums
+from einconv_kfac.curvature.factors.symmetric.update import (
     Update,
     accumulation_dtype,
     blocks_of,
     prepare,
 )
-from einconv_kfac.geometry import Geometry, Padding, Sizes, convolution, transposed_convolution
+from einconv_kfac.geometry import Geometry, Padding, Sizes, conv_geometry, conv_transpose_geometry
 from einconv_kfac.padding import pad_input
 
 
@@ -75,7 +75,7 @@ def conv_input_factor(
              [2., 3., 3.],
              [3., 3., 4.]]])
     """
-    geometry = convolution(x.shape[2:], kernel_size, stride, padding, dilation, groups)
+    geometry = conv_geometry(x.shape[2:], kernel_size, stride, padding, dilation, groups)
     expand = check_approximation(approximation, algorithm)
     problem, dtype, alpha = _problem(x, geometry), accumulation_dtype(x.dtype), alpha / x.shape[0]
     if not expand:
@@ -137,7 +137,7 @@ def conv_transpose_input_factor(
     tensor([[[3., 0.],
              [0., 3.]]])
     """
-    geometry = transposed_convolution(
+    geometry = conv_transpose_geometry(
         x.shape[2:], kernel_size, stride, padding, output_padding, dilation, groups
     )
     expand = check_approximation(approximation, algorithm)

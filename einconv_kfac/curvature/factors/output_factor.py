@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.pointwise import add_columns_
+from einconv_kfac.curvature.factors.algorithms.pointwise import add_columns_
 from einconv_kfac.curvature.factors.problem import check_approximation
-from einconv_kfac.curvature.factors.reduced import position_sums, reduced_factor
-from einconv_kfac.curvature.factors.update import accumulation_dtype, prepare
+from einconv_kfac.curvature.factors.reduce import position_sums, reduced_factor
+from einconv_kfac.curvature.factors.symmetric.update import accumulation_dtype, prepare
 
 
 def output_factor(

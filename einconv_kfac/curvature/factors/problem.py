@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.products import is_double_pumped, mkl_is_narrow
+from einconv_kfac.curvature.devices.products import is_double_pumped, mkl_is_narrow
 from einconv_kfac.geometry import Geometry
 
 BATCHED = 0.004

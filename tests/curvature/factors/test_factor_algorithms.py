@@ -11,11 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from einconv_kfac.curvature.factors import conv_input_factor, conv_transpose_input_factor
-from einconv_kfac.curvature.factors.bands import bands
+from einconv_kfac.curvature.factors.algorithms.bands import bands
+from einconv_kfac.curvature.factors.algorithms.rows import row_bands
 from einconv_kfac.curvature.factors.choice import ALGORITHMS, applicable, choose
 from einconv_kfac.curvature.factors.problem import Problem
-from einconv_kfac.curvature.factors.rows import row_bands
-from einconv_kfac.geometry import Axis, Geometry, transposed_convolution
+from einconv_kfac.geometry import Axis, Geometry, conv_transpose_geometry
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 DRAWN = settings(derandomize=True, max_examples=200, deadline=None, database=None)
@@ -96,7 +96,7 @@ def test_transposed(approximation: str, geometry: Geometry, data: st.DataObject)
     options = options_of(geometry)
     extra = [data.draw(st.integers(0, max(a.stride, a.dilation) - 1)) for a in geometry.axes]
     try:
-        adjoint = transposed_convolution(geometry.input_size, output_padding=extra, **options)
+        adjoint = conv_transpose_geometry(geometry.input_size, output_padding=extra, **options)
     except ValueError:
         return  # padding leaves no output
     x, bias = draw_input(geometry, 2, 2), data.draw(st.booleans())
@@ -111,8 +111,8 @@ def test_transposed(approximation: str, geometry: Geometry, data: st.DataObject)
 def test_many_parts(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An input that is processed one example at a time, with channels in several blocks."""
     monkeypatch.setattr("einconv_kfac.curvature.factors.problem.chunk_size", lambda *_: 1)
-    monkeypatch.setattr("einconv_kfac.curvature.factors.blocks.ROWS", 18)
-    monkeypatch.setattr("einconv_kfac.curvature.factors.blocks.NARROWEST", 2)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.symmetric.channel_blocks.ROWS", 18)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.symmetric.channel_blocks.NARROWEST", 2)
     geometry = Geometry((Axis(7, 3, 1, (1, 1)), Axis(8, 3, 2, (1, 1))))
     x = draw_input(geometry, 5, 4)
     expected = factor(columns(x, geometry), "expand")
@@ -121,7 +121,9 @@ def test_many_parts(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bands_of_some_groups_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Depthwise, with several bands of equal width, one that remains, and a last, smaller part."""
-    monkeypatch.setattr("einconv_kfac.curvature.factors.bands.groups_at_once", lambda *_: 2)
+    monkeypatch.setattr(
+        "einconv_kfac.curvature.factors.algorithms.bands.groups_at_once", lambda *_: 2
+    )
     geometry = Geometry((Axis(5, 3, 1, (1, 1)), Axis(44, 3, 1, (1, 2))), 5)
     assert [band.count for band in bands(geometry.axes[-1])] == [3, 1]
     x = draw_input(geometry, 1, 3)
@@ -131,9 +133,9 @@ def test_bands_of_some_groups_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_rows_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of one width and one of another, a few rows at a time, with dilation."""
-    monkeypatch.setattr("einconv_kfac.curvature.factors.rows.BLOCK", 0.0)
-    monkeypatch.setattr("einconv_kfac.curvature.factors.rows.BAND", 0.0)
-    monkeypatch.setattr("einconv_kfac.curvature.factors.rows.AT_ONCE", 1)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.algorithms.rows.BLOCK", 0.0)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.algorithms.rows.BAND", 0.0)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.algorithms.rows.AT_ONCE", 1)
     geometry = Geometry((Axis(9, 3, 1, (1, 2), 2), Axis(23, 3, 1, (1, 1))))
     problem = Problem(geometry, 3, 2, torch.float64, "cpu")
     row_bands.cache_clear()
@@ -147,8 +149,8 @@ def test_rows_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("algorithm", ["bands", "grams"])
 def test_places_that_are_not_kept(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries that are gathered, or written, as if the factor were a large one."""
-    monkeypatch.setattr("einconv_kfac.curvature.factors.mirrored.KEPT", 0)
-    monkeypatch.setattr("einconv_kfac.curvature.factors.regions.KEPT", 0)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.symmetric.gather.KEPT", 0)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.symmetric.region_sums.KEPT", 0)
     geometry = Geometry((Axis(5, 3, 1, (1, 1)), Axis(6, 3, 1, (1, 1))))
     x = draw_input(geometry, 2, 3)
     options = {**options_of(geometry), "algorithm": algorithm}

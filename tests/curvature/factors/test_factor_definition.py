@@ -14,7 +14,7 @@ from einconv_kfac.curvature.factors import (
     linear_input_factor,
     output_factor,
 )
-from einconv_kfac.geometry import transposed_convolution
+from einconv_kfac.geometry import conv_transpose_geometry
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -58,7 +58,7 @@ def test_transposed_input_factor(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, *size, generator=generator, dtype=torch.float64)
-    unfolded = columns(x, transposed_convolution(size, **options), transposed=True)
+    unfolded = columns(x, conv_transpose_geometry(size, **options), transposed=True)
     expected = factor(unfolded, approximation, bias)
     options = {**options, "approximation": approximation, "bias": bias}
     got = conv_transpose_input_factor(x, **options)

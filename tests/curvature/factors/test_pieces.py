@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_factor_algorithms import DRAWN, TOLERANCE, draw_input
 
-from einconv_kfac.curvature.factors import pieces as ways
-from einconv_kfac.curvature.factors.pieces import met_entries, partition, summed_runs
-from einconv_kfac.curvature.factors.reduced import window_sums
+from einconv_kfac.curvature.factors.indices import runs as ways
+from einconv_kfac.curvature.factors.indices.runs import met_entries, partition, summed_runs
+from einconv_kfac.curvature.factors.reduce import window_sums
 from einconv_kfac.geometry import Axis, Geometry
 
 LONGEST = (300, 40, 16)

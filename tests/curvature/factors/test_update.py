@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from einconv_kfac.curvature.factors import allocation, short_sums
-from einconv_kfac.curvature.factors.reduced import reduced_factor
-from einconv_kfac.curvature.factors.update import DIAGONAL, PANEL, SHORT, prepare
+from einconv_kfac.curvature.factors.reduce import reduced_factor
+from einconv_kfac.curvature.factors.symmetric import allocation, whole_products
+from einconv_kfac.curvature.factors.symmetric.update import DIAGONAL, PANEL, SHORT, prepare
 
 SIZES = (1, 9, PANEL - 1, PANEL + 2, 2 * PANEL, 2 * PANEL + 1, 3 * PANEL + 65)
 
@@ -50,7 +50,7 @@ def test_whole_products(
 ) -> None:
     """In float32, where whole products may be symmetric by themselves; or may not."""
     if not is_tried:
-        monkeypatch.setattr(short_sums, "_is_symmetric", lambda *_: False)
+        monkeypatch.setattr(whole_products, "_is_symmetric", lambda *_: False)
     a = torch.randn(1, size, length, generator=torch.Generator().manual_seed(0))
     old = torch.randn(1, size + 1, size + 1, generator=torch.Generator().manual_seed(1))
     old = old + old.mT
@@ -69,7 +69,7 @@ def test_new_whole_products(size: int, is_tried: bool, monkeypatch: pytest.Monke
     """Results as oneDNN made them, if they are symmetric, equal those that were updated."""
     sums = torch.randn(40, size, generator=torch.Generator().manual_seed(0))
     if not is_tried:
-        monkeypatch.setattr(short_sums, "_is_symmetric", lambda *_: False)
+        monkeypatch.setattr(whole_products, "_is_symmetric", lambda *_: False)
     with torch.no_grad():
         got = reduced_factor(sums, 3, 1, bias=True, alpha=0.7)
     ones = torch.cat([sums / 3, torch.ones(40, 1)], 1).double()

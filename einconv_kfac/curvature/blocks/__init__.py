@@ -1,0 +1,1 @@
+"""Blocks of curvature as values: products, inverses, traces, sums."""

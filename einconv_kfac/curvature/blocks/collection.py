@@ -1,0 +1,208 @@
+"""The blocks of a model as one block-diagonal operator, keyed by layer and parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Generator, Tensor
+
+from einconv_kfac.curvature.blocks.eigen import EigenBlock
+from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
+from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.blocks.sums import SumBlock, added, pooled_block
+
+Block: TypeAlias = KroneckerBlock | EigenBlock | SumBlock
+_VERSION = 1
+
+
+class KroneckerFactors(Mapping[str, Any]):
+    """Curvature of a model by layer name: an immutable, block-diagonal operator.
+
+    Vectors are mappings from parameter names to tensors ``[*v, *shape]``, with any leading
+    dimensions ``v``. Parameters that no block covers are not part of the operator.
+
+    Args:
+        blocks: A `KroneckerBlock`, `EigenBlock` or `SumBlock` per layer.
+
+    >>> layout = Layout("fc.weight", None, (2, 3), (1, 2, 3), (0, 1, 2))
+    >>> block = KroneckerBlock(torch.eye(3)[None], 2 * torch.eye(2)[None], layout)
+    >>> curvature = KroneckerFactors({"fc": block})
+    >>> (curvature @ {"fc.weight": torch.ones(2, 3)})["fc.weight"]
+    tensor([[2., 2., 2.],
+            [2., 2., 2.]])
+    >>> curvature.inverse(damping=2.0)["fc"].values
+    tensor([[[0.2500, 0.2500, 0.2500],
+             [0.2500, 0.2500, 0.2500]]])
+    """
+
+    def __init__(self, blocks: Mapping[str, Block]) -> None:
+        self._blocks = dict(blocks)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._blocks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __repr__(self) -> str:
+        rows = (f"  {name}: {block.layout.shape}" for name, block in self._blocks.items())
+        return "\n".join([f"{type(self).__name__}(  # [g, co, d] by layer", *rows, ")"])
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that are covered."""
+        return tuple(name for block in self._blocks.values() for name in block.parameters)
+
+    def __matmul__(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the product with a vector.
+
+        Raises:
+            ValueError: If the vector lacks a parameter, or has one of another shape.
+        """
+        result: dict[str, Tensor] = {}
+        for block in self._blocks.values():
+            product = block.matmul(block.layout.to_matrix(vector))
+            result.update(block.layout.from_matrix(product))
+        return result
+
+    def __mul__(self, factor: float) -> KroneckerFactors:
+        return self._mapped(lambda block: block.scaled(factor))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: KroneckerFactors) -> KroneckerFactors:
+        """Return the exact sum, of several tasks for example, as an operator.
+
+        Raises:
+            ValueError: If the two cover different layers.
+        """
+        self._check_same(other)
+        return KroneckerFactors({name: added([self[name], other[name]]) for name in self})
+
+    def eigh(self) -> KroneckerFactors:
+        """Return every block by its eigendecomposition."""
+        return self._mapped(lambda block: block.eigh())
+
+    def inverse(self, damping: float, *, exact: bool = True) -> KroneckerFactors:
+        """Return the damped inverse of every block; see `KroneckerBlock.inverse`."""
+        return self._mapped(lambda block: block.inverse(damping, exact))
+
+    def solve(
+        self, vector: Mapping[str, Tensor], damping: float, *, exact: bool = True
+    ) -> dict[str, Tensor]:
+        """Return ``(K + damping I)^-1`` times a vector."""
+        return self.inverse(damping, exact=exact) @ vector
+
+    def eigenvalues(self) -> dict[str, Tensor]:
+        """Return the eigenvalues ``[g, co, d]`` by layer."""
+        return {name: block.eigenvalues() for name, block in self._blocks.items()}
+
+    def trace(self) -> Tensor:
+        """Return the trace."""
+        return self._sum(lambda block: block.trace())
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``log det(K + damping I)``."""
+        return self._sum(lambda block: block.logdet(damping))
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm."""
+        return self._sum(lambda block: block.frobenius_norm() ** 2).sqrt()
+
+    def sample(
+        self, count: int = 1, *, damping: float = 0.0, generator: Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Draw vectors ``[count, *shape]`` from the Gaussian with precision ``K + damping I``."""
+        result: dict[str, Tensor] = {}
+        for block in self._blocks.values():
+            draws = block.sample(count, damping=damping, generator=generator)
+            result.update(block.layout.from_matrix(draws))
+        return result
+
+    def to(self, *args: Any, **kwargs: Any) -> KroneckerFactors:
+        """Return the blocks on another device or with another dtype, as ``Tensor.to``."""
+        return self._mapped(lambda block: block.to(*args, **kwargs))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors, numbers and names only; it loads with ``weights_only=True``."""
+        return {
+            "version": _VERSION,
+            "blocks": {name: _block_state(block) for name, block in self._blocks.items()},
+        }
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any]) -> KroneckerFactors:
+        """Return what `state_dict` saved.
+
+        Raises:
+            ValueError: If it is of another version.
+        """
+        if state.get("version") != _VERSION:
+            raise ValueError(f"`state` must be of version {_VERSION}, got {state.get('version')}.")
+        return KroneckerFactors({n: _block_of(block) for n, block in state["blocks"].items()})
+
+    def _check_same(self, other: KroneckerFactors) -> None:
+        """Raise if another collection covers other layers."""
+        if self.keys() != other.keys():
+            differ = sorted(self.keys() ^ other.keys())
+            raise ValueError(f"Both sides must cover the same layers, they differ in {differ}.")
+
+    def _mapped(self, change: Callable[[Any], Block]) -> KroneckerFactors:
+        """Return the collection with every block changed."""
+        return KroneckerFactors({name: change(block) for name, block in self._blocks.items()})
+
+    def _sum(self, value: Callable[[Any], Tensor]) -> Tensor:
+        """Return the sum of a value over blocks, in float64."""
+        return torch.stack([value(block).double().cpu() for block in self._blocks.values()]).sum()
+
+
+def pooled(factors: Sequence[KroneckerFactors], weights: Sequence[float]) -> KroneckerFactors:
+    """Return the Kronecker factors of pooled data sets.
+
+    ``A`` and ``B`` are the means of the data sets' factors, weighted by their numbers of
+    examples. Where every example has as many positions, this is what `kronecker_factors` gives
+    for all data at once (for a sum loss, divided by the number of data sets).
+
+    Args:
+        factors: One collection per data set.
+        weights: Their numbers of examples, or other positive weights.
+
+    Raises:
+        ValueError: If the numbers of both differ or are zero, a weight is not positive, or the
+            collections do not cover the same layers by Kronecker products.
+    """
+    if not factors or len(factors) != len(weights) or min(weights) <= 0:
+        raise ValueError(
+            f"`weights` must be a positive number for each of {len(factors)} factors, got "
+            f"{weights}."
+        )
+    for other in factors[1:]:
+        factors[0]._check_same(other)
+    return KroneckerFactors(
+        {name: pooled_block([own[name] for own in factors], weights) for name in factors[0]}
+    )
+
+
+def _block_state(block: Block) -> dict[str, Any]:
+    """Return a block as tensors, numbers and names."""
+    if isinstance(block, SumBlock):
+        return {"terms": [_block_state(term) for term in block.terms]}
+    layout = dict(vars(block.layout))
+    if isinstance(block, KroneckerBlock):
+        return {"layout": layout, "A": block.A, "B": block.B, "scale": block.scale}
+    bases = {"basis_a": block.basis_a, "basis_b": block.basis_b}
+    return {"layout": layout, **bases, "values": block.values}
+
+
+def _block_of(state: Mapping[str, Any]) -> Block:
+    """Return the block that a state describes."""
+    if "terms" in state:
+        return added([_block_of(term) for term in state["terms"]])
+    fields = {name: value for name, value in state.items() if name != "layout"}
+    kind = KroneckerBlock if "A" in state else EigenBlock
+    return kind(**fields, layout=Layout(**state["layout"]))

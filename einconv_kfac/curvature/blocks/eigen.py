@@ -1,0 +1,144 @@
+"""A block of curvature by its eigenvalues in a Kronecker-factored basis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from einconv_kfac.curvature.blocks.matrix_layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class EigenBlock:
+    """A block ``(U_B (x) U_A) diag(values) (U_B (x) U_A)^T`` per channel group.
+
+    This is an eigendecomposition of a `KroneckerBlock`, a block with corrected eigenvalues
+    (EKFAC; George et al., 2018), an exact damped inverse, or, without bases, a diagonal.
+
+    Args:
+        basis_a: Orthogonal ``U_A [g, d, d]``, eigenvectors in columns, or ``None`` for the
+            identity.
+        basis_b: Orthogonal ``U_B [g, co, co]``, or ``None``.
+        values: Eigenvalues ``[g, co, d]``.
+        layout: The parameters, and how they form matrices.
+
+    >>> layout = Layout("weight", None, (2, 3), (1, 2, 3), (0, 1, 2))
+    >>> block = EigenBlock(None, None, torch.full((1, 2, 3), 4.0), layout)
+    >>> block.inverse(damping=1.0).trace()
+    tensor(1.2000)
+    """
+
+    basis_a: Tensor | None
+    basis_b: Tensor | None
+    values: Tensor
+    layout: Layout
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the weight and, if it has one, the bias."""
+        return self.layout.parameters
+
+    def rotated(self, matrix: Tensor) -> Tensor:
+        """Return matrices ``[*v, g, co, d]`` in the eigenbasis: ``U_B^T V U_A``."""
+        matrix = matrix.to(self.values.dtype)
+        matrix = matrix if self.basis_b is None else self.basis_b.mT @ matrix
+        return matrix if self.basis_a is None else matrix @ self.basis_a
+
+    def restored(self, matrix: Tensor) -> Tensor:
+        """Undo `rotated`: ``U_B V U_A^T``."""
+        matrix = matrix if self.basis_b is None else self.basis_b @ matrix
+        return matrix if self.basis_a is None else matrix @ self.basis_a.mT
+
+    def matmul(self, matrix: Tensor) -> Tensor:
+        """Return the product with matrices ``[*v, g, co, d]``."""
+        return self.restored(self.values * self.rotated(matrix))
+
+    def to_dense(self) -> Tensor:
+        """Return the blocks as ``[g, co * d, co * d]``."""
+        g, co, d = self.values.shape
+        eye = torch.eye(co * d, dtype=self.values.dtype, device=self.values.device)
+        columns = self.matmul(eye.reshape(-1, 1, co, d).expand(-1, g, co, d))  # v g co d
+        return columns.flatten(2).permute(1, 2, 0)
+
+    def trace(self) -> Tensor:
+        """Return the trace."""
+        return self.values.sum()
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm."""
+        return self.values.square().sum().sqrt()
+
+    def eigh(self) -> EigenBlock:
+        """Return the block itself, which is an eigendecomposition."""
+        return self
+
+    def eigenvalues(self) -> Tensor:
+        """Return the eigenvalues ``[g, co, d]``, unordered."""
+        return self.values
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """Return ``log det(block + damping I)``; minus infinity where singular."""
+        return (self.values + damping).clamp_min(0).log().sum()
+
+    def inverse(self, damping: float, exact: bool = True) -> EigenBlock:
+        """Return ``(block + damping I)^-1``, which is always exact.
+
+        Raises:
+            ValueError: If the damping is negative.
+            RuntimeError: If the damped block is not positive definite.
+        """
+        return replace(self, values=1 / self._damped(damping))
+
+    def sample(
+        self, count: int, *, damping: float = 0.0, generator: Generator | None = None
+    ) -> Tensor:
+        """Draw matrices ``[v, g, co, d]`` from the Gaussian with precision block + damping I.
+
+        Raises:
+            ValueError: If the damping is negative.
+            RuntimeError: If the damped block is not positive definite.
+        """
+        root = self._damped(damping).rsqrt()
+        shape = (count, *self.values.shape)
+        noise = torch.randn(shape, generator=generator, dtype=root.dtype, device=root.device)
+        return self.restored(noise * root)
+
+    def scaled(self, factor: float) -> EigenBlock:
+        """Return the block times a number."""
+        return replace(self, values=self.values * factor)
+
+    def to(self, *args: Any, **kwargs: Any) -> EigenBlock:
+        """Return the block on another device or with another dtype, as ``Tensor.to``."""
+        return EigenBlock(
+            None if self.basis_a is None else self.basis_a.to(*args, **kwargs),
+            None if self.basis_b is None else self.basis_b.to(*args, **kwargs),
+            self.values.to(*args, **kwargs),
+            self.layout,
+        )
+
+    def _damped(self, damping: float) -> Tensor:
+        """Return the damped eigenvalues, positive."""
+        if not 0 <= damping < float("inf"):
+            raise ValueError(f"`damping` must be a finite number >= 0, got {damping}.")
+        damped = self.values + damping
+        if not bool((damped > 0).all()):
+            raise RuntimeError(
+                f"The damped block of {' and '.join(self.parameters)} must be positive definite, "
+                f"but has the eigenvalue {float(damped.min()):.3g}. A larger `damping` helps."
+            )
+        return damped
+
+
+def decomposed(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues ``[g, d]``, not negative, and eigenvectors ``[g, d, d]`` of a factor.
+
+    The factor is positive semi-definite; eigenvalues that rounding made negative are zero.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(factor)
+    except RuntimeError:  # float32 may fail to converge
+        values, vectors = (part.to(factor.dtype) for part in torch.linalg.eigh(factor.double()))
+    return values.clamp_min(0), vectors

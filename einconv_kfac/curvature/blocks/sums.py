@@ -1,0 +1,142 @@
+"""Sums of blocks: exact as operators, or pooled as factors of pooled data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.blocks.eigen import EigenBlock
+from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
+from einconv_kfac.curvature.blocks.matrix_layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class SumBlock:
+    """The sum of blocks of the same parameters, kept as its terms.
+
+    A sum of Kronecker products is not one, so that it has products, trace and norm, but no
+    factored inverse or eigendecomposition.
+
+    Args:
+        terms: The blocks.
+    """
+
+    terms: tuple[KroneckerBlock | EigenBlock, ...]
+
+    @property
+    def layout(self) -> Layout:
+        """The parameters, and how they form matrices."""
+        return self.terms[0].layout
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the weight and, if it has one, the bias."""
+        return self.layout.parameters
+
+    def matmul(self, matrix: Tensor) -> Tensor:
+        """Return the product with matrices ``[*v, g, co, d]``."""
+        return _total([term.matmul(matrix) for term in self.terms])
+
+    def to_dense(self) -> Tensor:
+        """Return the blocks as ``[g, co * d, co * d]``."""
+        return _total([term.to_dense() for term in self.terms])
+
+    def trace(self) -> Tensor:
+        """Return the trace."""
+        return _total([term.trace() for term in self.terms])
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm."""
+        inner = [_inner_product(left, right) for left in self.terms for right in self.terms]
+        return _total(inner).clamp_min(0).sqrt()
+
+    def scaled(self, factor: float) -> SumBlock:
+        """Return the block times a number."""
+        return SumBlock(tuple(term.scaled(factor) for term in self.terms))
+
+    def to(self, *args: Any, **kwargs: Any) -> SumBlock:
+        """Return the block on another device or with another dtype, as ``Tensor.to``."""
+        return SumBlock(tuple(term.to(*args, **kwargs) for term in self.terms))
+
+    def eigh(self) -> NoReturn:
+        """Raise a ``NotImplementedError``, as do the operations that follow from it."""
+        raise NotImplementedError(
+            f"A sum of {len(self.terms)} blocks has no factored eigendecomposition or inverse. "
+            "`pooled` adds the factors instead, which does."
+        )
+
+    def eigenvalues(self) -> Tensor:
+        """See `eigh`."""
+        self.eigh()
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """See `eigh`."""
+        self.eigh()
+
+    def inverse(self, damping: float, exact: bool = True) -> NoReturn:
+        """See `eigh`."""
+        self.eigh()
+
+    def sample(self, count: int, **_: Any) -> Tensor:
+        """See `eigh`."""
+        self.eigh()
+
+
+def added(blocks: Sequence[KroneckerBlock | EigenBlock | SumBlock]) -> SumBlock:
+    """Return the sum of blocks.
+
+    Raises:
+        ValueError: If they are not of the same parameters.
+    """
+    parts = [block.terms if isinstance(block, SumBlock) else (block,) for block in blocks]
+    terms = [term for part in parts for term in part]
+    for term in terms:
+        if term.layout != terms[0].layout:
+            raise ValueError(
+                f"Blocks must be of the same parameters to be added, got {terms[0].parameters} and "
+                f"{term.parameters}."
+            )
+    return SumBlock(tuple(terms))
+
+
+def pooled_block(blocks: Sequence[KroneckerBlock], weights: Sequence[float]) -> KroneckerBlock:
+    """Return the block whose factors are the weighted means of the blocks' factors.
+
+    Raises:
+        ValueError: If the blocks are not Kronecker products of the same parameters.
+    """
+    layouts = {block.layout for block in blocks}
+    if len(layouts) > 1 or not all(isinstance(block, KroneckerBlock) for block in blocks):
+        raise ValueError("Only Kronecker products of the same parameters can be pooled.")
+    total = sum(weights)
+    a = _total([block.A * (weight / total) for block, weight in zip(blocks, weights)])
+    b = _total([block.B * (weight / total) for block, weight in zip(blocks, weights)])
+    scale = sum(block.scale * weight for block, weight in zip(blocks, weights)) / total
+    return KroneckerBlock(a, b, layouts.pop(), scale)
+
+
+def _inner_product(left: KroneckerBlock | EigenBlock, right: KroneckerBlock | EigenBlock) -> Tensor:
+    """Return ``tr(L R)``."""
+    if isinstance(left, KroneckerBlock) and isinstance(right, KroneckerBlock):
+        a, b = (left.A * right.A).sum((-2, -1)), (left.B * right.B).sum((-2, -1))
+        return left.scale * right.scale * (a * b).sum()
+    first, second = left.eigh(), right.eigh()
+    overlap_a = _overlap(first.basis_a, second.basis_a, first.values)
+    overlap_b = _overlap(first.basis_b, second.basis_b, first.values.mT)
+    return (first.values * (overlap_b @ second.values @ overlap_a.mT)).sum()
+
+
+def _overlap(left: Tensor | None, right: Tensor | None, like: Tensor) -> Tensor:
+    """Return the squared inner products of two bases, ``[g, d, d]``."""
+    size = like.shape[-1]
+    eye = torch.eye(size, dtype=like.dtype, device=like.device).expand(like.shape[0], size, size)
+    return ((eye if left is None else left).mT @ (eye if right is None else right)).square()
+
+
+def _total(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape."""
+    return torch.stack(list(tensors)).sum(0)

@@ -1,0 +1,1 @@
+"""What a device is good at, and which library multiplies on it."""

@@ -1,0 +1,107 @@
+"""Exact second moments of per-example gradients, entry by entry in some basis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.blocks.eigen import EigenBlock
+from einconv_kfac.curvature.devices.products import product
+from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.curvature.estimation.moments import batch_size, no_data
+from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.curvature.layers.rules.rule import with_ones
+
+_LARGEST = 1 << 22
+"""Entries of the per-example gradients that are held at a time."""
+
+
+class SquaredGradients:
+    """Sums of ``(U_B^T G_n U_A)^2`` with the gradients ``G_n [g, co, d]`` of single examples.
+
+    In the eigenbasis of Kronecker factors these are the corrected eigenvalues of EKFAC
+    (George et al., 2018); in the identity basis they are the exact diagonal of the Fisher
+    or GGN.
+
+    Args:
+        layer: The layer.
+        basis: A block whose bases are taken; its eigenvalues are not used.
+    """
+
+    def __init__(self, layer: Layer, basis: EigenBlock | None = None) -> None:
+        self.layer = layer
+        self.examples = 0
+        self._basis = basis
+        self.total: Tensor | None = None  # of the squares so far, [g, co, d]
+        self._inputs: Tensor | None = None
+        self._late = False
+
+    @torch.no_grad()
+    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
+        """See `LayerMoments`."""
+        size = batch_size(self.layer, calls)
+        self.examples += size if examples is None else examples
+        a = torch.cat([self._columns(call) for call in calls], dim=-1)  # n g d s
+        _, channels, _ = self.layer.layout.shape
+        self._late = a.shape[-1] > channels  # then the gradients are fewer rows than the inputs
+        self._inputs = a.mT if self._late else self._rotated_rows(a.mT)
+
+    @torch.no_grad()
+    def add_gradients_(
+        self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
+    ) -> None:
+        """See `Moments`."""
+        a = self._inputs  # n g s d
+        assert a is not None
+        g = torch.cat([self._rotated(c, dy) for c, dy in zip(calls, gradients)], dim=-1)
+        if self.total is None:
+            self.total = g.new_zeros(g.shape[1], g.shape[2], a.shape[3])
+        if a.shape[2] == 1:  # no weight sharing: squares of outer products
+            left, right = g.squeeze(-1).square(), a.squeeze(2).square()
+            self.total.add_(torch.einsum("nga,ngb->gab", left, right), alpha=scale)
+            return
+        step = max(1, _LARGEST // self.total.numel())
+        for part_g, part_a in zip(torch.split(g, step), torch.split(a, step)):
+            outer = part_g @ part_a  # n g co d
+            outer = self._rotated_rows(outer) if self._late else outer
+            if len(outer) == 1:  # large ones pass through memory once
+                self.total.addcmul_(outer[0], outer[0], value=scale)
+            else:
+                self.total.add_(outer.square_().sum(0), alpha=scale)
+
+    def block(self, scale: float) -> EigenBlock:
+        """Return the block with the averages as eigenvalues.
+
+        Raises:
+            RuntimeError: If nothing was added.
+        """
+        if self.total is None:
+            raise no_data(self.layer)
+        values = self.total * (scale / self.examples)
+        if self._basis is None:
+            return EigenBlock(None, None, values, self.layer.layout)
+        return EigenBlock(self._basis.basis_a, self._basis.basis_b, values, self.layer.layout)
+
+    def _columns(self, call: LayerCall) -> Tensor:
+        """Return ``a`` as ``[n, g, d, s]``."""
+        a = self.layer.rule.inputs(call.module, call.x, call.y_shape)
+        a = with_ones(a) if self.layer.bias is not None else a
+        return a.to(torch.promote_types(a.dtype, torch.float32))
+
+    def _rotated_rows(self, rows: Tensor) -> Tensor:
+        """Return rows ``[n, g, r, d]`` times ``U_A``, in one product per group."""
+        basis = None if self._basis is None else self._basis.basis_a
+        if basis is None:
+            return rows
+        n, g, r, d = rows.shape
+        together = rows.transpose(0, 1).reshape(g, n * r, d)
+        return product(together, basis.to(rows)).reshape(g, n, r, d).transpose(0, 1)
+
+    def _rotated(self, call: LayerCall, gradient: Tensor) -> Tensor:
+        """Return ``U_B^T g`` as ``[n, g, co, s]``."""
+        g = self.layer.rule.outputs(call.module, gradient)
+        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        basis = None if self._basis is None else self._basis.basis_b
+        return g if basis is None else basis.to(g).mT @ g

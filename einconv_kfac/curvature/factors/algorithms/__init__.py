@@ -1,0 +1,1 @@
+"""The algorithms for the input factor of a convolution, one per file."""

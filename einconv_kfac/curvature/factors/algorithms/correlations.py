@@ -1,0 +1,270 @@
+"""Correlations of the input with itself, by the weight gradient of a convolution.
+
+The weight gradient of a convolution whose output gradient is the left operand holds the
+products at all distances of a kernel of lags, in one call of a routine made for such sums. A
+call is made for each region of the left positions; see docs/factors.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby, product
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.factors.channels_last import channels_last
+from einconv_kfac.curvature.factors.indices.lag_boxes import Span, spans_of_all
+from einconv_kfac.curvature.factors.problem import Cost, Problem, part_size
+from einconv_kfac.curvature.factors.symmetric.channel_blocks import Block, channel_pairs, edges
+from einconv_kfac.curvature.factors.symmetric.scatter import Key, write
+from einconv_kfac.curvature.factors.symmetric.update import Update
+from einconv_kfac.geometry import Axis, Geometry
+
+Spans = tuple[Span, ...]
+Range = tuple[int, int, int]
+
+FINE = 16
+"""Positions per channel up to which products, and not operands, cost most to move."""
+
+STRIPS = 1.4
+"""What a multiplication costs on average over large and small regions."""
+
+SLOW = 8.0
+"""The same in float64, for which there is no such routine."""
+
+FULL = 56
+"""Channels of a group from which the routine is at full speed."""
+
+FEW = 16
+"""Channels of a group that it works on together, whether there are as many or not."""
+
+SEPARATE = 3.0
+"""What a multiplication costs where groups with fewer channels are computed one by one."""
+
+CALLS = 100
+"""Operations that a weight gradient and what surrounds it cost."""
+
+SUMS = 4
+"""How many times the sums of all regions fit into the input, if they are held together."""
+
+GROWTH = 4.0
+"""Copies of a part of the input at a time: channels last, and both operands."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One weight gradient: the correlations of one region of the left positions.
+
+    Args:
+        spans: The lags of all dimensions.
+        left: The input positions ``(start, stop, step)`` of the region, per dimension.
+        right: Those of their partners; some may be padding.
+        lags: The number of lags per dimension.
+        slot: Where the results belong in an array ``[*r, *lag]``.
+        positions: Number of left positions.
+        is_interior: Whether the region is the largest.
+    """
+
+    spans: Spans
+    left: tuple[Range, ...]
+    right: tuple[Range, ...]
+    lags: tuple[int, ...]
+    slot: tuple[int | slice, ...]
+    positions: int
+    is_interior: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Regions and lags of the spans."""
+        regions = (len(span.regions) for span in self.spans)
+        return (*regions, *(len(span.distances) for span in self.spans))
+
+
+@lru_cache(maxsize=256)
+def calls(axes: tuple[Axis, ...], half: bool, fine: bool) -> tuple[Call, ...]:
+    """Return the calls for the lags of `spans_of_all`."""
+    found = []
+    for combined in spans_of_all(axes, half, fine):
+        interior = tuple(span.interior for span in combined)
+        for region in product(*(range(len(span.regions)) for span in combined)):
+            needed = [span.needed(r) for span, r in zip(combined, region)]
+            if all(needed):
+                found.append(_call(combined, region, needed, region == interior))
+    return tuple(found)
+
+
+def _call(combined: Spans, region: tuple[int, ...], needed: list[range], interior: bool) -> Call:
+    """Return the call for one region and the distances that are needed of it."""
+    edges_of = [span.regions[r] for span, r in zip(combined, region)]
+    left = tuple(
+        (span.partner(start, 0), span.partner(stop - 1, 0) + 1, span.axis.stride)
+        for span, (start, stop) in zip(combined, edges_of)
+    )
+    right = tuple(
+        (span.partner(start, lags[0]), span.partner(stop - 1, lags[-1]) + 1, 1)
+        for span, (start, stop), lags in zip(combined, edges_of, needed)
+    )
+    inside = (
+        slice(lags[0] - span.distances[0], lags[-1] - span.distances[0] + 1)
+        for span, lags in zip(combined, needed)
+    )
+    lags = tuple(map(len, needed))
+    positions = prod(stop - start for start, stop in edges_of)
+    return Call(combined, left, right, lags, (*region, *inside), positions, interior)
+
+
+def correlated(x: Tensor, problem: Problem, update: Update) -> None:
+    """Add ``sum_{n,o} a a^T`` to the update, from correlations of the input with itself."""
+    geometry = problem.geometry
+    if geometry.ndim == 1:
+        x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
+    x = x.reshape(x.shape[0], geometry.groups, problem.channels, *x.shape[2:])
+    x = x.movedim((1, 2), (-2, -1))  # n *i g c
+    for pair in channel_pairs(problem):
+        block, diagonal = Block(update, pair, geometry), pair[0] == pair[1]
+        operands = [x[..., slice(*edge)] for edge in dict.fromkeys(pair)]
+        step = part_size(operands[0], GROWTH)
+        if step >= len(x):
+            operands = [channels_last(operand, update.out.dtype) for operand in operands]
+        for found in _rounds(calls(geometry.axes, diagonal, _is_fine(problem)), problem):
+            sums = _all_sums(operands, step, found, geometry, update)
+            for combined, total in sums.items():
+                for index, key in _keys(combined):
+                    regions = total[(slice(None),) * len(key) + index]
+                    if not any(lag.distance for lag in key):
+                        regions = regions.contiguous()  # made symmetric in place
+                    write(block.entries, key, regions, block.beta, diagonal)
+            del sums  # not to be kept while the next ones are made
+        block.store_()
+
+
+def _rounds(found: tuple[Call, ...], problem: Problem) -> list[list[Call]]:
+    """Return the calls whose sums are held at the same time: all, if these are small."""
+    by_spans = [list(calls) for _, calls in groupby(found, key=lambda call: call.spans)]
+    sums = sum(prod(calls[0].shape) for calls in by_spans) * _block_size(problem)
+    return [list(found)] if SUMS * sums <= problem.inputs else by_spans
+
+
+def _block_size(problem: Problem) -> int:
+    """Return the products between two blocks of channels at one lag."""
+    bounds = edges(problem)
+    return problem.geometry.groups * (bounds[1] - bounds[0]) ** 2
+
+
+@lru_cache(maxsize=1024)
+def _keys(combined: Spans) -> tuple[tuple[tuple[int, ...], Key], ...]:
+    """Return the lags of some spans, and where each is among their distances."""
+    return tuple(
+        (index, tuple(span.pairs(span.distances[i]) for span, i in zip(combined, index)))
+        for index in product(*(range(len(span.distances)) for span in combined))
+    )
+
+
+def _is_fine(problem: Problem) -> bool:
+    """Return whether few regions are better than few calls."""
+    positions = problem.batch * prod(problem.geometry.input_size)
+    return positions < FINE * problem.channels
+
+
+def _all_sums(
+    operands: list[Tensor], step: int, found: list[Call], geometry: Geometry, update: Update
+) -> dict[Spans, Tensor]:
+    """Return the correlations ``[*r, *lag, g, c, c']`` of two blocks of channels.
+
+    Those of small regions are computed for all examples at once, those of the largest for
+    ``step`` at a time.
+    """
+    first, dtype = operands[0], update.out.dtype
+    sums: dict[Spans, Tensor] = {}
+    for call in found:
+        if call.spans not in sums:
+            shape = (*call.shape, *first.shape[-2:], operands[-1].shape[-1])
+            sums[call.spans] = first.new_zeros(shape, dtype=dtype)
+        if not call.is_interior:
+            _add_correlations_(sums[call.spans], call, operands, geometry, update)
+    for start in range(0, len(first), step):
+        parts = [channels_last(operand[start : start + step], dtype) for operand in operands]
+        for call in found:
+            if call.is_interior:
+                _add_correlations_(sums[call.spans], call, parts, geometry, update)
+        del parts  # not to be kept while the next ones are made
+    return sums
+
+
+def _add_correlations_(
+    total: Tensor, call: Call, operands: list[Tensor], geometry: Geometry, update: Update
+) -> None:
+    """Add the correlations of one region to ``total``, of shape ``[*r, *lag, g, c, c']``.
+
+    Args:
+        total: What to add to.
+        call: The region and its lags.
+        operands: The blocks of channels, ``[n, *i, g, c]``, or one for both.
+        geometry: The convolution.
+        update: What to multiply with, and the dtype.
+    """
+    left = _box(operands[0], call.left, total.dtype)
+    right = _box(operands[-1], call.right, total.dtype)
+    if prod(call.lags) == 1 and left.shape[1:-2] == right.shape[1:-2]:
+        here, there = (x.flatten(0, -3).movedim(1, 0) for x in (left, right))  # g t c
+        products = here.mT @ there
+        total[call.slot].view_as(products).add_(products, alpha=update.alpha)
+        return
+    found = _weight_gradient(left, right, call.lags, geometry)
+    found = torch.unflatten(found, 0, (geometry.groups, -1)).movedim((0, 1, 2), (-3, -2, -1))
+    total[call.slot].add_(found, alpha=update.alpha)
+
+
+def _box(x: Tensor, ranges: tuple[Range, ...], dtype: torch.dtype) -> Tensor:
+    """Copy a box of ``x``, ``[n, *i, g, c]``, with zeros where it leaves ``x``."""
+    sizes = x.shape[1:-2]
+    inside: tuple[Any, ...] = tuple(
+        slice(max(0, start), min(size, stop), step)
+        for (start, stop, step), size in zip(ranges, sizes)
+    )
+    part = x[(slice(None), *inside)]
+    lengths = [-(-(stop - start) // step) for start, stop, step in ranges]
+    shape = (len(x), *lengths, *x.shape[-2:])
+    if part.shape == shape:
+        box = channels_last(part, dtype)
+    else:
+        box = x.new_zeros(shape, dtype=dtype)
+        there = (slice(max(0, -a), min(size, b) - a) for (a, b, _), size in zip(ranges, sizes))
+        box[(slice(None), *there)] = part
+    return box
+
+
+def _weight_gradient(
+    left: Tensor, right: Tensor, lags: tuple[int, ...], geometry: Geometry
+) -> Tensor:
+    """Return ``sum_{n,t} left[n, t, g, c] right[n, t S + l D, g, c']`` as ``[(g c), c', *l]``."""
+    left, right = left.flatten(-2).movedim(-1, 1), right.flatten(-2).movedim(-1, 1)
+    sizes = (left.shape[1], *lags, right.shape[1] // geometry.groups)
+    weight = left.new_empty(sizes).movedim(-1, 1)  # of the operands' format, not to be copied
+    zero = [0] * geometry.ndim
+    found: Tensor = torch.ops.aten.convolution_backward(
+        left, right, weight, None, geometry.stride, zero, geometry.dilation, False, zero,
+        geometry.groups, [False, True, False],
+    )[1]  # fmt: skip
+    return found
+
+
+def correlated_cost(problem: Problem) -> Cost:
+    """Return what `correlated` does."""
+    axes = problem.geometry.axes
+    axes = (Axis(1, 1), *axes) if len(axes) == 1 else axes
+    groups, channels = problem.geometry.groups, problem.channels
+    blocks = len(edges(problem)) - 1
+    found = calls(axes, True, _is_fine(problem))
+    rows = sum(call.positions * prod(call.lags) for call in found)
+    products = sum(prod(call.lags) for call in found)
+    slow = SLOW if problem.dtype == torch.float64 else max(1.0, FULL / channels)
+    slow *= SEPARATE if groups > 1 and channels < FEW else 1.0
+    macs = STRIPS * slow * rows * problem.batch * groups * channels**2
+    copied = problem.inputs * GROWTH * blocks
+    written = (problem.outputs + products * groups * channels**2) / 3  # mostly whole rows
+    return Cost(macs, channels, copied, written, CALLS * len(found) * blocks**2)

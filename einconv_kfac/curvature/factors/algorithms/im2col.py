@@ -1,0 +1,60 @@
+"""Unfold and multiply, some examples at a time, on the upper block triangle only."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import prod
+
+from torch import Tensor
+
+from einconv_kfac.curvature.factors.problem import (
+    BATCHED,
+    Cost,
+    Problem,
+    chunk_count,
+    chunk_size,
+    chunks,
+)
+from einconv_kfac.curvature.factors.symmetric.update import Update, panels
+from einconv_kfac.curvature.factors.unfold import unfolded
+
+SHORT = 8
+"""Elements of a row that copying it costs in addition."""
+
+GROUPED = 1.4
+"""What copying for batches of small products costs, relative to that for a single one."""
+
+
+def im2col(x: Tensor, problem: Problem, update: Update) -> None:
+    """Add ``sum_{n,o} a a^T`` to the update, where ``a`` are the columns of the unfolded input."""
+    geometry = problem.geometry
+    parts = list(chunks(x, _growth(problem), _limit(problem)))
+    for part in parts:
+        columns = unfolded(part.to(update.out.dtype), geometry)
+        update.add_product_(columns, last=part is parts[-1])
+        del columns  # not to be kept while the next ones are made
+        update = update.added()
+
+
+def _growth(problem: Problem) -> float:
+    """Return how many times larger than the input the unfolded input is."""
+    geometry = problem.geometry
+    return problem.entries * geometry.positions / prod(geometry.input_size)
+
+
+def _limit(problem: Problem) -> int:
+    """Return the elements to unfold at a time: few where adding up products costs little."""
+    share = 2 if problem.outputs <= problem.inputs else 1
+    return chunk_size(problem.device, problem.inputs // share)
+
+
+def im2col_cost(problem: Problem) -> Cost:
+    """Return what `im2col` does."""
+    bounds = panels(problem.size, problem.device)
+    pairs = sum((stop - start) * (problem.size - start) for start, stop in pairwise(bounds))
+    columns = problem.batch * problem.geometry.positions * problem.geometry.groups
+    count = chunk_count(problem, _growth(problem), _limit(problem))
+    calls = count * (5 + len(bounds)) * (1 + BATCHED * problem.geometry.groups) + 4 * len(bounds)
+    short = 1.1 + SHORT / problem.geometry.output_size[-1]
+    copied = problem.size * columns * short * (GROUPED if problem.geometry.groups > 1 else 1.0)
+    return Cost(pairs * columns, problem.size, copied, 1.2 * problem.outputs, calls)

@@ -1,0 +1,1 @@
+"""Which positions meet which kernel entries; no tensors."""

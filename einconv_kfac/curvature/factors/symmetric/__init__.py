@@ -1,0 +1,1 @@
+"""Writing a factor so that it is symmetric to the last bit."""

@@ -1,0 +1,92 @@
+"""Blocks of channels of a factor, collected where they are written row by row."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import combinations_with_replacement, pairwise
+from math import prod
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.factors.indices.lag_pairs import lags
+from einconv_kfac.curvature.factors.problem import Problem
+from einconv_kfac.curvature.factors.symmetric.update import Update, mirror_block_
+from einconv_kfac.geometry import Axis, Geometry
+
+Pair = tuple[tuple[int, int], tuple[int, int]]
+
+ROWS = 1152
+"""Rows of the factor in a block: what is written at a time should fit into a cache."""
+
+NARROWEST = 32
+"""Channels that a block has at least."""
+
+BUFFER = 1 << 16
+"""Elements of the rows that are interleaved at a time."""
+
+
+class Block:
+    """The entries between two blocks of channels, collected where they belong.
+
+    In each row the channels are innermost until `store_`, so that products are written in one
+    go; then they are interleaved with the kernel entries, a few rows at a time.
+
+    Args:
+        update: Where the entries go.
+        pair: The blocks of channels.
+        geometry: The convolution.
+    """
+
+    def __init__(self, update: Update, pair: Pair, geometry: Geometry) -> None:
+        """Scale old values, and clear the rest: entries that no lag writes are zero."""
+        kernel, self._out = geometry.kernel_size, update.out
+        self._size, d = prod(kernel), len(kernel)
+        self._rows, self._columns = (slice(a * self._size, b * self._size) for a, b in pair)
+        part = update.out[:, self._rows, self._columns]
+        self.beta = float(update.beta != 0)  # that of what is written
+        if self.beta:
+            _interleave_(part.mul_(update.beta), self._size)
+        elif not all_are_written(geometry.axes):
+            part.zero_()
+        entries = torch.unflatten(torch.unflatten(part, 2, (*kernel, -1)), 1, (-1, *kernel))
+        self.entries = entries.movedim(-1, 2 + d)  # g ci *k ci' *k'
+
+    def store_(self) -> None:
+        """Bring the entries into order, and copy them to their mirror images."""
+        part = self._out[:, self._rows, self._columns]
+        _interleave_(part, part.shape[2] // self._size)
+        if self._rows != self._columns:
+            mirror_block_(self._out, self._rows, self._columns)
+
+
+@lru_cache(maxsize=1024)
+def all_are_written(axes: tuple[Axis, ...]) -> bool:
+    """Return whether every pair of kernel entries meets some pair of positions."""
+    windows = [[window for lag in lags(axis) for window in lag.windows] for axis in axes]
+    return all(
+        len(found) == axis.kernel_size**2 and all(first < end for first, end in found)
+        for axis, found in zip(axes, windows)
+    )
+
+
+def _interleave_(part: Tensor, inner: int) -> None:
+    """Transpose each row of ``part``, ``[g, r, (outer inner)]``, to ``[g, r, (inner outer)]``."""
+    if not 1 < inner < part.shape[2]:
+        return
+    rows = max(1, BUFFER // part.shape[2])
+    order = torch.arange(part.shape[2], device=part.device).view(-1, inner).T.flatten()
+    for matrix in part:
+        for strip in matrix.split(rows):
+            strip.copy_(strip.index_select(1, order))  # a gather is faster than a transposed copy
+
+
+def edges(problem: Problem) -> list[int]:
+    """Return the bounds of even blocks of channels."""
+    count = max(1, round(problem.channels / max(NARROWEST, ROWS // problem.entries)))
+    return [problem.channels * i // count for i in range(count + 1)]
+
+
+def channel_pairs(problem: Problem) -> list[Pair]:
+    """Return the pairs of blocks of channels, ``c <= c'``."""
+    return list(combinations_with_replacement(pairwise(edges(problem)), 2))

@@ -1,0 +1,224 @@
+"""Where a factor goes: ``out <- beta * out + alpha * A``, symmetric to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.devices.products import SHORT, add_matmul_
+from einconv_kfac.curvature.factors.symmetric.allocation import new_matrices
+from einconv_kfac.curvature.factors.symmetric.whole_products import (
+    add_whole_,
+    is_symmetric_by_itself,
+)
+
+PANEL = 128
+"""Rows in a panel of the upper block triangle."""
+
+STRIP = 64
+"""Rows of a panel that are copied to columns at a time, so that both stay in a cache."""
+
+DIAGONAL = 1 << 17
+"""Elements on the diagonal that are made symmetric at a time, so that they stay in a cache."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """The pending update of ``out``, a batch ``[g, D, D]`` of symmetric matrices.
+
+    Args:
+        out: The matrices; only their upper block triangle is kept current until `mirror_`.
+        beta: What the values in ``out`` are multiplied with; 0 ignores them.
+        alpha: What the new matrices are multiplied with.
+        is_begun: Whether something was added, maybe to the upper block triangle only.
+    """
+
+    out: Tensor
+    beta: float
+    alpha: float
+    is_begun: bool = False
+
+    def add_product_(self, a: Tensor, last: bool = True) -> None:
+        """Add ``alpha a a^T`` for ``a`` of shape ``[g, D, L]`` on the upper block triangle.
+
+        Args:
+            a: The factor of the product.
+            last: Whether this is the last product, so that the lower triangle can follow.
+        """
+        kind, (groups, size, length) = self.out.device.type, a.shape
+        if last and not self.is_begun and is_symmetric_by_itself(self.out, a, self.alpha):
+            add_whole_(self.out, a, self.beta, self.alpha)
+            return
+        if last and self.beta == 0 and size <= (2 * PANEL if length <= SHORT else PANEL):
+            self._set_whole_(a)
+            return
+        if last and kind == "cpu" and (groups == 1 or size > 2 * PANEL):
+            for matrix, factor in zip(self.out, a):
+                self._add_by_buffer_(matrix, factor)
+            mirror_diagonal_(self.out)
+            return
+        for start, stop in pairwise(panels(size, kind)):
+            left, right = a[:, start:stop], a[:, start:].mT
+            add_matmul_(self.out[:, start:stop, start:], left, right, self.beta, self.alpha)
+            if last:
+                mirror_panel_(self.out, start, stop)
+        if last:
+            mirror_diagonal_(self.out)
+
+    def _add_by_buffer_(self, out: Tensor, a: Tensor) -> None:
+        """Add to one matrix ``out`` for ``a`` of shape ``[D, L]``; diagonal blocks lack symmetry.
+
+        A panel of rows is made in a buffer and copied from there to rows and to columns. The
+        buffer's rows, unlike those of ``out``, never compete for the same places in a cache.
+        """
+        size = len(out)
+        buffer = out.new_empty(PANEL, ((size + 15) // 16 | 1) * 16)  # odd in cache lines
+        for start, stop in pairwise(panels(size, "cpu")):
+            panel, rows = buffer[: stop - start, : size - start], out[start:stop, start:]
+            if self.beta:
+                panel.copy_(rows)
+            left, right = a[None, start:stop], a[None, start:].mT
+            add_matmul_(panel.unsqueeze(0), left, right, self.beta, self.alpha)
+            rows.copy_(panel)
+            for first in range(start, stop, STRIP):
+                end = min(first + STRIP, stop)
+                out[end:, first:end] = panel[first - start : end - start, end - start :].T
+
+    def _set_whole_(self, a: Tensor) -> None:
+        """Set small matrices to ``alpha a a^T``: half of it plus the transpose of that half."""
+        for start, stop in _parts(self.out):
+            target, part = self.out[start:stop], a[start:stop]
+            half = target.new_empty(target.shape)
+            add_matmul_(half, part, part.mT, 0.0, self.alpha / 2)
+            torch.add(half, half.mT, out=target)
+
+    def added(self) -> Update:
+        """Return the update for what remains to be added once ``beta`` has been applied."""
+        return replace(self, beta=1.0, is_begun=True)
+
+    def within(self, size: int) -> Update:
+        """Return the update of the leading ``size`` rows and columns."""
+        return replace(self, out=self.out[:, :size, :size])
+
+    def set_(self, rows: Tensor, target: Tensor) -> None:
+        """Update ``target``, a part of ``out``, with ``rows`` of its shape."""
+        if self.beta == 0:
+            target.copy_(rows).mul_(self.alpha)
+        else:
+            target.mul_(self.beta).add_(rows, alpha=self.alpha)
+
+
+def panels(size: int, device: str) -> list[int]:
+    """Return the bounds of the panels of rows whose products with what follows are computed.
+
+    On a CPU narrow panels save up to half of the multiplications of a full square; on other
+    devices a product must be large to be fast.
+    """
+    width = PANEL if device == "cpu" else 8 * PANEL
+    return [*range(0, size, width), size]
+
+
+def _parts(matrices: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of parts of a batch ``[g, D, D]`` that stay in a cache."""
+    batch, rows, columns = matrices.shape
+    count = max(1, DIAGONAL // (rows * columns)) if matrices.device.type == "cpu" else batch
+    for start in range(0, batch, count):
+        yield start, start + count
+
+
+def blocks_of(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """View ``[g, (ci *k), (ci' *k')]`` as ``[g, ci, *k, ci', *k']``."""
+    rows = torch.unflatten(factor, 1, (-1, *kernel))
+    return torch.unflatten(rows, rows.ndim - 1, (-1, *kernel))
+
+
+def mirror_(matrices: Tensor) -> None:
+    """Copy the upper triangle of ``[g, D, D]`` to the lower one."""
+    mirror_panel_(matrices, 0, matrices.shape[-1])
+    mirror_diagonal_(matrices)
+
+
+def mirror_block_(matrices: Tensor, rows: slice, columns: slice) -> None:
+    """Copy a block above the diagonal to below it, in strips that stay in a cache."""
+    for start in range(rows.start, rows.stop, PANEL):
+        strip = slice(start, min(start + PANEL, rows.stop))
+        matrices[:, columns, strip] = matrices[:, strip, columns].mT
+
+
+def mirror_panel_(matrices: Tensor, start: int, stop: int) -> None:
+    """Copy a panel of rows, right of the blocks on its diagonal, to the columns below those."""
+    width = strip_width(matrices)
+    for first in range(start, stop, width):
+        end = min(first + width, stop)
+        if end < matrices.shape[-1]:
+            matrices[:, end:, first:end] = matrices[:, first:end, end:].mT
+
+
+def mirror_diagonal_(matrices: Tensor) -> None:
+    """Set the blocks on the diagonal to the mean of both triangles."""
+    width, size = strip_width(matrices), matrices.shape[-1]
+    whole = size // width
+    batch, row, column = matrices.stride()
+    blocks = matrices.as_strided(
+        (matrices.shape[0], whole, width, width),
+        (batch, width * (row + column), row, column),
+        matrices.storage_offset(),
+    )
+    for start, stop in _parts(matrices[:, :width, : whole * width]) if whole else ():
+        diagonal = blocks[start:stop]
+        torch.mul(diagonal + diagonal.mT, 0.5, out=diagonal)
+    if size % width:
+        rest = matrices[:, whole * width :, whole * width :]
+        torch.mul(rest + rest.mT, 0.5, out=rest)
+
+
+def strip_width(matrices: Tensor) -> int:
+    """Return the width of the blocks on the diagonal of ``[g, D, D]``."""
+    return STRIP if matrices.device.type == "cpu" else 8 * PANEL
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a factor of inputs of this dtype: at least float32.
+
+    Raises:
+        ValueError: If the dtype is not a real floating-point one.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"The layer's tensors must be real floating-point numbers, got {dtype}.")
+    return torch.promote_types(dtype, torch.float32)
+
+
+def prepare(
+    like: Tensor, shape: tuple[int, int], out: Tensor | None, beta: float, alpha: float
+) -> Update:
+    """Return the update of ``out``, or of a new tensor, for factors ``[g, D, D]``.
+
+    Args:
+        like: The tensor whose dtype and device decide those of the factor.
+        shape: Number of groups and size ``D``.
+        out: The tensor to update, or none.
+        beta: See `Update`.
+        alpha: See `Update`.
+
+    Raises:
+        ValueError: If ``out`` has another shape, dtype or device or is not contiguous, or
+            if there is a ``beta`` but no ``out``.
+    """
+    groups, size = shape
+    expected = (groups, size, size)
+    dtype = accumulation_dtype(like.dtype)
+    if out is None:
+        if beta:
+            raise ValueError(f"`beta` must be 0 without `out`, got {beta}.")
+        return Update(new_matrices(like, expected, dtype), 0.0, alpha)
+    if out.shape != expected or not out.is_contiguous():
+        raise ValueError(f"`out` must be contiguous of shape {expected}, got {tuple(out.shape)}.")
+    if out.dtype != dtype or out.device != like.device:
+        raise ValueError(
+            f"`out` must be {dtype} on {like.device}, got {out.dtype} on {out.device}."
+        )
+    return Update(out, beta, alpha)

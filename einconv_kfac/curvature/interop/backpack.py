@@ -1,0 +1,72 @@
+"""Grouped convolutions for BackPACK (``pip install einconv-kfac[backpack]``)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from einconv_kfac.curvature.factors import conv_output_factor
+from einconv_kfac.curvature.layers.rules import layer_rule
+
+
+def _grouped(base: Any) -> Any:
+    """Return BackPACK's rule for convolutions, with channel groups."""
+
+    class Grouped(base):  # type: ignore[misc]
+        def weight(self, ext: Any, module: Any, *backward: Any) -> Any:
+            """Return ``[B, A]``, stacked over groups if there are several."""
+            if module.groups > 1:
+                return _factors(module, backward[-1])
+            return super().weight(ext, module, *backward)
+
+    return Grouped
+
+
+def with_groups(extension: Any) -> Any:
+    """Teach BackPACK's ``KFAC()`` or ``KFLR()`` convolutions with channel groups.
+
+    One ``backward`` then fills ``weight.kfac`` (or ``kflr``) of every convolution with
+    ``[B, A]``: BackPACK's own for one group, and stacks ``[g, co, co]`` and ``[g, d, d]`` for
+    several. The scaling is BackPACK's: ``A = 1/N sum_{n,s} a a^T``, and ``B`` is the sum of
+    squares of gradients that are first summed over positions, ``S`` times that of the KFC
+    paper for independent positions.
+
+    Args:
+        extension: ``backpack.extensions.KFAC()`` or ``KFLR()``; it is changed and returned.
+
+    Raises:
+        ImportError: If BackPACK is not installed.
+        ValueError: If it is another extension.
+    """
+    try:
+        hbp = import_module("backpack.extensions.secondorder.hbp")
+    except ImportError as error:
+        raise ImportError(
+            "This extension needs BackPACK: pip install einconv-kfac[backpack]"
+        ) from error
+    if extension.savefield not in {"kfac", "kflr"}:
+        name = type(extension).__name__
+        raise ValueError(f"`extension` must be BackPACK's KFAC or KFLR, got {name}.")
+    for name in ("conv", "conv_transpose"):
+        base = getattr(getattr(hbp, f"{name}nd"), f"HBP{_camel(name)}Nd")
+        for n in (1, 2, 3):
+            kind = getattr(nn, f"{_camel(name)}{n}d")
+            extension.set_module_extension(kind, _grouped(base)(n), overwrite=True)
+    return extension
+
+
+def _factors(module: Any, backproped: Tensor) -> list[Tensor]:
+    """Return ``[B, A]`` from BackPACK's root vectors at the output, ``[v, n, c, *s]``."""
+    rule = layer_rule(module)
+    assert rule is not None
+    a = rule.input_factor(module, module.input0, module.output.shape, "expand", False)
+    examples = float(backproped.shape[1])
+    b = conv_output_factor(backproped, module.groups, "reduce", alpha=examples)
+    return [b, a]
+
+
+def _camel(name: str) -> str:
+    """Return a name in capitals, as ``ConvTranspose``."""
+    return "".join(part.capitalize() for part in name.split("_"))

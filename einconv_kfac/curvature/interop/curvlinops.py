@@ -1,0 +1,112 @@
+"""Conversion to the linear operators of curvlinops (``pip install einconv-kfac[curvlinops]``)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from einconv_kfac.curvature.blocks.collection import KroneckerFactors
+from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
+
+try:
+    from curvlinops import KFACLinearOperator
+    from curvlinops._torch_base import PyTorchLinearOperator
+except ImportError as error:
+    raise ImportError(
+        "This conversion needs curvlinops: pip install einconv-kfac[curvlinops]"
+    ) from error
+
+
+class CurvatureOperator(PyTorchLinearOperator):  # type: ignore[misc]
+    """Curvature as an operator of curvlinops, for its spectra, traces and iterative inverses.
+
+    It acts on lists of tensors in the order of ``curvature.parameters``.
+
+    Args:
+        curvature: Any blocks.
+        model: The model, for the shapes of its parameters.
+    """
+
+    SELF_ADJOINT = True
+
+    def __init__(self, curvature: KroneckerFactors, model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
+        self._like = [parameters[name] for name in curvature.parameters]
+        self._curvature = curvature
+        shapes = [tuple(parameter.shape) for parameter in self._like]
+        super().__init__(shapes, shapes)
+
+    @property
+    def device(self) -> torch.device:
+        """The parameters' device."""
+        return self._like[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return self._like[0].dtype
+
+    def _matmat(self, columns: list[Tensor]) -> list[Tensor]:
+        """Multiply with tensors ``[*shape, v]``."""
+        vector = {n: x.movedim(-1, 0) for n, x in zip(self._curvature.parameters, columns)}
+        result = self._curvature @ vector
+        return [
+            result[name].movedim(0, -1).to(column.dtype)
+            for name, column in zip(self._curvature.parameters, columns)
+        ]
+
+
+def to_kfac_operator(curvature: KroneckerFactors, model: nn.Module) -> Any:
+    """Return curvlinops' ``KFACLinearOperator`` with the given Kronecker factors.
+
+    Its trace, determinant, norm and `KFACInverseLinearOperator` work on it; it acts on the
+    parameters in the order of ``curvature.parameters``, weight and bias jointly. Its ``B`` is
+    ours times the block's scale. Settings that factors do not need (loss, data) are dummies.
+
+    Args:
+        curvature: Kronecker products without channel groups, of layers that curvlinops knows.
+        model: The model.
+
+    Raises:
+        ValueError: If a block is not such a product, or curvlinops does not know its layer.
+    """
+    _check_convertible(curvature, model)
+    parameters = dict(model.named_parameters())
+    operator = KFACLinearOperator(
+        model,
+        nn.MSELoss(),
+        [parameters[name] for name in curvature.parameters],
+        [(torch.zeros(1), torch.zeros(1))],
+        check_deterministic=False,
+        separate_weight_and_bias=False,
+        num_per_example_loss_terms=1,
+        num_data=1,
+    )
+    state = operator.state_dict()
+    state["input_covariances"] = {name: block.A[0] for name, block in curvature.items()}
+    scaled = {name: block.B[0] * block.scale for name, block in curvature.items()}
+    state["gradient_covariances"] = scaled
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # loading "overwrites" the parameters with themselves
+        operator.load_state_dict(state)
+    return operator
+
+
+def _check_convertible(curvature: Mapping[str, Any], model: nn.Module) -> None:
+    """Check that curvlinops can represent the blocks."""
+    for name, block in curvature.items():
+        if not isinstance(block, KroneckerBlock) or len(block.A) > 1:
+            raise ValueError(
+                f"The block of '{name}' must be a Kronecker product without channel groups, got "
+                f"{type(block).__name__} of {block.layout.shape}. `CurvatureOperator` takes any."
+            )
+        module = model.get_submodule(name)
+        if not isinstance(module, KFACLinearOperator._SUPPORTED_MODULES):
+            raise ValueError(
+                f"Layer '{name}' must be a type that curvlinops knows, got "
+                f"{type(module).__name__}. `CurvatureOperator` takes any."
+            )

@@ -1,0 +1,1 @@
+"""Which module has which block."""

@@ -1,0 +1,98 @@
+"""Which parameter of a model is covered how, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from einconv_kfac.curvature.layers.layer import find_layers, refusal
+
+
+@dataclass(frozen=True)
+class ParameterCoverage:
+    """How one parameter is covered.
+
+    Args:
+        parameter: Its name in the model.
+        layer: The layer whose block covers it, or ``None``.
+        kind: Type of the module it belongs to.
+        reason: Why it is not covered; empty if it is.
+    """
+
+    parameter: str
+    layer: str | None
+    kind: str
+    reason: str
+
+
+class Coverage(Sequence[ParameterCoverage]):
+    """How the parameters of a model are covered; prints as a table."""
+
+    def __init__(self, rows: Sequence[ParameterCoverage]) -> None:
+        self._rows = tuple(rows)
+
+    def __getitem__(self, index: int) -> ParameterCoverage:  # type: ignore[override]
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def gaps(self) -> Coverage:
+        """Return the parameters that are not covered."""
+        return Coverage([row for row in self._rows if row.layer is None])
+
+    def __repr__(self) -> str:
+        cells = [
+            (
+                row.parameter,
+                row.kind,
+                "-" if row.layer is None else row.layer or "(model)",
+                row.reason,
+            )
+            for row in self._rows
+        ]
+        return table(("parameter", "type", "block", "why not"), cells)
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """Return how each parameter of a model is covered by `kronecker_factors`, and why not.
+
+    Raises:
+        ValueError: As `find_layers`.
+
+    >>> coverage(nn.Sequential(nn.Linear(2, 3), nn.PReLU()))
+    parameter  type    block  why not
+    0.weight   Linear  0
+    0.bias     Linear  0
+    1.weight   PReLU   -      no rule covers PReLU; `register_layer` adds one
+    """
+    owners = {
+        name: layer.name for layer in find_layers(model, every=True) for name in layer.parameters
+    }
+    return Coverage(list(_rows(model, owners)))
+
+
+def _rows(model: nn.Module, owners: dict[str, str]) -> Iterator[ParameterCoverage]:
+    """Yield the rows, in the order of the model's parameters."""
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        path = name.rpartition(".")[0]
+        path = path.partition("parametrizations")[0].rstrip(".")  # where originals are kept
+        module, reason = modules[path], ""
+        if name not in owners:
+            reason = refusal(path, module) or "another module uses it unseen"
+            reason = reason if parameter.requires_grad else "it is frozen"
+        kind = nn.utils.parametrize.type_before_parametrizations(module).__name__
+        yield ParameterCoverage(name, owners.get(name), kind, reason)
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return left-aligned columns as text."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        for row in (titles, *rows)
+    )
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""``torch.nn.Linear``: every dimension between the first and the last is a position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from einconv_kfac.curvature import factors
+from einconv_kfac.curvature.layers.rules.rule import Approximation, LayerRule
+
+
+class LinearRule(LayerRule):
+    """Inputs ``[n, *s, d]``, outputs ``[n, *s, co]``."""
+
+    def inputs(self, module: nn.Linear, x: Tensor, y_shape: Sequence[int]) -> Tensor:
+        """See `LayerRule`."""
+        return x.reshape(x.shape[0], -1, x.shape[-1]).mT.unsqueeze(1)
+
+    def outputs(self, module: nn.Linear, gradient: Tensor) -> Tensor:
+        """See `LayerRule`."""
+        return gradient.reshape(gradient.shape[0], -1, gradient.shape[-1]).mT.unsqueeze(1)
+
+    def positions(self, module: nn.Linear, y_shape: Sequence[int]) -> int:
+        """See `LayerRule`."""
+        return prod(y_shape[1:-1])
+
+    def input_factor(
+        self,
+        module: nn.Linear,
+        x: Tensor,
+        y_shape: Sequence[int],
+        approximation: Approximation,
+        bias: bool,
+        **into: Any,
+    ) -> Tensor:
+        """See `LayerRule`."""
+        return factors.linear_input_factor(x, approximation, bias, **into)
+
+    def output_factor(
+        self, module: nn.Linear, gradient: Tensor, approximation: Approximation, **into: Any
+    ) -> Tensor:
+        """See `LayerRule`."""
+        rows = gradient.reshape(1, gradient.shape[0], -1, gradient.shape[-1])
+        return factors.output_factor(rows, 1, approximation, **into)

@@ -1,0 +1,1 @@
+"""The contractions of a convolution, one way to compute them per file."""

@@ -1,0 +1,1 @@
+"""Running averages of Kronecker factors: collected, averaged, refreshed."""

@@ -1,0 +1,59 @@
+"""What a step gathers of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+
+from torch import Tensor
+
+from einconv_kfac.curvature.blocks.eigen import EigenBlock
+from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.curvature.estimation.moments import LayerMoments
+from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
+from einconv_kfac.curvature.layers.layer import Approximation, Layer
+
+
+class LayerSums(LayerMoments):
+    """Second moments for the factors and, in an eigenbasis, squared gradients.
+
+    Args:
+        layer: The layer.
+        approximation: ``"expand"`` or ``"reduce"``.
+        basis: The eigenbasis in which squared gradients of single examples are summed, if they
+            are wanted.
+    """
+
+    def __init__(
+        self, layer: Layer, approximation: Approximation, basis: EigenBlock | None = None
+    ) -> None:
+        super().__init__(layer, approximation)
+        self.squares = None if basis is None else SquaredGradients(layer, basis)
+        self.seconds = 0.0
+
+    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
+        """See `LayerMoments`."""
+        start = perf_counter()
+        super().add_inputs_(calls, examples)
+        if self.squares is not None:
+            self.squares.add_inputs_(calls, examples)
+        self.seconds += perf_counter() - start
+
+    def add_gradients_(
+        self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
+    ) -> None:
+        """See `Moments`."""
+        start = perf_counter()
+        super().add_gradients_(calls, gradients, scale)
+        if self.squares is not None:
+            self.squares.add_gradients_(calls, gradients, scale)
+        self.seconds += perf_counter() - start
+
+    def checked(self) -> list[Tensor]:
+        """Return tensors that are finite exactly if what was gathered is.
+
+        A sum of outer products is finite where its diagonal is.
+        """
+        diagonals = [part.diagonal(dim1=-2, dim2=-1) for part in self.sums()]
+        total = None if self.squares is None else self.squares.total
+        return diagonals if total is None else [*diagonals, total]

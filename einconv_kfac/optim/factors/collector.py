@@ -1,0 +1,179 @@
+"""Sums for the factors to come, from the losses that are backpropagated."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from einconv_kfac.curvature.blocks.eigen import EigenBlock
+from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
+from einconv_kfac.curvature.estimation.estimate import uncompiled
+from einconv_kfac.curvature.estimation.fisher import FisherEstimator
+from einconv_kfac.curvature.estimation.moments import Moments
+from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.optim.diagnostics import norms
+from einconv_kfac.optim.factors.accumulator import LayerSums
+from einconv_kfac.optim.factors.sampled_moments import sampled
+from einconv_kfac.optim.hyperparameters import fraction
+from einconv_kfac.optim.replay.recorder import Batch, Recorder
+
+NEVER_SEEN = (
+    "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
+    "loss as `loss_fn(model(x), y)` with the module given here and backpropagate it."
+)
+
+
+class Gathering:
+    """Gathers what the factors of layers need, in the backward passes of one step.
+
+    A compiled model runs uncompiled while it gathers.
+
+    Args:
+        model: The model, or what ``torch.compile`` made of it.
+        estimator: Which Fisher of which loss.
+        seed: Seed of the generator for sampled targets and examples.
+        part: Fraction of the examples that the factors are averaged over.
+    """
+
+    def __init__(
+        self, model: nn.Module, estimator: FisherEstimator, seed: int, part: float = 1.0
+    ) -> None:
+        self._estimator = estimator
+        self._part = fraction("factor_fraction", part)
+        self._model = uncompiled(model)
+        self._layers: dict[str, Layer] = {}
+        self.moments: dict[str, LayerSums] = {}
+        self.bases: dict[str, EigenBlock] = {}  # in which squared gradients are summed
+        self.due: set[str] = set()
+        self.finite = True
+        self._capture = LayerCapture([])
+        self.recorder = Recorder(self._model, estimator.loss_fn, self._add_, self._capture, model)
+        self._undo = [self._capture.remove]
+        if model is not self._model:
+            self._undo.append(_run_uncompiled_(model, self._capture))
+        device = next(model.parameters()).device
+        self.generator = Generator(device).manual_seed(seed)
+        weakref.finalize(self, _undo_, self._undo)
+
+    def watch(self, layer: Layer) -> None:
+        """Gather for a layer, instead of one of the same name."""
+        self._layers[layer.name] = layer
+        self._capture.watch(layer)
+        self.moments.pop(layer.name, None)
+
+    def begin_(self, due: Iterable[str]) -> None:
+        """Drop what was gathered, and gather for these layers from now on."""
+        self.moments, self.finite = {}, True
+        self._before = self.generator.get_state()
+        self.recorder.take()
+        self.due = set(due)
+        self._capture.enabled = bool(self.due)
+
+    def rewind_(self) -> None:
+        """Draw again what was drawn since the beginning."""
+        self.generator.set_state(self._before)
+
+    def _add_(self, output: Tensor, target: Tensor, calls: Sequence[LayerCall]) -> None:
+        """Add a batch, from the graph of its output."""
+        own = [call for call in calls if call.layer in self.due]
+        if not own:
+            return
+        self.finite = self.finite and bool(output.isfinite().all())
+        if not self.finite:
+            return
+        self._follow_(output)
+        for name in {call.layer for call in own} - self.moments.keys():
+            layer, approximation = self._layers[name], self._estimator.approximation
+            self.moments[name] = LayerSums(layer, approximation, self.bases.get(name))
+        loss = self.recorder.loss(output, target)
+        moments: Mapping[str, Moments] = self.moments
+        if self._part < 1:
+            moments = sampled(self.moments, self._part, self.generator)
+        with self._capture.paused():  # checkpointed layers run again
+            self._estimator.add_(moments, own, (output, target, loss), self.generator)
+        self.moments = {name: m for name, m in self.moments.items() if m.examples}
+
+    def _follow_(self, output: Tensor) -> None:
+        """Start the generator anew where the model has moved to another device."""
+        if self.generator.device != output.device:
+            seed = self.generator.initial_seed()
+            self.generator = Generator(output.device).manual_seed(seed)
+            self._before = self.generator.get_state()
+
+    def check(self, batches: Sequence[Any]) -> None:
+        """Raise a ``RuntimeError`` if layers that are due were trained but not seen.
+
+        Args:
+            batches: The batches of the step.
+        """
+        missing = [name for name in self.due - self.moments.keys() if self._is_trained(name)]
+        if missing and not batches:
+            raise RuntimeError(NEVER_SEEN)
+        if missing:
+            names = ", ".join(f"'{name}'" for name in sorted(missing))
+            raise RuntimeError(
+                f"The factors of {names} need calls that the loss depends on, got none, though "
+                "there is a gradient. Compiled models: pass `torch.compile(model)` itself here "
+                "and call that. Checkpointed layers: pass use_reentrant=False. Layers that are "
+                "not called as modules, or only reached by another loss: name them in `exclude`."
+            )
+
+    def _is_trained(self, name: str) -> bool:
+        """Tell whether a layer's weight has a gradient that is not zero."""
+        gradient = self._model.get_parameter(self._layers[name].weight).grad
+        return gradient is not None and bool(gradient.any())
+
+    def is_finite(
+        self,
+        gradients: Sequence[Tensor],
+        batches: Sequence[Batch],
+        known: Sequence[Tensor] | None = None,
+    ) -> bool:
+        """Tell whether gradients, losses and the factors that were gathered are finite.
+
+        It is the one number of an ordinary step that the host waits for. A tensor is finite
+        where its norm or sum is; entries are looked at one by one only if one is not, for it
+        may overflow.
+
+        Args:
+            gradients: The gradients.
+            batches: The batches with the losses.
+            known: The norms of the gradients, if they are known.
+        """
+        if not self.finite:
+            return False
+        sums = [part for own in self.moments.values() for part in own.checked()]
+        others = [*(batch.loss for batch in batches), *sums]
+        short = [*(norms(gradients) if known is None else known), *(t.sum() for t in others)]
+        if not short or bool(torch.stack(short).isfinite().all()):
+            return True
+        return bool(torch.stack([t.isfinite().all() for t in [*gradients, *others]]).all())
+
+    def remove_hooks(self) -> None:
+        """Detach from the model and the loss for good."""
+        _undo_(self._undo)
+        self.recorder.remove()
+
+
+def _undo_(actions: list[Callable[[], None]]) -> None:
+    """Call what undoes something, once."""
+    while actions:
+        actions.pop()()
+
+
+def _run_uncompiled_(compiled: nn.Module, capture: LayerCapture) -> Callable[[], None]:
+    """Have a compiled model run uncompiled while calls are captured; return what undoes that."""
+    fast, plain = compiled.forward, uncompiled(compiled)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (plain if capture.enabled else fast)(*args, **kwargs)
+
+    def undo() -> None:
+        compiled.forward = fast
+
+    compiled.forward = forward
+    return undo

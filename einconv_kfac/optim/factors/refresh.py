@@ -1,0 +1,135 @@
+"""When and how the inverses of layers are renewed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+from einconv_kfac.curvature.blocks.eigen import EigenBlock
+from einconv_kfac.optim.factors.running import RunningFactors
+from einconv_kfac.optim.inverses.background import Pending, begun, delay
+from einconv_kfac.optim.inverses.registry import Inverted, Kind
+
+Inverses: TypeAlias = dict[str, Inverted]
+"""Damped inverses of the layers that have factors, by name."""
+
+
+class Renewal:
+    """Renews the inverses of layers.
+
+    Args:
+        running: The layers, by name; others may come.
+        kind: The kind of inverse.
+        in_background: Whether a thread inverts, except where there is no inverse yet.
+    """
+
+    def __init__(
+        self, running: Mapping[str, RunningFactors], kind: Kind, in_background: bool
+    ) -> None:
+        self._running = running
+        self._kind = kind
+        self._in_background = in_background
+        self._warned = False
+
+    def refresh_(
+        self, dampings: Mapping[str, float], intervals: Mapping[str, int], step: int
+    ) -> None:
+        """Renew the inverses that are due, and rebind the damping of the others.
+
+        Args:
+            dampings: Damping by layer.
+            intervals: After how many steps an inverse is due, by layer.
+            step: The step.
+
+        Raises:
+            RuntimeError: If a damped factor is not positive definite. No inverse is changed
+                then, but what a thread failed at is due again.
+        """
+        pending = {n: own.pending for n, own in self._running.items() if own.pending is not None}
+        ready = {name: one for name, one in pending.items() if one.due <= step}
+        due = [n for n in self._running if n in ready or n not in pending]
+        due = [n for n in due if self._is_due(n, ready.get(n), intervals[n], step)]
+        known = {n for n, own in self._running.items() if n in ready or own.inverse is not None}
+        later = [n for n in due if self._in_background and n in known]
+        now = self._inverted({n: dampings[n] for n in due if n not in later})
+        arrived = self._arrived_(ready)
+        for name, found in arrived.items():
+            self.use_({name: self._following(name, found)}, ready[name].begun)
+        self.use_(now, step)
+        self._begin_(later, dampings, intervals, step)
+        for name, own in self._running.items():
+            own.inverse = own.inverse and own.inverse.damped(dampings[name])
+
+    def bases(self) -> dict[str, EigenBlock]:
+        """Return the eigenbases in which inverses want squared gradients, by layer."""
+        inverses = {n: own.inverse for n, own in self._running.items() if own.inverse is not None}
+        bases = {name: inverse.basis for name, inverse in inverses.items()}
+        return {name: basis for name, basis in bases.items() if basis is not None}
+
+    def inverted(self, several: Iterable[Mapping[str, float]]) -> Iterator[Inverses]:
+        """Yield the inverses for several dampings, each by layer; raises like `refresh_`."""
+        first: Inverses | None = None
+        for dampings in several:
+            if first is None or not self._kind.rebinds:
+                first = self._inverted(dampings)
+            yield {
+                name: replace(found, inverse=found.inverse.damped(dampings[name]))
+                for name, found in first.items()
+            }
+
+    def use_(self, inverses: Inverses, step: int) -> None:
+        """Take over inverses of a step's factors, instead of any that are to come."""
+        for name, found in inverses.items():
+            self._running[name].use_(found, step)
+            if found.retries and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"The damped factors of '{name}' were not positive definite in their dtype; "
+                    f"they were inverted in float64, with damping {found.inverse.damping:.3g}. "
+                    "`statistics` counts such cases as 'cholesky_retries'. A larger `damping` "
+                    "avoids them.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def _is_due(self, name: str, ready: Pending | None, interval: int, step: int) -> bool:
+        """Tell whether a layer's factors are to be inverted."""
+        last = self._running[name].inverse_step if ready is None else ready.begun
+        return last is None or step - last >= interval
+
+    def _inverted(self, dampings: Mapping[str, float]) -> Inverses:
+        """Return the inverses of layers that have factors."""
+        wanted = [self._running[name].task(damping) for name, damping in dampings.items()]
+        tasks = [task for task in wanted if task is not None]
+        found = self._kind.timed(tasks)
+        return {task.name: self._following(task.name, one) for task, one in zip(tasks, found)}
+
+    def _following(self, name: str, found: Inverted) -> Inverted:
+        """Return an inverse with what the layer's present one has learned."""
+        return replace(found, inverse=found.inverse.following(self._running[name].inverse))
+
+    def _arrived_(self, ready: Mapping[str, Pending]) -> Inverses:
+        """Return what threads found; none of it if one failed, and failures are forgotten then."""
+        errors = {name: pending.found.exception() for name, pending in ready.items()}
+        failed = {name: error for name, error in errors.items() if error is not None}
+        for name in failed:
+            self._running[name].pending = None
+        for error in failed.values():
+            raise error
+        return {name: pending.found.result()[name] for name, pending in ready.items()}
+
+    def _begin_(
+        self,
+        names: Sequence[str],
+        dampings: Mapping[str, float],
+        intervals: Mapping[str, int],
+        step: int,
+    ) -> None:
+        """Have a thread invert the factors of layers."""
+        if names:
+            wanted = [self._running[name].task(dampings[name]) for name in names]
+            future = begun(self._kind.timed, [task for task in wanted if task is not None])
+            for name in names:
+                self._running[name].pending = Pending(step, step + delay(intervals[name]), future)

@@ -1,0 +1,71 @@
+"""Factors from some of a batch's examples, as Martens and Grosse (2015, section 8) have them.
+
+The examples that enter ``A`` and ``B`` are drawn at random, one set for all layers. Sums over
+them are scaled to the whole batch, so that several batches keep their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor
+
+from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments, batch_size
+
+Rows = Callable[[int], Tensor]
+"""Returns the chosen examples' numbers ``[k]``, given the number ``n`` of all."""
+
+
+class SampledMoments:
+    """Adds some of the examples of one batch to a layer's moments, in place of all.
+
+    Args:
+        moments: The layer's moments.
+        rows: Chooses the examples.
+    """
+
+    def __init__(self, moments: LayerMoments, rows: Rows) -> None:
+        self._moments = moments
+        self._rows = rows
+
+    def add_inputs_(self, calls: Sequence[LayerCall]) -> None:
+        """See `Moments`."""
+        size = batch_size(self._moments.layer, calls)
+        self._moments.add_inputs_(self._chosen(calls), size)
+
+    def add_gradients_(
+        self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
+    ) -> None:
+        """See `Moments`."""
+        rows = self._rows(size := calls[0].x.shape[0])
+        chosen = [gradient[rows] for gradient in gradients]
+        self._moments.add_gradients_(self._chosen(calls), chosen, scale * size / len(rows))
+
+    def _chosen(self, calls: Sequence[LayerCall]) -> list[LayerCall]:
+        """Return calls with the inputs of the chosen examples."""
+        return [replace(call, x=call.x[self._rows(call.x.shape[0])]) for call in calls]
+
+
+def sampled(
+    moments: Mapping[str, LayerMoments], part: float, generator: Generator
+) -> dict[str, Moments]:
+    """Return what adds a random part of the examples of one batch to moments.
+
+    Args:
+        moments: By layer name.
+        part: The fraction of the examples, rounded up.
+        generator: Draws them.
+    """
+    drawn: dict[int, Tensor] = {}
+
+    def rows(size: int) -> Tensor:
+        if size not in drawn:
+            order = torch.randperm(size, generator=generator, device=generator.device)
+            drawn[size] = order[: math.ceil(part * size)].sort().values
+        return drawn[size]
+
+    return {name: SampledMoments(own, rows) for name, own in moments.items()}

@@ -1,0 +1,1 @@
+"""Damped inverses of a layer's curvature, one kind per file."""

@@ -1,0 +1,1 @@
+"""Forward passes, recorded and run again, and Jacobian-vector products."""
