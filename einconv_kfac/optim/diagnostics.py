@@ -6,13 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from einconv_kfac.optim.factors.running import RunningFactors
-from einconv_kfac.optim.step.layer_gains import layer_of
 from einconv_kfac.optim.step.objective import Statistics
-from einconv_kfac.optim.step.quadratic_model import Direction
+from einconv_kfac.optim.vectors import Direction, layer_of, norms
 
 Moved = Mapping[str, tuple[Tensor, float]]
 """What parameters were moved by: a tensor and a factor, by name."""
@@ -64,12 +62,6 @@ class Report:
         if "clip" in self.numbers:
             numbers["clip"] = float(self.numbers["clip"])
         return numbers
-
-
-def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the Euclidean norm of each of many tensors."""
-    tensors = list(tensors)
-    return list(torch._foreach_norm(tensors)) if tensors else []
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

@@ -16,7 +16,7 @@ from einconv_kfac.curvature.estimation.fisher import Fisher
 from einconv_kfac.curvature.layers.layer import Approximation
 from einconv_kfac.curvature.losses import check_reduction
 from einconv_kfac.optim.coverage import Training, training, uncovered
-from einconv_kfac.optim.diagnostics import Report, norms
+from einconv_kfac.optim.diagnostics import Report
 from einconv_kfac.optim.hyperparameters import (
     GroupSettings,
     Schedule,
@@ -38,6 +38,7 @@ from einconv_kfac.optim.step.objective import (
     following_,
     rescaled,
 )
+from einconv_kfac.optim.vectors import norms
 
 _STATE_VERSION = 5
 

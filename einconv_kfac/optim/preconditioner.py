@@ -28,7 +28,7 @@ from einconv_kfac.optim.inverses.registry import kind_of
 from einconv_kfac.optim.parameters import Exclusion, excluded_modules
 from einconv_kfac.optim.pickling import arguments, rebuilt
 from einconv_kfac.optim.replay.recorder import Batch
-from einconv_kfac.optim.step.quadratic_model import Direction
+from einconv_kfac.optim.vectors import Direction
 
 DEFAULT_DAMPING = 0.03
 NOT_FINITE = "A gradient, loss or Kronecker factor was not finite; the step was skipped."

@@ -16,7 +16,8 @@ from einconv_kfac import KFAC
 from einconv_kfac.optim.preconditioner import KFACPreconditioner
 from einconv_kfac.optim.step import slow_momentum
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
-from einconv_kfac.optim.step.subspace import CERTAIN, LARGEST_CHANGE, Fit, combined
+from einconv_kfac.optim.step.subspace import CERTAIN, LARGEST_CHANGE, Fit
+from einconv_kfac.optim.vectors import combined
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 

@@ -20,10 +20,10 @@ from einconv_kfac.optim.step.layer_gains import (
     SHRINKAGE,
     SMALLEST,
     Gains,
-    layer_of,
 )
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.slow_momentum import BUFFER, SlowMomentum
+from einconv_kfac.optim.vectors import layer_of
 
 WEIGHT = 0.01
 

@@ -15,11 +15,11 @@ from einconv_kfac.curvature.estimation.estimate import uncompiled
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.estimation.moments import Moments
 from einconv_kfac.curvature.layers.layer import Layer
-from einconv_kfac.optim.diagnostics import norms
 from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.hyperparameters import fraction
 from einconv_kfac.optim.replay.recorder import Batch, Recorder
+from einconv_kfac.optim.vectors import norms
 
 NEVER_SEEN = (
     "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "

@@ -11,16 +11,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import TypeAlias
 
 import torch
 from torch import Generator, Tensor
 from torch.autograd import forward_ad
 
 from einconv_kfac.optim.replay.recorder import Batch, Recorder
-
-Direction: TypeAlias = dict[str, Tensor]
-"""A tensor per parameter name."""
+from einconv_kfac.optim.vectors import Direction
 
 
 def jacobian_products(

@@ -15,10 +15,10 @@ from einconv_kfac.optim.preconditioner import KFACPreconditioner
 from einconv_kfac.optim.step.backtracking import shorten_
 from einconv_kfac.optim.step.damping_search import Trial, Trials
 from einconv_kfac.optim.step.objective import Memory, Objective, Statistics
-from einconv_kfac.optim.step.quadratic_model import Direction
 from einconv_kfac.optim.step.slope_trust import Signal
 from einconv_kfac.optim.step.slow_momentum import SlowMomentum
 from einconv_kfac.optim.step.subspace import Fit, Fitting, descents
+from einconv_kfac.optim.vectors import Direction
 
 _BUFFER = "momentum_buffer"
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.quadratic_model import Direction
+from einconv_kfac.optim.vectors import Direction
 
 SHORTENING = 0.25
 """Factor by which it is shortened."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.step.quadratic_model import Direction, inner
+from einconv_kfac.optim.vectors import Direction, inner
 
 
 def kl_clip_factor(

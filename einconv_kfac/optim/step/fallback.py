@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.quadratic_model import Direction
+from einconv_kfac.optim.vectors import Direction
 
 Fallback: TypeAlias = Literal["adam", "gradient"]
 DECAYS = (0.9, 0.999)

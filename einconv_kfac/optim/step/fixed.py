@@ -14,7 +14,7 @@ from einconv_kfac.optim.hyperparameters import Constants, Schedule
 from einconv_kfac.optim.preconditioner import DEFAULT_DAMPING, KFACPreconditioner
 from einconv_kfac.optim.step.clipping import kl_clip_factor, norm_factor
 from einconv_kfac.optim.step.objective import Memory, Objective, Statistics
-from einconv_kfac.optim.step.quadratic_model import Direction
+from einconv_kfac.optim.vectors import Direction
 
 DEFAULT_MOMENTUM = 0.9
 _BUFFER = "momentum_buffer"

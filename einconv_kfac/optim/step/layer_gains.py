@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.quadratic_model import Direction, inner
+from einconv_kfac.optim.vectors import Direction, inner, layer_of
 
 SMALLEST, CONFIDENT, LARGEST = 0.5, 2.0, 16.0
 """Multiples of a batch's minimum: what is followed at least, what as long as noise has not spoilt
@@ -129,11 +129,6 @@ class Gains:
     def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
         """Take over a state."""
         self._layers = {layer: _Layer(**known) for layer, known in state.items()}
-
-
-def layer_of(name: str) -> str:
-    """Return the name of the module that a parameter belongs to."""
-    return name.rpartition(".")[0]
 
 
 def _products(

@@ -11,12 +11,8 @@ from torch import Tensor, nn
 from einconv_kfac.optim.hyperparameters import GroupSettings
 from einconv_kfac.optim.replay.jvp import check_products
 from einconv_kfac.optim.replay.recorder import Batch, Recorder
-from einconv_kfac.optim.step.quadratic_model import (
-    Direction,
-    QuadraticModel,
-    quadratic_model,
-    sum_of,
-)
+from einconv_kfac.optim.step.quadratic_model import QuadraticModel, quadratic_model
+from einconv_kfac.optim.vectors import Direction, sum_of
 
 Memory: TypeAlias = Mapping[str, dict[str, Any]]
 """What the optimizer keeps by parameter name: its state, as torch calls it."""

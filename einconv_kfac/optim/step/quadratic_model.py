@@ -18,10 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.replay.jvp import Direction, jacobian_products
+from einconv_kfac.optim.replay.jvp import jacobian_products
 from einconv_kfac.optim.replay.recorder import Batch, Recorder
-
-__all__ = ["Direction", "QuadraticModel", "inner", "quadratic_model", "sum_of"]
+from einconv_kfac.optim.vectors import Direction, inner, sum_of
 
 
 @dataclass(frozen=True)
@@ -95,27 +94,12 @@ def quadratic_model(
     return QuadraticModel(slope, curvature, _products(directions))
 
 
-def inner(a: Direction, b: Direction, weights: Mapping[str, float] | None = None) -> Tensor:
-    """Return the (weighted) inner product over the parameters that both have, in float64."""
-    names = [name for name in a if name in b]
-    parts = [torch.dot(a[name].flatten(), b[name].flatten()).double() for name in names]
-    if weights:
-        parts = [part * weights[name] for part, name in zip(parts, names)]
-    device = next(iter(a.values())).device
-    return sum_of(parts) if parts else torch.zeros((), dtype=torch.float64, device=device)
-
-
 def _products(
     directions: Sequence[Direction], weights: Mapping[str, float] | None = None
 ) -> Tensor:
     """Return the inner products of all pairs of directions, ``[m, m]``."""
     rows = [torch.stack([inner(a, b, weights) for b in directions]) for a in directions]
     return torch.stack(rows)
-
-
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of tensors of one shape."""
-    return torch.stack(list(tensors)).sum(dim=0)
 
 
 def _curvature(

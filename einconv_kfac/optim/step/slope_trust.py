@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from einconv_kfac.optim.step.quadratic_model import Direction, QuadraticModel, inner
+from einconv_kfac.optim.step.quadratic_model import QuadraticModel
+from einconv_kfac.optim.vectors import Direction, inner
 
 SMALLEST = 0.25
 """Smallest fraction. What is best for one step is too little for many, as the directions of small

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from einconv_kfac.optim.step.layer_gains import Gains, layer_of
+from einconv_kfac.optim.step.layer_gains import Gains
 from einconv_kfac.optim.step.objective import Memory, Objective
-from einconv_kfac.optim.step.quadratic_model import Direction
+from einconv_kfac.optim.vectors import Direction, layer_of
 
 BUFFER = "slow_momentum"
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from einconv_kfac.optim.preconditioner import KFACPreconditioner
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.quadratic_model import Direction, QuadraticModel
+from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 from einconv_kfac.optim.step.slope_trust import Signal
+from einconv_kfac.optim.vectors import Direction, combined
 
 LARGEST_CHANGE = math.log(2)
 """Bound on the sum over layers of the relative changes of their outputs. Where each of many
@@ -179,12 +179,3 @@ def descents(objective: Objective, covered: Direction) -> list[Direction]:
         for direction in (covered, objective.others)
         if direction
     ]
-
-
-def combined(name: str, coefficients: Sequence[float], directions: Sequence[Direction]) -> Tensor:
-    """Return a combination of directions for one parameter."""
-    (factor, first), *others = [(c, d[name]) for c, d in zip(coefficients, directions) if name in d]
-    total = first * factor
-    for factor, tensor in others:
-        total.add_(tensor, alpha=factor)
-    return total
