@@ -1,4 +1,4 @@
-"""What the last step did, in numbers that are computed when somebody asks."""
+"""The report of a step, in numbers that are computed on request."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from einconv_kfac.optim.factors.running import RunningFactors
-from einconv_kfac.optim.step.objective import Statistics
+from einconv_kfac.optim.step.protocol import Taken
 from einconv_kfac.optim.vectors import Direction, layer_of, norms
-
-Moved = Mapping[str, tuple[Tensor, float]]
-"""What parameters were moved by: a tensor and a factor, by name."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the last step did.
+    """The report of the last step.
 
     Args:
-        numbers: Of the whole model.
+        taken: The step.
         gradients: Norms of the gradients, by parameter name.
-        moved: The update.
-        gains: How far steps are followed, by the name of the parameters' module.
     """
 
-    numbers: Statistics = field(default_factory=dict)
+    taken: Taken = field(default_factory=lambda: Taken({}))
     gradients: Direction = field(default_factory=dict)
-    moved: Moved = field(default_factory=dict)
-    gains: Mapping[str, float] = field(default_factory=dict)
+
+    def numbers(self, layers: Mapping[str, RunningFactors]) -> dict[str, float]:
+        """Return the numbers of the whole model; `KFAC.statistics` explains them.
+
+        Args:
+            layers: The layers that have factors, by name.
+        """
+        retries = sum(running.retries for running in layers.values())
+        known = {name: float(value) for name, value in self.taken.statistics.items()}
+        return {**known, "cholesky_retries": float(retries)}
 
     def by_layer(
         self, layers: Mapping[str, RunningFactors], parameters: Direction
@@ -48,7 +51,7 @@ class Report:
         names = running.layer.parameters
         numbers: dict[str, float] = {
             "gradient_norm": _norm(self.gradients[n] for n in names if n in self.gradients),
-            "update_norm": _norm(m[0] * m[1] for n in names if (m := self.moved.get(n))),
+            "update_norm": _norm(m[0] * m[1] for n in names if (m := self.taken.moved.get(n))),
             "parameter_norm": _norm(parameters[n] for n in names),
             "factor_seconds": running.factor_seconds,
             "inverse_seconds": running.inverse_seconds,
@@ -57,10 +60,10 @@ class Report:
         if running.inverse is not None and running.conditions is not None:
             a, b = running.conditions.tolist()
             numbers |= {"damping": running.inverse.damping, "condition_a": a, "condition_b": b}
-        if (gain := self.gains.get(layer_of(names[0]))) is not None:
+        if (gain := self.taken.gains.get(layer_of(names[0]))) is not None:
             numbers["gain"] = gain
-        if "clip" in self.numbers:
-            numbers["clip"] = float(self.numbers["clip"])
+        if (clip := self.taken.statistics.get("clip")) is not None:
+            numbers["clip"] = float(clip)
         return numbers
 
 

@@ -1,4 +1,4 @@
-"""Sums for the factors to come, from the losses that are backpropagated."""
+"""Collects second moments for the factors in the backward passes of one step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.hyperparameters import fraction
 from einconv_kfac.optim.replay.recorder import Batch, Recorder
-from einconv_kfac.optim.vectors import norms
 
 NEVER_SEEN = (
     "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
@@ -27,10 +26,10 @@ NEVER_SEEN = (
 )
 
 
-class Gathering:
-    """Gathers what the factors of layers need, in the backward passes of one step.
+class Collector:
+    """Collects what the factors of layers need, in the backward passes of one step.
 
-    A compiled model runs uncompiled while it gathers.
+    A compiled model runs uncompiled while the collector is active.
 
     Args:
         model: The model, or what ``torch.compile`` made of it.
@@ -60,21 +59,26 @@ class Gathering:
         weakref.finalize(self, _undo_, self._undo)
 
     def watch(self, layer: Layer) -> None:
-        """Gather for a layer, instead of one of the same name."""
+        """Collect for a layer, instead of one of the same name."""
         self._layers[layer.name] = layer
         self._capture.watch(layer)
         self.moments.pop(layer.name, None)
 
-    def begin_(self, due: Iterable[str]) -> None:
-        """Drop what was gathered, and gather for these layers from now on."""
-        self.moments, self.finite = {}, True
+    def begin_(self, due: Iterable[str], bases: dict[str, EigenBlock]) -> None:
+        """Drop what was collected, and collect for these layers from now on.
+
+        Args:
+            due: Names of the layers.
+            bases: Eigenbases in which squared gradients are summed, by layer.
+        """
+        self.moments, self.bases, self.finite = {}, bases, True
         self._before = self.generator.get_state()
         self.recorder.take()
         self.due = set(due)
         self._capture.enabled = bool(self.due)
 
     def rewind_(self) -> None:
-        """Draw again what was drawn since the beginning."""
+        """Restore the random generator as it was at the beginning of the step."""
         self.generator.set_state(self._before)
 
     def _add_(self, output: Tensor, target: Tensor, calls: Sequence[LayerCall]) -> None:
@@ -85,7 +89,7 @@ class Gathering:
         self.finite = self.finite and bool(output.isfinite().all())
         if not self.finite:
             return
-        self._follow_(output)
+        self._move_generator_(output)
         for name in {call.layer for call in own} - self.moments.keys():
             layer, approximation = self._layers[name], self._estimator.approximation
             self.moments[name] = LayerSums(layer, approximation, self.bases.get(name))
@@ -97,14 +101,14 @@ class Gathering:
             self._estimator.add_(moments, own, (output, target, loss), self.generator)
         self.moments = {name: m for name, m in self.moments.items() if m.examples}
 
-    def _follow_(self, output: Tensor) -> None:
-        """Start the generator anew where the model has moved to another device."""
+    def _move_generator_(self, output: Tensor) -> None:
+        """Seed the generator anew where the model has moved to another device."""
         if self.generator.device != output.device:
             seed = self.generator.initial_seed()
             self.generator = Generator(output.device).manual_seed(seed)
             self._before = self.generator.get_state()
 
-    def check(self, batches: Sequence[Any]) -> None:
+    def check(self, batches: Sequence[Batch]) -> None:
         """Raise a ``RuntimeError`` if layers that are due were trained but not seen.
 
         Args:
@@ -123,32 +127,28 @@ class Gathering:
             )
 
     def _is_trained(self, name: str) -> bool:
-        """Tell whether a layer's weight has a gradient that is not zero."""
+        """Return whether a layer's weight has a gradient that is not zero."""
         gradient = self._model.get_parameter(self._layers[name].weight).grad
         return gradient is not None and bool(gradient.any())
 
     def is_finite(
-        self,
-        gradients: Sequence[Tensor],
-        batches: Sequence[Batch],
-        known: Sequence[Tensor] | None = None,
+        self, gradients: Sequence[Tensor], losses: Sequence[Tensor], known: Sequence[Tensor]
     ) -> bool:
-        """Tell whether gradients, losses and the factors that were gathered are finite.
+        """Return whether gradients, losses and the collected moments are finite.
 
-        It is the one number of an ordinary step that the host waits for. A tensor is finite
-        where its norm or sum is; entries are looked at one by one only if one is not, for it
-        may overflow.
+        This is the one number of an ordinary step that the host waits for. A tensor is finite
+        where its norm or sum is; entries are looked at one by one only if one is not, since a
+        norm may overflow.
 
         Args:
             gradients: The gradients.
-            batches: The batches with the losses.
-            known: The norms of the gradients, if they are known.
+            losses: The losses.
+            known: The norms of the gradients.
         """
         if not self.finite:
             return False
-        sums = [part for own in self.moments.values() for part in own.checked()]
-        others = [*(batch.loss for batch in batches), *sums]
-        short = [*(norms(gradients) if known is None else known), *(t.sum() for t in others)]
+        others = [*losses, *(part for own in self.moments.values() for part in own.checked())]
+        short = [*known, *(tensor.sum() for tensor in others)]
         if not short or bool(torch.stack(short).isfinite().all()):
             return True
         return bool(torch.stack([t.isfinite().all() for t in [*gradients, *others]]).all())

@@ -1,9 +1,9 @@
-"""When and how the inverses of layers are renewed."""
+"""When and how the inverses of layers are recomputed."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -16,8 +16,8 @@ Inverses: TypeAlias = dict[str, Inverted]
 """Damped inverses of the layers that have factors, by name."""
 
 
-class Renewal:
-    """Renews the inverses of layers.
+class Refresh:
+    """Recomputes the inverses of layers where they are due.
 
     Args:
         running: The layers, by name; others may come.
@@ -36,7 +36,7 @@ class Renewal:
     def refresh_(
         self, dampings: Mapping[str, float], intervals: Mapping[str, int], step: int
     ) -> None:
-        """Renew the inverses that are due, and rebind the damping of the others.
+        """Recompute the inverses that are due, and set the damping of the others.
 
         Args:
             dampings: Damping by layer.
@@ -68,16 +68,22 @@ class Renewal:
         bases = {name: inverse.basis for name, inverse in inverses.items()}
         return {name: basis for name, basis in bases.items() if basis is not None}
 
-    def inverted(self, several: Iterable[Mapping[str, float]]) -> Iterator[Inverses]:
-        """Yield the inverses for several dampings, each by layer; raises like `refresh_`."""
-        first: Inverses | None = None
-        for dampings in several:
-            if first is None or not self._kind.rebinds:
-                first = self._inverted(dampings)
-            yield {
+    def trial(self) -> Callable[[Mapping[str, float]], Inverses]:
+        """Return a function that inverts with dampings by layer; it raises like `refresh_`.
+
+        Where another damping needs no new decomposition, its calls share one.
+        """
+        shared: list[Inverses] = []
+
+        def invert(dampings: Mapping[str, float]) -> Inverses:
+            if not shared or not self._kind.rebinds:
+                shared[:] = [self._inverted(dampings)]
+            return {
                 name: replace(found, inverse=found.inverse.damped(dampings[name]))
-                for name, found in first.items()
+                for name, found in shared[0].items()
             }
+
+        return invert
 
     def use_(self, inverses: Inverses, step: int) -> None:
         """Take over inverses of a step's factors, instead of any that are to come."""

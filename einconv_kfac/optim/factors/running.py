@@ -87,15 +87,17 @@ class RunningFactors:
         """Return the preconditioned gradient of the layer's parameters."""
         if not gradient.keys() >= set(self.layer.parameters):
             gradient = {**self.layer.zeros(), **gradient}
-        rows = self.layer.to_matrix(gradient)
-        result = self.layer.from_matrix(inverse.apply(rows))
+        layout = self.layer.layout
+        rows = layout.to_matrix(gradient)
+        result = layout.from_matrix(self._here(inverse, rows).apply(rows))
         return {name: tensor.to(rows.dtype) for name, tensor in result.items()}
 
-    def follow_(self) -> None:
-        """Move the inverse to the layer's device, which may have changed."""
-        device = next(self.layer.module.parameters()).device
-        if self.factors is not None and self.inverse is not None:
-            self.inverse = self.inverse.to(device)
+    def _here(self, inverse: LayerInverse, rows: Tensor) -> LayerInverse:
+        """Return an inverse on the device of gradients, which may have changed."""
+        moved = inverse.to(rows.device)
+        if inverse is self.inverse:
+            self.inverse = moved
+        return moved
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and numbers, once a pending inverse is there."""

@@ -1,276 +1,203 @@
-"""The automatic step: step size and damping from the exact quadratic model."""
+"""The automatic step: step size, momentum and damping from the exact quadratic model."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Mapping
-from itertools import tee
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
-from einconv_kfac.optim.hyperparameters import Constants, is_due
-from einconv_kfac.optim.preconditioner import KFACPreconditioner
-from einconv_kfac.optim.step.backtracking import shorten_
-from einconv_kfac.optim.step.damping_search import Trial, Trials
-from einconv_kfac.optim.step.objective import Memory, Objective, Statistics
-from einconv_kfac.optim.step.slope_trust import Signal
+from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.factors.refresh import Inverses
+from einconv_kfac.optim.schedule import is_due
+from einconv_kfac.optim.step.backtracking import backtrack_
+from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION_PERIOD
+from einconv_kfac.optim.step.damping.rule import DampingRule
+from einconv_kfac.optim.step.damping.search import DampingSearch
+from einconv_kfac.optim.step.layer_gains import mean_gain
+from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.protocol import Statistics, Taken
+from einconv_kfac.optim.step.quadratic_model import quadratic_model
+from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER, Rollback, last_update, undo_
+from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.slow_momentum import SlowMomentum
-from einconv_kfac.optim.step.subspace import Fit, Fitting, descents
+from einconv_kfac.optim.step.subspace import Fit, Momentum, SubspaceFit, descent_directions
 from einconv_kfac.optim.vectors import Direction
 
-_BUFFER = "momentum_buffer"
-
-INITIAL_DAMPING = 0.1
-"""First damping, as a multiple of the curvature along the first gradient."""
-SMALLEST_DAMPING = 1e-1
-"""Smallest damping, as a multiple of the first: on the batch it was fitted to, even a step
-that follows noise reduces the loss as predicted."""
-ADAPTATION_PERIOD = 5
-"""Steps between two adaptations of the damping."""
-ADAPTATION = (19 / 20) ** ADAPTATION_PERIOD
-"""Factor of one adaptation (Martens and Grosse, 2015)."""
-REJECTION = 4.0
+UNDONE_FACTOR = 4.0
 """Factor by which the damping and its floor grow when a step is undone."""
-ROUNDING = 1e-4
-"""Growth of the objective, relative to its size, that does not count as such."""
-SHORTENING_DAMPS = 2.0
+BACKTRACKED_FACTOR = 2.0
 """Factor by which the damping and its floor grow when a step is shortened."""
-MIX_PERIOD = 5
-"""Steps between two fits of a coefficient for every direction. In between, their combination
-with the last coefficients is rescaled, which takes one Jacobian-vector product."""
-SCALE_PERIOD = 100
-"""Steps between two trials of the damping of the inverses."""
-SCALE_GROWTH = 2
-"""Early trials come each time the number of steps has doubled or so."""
+RELATIVE_ROUNDING = 1e-4
+"""Growth of the objective, relative to its size, that is attributed to rounding."""
 
 
 class AutomaticStep:
-    """Levenberg-Marquardt damping, and the best combination of directions.
+    """The minimum of the quadratic model in a subspace, with adaptive damping.
 
     Args:
-        preconditioner: Preconditions gradients, and recorded the batches.
+        curvature: Running curvature of the model, which replays the batches.
+        rule: The damping rule.
         safeguard: Whether to evaluate the objective again after every step.
     """
 
-    def __init__(self, preconditioner: KFACPreconditioner, safeguard: bool = False) -> None:
-        self._check_every_step = safeguard
-        self._preconditioner = preconditioner
-        self._recorder = preconditioner.recorder
-        self._recorder.keeps_outputs = True
-        self._signal = Signal()
+    mode = "automatic"
+
+    def __init__(self, curvature: RunningCurvature, rule: DampingRule, safeguard: bool) -> None:
+        self._curvature = curvature
+        self._replay = curvature.replay
+        curvature.recorder.keeps_outputs = True
+        self._rule = rule
+        self._safeguard = safeguard
+        self._trust = SlopeTrust()
         self._slow = SlowMomentum()
-        self._fitting = Fitting(preconditioner, self._signal)
-        self._damping: float | None = None
-        self._floor = 0.0
+        self._subspace = SubspaceFit(curvature, self._trust)
+        self._search = DampingSearch()
+        self._rollback = Rollback()
         self._adapted: int | None = None
-        self._scaled: int | None = None
-        self._scale = 1.0
-        self._mix: tuple[float, ...] = ()
-        self._mixed: int | None = None
-        self._range: tuple[float, float] | None = None
-        self.ratio = math.nan
-        self.moved: dict[str, tuple[Tensor, float]] = {}
+        self._ratio = math.nan
 
-    @property
-    def gains(self) -> dict[str, float]:
-        """How far the slow momentum lets steps be followed, by module."""
-        return self._slow.gains.by_layer
+    def check(self, objective: Objective) -> None:
+        """See `Step`."""
+        if objective.parameters and not objective.batches:
+            raise RuntimeError(
+                "`step` needs the loss it steps on, but none was backpropagated since the last "
+                "step that `loss_fn` computed. Compute the loss as `loss_fn(model(x), y)` with "
+                "the module given to KFAC, or pass adaptive=False."
+            )
 
-    def take_(self, objective: Objective, memory: Memory, constants: Constants) -> Statistics:
-        """Take a step, and return its statistics.
-
-        Raises:
-            RuntimeError: If a forward pass of the objective is not known.
-        """
-        objective.check_replay(self._recorder)
-        self.moved = {}
-        if self._undone_(objective, memory):
-            return {"damping": self.damping(objective), "rejected": 1.0}
-        self._signal.learn_(objective.gradient)
-        damping = constants.damping
-        damping = self.damping(objective) if damping is None else damping
-        self._preconditioner.update_(constants)
-        previous = {n: m[_BUFFER] for n, m in memory.items() if _BUFFER in m}
-        slow = constants.momentum is None
-        momentum = self._slow.direction(memory, objective.rates) if slow else previous
-        fit = self.best_fit_(objective, momentum, damping, constants.momentum)
+    def take_(self, objective: Objective) -> Taken:
+        """See `Step`."""
+        self._replay.check(objective.batches, objective.parameters, objective.gradient)
+        momentum = _common_momentum(objective)
+        if self._undone_(objective):
+            return Taken({"damping": self._damping(objective), "rejected": 1.0})
+        self._trust.sample_(objective.gradient)
+        damping = self._damping(objective)
+        self._curvature.update_()
+        previous = last_update(objective.memory)
+        is_slow = momentum is None
+        followed = Momentum(
+            self._slow.direction(objective.memory, objective.rates) if is_slow else previous,
+            momentum,
+        )
+        fit = self._best_fit_(objective, followed, damping)
         if not math.isfinite(fit.expected):
-            message = "The quadratic model was not finite; the step was skipped."
-            warnings.warn(message, RuntimeWarning, stacklevel=6)
-            if previous:  # skipping alone could meet the same model for ever
-                self._undo_(objective, memory)
-                return {"damping": damping, "rejected": 1.0}
-            self.grow_()
-            return {"damping": damping}
+            return self._skipped_(objective, damping, bool(previous))
         rate = max(objective.rates.values())
-        before = objective.value()
         update = fit.update(objective, rate)
+        before = objective.value()
         for name, tensor in update.items():
             objective.parameters[name].add_(tensor)
         predicted = fit.predicted(damping, rate)
-        rate *= self.adapt_(objective, update, before, predicted)
+        rate *= self._adapt_(objective, update, before, predicted)
         coefficient = fit.mix[-1] * rate
-        if slow:
-            coefficient = self._follow_(objective, update, memory, before)
-        coefficient = coefficient if momentum else 0.0
+        if is_slow:
+            coefficient = self._add_momentum_(objective, update, before)
+        coefficient = coefficient if followed.direction else 0.0
         for name, tensor in update.items():
-            memory[name][_BUFFER] = tensor
-            self.moved[name] = tensor, 1.0
-        if len(fit.directions) == len(fit.mix):
-            moved = fit.moved(rate, coefficient if slow else 0.0)
-            self._signal.expect_(fit.directions[0], float(fit.model.slope[0]), moved)
-        return {
-            "damping": damping,
-            "step_size": fit.mix[0] * rate,
-            "momentum": coefficient,
-            "signal": self._signal.fraction,
-            "gain": self._slow.gains.mean,
-            "predicted": predicted,
-            "ratio": self.ratio,
+            objective.memory[name][MOMENTUM_BUFFER] = tensor
+        if fit.is_full:
+            moved = fit.moved(rate, coefficient if is_slow else 0.0)
+            self._trust.predict_(fit.directions[0], float(fit.model.slope[0]), moved)
+        numbers = {"damping": damping, "step_size": fit.mix[0] * rate, "momentum": coefficient}
+        return self._taken(update, {**numbers, "predicted": predicted})
+
+    def _taken(self, update: Direction, numbers: Statistics) -> Taken:
+        """Return a step with its statistics."""
+        gains = self._slow.gains.by_layer
+        numbers = {
+            **numbers,
+            "trust": self._trust.fraction,
+            "gain": mean_gain(gains),
+            "ratio": self._ratio,
         }
+        return Taken(numbers, {name: (tensor, 1.0) for name, tensor in update.items()}, gains)
 
-    def _undone_(self, objective: Objective, memory: Memory) -> bool:
-        """Undo the previous step if the objective on the present batch exploded.
-
-        That is: if it exceeds all values so far by more than their largest size or range. On
-        the batch of the previous step itself, a step that fits noise looks as good as any.
-        """
-        value = float(objective.value())
-        lowest, highest = self._range or (value, value)
-        exploded = value > highest + max(abs(highest), highest - lowest)
-        if self._damping is None or not exploded or not any(_BUFFER in m for m in memory.values()):
-            self._range = min(lowest, value), max(highest, value)
-            return False
-        self._undo_(objective, memory)
-        return True
-
-    def _undo_(self, objective: Objective, memory: Memory) -> None:
-        """Undo the previous step, and raise the damping where it is automatic."""
-        self._slow.drop_(memory)
-        for name, parameter in objective.parameters.items():
-            if _BUFFER in memory[name]:
-                parameter.sub_(memory[name].pop(_BUFFER))
-        self._signal.forget_()
-        if self._damping is not None:
-            self._damping *= REJECTION
-            self._floor *= REJECTION
-
-    def damping(self, objective: Objective) -> float:
-        """Return the damping; the first is a fraction of the curvature along the gradient."""
-        if self._damping is None:
-            model = objective.model(self._recorder, [objective.gradient])
+    def _damping(self, objective: Objective) -> float:
+        """Return the damping: the given one, or that of the rule."""
+        if (given := objective.settings.damping) is not None:
+            return cast("float", given)
+        step = self._curvature.steps
+        damping = self._rule.damping(step)
+        if damping is None:
+            model = quadratic_model(self._replay, objective, [objective.gradient])
             curvature = float(model.curvature / model.gram)
             if not 0 < curvature < math.inf:
                 raise RuntimeError(
                     "The first `damping` follows from the curvature along the gradient, which "
                     f"must be positive, got {curvature}. Pass `damping`."
                 )
-            self._damping = INITIAL_DAMPING * curvature
-            self._floor = SMALLEST_DAMPING * self._damping
-        return self._damping
+            self._rule.initial(curvature)
+            damping = self._rule.damping(step)
+            assert damping is not None
+        return damping
 
-    def best_fit_(
-        self,
-        objective: Objective,
-        momentum: Direction,
-        damping: float,
-        coefficient: float | None,
-    ) -> Fit:
+    def _best_fit_(self, objective: Objective, momentum: Momentum, damping: float) -> Fit:
         """Return the best step, with up-to-date inverses.
 
-        From time to time larger and smaller dampings of the inverses are tried beside the
-        present one, and what promises the largest reduction is kept (as Martens and Grosse,
-        2015, do). A damping that is given is used as given.
-
-        Args:
-            objective: The objective.
-            momentum: What the last steps amount to, empty at first.
-            damping: The damping of the quadratic model.
-            coefficient: How much of it is part of the step, if that is given; otherwise it is
-                no part of the step, but of the quadratic model.
+        From time to time larger and smaller dampings of the inverses are tried as well, and
+        the one that promises the largest reduction is kept. A given damping is used as given.
         """
-        machine, given = self._preconditioner, self._damping is None
-        follows = bool(momentum), coefficient or 0.0
-        if given or not is_due(machine.steps, self._scaled, SCALE_PERIOD, SCALE_GROWTH):
-            machine.refresh_(damping * self._scale, objective.decay)
-            covered = machine.precondition(objective.gradient)
-            directions = descents(objective, covered)
-            if coefficient is None and self._keeps_mix(len(directions)):
-                fit = self._fitting.rescaled(
-                    objective, directions, damping, self._mix, bounded=not given
-                )
-                if float(fit.coefficients) > 0:
-                    return fit
-            directions += [momentum] if momentum else []
-            fit = self._fitting.full(objective, directions, damping, follows, bounded=not given)
-        else:
-            fit, self._scale, inverses = self._best_trial(objective, momentum, damping, follows)
-            self._scaled = machine.steps
-            machine.use_(inverses)
-        self._mix, self._mixed = fit.mix[: len(fit.mix) - bool(momentum)], machine.steps
-        return fit
+        curvature, search = self._curvature, self._search
+        given = objective.settings.damping is not None
+        if given or not search.is_due(curvature.steps):
+            curvature.refresh_(damping * search.scale, objective.decay)
+            covered = curvature.precondition(objective.gradient)
+            return self._subspace.best_(objective, covered, momentum, damping)
 
-    def _best_trial(
-        self,
-        objective: Objective,
-        momentum: Direction,
-        damping: float,
-        follows: tuple[bool, float],
-    ) -> Trial:
-        """Return the best step with its scale of the inverses' damping, and the inverses."""
-        machine = self._preconditioner
-        trials = Trials(self._scale)
-        wanted, tried = tee(trials.scales())
-        found = machine.inverted((damping * scale for scale in wanted), objective.decay)
-        for inverses in found:
-            covered = machine.precondition(objective.gradient, inverses)
-            directions = [*descents(objective, covered), *([momentum] if momentum else [])]
-            fit = self._fitting.full(objective, directions, damping, follows, bounded=True)
-            trials.add_((fit, next(tried), inverses))
-        return trials.best()
+        def fit(inverses: Inverses) -> Fit:
+            covered = curvature.precondition(objective.gradient, inverses)
+            directions = descent_directions(objective, covered)
+            return self._subspace.full(objective, directions, momentum, damping)
 
-    def _keeps_mix(self, count: int) -> bool:
-        """Tell whether the last coefficients still tell how to combine ``count`` directions."""
-        due = is_due(self._preconditioner.steps, self._mixed, MIX_PERIOD)
-        return not due and len(self._mix) == count
+        invert = curvature.trial_inverses(objective.decay)
+        best = search.best_(curvature.steps, lambda scale: invert(damping * scale), fit)
+        curvature.use_(best.inverses)
+        return self._subspace.keep_(best.fit, momentum)
 
-    def _follow_(
-        self, objective: Objective, update: Direction, memory: Memory, before: Tensor
-    ) -> float:
-        """Follow the slow momentum, and return its coefficient.
+    def _undone_(self, objective: Objective) -> bool:
+        """Undo the last step if the objective exploded, and return whether it did."""
+        value = float(objective.value())
+        steps = self._curvature.steps
+        can_undo = self._rule.damping(steps) is not None and last_update(objective.memory)
+        if not (can_undo and self._rollback.is_needed(value)):
+            self._rollback.accept_(value)
+            return False
+        self._undo_(objective)
+        return True
 
-        Where every step is checked, the momentum is dropped if with it the objective has grown
-        on its own batch.
+    def _undo_(self, objective: Objective) -> None:
+        """Undo the last step, and raise the damping where it is automatic."""
+        self._slow.drop_(objective.memory)
+        undo_(objective.parameters, objective.memory)
+        self._trust.drop_()
+        self._rule.after_rejection(UNDONE_FACTOR)
 
-        Args:
-            objective: The objective; the step on the batch was taken.
-            update: That step; what is followed is added to it.
-            memory: Where the momentum is kept.
-            before: The objective before the step.
+    def _skipped_(self, objective: Objective, damping: float, can_undo: bool) -> Taken:
+        """Skip the step after a model that is not finite; undo the last step if there is one.
+
+        Skipping alone could meet the same model for ever.
         """
-        checks = self._check_every_step
-        own = {name: tensor.clone() for name, tensor in update.items() if checks}
-        coefficient = self._slow.follow_(objective, update, memory, self._signal.fraction)
-        allowed = before + ROUNDING * before.abs()
-        if not checks or bool(objective.value_again(self._recorder) <= allowed):
-            return coefficient
-        for name, tensor in own.items():
-            objective.parameters[name].add_(tensor - update[name])
-            update[name].copy_(tensor)
-        self._slow.drop_(memory)
-        return 0.0
+        message = "The quadratic model was not finite; the step was skipped."
+        warnings.warn(message, RuntimeWarning, stacklevel=7)
+        if can_undo:
+            self._undo_(objective)
+            return Taken({"damping": damping, "rejected": 1.0})
+        self._rule.after_ratio(math.nan, 0.0)
+        return Taken({"damping": damping})
 
-    def adapt_(
+    def _adapt_(
         self, objective: Objective, update: Direction, before: Tensor, predicted: float
     ) -> float:
-        """Compare the reduction of the objective with the predicted one, where it is due.
+        """Compare the change of the objective with the predicted one, where that is due.
 
-        Where the objective has grown instead, the step is shortened until it does not.
+        Where the objective has grown instead, the step is shortened until it does not grow.
 
         Args:
-            objective: The objective; its parameters are the new ones by now.
+            objective: The objective; its parameters are the new ones.
             update: The step that was just taken; it is shortened in place.
             before: The objective before the step.
             predicted: The change that the model predicted.
@@ -278,65 +205,85 @@ class AutomaticStep:
         Returns:
             The fraction of the step that is left.
         """
-        step = self._preconditioner.steps
+        step = self._curvature.steps
         due = is_due(step, self._adapted, ADAPTATION_PERIOD)
-        if self._damping is None or not predicted or not (due or self._check_every_step):
+        given = objective.settings.damping is not None
+        if given or not predicted or not (due or self._safeguard):
             return 1.0
-        change = float(objective.value_again(self._recorder) - before)
-        self.ratio = change / predicted
+        change = float(self._value_again(objective) - before)
+        self._ratio = change / predicted
         if due:
             self._adapted = step
-            self._follow_ratio_(predicted)
-        allowed = before + ROUNDING * before.abs() + max(predicted, 0.0)
-        if not float(before) + change <= float(allowed):  # also if it is not a number
-            self._damping *= SHORTENING_DAMPS
-            self._floor *= SHORTENING_DAMPS
-            return shorten_(objective, self._recorder, update, allowed)
-        return 1.0
+            self._rule.after_ratio(self._ratio, predicted)
+        allowed = before + RELATIVE_ROUNDING * before.abs() + max(predicted, 0.0)
+        if float(before) + change <= float(allowed):
+            return 1.0
+        self._rule.after_rejection(BACKTRACKED_FACTOR)  # also if it is not a number
+        return backtrack_(
+            objective.parameters, update, lambda: self._value_again(objective), allowed
+        )
 
-    def _follow_ratio_(self, predicted: float) -> None:
-        """Shrink the damping where the model was right, and grow it where it was not.
+    def _add_momentum_(self, objective: Objective, update: Direction, before: Tensor) -> float:
+        """Add the slow momentum to a step, and return its coefficient.
 
-        A growth may be predicted where ``lr`` or the momentum is given. It is no reason to
-        shrink the damping, and a reason to grow it where the true one is larger.
+        With the safeguard, the momentum is dropped if the objective has grown on its own batch.
+
+        Args:
+            objective: The objective; its parameters are those after the step on the batch.
+            update: That step; the momentum's part is added to it.
+            before: The objective before the step.
         """
-        assert self._damping is not None
-        if predicted < 0 and self.ratio > 3 / 4:
-            self._damping = max(self._damping * ADAPTATION, self._floor)
-        elif not 1 / 4 <= self.ratio <= 1:  # also if it is not a number
-            self.grow_()
+        own = {name: tensor.clone() for name, tensor in update.items() if self._safeguard}
+        coefficient = self._slow.add_(objective, update, self._trust.fraction)
+        if not self._safeguard:
+            return coefficient
+        if bool(self._value_again(objective) <= before + RELATIVE_ROUNDING * before.abs()):
+            return coefficient
+        for name, tensor in own.items():
+            objective.parameters[name].add_(tensor - update[name])
+            update[name].copy_(tensor)
+        self._slow.drop_(objective.memory)
+        return 0.0
 
-    def grow_(self) -> None:
-        """Grow an automatic damping by one adaptation."""
-        if self._damping is not None:
-            self._damping /= ADAPTATION
+    def _value_again(self, objective: Objective) -> Tensor:
+        """Evaluate the objective anew, at the present parameters."""
+        losses = [batch.weight * self._replay.loss_again(batch) for batch in objective.batches]
+        return objective.with_decay(losses)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as numbers."""
+        """See `Step`."""
         return {
-            "damping": self._damping,
-            "floor": self._floor,
             "adapted": self._adapted,
-            "scale": self._scale,
-            "scaled": self._scaled,
-            "mix": list(self._mix),
-            "mixed": self._mixed,
-            "range": self._range and list(self._range),
-            "reach": self._fitting.reach,
+            "rule": self._rule.state_dict(),
+            "search": self._search.state_dict(),
+            "subspace": self._subspace.state_dict(),
+            "rollback": self._rollback.state_dict(),
             "slow": self._slow.state_dict(),
-            "signal": self._signal.state_dict(),
+            "trust": self._trust.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
-        """Take over a state; tensors are copied to the device of the parameters."""
-        self._damping = state["damping"]
-        self._floor = state["floor"]
+        """See `Step`."""
         self._adapted = state["adapted"]
-        self._scale = state["scale"]
-        self._scaled = state["scaled"]
-        self._mix = tuple(state["mix"])
-        self._mixed = state["mixed"]
-        self._range = state["range"] and (state["range"][0], state["range"][1])
-        self._fitting.reach = state["reach"]
+        self._rule.load_state_dict(state["rule"])
+        self._search.load_state_dict(state["search"])
+        self._subspace.load_state_dict(state["subspace"])
+        self._rollback.load_state_dict(state["rollback"])
         self._slow.load_state_dict(state["slow"])
-        self._signal.load_state_dict(state["signal"], parameters)
+        self._trust.load_state_dict(state["trust"], parameters)
+
+
+def _common_momentum(objective: Objective) -> float | None:
+    """Return the momentum of all parameters, or ``None`` for the slow momentum.
+
+    Raises:
+        ValueError: If parameter groups differ in it.
+    """
+    given = {objective.by_parameter[name].momentum for name in objective.parameters}
+    if len(given) > 1:
+        raise ValueError(
+            "`momentum` must be the same in every parameter group when adaptive=True, got "
+            f"{sorted(map(str, given))}. Set it for all groups, or pass adaptive=False."
+        )
+    value = given.pop() if given else None
+    return cast("float | None", value)

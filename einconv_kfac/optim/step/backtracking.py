@@ -1,43 +1,45 @@
-"""What becomes of a step after which the objective has grown on the step's own batch."""
+"""Backtracking: shortening a step after which the objective has grown on its own batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from einconv_kfac.optim.replay.recorder import Recorder
-from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.vectors import Direction
 
-SHORTENING = 0.25
-"""Factor by which it is shortened."""
-SHORTENINGS = 8
-"""How often, at most; a step after which the objective has still grown then is taken back."""
+BACKTRACKING_FACTOR = 0.25
+"""Factor by which a step is shortened in one attempt."""
+BACKTRACKING_ATTEMPTS = 8
+"""Maximum number of attempts; after the last one the step is taken back."""
 
 
-def shorten_(objective: Objective, recorder: Recorder, update: Direction, allowed: Tensor) -> float:
-    """Shorten a step until the objective is allowed, or else take it back.
+def backtrack_(
+    parameters: Direction, update: Direction, value: Callable[[], Tensor], allowed: Tensor
+) -> float:
+    """Shorten a step until the objective is small enough, or else take it back.
 
     Args:
-        objective: The objective; its parameters are those after the step.
-        recorder: Evaluates the objective again.
+        parameters: The parameters after the step, by name.
         update: The step; it is shortened in place.
-        allowed: The largest value that is.
+        value: Evaluates the objective at the present parameters.
+        allowed: The largest value that is accepted.
 
     Returns:
         The fraction of the step that is left.
     """
     fraction = 1.0
-    for _ in range(SHORTENINGS):
-        _scale_(objective, update, SHORTENING)
-        fraction *= SHORTENING
-        if bool(objective.value_again(recorder) <= allowed):
+    for _ in range(BACKTRACKING_ATTEMPTS):
+        _scale_(parameters, update, BACKTRACKING_FACTOR)
+        fraction *= BACKTRACKING_FACTOR
+        if bool(value() <= allowed):
             return fraction
-    _scale_(objective, update, 0.0)
+    _scale_(parameters, update, 0.0)
     return 0.0
 
 
-def _scale_(objective: Objective, update: Direction, fraction: float) -> None:
+def _scale_(parameters: Direction, update: Direction, fraction: float) -> None:
     """Shorten a step that was taken to a fraction."""
     for name, tensor in update.items():
-        objective.parameters[name].sub_(tensor, alpha=1 - fraction)
+        parameters[name].sub_(tensor, alpha=1 - fraction)
         tensor.mul_(fraction)

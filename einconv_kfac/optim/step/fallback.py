@@ -3,82 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.vectors import Direction
 
-Fallback: TypeAlias = Literal["adam", "gradient"]
-DECAYS = (0.9, 0.999)
-WITHOUT_MOMENTUM = (0.0, 0.999)
-"""For the automatic step, whose momentum is its own: along averages of old gradients its
+FallbackKind: TypeAlias = Literal["adam", "gradient"]
+ADAM_DECAYS = (0.9, 0.999)
+DECAYS_WITHOUT_MOMENTUM = (0.0, 0.999)
+"""For the automatic step, which has a momentum of its own: along averages of old gradients its
 quadratic model let parameters run away once the gradient had become small."""
-EPSILON = 1e-8
+ADAM_EPSILON = 1e-8
 _AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
-def check_fallback(kind: Fallback) -> Fallback:
-    """Return a kind of fallback.
-
-    Raises:
-        ValueError: If it is not one.
-    """
-    if kind not in get_args(Fallback):
-        raise ValueError(f"`fallback` must be one of {get_args(Fallback)}, got {kind!r}.")
-    return kind
-
-
-def fallback_direction(
-    kind: Fallback,
-    gradient: Direction,
-    memory: Mapping[str, dict[str, Any]],
-    decays: tuple[float, float] = DECAYS,
-) -> tuple[Direction, dict[str, dict[str, Any]]]:
-    """Return directions of ascent, and what to remember if the step is taken.
+@dataclass(frozen=True)
+class Fallback:
+    """How parameters without factors are trained.
 
     Args:
         kind: ``"gradient"``, or ``"adam"`` for ``m / (sqrt(v) + eps)`` with the bias-corrected
-            running averages ``m`` of gradients and ``v`` of their squares (Kingma and Ba, 2015).
-        gradient: Gradients by parameter name.
-        memory: What is remembered so far, by parameter name.
+            exponential moving averages ``m`` of gradients and ``v`` of their squares (Kingma
+            and Ba, 2015).
         decays: Decays of ``m`` and ``v``. With a first of 0, the direction is one of ascent.
+
+    Raises:
+        ValueError: If it is another kind.
     """
-    if kind == "gradient":
-        return dict(gradient), {}
-    moments = {name: _moments(memory[name], g, decays) for name, g in gradient.items()}
-    return {name: _adam(own, decays) for name, own in moments.items()}, moments
 
+    kind: FallbackKind
+    decays: tuple[float, float] = ADAM_DECAYS
 
-def with_fallback(
-    objective: Objective,
-    kind: Fallback,
-    plain: Direction,
-    memory: Mapping[str, dict[str, Any]],
-    adaptive: bool,
-) -> tuple[Objective, dict[str, dict[str, Any]]]:
-    """Return an objective with the directions of what has no factors, and what to remember.
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(FallbackKind):
+            kinds = get_args(FallbackKind)
+            raise ValueError(f"`fallback` must be one of {kinds}, got {self.kind!r}.")
 
-    Args:
-        objective: The objective.
-        kind: Kind of fallback.
-        plain: Gradients of the parameters without factors.
-        memory: What is remembered so far, by parameter name.
-        adaptive: Whether the momentum is the automatic step's.
-    """
-    decays = WITHOUT_MOMENTUM if adaptive else DECAYS
-    others, moments = fallback_direction(kind, plain, memory, decays)
-    momenta = {**objective.momenta, **dict.fromkeys(moments, 0.0)}  # Adam has its own
-    return replace(objective, others=others, momenta=momenta), moments
+    @staticmethod
+    def of(kind: FallbackKind | None, adaptive: bool) -> Fallback:
+        """Return the fallback of a mode, of the mode's default kind for ``None``."""
+        default: FallbackKind = "adam" if adaptive else "gradient"
+        decays = DECAYS_WITHOUT_MOMENTUM if adaptive else ADAM_DECAYS
+        return Fallback(default if kind is None else kind, decays)
+
+    def directions(
+        self, gradient: Direction, memory: Mapping[str, dict[str, Any]]
+    ) -> tuple[Direction, dict[str, dict[str, Any]]]:
+        """Return directions of ascent, and the state to keep if the step is taken.
+
+        Args:
+            gradient: Gradients by parameter name.
+            memory: The optimizer's state, by parameter name.
+        """
+        if self.kind == "gradient":
+            return dict(gradient), {}
+        moments = {n: _moments(memory[n], g, self.decays) for n, g in gradient.items()}
+        return {name: _adam(own, self.decays) for name, own in moments.items()}, moments
+
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the directions average gradients, so that no other momentum is added."""
+        return self.kind == "adam"
 
 
 def _moments(
     state: Mapping[str, Any], gradient: Tensor, decays: tuple[float, float]
 ) -> dict[str, Any]:
-    """Return the running averages after one more gradient."""
+    """Return the moving averages after one more gradient."""
     new: dict[str, Any] = {"step": state.get("step", 0) + 1}
     for name, decay, value in zip(_AVERAGES, decays, (gradient, gradient.square())):
         before = state[name] if name in state else torch.zeros_like(value)
@@ -91,5 +85,5 @@ def _adam(moments: Mapping[str, Any], decays: tuple[float, float]) -> Tensor:
     mean, square = (
         moments[name] / (1 - decay ** moments["step"]) for name, decay in zip(_AVERAGES, decays)
     )
-    direction: Tensor = mean / (square.sqrt() + EPSILON)
+    direction: Tensor = mean / (square.sqrt() + ADAM_EPSILON)
     return direction

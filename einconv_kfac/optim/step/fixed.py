@@ -4,121 +4,118 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.hyperparameters import Constants, Schedule
-from einconv_kfac.optim.preconditioner import DEFAULT_DAMPING, KFACPreconditioner
+from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, DEFAULT_MOMENTUM
 from einconv_kfac.optim.step.clipping import kl_clip_factor, norm_factor
-from einconv_kfac.optim.step.objective import Memory, Objective, Statistics
+from einconv_kfac.optim.step.fallback import Fallback
+from einconv_kfac.optim.step.objective import Memory, Objective
+from einconv_kfac.optim.step.protocol import Moved, Taken
+from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
 from einconv_kfac.optim.vectors import Direction
-
-DEFAULT_MOMENTUM = 0.9
-_BUFFER = "momentum_buffer"
-
-
-@dataclass(frozen=True)
-class FixedOptions:
-    """What only the step with fixed rates knows; `KFAC` explains it."""
-
-    nesterov: bool = False
-    decoupled_weight_decay: bool = False
-    max_step_norm: Schedule | None = None
-
-    def check_automatic(self) -> None:
-        """Raise a ``ValueError`` if something is set that the automatic step does not know."""
-        for name, value in vars(self).items():
-            if value:
-                raise ValueError(
-                    f"`{name}` must not be set when adaptive=True, got {value!r}: the quadratic "
-                    "model chooses momentum and size of the step, and weight decay is part of it. "
-                    "Leave it out, or pass adaptive=False."
-                )
 
 
 class FixedStep:
-    """Momentum with given rates.
+    """Heavy-ball or Nesterov momentum with given rates.
 
     Args:
-        preconditioner: Preconditions gradients.
-        options: What else is set.
+        curvature: Running curvature of the model.
+        fallback: How parameters without factors are trained.
     """
 
-    def __init__(self, preconditioner: KFACPreconditioner, options: FixedOptions) -> None:
-        self._preconditioner = preconditioner
-        self._options = options
-        self.moved: dict[str, tuple[Tensor, float]] = {}
-        self.gains: dict[str, float] = {}
+    mode = "fixed"
 
-    def take_(self, objective: Objective, memory: Memory, constants: Constants) -> Statistics:
-        """Take a step, and return its statistics."""
-        damping = DEFAULT_DAMPING if constants.damping is None else constants.damping
-        self._preconditioner.update_(constants)
-        self._preconditioner.refresh_(damping, objective.decay)
-        direction = self._preconditioner.precondition(objective.gradient)
-        clip = self._clip_(direction, objective, constants)
-        if self._options.decoupled_weight_decay:
-            self._decay_(objective)
+    def __init__(self, curvature: RunningCurvature, fallback: Fallback) -> None:
+        self._curvature = curvature
+        self._fallback = fallback
+
+    def check(self, objective: Objective) -> None:
+        """See `Step`: a step with fixed rates needs the gradients alone."""
+
+    def take_(self, objective: Objective) -> Taken:
+        """See `Step`."""
+        settings = objective.settings
+        damping = DEFAULT_DAMPING if settings.damping is None else cast("float", settings.damping)
+        self._curvature.update_()
+        self._curvature.refresh_(damping, objective.decay)
+        direction = self._curvature.precondition(objective.gradient)
+        clip = _clip_(direction, objective)
+        if settings.decoupled_weight_decay:
+            _decay_(objective)
+        steps = {**direction, **objective.others}
         alike: dict[tuple[float, float], list[str]] = defaultdict(list)
         for name in objective.parameters:
-            alike[objective.rates[name], _momentum(objective, name, constants)].append(name)
-        steps, self.moved = {**direction, **objective.others}, {}
+            alike[objective.rates[name], self._momentum(objective, name)].append(name)
+        moved: dict[str, tuple[Tensor, float]] = {}
         for (rate, momentum), names in alike.items():
-            velocities = _velocities_(names, steps, memory, momentum)
-            own, parameters = ([d[n] for n in names] for d in (steps, objective.parameters))
-            if self._options.nesterov:
-                velocities = list(torch._foreach_add(own, velocities, alpha=momentum))
-            torch._foreach_add_(parameters, velocities, alpha=-rate)
-            self.moved |= {name: (v, -rate) for name, v in zip(names, velocities)}
-        return {"damping": damping, "clip": clip}
+            moved |= _move_(objective, names, steps, rate, momentum)
+        return Taken({"damping": damping, "clip": clip}, moved)
 
-    def _clip_(self, direction: Direction, objective: Objective, constants: Constants) -> Tensor:
-        """Clip a direction in place, and return the factor."""
-        gradient, rates = objective.gradient, objective.rates
-        factor = kl_clip_factor(direction, gradient, rates, constants.kl_clip)
-        factor = factor.minimum(norm_factor(direction, rates, constants.max_step_norm).to(factor))
-        if constants.kl_clip is not None or constants.max_step_norm is not None:
-            alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-            for tensor in direction.values():
-                alike[tensor.dtype].append(tensor)
-            for tensors in alike.values():
-                torch._foreach_mul_(tensors, factor.to(tensors[0]))
-        return factor
+    def _momentum(self, objective: Objective, name: str) -> float:
+        """Return a parameter's momentum; Adam's direction has its own."""
+        if name in objective.others and self._fallback.has_momentum:
+            return 0.0
+        given = objective.by_parameter[name].momentum
+        return DEFAULT_MOMENTUM if given is None else cast("float", given)
 
-    def _decay_(self, objective: Objective) -> None:
-        """Shrink the parameters by the rate times the weight decay."""
-        rates, groups = objective.rates, self._preconditioner.overrides
-        factors = [1 - rates[name] * groups[name].weight_decay for name in objective.parameters]
-        torch._foreach_mul_(list(objective.parameters.values()), factors)
+    def state_dict(self) -> dict[str, Any]:
+        """See `Step`; there is none beside the momentum, which the optimizer keeps."""
+        return {}
 
-    def state_dict(self) -> None:
-        """Return the state, of which there is none."""
+    def load_state_dict(self, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        """See `Step`."""
 
-    def load_state_dict(self, state: Any, parameters: Mapping[str, Tensor]) -> None:
-        """Take over a state."""
+
+def _clip_(direction: Direction, objective: Objective) -> Tensor:
+    """Clip a direction in place, and return the factor."""
+    gradient, rates, settings = objective.gradient, objective.rates, objective.settings
+    kl_bound, norm_bound = settings.kl_bound(), settings.norm_bound()
+    factor = kl_clip_factor(direction, gradient, rates, kl_bound)
+    factor = factor.minimum(norm_factor(direction, rates, norm_bound).to(factor))
+    if kl_bound is not None or norm_bound is not None:
+        alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for tensor in direction.values():
+            alike[tensor.dtype].append(tensor)
+        for tensors in alike.values():
+            torch._foreach_mul_(tensors, factor.to(tensors[0]))
+    return factor
+
+
+def _decay_(objective: Objective) -> None:
+    """Shrink the parameters by the rate times the weight decay."""
+    rates, own = objective.rates, objective.by_parameter
+    factors = [1 - rates[name] * own[name].weight_decay for name in objective.parameters]
+    torch._foreach_mul_(list(objective.parameters.values()), factors)
+
+
+def _move_(
+    objective: Objective, names: Sequence[str], steps: Direction, rate: float, momentum: float
+) -> Moved:
+    """Move parameters that share a rate and a momentum, and return their updates."""
+    velocities = _velocities_(names, steps, objective.memory, momentum)
+    if objective.settings.nesterov:
+        own = [steps[name] for name in names]
+        velocities = list(torch._foreach_add(own, velocities, alpha=momentum))
+    parameters = [objective.parameters[name] for name in names]
+    torch._foreach_add_(parameters, velocities, alpha=-rate)
+    return {name: (velocity, -rate) for name, velocity in zip(names, velocities)}
 
 
 def _velocities_(
     names: Sequence[str], steps: Direction, memory: Memory, momentum: float
 ) -> list[Tensor]:
-    """Return velocities after a step, and remember them."""
-    known = [name for name in names if _BUFFER in memory[name]]
-    buffers = [memory[name][_BUFFER] for name in known]
+    """Return velocities after a step, and keep them in the optimizer's state."""
+    known = [name for name in names if MOMENTUM_BUFFER in memory[name]]
+    buffers = [memory[name][MOMENTUM_BUFFER] for name in known]
     if buffers:
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, [steps[name] for name in known])
     for name in names:
-        if _BUFFER not in memory[name]:
-            memory[name][_BUFFER] = steps[name].clone(memory_format=torch.contiguous_format)
-    return [memory[name][_BUFFER] for name in names]
-
-
-def _momentum(objective: Objective, name: str, constants: Constants) -> float:
-    """Return a parameter's momentum."""
-    for given in (objective.momenta[name], constants.momentum):
-        if given is not None:
-            return given
-    return DEFAULT_MOMENTUM
+        if MOMENTUM_BUFFER not in memory[name]:
+            first = steps[name].clone(memory_format=torch.contiguous_format)
+            memory[name][MOMENTUM_BUFFER] = first
+    return [memory[name][MOMENTUM_BUFFER] for name in names]

@@ -2,97 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from einconv_kfac.optim.hyperparameters import GroupSettings
-from einconv_kfac.optim.replay.jvp import check_products
-from einconv_kfac.optim.replay.recorder import Batch, Recorder
-from einconv_kfac.optim.step.quadratic_model import QuadraticModel, quadratic_model
+from einconv_kfac.optim.hyperparameters import Hyperparameters
+from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.vectors import Direction, sum_of
 
 Memory: TypeAlias = Mapping[str, dict[str, Any]]
-"""What the optimizer keeps by parameter name: its state, as torch calls it."""
-Statistics: TypeAlias = Mapping[str, float | Tensor]
-"""What a step did; tensors are numbers on the device that nobody has asked for yet."""
+"""The optimizer's state, by parameter name."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The objective of one step: its batches, and what is known at the parameters.
+    """The objective of one step, at the present parameters.
 
     Args:
-        batches: The recorded batches.
         parameters: Parameters by name.
         gradient: Gradient by name, weight decay included.
-        decay: Weight decay by name.
+        decay: Weight decay that is part of the objective, by name.
         rates: Learning rate by name.
-        momenta: Momentum by name, ``None`` for the optimizer's.
+        settings: Hyper-parameters of the optimizer for this step.
+        by_parameter: Hyper-parameters of each parameter's group, by name.
+        batches: The recorded batches.
         others: Directions of ascent of the parameters without Kronecker factors.
+        memory: The optimizer's state, by name.
     """
 
-    batches: Sequence[Batch]
     parameters: Direction
     gradient: Direction
     decay: Mapping[str, float]
     rates: Mapping[str, float]
-    momenta: Mapping[str, float | None]
+    settings: Hyperparameters
+    by_parameter: Mapping[str, Hyperparameters]
+    batches: Sequence[Batch]
     others: Direction
-
-    def model(self, recorder: Recorder, directions: Sequence[Direction]) -> QuadraticModel:
-        """Return the quadratic model in the span of directions."""
-        point = (self.parameters, self.gradient, self.decay)
-        return quadratic_model(recorder, self.batches, point, directions)
-
-    def momentum(self, default: float | None) -> float | None:
-        """Return the momentum of all parameters.
-
-        Raises:
-            ValueError: If parameter groups differ in it.
-        """
-        given = set(self.momenta.values())
-        if len(given) > 1:
-            raise ValueError(
-                "`momentum` must be the same in every parameter group when adaptive=True, got "
-                f"{sorted(map(str, given))}. Set it for all groups, or pass adaptive=False."
-            )
-        own = given.pop() if given else None
-        return default if own is None else own
-
-    def check_replay(self, recorder: Recorder) -> None:
-        """Raise a ``RuntimeError`` if a forward pass of the objective is not known.
-
-        The first time, also if the model cannot run again or has no Jacobian-vector products.
-        """
-        if not self.batches:
-            raise RuntimeError(
-                "`step` needs the loss it steps on, but none was backpropagated since the last "
-                "step that `loss_fn` computed. Compute the loss as `loss_fn(model(x), y)` with "
-                "the module given to KFAC, or pass adaptive=False."
-            )
-        if any(batch.forward is None for batch in self.batches):
-            raise RuntimeError(
-                "`loss_fn` must be called on the model's output itself (or a tensor of it), or "
-                "inside the model, when adaptive=True, got another tensor. Move what happens in "
-                "between into the model, or pass adaptive=False."
-            )
-        check_products(recorder, self.batches, self.parameters, self.gradient)
+    memory: Memory
 
     def value(self) -> Tensor:
-        """Return the objective as it was recorded, for the parameters as they are."""
-        return self._with_decay([batch.weight * batch.loss for batch in self.batches])
+        """Return the objective from the recorded losses, for the present parameters."""
+        return self.with_decay([batch.weight * batch.loss for batch in self.batches])
 
-    def value_again(self, recorder: Recorder) -> Tensor:
-        """Evaluate the objective anew, for the parameters as they are."""
-        return self._with_decay(
-            [b.weight * recorder.loss(recorder.replay(b, {}), b.target) for b in self.batches]
-        )
-
-    def _with_decay(self, losses: Sequence[Tensor]) -> Tensor:
-        """Add the weight decay's part to losses."""
+    def with_decay(self, losses: Sequence[Tensor]) -> Tensor:
+        """Return the sum of losses and of the weight decay's part of the objective."""
         norms = [
             0.5 * weight * self.parameters[name].double().square().sum()
             for name, weight in self.decay.items()
@@ -101,43 +56,69 @@ class Objective:
         return sum_of([*(loss.double() for loss in losses), *norms])
 
 
-def at_parameters(
-    groups: Sequence[dict[str, Any]],
-    names: Mapping[nn.Parameter, str],
-    scale: Tensor | None,
-    decoupled: bool,
-) -> tuple[Objective, dict[str, GroupSettings]]:
-    """Return an objective without batches, from the gradients there are, and all settings.
+@dataclass(frozen=True)
+class Point:
+    """Parameters that have a gradient, and the hyper-parameters of all.
 
     Args:
-        groups: Parameter groups.
-        names: Names of their parameters.
-        scale: What the gradients are too large by.
-        decoupled: Whether weight decay is not part of the objective.
+        parameters: Parameters by name.
+        gradient: Gradient by name, weight decay included.
+        decay: Weight decay that is part of the objective, by name.
+        by_parameter: Hyper-parameters of each parameter's group, by name.
     """
-    parameters: Direction = {}
-    gradient: Direction = {}
-    decay: dict[str, float] = {}
-    rates: dict[str, float] = {}
-    momenta: dict[str, float | None] = {}
-    overrides: dict[str, GroupSettings] = {}
-    for group in groups:
-        settings = GroupSettings.of(group)
-        for parameter in group["params"]:
-            overrides[name := names[parameter]] = settings
-            if parameter.grad is None:
-                continue
-            parameters[name], momenta[name] = parameter, settings.momentum
-            decay[name] = 0.0 if decoupled else settings.weight_decay
-            rates[name] = settings.lr
-            gradient[name] = parameter.grad if scale is None else parameter.grad / scale
-            if decay[name]:
-                gradient[name] = gradient[name].add(parameter, alpha=decay[name])
-    return Objective([], parameters, gradient, decay, rates, momenta, {}), overrides
+
+    parameters: Direction
+    gradient: Direction
+    decay: Mapping[str, float]
+    by_parameter: Mapping[str, Hyperparameters]
+
+    @staticmethod
+    def of(
+        groups: Iterable[Mapping[str, Any]],
+        names: Mapping[nn.Parameter, str],
+        settings: Hyperparameters,
+        scale: Tensor | None,
+    ) -> Point:
+        """Return the present point.
+
+        Args:
+            groups: Parameter groups.
+            names: Names of their parameters.
+            settings: The optimizer's hyper-parameters, which groups override.
+            scale: The factor of a gradient scaler, or ``None``.
+        """
+        parameters: Direction = {}
+        gradient: Direction = {}
+        decay: dict[str, float] = {}
+        by_parameter: dict[str, Hyperparameters] = {}
+        for group in groups:
+            own = settings.with_overrides(group)
+            weight_decay = 0.0 if own.decoupled_weight_decay else own.weight_decay
+            for parameter in group["params"]:
+                by_parameter[name := names[parameter]] = own
+                if parameter.grad is None:
+                    continue
+                parameters[name], decay[name] = parameter, weight_decay
+                gradient[name] = parameter.grad if scale is None else parameter.grad / scale
+                if weight_decay:
+                    gradient[name] = gradient[name].add(parameter, alpha=weight_decay)
+        return Point(parameters, gradient, decay, by_parameter)
+
+    def objective(
+        self,
+        settings: Hyperparameters,
+        batches: Sequence[Batch],
+        others: Direction,
+        memory: Memory,
+    ) -> Objective:
+        """Return the objective of a step from here; see `Objective` for the arguments."""
+        rates = {name: self.by_parameter[name].lr for name in self.parameters}
+        at = (self.parameters, self.gradient, self.decay, rates, settings, self.by_parameter)
+        return Objective(*at, batches, others, memory)
 
 
-def rescaled(batches: Sequence[Batch], scale: Tensor | None, reduction: str) -> list[Batch]:
-    """Undo a gradient scaler's factor in the weights of batches.
+def without_scaler(batches: Sequence[Batch], scale: Tensor | None, reduction: str) -> list[Batch]:
+    """Return batches whose weights lack a gradient scaler's factor.
 
     Args:
         batches: The batches.
@@ -153,8 +134,8 @@ def rescaled(batches: Sequence[Batch], scale: Tensor | None, reduction: str) -> 
     return [replace(batch, weight=batch.weight / scale.to(batch.weight)) for batch in batches]
 
 
-def following_(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """Move what is remembered of a parameter to its device and dtype, which may have changed."""
+def on_device_(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """Move a parameter's state to its device and dtype, which may have changed."""
     for name, value in state.items():
         if isinstance(value, Tensor):
             state[name] = value.to(parameter)

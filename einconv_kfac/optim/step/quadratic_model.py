@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.replay.jvp import jacobian_products
-from einconv_kfac.optim.replay.recorder import Batch, Recorder
-from einconv_kfac.optim.vectors import Direction, inner, sum_of
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.model_replay import ModelReplay
+from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.vectors import Direction, gram_matrix, inner_products, sum_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class QuadraticModel:
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve with a positive semi-definite matrix; directions it does not see get zero."""
+    """Solve with a positive semi-definite matrix; directions in its null space get zero."""
     diagonal = matrix.diagonal()
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)  # zero where a square underflowed
     correlation = (matrix * scale.unsqueeze(0) * scale.unsqueeze(1)).clamp(-1, 1)
@@ -71,49 +72,39 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def quadratic_model(
-    recorder: Recorder,
-    batches: Sequence[Batch],
-    point: tuple[Direction, Direction, Mapping[str, float]],
-    directions: Sequence[Direction],
+    replay: ModelReplay, objective: Objective, directions: Sequence[Direction]
 ) -> QuadraticModel:
-    """Build the quadratic model on the recorded batches.
+    """Return the quadratic model of an objective in the span of directions.
 
     Args:
-        recorder: Runs the model again.
-        batches: The batches of the objective, at least one.
-        point: Parameters, gradient, and weight decay by parameter name.
+        replay: Runs the model again.
+        objective: The objective, of at least one batch.
         directions: The directions ``d_i``.
     """
-    parameters, gradient, decay = point
-    slope = torch.stack([inner(gradient, d) for d in directions])
+    slope = inner_products(objective.gradient, directions)
     curvature = sum_of(
-        [b.weight.double() * _curvature(recorder, b, parameters, directions) for b in batches]
+        [
+            batch.weight.double() * _curvature(replay, batch, objective.parameters, directions)
+            for batch in objective.batches
+        ]
     )
-    if any(decay.values()):
-        curvature = curvature + _products(directions, decay)
-    return QuadraticModel(slope, curvature, _products(directions))
-
-
-def _products(
-    directions: Sequence[Direction], weights: Mapping[str, float] | None = None
-) -> Tensor:
-    """Return the inner products of all pairs of directions, ``[m, m]``."""
-    rows = [torch.stack([inner(a, b, weights) for b in directions]) for a in directions]
-    return torch.stack(rows)
+    if any(objective.decay.values()):
+        curvature = curvature + gram_matrix(directions, objective.decay)
+    return QuadraticModel(slope, curvature, gram_matrix(directions))
 
 
 def _curvature(
-    recorder: Recorder, batch: Batch, parameters: Direction, directions: Sequence[Direction]
+    replay: ModelReplay, batch: Batch, parameters: Direction, directions: Sequence[Direction]
 ) -> Tensor:
     """Return ``d_i.G.d_j`` of one batch, ``[m, m]``; an unbiased estimate from its portion.
 
     The loss and its Hessian are those of the whole batch, whatever its reduction divides by.
     """
-    tangents = jacobian_products(recorder, batch, parameters, directions)
+    tangents = replay.jacobian_products(batch, parameters, directions)
     precise = torch.promote_types(batch.output.dtype, torch.float32)
     output = batch.output.detach().to(precise).requires_grad_()
     with torch.enable_grad():
-        loss = recorder.loss(output, batch.target)
+        loss = replay.loss(output, batch.target)
         (slope,) = torch.autograd.grad(loss, output, create_graph=True)
     tangents = [tangent.to(precise) for tangent in tangents]
     if batch.portion is not None:

@@ -1,4 +1,4 @@
-"""How much of the slope along a batch's own direction other batches confirm."""
+"""Trust in the slope along a batch's own direction, from the batches that follow."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 from einconv_kfac.optim.vectors import Direction, inner
 
-SMALLEST = 0.25
-"""Smallest fraction. What is best for one step is too little for many, as the directions of small
+SMALLEST_TRUST = 0.25
+"""Smallest trust. The best value for one step is too small for many steps: directions of small
 curvature still have signal where those of large curvature have none left."""
-DECAY = 0.9
-"""Decay of the running average."""
-RANGE = (-1.0, 1.5)
+TRUST_DECAY = 0.9
+"""Decay of the exponential moving average."""
+SAMPLE_BOUNDS = (-1.0, 1.5)
 """Bounds on one sample, so that no single batch decides."""
 
 
-class Signal:
+class SlopeTrust:
     """The fraction of a batch's slope that is not that batch's noise.
 
     The slope ``g.d`` along ``d = -P g``, made from the same gradient, counts the noise of the
-    batch as descent; a quadratic model with it foresees a reduction that holds for this batch
-    alone. The gradient ``g'`` of the next batch, after an update ``u``, knows nothing of that
-    noise. With the Gauss-Newton matrix ``G``::
+    batch as descent: a quadratic model with this slope predicts a reduction that holds for this
+    batch alone. The gradient ``g'`` of the next batch, after an update ``u``, is independent of
+    that noise. With the Gauss-Newton matrix ``G``::
 
         (g'.d - d.G u) / g.d
 
-    is 1 without noise, as for training on one batch, and 0 where there is nothing else. It costs
+    is 1 without noise, as for training on one batch, and 0 if there is only noise. It costs
     one inner product and is averaged over steps.
     """
 
@@ -43,19 +43,24 @@ class Signal:
 
     @property
     def fraction(self) -> float:
-        """The fraction; 1 as long as nothing is known."""
+        """The trust; 1 before the first sample."""
         if not self._weight:
             return 1.0
-        return min(max(self._average / self._weight, SMALLEST), 1.0)
+        return min(max(self._average / self._weight, SMALLEST_TRUST), 1.0)
+
+    @property
+    def average(self) -> float:
+        """The bias-corrected average of the samples, without bounds."""
+        return self._average / self._weight
 
     def corrected(self, model: QuadraticModel, descents: int) -> QuadraticModel:
-        """Return a model that trusts the slopes of the first ``descents`` directions that far."""
+        """Return a model whose first ``descents`` slopes are multiplied by the trust."""
         slope = model.slope.clone()
         slope[:descents] *= self.fraction
         return replace(model, slope=slope)
 
-    def expect_(self, direction: Direction, slope: float, moved: float) -> None:
-        """Note what the next batch is to confirm.
+    def predict_(self, direction: Direction, slope: float, moved: float) -> None:
+        """Keep a direction, for the next batch to sample.
 
         Args:
             direction: ``d``.
@@ -64,28 +69,34 @@ class Signal:
         """
         self._direction, self._slope, self._moved = direction, slope, moved
 
-    def learn_(self, gradient: Direction) -> None:
-        """Learn from the next batch's gradient, if something was noted."""
+    def sample_(self, gradient: Direction) -> None:
+        """Average over one more sample, from the next batch's gradient, if a direction is kept."""
         if self._direction and self._slope < 0:
-            noted = {n: d.to(gradient[n]) for n, d in self._direction.items() if n in gradient}
-            held = float(inner(gradient, noted)) - self._moved
-            sample = min(max(held / self._slope, RANGE[0]), RANGE[1])
-            self._average += (1 - DECAY) * (sample - self._average)
-            self._weight += (1 - DECAY) * (1 - self._weight)
-        self.forget_()
+            kept = {n: d.to(gradient[n]) for n, d in self._direction.items() if n in gradient}
+            held = float(inner(gradient, kept)) - self._moved
+            sample = min(max(held / self._slope, SAMPLE_BOUNDS[0]), SAMPLE_BOUNDS[1])
+            self._average += (1 - TRUST_DECAY) * (sample - self._average)
+            self._weight += (1 - TRUST_DECAY) * (1 - self._weight)
+        self.drop_()
 
-    def forget_(self) -> None:
-        """Forget what was noted."""
+    def drop_(self) -> None:
+        """Drop the direction that is kept."""
         self._direction = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and numbers."""
-        return {name.removeprefix("_"): value for name, value in vars(self).items()}
+        return {
+            "average": self._average,
+            "weight": self._weight,
+            "direction": self._direction,
+            "slope": self._slope,
+            "moved": self._moved,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """Take over a state; tensors are copied to the device of the parameters."""
-        for name, value in state.items():
-            setattr(self, f"_{name}", value)
+        self._average, self._weight = state["average"], state["weight"]
+        self._slope, self._moved = state["slope"], state["moved"]
         self._direction = {
             name: tensor.to(parameters[name], copy=True)
             for name, tensor in state["direction"].items()

@@ -1,39 +1,59 @@
-"""The best combination of a few directions, by the quadratic model."""
+"""The best step in the subspace of a few directions, by the quadratic model."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
-from einconv_kfac.optim.preconditioner import KFACPreconditioner
+from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.quadratic_model import QuadraticModel
-from einconv_kfac.optim.step.slope_trust import Signal
-from einconv_kfac.optim.vectors import Direction, combined
+from einconv_kfac.optim.step.quadratic_model import QuadraticModel, quadratic_model
+from einconv_kfac.optim.step.slope_trust import SlopeTrust
+from einconv_kfac.optim.vectors import Direction, combination, scaled
 
+FIT_PERIOD = 5
+"""Steps between two fits of a coefficient for every direction. In between, the combination
+with the last coefficients is rescaled, which takes one Jacobian-vector product."""
 LARGEST_CHANGE = math.log(2)
 """Bound on the sum over layers of the relative changes of their outputs. Where each of many
 layers in a row changes by ``c``, the network changes by up to ``prod(1 + c) - 1 <= 1`` (deep
-relative trust; Bernstein et al., 2020), which no quadratic model knows. A larger change can
-leave rectifiers without a gradient for good."""
-CERTAIN = 0.5
-"""Fraction of that bound up to which the change of a rescaled step is taken to be as large per
-length as that of the last step for which it was computed; beyond it is computed."""
+relative trust; Bernstein et al., 2020), which no quadratic model accounts for. A larger change
+can leave rectifiers without a gradient for good."""
+CERTAIN_FRACTION = 0.5
+"""Fraction of that bound up to which the change of a rescaled step is taken to be proportional to
+its length, with the last computed ratio; beyond it the change is computed."""
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """The momentum as a direction of the subspace.
+
+    Args:
+        direction: The direction; empty in the first step.
+        coefficient: Its coefficient in the step if that is given, or ``None`` for the slow
+            momentum, which enters the quadratic model but not the step.
+    """
+
+    direction: Direction
+    coefficient: float | None
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A step: a combination of directions.
+    """A step: a linear combination of directions.
 
     Args:
         directions: The directions.
         model: The quadratic model of the batch in their span.
-        coefficients: The coefficients.
-        expected: The change of the objective to be expected of them, not only on the batch.
-        mix: The coefficients of the preconditioned gradient, of what has no factors if there
-            is such, and of a momentum if there is one.
+        coefficients: The coefficients, ``[m]``.
+        expected: The expected change of the objective, not only on the batch.
+        mix: The coefficients of the preconditioned gradient, of the direction of parameters
+            without factors if there is one, and of a momentum if there is one.
     """
 
     directions: list[Direction]
@@ -45,9 +65,7 @@ class Fit:
     def update(self, objective: Objective, rate: float = 1.0) -> Direction:
         """Return the step times a rate, by parameter name."""
         coefficients = (self.coefficients * rate).tolist()
-        return {
-            name: combined(name, coefficients, self.directions) for name in objective.parameters
-        }
+        return combination(objective.parameters, coefficients, self.directions)
 
     def predicted(self, damping: float, rate: float = 1.0) -> float:
         """Return the change of the damped objective on the batch that the model predicts."""
@@ -58,8 +76,13 @@ class Fit:
         """Return the Euclidean norm of the step."""
         return math.sqrt(max(0.0, float(self.coefficients @ self.model.gram @ self.coefficients)))
 
+    @property
+    def is_full(self) -> bool:
+        """Return whether every direction has a coefficient of its own."""
+        return len(self.directions) == len(self.mix)
+
     def scaled(self, factor: float, expected: float) -> Fit:
-        """Return the step times a factor, and what is then expected."""
+        """Return the step times a factor, with the change that is then expected."""
         mix = tuple(factor * c for c in self.mix)
         return replace(self, coefficients=self.coefficients * factor, expected=expected, mix=mix)
 
@@ -67,8 +90,8 @@ class Fit:
         """Return ``d.(G + W).u`` for the first direction ``d``.
 
         Args:
-            rate: What the step is multiplied with in ``u``.
-            last: What is added to it of the last direction.
+            rate: Factor of the step in ``u``.
+            last: Coefficient of the last direction, in addition.
         """
         curvature = self.model.curvature[0]
         return rate * float(curvature @ self.coefficients) + last * float(curvature[-1])
@@ -79,103 +102,131 @@ class Fit:
         return math.inf if math.isnan(self.expected) else self.expected
 
 
-class Fitting:
-    """Fits coefficients.
+class SubspaceFit:
+    """Fits the coefficients of directions.
 
     Args:
-        preconditioner: Recorded the batches, and knows the layers.
-        signal: Tells how much of the slopes along descent directions to trust.
+        curvature: Running curvature of the model, which replays the batches.
+        trust: The trust in the slopes along descent directions.
 
     Attributes:
         reach: Change of the layers' outputs per length of a step, when it was last computed.
     """
 
-    def __init__(self, preconditioner: KFACPreconditioner, signal: Signal) -> None:
-        self._preconditioner = preconditioner
-        self._signal = signal
+    def __init__(self, curvature: RunningCurvature, trust: SlopeTrust) -> None:
+        self._curvature = curvature
+        self._trust = trust
+        self._mix: tuple[float, ...] = ()
+        self._fitted: int | None = None
         self.reach = math.inf
+
+    def best_(
+        self, objective: Objective, covered: Direction, momentum: Momentum, damping: float
+    ) -> Fit:
+        """Return the best step; between two fits, the best multiple of the last combination.
+
+        Args:
+            objective: The objective.
+            covered: The preconditioned gradient of the parameters that have factors.
+            momentum: The momentum.
+            damping: The damping of the quadratic model.
+        """
+        directions = descent_directions(objective, covered)
+        due = is_due(self._curvature.steps, self._fitted, FIT_PERIOD)
+        if momentum.coefficient is None and not due and len(self._mix) == len(directions):
+            fit = self._rescaled(objective, directions, damping)
+            if float(fit.coefficients) > 0:
+                return fit
+        return self.keep_(self.full(objective, directions, momentum, damping), momentum)
+
+    def keep_(self, fit: Fit, momentum: Momentum) -> Fit:
+        """Keep the coefficients of a full fit for the steps that follow, and return it."""
+        self._mix = fit.mix[: len(fit.mix) - bool(momentum.direction)]
+        self._fitted = self._curvature.steps
+        return fit
 
     def full(
         self,
         objective: Objective,
-        directions: list[Direction],
+        directions: Sequence[Direction],
+        momentum: Momentum,
         damping: float,
-        momentum: tuple[bool, float],
-        *,
-        bounded: bool,
     ) -> Fit:
-        """Return the best combination.
+        """Return the best combination of descent directions and of the momentum.
+
+        The change of the layers' outputs is kept within `LARGEST_CHANGE`, unless the damping is
+        given by the user.
 
         Args:
             objective: The objective.
-            directions: The directions.
+            directions: The descent directions.
+            momentum: The momentum.
             damping: The damping of the quadratic model.
-            momentum: Whether the last direction is a momentum, and its coefficient.
-            bounded: Whether to keep the change of the layers' outputs within `LARGEST_CHANGE`.
         """
-        has_momentum, coefficient = momentum
-        model = objective.model(self._preconditioner.recorder, directions)
-        descents = len(directions) - has_momentum
-        trusted = self._signal.corrected(model, descents)
-        coefficients = trusted.minimum(damping, {descents: coefficient} if has_momentum else None)
+        descents, fixed = len(directions), None
+        spanned = list(directions)
+        if momentum.direction:
+            spanned.append(momentum.direction)
+            fixed = {descents: momentum.coefficient or 0.0}
+        model = quadratic_model(self._curvature.replay, objective, spanned)
+        trusted = self._trust.corrected(model, descents)
+        coefficients = trusted.minimum(damping, fixed)
         expected = float(trusted.change(coefficients, damping))
-        fit = Fit(directions, model, coefficients, expected, tuple(coefficients.tolist()))
+        fit = Fit(spanned, model, coefficients, expected, tuple(coefficients.tolist()))
+        bounded = objective.settings.damping is None
         return self._bounded(objective, fit, trusted, damping) if bounded else fit
+
+    def _rescaled(
+        self, objective: Objective, directions: Sequence[Direction], damping: float
+    ) -> Fit:
+        """Return the best multiple of the combination with the last coefficients.
+
+        Far from the bound, the change of the layers' outputs is not computed but taken to be
+        proportional to the length of the step.
+        """
+        mixed = combination(objective.parameters, self._mix, directions)
+        model = quadratic_model(self._curvature.replay, objective, [mixed])
+        trusted = self._trust.corrected(model, 1)
+        scale = trusted.minimum(damping)
+        expected = float(trusted.change(scale, damping))
+        fit = Fit([mixed], model, scale, expected, tuple(float(scale) * c for c in self._mix))
+        if objective.settings.damping is not None:
+            return fit
+        if self.reach * fit.length <= CERTAIN_FRACTION * LARGEST_CHANGE:
+            return fit
+        return self._bounded(objective, fit, trusted, damping)
 
     def _bounded(
         self, objective: Objective, fit: Fit, trusted: QuadraticModel, damping: float
     ) -> Fit:
-        """Return a step, or the largest fraction that changes the layers' outputs little enough."""
+        """Return a step, or the largest fraction within the bound on the layers' outputs."""
         if not math.isfinite(fit.expected):
             return fit
         update = fit.update(objective)
-        change = self._preconditioner.relative_change(update, objective.parameters)
+        change = self._curvature.relative_change(update, objective.parameters)
         self.reach = change / length if (length := fit.length) else math.inf
         if change <= LARGEST_CHANGE:
             return fit
         scale = LARGEST_CHANGE / change
         return fit.scaled(scale, float(trusted.change(fit.coefficients * scale, damping)))
 
-    def rescaled(
-        self,
-        objective: Objective,
-        directions: list[Direction],
-        damping: float,
-        mix: tuple[float, ...],
-        *,
-        bounded: bool,
-    ) -> Fit:
-        """Return the best multiple of the combination with the last coefficients.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as numbers."""
+        return {"mix": list(self._mix), "fitted": self._fitted, "reach": self.reach}
 
-        Args:
-            objective: The objective.
-            directions: The directions.
-            damping: The damping of the quadratic model.
-            mix: The last coefficients.
-            bounded: As for `full`; far from the bound, the change is not computed but taken to
-                be proportional to the length of the step.
-        """
-        mixed = {name: combined(name, mix, directions) for name in objective.parameters}
-        model = objective.model(self._preconditioner.recorder, [mixed])
-        trusted = self._signal.corrected(model, 1)
-        scale = trusted.minimum(damping)
-        expected = float(trusted.change(scale, damping))
-        fit = Fit([mixed], model, scale, expected, tuple(float(scale) * c for c in mix))
-        if not bounded or self.reach * fit.length <= CERTAIN * LARGEST_CHANGE:
-            return fit
-        return self._bounded(objective, fit, trusted, damping)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        self._mix, self._fitted = tuple(state["mix"]), state["fitted"]
+        self.reach = state["reach"]
 
 
-def descents(objective: Objective, covered: Direction) -> list[Direction]:
+def descent_directions(objective: Objective, covered: Direction) -> list[Direction]:
     """Return the descent directions; learning rates count relative to the largest one.
 
     Args:
         objective: The objective.
         covered: The preconditioned gradient of the parameters that have factors.
     """
-    rates, largest = objective.rates, max(objective.rates.values()) or 1.0
-    return [
-        {name: tensor * (-rates[name] / largest) for name, tensor in direction.items()}
-        for direction in (covered, objective.others)
-        if direction
-    ]
+    largest = max(objective.rates.values()) or 1.0
+    factors = {name: -rate / largest for name, rate in objective.rates.items()}
+    return [scaled(d, factors) for d in (covered, objective.others) if d]

@@ -1,0 +1,294 @@
+"""The running curvature of a model: factors and inverses of all layers, applied to gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from einconv_kfac.curvature.estimation.estimate import uncompiled
+from einconv_kfac.curvature.estimation.fisher import FisherEstimator
+from einconv_kfac.curvature.layers.layer import find_layers
+from einconv_kfac.optim.factors.collector import NEVER_SEEN, Collector
+from einconv_kfac.optim.factors.refresh import Inverses, Refresh
+from einconv_kfac.optim.factors.running import RunningFactors, check_layers
+from einconv_kfac.optim.hyperparameters import Hyperparameters
+from einconv_kfac.optim.inverses.registry import kind_of
+from einconv_kfac.optim.parameters import Exclusion, excluded_modules
+from einconv_kfac.optim.schedule import interval, is_due
+from einconv_kfac.optim.vectors import Direction
+
+
+NOT_FINITE = "A gradient, loss or Kronecker factor was not finite; the step was skipped."
+CURVATURE_STATE_VERSION = 6
+"""Version of saved states, of the optimizer and of the preconditioner."""
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """The hyper-parameters of one step: of the optimizer, and of parameters in groups.
+
+    Args:
+        own: The optimizer's numbers.
+        by_parameter: The numbers of each parameter's group, by parameter name.
+    """
+
+    own: Hyperparameters
+    by_parameter: Mapping[str, Hyperparameters] = field(default_factory=dict)
+
+
+class RunningCurvature:
+    """Running Kronecker factors of a model's layers, and their damped inverses.
+
+    `update_` moves the factors by what the backward passes since the last step contributed,
+    `refresh_` computes inverses where they are due, `precondition` applies them. `finish_`
+    ends a step, `discard_` drops it.
+
+    Args:
+        model: The model, or what ``torch.compile`` made of it.
+        estimator: Which Fisher of which loss.
+        inverse: Name of the kind of inverse.
+        settings: Hyper-parameters.
+        exclude: Modules, names of modules or patterns of names that are left out.
+        in_background: Whether a thread inverts.
+        seed: Seed of the generator for sampled targets and examples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        estimator: FisherEstimator,
+        inverse: str,
+        settings: Hyperparameters,
+        *,
+        exclude: Exclusion = (),
+        in_background: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.layers: dict[str, RunningFactors] = {}
+        self.steps = 0
+        self.settings = GroupSettings(settings)
+        self.estimator = estimator
+        self._schedules = settings
+        self.model = uncompiled(model)
+        self.seed = seed
+        self._entry, self._exclude, self._in_background = model, exclude, in_background
+        self._excluded = excluded_modules(self.model, exclude)
+        self._inverse = inverse
+        kind = kind_of(inverse, estimator.fisher)
+        self._refresh = Refresh(self.layers, kind, in_background)
+        self._parameters: Collection[str] | None = None
+        self._trained: list[bool] = []
+        self.collector = Collector(model, estimator, seed, settings.factor_fraction)
+        self.recorder = self.collector.recorder
+        self.replay = self.collector.replay
+
+    def cover_(self, parameters: Collection[str] | None) -> None:
+        """Cover the layers of these parameters (all if ``None``) that are trained now.
+
+        The factors of a layer start anew where one of its parameters was not trained before.
+        """
+        self._parameters = parameters
+        self._trained = [p.requires_grad for p in self.model.parameters()]
+        for layer in find_layers(self.model):
+            known = self.layers.get(layer.name)
+            if parameters is not None and layer.weight not in parameters:
+                continue
+            if known is not None and set(layer.parameters) <= set(known.layer.parameters):
+                continue
+            if self._excluded.isdisjoint(layer.modules):
+                self.layers[layer.name] = RunningFactors(layer)
+                self.collector.watch(layer)
+
+    def cover_unfrozen_(self) -> None:
+        """Cover the layers that were unfrozen since the last step."""
+        if self._trained != [p.requires_grad for p in self.model.parameters()]:
+            self.cover_(self._parameters)
+
+    def covered(self) -> set[str]:
+        """Return the names of the parameters that factors cover."""
+        return {name for r in self.layers.values() for name in r.layer.parameters}
+
+    def without_factors(self, gradient: Direction) -> Direction:
+        """Return the gradients that the coming step will not precondition."""
+        moments = self.collector.moments
+        layers = [
+            running.layer
+            for name, running in self.layers.items()
+            if running.factors is not None or name in moments
+        ]
+        covered = {n for own in layers if own.weight in gradient for n in own.parameters}
+        return {name: tensor for name, tensor in gradient.items() if name not in covered}
+
+    def set_groups_(self, own: Hyperparameters, groups: Mapping[str, Hyperparameters]) -> None:
+        """Set the hyper-parameters of a step: the optimizer's, and those of each parameter."""
+        self.settings = GroupSettings(own, groups)
+
+    def begin_(self) -> None:
+        """Drop what was collected, and decide for which layers to collect in the next step."""
+        self.settings = GroupSettings(self._schedules.at(self.steps), self.settings.by_parameter)
+        due = [
+            name
+            for name, running in self.layers.items()
+            if is_due(self.steps, running.factor_step, self._of(running).factor_update_period)
+        ]
+        self.collector.begin_(due, self._refresh.bases())
+
+    def discard_(self) -> None:
+        """Forget what was collected since the last step, as if it had not been seen."""
+        self.collector.rewind_()
+        self.begin_()
+
+    def finish_(self) -> None:
+        """Count a step, and begin the next."""
+        self.steps += 1
+        self.begin_()
+
+    def update_(self) -> None:
+        """Move the running averages by what was collected.
+
+        Raises:
+            RuntimeError: If nothing was ever collected.
+        """
+        for name, moments in self.collector.moments.items():
+            a, b = self.estimator.factors(moments)
+            scale = self.estimator.scale(moments.examples)
+            running = self.layers[name]
+            factor_decay = self._of(running).factor_decay
+            running.update_(a, b.mul_(scale), factor_decay)
+            if moments.squares is not None:
+                running.correct_(moments.squares.block(scale).values, factor_decay)
+            running.factor_step = self.steps
+            running.factor_seconds = moments.seconds
+        if self.layers and all(r.factor_step is None for r in self.layers.values()):
+            raise RuntimeError(NEVER_SEEN)
+
+    def refresh_(self, damping: float, decay: Mapping[str, float]) -> None:
+        """Recompute the inverses where they are due, and set the damping where that is free.
+
+        Args:
+            damping: Damping of the inverses.
+            decay: Weight decay by parameter name, which adds to the damping.
+
+        Raises:
+            RuntimeError: If a damped factor is singular. No inverse is changed then.
+        """
+        intervals = {
+            name: interval(self.steps, self._of(running).inverse_update_period)
+            for name, running in self.layers.items()
+        }
+        self._refresh.refresh_(self._dampings(damping, decay), intervals, self.steps)
+
+    def trial_inverses(self, decay: Mapping[str, float]) -> Callable[[float], Inverses]:
+        """Return a function that inverts with a damping; it raises like `refresh_`.
+
+        Decompositions are shared where the kind of inverse allows it.
+
+        Args:
+            decay: Weight decay by parameter name, which adds to the damping.
+        """
+        trial = self._refresh.trial()
+        return lambda damping: trial(self._dampings(damping, decay))
+
+    def use_(self, inverses: Inverses) -> None:
+        """Take over inverses."""
+        self._refresh.use_(inverses, self.steps)
+
+    def precondition(self, gradient: Direction, inverses: Inverses | None = None) -> Direction:
+        """Return the preconditioned gradient of the covered parameters.
+
+        Args:
+            gradient: Gradients by parameter name.
+            inverses: Inverses to use instead of the present ones.
+        """
+        result: Direction = {}
+        for name, running in self.layers.items():
+            if inverses is None:
+                inverse = running.inverse
+            else:
+                inverse = inverses[name].inverse if name in inverses else None
+            if inverse is not None and running.layer.weight in gradient:
+                result.update(running.apply(gradient, inverse))
+        return {name: tensor for name, tensor in result.items() if name in gradient}
+
+    def relative_change(self, update: Direction, parameters: Direction) -> float:
+        """Return by how much an update changes the outputs of layers, summed over the layers.
+
+        Each change is root mean square, relative to that of the layer's output.
+        """
+        changes = [r.change(update, parameters) for r in self.layers.values() if r.factors]
+        return float(torch.stack(changes).sum()) if changes else 0.0
+
+    def is_finite(
+        self, gradients: Sequence[Tensor], losses: Sequence[Tensor], known: Sequence[Tensor]
+    ) -> bool:
+        """See `Collector.is_finite`."""
+        return self.collector.is_finite(gradients, losses, known)
+
+    def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
+        """Return the dampings by layer, weight decay included."""
+        found: dict[str, float] = {}
+        for name, running in self.layers.items():
+            own = self.settings.by_parameter.get(weight := running.layer.weight)
+            given = damping if own is None or own.damping is None else own.damping
+            found[name] = given + decay.get(weight, 0.0)
+        return found
+
+    def _of(self, running: RunningFactors) -> Any:
+        """Return the numbers that hold for a layer."""
+        return self.settings.by_parameter.get(running.layer.weight, self.settings.own)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of a constructor of what owns this curvature."""
+        own = {entry.name: getattr(self.estimator, entry.name) for entry in fields(self.estimator)}
+        return {
+            **own,
+            "model": self._entry,
+            "exclude": self._exclude,
+            "inverse": self._inverse,
+            "inverse_in_background": self._in_background,
+            "seed": self.seed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that continuing needs; it loads with ``weights_only=True``."""
+        return {
+            "version": CURVATURE_STATE_VERSION,
+            "layers": {name: running.state_dict() for name, running in self.layers.items()},
+            "generator": self.collector.generator.get_state(),
+            "steps": self.steps,
+            "inverse": self._inverse,
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a ``ValueError`` if a state belongs to another version, ``inverse`` or layers."""
+        if state.get("version") != CURVATURE_STATE_VERSION:
+            raise ValueError(
+                f"`state_dict` must be a KFAC state of version {CURVATURE_STATE_VERSION}, got "
+                f"{state.get('version', 'another one')}. States of earlier versions cannot be "
+                "loaded; load the model's state, and start with a new optimizer."
+            )
+        if state["inverse"] != self._inverse:
+            raise ValueError(
+                f"`state_dict` must come from the same `inverse`, got {state['inverse']!r} for "
+                f"{self._inverse!r}."
+            )
+        check_layers(self.layers, state["layers"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of the curvature of the same model.
+
+        Raises:
+            ValueError: If it belongs to other layers or another ``inverse``. Nothing is changed
+                then.
+        """
+        self.cover_unfrozen_()
+        self.check_state(state)
+        for name, running in self.layers.items():
+            running.load_state_dict(state["layers"][name])
+        self.collector.generator.set_state(state["generator"].cpu())
+        self.steps = state["steps"]
+        self.begin_()

@@ -1,0 +1,29 @@
+"""When periodic work is due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+Schedule: TypeAlias = float | Callable[[int], float]
+"""A number, or a function of the number of steps taken so far."""
+
+EARLY_SHARE = 10
+"""Early in training, periods are capped at this fraction (one tenth) of the steps taken."""
+
+
+def is_due(step: int, last: int | None, period: int, share: int = EARLY_SHARE) -> bool:
+    """Return whether periodic work is due; it always is the first time.
+
+    Args:
+        step: The number of steps taken.
+        last: The step at which the work was done last, or ``None``.
+        period: Steps between two times.
+        share: Early in training the period is capped at ``step // share``.
+    """
+    return last is None or step - last >= interval(step, period, share)
+
+
+def interval(step: int, period: int, share: int = EARLY_SHARE) -> int:
+    """Return the number of steps between two times, see `is_due`."""
+    return min(period, max(1, step // share))

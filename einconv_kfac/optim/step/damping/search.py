@@ -1,0 +1,99 @@
+"""A search for the damping of the inverses, by what each promises in the quadratic model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from einconv_kfac.optim.factors.refresh import Inverses
+from einconv_kfac.optim.schedule import is_due
+from einconv_kfac.optim.step.subspace import Fit
+
+SEARCH_PERIOD = 100
+"""Steps between two searches."""
+EARLY_SEARCH_SHARE = 2
+"""Early in training a search is due each time the number of steps has about doubled."""
+SCALE_STEP = 3.0
+"""Factor between the scales of two trials."""
+SCALE_BOUNDS = (1e-3, 1e3)
+"""Bounds on the scale, a multiple of the damping of the quadratic model."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial damping of the inverses.
+
+    Args:
+        scale: The damping, as a multiple of that of the quadratic model.
+        inverses: The inverses with that damping.
+        fit: The best step with these inverses.
+    """
+
+    scale: float
+    inverses: Inverses
+    fit: Fit
+
+
+class DampingSearch:
+    """Searches the scale of the inverses' damping that promises the largest reduction.
+
+    Larger scales are tried as long as they help, otherwise smaller ones (Martens and Grosse,
+    2015, section 6.6, try one step in each direction).
+
+    Attributes:
+        scale: The present scale.
+    """
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+        self._searched: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to search at a step."""
+        return is_due(step, self._searched, SEARCH_PERIOD, EARLY_SEARCH_SHARE)
+
+    def best_(
+        self,
+        step: int,
+        invert: Callable[[float], Inverses],
+        fit: Callable[[Inverses], Fit],
+    ) -> Trial:
+        """Return the best trial, and keep its scale.
+
+        Args:
+            step: The number of steps taken.
+            invert: Inverts the factors with a scale of the damping.
+            fit: Returns the best step with given inverses.
+        """
+
+        def tried(scale: float) -> Trial:
+            inverses = invert(scale)
+            return Trial(scale, inverses, fit(inverses))
+
+        start = best = tried(self.scale)
+        for factor in (SCALE_STEP, 1 / SCALE_STEP):
+            for scale in _powers(start.scale, factor):
+                trial = tried(scale)
+                if not trial.fit.rank < best.fit.rank:
+                    break
+                best = trial
+            if best is not start:
+                break
+        self.scale, self._searched = best.scale, step
+        return best
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as numbers."""
+        return {"scale": self.scale, "searched": self._searched}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        self.scale, self._searched = state["scale"], state["searched"]
+
+
+def _powers(start: float, factor: float) -> Iterator[float]:
+    """Yield ``start`` times powers of a factor, from the first on, within `SCALE_BOUNDS`."""
+    smallest, largest = SCALE_BOUNDS
+    while smallest <= (start := start * factor) <= largest:
+        yield start
