@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.blocks.block import Block
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.blocks.sums import SumBlock, added, pooled_block
 
-Block: TypeAlias = KroneckerBlock | EigenBlock | SumBlock
-_VERSION = 1
+CURVATURE_STATE_VERSION = 1
+"""Version of the format of `KroneckerFactors.state_dict`."""
 
 
 class KroneckerFactors(Mapping[str, Any]):
@@ -131,8 +133,8 @@ class KroneckerFactors(Mapping[str, Any]):
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers and names only; it loads with ``weights_only=True``."""
         return {
-            "version": _VERSION,
-            "blocks": {name: _block_state(block) for name, block in self._blocks.items()},
+            "version": CURVATURE_STATE_VERSION,
+            "blocks": {name: block.state_dict() for name, block in self._blocks.items()},
         }
 
     @staticmethod
@@ -142,8 +144,10 @@ class KroneckerFactors(Mapping[str, Any]):
         Raises:
             ValueError: If it is of another version.
         """
-        if state.get("version") != _VERSION:
-            raise ValueError(f"`state` must be of version {_VERSION}, got {state.get('version')}.")
+        if state.get("version") != CURVATURE_STATE_VERSION:
+            raise ValueError(
+                f"`state` must be of version {CURVATURE_STATE_VERSION}, got {state.get('version')}."
+            )
         return KroneckerFactors({n: _block_of(block) for n, block in state["blocks"].items()})
 
     def _check_same(self, other: KroneckerFactors) -> None:
@@ -152,11 +156,11 @@ class KroneckerFactors(Mapping[str, Any]):
             differ = sorted(self.keys() ^ other.keys())
             raise ValueError(f"Both sides must cover the same layers, they differ in {differ}.")
 
-    def _mapped(self, change: Callable[[Any], Block]) -> KroneckerFactors:
+    def _mapped(self, change: Callable[[Block], Block]) -> KroneckerFactors:
         """Return the collection with every block changed."""
         return KroneckerFactors({name: change(block) for name, block in self._blocks.items()})
 
-    def _sum(self, value: Callable[[Any], Tensor]) -> Tensor:
+    def _sum(self, value: Callable[[Block], Tensor]) -> Tensor:
         """Return the sum of a value over blocks, in float64."""
         return torch.stack([value(block).double().cpu() for block in self._blocks.values()]).sum()
 
@@ -188,21 +192,22 @@ def pooled(factors: Sequence[KroneckerFactors], weights: Sequence[float]) -> Kro
     )
 
 
-def _block_state(block: Block) -> dict[str, Any]:
-    """Return a block as tensors, numbers and names."""
-    if isinstance(block, SumBlock):
-        return {"terms": [_block_state(term) for term in block.terms]}
-    layout = dict(vars(block.layout))
-    if isinstance(block, KroneckerBlock):
-        return {"layout": layout, "A": block.A, "B": block.B, "scale": block.scale}
-    bases = {"basis_a": block.basis_a, "basis_b": block.basis_b}
-    return {"layout": layout, **bases, "values": block.values}
+_BLOCK_TYPES: dict[frozenset[str], Callable[..., Block]] = {
+    frozenset(entry.name for entry in fields(kind)): kind
+    for kind in (KroneckerBlock, EigenBlock, SumBlock)
+}
+"""The type of block by the names of its fields, which are those of its state."""
+
+_LOADERS: dict[str, Callable[[Any], Any]] = {
+    "layout": lambda state: Layout(**state),
+    "terms": lambda states: tuple(_block_of(state) for state in states),
+}
+"""How a field is restored that is not saved as it is."""
 
 
 def _block_of(state: Mapping[str, Any]) -> Block:
     """Return the block that a state describes."""
-    if "terms" in state:
-        return added([_block_of(term) for term in state["terms"]])
-    fields = {name: value for name, value in state.items() if name != "layout"}
-    kind = KroneckerBlock if "A" in state else EigenBlock
-    return kind(**fields, layout=Layout(**state["layout"]))
+    restored = {
+        name: _LOADERS[name](value) if name in _LOADERS else value for name, value in state.items()
+    }
+    return _BLOCK_TYPES[frozenset(restored)](**restored)
