@@ -40,7 +40,7 @@ from einconv_kfac.optim.step.objective import (
 )
 from einconv_kfac.optim.vectors import norms
 
-_STATE_VERSION = 5
+_STATE_VERSION = 6
 
 
 class KFAC(Optimizer):
