@@ -16,13 +16,13 @@ from einconv_kfac.curvature.devices.products import product
 class EigenBlock:
     """A block ``(U_B (x) U_A) diag(values) (U_B (x) U_A)^T`` per channel group.
 
-    This is an eigendecomposition of a `KroneckerBlock`, a block with corrected eigenvalues
+    It represents an eigendecomposition of a `KroneckerBlock`, a block with corrected eigenvalues
     (EKFAC; George et al., 2018), an exact damped inverse, or, without bases, a diagonal.
 
     Args:
         basis_a: Orthogonal ``U_A [g, d, d]``, eigenvectors in columns, or ``None`` for the
             identity.
-        basis_b: Orthogonal ``U_B [g, co, co]``, or ``None``.
+        basis_b: Orthogonal ``U_B [g, co, co]``, or ``None`` for the identity.
         values: Eigenvalues ``[g, co, d]``.
         layout: The parameters, and how they form matrices.
 
@@ -54,7 +54,7 @@ class EigenBlock:
         return matrix if self.basis_a is None else matrix @ self.basis_a
 
     def restored(self, matrix: Tensor) -> Tensor:
-        """Undo `rotated`: ``U_B V U_A^T``."""
+        """Return matrices of the eigenbasis in the original basis: ``U_B V U_A^T``."""
         matrix = matrix if self.basis_b is None else self.basis_b @ matrix
         return matrix if self.basis_a is None else matrix @ self.basis_a.mT
 
@@ -100,7 +100,7 @@ class EigenBlock:
         return (self.values + damping).clamp_min(0).log().sum()
 
     def inverse(self, damping: float, exact: bool = True) -> EigenBlock:
-        """Return ``(block + damping I)^-1``, which is always exact.
+        """Return ``(block + damping I)^-1``. It is exact whatever ``exact`` says.
 
         Raises:
             ValueError: If the damping is negative.
@@ -141,7 +141,7 @@ class EigenBlock:
         return {"layout": self.layout.state_dict(), **tensors}
 
     def _damped(self, damping: float) -> Tensor:
-        """Return the damped eigenvalues, positive."""
+        """Return the damped eigenvalues, which must be positive."""
         check_damping(damping)
         damped = self.values + damping
         if not bool((damped > 0).all()):

@@ -1,4 +1,4 @@
-"""Sums of blocks: exact as operators, or pooled as factors of pooled data."""
+"""Sums of blocks, as exact operators or as the factors of pooled data."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def added(blocks: Sequence[Block]) -> SumBlock:
     """Return the sum of blocks.
 
     Raises:
-        ValueError: If they are not of the same parameters.
+        ValueError: If the blocks are of different parameters.
     """
     terms = [term for block in blocks for term in block.terms]
     for term in terms:
@@ -125,7 +125,7 @@ def pooled_block(blocks: Sequence[KroneckerBlock], weights: Sequence[float]) -> 
 
 
 def _inner_product(left: Block, right: Block) -> Tensor:
-    """Return ``tr(L R)``."""
+    """Return the trace of the product of two blocks, summed over groups."""
     if isinstance(left, KroneckerBlock) and isinstance(right, KroneckerBlock):
         a, b = (left.A * right.A).sum((-2, -1)), (left.B * right.B).sum((-2, -1))
         return left.scale * right.scale * (a * b).sum()

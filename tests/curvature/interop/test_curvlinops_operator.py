@@ -88,5 +88,7 @@ def test_what_curvlinops_cannot_represent() -> None:
         to_kfac_operator(ours.eigh(), model)
     model = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Flatten()).double()
     data = [(torch.ones(2, 1, 3).double(), torch.zeros(2, 4).double())]
-    with pytest.raises(ValueError, match=r"'0' must be a type that curvlinops knows, got Conv1d"):
+    with pytest.raises(
+        ValueError, match=r"'0' must be a type that curvlinops supports, got Conv1d"
+    ):
         to_kfac_operator(kronecker_factors(model, nn.MSELoss(), data), model)
