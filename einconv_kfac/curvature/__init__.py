@@ -1,6 +1,6 @@
 """Curvature as Kronecker factors."""
 
-from einconv_kfac.curvature.blocks.collection import KroneckerFactors, pooled
+from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors, pooled
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.blocks.matrix_layout import Layout

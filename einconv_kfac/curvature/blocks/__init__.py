@@ -1,1 +1,4 @@
-"""Blocks of curvature as values: products, inverses, traces, sums."""
+"""Blocks of curvature as immutable values: products, inverses, traces, sums.
+
+A type of block is a file whose class implements `Block`.
+"""

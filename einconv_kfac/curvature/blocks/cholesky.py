@@ -1,60 +1,91 @@
-"""Damped inverses of Kronecker factors."""
+"""Damped inverses of Kronecker factors by Cholesky decompositions."""
 
 from __future__ import annotations
 
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.blocks.batching import batched
+
 Pair: TypeAlias = tuple[Tensor, Tensor]
-"""Something of the factors ``A`` and ``B``."""
+"""A tensor for the factor ``A`` and one for the factor ``B``."""
 
-BATCHED = 64
-"""Largest dimension of matrices that are decomposed in one batch: on a CPU, batches were 1.7 to 6
-times faster up to 32x32, 1.2 times at 64x64, and up to 2.5 times slower beyond."""
+DAMPING_GROWTH_AFTER_FAILURE = 10.0
+"""Factor by which the damping of a layer grows where its Cholesky decomposition fails."""
 
 
-def damped_inverses(factors: Pair, damping: float, name: str) -> Pair:
-    """Invert two factors with the damping split between them by trace balance.
-
-    The result is ``(A + pi sqrt(l) I)^-1`` and ``(B + sqrt(l) / pi I)^-1`` as `balanced` splits.
-    A factor whose Cholesky decomposition fails is inverted in float64, with a warning.
+@dataclass(frozen=True)
+class DampedFactors:
+    """Two factors, the damping of each, and the inverses of the damped factors.
 
     Args:
-        factors: ``A [g, d, d]`` and ``B [g, co, co]``.
-        damping: The damping ``l`` of their Kronecker product.
-        name: What they belong to, for messages.
+        factors: ``A [g, d, d]`` and ``B [g, co, co]``, in the dtype of the decompositions.
+        dampings: What is added to the diagonal of each, ``[g]``.
+        inverses: ``(A + dampings[0] I)^-1`` and ``(B + dampings[1] I)^-1``.
+        damping: The damping of the Kronecker product.
+        retries: Number of attempts after the first.
+    """
+
+    factors: Pair
+    dampings: Pair
+    inverses: Pair
+    damping: float
+    retries: int = 0
+
+    def conditions(self) -> Tensor:
+        """Return the condition numbers in the 1-norm, ``[2]``, the largest of the groups."""
+        found = []
+        for factor, damping, inverse in zip(self.factors, self.dampings, self.inverses):
+            norm = torch.linalg.vector_norm(factor, 1, dim=-1).amax(-1) + damping
+            found.append((norm * torch.linalg.vector_norm(inverse, 1, dim=-1).amax(-1)).amax())
+        return torch.stack(found)
+
+
+def invert_damped(
+    pairs: Sequence[Pair],
+    dampings: Sequence[float],
+    names: Sequence[str],
+    *,
+    damping_increases: int = 0,
+) -> list[DampedFactors]:
+    """Invert pairs of factors, with the damping of each pair split by trace balance.
+
+    The inverses are ``(A + pi sqrt(l) I)^-1`` and ``(B + sqrt(l) / pi I)^-1`` for a damping
+    ``l``, with ``pi`` of `split_damping`. A pair with a factor whose Cholesky decomposition fails
+    is inverted in float64.
+
+    Args:
+        pairs: ``A [g, d, d]`` and ``B [g, co, co]`` of each pair.
+        dampings: The damping ``l`` of each pair's Kronecker product.
+        names: The name of each pair, for errors.
+        damping_increases: How often the damping of a pair may grow, tenfold each time, where
+            float64 fails as well.
 
     Raises:
-        RuntimeError: If a damped factor is not positive definite in float64 either.
+        RuntimeError: If a damped factor is not positive definite at the last attempt.
     """
-    parts = balanced(factors, damping)
-    found: list[Tensor] = []
-    for letter, factor, part, first in zip("AB", factors, parts, inverses(factors, parts)):
-        inverse = first
-        if first is None:
-            (inverse,) = inverses([factor.double()], [part.double()])
-            if inverse is None:
-                raise not_positive_definite(f"{letter} of {name}", float(part.min()))
-            warnings.warn(
-                f"The damped factor {letter} of {name} was inverted in float64, since "
-                f"{factor.dtype} failed. A larger `damping` avoids this.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-        assert inverse is not None
-        found.append(inverse.to(factor.dtype))
-    return found[0], found[1]
+    parts = [split_damping(pair, damping) for pair, damping in zip(pairs, dampings)]
+    flat = [[own for pair in several for own in pair] for several in (pairs, parts)]
+    found = damped_inverses(*flat)
+    results = []
+    for pair, part, damping, name, a, b in zip(
+        pairs, parts, dampings, names, found[::2], found[1::2]
+    ):
+        if a is None or b is None:
+            results.append(_in_float64(pair, damping, name, damping_increases))
+        else:
+            results.append(DampedFactors(pair, part, (a, b), damping))
+    return results
 
 
-def balanced(factors: Pair, damping: float) -> Pair:
+def split_damping(factors: Pair, damping: float) -> Pair:
     """Split a damping ``l`` between two factors by trace balance, ``[g]`` each.
 
-    They are ``pi sqrt(l)`` for ``A`` and ``sqrt(l) / pi`` for ``B``, with
+    The parts are ``pi sqrt(l)`` for ``A`` and ``sqrt(l) / pi`` for ``B``, with
     ``pi = sqrt((tr(A) / d) / (tr(B) / co))`` per group (Martens and Grosse, 2015).
     """
     a, b = factors
@@ -63,61 +94,42 @@ def balanced(factors: Pair, damping: float) -> Pair:
     return balance * root, root / balance
 
 
-def inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Tensor | None]:
+def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Tensor | None]:
     """Return ``(F + damping I)^-1`` for each factor, or ``None`` if Cholesky fails.
 
     Args:
         factors: Factors ``[g, d, d]``.
         dampings: Dampings ``[g]``.
     """
-    found = batched(_inverse, factors, dampings)
+    found = batched(_damped_inverse, factors, dampings)
     return [None if bool(failures.any()) else inverse for inverse, failures in found]
 
 
-def batched(
-    function: Callable[..., tuple[Tensor, ...]], matrices: Sequence[Tensor], *rest: Sequence[Tensor]
-) -> list[tuple[Tensor, ...]]:
-    """Apply a function to each of many matrices ``[g, d, d]``, to small ones of a shape at once.
-
-    Args:
-        function: A function of matrices, and of more tensors, whose results all have the groups
-            as their first dimension.
-        matrices: The matrices.
-        rest: The other arguments, with the groups first.
-    """
-    alike: dict[object, list[int]] = defaultdict(list)
-    for index, matrix in enumerate(matrices):
-        size = matrix.shape[-1]
-        alike[(size, matrix.dtype, matrix.device) if size <= BATCHED else index].append(index)
-    results: dict[int, tuple[Tensor, ...]] = {}
-    for indices in alike.values():
-        arguments = [[operand[index] for index in indices] for operand in (matrices, *rest)]
-        if len(indices) == 1:
-            results[indices[0]] = function(*(own for (own,) in arguments))
-            continue
-        sizes = [len(matrices[index]) for index in indices]
-        parts = function(*(torch.cat(own) for own in arguments))
-        results.update(zip(indices, zip(*(torch.split(part, sizes) for part in parts))))
-    return [results[index] for index in range(len(matrices))]
+def _in_float64(pair: Pair, damping: float, name: str, damping_increases: int) -> DampedFactors:
+    """Invert a pair in float64, with a larger damping where that fails as well."""
+    a, b = pair[0].double(), pair[1].double()
+    for attempt in range(damping_increases + 1):
+        increased = damping * DAMPING_GROWTH_AFTER_FAILURE**attempt
+        dampings = split_damping((a, b), increased)
+        left, right = damped_inverses((a, b), dampings)
+        if left is not None and right is not None:
+            return DampedFactors((a, b), dampings, (left, right), increased, attempt + 1)
+    letter, part = ("A", dampings[0]) if left is None else ("B", dampings[1])
+    raise RuntimeError(
+        f"The damped factor {letter} of {name} must be positive definite, but is not with damping "
+        f"{float(part.min()):.3g}. A larger `damping` helps."
+    )
 
 
-def _inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+def _damped_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(factor + damping I)^-1`` per group, and whether that failed, ``[g]``."""
     damped = factor.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     triangle, failures = torch.linalg.cholesky_ex(damped)
     failed = failures > 0
-    if bool(failed.any()):  # what is left there cannot be inverted
+    if bool(failed.any()):  # an unfinished triangle cannot be inverted
         triangle[failed] = torch.eye(len(factor[0]), dtype=factor.dtype, device=factor.device)
     return torch.cholesky_inverse(triangle), failed
-
-
-def not_positive_definite(name: str, damping: float) -> RuntimeError:
-    """Return the error of a damped factor that cannot be inverted."""
-    return RuntimeError(
-        f"The damped factor {name} must be positive definite, but is not with damping "
-        f"{damping:.3g}. A larger `damping` helps."
-    )
 
 
 def _mean_eigenvalue(factor: Tensor) -> Tensor:

@@ -9,19 +9,20 @@ import torch
 from torch import Generator, Tensor
 
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.devices.products import product
 
 
 @dataclass(frozen=True, eq=False)
 class EigenBlock:
     """A block ``(U_B (x) U_A) diag(values) (U_B (x) U_A)^T`` per channel group.
 
-    This is an eigendecomposition of a `KroneckerBlock`, a block with corrected eigenvalues
+    It represents an eigendecomposition of a `KroneckerBlock`, a block with corrected eigenvalues
     (EKFAC; George et al., 2018), an exact damped inverse, or, without bases, a diagonal.
 
     Args:
         basis_a: Orthogonal ``U_A [g, d, d]``, eigenvectors in columns, or ``None`` for the
             identity.
-        basis_b: Orthogonal ``U_B [g, co, co]``, or ``None``.
+        basis_b: Orthogonal ``U_B [g, co, co]``, or ``None`` for the identity.
         values: Eigenvalues ``[g, co, d]``.
         layout: The parameters, and how they form matrices.
 
@@ -41,6 +42,11 @@ class EigenBlock:
         """Names of the weight and, if it has one, the bias."""
         return self.layout.parameters
 
+    @property
+    def terms(self) -> tuple[EigenBlock]:
+        """See `Block`."""
+        return (self,)
+
     def rotated(self, matrix: Tensor) -> Tensor:
         """Return matrices ``[*v, g, co, d]`` in the eigenbasis: ``U_B^T V U_A``."""
         matrix = matrix.to(self.values.dtype)
@@ -48,7 +54,7 @@ class EigenBlock:
         return matrix if self.basis_a is None else matrix @ self.basis_a
 
     def restored(self, matrix: Tensor) -> Tensor:
-        """Undo `rotated`: ``U_B V U_A^T``."""
+        """Return matrices of the eigenbasis in the original basis: ``U_B V U_A^T``."""
         matrix = matrix if self.basis_b is None else self.basis_b @ matrix
         return matrix if self.basis_a is None else matrix @ self.basis_a.mT
 
@@ -62,6 +68,16 @@ class EigenBlock:
         eye = torch.eye(co * d, dtype=self.values.dtype, device=self.values.device)
         columns = self.matmul(eye.reshape(-1, 1, co, d).expand(-1, g, co, d))  # v g co d
         return columns.flatten(2).permute(1, 2, 0)
+
+    def diagonal_in(self, other: EigenBlock) -> Tensor:
+        """Return the block's diagonal in the eigenbasis of another block, ``[g, co, d]``.
+
+        With ``Q_A = U_A^T V_A`` from this block's basis ``V`` to the other's ``U``, and ``Q_B``
+        alike, it is ``Q_B^2 values (Q_A^2)^T`` with squares of entries. Its sum is the trace.
+        """
+        a = _squared_overlap(other.basis_a, self.basis_a, other.values)
+        b = _squared_overlap(other.basis_b, self.basis_b, other.values.mT)
+        return b @ self.values.to(b.dtype) @ a.mT
 
     def trace(self) -> Tensor:
         """Return the trace."""
@@ -84,7 +100,7 @@ class EigenBlock:
         return (self.values + damping).clamp_min(0).log().sum()
 
     def inverse(self, damping: float, exact: bool = True) -> EigenBlock:
-        """Return ``(block + damping I)^-1``, which is always exact.
+        """Return ``(block + damping I)^-1``. It is exact whatever ``exact`` says.
 
         Raises:
             ValueError: If the damping is negative.
@@ -119,10 +135,14 @@ class EigenBlock:
             self.layout,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """See `Block`."""
+        tensors = {"basis_a": self.basis_a, "basis_b": self.basis_b, "values": self.values}
+        return {"layout": self.layout.state_dict(), **tensors}
+
     def _damped(self, damping: float) -> Tensor:
-        """Return the damped eigenvalues, positive."""
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"`damping` must be a finite number >= 0, got {damping}.")
+        """Return the damped eigenvalues, which must be positive."""
+        check_damping(damping)
         damped = self.values + damping
         if not bool((damped > 0).all()):
             raise RuntimeError(
@@ -132,13 +152,28 @@ class EigenBlock:
         return damped
 
 
-def decomposed(factor: Tensor) -> tuple[Tensor, Tensor]:
+def check_damping(damping: float) -> None:
+    """Raise a ``ValueError`` if a damping is negative or not a finite number."""
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"`damping` must be a finite number >= 0, got {damping}.")
+
+
+def eigendecomposition(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues ``[g, d]``, not negative, and eigenvectors ``[g, d, d]`` of a factor.
 
-    The factor is positive semi-definite; eigenvalues that rounding made negative are zero.
+    The factor is positive semi-definite; eigenvalues that rounding made negative become zero.
     """
     try:
         values, vectors = torch.linalg.eigh(factor)
     except RuntimeError:  # float32 may fail to converge
         values, vectors = (part.to(factor.dtype) for part in torch.linalg.eigh(factor.double()))
     return values.clamp_min(0), vectors
+
+
+def _squared_overlap(left: Tensor | None, right: Tensor | None, like: Tensor) -> Tensor:
+    """Return the squared inner products of the vectors of two bases, ``[g, d, d]``."""
+    if left is None or right is None:
+        size = like.shape[-1]
+        eye = torch.eye(size, dtype=like.dtype, device=like.device).expand(len(like), size, size)
+        left, right = eye if left is None else left, eye if right is None else right
+    return product(left.mT, right.to(left.dtype)).square_()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from einconv_kfac.curvature.blocks.cholesky import damped_inverses
-from einconv_kfac.curvature.blocks.eigen import EigenBlock, decomposed
+from einconv_kfac.curvature.blocks.cholesky import invert_damped
+from einconv_kfac.curvature.blocks.eigen import EigenBlock, check_damping, eigendecomposition
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 
 
@@ -42,6 +43,11 @@ class KroneckerBlock:
         """Names of the weight and, if it has one, the bias."""
         return self.layout.parameters
 
+    @property
+    def terms(self) -> tuple[KroneckerBlock]:
+        """See `Block`."""
+        return (self,)
+
     def matmul(self, matrix: Tensor) -> Tensor:
         """Return the product with matrices ``[*v, g, co, d]``: ``scale * B V A``."""
         return self.scale * (self.B @ matrix.to(self.A.dtype) @ self.A)
@@ -60,9 +66,9 @@ class KroneckerBlock:
         return abs(self.scale) * (a * b).sum().sqrt()
 
     def eigh(self) -> EigenBlock:
-        """Return the eigendecomposition; it takes one of ``A`` and one of ``B``."""
-        a, basis_a = decomposed(self.A)
-        b, basis_b = decomposed(self.B)
+        """Return the eigendecomposition, by one of ``A`` and one of ``B``."""
+        a, basis_a = eigendecomposition(self.A)
+        b, basis_b = eigendecomposition(self.B)
         values = self.scale * b[:, :, None] * a[:, None, :]
         return EigenBlock(basis_a, basis_b, values, self.layout)
 
@@ -79,8 +85,8 @@ class KroneckerBlock:
 
         Args:
             damping: Multiple of the identity, positive (or zero for a regular block).
-            exact: If not, the damping is split between the factors with trace balance
-                (Martens and Grosse, 2015)::
+            exact: Whether the inverse is exact. If not, the damping is split between the
+                factors by trace balance (Martens and Grosse, 2015)::
 
                     1/scale (B + sqrt(l) / pi I)^-1 (x) (A + pi sqrt(l) I)^-1
                     pi = sqrt((tr(A) / d) / (tr(B) / co)), l = damping / scale
@@ -88,13 +94,24 @@ class KroneckerBlock:
         Raises:
             ValueError: If the damping is negative.
             RuntimeError: If the damped block is not positive definite.
+
+        Warns:
+            RuntimeWarning: If the factored inverse needed float64.
         """
         check_damping(damping)
         if exact:
             return self.eigh().inverse(damping)
         names = " and ".join(self.parameters)
-        a, b = damped_inverses((self.A, self.B), damping / self.scale, names)
-        return KroneckerBlock(a, b, self.layout, 1 / self.scale)
+        (found,) = invert_damped([(self.A, self.B)], [damping / self.scale], [names])
+        if found.retries:
+            warnings.warn(
+                f"The damped factors of {names} were not positive definite in {self.A.dtype}; "
+                "they were inverted in float64. A larger `damping` avoids this.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        a, b = found.inverses
+        return KroneckerBlock(a.to(self.A.dtype), b.to(self.B.dtype), self.layout, 1 / self.scale)
 
     def sample(
         self, count: int, *, damping: float = 0.0, generator: Generator | None = None
@@ -110,11 +127,10 @@ class KroneckerBlock:
         """Return the block on another device or with another dtype, as ``Tensor.to``."""
         return replace(self, A=self.A.to(*args, **kwargs), B=self.B.to(*args, **kwargs))
 
-
-def check_damping(damping: float) -> None:
-    """Raise a ``ValueError`` if a damping is negative or not a number."""
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"`damping` must be a finite number >= 0, got {damping}.")
+    def state_dict(self) -> dict[str, Any]:
+        """See `Block`."""
+        layout = self.layout.state_dict()
+        return {"layout": layout, "A": self.A, "B": self.B, "scale": self.scale}
 
 
 def _trace(factor: Tensor) -> Tensor:

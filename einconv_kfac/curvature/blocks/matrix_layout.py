@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,16 @@ class Layout:
         split: Its shape after splitting dimensions.
         order: The permutation of ``split``.
         bias_shape: The bias' shape; it flattens to ``[(g co)]``.
+
+    Attributes:
+        parameters: The names of the weight and, if there is one, the bias.
+        shape: The shape ``[g, co, d]`` of the matrices, bias column included.
+
+    >>> layout = Layout("weight", None, (2, 3), (1, 2, 3), (0, 2, 1))
+    >>> layout.to_matrix({"weight": torch.tensor([[1, 2, 3], [4, 5, 6]])})
+    tensor([[[1, 4],
+             [2, 5],
+             [3, 6]]])
     """
 
     weight: str
@@ -32,44 +43,57 @@ class Layout:
     split: tuple[int, ...]
     order: tuple[int, ...]
     bias_shape: tuple[int, ...] = ()
+    parameters: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    shape: tuple[int, int, int] = field(init=False, repr=False, compare=False)
+    _permuted: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _order_from_end: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _inverse_from_end: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape ``[g, co, d]`` of the matrices, bias column included."""
-        g, co, *d = (self.split[dim] for dim in self.order)
-        return g, co, prod(d) + (self.bias is not None)
+    def __post_init__(self) -> None:
+        count = len(self.order)
+        inverse = sorted(range(count), key=self.order.__getitem__)
+        permuted = tuple(self.split[dim] for dim in self.order)
+        g, co, *d = permuted
+        derived = {
+            "parameters": (self.weight,) if self.bias is None else (self.weight, self.bias),
+            "shape": (g, co, prod(d) + (self.bias is not None)),
+            "_permuted": permuted,
+            # counted from the last dimension, so that leading dimensions do not shift them
+            "_order_from_end": tuple(dim - count for dim in self.order),
+            "_inverse_from_end": tuple(dim - count for dim in inverse),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def to_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return tensors by parameter name, ``[*v, *shape]``, as ``[*v, g, co, d]``.
 
         Raises:
-            ValueError: If a tensor has another shape.
+            ValueError: If a parameter is missing, or its tensor has another shape.
         """
         weight = self._checked(tensors, self.weight, self.weight_shape)
         free = weight.shape[: weight.ndim - len(self.weight_shape)]
-        order = [*range(len(free)), *(len(free) + dim for dim in self.order)]
-        rows = weight.reshape(*free, *self.split).permute(order).flatten(len(free) + 2)
+        split = weight.reshape(*free, *self.split)
+        rows = split.permute(*range(len(free)), *self._order_from_end).flatten(len(free) + 2)
         if self.bias is None:
             return rows
         bias = self._checked(tensors, self.bias, self.bias_shape)
         return torch.cat([rows, bias.reshape(*rows.shape[:-1], 1)], dim=-1)
 
     def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Return matrices ``[*v, g, co, d]`` as tensors by parameter name."""
+        """Return matrices ``[*v, g, co, d]`` as tensors ``[*v, *shape]`` by parameter name."""
         free = matrix.shape[:-3]
         rows = matrix if self.bias is None else matrix[..., :-1]
-        permuted = rows.reshape(*free, *(self.split[dim] for dim in self.order))
-        back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        order = [*range(len(free)), *(len(free) + dim for dim in back)]
-        result = {self.weight: permuted.permute(order).reshape(*free, *self.weight_shape)}
+        split = rows.reshape(*free, *self._permuted)
+        split = split.permute(*range(len(free)), *self._inverse_from_end)
+        result = {self.weight: split.reshape(*free, *self.weight_shape)}
         if self.bias is not None:
             result[self.bias] = matrix[..., -1].reshape(*free, *self.bias_shape)
         return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the arguments by name: strings, numbers and tuples."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
 
     def _checked(self, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
         """Return the tensor of a parameter, whose trailing dimensions must be its shape."""

@@ -1,4 +1,4 @@
-"""Sums of blocks: exact as operators, or pooled as factors of pooled data."""
+"""Sums of blocks, as exact operators or as the factors of pooled data."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from einconv_kfac.curvature.blocks.eigen import EigenBlock
+from einconv_kfac.curvature.blocks.block import Block
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 
@@ -18,14 +18,14 @@ from einconv_kfac.curvature.blocks.matrix_layout import Layout
 class SumBlock:
     """The sum of blocks of the same parameters, kept as its terms.
 
-    A sum of Kronecker products is not one, so that it has products, trace and norm, but no
-    factored inverse or eigendecomposition.
+    A sum of Kronecker products is not a Kronecker product. It has products, trace and norm, but
+    no factored inverse or eigendecomposition.
 
     Args:
-        terms: The blocks.
+        terms: The blocks, none of which is a sum.
     """
 
-    terms: tuple[KroneckerBlock | EigenBlock, ...]
+    terms: tuple[Block, ...]
 
     @property
     def layout(self) -> Layout:
@@ -62,8 +62,12 @@ class SumBlock:
         """Return the block on another device or with another dtype, as ``Tensor.to``."""
         return SumBlock(tuple(term.to(*args, **kwargs) for term in self.terms))
 
+    def state_dict(self) -> dict[str, Any]:
+        """See `Block`."""
+        return {"terms": [term.state_dict() for term in self.terms]}
+
     def eigh(self) -> NoReturn:
-        """Raise a ``NotImplementedError``, as do the operations that follow from it."""
+        """Raise a ``NotImplementedError``, as do the operations that need eigenvalues."""
         raise NotImplementedError(
             f"A sum of {len(self.terms)} blocks has no factored eigendecomposition or inverse. "
             "`pooled` adds the factors instead, which does."
@@ -81,19 +85,20 @@ class SumBlock:
         """See `eigh`."""
         self.eigh()
 
-    def sample(self, count: int, **_: Any) -> Tensor:
+    def sample(
+        self, count: int, *, damping: float = 0.0, generator: Generator | None = None
+    ) -> Tensor:
         """See `eigh`."""
         self.eigh()
 
 
-def added(blocks: Sequence[KroneckerBlock | EigenBlock | SumBlock]) -> SumBlock:
+def added(blocks: Sequence[Block]) -> SumBlock:
     """Return the sum of blocks.
 
     Raises:
-        ValueError: If they are not of the same parameters.
+        ValueError: If the blocks are of different parameters.
     """
-    parts = [block.terms if isinstance(block, SumBlock) else (block,) for block in blocks]
-    terms = [term for part in parts for term in part]
+    terms = [term for block in blocks for term in block.terms]
     for term in terms:
         if term.layout != terms[0].layout:
             raise ValueError(
@@ -119,22 +124,13 @@ def pooled_block(blocks: Sequence[KroneckerBlock], weights: Sequence[float]) -> 
     return KroneckerBlock(a, b, layouts.pop(), scale)
 
 
-def _inner_product(left: KroneckerBlock | EigenBlock, right: KroneckerBlock | EigenBlock) -> Tensor:
-    """Return ``tr(L R)``."""
+def _inner_product(left: Block, right: Block) -> Tensor:
+    """Return the trace of the product of two blocks, summed over groups."""
     if isinstance(left, KroneckerBlock) and isinstance(right, KroneckerBlock):
         a, b = (left.A * right.A).sum((-2, -1)), (left.B * right.B).sum((-2, -1))
         return left.scale * right.scale * (a * b).sum()
     first, second = left.eigh(), right.eigh()
-    overlap_a = _overlap(first.basis_a, second.basis_a, first.values)
-    overlap_b = _overlap(first.basis_b, second.basis_b, first.values.mT)
-    return (first.values * (overlap_b @ second.values @ overlap_a.mT)).sum()
-
-
-def _overlap(left: Tensor | None, right: Tensor | None, like: Tensor) -> Tensor:
-    """Return the squared inner products of two bases, ``[g, d, d]``."""
-    size = like.shape[-1]
-    eye = torch.eye(size, dtype=like.dtype, device=like.device).expand(like.shape[0], size, size)
-    return ((eye if left is None else left).mT @ (eye if right is None else right)).square()
+    return (first.values * second.diagonal_in(first)).sum()
 
 
 def _total(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from einconv_kfac.curvature.blocks.collection import KroneckerFactors
+from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.estimation.capture import LayerCapture
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.blocks.collection import KroneckerFactors
+from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.estimation.estimate import (
     Forward,

@@ -12,7 +12,7 @@ from einconv_kfac.curvature.layers.rules import layer_rule
 
 
 def _grouped(base: Any) -> Any:
-    """Return BackPACK's rule for convolutions, with channel groups."""
+    """Return a subclass of BackPACK's rule for convolutions that supports channel groups."""
 
     class Grouped(base):  # type: ignore[misc]
         def weight(self, ext: Any, module: Any, *backward: Any) -> Any:
@@ -25,20 +25,20 @@ def _grouped(base: Any) -> Any:
 
 
 def with_groups(extension: Any) -> Any:
-    """Teach BackPACK's ``KFAC()`` or ``KFLR()`` convolutions with channel groups.
+    """Add convolutions with channel groups to BackPACK's ``KFAC()`` or ``KFLR()``.
 
     One ``backward`` then fills ``weight.kfac`` (or ``kflr``) of every convolution with
-    ``[B, A]``: BackPACK's own for one group, and stacks ``[g, co, co]`` and ``[g, d, d]`` for
-    several. The scaling is BackPACK's: ``A = 1/N sum_{n,s} a a^T``, and ``B`` is the sum of
-    squares of gradients that are first summed over positions, ``S`` times that of the KFC
-    paper for independent positions.
+    ``[B, A]``. For one group these are BackPACK's own matrices, for several they are stacks
+    ``[g, co, co]`` and ``[g, d, d]``. The scaling is BackPACK's: ``A = 1/N sum_{n,s} a a^T``, and
+    ``B`` is the second moment of gradients that are first summed over positions. If positions are
+    independent, that is ``S`` times the ``B`` of KFC (Grosse and Martens, 2016).
 
     Args:
-        extension: ``backpack.extensions.KFAC()`` or ``KFLR()``; it is changed and returned.
+        extension: ``backpack.extensions.KFAC()`` or ``KFLR()``; it is changed in place.
 
     Raises:
         ImportError: If BackPACK is not installed.
-        ValueError: If it is another extension.
+        ValueError: If the extension is another one.
     """
     try:
         hbp = import_module("backpack.extensions.secondorder.hbp")
@@ -58,7 +58,7 @@ def with_groups(extension: Any) -> Any:
 
 
 def _factors(module: Any, backproped: Tensor) -> list[Tensor]:
-    """Return ``[B, A]`` from BackPACK's root vectors at the output, ``[v, n, c, *s]``."""
+    """Return ``[B, A]`` from the root vectors of BackPACK at the output, ``[v, n, c, *s]``."""
     rule = layer_rule(module)
     assert rule is not None
     a = rule.input_factor(module, module.input0, module.output.shape, "expand", False)
@@ -68,5 +68,5 @@ def _factors(module: Any, backproped: Tensor) -> list[Tensor]:
 
 
 def _camel(name: str) -> str:
-    """Return a name in capitals, as ``ConvTranspose``."""
+    """Return a name in camel case, such as ``ConvTranspose``."""
     return "".join(part.capitalize() for part in name.split("_"))

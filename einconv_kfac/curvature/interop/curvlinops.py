@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.blocks.collection import KroneckerFactors
+from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 
 try:
@@ -27,8 +27,8 @@ class CurvatureOperator(PyTorchLinearOperator):  # type: ignore[misc]
     It acts on lists of tensors in the order of ``curvature.parameters``.
 
     Args:
-        curvature: Any blocks.
-        model: The model, for the shapes of its parameters.
+        curvature: The curvature, of any types of blocks.
+        model: The model, whose parameters have the shapes of the tensors.
     """
 
     SELF_ADJOINT = True
@@ -42,12 +42,12 @@ class CurvatureOperator(PyTorchLinearOperator):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        """The parameters' device."""
+        """The device of the parameters."""
         return self._like[0].device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype."""
+        """The dtype of the parameters."""
         return self._like[0].dtype
 
     def _matmat(self, columns: list[Tensor]) -> list[Tensor]:
@@ -63,16 +63,16 @@ class CurvatureOperator(PyTorchLinearOperator):  # type: ignore[misc]
 def to_kfac_operator(curvature: KroneckerFactors, model: nn.Module) -> Any:
     """Return curvlinops' ``KFACLinearOperator`` with the given Kronecker factors.
 
-    Its trace, determinant, norm and `KFACInverseLinearOperator` work on it; it acts on the
-    parameters in the order of ``curvature.parameters``, weight and bias jointly. Its ``B`` is
-    ours times the block's scale. Settings that factors do not need (loss, data) are dummies.
+    The operator supports trace, determinant, norm and `KFACInverseLinearOperator`. It acts on the
+    parameters in the order of ``curvature.parameters``, on weight and bias jointly. Its ``B`` is
+    that of the block times the block's scale. Its loss and data are placeholders.
 
     Args:
-        curvature: Kronecker products without channel groups, of layers that curvlinops knows.
+        curvature: Kronecker products without channel groups, of layers that curvlinops supports.
         model: The model.
 
     Raises:
-        ValueError: If a block is not such a product, or curvlinops does not know its layer.
+        ValueError: If a block is not such a product, or curvlinops does not support its layer.
     """
     _check_convertible(curvature, model)
     parameters = dict(model.named_parameters())
@@ -97,16 +97,17 @@ def to_kfac_operator(curvature: KroneckerFactors, model: nn.Module) -> Any:
 
 
 def _check_convertible(curvature: Mapping[str, Any], model: nn.Module) -> None:
-    """Check that curvlinops can represent the blocks."""
+    """Raise a ``ValueError`` if curvlinops cannot represent a block."""
     for name, block in curvature.items():
         if not isinstance(block, KroneckerBlock) or len(block.A) > 1:
             raise ValueError(
                 f"The block of '{name}' must be a Kronecker product without channel groups, got "
-                f"{type(block).__name__} of {block.layout.shape}. `CurvatureOperator` takes any."
+                f"{type(block).__name__} of {block.layout.shape}. `CurvatureOperator` takes any "
+                "block."
             )
         module = model.get_submodule(name)
         if not isinstance(module, KFACLinearOperator._SUPPORTED_MODULES):
             raise ValueError(
-                f"Layer '{name}' must be a type that curvlinops knows, got "
-                f"{type(module).__name__}. `CurvatureOperator` takes any."
+                f"Layer '{name}' must be a type that curvlinops supports, got "
+                f"{type(module).__name__}. `CurvatureOperator` takes any layer."
             )

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.background import Pending, begun, delay
-from einconv_kfac.optim.inverses.registry import Inverted, Kind
+from einconv_kfac.optim.inverses.protocol import Inverted, Kind
 
 Inverses: TypeAlias = dict[str, Inverted]
 """Damped inverses of the layers that have factors, by name."""
@@ -60,12 +60,12 @@ class Refresh:
         self.use_(now, step)
         self._begin_(later, dampings, intervals, step)
         for name, own in self._running.items():
-            own.inverse = own.inverse and own.inverse.damped(dampings[name])
+            own.inverse = own.inverse and own.inverse.with_damping(dampings[name])
 
     def bases(self) -> dict[str, EigenBlock]:
         """Return the eigenbases in which inverses want squared gradients, by layer."""
         inverses = {n: own.inverse for n, own in self._running.items() if own.inverse is not None}
-        bases = {name: inverse.basis for name, inverse in inverses.items()}
+        bases = {name: inverse.eigenbasis for name, inverse in inverses.items()}
         return {name: basis for name, basis in bases.items() if basis is not None}
 
     def trial(self) -> Callable[[Mapping[str, float]], Inverses]:
@@ -76,10 +76,10 @@ class Refresh:
         shared: list[Inverses] = []
 
         def invert(dampings: Mapping[str, float]) -> Inverses:
-            if not shared or not self._kind.rebinds:
+            if not shared or self._kind.damping_needs_decomposition:
                 shared[:] = [self._inverted(dampings)]
             return {
-                name: replace(found, inverse=found.inverse.damped(dampings[name]))
+                name: replace(found, inverse=found.inverse.with_damping(dampings[name]))
                 for name, found in shared[0].items()
             }
 
@@ -114,7 +114,7 @@ class Refresh:
 
     def _following(self, name: str, found: Inverted) -> Inverted:
         """Return an inverse with what the layer's present one has learned."""
-        return replace(found, inverse=found.inverse.following(self._running[name].inverse))
+        return replace(found, inverse=found.inverse.with_statistics_of(self._running[name].inverse))
 
     def _arrived_(self, ready: Mapping[str, Pending]) -> Inverses:
         """Return what threads found; none of it if one failed, and failures are forgotten then."""

@@ -12,8 +12,9 @@ from einconv_kfac.curvature.blocks.cholesky import Pair
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.inverses.background import Pending
-from einconv_kfac.optim.inverses.protocol import LayerInverse, inverse_of
-from einconv_kfac.optim.inverses.registry import Inverted, Task
+from einconv_kfac.optim.inverses.protocol import Inverted, LayerInverse, Task
+from einconv_kfac.optim.inverses.registry import inverse_of
+from einconv_kfac.optim.moving_average import bias_corrected_weight
 
 _STATE = ("updates", "factors", "factor_step", "inverse_step", "retries", "conditions")
 
@@ -44,7 +45,7 @@ class RunningFactors:
         if self.factors is None:
             self.factors = (a, b)
             return
-        weight = (1 - decay) / (1 - decay**self.updates)
+        weight = bias_corrected_weight(decay, self.updates)
         self.factors = (self.factors[0].to(a), self.factors[1].to(b))
         for running, new in zip(self.factors, (a, b)):
             running.lerp_(new, weight)
@@ -52,7 +53,7 @@ class RunningFactors:
     def correct_(self, squares: Tensor, decay: float) -> None:
         """Move the inverse towards squared gradients ``[g, co, d]`` in its basis."""
         assert self.inverse is not None
-        self.inverse = self.inverse.corrected(squares, decay)
+        self.inverse = self.inverse.with_squared_gradients(squares, decay)
 
     def task(self, damping: float) -> Task | None:
         """Return what is to be inverted, if there are factors."""

@@ -1,4 +1,4 @@
-"""Inverses that a thread computes while training goes on."""
+"""Inverses that a thread computes during the training steps."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from einconv_kfac.optim.inverses.registry import Inverted, Task
+from einconv_kfac.optim.inverses.protocol import Inverted, Task
 
-SHARE = 10
-"""The period of the inverses is this multiple of the steps that a thread has for them."""
+DELAYS_PER_PERIOD = 10
+"""Period of the inverses, divided by the number of steps until a thread's inverse is used."""
 
 
 @dataclass(frozen=True)
 class Pending:
-    """An inverse to come.
+    """An inverse that a thread computes.
 
-    Which step takes it over does not depend on when the thread is done.
+    The step that starts to use it does not depend on when the thread finishes.
 
     Args:
-        begun: The step whose factors it inverts.
-        due: The step that takes it over.
-        found: Inverses by layer, once they are there.
+        begun: The step whose factors are inverted.
+        due: The step that starts to use the inverse.
+        found: Inverses by layer, when the thread has finished.
     """
 
     begun: int
@@ -32,27 +32,27 @@ class Pending:
 
     @staticmethod
     def of(begun: int, due: int, name: str, inverted: Inverted) -> Pending:
-        """Return one that is there."""
+        """Return one that is already computed."""
         found: Future[dict[str, Inverted]] = Future()
         found.set_result({name: inverted})
         return Pending(begun, due, found)
 
 
 def delay(interval: int) -> int:
-    """Return the number of steps until an inverse is taken over: a tenth of its period."""
-    return max(1, interval // SHARE)
+    """Return the number of steps until an inverse is used: a tenth of its period."""
+    return max(1, interval // DELAYS_PER_PERIOD)
 
 
 def begun(
     invert: Callable[[Sequence[Task]], list[Inverted]], tasks: Sequence[Task]
 ) -> Future[dict[str, Inverted]]:
-    """Begin to invert factors as they are now, in a thread.
+    """Start a thread that inverts the present factors.
 
-    On a GPU the thread enqueues its work in the present stream.
+    On a GPU the thread enqueues its work in the current stream.
 
     Args:
-        invert: What inverts.
-        tasks: The layers and their factors, of which the thread takes copies.
+        invert: Inverts the factors of layers, as `Kind.timed`.
+        tasks: The layers and their factors, which are copied.
     """
     copies = [replace(t, factors=(t.factors[0].clone(), t.factors[1].clone())) for t in tasks]
     device = copies[0].factors[0].device

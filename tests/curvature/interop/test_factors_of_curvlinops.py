@@ -12,9 +12,9 @@ has ``T`` (terms) and ``C`` (for a squared error of ``C`` outputs) where ours ha
 of the example's own loss: ``B = B_curvlinops / (S T C)``. The two linear operators agree in
 all other cases: ``A (x) B`` is the same.
 
-One case is left out: exact and reduce with several terms per example, where curvlinops
+One case is left out: exact and reduce with several terms per example. There curvlinops
 backpropagates the roots of all terms at once, so that ``B`` has products of terms that the
-Hessian does not have. `test_exact_blocks` compares ours with the GGN itself.
+Hessian does not have. `test_exact_blocks` compares this case with the GGN itself.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def sequence() -> nn.Module:
 
 
 class TokensLast(nn.Module):
-    """Class scores as torch's cross entropy wants them, ``[n, c, t]``."""
+    """Class scores in the order of torch's cross entropy, ``[n, c, t]``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.movedim(-1, 1)

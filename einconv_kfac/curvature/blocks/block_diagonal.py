@@ -1,20 +1,22 @@
-"""The blocks of a model as one block-diagonal operator, keyed by layer and parameter names."""
+"""The curvature of a model as a block-diagonal operator, by names of layers and parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.blocks.block import Block
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.blocks.sums import SumBlock, added, pooled_block
 
-Block: TypeAlias = KroneckerBlock | EigenBlock | SumBlock
-_VERSION = 1
+CURVATURE_STATE_VERSION = 1
+"""Version of the format of `KroneckerFactors.state_dict`."""
 
 
 class KroneckerFactors(Mapping[str, Any]):
@@ -24,7 +26,7 @@ class KroneckerFactors(Mapping[str, Any]):
     dimensions ``v``. Parameters that no block covers are not part of the operator.
 
     Args:
-        blocks: A `KroneckerBlock`, `EigenBlock` or `SumBlock` per layer.
+        blocks: A block per layer: `KroneckerBlock`, `EigenBlock`, `SumBlock`.
 
     >>> layout = Layout("fc.weight", None, (2, 3), (1, 2, 3), (0, 1, 2))
     >>> block = KroneckerBlock(torch.eye(3)[None], 2 * torch.eye(2)[None], layout)
@@ -40,7 +42,7 @@ class KroneckerFactors(Mapping[str, Any]):
     def __init__(self, blocks: Mapping[str, Block]) -> None:
         self._blocks = dict(blocks)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Any:  # fields such as `A` depend on the type of block
         return self._blocks[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -55,7 +57,7 @@ class KroneckerFactors(Mapping[str, Any]):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that are covered."""
+        """Names of the parameters that the blocks cover."""
         return tuple(name for block in self._blocks.values() for name in block.parameters)
 
     def __matmul__(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,7 +78,7 @@ class KroneckerFactors(Mapping[str, Any]):
     __rmul__ = __mul__
 
     def __add__(self, other: KroneckerFactors) -> KroneckerFactors:
-        """Return the exact sum, of several tasks for example, as an operator.
+        """Return the exact sum as an operator, for example over several tasks.
 
         Raises:
             ValueError: If the two cover different layers.
@@ -85,7 +87,7 @@ class KroneckerFactors(Mapping[str, Any]):
         return KroneckerFactors({name: added([self[name], other[name]]) for name in self})
 
     def eigh(self) -> KroneckerFactors:
-        """Return every block by its eigendecomposition."""
+        """Return the eigendecomposition of every block."""
         return self._mapped(lambda block: block.eigh())
 
     def inverse(self, damping: float, *, exact: bool = True) -> KroneckerFactors:
@@ -131,33 +133,35 @@ class KroneckerFactors(Mapping[str, Any]):
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers and names only; it loads with ``weights_only=True``."""
         return {
-            "version": _VERSION,
-            "blocks": {name: _block_state(block) for name, block in self._blocks.items()},
+            "version": CURVATURE_STATE_VERSION,
+            "blocks": {name: block.state_dict() for name, block in self._blocks.items()},
         }
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> KroneckerFactors:
-        """Return what `state_dict` saved.
+        """Return the curvature that a `state_dict` describes.
 
         Raises:
-            ValueError: If it is of another version.
+            ValueError: If the state is of another version.
         """
-        if state.get("version") != _VERSION:
-            raise ValueError(f"`state` must be of version {_VERSION}, got {state.get('version')}.")
+        if state.get("version") != CURVATURE_STATE_VERSION:
+            raise ValueError(
+                f"`state` must be of version {CURVATURE_STATE_VERSION}, got {state.get('version')}."
+            )
         return KroneckerFactors({n: _block_of(block) for n, block in state["blocks"].items()})
 
     def _check_same(self, other: KroneckerFactors) -> None:
-        """Raise if another collection covers other layers."""
+        """Raise a ``ValueError`` if another operator covers other layers."""
         if self.keys() != other.keys():
             differ = sorted(self.keys() ^ other.keys())
             raise ValueError(f"Both sides must cover the same layers, they differ in {differ}.")
 
-    def _mapped(self, change: Callable[[Any], Block]) -> KroneckerFactors:
-        """Return the collection with every block changed."""
+    def _mapped(self, change: Callable[[Block], Block]) -> KroneckerFactors:
+        """Return the operator with every block changed."""
         return KroneckerFactors({name: change(block) for name, block in self._blocks.items()})
 
-    def _sum(self, value: Callable[[Any], Tensor]) -> Tensor:
-        """Return the sum of a value over blocks, in float64."""
+    def _sum(self, value: Callable[[Block], Tensor]) -> Tensor:
+        """Return the sum of a value over the blocks, in float64."""
         return torch.stack([value(block).double().cpu() for block in self._blocks.values()]).sum()
 
 
@@ -165,16 +169,16 @@ def pooled(factors: Sequence[KroneckerFactors], weights: Sequence[float]) -> Kro
     """Return the Kronecker factors of pooled data sets.
 
     ``A`` and ``B`` are the means of the data sets' factors, weighted by their numbers of
-    examples. Where every example has as many positions, this is what `kronecker_factors` gives
-    for all data at once (for a sum loss, divided by the number of data sets).
+    examples. If all examples have the same number of positions, this equals `kronecker_factors` of
+    all data at once (for a sum loss, divided by the number of data sets).
 
     Args:
-        factors: One collection per data set.
+        factors: The curvature of each data set.
         weights: Their numbers of examples, or other positive weights.
 
     Raises:
-        ValueError: If the numbers of both differ or are zero, a weight is not positive, or the
-            collections do not cover the same layers by Kronecker products.
+        ValueError: If there is not one positive weight for each of at least one data set, or the
+            data sets do not have Kronecker products of the same layers.
     """
     if not factors or len(factors) != len(weights) or min(weights) <= 0:
         raise ValueError(
@@ -188,21 +192,22 @@ def pooled(factors: Sequence[KroneckerFactors], weights: Sequence[float]) -> Kro
     )
 
 
-def _block_state(block: Block) -> dict[str, Any]:
-    """Return a block as tensors, numbers and names."""
-    if isinstance(block, SumBlock):
-        return {"terms": [_block_state(term) for term in block.terms]}
-    layout = dict(vars(block.layout))
-    if isinstance(block, KroneckerBlock):
-        return {"layout": layout, "A": block.A, "B": block.B, "scale": block.scale}
-    bases = {"basis_a": block.basis_a, "basis_b": block.basis_b}
-    return {"layout": layout, **bases, "values": block.values}
+_BLOCK_TYPES: dict[frozenset[str], Callable[..., Block]] = {
+    frozenset(entry.name for entry in fields(kind)): kind
+    for kind in (KroneckerBlock, EigenBlock, SumBlock)
+}
+"""The type of block by the names of its fields, which are the entries of its state."""
+
+_LOADERS: dict[str, Callable[[Any], Any]] = {
+    "layout": lambda state: Layout(**state),
+    "terms": lambda states: tuple(_block_of(state) for state in states),
+}
+"""How to restore the fields that a state has in another form."""
 
 
 def _block_of(state: Mapping[str, Any]) -> Block:
     """Return the block that a state describes."""
-    if "terms" in state:
-        return added([_block_of(term) for term in state["terms"]])
-    fields = {name: value for name, value in state.items() if name != "layout"}
-    kind = KroneckerBlock if "A" in state else EigenBlock
-    return kind(**fields, layout=Layout(**state["layout"]))
+    restored = {
+        name: _LOADERS[name](value) if name in _LOADERS else value for name, value in state.items()
+    }
+    return _BLOCK_TYPES[frozenset(restored)](**restored)

@@ -1,0 +1,73 @@
+"""``inverse="factored"``: damping split between the factors, Cholesky decompositions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.blocks.cholesky import invert_damped
+from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.devices.products import product
+from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
+
+MOST_DAMPING_INCREASES = 6
+"""How often the damping of a layer grows after failures before the failure is an error."""
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredInverse(LayerInverse):
+    """``(B + sqrt(l) / pi I)^-1 (x) (A + pi sqrt(l) I)^-1``, see `split_damping` for ``pi``.
+
+    Args:
+        a: Inverse of damped ``A [g, d, d]``.
+        b: Inverse of damped ``B [g, co, co]``.
+        damping: The damping ``l``.
+    """
+
+    kind = "factored"
+    a: Tensor
+    b: Tensor
+    damping: float
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """See `LayerInverse`."""
+        return product(self.b, product(rows.to(self.a.dtype), self.a))
+
+    def to(self, device: torch.device) -> FactoredInverse:
+        """See `LayerInverse`."""
+        if self.a.device == device:
+            return self
+        return replace(self, a=self.a.to(device), b=self.b.to(device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `LayerInverse`."""
+        return {"kind": self.kind, "a": self.a, "b": self.b, "damping": self.damping}
+
+
+def _invert(tasks: Sequence[Task]) -> list[Inverted]:
+    """Return inverses with factored damping."""
+    found = invert_damped(
+        [task.factors for task in tasks],
+        [task.damping for task in tasks],
+        [f"'{task.name}'" for task in tasks],
+        damping_increases=MOST_DAMPING_INCREASES,
+    )
+    results = []
+    for task, damped in zip(tasks, found):
+        like = task.factors[0]
+        a, b = (inverse.to(like) for inverse in damped.inverses)
+        inverse = FactoredInverse(a, b, damped.damping)
+        results.append(Inverted(inverse, damped.conditions().to(like), damped.retries))
+    return results
+
+
+def _load(state: dict[str, Any], layout: Layout) -> FactoredInverse:
+    """Return the inverse that a state describes."""
+    return FactoredInverse(**state)
+
+
+KIND = Kind(FactoredInverse.kind, _invert, _load, damping_needs_decomposition=True)

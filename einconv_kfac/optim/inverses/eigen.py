@@ -1,0 +1,81 @@
+"""``inverse="exact"``: damping of the Kronecker product, eigendecompositions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.blocks.batching import batched
+from einconv_kfac.curvature.blocks.eigen import EigenBlock, eigendecomposition
+from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.devices.products import product
+from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
+
+
+@dataclass(frozen=True, eq=False)
+class EigenInverse(LayerInverse):
+    """``(B (x) A + damping I)^-1`` by eigendecompositions of ``A`` and ``B``.
+
+    Args:
+        block: Eigenvalues and eigenvectors of ``B (x) A``.
+        damping: The damping.
+    """
+
+    kind = "exact"
+    block: EigenBlock
+    damping: float
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """See `LayerInverse`."""
+        a, b = self.block.basis_a, self.block.basis_b
+        assert a is not None
+        assert b is not None
+        rotated = product(product(b.mT, rows.to(a.dtype)), a)
+        return product(product(b, rotated.div_(self.block.values + self.damping)), a.mT)
+
+    def to(self, device: torch.device) -> EigenInverse:
+        """See `LayerInverse`."""
+        if self.block.values.device == device:
+            return self
+        return replace(self, block=self.block.to(device))
+
+    def with_damping(self, damping: float) -> EigenInverse:
+        """See `LayerInverse`."""
+        return replace(self, damping=damping)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `LayerInverse`."""
+        names = ("basis_a", "basis_b", "values")  # the layout is the layer's
+        tensors = {name: getattr(self.block, name) for name in names}
+        return {"kind": self.kind, "damping": self.damping, **tensors}
+
+
+def invert_by_eigh(inverse: type[EigenInverse], tasks: Sequence[Task]) -> list[Inverted]:
+    """Return inverses of a type, from an eigendecomposition of every factor."""
+    factors = [factor for task in tasks for factor in task.factors]
+    parts = batched(eigendecomposition, factors)
+    results = []
+    for task, (a, basis_a), (b, basis_b) in zip(tasks, parts[::2], parts[1::2]):
+        block = EigenBlock(basis_a, basis_b, b[:, :, None] * a[:, None, :], task.layout)
+        conditions = torch.stack([(v.amax(-1) / v.amin(-1)).amax() for v in (a, b)])
+        results.append(Inverted(inverse(block, task.damping), conditions))
+    return results
+
+
+def load_eigen(inverse: type[EigenInverse], state: dict[str, Any], layout: Layout) -> EigenInverse:
+    """Return the inverse of a type that a state describes."""
+    block = EigenBlock(state.pop("basis_a"), state.pop("basis_b"), state.pop("values"), layout)
+    return inverse(block, **state)
+
+
+KIND = Kind(
+    EigenInverse.kind,
+    partial(invert_by_eigh, EigenInverse),
+    partial(load_eigen, EigenInverse),
+    damping_needs_decomposition=False,
+)

@@ -1,0 +1,62 @@
+"""Damped inverses of factors, and what happens where a decomposition fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from einconv_kfac.curvature.blocks.batching import LARGEST_BATCHED_DIMENSION, batched
+from einconv_kfac.curvature.blocks.cholesky import Pair, invert_damped, split_damping
+
+INDEFINITE = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]])  # eigenvalues 3 and -1
+
+
+def pair(groups: int, rows: int, columns: int, dtype: torch.dtype = torch.float64) -> Pair:
+    a, b = (torch.randn(groups, size, 2 * size, dtype=dtype) for size in (columns, rows))
+    return a @ a.mT, b @ b.mT
+
+
+def test_inverses_of_several_pairs() -> None:
+    torch.manual_seed(0)
+    pairs = [pair(2, 3, 4), pair(1, 4, 3), pair(2, 3, 4)]
+    dampings = [0.1, 0.2, 0.3]
+    for own, damping, found in zip(pairs, dampings, invert_damped(pairs, dampings, list("abc"))):
+        assert (found.damping, found.retries) == (damping, 0)
+        for index, (factor, part) in enumerate(zip(own, split_damping(own, damping))):
+            damped = factor + part[:, None, None] * torch.eye(factor.shape[-1], dtype=factor.dtype)
+            torch.testing.assert_close(found.inverses[index], torch.linalg.inv(damped))
+            expected = torch.linalg.cond(damped, 1).amax()
+            torch.testing.assert_close(found.conditions()[index], expected)
+
+
+def test_a_failure_concerns_its_pair_alone() -> None:
+    torch.manual_seed(0)
+    good, bad = pair(1, 2, 2, torch.float32), (torch.eye(2)[None], INDEFINITE)
+    names = ["good", "bad"]
+    with pytest.raises(RuntimeError, match="damped factor B of bad must be positive definite"):
+        invert_damped([good, bad], [0.05, 0.05], names)
+    first, second = invert_damped([good, bad], [0.05, 0.05], names, damping_increases=2)
+    (alone,) = invert_damped([good], [0.05], ["good"])
+    torch.testing.assert_close(first.inverses[1], alone.inverses[1])
+    assert (first.retries, first.damping) == (0, 0.05)
+    assert (second.retries, second.damping) == (3, 5.0)
+    assert second.inverses[1].dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [3, LARGEST_BATCHED_DIMENSION + 1])
+def test_batches_keep_the_order(size: int) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, size), (1, 2), (1, size), (3, 2)]
+    matrices = [torch.randn(groups, n, n) for groups, n in shapes]
+    factors = [torch.full((groups,), float(i)) for i, (groups, _) in enumerate(shapes)]
+    calls = []
+
+    def scaled(matrix: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(matrix.shape)
+        return factor[:, None, None] * matrix, factor
+
+    found = batched(scaled, matrices, factors)
+    for matrix, factor, (product, same) in zip(matrices, factors, found):
+        assert torch.equal(product, factor[:, None, None] * matrix)
+        assert torch.equal(same, factor)
+    assert len(calls) == (2 if size <= LARGEST_BATCHED_DIMENSION else 3)
