@@ -25,10 +25,11 @@ from einconv_kfac.optim.parameters import (
 )
 from einconv_kfac.optim.pickling import rebuilt
 from einconv_kfac.optim.schedule import Schedule
-from einconv_kfac.optim.step.modes import settings_of, step_of
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.fallback import Fallback, FallbackKind
+from einconv_kfac.optim.step.modes import settings_of, step_of
 from einconv_kfac.optim.step.runner import StepRunner
+
 
 class KFAC(Optimizer):
     """Train a model with Kronecker-factored curvature.

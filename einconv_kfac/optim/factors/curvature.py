@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from einconv_kfac.optim.inverses.registry import kind_of
 from einconv_kfac.optim.parameters import Exclusion, excluded_modules
 from einconv_kfac.optim.schedule import interval, is_due
 from einconv_kfac.optim.vectors import Direction
-
 
 NOT_FINITE = "A gradient, loss or Kronecker factor was not finite; the step was skipped."
 CURVATURE_STATE_VERSION = 6
@@ -50,9 +49,9 @@ class RunningCurvature:
     Args:
         model: The model, or what ``torch.compile`` made of it.
         estimator: Which Fisher of which loss.
-        inverse: Name of the kind of inverse.
         settings: Hyper-parameters.
         exclude: Modules, names of modules or patterns of names that are left out.
+        inverse: Name of the kind of inverse.
         in_background: Whether a thread inverts.
         seed: Seed of the generator for sampled targets and examples.
     """
@@ -61,10 +60,10 @@ class RunningCurvature:
         self,
         model: nn.Module,
         estimator: FisherEstimator,
-        inverse: str,
         settings: Hyperparameters,
         *,
         exclude: Exclusion = (),
+        inverse: str = "factored",
         in_background: bool = False,
         seed: int = 0,
     ) -> None:
@@ -233,7 +232,7 @@ class RunningCurvature:
         found: dict[str, float] = {}
         for name, running in self.layers.items():
             own = self.settings.by_parameter.get(weight := running.layer.weight)
-            given = damping if own is None or own.damping is None else own.damping
+            given = damping if own is None or own.damping is None else cast("float", own.damping)
             found[name] = given + decay.get(weight, 0.0)
         return found
 

@@ -61,7 +61,9 @@ class AutomaticStep:
 
     def check(self, objective: Objective) -> None:
         """See `Step`."""
-        if objective.parameters and not objective.batches:
+        if not objective.parameters:
+            return
+        if not objective.batches:
             raise RuntimeError(
                 "`step` needs the loss it steps on, but none was backpropagated since the last "
                 "step that `loss_fn` computed. Compute the loss as `loss_fn(model(x), y)` with "
@@ -70,6 +72,12 @@ class AutomaticStep:
 
     def take_(self, objective: Objective) -> Taken:
         """See `Step`."""
+        if any(batch.forward is None for batch in objective.batches):
+            raise RuntimeError(
+                "`loss_fn` must be called on the model's output itself (or a tensor of it), or "
+                "inside the model, when adaptive=True, got another tensor. Move what happens in "
+                "between into the model, or pass adaptive=False."
+            )
         self._replay.check(objective.batches, objective.parameters, objective.gradient)
         momentum = _common_momentum(objective)
         if self._undone_(objective):
@@ -247,7 +255,7 @@ class AutomaticStep:
 
     def _value_again(self, objective: Objective) -> Tensor:
         """Evaluate the objective anew, at the present parameters."""
-        losses = [batch.weight * self._replay.loss_again(batch) for batch in objective.batches]
+        losses = [batch.weight * self._replay.batch_loss(batch) for batch in objective.batches]
         return objective.with_decay(losses)
 
     def state_dict(self) -> dict[str, Any]:

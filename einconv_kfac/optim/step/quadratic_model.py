@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.replay.model_replay import ModelReplay
+from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.vectors import Direction, gram_matrix, inner_products, sum_of
 
@@ -72,7 +72,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def quadratic_model(
-    replay: ModelReplay, objective: Objective, directions: Sequence[Direction]
+    replay: Replay, objective: Objective, directions: Sequence[Direction]
 ) -> QuadraticModel:
     """Return the quadratic model of an objective in the span of directions.
 
@@ -94,9 +94,9 @@ def quadratic_model(
 
 
 def _curvature(
-    replay: ModelReplay, batch: Batch, parameters: Direction, directions: Sequence[Direction]
+    replay: Replay, batch: Batch, parameters: Direction, directions: Sequence[Direction]
 ) -> Tensor:
-    """Return ``d_i.G.d_j`` of one batch, ``[m, m]``; an unbiased estimate from its portion.
+    """Return ``d_i.G.d_j`` of one batch, ``[m, m]``; an unbiased estimate from its subset.
 
     The loss and its Hessian are those of the whole batch, whatever its reduction divides by.
     """
@@ -107,9 +107,9 @@ def _curvature(
         loss = replay.loss(output, batch.target)
         (slope,) = torch.autograd.grad(loss, output, create_graph=True)
     tangents = [tangent.to(precise) for tangent in tangents]
-    if batch.portion is not None:
-        tangents = [batch.portion.spread(tangent) for tangent in tangents]
+    if batch.subset is not None:
+        tangents = [batch.subset.scattered(tangent) for tangent in tangents]
     products = [torch.autograd.grad(slope, output, t, retain_graph=True)[0] for t in tangents]
     left = torch.stack(tangents).flatten(1).double()
     curvature = left @ torch.stack(products).flatten(1).double().T
-    return curvature if batch.portion is None else curvature * batch.portion.scale
+    return curvature if batch.subset is None else curvature * batch.subset.scale
