@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from einconv_kfac.curvature.estimation.estimate import uncompiled
 from einconv_kfac.curvature.estimation.fisher import Fisher
-from einconv_kfac.curvature.layers.layer import Approximation
+from einconv_kfac.curvature.estimation.forward import uncompiled
+from einconv_kfac.curvature.layers.approximation import Approximation
 from einconv_kfac.curvature.losses import check_reduction
 from einconv_kfac.optim.coverage import Training, training, uncovered
 from einconv_kfac.optim.diagnostics import Report

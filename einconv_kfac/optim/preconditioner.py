@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.estimation.estimate import uncompiled
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
-from einconv_kfac.curvature.layers.layer import Approximation, find_layers
+from einconv_kfac.curvature.estimation.forward import uncompiled
+from einconv_kfac.curvature.layers.approximation import Approximation
+from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.optim.factors.collector import NEVER_SEEN, Gathering
 from einconv_kfac.optim.factors.refresh import Inverses, Renewal
 from einconv_kfac.optim.factors.running import RunningFactors, check_layers

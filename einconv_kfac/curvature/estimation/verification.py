@@ -13,20 +13,16 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.blocks.collection import KroneckerFactors
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
-from einconv_kfac.curvature.estimation.estimate import (
-    Forward,
-    Kind,
-    evaluated,
-    kronecker_factors,
-    uncompiled,
-)
+from einconv_kfac.curvature.estimation.estimate import Kind, kronecker_factors
+from einconv_kfac.curvature.estimation.forward import Forward, evaluated, uncompiled
 from einconv_kfac.curvature.estimation.preservation import undisturbed
+from einconv_kfac.curvature.layers.approximation import Approximation
 from einconv_kfac.curvature.layers.coverage import Coverage, coverage, table
-from einconv_kfac.curvature.layers.rules import Approximation
 from einconv_kfac.curvature.losses import loss_rule
+from einconv_kfac.curvature.losses.loss_call import targets_of
 
-_LARGEST = 1 << 26
-"""Entries of the gradients that are held at a time, as far as layers are small enough."""
+_JACOBIAN_ENTRIES = 1 << 26
+"""Number of entries of the gradients that are held at a time; one layer may have more."""
 
 
 @dataclass(frozen=True)
@@ -118,25 +114,25 @@ def verify(
         scale = _loss_scale(loss_fn, output.detach(), target, roots)
         parameters = dict(model.named_parameters())
         rows: list[LayerVerification] = []
-        for names in _portions(factors, len(roots) * len(output)):
+        for names in _held_together(factors, len(roots) * len(output)):
             layouts = [factors[name].layout for name in names]
             jacobians = _jacobian_rows(output, roots, layouts, parameters)
             rows += [_compared(n, factors[n], j) for n, j in zip(names, jacobians)]
     return Verification(tuple(rows), scale, coverage(model).gaps())
 
 
-def _portions(factors: KroneckerFactors, rows: int) -> Iterator[list[str]]:
-    """Yield layers whose gradients are held at a time, ``rows`` of each."""
-    portion: list[str] = []
+def _held_together(factors: KroneckerFactors, rows: int) -> Iterator[list[str]]:
+    """Yield lists of layers whose gradients are held at a time, ``rows`` of each layer."""
+    names: list[str] = []
     held = 0
     for name, block in factors.items():
         size = rows * prod(block.layout.shape)
-        if portion and held + size > _LARGEST:
-            yield portion
-            portion, held = [], 0
-        portion.append(name)
+        if names and held + size > _JACOBIAN_ENTRIES:
+            yield names
+            names, held = [], 0
+        names.append(name)
         held += size
-    yield portion
+    yield names
 
 
 def _jacobian_rows(
@@ -192,8 +188,8 @@ def _loss_scale(loss_fn: nn.Module, output: Tensor, target: Any, roots: Sequence
     u = (2 * signs - 1).to(output.dtype)
     products = torch.stack([(root * u).reshape(len(u), -1).sum(1) for root in roots])
     entries = output.detach().requires_grad_()
-    targets = target if isinstance(target, tuple) else (target,)
-    (slope,) = torch.autograd.grad(loss_fn.forward(entries, *targets), entries, create_graph=True)
+    value = loss_fn.forward(entries, *targets_of(target))
+    (slope,) = torch.autograd.grad(value, entries, create_graph=True)
     if not slope.requires_grad:
         return float("nan")
     (product,) = torch.autograd.grad(slope, entries, u)

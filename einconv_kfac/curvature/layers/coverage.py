@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from einconv_kfac.curvature.layers.layer import find_layers, refusal
+from einconv_kfac.curvature.layers.discovery import find_layers, refusal
 
 
 @dataclass(frozen=True)

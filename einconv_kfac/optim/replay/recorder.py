@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture, ignorer
+from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture, inactive_hook
 from einconv_kfac.optim.replay.buffers import ChangingBuffers
 from einconv_kfac.optim.replay.forward import ForwardPass, Surroundings
 from einconv_kfac.optim.replay.layer_jvp import LINEAR, NORMALIZING
@@ -209,7 +209,7 @@ class _Hook:
             getattr(recorder, self._event)(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ignorer, ()
+        return inactive_hook, ()
 
 
 def _attach(reference: weakref.ref[Recorder], model: nn.Module, loss_fn: nn.Module) -> list[Any]:

@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from einconv_kfac.curvature.layers.rules.rule import LayerRule
+from einconv_kfac.curvature.layers.layer_rule import LayerExample, LayerRule
 
 LARGEST_VOCABULARY = 8192
-"""Above this, a dense factor of the inputs is refused."""
+"""Number of embeddings above which the dense factor of the inputs is refused."""
 
 
 class EmbeddingRule(LayerRule):
     """Inputs are indices ``[n, *s]``, outputs ``[n, *s, co]``."""
 
+    kinds = (nn.Embedding,)
+    examples = (
+        LayerExample(lambda: nn.Embedding(5, 3), (4,), classes=5),
+        LayerExample(lambda: nn.Embedding(5, 3, padding_idx=1), (3, 2, 2), classes=5),
+    )
     preconditioned = False  # a dense factor of the vocabulary's size is not worth inverting
 
     def split(self, module: nn.Embedding) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -4,16 +4,46 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-Approximation: TypeAlias = Literal["expand", "reduce"]
+from einconv_kfac.curvature.layers.approximation import (
+    Approximation,
+    second_moment,
+    shared_gradients,
+    shared_inputs,
+    term_count,
+    with_ones,
+)
+
 Record: TypeAlias = Callable[[Tensor, Tensor], None]
 """Takes the input and the output of a call."""
+
+
+@dataclass(frozen=True)
+class LayerExample:
+    """A small model with one layer that a rule covers, and inputs for it.
+
+    Args:
+        build: Returns the model; its output is one tensor ``[n, ...]``.
+        shape: Shape ``[n, ...]`` of an input.
+        classes: Number of classes if inputs are class indices; otherwise they are normal.
+    """
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    classes: int | None = None
+
+    def inputs(self, generator: Generator) -> Tensor:
+        """Draw an input, in float64 if it is not made of indices."""
+        if self.classes is not None:
+            return torch.randint(self.classes, self.shape, generator=generator)
+        return torch.randn(self.shape, generator=generator, dtype=torch.float64)
 
 
 class LayerRule(ABC):
@@ -22,14 +52,24 @@ class LayerRule(ABC):
     `inputs` and `outputs` define everything; the factors have defaults that follow from them
     and may be overridden by faster ones. A rule has no state of its own.
 
+    A rule in a file of its own in ``layers/rules/`` is found by the registry and by the tests,
+    if it has `kinds` and `examples`. Other rules are given to `register_layer`.
+
     Attributes:
+        kinds: The types of layers that the rule applies to, with their subclasses.
+        examples: Models on which the tests compare the rule with automatic differentiation.
         preconditioned: Whether the optimizer preconditions such layers by default.
         weight: Name of the weight in the module.
         bias: Name of the bias in the module, if it has one.
+        revealed: Types of submodules whose calls are recorded only while this rule watches the
+            module that calls them, since that module bypasses their hooks otherwise.
     """
 
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
+    examples: ClassVar[tuple[LayerExample, ...]] = ()
     preconditioned = True
     weight, bias = "weight", "bias"
+    revealed: ClassVar[tuple[type[nn.Module], ...]] = ()
 
     def split(self, module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return how the weight becomes ``[g, co, *d]``: its shape split, and the order of that.
@@ -43,13 +83,13 @@ class LayerRule(ABC):
         return None
 
     def accepts(self, module: Any, x: Tensor) -> bool:
-        """Tell whether an input is a batch, as opposed to a single example."""
+        """Return whether an input is a batch, as opposed to a single example."""
         return x.ndim >= 2
 
     def watch(self, module: Any, record: Record) -> Callable[[], None]:
-        """Have the calls of a module recorded, and return what undoes that."""
+        """Record the calls of a module from now on; return a function that ends it."""
         handle: RemovableHandle = module.register_forward_hook(
-            partial(_call_record, record), with_kwargs=True
+            partial(_record_call, record), with_kwargs=True
         )
         return handle.remove
 
@@ -75,7 +115,7 @@ class LayerRule(ABC):
         bias: bool,
         **into: Any,
     ) -> Tensor:
-        """Return ``A`` as ``[g, d, d]``.
+        """Return ``A`` as ``[g, d, d]``, a sum over positions and a mean over examples.
 
         Args:
             module: The layer.
@@ -85,43 +125,27 @@ class LayerRule(ABC):
             bias: Whether ``a`` ends with a constant 1.
             into: ``out``, ``beta``, ``alpha``: the result is ``beta * out + alpha * A``.
         """
-        a = self.inputs(module, x, y_shape)
-        a = a.mean(-1, keepdim=True) if approximation == "reduce" else a
+        a = shared_inputs(self.inputs(module, x, y_shape), approximation)
         return second_moment(with_ones(a) if bias else a, a.shape[0], **into)
 
     def output_factor(
         self, module: Any, gradient: Tensor, approximation: Approximation, **into: Any
     ) -> Tensor:
-        """Return ``B`` as ``[g, co, co]`` for a gradient like the output; see `input_factor`."""
+        """Return ``B`` as ``[g, co, co]``, a mean over examples and, if expanded, positions.
+
+        Args:
+            module: The layer.
+            gradient: A gradient like a call's output.
+            approximation: ``"expand"`` or ``"reduce"``.
+            into: See `input_factor`.
+        """
         g = self.outputs(module, gradient)
-        terms = g.shape[0] * (1 if approximation == "reduce" else g.shape[-1])
-        g = g.sum(-1, keepdim=True) if approximation == "reduce" else g
-        return second_moment(g, terms, **into)
+        count = term_count(g.shape[0], g.shape[-1], approximation)
+        return second_moment(shared_gradients(g, approximation), count, **into)
 
 
-def _call_record(
+def _record_call(
     record: Record, _: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
 ) -> None:
     """Record the first input and the output of a call, as a forward hook."""
     record(inputs[0] if inputs else next(iter(keywords.values())), output)
-
-
-def with_ones(a: Tensor) -> Tensor:
-    """Append a constant 1 to ``a [n, g, d, *s]`` along ``d``."""
-    return torch.cat([a, torch.ones_like(a[:, :, :1])], dim=2)
-
-
-def second_moment(
-    columns: Tensor,
-    terms: int,
-    *,
-    out: Tensor | None = None,
-    beta: float = 0.0,
-    alpha: float = 1.0,
-) -> Tensor:
-    """Return ``beta * out + alpha / terms * sum_{n,s} a a^T`` for ``a [n, g, d, s]``."""
-    dtype = torch.promote_types(columns.dtype, torch.float32)
-    a = columns.detach().to(dtype).permute(1, 2, 0, 3).flatten(2)
-    if out is None:
-        return torch.bmm(a, a.mT).mul_(alpha / terms)
-    return out.baddbmm_(a, a.mT, beta=beta, alpha=alpha / terms)
