@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from einconv_kfac.curvature.layers.coverage import table
+from einconv_kfac.curvature.text_table import table
 
 
 class Training(dict[str, str]):

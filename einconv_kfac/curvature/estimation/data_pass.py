@@ -39,7 +39,7 @@ class DataPass:
     progress: bool = False
 
     def add_to_(self, moments: Mapping[str, Moments], estimator: FisherEstimator) -> None:
-        """Add every batch to the moments of each layer, and leave the model as it was.
+        """Add every batch to the moments of each layer, and restore the model.
 
         Args:
             moments: By layer name.
@@ -57,6 +57,6 @@ class DataPass:
                     estimator.add_(moments, calls, evaluation, generators[device])
 
     def _batches(self) -> Iterator[Any]:
-        """Iterate over the batches, with a progress bar if it is asked for."""
+        """Iterate over the batches, and show a progress bar if `progress`."""
         total = len(self.data) if isinstance(self.data, Sized) else None
         yield from tqdm(self.data, total=total, desc="factors", disable=not self.progress)

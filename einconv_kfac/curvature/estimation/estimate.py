@@ -43,7 +43,7 @@ def kronecker_factors(
         reduce:  A = 1/N sum_n abar abar^T,   B = 1/N sum_n gsum gsum^T
 
     (Grosse and Martens, 2016; Eschenhagen et al., 2023), times ``N`` for a sum loss. The
-    model is left as it was: gradients, buffers, training flags and the random state.
+    model does not change: gradients, buffers, training flags and the random state are restored.
 
     Args:
         model: The model.
@@ -62,8 +62,9 @@ def kronecker_factors(
         seed: Seed of the generator for ``"mc"``.
 
     Raises:
-        ValueError: If an argument is not known, or a layer's input is not a batch.
-        RuntimeError: If there is no data.
+        ValueError: If an argument is not one of those above, no rule covers the loss, or a
+            layer's input is not a batch.
+        RuntimeError: If the data is empty, or the loss does not depend on a layer.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -95,7 +96,7 @@ def _with_squares(
     Args:
         data_pass: The data, which are iterated over once.
         estimator: Which Fisher of which loss.
-        bases: Blocks whose eigenbases are taken, by layer name; the identity where there is none.
+        bases: Blocks whose eigenbases are used, by layer name; other layers use the identity.
     """
     squares = {
         layer.name: SquaredGradients(layer, bases.get(layer.name)) for layer in data_pass.layers
@@ -112,7 +113,7 @@ def _block(moments: LayerMoments, estimator: FisherEstimator) -> KroneckerBlock:
 
 
 def _check_kind(kind: str, fisher: str, data: Iterable[Any]) -> None:
-    """Check that the kind of blocks is known, and fits the Fisher and the data."""
+    """Check the kind of blocks, also against the Fisher and the data."""
     if kind not in get_args(Kind):
         raise ValueError(f"`kind` must be one of {get_args(Kind)}, got {kind!r}.")
     if kind != "kfac" and fisher == "forward-only":

@@ -1,4 +1,4 @@
-"""The layers of a model that rules cover, and the reasons why they do not cover others."""
+"""The layers of a model that rules cover, and the reasons why other modules are not covered."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def find_layers(model: nn.Module, *, every: bool = False) -> list[Layer]:
 
 
 def refusal(name: str, module: nn.Module) -> str | None:
-    """Return why a module's parameters are not covered, or ``None`` if they are.
+    """Return the reason why a module's parameters are not covered, or ``None`` if they are.
 
     Raises:
         ValueError: If they do not exist yet.
@@ -67,7 +67,7 @@ def refusal(name: str, module: nn.Module) -> str | None:
 
 
 def _is_revealed(model: nn.Module, name: str) -> bool:
-    """Return whether a hidden module is called by one that a rule covers, and so records it."""
+    """Return whether a rule covers the parent of a hidden module, and so reveals its calls."""
     parent = name.rpartition(".")[0]
     return refusal(parent, model.get_submodule(parent)) is None
 

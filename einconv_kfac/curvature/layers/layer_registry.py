@@ -47,14 +47,14 @@ def layer_rule(module: nn.Module) -> LayerRule | None:
 
 
 def overrides_forward(module: nn.Module) -> bool:
-    """Return whether a layer's type may compute something that its rule does not describe.
+    """Return whether a layer's forward pass may differ from the one that its rule describes.
 
-    That is a subclass with a forward pass of its own, unless torch or this package wrote it.
+    It may if a subclass of the rule's type overrides it, outside of torch and this package.
     """
     kinds = [kind for kind, _ in _REGISTRY.fitting(module)]
     author = next(base for base in type(module).__mro__ if "forward" in vars(base))
-    known = author.__module__.startswith(("torch.nn.", "einconv_kfac."))
-    return bool(kinds) and not known and not issubclass(kinds[0], author)
+    trusted = author.__module__.startswith(("torch.nn.", "einconv_kfac."))
+    return bool(kinds) and not trusted and not issubclass(kinds[0], author)
 
 
 def is_hidden(module: nn.Module) -> bool:

@@ -49,8 +49,8 @@ class LayerExample:
 class LayerRule(ABC):
     """Describes one type of layer to K-FAC.
 
-    `inputs` and `outputs` define everything; the factors have defaults that follow from them
-    and may be overridden by faster ones. A rule has no state of its own.
+    `inputs` and `outputs` define the factors; `input_factor` and `output_factor` follow from
+    them, and subclasses may override these with faster ones. A rule has no state.
 
     A rule in a file of its own in ``layers/rules/`` is found by the registry and by the tests,
     if it has `kinds` and `examples`. Other rules are given to `register_layer`.
@@ -72,14 +72,14 @@ class LayerRule(ABC):
     revealed: ClassVar[tuple[type[nn.Module], ...]] = ()
 
     def split(self, module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return how the weight becomes ``[g, co, *d]``: its shape split, and the order of that.
+        """Return how the weight becomes ``[g, co, *d]``: the shape it is split to, then the order.
 
-        By default the weight is ``[co, *d]`` and there is one group.
+        The default is for a weight ``[co, *d]`` without groups.
         """
         return (1, *module.weight.shape), tuple(range(1 + module.weight.ndim))
 
     def refusal(self, module: Any) -> str | None:
-        """Return why this instance cannot be covered, or ``None`` if it can."""
+        """Return the reason why this instance cannot be covered, or ``None`` if it can."""
         return None
 
     def accepts(self, module: Any, x: Tensor) -> bool:
@@ -95,11 +95,11 @@ class LayerRule(ABC):
 
     @abstractmethod
     def inputs(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Tensor:
-        """Return ``a`` as ``[n, g, d, s]``, without the bias' 1, for a call's input and output."""
+        """Return a call's inputs ``a [n, g, d, s]`` of the linear map, without the 1 of a bias."""
 
     @abstractmethod
     def outputs(self, module: Any, gradient: Tensor) -> Tensor:
-        """Return a tensor like the output, ``[n, ...]``, as ``[n, g, co, s]``."""
+        """Return a tensor of the output's shape ``[n, ...]`` as ``[n, g, co, s]``."""
 
     def positions(self, module: Any, y_shape: Sequence[int]) -> int:
         """Return the number ``s`` of weight-sharing positions of an output."""

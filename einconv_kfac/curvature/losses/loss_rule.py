@@ -4,7 +4,7 @@ A loss of ``N`` examples is ``L = sum_j c_j l_j``: independent terms ``l_j`` (on
 pixel, token or output entry) with weights ``c_j`` that contain the mean or the sum, class
 weights and ignored targets. A rule returns *root vectors* ``s``, shaped like the output, with
 ``sum_v s_v s_v^T`` equal to the Hessian of ``L`` with respect to the output, exactly or in
-expectation. Exact root vectors touch one term of each example, so that none mix.
+expectation. Exact root vectors touch one term of each example, so that examples do not mix.
 """
 
 from __future__ import annotations

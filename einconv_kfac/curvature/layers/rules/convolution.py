@@ -1,8 +1,9 @@
-"""Convolutions in any dimension; output positions share the weight."""
+"""Convolutions in any dimension, whose output positions share the weight."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -65,9 +66,13 @@ class ConvRule(LayerRule):
         **into: Any,
     ) -> Tensor:
         """See `LayerRule`."""
+        return self.factor_of(module, x, y_shape)(approximation, bias, **into)
+
+    def factor_of(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Callable[..., Tensor]:
+        """Return the function of approximation and bias that returns ``A`` for a call."""
         x, padding = _padded(module, x)
         hyper = (module.kernel_size, module.stride, padding, module.dilation, module.groups)
-        return factors.conv_input_factor(x, *hyper, approximation, bias, **into)
+        return partial(factors.conv_input_factor, x, *hyper)
 
     def output_factor(
         self, module: Any, gradient: Tensor, approximation: Approximation, **into: Any

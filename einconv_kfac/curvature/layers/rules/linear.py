@@ -1,4 +1,4 @@
-"""``torch.nn.Linear``: every dimension between the first and the last is a position."""
+"""``torch.nn.Linear``; the dimensions between the first and the last are positions."""
 
 from __future__ import annotations
 

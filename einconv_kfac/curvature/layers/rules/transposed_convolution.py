@@ -1,8 +1,9 @@
-"""Transposed convolutions in any dimension; output positions share the weight."""
+"""Transposed convolutions in any dimension, whose output positions share the weight."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from einconv_kfac.curvature import factors
 from einconv_kfac.curvature.factors.unfold import unfolded
-from einconv_kfac.curvature.layers.approximation import Approximation
 from einconv_kfac.curvature.layers.layer_rule import LayerExample
 from einconv_kfac.curvature.layers.rules.convolution import ConvRule
 from einconv_kfac.geometry import conv_geometry
@@ -53,17 +53,10 @@ class TransposedConvRule(ConvRule):
         columns = columns.flip(*range(2, columns.ndim - 1)).flatten(1, -2)
         return torch.unflatten(columns, 2, (x.shape[0], -1)).permute(2, 0, 1, 3)
 
-    def input_factor(
-        self,
-        module: Any,
-        x: Tensor,
-        y_shape: Sequence[int],
-        approximation: Approximation,
-        bias: bool,
-        **into: Any,
-    ) -> Tensor:
-        """See `LayerRule`."""
-        return factors.conv_transpose_input_factor(
+    def factor_of(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Callable[..., Tensor]:
+        """See `ConvRule`."""
+        return partial(
+            factors.conv_transpose_input_factor,
             x,
             module.kernel_size,
             module.stride,
@@ -71,9 +64,6 @@ class TransposedConvRule(ConvRule):
             _output_padding(module, x, y_shape),
             module.dilation,
             module.groups,
-            approximation,
-            bias,
-            **into,
         )
 
 
