@@ -48,7 +48,7 @@ def inactive_hook() -> Callable[..., None]:
     return _do_nothing
 
 
-class _Record:
+class _CallRecorder:
     """Records the calls of a module; its copies, by ``deepcopy`` or ``pickle``, do nothing.
 
     Args:
@@ -114,7 +114,7 @@ class LayerCapture:
 
     def _watch(self, layer: Layer, module: nn.Module) -> Callable[[], None]:
         """Record a module's calls under its layer's name; return a function that ends it."""
-        return layer.rule.watch(module, _Record(self, layer, module))
+        return layer.rule.watch(module, _CallRecorder(self, layer, module))
 
     def take(self) -> list[LayerCall]:
         """Return the recorded calls, and remove them from `calls`."""

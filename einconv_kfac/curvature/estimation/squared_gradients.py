@@ -39,7 +39,7 @@ class SquaredGradients:
         self._basis = basis
         self.total: Tensor | None = None  # of the squares so far, [g, co, d]
         self._inputs: Tensor | None = None
-        self._late = False
+        self._basis_is_pending = False
 
     @torch.no_grad()
     def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
@@ -48,8 +48,8 @@ class SquaredGradients:
         self.examples += size if examples is None else examples
         a = torch.cat([self._columns(call) for call in calls], dim=-1)  # n g d s
         _, channels, _ = self.layer.layout.shape
-        self._late = a.shape[-1] > channels
-        self._inputs = a.mT if self._late else self._rotated_rows(a.mT)
+        self._basis_is_pending = a.shape[-1] > channels
+        self._inputs = a.mT if self._basis_is_pending else self._rotated_rows(a.mT)
 
     @torch.no_grad()
     def add_gradients_(
@@ -68,7 +68,7 @@ class SquaredGradients:
         step = max(1, _GRADIENT_ENTRIES // self.total.numel())
         for part_g, part_a in zip(torch.split(g, step), torch.split(a, step)):
             outer = part_g @ part_a  # n g co d
-            outer = self._rotated_rows(outer) if self._late else outer
+            outer = self._rotated_rows(outer) if self._basis_is_pending else outer
             if len(outer) == 1:  # large ones pass through memory once
                 self.total.addcmul_(outer[0], outer[0], value=scale)
             else:
