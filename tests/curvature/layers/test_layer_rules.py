@@ -142,7 +142,7 @@ def diagonal(model: nn.Module, x: Tensor, names: tuple[str, ...]) -> Iterator[tu
         result: Tensor = functional_call(model, {**buffers, **parameters}, x)
         return result.flatten()
 
-    rows = jacrev(output)(own)
+    rows = jacrev(output, chunk_size=1)(own)  # a loop, for layers without a batching rule
     for name in names:
         yield name, rows[name].square().sum(0)
 
