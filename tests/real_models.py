@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from evidence.vision import torchvision_module
 from torch import Tensor, nn
 
 from einconv_kfac.curvature import LayerRule, register_layer
-from einconv_kfac.curvature.layers.rules import ChannelNormRule
+from einconv_kfac.curvature.layers.scale_rule import ChannelNormRule
 
 
 def random(*shape: int) -> Tensor:
@@ -54,9 +54,9 @@ def channels_last() -> tuple[nn.Module, Tensor, set[str]]:
     class LastNormRule(ChannelNormRule):
         """A layer norm over the channels of ``[n, c, *s]``: a registered rule of few lines."""
 
-        def inputs(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Tensor:
+        def normalized(self, module: Any, x: Tensor) -> Tensor:
             normed = nn.functional.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=module.eps)
-            return self.outputs(module, normed.movedim(-1, 1))
+            return normed.movedim(-1, 1)
 
         def accepts(self, module: Any, x: Tensor) -> bool:
             return x.ndim == 4

@@ -16,8 +16,11 @@ from einconv_kfac.curvature.factors import (
     output_factor,
 )
 from einconv_kfac.curvature.layers.coverage import Coverage, coverage
-from einconv_kfac.curvature.layers.layer import Layer, find_layers
-from einconv_kfac.curvature.layers.rules import LayerRule, LinearRule, register_layer
+from einconv_kfac.curvature.layers.discovery import find_layers
+from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.curvature.layers.layer_registry import register_layer
+from einconv_kfac.curvature.layers.layer_rule import LayerRule
+from einconv_kfac.curvature.layers.rules.linear import LinearRule
 from einconv_kfac.curvature.losses import EntrywiseRule, LossRule, register_loss
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from einconv_kfac.curvature.layers.coverage import table
+from einconv_kfac.curvature.text_table import table
 
 Exclusion: TypeAlias = str | nn.Module | Collection[str | nn.Module]
 """Modules, names of modules, or patterns of names as for files."""

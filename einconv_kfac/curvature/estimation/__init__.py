@@ -1,1 +1,1 @@
-"""From a model, a loss and data to sums over examples, by hooks and backward passes."""
+"""Estimates of curvature for a model, a loss and data, by hooks and backward passes."""

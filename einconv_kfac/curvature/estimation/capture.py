@@ -1,9 +1,9 @@
-"""Capture of what a layer's curvature needs: its inputs, and gradients at its outputs.
+"""Capture of the calls of layers: their inputs, and gradients at their outputs.
 
-A forward hook keeps each call's input and the *gradient edge* of its output: the place in
-the autograd graph, not the tensor, so that an activation that later overwrites the tensor in
-place changes nothing. Gradients are then taken with respect to those edges, which neither
-touches ``.grad`` nor computes a weight gradient.
+A forward hook keeps each call's input and the *gradient edge* of its output: the node of the
+autograd graph, not the tensor, so that an activation may overwrite the tensor in place later.
+Gradients are then taken with respect to those edges, which neither changes ``.grad`` nor
+computes a weight gradient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from einconv_kfac.curvature.layers.layer import Layer
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer: its input, its output's shape, and where that sits in the graph."""
+    """One call of a layer.
+
+    Args:
+        layer: Name of the layer.
+        module: The module that was called, one of the layer's modules.
+        x: The input, detached.
+        y_shape: Shape of the output.
+        output: Gradient edge of the output.
+    """
 
     layer: str
     module: nn.Module
@@ -31,20 +39,20 @@ class LayerCall:
     output: GradientEdge
 
 
-def ignore(*_: object) -> None:
-    """Take what a hook is called with, and do nothing."""
+def _do_nothing(*_: object) -> None:
+    """Ignore the arguments of a hook."""
 
 
-def ignorer() -> Callable[..., None]:
-    """Return what copies of a model have in place of a hook."""
-    return ignore
+def inactive_hook() -> Callable[..., None]:
+    """Return a hook that does nothing, which copies of a model have in place of the original."""
+    return _do_nothing
 
 
-class _Record:
-    """Records the calls of a module; a copy of it, by ``deepcopy`` or ``pickle``, does not.
+class _CallRecorder:
+    """Records the calls of a module; its copies, by ``deepcopy`` or ``pickle``, do nothing.
 
     Args:
-        capture: Where to record them.
+        capture: Receives the calls.
         layer: The layer.
         module: One of its modules.
     """
@@ -70,7 +78,7 @@ class _Record:
         self._capture.calls.append(call)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ignorer, ()
+        return inactive_hook, ()
 
 
 class LayerCapture:
@@ -95,7 +103,7 @@ class LayerCapture:
         self.remove()
 
     def watch(self, layer: Layer) -> None:
-        """Record the calls of a layer, instead of one of the same name if there is one."""
+        """Record the calls of a layer; it replaces a watched layer of the same name."""
         self._remove(layer.name)
         self._undo[layer.name] = [self._watch(layer, module) for module in layer.modules]
 
@@ -105,16 +113,16 @@ class LayerCapture:
             undo()
 
     def _watch(self, layer: Layer, module: nn.Module) -> Callable[[], None]:
-        """Record a module's calls under its layer's name; return what undoes that."""
-        return layer.rule.watch(module, _Record(self, layer, module))
+        """Record a module's calls under its layer's name; return a function that ends it."""
+        return layer.rule.watch(module, _CallRecorder(self, layer, module))
 
     def take(self) -> list[LayerCall]:
-        """Return the calls recorded since the last time, and forget them."""
+        """Return the recorded calls, and remove them from `calls`."""
         calls, self.calls = self.calls, []
         return calls
 
     def remove(self) -> None:
-        """Remove every hook, and forget what was recorded."""
+        """Remove every hook and every recorded call."""
         for name in list(self._undo):
             self._remove(name)
         self.calls.clear()

@@ -1,18 +1,19 @@
-"""Which Fisher of which loss is estimated, batch by batch."""
+"""Estimators of the Fisher information of a loss, batch by batch."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
+from einconv_kfac.curvature.estimation.forward import Evaluation
 from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments
-from einconv_kfac.curvature.layers.rules import Approximation
+from einconv_kfac.curvature.layers.approximation import Approximation
 from einconv_kfac.curvature.losses import check_reduction, loss_rule
 
 Fisher: TypeAlias = Literal["mc", "empirical", "exact", "forward-only"]
@@ -20,7 +21,7 @@ Fisher: TypeAlias = Literal["mc", "empirical", "exact", "forward-only"]
 
 @dataclass(frozen=True)
 class FisherEstimator:
-    """Which Fisher of which loss, and how positions are treated.
+    """The Fisher information of a loss, and the approximation of weight sharing.
 
     Args:
         loss_fn: The loss module.
@@ -31,7 +32,7 @@ class FisherEstimator:
         approximation: ``"expand"`` or ``"reduce"``.
 
     Raises:
-        ValueError: If an argument is not one of these, or the loss is not known.
+        ValueError: If an argument is not one of these, or no rule covers the loss.
     """
 
     loss_fn: nn.Module
@@ -51,7 +52,7 @@ class FisherEstimator:
         check_reduction(self.loss_fn)
 
     def scale(self, examples: int) -> float:
-        """Return what ``A (x) B`` is multiplied by: 1 for a mean loss, ``examples`` for a sum."""
+        """Return the factor of ``B (x) A``: 1 for a mean loss, ``examples`` for a sum."""
         return 1.0 if check_reduction(self.loss_fn) == "mean" else float(examples)
 
     def factors(self, moments: LayerMoments) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ class FisherEstimator:
         self,
         moments: Mapping[str, Moments],
         calls: Sequence[LayerCall],
-        loss: tuple[Tensor, Any, Tensor],
+        evaluation: Evaluation,
         generator: Generator,
     ) -> None:
         """Add one batch to the moments.
@@ -70,17 +71,18 @@ class FisherEstimator:
         Args:
             moments: By layer name.
             calls: The calls of the layers in the forward pass.
-            loss: Model output, target, and the loss of the two.
-            generator: For ``"mc"``; the global random state is left alone.
+            evaluation: Model output, target, and the loss of the two.
+            generator: Draws the samples for ``"mc"``; the global random state does not change.
         """
         if self.fisher == "forward-only":
             for name, own in _by_layer(calls).items():
                 moments[name].add_inputs_(own)
             return
-        output = loss[2] if self.fisher == "empirical" else loss[0]
+        output, _, loss = evaluation
+        source = loss if self.fisher == "empirical" else output
         used: list[LayerCall] | None = None
-        for root in self._roots(loss, generator):
-            found = call_gradients(output, root, calls if used is None else used)
+        for root in self._roots(evaluation, generator):
+            found = call_gradients(source, root, calls if used is None else used)
             if used is None:
                 used = [call for call, gradient in zip(calls, found) if gradient is not None]
                 for name, own in _by_layer(used).items():
@@ -98,11 +100,11 @@ class FisherEstimator:
             scale = float(own[0].x.shape[0] ** power) if mean else 1.0
             moments[name].add_gradients_(own, [gradients[id(call)] for call in own], scale)
 
-    def _roots(self, loss: tuple[Tensor, Any, Tensor], generator: Generator) -> Iterator[Tensor]:
+    def _roots(self, evaluation: Evaluation, generator: Generator) -> Iterator[Tensor]:
         """Yield the vectors that are backpropagated, from the output or from the loss."""
-        output, target, value = loss
+        output, target, loss = evaluation
         if self.fisher == "empirical":
-            yield torch.ones_like(value)
+            yield torch.ones_like(loss)
         elif self.fisher == "exact":
             yield from loss_rule(self.loss_fn).roots(self.loss_fn, output.detach(), target)
         else:
@@ -113,7 +115,7 @@ class FisherEstimator:
 
 
 def _by_layer(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:
-    """Return the calls by layer."""
+    """Return the calls by the name of their layer."""
     result: dict[str, list[LayerCall]] = defaultdict(list)
     for call in calls:
         result[call.layer].append(call)

@@ -9,22 +9,35 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
-from einconv_kfac.curvature.layers.layer import Approximation, Layer
-from einconv_kfac.curvature.layers.rules.rule import second_moment, with_ones
+from einconv_kfac.curvature.layers.approximation import (
+    Approximation,
+    joined,
+    second_moment,
+    term_count,
+    with_ones,
+)
+from einconv_kfac.curvature.layers.layer import Layer
 
 
 class Moments(Protocol):
-    """What an estimator adds batches to, for one layer."""
+    """Sums over the examples of several batches, for one layer."""
 
     def add_inputs_(self, calls: Sequence[LayerCall]) -> None:
-        """Add the inputs of one batch: all calls of the layer that the loss depends on."""
+        """Add the inputs of one batch.
+
+        Args:
+            calls: All calls of the layer on which the loss of this batch depends.
+        """
 
     def add_gradients_(
         self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
     ) -> None:
-        """Add the outer products, times ``scale``, of gradients at the calls' outputs.
+        """Add the gradients of one batch along one root vector, after `add_inputs_`.
 
-        One root vector's gradients at a time, after `add_inputs_`.
+        Args:
+            calls: See `add_inputs_`.
+            gradients: For each call, the gradient at its output.
+            scale: Factor of the outer products of the gradients.
         """
 
 
@@ -49,51 +62,24 @@ class LayerMoments:
         """See `Moments`.
 
         Args:
-            calls: The calls.
-            examples: The number of examples that each call stands for, if that is not its own.
+            calls: See `Moments`.
+            examples: The number of examples that each call represents, if it is not the size of
+                its input, since that was subsampled.
         """
-        rule, bias = self.layer.rule, self.layer.bias is not None
-        positions = [rule.positions(call.module, call.y_shape) for call in calls]
         self.examples += calls[0].x.shape[0] if examples is None else examples
-        if self.approximation == "reduce" and len(calls) > 1:
-            size = batch_size(self.layer, calls)
-            examples = size if examples is None else examples
-            self._terms += examples
-            sums = [rule.inputs(c.module, c.x, c.y_shape).sum(-1, keepdim=True) for c in calls]
-            mean = torch.stack(sums).sum(0) / sum(positions)  # [n, g, d, 1]
-            columns = with_ones(mean) if bias else mean
-            self._inputs = second_moment(columns, size, **_into(self._inputs, examples))
-            return
-        for call, shared in zip(calls, positions):
-            n = call.x.shape[0] if examples is None else examples
-            self._terms += n if self.approximation == "reduce" else n * shared
-            self._inputs = rule.input_factor(
-                call.module,
-                call.x,
-                call.y_shape,
-                self.approximation,
-                bias,
-                **_into(self._inputs, n),
-            )
+        for group in joined(calls, self.approximation):
+            size = batch_size(self.layer, group) if examples is None else examples
+            self._terms += term_count(size, sum(self._positions(group)), self.approximation)
+            self._inputs = self._input_factor(group, **_into(self._inputs, size))
 
     @torch.no_grad()
     def add_gradients_(
         self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
     ) -> None:
         """See `Moments`."""
-        rule, reduce = self.layer.rule, self.approximation == "reduce"
-        if reduce and len(calls) > 1:
-            sums = [
-                rule.outputs(c.module, g).sum(-1, keepdim=True) for c, g in zip(calls, gradients)
-            ]
-            total = torch.stack(sums).sum(0)
-            self._outputs = second_moment(total, 1, **_into(self._outputs, scale))
-            return
-        for call, gradient in zip(calls, gradients):
-            terms = gradient.shape[0]
-            terms *= 1 if reduce else rule.positions(call.module, call.y_shape)
-            into = _into(self._outputs, scale * terms)
-            self._outputs = rule.output_factor(call.module, gradient, self.approximation, **into)
+        pairs = list(zip(calls, gradients))
+        for group in joined(pairs, self.approximation):
+            self._outputs = self._output_factor(group, scale)
 
     def sums(self) -> list[Tensor]:
         """Return the sums of the factors that were added."""
@@ -116,9 +102,37 @@ class LayerMoments:
             return a, eye.repeat(groups, 1, 1)
         return a, self._outputs / self._terms
 
+    def _positions(self, calls: Sequence[LayerCall]) -> list[int]:
+        """Return the number of positions of each call."""
+        return [self.layer.rule.positions(call.module, call.y_shape) for call in calls]
+
+    def _input_factor(self, calls: Sequence[LayerCall], **into: Any) -> Tensor:
+        """Return ``A`` of calls whose positions are averaged together, added to a sum."""
+        rule, bias = self.layer.rule, self.layer.bias is not None
+        if len(calls) == 1:
+            (call,) = calls
+            shapes = call.module, call.x, call.y_shape
+            return rule.input_factor(*shapes, self.approximation, bias, **into)
+        sums = [rule.inputs(c.module, c.x, c.y_shape).sum(-1, keepdim=True) for c in calls]
+        mean = torch.stack(sums).sum(0) / sum(self._positions(calls))  # [n, g, d, 1]
+        columns = with_ones(mean) if bias else mean
+        return second_moment(columns, batch_size(self.layer, calls), **into)
+
+    def _output_factor(self, calls: Sequence[tuple[LayerCall, Tensor]], scale: float) -> Tensor:
+        """Return the sum of ``scale * g g^T`` over calls whose positions are summed together."""
+        rule = self.layer.rule
+        if len(calls) == 1:
+            ((call, gradient),) = calls
+            (positions,) = self._positions([call])
+            count = term_count(gradient.shape[0], positions, self.approximation)
+            into = _into(self._outputs, scale * count)
+            return rule.output_factor(call.module, gradient, self.approximation, **into)
+        sums = [rule.outputs(call.module, g).sum(-1, keepdim=True) for call, g in calls]
+        return second_moment(torch.stack(sums).sum(0), 1, **_into(self._outputs, scale))
+
 
 def no_data(layer: Layer) -> RuntimeError:
-    """Return the error of a layer that no loss depended on."""
+    """Return the error for a layer on which no loss depended."""
     return RuntimeError(
         f"Factors of '{layer.name}' need data, got none: there was no batch, or the loss of "
         "none depends on it through calls that record gradients."

@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace in it or in torch's random state."""
+"""Preservation of a model's buffers and of torch's random state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore a model's buffers and the global random state after the block.
 
     Args:
-        model: The model; its batch-norm statistics, for example, are what they were.
+        model: The model, for example with batch-norm statistics.
     """
     buffers = [
         (module, name, buffer, buffer.detach().clone())

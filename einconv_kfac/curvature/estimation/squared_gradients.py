@@ -11,11 +11,11 @@ from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.moments import batch_size, no_data
+from einconv_kfac.curvature.layers.approximation import with_ones
 from einconv_kfac.curvature.layers.layer import Layer
-from einconv_kfac.curvature.layers.rules.rule import with_ones
 
-_LARGEST = 1 << 22
-"""Entries of the per-example gradients that are held at a time."""
+_GRADIENT_ENTRIES = 1 << 22
+"""Number of entries of the per-example gradients that are held at a time."""
 
 
 class SquaredGradients:
@@ -24,6 +24,9 @@ class SquaredGradients:
     In the eigenbasis of Kronecker factors these are the corrected eigenvalues of EKFAC
     (George et al., 2018); in the identity basis they are the exact diagonal of the Fisher
     or GGN.
+
+    ``U_A`` is applied to the inputs if these are fewer rows than the gradients, and to the
+    gradients otherwise.
 
     Args:
         layer: The layer.
@@ -36,17 +39,17 @@ class SquaredGradients:
         self._basis = basis
         self.total: Tensor | None = None  # of the squares so far, [g, co, d]
         self._inputs: Tensor | None = None
-        self._late = False
+        self._basis_is_pending = False
 
     @torch.no_grad()
     def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
-        """See `LayerMoments`."""
+        """See `LayerMoments.add_inputs_`."""
         size = batch_size(self.layer, calls)
         self.examples += size if examples is None else examples
         a = torch.cat([self._columns(call) for call in calls], dim=-1)  # n g d s
         _, channels, _ = self.layer.layout.shape
-        self._late = a.shape[-1] > channels  # then the gradients are fewer rows than the inputs
-        self._inputs = a.mT if self._late else self._rotated_rows(a.mT)
+        self._basis_is_pending = a.shape[-1] > channels
+        self._inputs = a.mT if self._basis_is_pending else self._rotated_rows(a.mT)
 
     @torch.no_grad()
     def add_gradients_(
@@ -62,10 +65,10 @@ class SquaredGradients:
             left, right = g.squeeze(-1).square(), a.squeeze(2).square()
             self.total.add_(torch.einsum("nga,ngb->gab", left, right), alpha=scale)
             return
-        step = max(1, _LARGEST // self.total.numel())
+        step = max(1, _GRADIENT_ENTRIES // self.total.numel())
         for part_g, part_a in zip(torch.split(g, step), torch.split(a, step)):
             outer = part_g @ part_a  # n g co d
-            outer = self._rotated_rows(outer) if self._late else outer
+            outer = self._rotated_rows(outer) if self._basis_is_pending else outer
             if len(outer) == 1:  # large ones pass through memory once
                 self.total.addcmul_(outer[0], outer[0], value=scale)
             else:

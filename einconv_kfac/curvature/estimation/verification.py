@@ -1,4 +1,4 @@
-"""A comparison of a model's Kronecker factors with its exact GGN, layer by layer."""
+"""A comparison of a model's Kronecker factors with its exact Gauss-Newton matrix, by layer."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
-from einconv_kfac.curvature.estimation.estimate import (
-    Forward,
-    Kind,
-    evaluated,
-    kronecker_factors,
-    uncompiled,
-)
+from einconv_kfac.curvature.estimation.estimate import Kind, kronecker_factors
+from einconv_kfac.curvature.estimation.forward import Forward, evaluated, uncompiled
 from einconv_kfac.curvature.estimation.preservation import undisturbed
-from einconv_kfac.curvature.layers.coverage import Coverage, coverage, table
-from einconv_kfac.curvature.layers.rules import Approximation
+from einconv_kfac.curvature.layers.approximation import Approximation
+from einconv_kfac.curvature.layers.coverage import Coverage, coverage
 from einconv_kfac.curvature.losses import loss_rule
+from einconv_kfac.curvature.losses.loss_call import targets_of
+from einconv_kfac.curvature.text_table import table
 
-_LARGEST = 1 << 26
-"""Entries of the gradients that are held at a time, as far as layers are small enough."""
+_JACOBIAN_ENTRIES = 1 << 26
+"""Number of entries of the gradients that are held at a time; one layer may have more."""
 
 
 @dataclass(frozen=True)
 class LayerVerification:
-    """How a layer's block ``K`` compares with its exact GGN block ``G``, group by group.
+    """A comparison of a layer's block ``K`` with its exact GGN block ``G``.
+
+    Norms, products and traces are sums over channel groups.
 
     Args:
         layer: The layer's name.
@@ -52,9 +51,10 @@ class Verification:
 
     Args:
         layers: One entry per layer.
-        loss_scale: The loss Hessian at the output along a random vector, by the root vectors
-            over by autograd. It is 1 if the loss, its weights and its reduction are
-            understood; NaN for a loss that is linear in the output (``NLLLoss``).
+        loss_scale: The loss Hessian at the output along a random vector, from root vectors,
+            divided by the same from autograd. It is 1 if the rule describes the loss, its
+            weights and its reduction; NaN for a loss that is linear in the output
+            (``NLLLoss``).
         gaps: Parameters that no block covers.
     """
 
@@ -87,12 +87,12 @@ def verify(
     """Compare each layer's block with the exact GGN block on a small batch.
 
     The exact block comes from one backward pass per example and root vector of the loss
-    Hessian, through ordinary weight gradients: it shares no code with the layers' rules. A few
-    examples are enough. Blocks between channel groups, which no factor describes, are left out.
+    Hessian. It uses ordinary weight gradients and no code of the layers' rules. A few examples
+    are enough. The comparison omits blocks between channel groups, which no factor describes.
 
     Args:
         model: See `kronecker_factors`, as for the arguments that follow.
-        loss_fn: See `kronecker_factors`; its Hessian must be known.
+        loss_fn: See `kronecker_factors`; a rule must cover it.
         batch: One batch of data.
         approximation: See `kronecker_factors`.
         kind: See `kronecker_factors`.
@@ -118,25 +118,25 @@ def verify(
         scale = _loss_scale(loss_fn, output.detach(), target, roots)
         parameters = dict(model.named_parameters())
         rows: list[LayerVerification] = []
-        for names in _portions(factors, len(roots) * len(output)):
+        for names in _held_together(factors, len(roots) * len(output)):
             layouts = [factors[name].layout for name in names]
             jacobians = _jacobian_rows(output, roots, layouts, parameters)
             rows += [_compared(n, factors[n], j) for n, j in zip(names, jacobians)]
     return Verification(tuple(rows), scale, coverage(model).gaps())
 
 
-def _portions(factors: KroneckerFactors, rows: int) -> Iterator[list[str]]:
-    """Yield layers whose gradients are held at a time, ``rows`` of each."""
-    portion: list[str] = []
+def _held_together(factors: KroneckerFactors, rows: int) -> Iterator[list[str]]:
+    """Yield lists of layers whose gradients are held at a time, ``rows`` of each layer."""
+    names: list[str] = []
     held = 0
     for name, block in factors.items():
         size = rows * prod(block.layout.shape)
-        if portion and held + size > _LARGEST:
-            yield portion
-            portion, held = [], 0
-        portion.append(name)
+        if names and held + size > _JACOBIAN_ENTRIES:
+            yield names
+            names, held = [], 0
+        names.append(name)
         held += size
-    yield portion
+    yield names
 
 
 def _jacobian_rows(
@@ -186,14 +186,14 @@ def _ratio(value: Tensor, reference: Tensor) -> float:
 
 
 def _loss_scale(loss_fn: nn.Module, output: Tensor, target: Any, roots: Sequence[Tensor]) -> float:
-    """Return ``u.H.u`` by the root vectors over that by autograd, for random signs ``u``."""
+    """Return ``u^T H u`` from root vectors over the same from autograd, for random signs ``u``."""
     generator = torch.Generator(output.device).manual_seed(0)
     signs = torch.randint(2, output.shape, generator=generator, device=output.device)
     u = (2 * signs - 1).to(output.dtype)
     products = torch.stack([(root * u).reshape(len(u), -1).sum(1) for root in roots])
     entries = output.detach().requires_grad_()
-    targets = target if isinstance(target, tuple) else (target,)
-    (slope,) = torch.autograd.grad(loss_fn.forward(entries, *targets), entries, create_graph=True)
+    value = loss_fn.forward(entries, *targets_of(target))
+    (slope,) = torch.autograd.grad(value, entries, create_graph=True)
     if not slope.requires_grad:
         return float("nan")
     (product,) = torch.autograd.grad(slope, entries, u)
@@ -202,5 +202,5 @@ def _loss_scale(loss_fn: nn.Module, output: Tensor, target: Any, roots: Sequence
 
 
 def _number(value: float) -> str:
-    """Return a number for a table."""
+    """Return a number as text for a table."""
     return f"{value:.4f}"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.factors import conv_output_factor
-from einconv_kfac.curvature.layers.rules import layer_rule
+from einconv_kfac.curvature.layers.layer_registry import layer_rule
 
 
 def _grouped(base: Any) -> Any:

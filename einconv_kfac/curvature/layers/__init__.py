@@ -1,1 +1,1 @@
-"""Which module has which block."""
+"""Layers with a block of curvature: rules by type of module, and the layers of a model."""

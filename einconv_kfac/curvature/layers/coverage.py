@@ -1,4 +1,4 @@
-"""Which parameter of a model is covered how, and why not."""
+"""The coverage of a model's parameters by layers, with reasons for gaps."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from einconv_kfac.curvature.layers.layer import find_layers, refusal
+from einconv_kfac.curvature.layers.discovery import find_layers, refusal
+from einconv_kfac.curvature.text_table import table
 
 
 @dataclass(frozen=True)
 class ParameterCoverage:
-    """How one parameter is covered.
+    """The coverage of one parameter.
 
     Args:
         parameter: Its name in the model.
         layer: The layer whose block covers it, or ``None``.
-        kind: Type of the module it belongs to.
-        reason: Why it is not covered; empty if it is.
+        kind: Type of the module that owns it.
+        reason: The reason why it is not covered; empty if it is.
     """
 
     parameter: str
@@ -28,7 +29,7 @@ class ParameterCoverage:
 
 
 class Coverage(Sequence[ParameterCoverage]):
-    """How the parameters of a model are covered; prints as a table."""
+    """The coverage of each parameter of a model; prints as a table."""
 
     def __init__(self, rows: Sequence[ParameterCoverage]) -> None:
         self._rows = tuple(rows)
@@ -57,7 +58,7 @@ class Coverage(Sequence[ParameterCoverage]):
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """Return how each parameter of a model is covered by `kronecker_factors`, and why not.
+    """Return the block of `kronecker_factors` that covers each parameter, or why none does.
 
     Raises:
         ValueError: As `find_layers`.
@@ -75,24 +76,14 @@ def coverage(model: nn.Module) -> Coverage:
 
 
 def _rows(model: nn.Module, owners: dict[str, str]) -> Iterator[ParameterCoverage]:
-    """Yield the rows, in the order of the model's parameters."""
+    """Yield the rows in the order of the model's parameters."""
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]
-        path = path.partition("parametrizations")[0].rstrip(".")  # where originals are kept
+        path = path.partition("parametrizations")[0].rstrip(".")  # torch keeps the originals there
         module, reason = modules[path], ""
         if name not in owners:
             reason = refusal(path, module) or "another module uses it unseen"
             reason = reason if parameter.requires_grad else "it is frozen"
         kind = nn.utils.parametrize.type_before_parametrizations(module).__name__
         yield ParameterCoverage(name, owners.get(name), kind, reason)
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return left-aligned columns as text."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-        for row in (titles, *rows)
-    )
-    return "\n".join(lines)

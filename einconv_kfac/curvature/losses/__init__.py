@@ -1,19 +1,12 @@
-"""The curvature of losses with respect to the model's output, and a registry of them."""
+"""The curvature of losses with respect to the model's output."""
 
-from einconv_kfac.curvature.losses.classification import CrossEntropyRule, LogLikelihoodRule
-from einconv_kfac.curvature.losses.entrywise import EntrywiseRule
-from einconv_kfac.curvature.losses.registry import (
-    LossRule,
-    check_reduction,
-    evaluate_loss,
-    loss_rule,
-    register_loss,
-)
+from einconv_kfac.curvature.losses.loss_call import check_reduction, evaluate_loss
+from einconv_kfac.curvature.losses.loss_registry import loss_rule, register_loss
+from einconv_kfac.curvature.losses.loss_rule import LossRule
+from einconv_kfac.curvature.losses.rules.entrywise import EntrywiseRule
 
 __all__ = [
-    "CrossEntropyRule",
     "EntrywiseRule",
-    "LogLikelihoodRule",
     "LossRule",
     "check_reduction",
     "evaluate_loss",

@@ -11,8 +11,8 @@ from torch import Generator, Tensor, nn
 
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
-from einconv_kfac.curvature.estimation.estimate import uncompiled
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
+from einconv_kfac.curvature.estimation.forward import Evaluation, uncompiled
 from einconv_kfac.curvature.estimation.moments import Moments
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.factors.accumulator import LayerSums
@@ -102,7 +102,8 @@ class Collector:
         if self._part < 1:
             moments = sampled(self.moments, self._part, self.generator)
         with self._capture.paused():  # checkpointed layers run again
-            self._estimator.add_(moments, own, (output, target, loss), self.generator)
+            evaluation = Evaluation(output, target, loss)
+            self._estimator.add_(moments, own, evaluation, self.generator)
         self.moments = {name: m for name, m in self.moments.items() if m.examples}
 
     def _move_generator_(self, output: Tensor) -> None:

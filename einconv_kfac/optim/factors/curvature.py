@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.estimation.estimate import uncompiled
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
-from einconv_kfac.curvature.layers.layer import find_layers
+from einconv_kfac.curvature.estimation.forward import uncompiled
+from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.optim.factors.collector import NEVER_SEEN, Collector
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
 from einconv_kfac.optim.factors.running import RunningFactors, check_layers

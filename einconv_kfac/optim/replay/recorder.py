@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture, ignorer
+from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture, inactive_hook
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.buffers import ChangingBuffers
 from einconv_kfac.optim.replay.environment import Environment
@@ -176,7 +176,7 @@ class _Hook:
             method(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ignorer, ()
+        return inactive_hook, ()
 
 
 def _depends(loss: Tensor, model: nn.Module) -> bool:

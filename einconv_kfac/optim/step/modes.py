@@ -39,7 +39,10 @@ def settings_of(
             "`damping` must be a number or a function of the step when adaptive=False, got the "
             f"rule {type(rule).__name__}. Pass a number, or adaptive=True."
         )
-    given: dict[str, Any] = {"lr": 1.0 if lr is None else lr, "damping": damping if rule is None else None}
+    given: dict[str, Any] = {
+        "lr": 1.0 if lr is None else lr,
+        "damping": damping if rule is None else None,
+    }
     return Hyperparameters(**given, adaptive=adaptive, **others), rule
 
 

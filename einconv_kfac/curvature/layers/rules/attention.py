@@ -1,7 +1,8 @@
 """The input projections of ``torch.nn.MultiheadAttention``: queries, keys and values.
 
-Torch applies them inside a function, where module hooks do not see them. While it is watched,
-a module's forward pass is therefore replaced by one of the same value that calls its parts.
+Torch applies them inside a function, where module hooks are not called. While a module is
+watched, its forward pass is therefore replaced by one of the same value that records the input
+projections and calls the output projection as a module.
 """
 
 from __future__ import annotations
@@ -13,8 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from einconv_kfac.curvature.layers.rules.rule import LayerRule, Record
+from einconv_kfac.curvature.layers.layer_rule import LayerExample, LayerRule, Record
+
+
+class _SelfAttention(nn.Module):
+    """Self-attention without the attention weights that torch returns beside the result."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.attention(x, x, x)[0]
+        return result
 
 
 class AttentionRule(LayerRule):
@@ -23,8 +37,14 @@ class AttentionRule(LayerRule):
     A call's input is ``[n, 3, l, d]``, its output ``[n, l, (3 co)]``.
     """
 
-    preconditioned = False  # it takes a forward pass of its own
+    kinds = (nn.MultiheadAttention,)
+    examples = (
+        LayerExample(_SelfAttention, (3, 5, 4)),
+        LayerExample(lambda: _SelfAttention(bias=False), (3, 2, 4)),
+    )
+    preconditioned = False  # the optimizer does not replace forward passes
     weight, bias = "in_proj_weight", "in_proj_bias"
+    revealed = (NonDynamicallyQuantizableLinear,)  # the type of the output projection
 
     def split(self, module: nn.MultiheadAttention) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """See `LayerRule`."""

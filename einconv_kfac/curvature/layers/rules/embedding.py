@@ -7,16 +7,21 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from einconv_kfac.curvature.layers.rules.rule import LayerRule
+from einconv_kfac.curvature.layers.layer_rule import LayerExample, LayerRule
 
 LARGEST_VOCABULARY = 8192
-"""Above this, a dense factor of the inputs is refused."""
+"""Number of embeddings above which the dense factor of the inputs is refused."""
 
 
 class EmbeddingRule(LayerRule):
     """Inputs are indices ``[n, *s]``, outputs ``[n, *s, co]``."""
 
-    preconditioned = False  # a dense factor of the vocabulary's size is not worth inverting
+    kinds = (nn.Embedding,)
+    examples = (
+        LayerExample(lambda: nn.Embedding(5, 3), (4,), classes=5),
+        LayerExample(lambda: nn.Embedding(5, 3, padding_idx=1), (3, 2, 2), classes=5),
+    )
+    preconditioned = False  # the inverse of a factor of the vocabulary's size costs too much
 
     def split(self, module: nn.Embedding) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """See `LayerRule`."""
@@ -39,7 +44,7 @@ class EmbeddingRule(LayerRule):
         rows = x.reshape(x.shape[0], -1)
         onehot = functional.one_hot(rows, module.num_embeddings).to(module.weight.dtype)
         if module.padding_idx is not None:
-            onehot[..., module.padding_idx] = 0  # its row of the weight is not trained
+            onehot[..., module.padding_idx] = 0  # torch does not train this row of the weight
         return onehot.mT.unsqueeze(1)
 
     def outputs(self, module: nn.Embedding, gradient: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``torch.nn.Linear``: every dimension between the first and the last is a position."""
+"""``torch.nn.Linear``; the dimensions between the first and the last are positions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from einconv_kfac.curvature import factors
-from einconv_kfac.curvature.layers.rules.rule import Approximation, LayerRule
+from einconv_kfac.curvature.layers.approximation import Approximation
+from einconv_kfac.curvature.layers.layer_rule import LayerExample, LayerRule
 
 
 class LinearRule(LayerRule):
     """Inputs ``[n, *s, d]``, outputs ``[n, *s, co]``."""
+
+    kinds = (nn.Linear,)
+    examples = (
+        LayerExample(lambda: nn.Linear(4, 3), (5, 4)),
+        LayerExample(lambda: nn.Linear(4, 3, bias=False), (3, 2, 2, 4)),
+    )
 
     def inputs(self, module: nn.Linear, x: Tensor, y_shape: Sequence[int]) -> Tensor:
         """See `LayerRule`."""

@@ -205,13 +205,3 @@ def test_a_layer_of_ones_own() -> None:
 
     register_layer(Halved, HalvedRule())
     check(nn.Sequential(Halved(3, 2).double()), random(4, 3), "expand")
-
-
-def test_frozen_parts() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2, bias=False))
-    model[0].weight.requires_grad_(False)
-    model[1].bias.requires_grad_(False)
-    layers = find_layers(model, every=True)
-    assert [layer.parameters for layer in layers] == [("1.weight",), ("2.weight",)]
-    assert [layer.name for layer in find_layers(model)] == ["1", "2"]
-    assert not find_layers(nn.Embedding(3, 2))  # left to the optimizer's plain rule

@@ -1,4 +1,4 @@
-"""What the factors do not depend on, what they converge to, and what is left untouched."""
+"""What the factors do not depend on, and the limit of many samples."""
 
 from __future__ import annotations
 
@@ -147,78 +147,6 @@ def test_seed_decides_the_samples() -> None:
     assert_equal(kronecker_factors(model, loss_fn, [(x, y)], seed=3), first)
     other = kronecker_factors(model, loss_fn, [(x, y)], seed=4)
     assert not torch.equal(other["5"].B, first["5"].B)
-
-
-def test_nothing_is_left_behind() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.ReLU(), nn.Linear(4, 2)
-    )
-    model[0].weight.requires_grad_(False)
-    model[4].bias.requires_grad_(False)
-    model[1].eval()
-    model[4].weight.grad = torch.ones(2, 4)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    flags = [module.training for module in model.modules()]
-    state, (x, y) = torch.get_rng_state(), (torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]))
-    state = torch.get_rng_state()
-    model[1].train()
-    factors = kronecker_factors(model, nn.CrossEntropyLoss(), [(x, y)])
-    model[1].eval()
-    assert factors.parameters == ("1.weight", "1.bias", "4.weight")
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name])
-    assert [module.training for module in model.modules()] == flags
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(model[4].weight.grad, torch.ones(2, 4))
-    assert model[0].weight.grad is None
-    assert not model[0].weight.requires_grad
-    with pytest.raises(ValueError, match="pairs"):
-        kronecker_factors(model, nn.CrossEntropyLoss(), [(x, y), x])
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_inputs_of_other_forms() -> None:
-    class Added(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 2)
-
-        def forward(self, left: Tensor, right: Tensor) -> Tensor:
-            result: Tensor = self.layer(input=left + right)
-            return result
-
-    class WithLoss(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model, self.loss = model, nn.MSELoss()
-
-        def forward(self, left: Tensor, right: Tensor, y: Tensor) -> Tensor:
-            loss: Tensor = self.loss(self.model(left, right), y)
-            return loss
-
-    torch.manual_seed(0)
-    model, loss_fn = Added().double(), nn.MSELoss()
-    left, right, y = torch.randn(3, 4, 3, dtype=torch.float64).unbind(0)
-    y = y[:, :2]
-    expected = kronecker_factors(model.layer, loss_fn, [(left + right, y)], fisher="exact")[""]
-    whole = WithLoss(model)
-    found = [
-        kronecker_factors(model, loss_fn, [((left, right), y)], fisher="exact"),
-        kronecker_factors(model, loss_fn, [({"left": left, "right": right}, y)], fisher="exact"),
-        kronecker_factors(whole, whole.loss, [(left, right, y)], fisher="exact"),
-        kronecker_factors(
-            model,
-            loss_fn,
-            [{"x": left, "z": right, "y": y}],
-            fisher="exact",
-            forward=lambda model, b: (model(b["x"], b["z"]), b["y"]),
-        ),
-    ]
-    for factors in found:
-        (block,) = factors.values()
-        torch.testing.assert_close(block.A, expected.A, **TOLERANCE)
-        torch.testing.assert_close(block.B, expected.B, **TOLERANCE)
 
 
 @pytest.mark.parametrize("fisher", FISHERS)

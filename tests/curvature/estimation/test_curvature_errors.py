@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from einconv_kfac.curvature import find_layers, kronecker_factors
+from einconv_kfac.curvature import kronecker_factors
 
 X, Y = torch.ones(4, 3), torch.zeros(4, dtype=torch.long)
 LINEAR, LOSS = nn.Linear(3, 2), nn.CrossEntropyLoss()
@@ -74,8 +74,3 @@ def test_layers_that_no_loss_depends_on() -> None:
 
     with pytest.raises(RuntimeError, match=r"'unused' need data, got none.*depends on it"):
         kronecker_factors(Unused(), LOSS, [(X, Y)])
-
-
-def test_parametrized_layers_are_not_covered() -> None:
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), nn.Linear(2, 2))
-    assert [layer.name for layer in find_layers(model)] == ["1"]

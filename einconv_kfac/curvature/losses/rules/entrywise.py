@@ -8,14 +8,37 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from einconv_kfac.curvature.losses.loss_call import targets_of
+from einconv_kfac.curvature.losses.loss_rule import LossExample, TorchLossRule
 
-class EntrywiseRule:
-    """A loss ``sum_j l_j(f_j)``: its Hessian is diagonal, and autograd knows it.
+
+def _regression(generator: Generator) -> tuple[Tensor, Tensor]:
+    """Draw outputs and targets of ``[4, 3, 2]``; the targets are probabilities."""
+    drawn = torch.randn(2, 4, 3, 2, generator=generator, dtype=torch.float64)
+    return drawn[0], drawn[1].sigmoid()
+
+
+def _with_variance(generator: Generator) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Draw outputs ``[4, 3]``, and targets with their variances."""
+    drawn = torch.randn(3, 4, 3, generator=generator, dtype=torch.float64)
+    return drawn[0], (drawn[1], drawn[2].exp())
+
+
+class EntrywiseRule(TorchLossRule):
+    """A loss ``sum_j l_j(f_j)``, whose Hessian is diagonal; autograd differentiates it twice.
 
     It serves squared errors, logistic, Poisson and Gaussian likelihoods, with every weight
     and reduction they have. Samples are random signs times the root of the diagonal: they
     have the second moment of sampled targets and less variance.
     """
+
+    kinds = (nn.MSELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss)
+    examples = (
+        LossExample(nn.MSELoss, _regression),
+        LossExample(nn.BCEWithLogitsLoss, _regression),
+        LossExample(nn.PoissonNLLLoss, _regression),
+        LossExample(nn.GaussianNLLLoss, _with_variance),
+    )
 
     def roots(self, loss: nn.Module, output: Tensor, target: Any) -> Iterator[Tensor]:
         """Yield the root of the diagonal, one entry of every example at a time."""
@@ -26,18 +49,18 @@ class EntrywiseRule:
             yield part.reshape(output.shape)
 
     def sample(self, loss: nn.Module, output: Tensor, target: Any, generator: Generator) -> Tensor:
-        """Give the root of the diagonal random signs."""
+        """Return the root of the diagonal with random signs."""
         root = self._root(loss, output, target)
         signs = torch.randint(2, root.shape, generator=generator, device=root.device)
         return root * (2 * signs - 1)
 
     def _root(self, loss: nn.Module, output: Tensor, target: Any) -> Tensor:
         """Return the root of the Hessian's diagonal, ``[n, *f]``."""
-        targets = target if isinstance(target, tuple) else (target,)
+        targets = targets_of(target)
         self._check(output, targets[0])
         with torch.enable_grad():
             entries = output.detach().requires_grad_()
-            value = loss.forward(entries, *targets)  # past the hooks of those who watch it
+            value = loss.forward(entries, *targets)  # `forward`, so that no hook is called
             (slope,) = torch.autograd.grad(value, entries, create_graph=True)
         if not slope.requires_grad:
             raise ValueError(

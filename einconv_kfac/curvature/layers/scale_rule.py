@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch import Tensor
 
-from einconv_kfac.curvature.layers.rules.rule import Approximation, LayerRule
+from einconv_kfac.curvature.layers.approximation import (
+    Approximation,
+    shared_gradients,
+    shared_inputs,
+)
+from einconv_kfac.curvature.layers.layer_rule import LayerRule
 
-_INSTANCE_NORMS = ((nn.InstanceNorm1d, 3), (nn.InstanceNorm2d, 4), (nn.InstanceNorm3d, 5))
-"""Instance norms take single examples too; these are the dimensions of a batch."""
 
+class ScaleRule(LayerRule):
+    """A weight and a bias per channel: ``g = c`` groups of one input and one output each."""
 
-class _ScaleRule(LayerRule):
-    """A weight and a bias per channel."""
+    @abstractmethod
+    def normalized(self, module: Any, x: Tensor) -> Tensor:
+        """Return the input as the module normalises it, and leave its statistics alone."""
+
+    def inputs(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Tensor:
+        """See `LayerRule`."""
+        return self.outputs(module, self.normalized(module, x))
 
     def split(self, module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """See `LayerRule`."""
@@ -36,7 +45,7 @@ class _ScaleRule(LayerRule):
         """See `LayerRule`; sums per channel are faster than products of thin matrices."""
         a = self.inputs(module, x, y_shape)  # n c 1 s
         a = a.to(torch.promote_types(a.dtype, torch.float32))
-        a = a.mean(-1, keepdim=True) if approximation == "reduce" else a
+        a = shared_inputs(a, approximation)
         squares = _squares(a)
         if not bias:
             return _added(squares[:, None, None] / a.shape[0], **into)
@@ -51,36 +60,20 @@ class _ScaleRule(LayerRule):
         """See `LayerRule`."""
         g = self.outputs(module, gradient)  # n c 1 s
         g = g.to(torch.promote_types(g.dtype, torch.float32))
-        g = g.sum(-1, keepdim=True) if approximation == "reduce" else g
+        g = shared_gradients(g, approximation)
         return _added(_squares(g)[:, None, None] / (g.shape[0] * g.shape[-1]), **into)
 
 
-class ChannelNormRule(_ScaleRule):
-    """Batch, instance and group norms: inputs and outputs ``[n, c, *s]``."""
-
-    def inputs(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Tensor:
-        """See `LayerRule`."""
-        return self.outputs(module, _normalized(module, x))
+class ChannelNormRule(ScaleRule):
+    """Inputs and outputs ``[n, c, *s]``."""
 
     def outputs(self, module: Any, gradient: Tensor) -> Tensor:
         """See `LayerRule`."""
         return gradient.reshape(*gradient.shape[:2], 1, -1)
 
-    def accepts(self, module: Any, x: Tensor) -> bool:
-        """See `LayerRule`."""
-        least = next((n for kind, n in _INSTANCE_NORMS if isinstance(module, kind)), 2)
-        return x.ndim >= least
 
-
-class TrailingNormRule(_ScaleRule):
-    """Layer and root-mean-square norms: inputs and outputs ``[n, *s, *c]``."""
-
-    def inputs(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Tensor:
-        """See `LayerRule`."""
-        shape = list(module.normalized_shape)
-        if isinstance(module, nn.LayerNorm):
-            return self.outputs(module, functional.layer_norm(x, shape, eps=module.eps))
-        return self.outputs(module, functional.rms_norm(x, shape, eps=module.eps))
+class TrailingNormRule(ScaleRule):
+    """Inputs and outputs ``[n, *s, *c]``."""
 
     def outputs(self, module: Any, gradient: Tensor) -> Tensor:
         """See `LayerRule`."""
@@ -90,17 +83,6 @@ class TrailingNormRule(_ScaleRule):
     def accepts(self, module: Any, x: Tensor) -> bool:
         """See `LayerRule`."""
         return x.ndim > len(module.normalized_shape)
-
-
-def _normalized(module: Any, x: Tensor) -> Tensor:
-    """Return the input normalised as the module did, without touching its statistics."""
-    if isinstance(module, nn.GroupNorm):
-        return functional.group_norm(x, module.num_groups, eps=module.eps)
-    if not module.training and module.running_mean is not None:
-        return functional.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
-    if isinstance(module, _InstanceNorm):
-        return functional.instance_norm(x, eps=module.eps)
-    return functional.batch_norm(x, None, None, training=True, eps=module.eps)
 
 
 def _squares(a: Tensor) -> Tensor:

@@ -1,0 +1,62 @@
+"""A pass over data that adds every batch to the moments of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, nn
+from tqdm import tqdm
+
+from einconv_kfac.curvature.estimation.capture import LayerCapture
+from einconv_kfac.curvature.estimation.fisher import FisherEstimator
+from einconv_kfac.curvature.estimation.forward import Forward, evaluated
+from einconv_kfac.curvature.estimation.moments import Moments
+from einconv_kfac.curvature.estimation.preservation import undisturbed
+from einconv_kfac.curvature.layers.layer import Layer
+
+
+@dataclass(frozen=True)
+class DataPass:
+    """Data, and the model that runs on it.
+
+    Args:
+        model: The model.
+        layers: Its layers.
+        data: The batches.
+        forward: Runs the model on a batch; ``None`` for batches ``(x, y)``.
+        seed: Seed of the generator for sampled targets, the same in every pass.
+        progress: Whether to show a progress bar.
+    """
+
+    model: nn.Module
+    layers: Sequence[Layer]
+    data: Iterable[Any]
+    forward: Forward | None = None
+    seed: int = 0
+    progress: bool = False
+
+    def add_to_(self, moments: Mapping[str, Moments], estimator: FisherEstimator) -> None:
+        """Add every batch to the moments of each layer, and restore the model.
+
+        Args:
+            moments: By layer name.
+            estimator: Which Fisher of which loss.
+        """
+        generators: dict[torch.device, Generator] = {}
+        with undisturbed(self.model), LayerCapture(self.layers) as capture, torch.enable_grad():
+            for batch in self._batches():
+                evaluation = evaluated(self.model, estimator.loss_fn, batch, self.forward)
+                device = evaluation.output.device
+                if device not in generators:
+                    generators[device] = Generator(device).manual_seed(self.seed)
+                calls = capture.take()
+                with capture.paused():  # checkpointed layers run again in backward passes
+                    estimator.add_(moments, calls, evaluation, generators[device])
+
+    def _batches(self) -> Iterator[Any]:
+        """Iterate over the batches, and show a progress bar if `progress`."""
+        total = len(self.data) if isinstance(self.data, Sized) else None
+        yield from tqdm(self.data, total=total, desc="factors", disable=not self.progress)

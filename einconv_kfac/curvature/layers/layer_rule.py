@@ -1,0 +1,151 @@
+"""A layer as a linear map shared over positions: ``y[n, s] = W a[n, s] (+ b)`` per group."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from einconv_kfac.curvature.layers.approximation import (
+    Approximation,
+    second_moment,
+    shared_gradients,
+    shared_inputs,
+    term_count,
+    with_ones,
+)
+
+Record: TypeAlias = Callable[[Tensor, Tensor], None]
+"""Takes the input and the output of a call."""
+
+
+@dataclass(frozen=True)
+class LayerExample:
+    """A small model with one layer that a rule covers, and inputs for it.
+
+    Args:
+        build: Returns the model; its output is one tensor ``[n, ...]``.
+        shape: Shape ``[n, ...]`` of an input.
+        classes: Number of classes if inputs are class indices; otherwise they are normal.
+    """
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    classes: int | None = None
+
+    def inputs(self, generator: Generator) -> Tensor:
+        """Draw an input, in float64 if it is not made of indices."""
+        if self.classes is not None:
+            return torch.randint(self.classes, self.shape, generator=generator)
+        return torch.randn(self.shape, generator=generator, dtype=torch.float64)
+
+
+class LayerRule(ABC):
+    """Describes one type of layer to K-FAC.
+
+    `inputs` and `outputs` define the factors; `input_factor` and `output_factor` follow from
+    them, and subclasses may override these with faster ones. A rule has no state.
+
+    A rule in a file of its own in ``layers/rules/`` is found by the registry and by the tests,
+    if it has `kinds` and `examples`. Other rules are given to `register_layer`.
+
+    Attributes:
+        kinds: The types of layers that the rule applies to, with their subclasses.
+        examples: Models on which the tests compare the rule with automatic differentiation.
+        preconditioned: Whether the optimizer preconditions such layers by default.
+        weight: Name of the weight in the module.
+        bias: Name of the bias in the module, if it has one.
+        revealed: Types of submodules whose calls are recorded only while this rule watches the
+            module that calls them, since that module bypasses their hooks otherwise.
+    """
+
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
+    examples: ClassVar[tuple[LayerExample, ...]] = ()
+    preconditioned = True
+    weight, bias = "weight", "bias"
+    revealed: ClassVar[tuple[type[nn.Module], ...]] = ()
+
+    def split(self, module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return how the weight becomes ``[g, co, *d]``: the shape it is split to, then the order.
+
+        The default is for a weight ``[co, *d]`` without groups.
+        """
+        return (1, *module.weight.shape), tuple(range(1 + module.weight.ndim))
+
+    def refusal(self, module: Any) -> str | None:
+        """Return the reason why this instance cannot be covered, or ``None`` if it can."""
+        return None
+
+    def accepts(self, module: Any, x: Tensor) -> bool:
+        """Return whether an input is a batch, as opposed to a single example."""
+        return x.ndim >= 2
+
+    def watch(self, module: Any, record: Record) -> Callable[[], None]:
+        """Record the calls of a module from now on; return a function that ends it."""
+        handle: RemovableHandle = module.register_forward_hook(
+            partial(_record_call, record), with_kwargs=True
+        )
+        return handle.remove
+
+    @abstractmethod
+    def inputs(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Tensor:
+        """Return a call's inputs ``a [n, g, d, s]`` of the linear map, without the 1 of a bias."""
+
+    @abstractmethod
+    def outputs(self, module: Any, gradient: Tensor) -> Tensor:
+        """Return a tensor of the output's shape ``[n, ...]`` as ``[n, g, co, s]``."""
+
+    def positions(self, module: Any, y_shape: Sequence[int]) -> int:
+        """Return the number ``s`` of weight-sharing positions of an output."""
+        like = torch.empty(tuple(y_shape), device="meta")
+        return self.outputs(module, like).shape[-1]
+
+    def input_factor(
+        self,
+        module: Any,
+        x: Tensor,
+        y_shape: Sequence[int],
+        approximation: Approximation,
+        bias: bool,
+        **into: Any,
+    ) -> Tensor:
+        """Return ``A`` as ``[g, d, d]``, a sum over positions and a mean over examples.
+
+        Args:
+            module: The layer.
+            x: A call's input.
+            y_shape: The shape of the call's output.
+            approximation: ``"expand"`` or ``"reduce"``.
+            bias: Whether ``a`` ends with a constant 1.
+            into: ``out``, ``beta``, ``alpha``: the result is ``beta * out + alpha * A``.
+        """
+        a = shared_inputs(self.inputs(module, x, y_shape), approximation)
+        return second_moment(with_ones(a) if bias else a, a.shape[0], **into)
+
+    def output_factor(
+        self, module: Any, gradient: Tensor, approximation: Approximation, **into: Any
+    ) -> Tensor:
+        """Return ``B`` as ``[g, co, co]``, a mean over examples and, if expanded, positions.
+
+        Args:
+            module: The layer.
+            gradient: A gradient like a call's output.
+            approximation: ``"expand"`` or ``"reduce"``.
+            into: See `input_factor`.
+        """
+        g = self.outputs(module, gradient)
+        count = term_count(g.shape[0], g.shape[-1], approximation)
+        return second_moment(shared_gradients(g, approximation), count, **into)
+
+
+def _record_call(
+    record: Record, _: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
+) -> None:
+    """Record the first input and the output of a call, as a forward hook."""
+    record(inputs[0] if inputs else next(iter(keywords.values())), output)

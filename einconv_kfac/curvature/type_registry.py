@@ -1,0 +1,69 @@
+"""Rules by the type of the modules that they apply to, found in the files of a package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from inspect import isabstract
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+
+def defined_classes(package: ModuleType, kind: type[Any]) -> list[type[Any]]:
+    """Return the concrete subclasses of ``kind`` that the files of a package define.
+
+    The order is that of the file names, and within a file that of the definitions.
+
+    >>> from einconv_kfac.curvature.losses import rules
+    >>> [cls.__name__ for cls in defined_classes(rules, object)]
+    ['CrossEntropyRule', 'EntrywiseRule', 'LogLikelihoodRule']
+    """
+    names = [file.name for file in iter_modules(package.__path__, f"{package.__name__}.")]
+    return [
+        value
+        for name in names
+        for value in vars(import_module(name)).values()
+        if isinstance(value, type) and issubclass(value, kind)
+        if value.__module__ == name and not isabstract(value)
+    ]
+
+
+class TypeRegistry(Generic[T]):
+    """Rules by type of module; subclasses count.
+
+    Of the rules given at first, that of the nearest base class applies. Rules registered later
+    come before them, the one registered last first.
+
+    Args:
+        rules: The first rules, by type of module.
+    """
+
+    def __init__(self, rules: dict[type[nn.Module], T]) -> None:
+        self._first = dict(rules)
+        self._later: list[tuple[type[nn.Module], T]] = []
+
+    def register(self, kind: type[nn.Module], rule: T) -> None:
+        """Use a rule for a type of module and its subclasses."""
+        self._later.append((kind, rule))
+
+    def fitting(self, module: nn.Module) -> Iterator[tuple[type[nn.Module], T]]:
+        """Yield the types and rules that fit a module, the one that applies first."""
+        for kind, rule in reversed(self._later):
+            if isinstance(module, kind):
+                yield kind, rule
+        for base in type(module).__mro__:
+            if base in self._first:
+                yield base, self._first[base]
+
+    def rule(self, module: nn.Module) -> T | None:
+        """Return the rule that applies to a module, or ``None``."""
+        return next((rule for _, rule in self.fitting(module)), None)
+
+    def __iter__(self) -> Iterator[tuple[type[nn.Module], T]]:
+        yield from self._first.items()
+        yield from self._later

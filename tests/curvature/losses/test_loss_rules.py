@@ -1,0 +1,72 @@
+"""Every rule in ``losses/rules/`` on its own examples, against the Hessian by autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ggn import loss_hessian
+from torch import Generator, Tensor, nn
+
+from einconv_kfac.curvature.losses import evaluate_loss, loss_rule
+from einconv_kfac.curvature.losses.loss_registry import built_in_rules
+from einconv_kfac.curvature.losses.loss_rule import LossExample, TorchLossRule
+
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
+RULES = built_in_rules()
+EXAMPLES = {
+    f"{type(rule).__name__}-{number}": (rule, example)
+    for rule in {type(rule): rule for rule in RULES.values()}.values()
+    for number, example in enumerate(rule.examples)
+}
+
+
+def second_moment(example: LossExample, scores: Tensor, vectors: Tensor) -> Tensor:
+    """``sum_v J^T s_v s_v^T J`` for vectors at the output and the link's Jacobian ``J``."""
+    jacobian = torch.autograd.functional.jacobian(example.link, scores)
+    rows = vectors.flatten(1) @ jacobian.reshape(scores.numel(), scores.numel())
+    return rows.T @ rows
+
+
+def separated(roots: list[Tensor]) -> Tensor:
+    """Root vectors with one vector per example, as vectors of single examples."""
+    stacked = torch.stack(roots)  # v n *f
+    masks = torch.eye(stacked.shape[1], dtype=stacked.dtype)
+    return torch.einsum("vn...,nm->vmn...", stacked, masks).flatten(0, 1)
+
+
+def curvature(loss: nn.Module, example: LossExample, scores: Tensor, target: object) -> Tensor:
+    """The Hessian of the loss by the scores."""
+    return loss_hessian(lambda f, y: evaluate_loss(loss, example.link(f), y), scores, target)
+
+
+def test_every_type_has_an_example() -> None:
+    for kind, rule in RULES.items():
+        assert kind in rule.kinds
+        built = [type(example.build(reduction="mean")) for example in rule.examples]
+        assert kind in built
+        assert type(loss_rule(kind())) is type(rule)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("rule", "example"), EXAMPLES.values(), ids=EXAMPLES)
+def test_roots_of_examples_reproduce_the_hessian(
+    rule: TorchLossRule, example: LossExample, reduction: str
+) -> None:
+    loss = example.build(reduction=reduction)
+    scores, target = example.batch(Generator().manual_seed(0))
+    roots = separated(list(rule.roots(loss, example.link(scores), target)))
+    got = second_moment(example, scores, roots)
+    torch.testing.assert_close(got, curvature(loss, example, scores, target), **TOLERANCE)
+
+
+@pytest.mark.parametrize(("rule", "example"), EXAMPLES.values(), ids=EXAMPLES)
+def test_samples_of_examples_reproduce_it(rule: TorchLossRule, example: LossExample) -> None:
+    loss, draws = example.build(reduction="mean"), 4000
+    scores, target = example.batch(Generator().manual_seed(0))
+    output, generator = example.link(scores), Generator().manual_seed(1)
+    state = torch.get_rng_state()
+    samples = torch.stack([rule.sample(loss, output, target, generator) for _ in range(draws)])
+    assert torch.equal(torch.get_rng_state(), state)
+    got = second_moment(example, scores, samples) / draws
+    expected = curvature(loss, example, scores, target)
+    assert (got - expected).abs().max() < 8 * expected.abs().max() / draws**0.5
