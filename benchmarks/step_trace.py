@@ -198,14 +198,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--package", type=Path, help="root of the checkout to trace (default: what is installed)")
     add("--whole", action="store_true", help="trace forward and backward pass as well")
-    add("--quick", action="store_true", help="a smoke test: a shorter warm-up, nothing is written")
+    add("--quick", action="store_true", help="a smoke test: fewer steps, nothing is written")
     add("--output", type=Path, default=RESULTS / "step_trace.txt", help="file of the tables")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     training = Training(imported(options.package), options.whole)
-    for _ in range(12 if options.quick else WARM_UP_STEPS):
+    for _ in range(20 if options.quick else WARM_UP_STEPS):
         training.step()
-    lines = table([training.step() for _ in range(TRACED_STEPS)])
+    lines = table([training.step() for _ in range(6 if options.quick else TRACED_STEPS)])
     print("\n".join(lines))
     if not options.quick:
         options.output.parent.mkdir(parents=True, exist_ok=True)

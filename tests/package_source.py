@@ -56,3 +56,17 @@ def imports(module: str) -> frozenset[str]:
         inner = f"{origin}.{name}"
         found.add(inner if inner in files() else origin)
     return frozenset(found)
+
+
+@cache
+def _lines(module: str) -> list[bytes]:
+    return source(module).encode().splitlines(keepends=True)
+
+
+def segment(module: str, node: ast.expr | ast.stmt) -> str:
+    """The source of a node, as `ast.get_source_segment` returns it, with the lines cached."""
+    first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+    lines = _lines(module)[first : last + 1]
+    lines[-1] = lines[-1][: node.end_col_offset]
+    lines[0] = lines[0][node.col_offset :]
+    return b"".join(lines).decode()

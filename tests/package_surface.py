@@ -10,7 +10,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from package_source import files, imported_names, source, tree
+from package_source import files, imported_names, segment, tree
 
 WIDTH = 100
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -195,7 +195,7 @@ def _wrapped(name: str, parameters: Sequence[str], result: str) -> list[str]:
     return [f"{name}(", *(f"    {parameter}," for parameter in parameters), f"){result}"]
 
 
-def _text(module: str, node: ast.AST) -> str:
+def _text(module: str, node: ast.expr | ast.stmt) -> str:
     """The source of a node on one line, however it is wrapped."""
-    text = " ".join((ast.get_source_segment(source(module), node) or "").split())
+    text = " ".join(segment(module, node).split())
     return re.sub(r",? ([\])}])", r"\1", re.sub(r"([\[({]) ", r"\1", text))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from difflib import unified_diff
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -29,6 +30,7 @@ ROOMS = (
 )
 
 
+@cache
 def listing() -> list[str]:
     """The surface as it is: rooms, then operations, then what stands at the top."""
     operations = [
