@@ -8,25 +8,23 @@ the inputs over all groups, which is less work and gives another matrix.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from platform import machine
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
+from tables import RESULTS, command_line, heading, publish
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from einconv_kfac.curvature import kronecker_factors
 from einconv_kfac.curvature.interop.backpack import with_groups
 
-RESULTS = Path(__file__).resolve().parent / "results"
 Run = Callable[[], object]
 
 
@@ -180,7 +178,7 @@ def table(results: dict[str, dict[str, tuple[float, float] | str]]) -> list[str]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, and write it to the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--repeats", type=int, default=9, help="runs per library")
     add("--small", action="store_true", help="a smoke test: tiny models, nothing is written")
@@ -188,15 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     chosen = tasks(options.small)
-    heading = (
-        f"{machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, float32, "
-        f"batch {len(chosen[0].x)}, medians of {options.repeats} interleaved runs"
-    )
-    lines = [heading, *table({task.name: measure(task, options.repeats) for task in chosen})]
-    print("\n".join(lines))
-    if not options.small:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("\n".join(lines) + "\n")
+    runs = f"medians of {options.repeats} interleaved runs"
+    title = heading("float32", f"batch {len(chosen[0].x)}", runs)
+    lines = [title, *table({task.name: measure(task, options.repeats) for task in chosen})]
+    publish(lines, None if options.small else options.output)
 
 
 if __name__ == "__main__":

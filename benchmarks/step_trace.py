@@ -12,7 +12,6 @@ counts, medians over the steps of a kind; no time is measured.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections import Counter
@@ -25,9 +24,9 @@ from types import FrameType
 from typing import Any
 
 import torch
+from tables import RESULTS, command_line, publish
 from torch import nn
 
-RESULTS = Path(__file__).resolve().parent / "results"
 WARM_UP_STEPS = 100
 TRACED_STEPS = 20
 """Two periods of the factors, whose default is ten steps."""
@@ -192,9 +191,7 @@ def _by_file(kinds: dict[str, list[Trace]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables, and write them if a file is given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--package", type=Path, help="root of the checkout to trace (default: what is installed)")
     add("--whole", action="store_true", help="trace forward and backward pass as well")
@@ -206,10 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for _ in range(20 if options.quick else WARM_UP_STEPS):
         training.step()
     lines = table([training.step() for _ in range(6 if options.quick else TRACED_STEPS)])
-    print("\n".join(lines))
-    if not options.quick:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("\n".join(lines) + "\n")
+    publish(lines, None if options.quick else options.output)
 
 
 if __name__ == "__main__":
