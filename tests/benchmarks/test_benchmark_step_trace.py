@@ -1,4 +1,4 @@
-"""The trace of a step prints its tables, and counts what it says."""
+"""The trace of a step prints its tables, and counts calls and changes of file correctly."""
 
 from __future__ import annotations
 
