@@ -1,10 +1,17 @@
 PYTHON ?= python
-.PHONY: install test format lint types dist example benchmark training step fractions growth ci clean
+ONE_THREAD = OMP_NUM_THREADS=1 $(PYTHON)
+.DEFAULT_GOAL := help
+.PHONY: help install test format lint types surface dist smoke example ci clean \
+	bench-digits bench-training bench-step bench-fractions bench-growth bench-trace \
+	bench-factors bench-profile bench-operations bench-curvature
 
-install: ## the package, editable, with all that development needs
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## install the package, editable, with all that development needs
 	$(PYTHON) -m pip install -e ".[test,lint]"
 
-test: ## the test suite
+test: ## run the test suite
 	$(PYTHON) -m pytest
 
 format: ## rewrite the code in the house format
@@ -19,32 +26,53 @@ types: ## check types, with two checkers
 	$(PYTHON) -m mypy --strict
 	$(PYTHON) -m pyrefly check
 
-dist: ## build wheel and sdist, and check what they contain
+surface: ## rewrite the list of public names and signatures
+	$(PYTHON) tests/test_public_surface.py --write
+
+dist: ## build wheel and sdist, and check which files they hold
 	rm -rf build dist
 	$(PYTHON) -m pip install build
 	$(PYTHON) -m build
 	$(PYTHON) .ci/check_dist.py dist
 
-example: ## train on the digits
+smoke: dist ## use the wheel in a fresh environment, away from the checkout
+	PYTHON=$(PYTHON) bash .ci/try_wheel dist
+
+example: ## train on the digits with KFAC, SGD and AdamW
 	$(PYTHON) examples/train_digits.py
 
-benchmark: ## the digits over several seeds, with searched learning rates
+bench-digits: ## compare optimizers on the digits over ten seeds, peers with searched learning rates
 	$(PYTHON) benchmarks/digits.py
 
-training: ## KFAC beside tuned peers on Fashion-MNIST; more than an hour, continues where it was cut
-	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/training.py
+bench-training: ## compare KFAC with tuned peers on Fashion-MNIST; takes hours, can be continued
+	$(ONE_THREAD) benchmarks/training.py
 
-step: ## the cost of a step on ResNet-18
-	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/step.py
+bench-step: ## time a training step on ResNet-18
+	$(ONE_THREAD) benchmarks/step.py
 
-fractions: ## the cost of a step on a part of the examples
-	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/fractions_of_batches.py
+bench-fractions: ## time a step whose curvature comes from a part of the examples
+	$(ONE_THREAD) benchmarks/fractions_of_batches.py
 
-growth: ## what a thousand steps leave behind
-	OMP_NUM_THREADS=1 $(PYTHON) benchmarks/growth.py
+bench-growth: ## count memory, tensors, graph nodes and hooks after up to a thousand steps
+	$(ONE_THREAD) benchmarks/growth.py
 
-ci: ## everything that must pass, in fresh environments
+bench-trace: ## count how often a step changes file
+	$(ONE_THREAD) benchmarks/step_trace.py
+
+bench-factors: ## time the input factors of the layers of real networks
+	$(ONE_THREAD) benchmarks/factors.py
+
+bench-profile: ## compare the time of the factors with what no exact method can avoid
+	$(ONE_THREAD) benchmarks/factor_profile.py
+
+bench-operations: ## time convolutions against torch and einconv
+	$(ONE_THREAD) benchmarks/operations.py --output benchmarks/results/operations.txt
+
+bench-curvature: ## time the factors of whole models against other libraries
+	$(ONE_THREAD) benchmarks/curvature.py
+
+ci: ## run everything that must pass, in fresh environments
 	bash .ci/run
 
-clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove what building and testing leave behind
+	rm -rf build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,25 +1,30 @@
-"""Check that wheel and sdist hold the package, and no top-level package ``optim``."""
+"""Check that wheel and sdist contain the package, and no top-level package ``optim``."""
 
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
-NEEDED = ("einconv_kfac/__init__.py", "einconv_kfac/py.typed", "einconv_kfac/geometry.py")
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED = [
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "einconv_kfac").rglob("*")
+    if path.suffix == ".py" or path.name == "py.typed"
+]
 
 
 def check(archive: Path, names: list[str]) -> None:
-    """Raise if a file is missing from ``names`` or one too many is there."""
+    """Exit with an error if ``names`` lacks a file, or has a top-level package ``optim``."""
     missing = [name for name in NEEDED if name not in names]
     if missing:
         raise SystemExit(f"{archive.name} lacks {', '.join(missing)}")
     if any(name.split("/")[0] == "optim" for name in names):
         raise SystemExit(f"{archive.name} has a top-level package `optim`")
-    print(f"{archive.name}: {len(names)} files, as they should be")
+    print(f"{archive.name}: {len(names)} files")
 
 
 def main() -> None:
-    """Check the one wheel and the one sdist of a folder."""
+    """Check the wheel and the sdist of the folder that the command line names."""
     folder = Path(sys.argv[1])
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:

@@ -1,4 +1,4 @@
-"""Use the installed package from outside the checkout, whose path is the argument."""
+"""Use the installed package; the argument is the checkout, from which nothing may be imported."""
 
 import sys
 import warnings
@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 import einconv_kfac
-from einconv_kfac import KFAC
-from einconv_kfac.curvature import conv_input_factor, kronecker_factors
+from einconv_kfac import KFAC, conv_input_factor, kronecker_factors
 
 
 def main() -> None:
-    """Take a step, compute factors, and check where it all came from."""
+    """Compute factors, train for ten steps, and check where the package was imported from."""
     warnings.simplefilter("error")
     checkout = Path(sys.argv[1]).resolve()
     source = Path(einconv_kfac.__file__).resolve()

@@ -1,23 +1,24 @@
-"""Kronecker factors of real models: time and memory, next to other libraries in the same run.
+"""Kronecker factors of real models: time and memory of this package and of other libraries.
 
-Each library runs in turn, several times, in one process; the table has the median run of each and
-ratios of these. A library that refuses a model is shown as such.
-Peak memory is that of tensors, as torch's profiler sees it. On grouped convolutions curvlinops
-averages the inputs of all groups, which is less work and another matrix.
+The libraries take turns in one process. The table shows the median time of each, and its ratio to
+that of this package. A library that cannot handle a model is listed with its error. Peak memory
+counts tensors only, as torch's profiler reports them. On grouped convolutions curvlinops averages
+the inputs over all groups, which is less work and gives another matrix.
 """
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
+from tables import RESULTS, command_line, heading, publish
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -160,24 +161,35 @@ def measure(task: Task, repeats: int) -> dict[str, tuple[float, float] | str]:
     return {**results, **{n: (median(t), peak(runs[n])) for n, t in times.items()}}
 
 
+def table(results: dict[str, dict[str, tuple[float, float] | str]]) -> list[str]:
+    """Return the lines of the table, from the measurements of each model."""
+    lines = [f"{'model':14}{'library':28}{'ms':>9}{'ratio':>8}{'peak MB':>10}"]
+    for model, libraries in results.items():
+        own = libraries["einconv-kfac"]
+        for name in LIBRARIES:
+            found = libraries[name]
+            if isinstance(found, str) or isinstance(own, str):
+                lines.append(f"{model:14}{name:28}  refused: {found}")
+            else:
+                numbers = f"{1e3 * found[0]:9.1f}{found[0] / own[0]:8.2f}{found[1]:10.1f}"
+                lines.append(f"{model:14}{name:28}{numbers}")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--repeats", type=int, default=5, help="runs per library (5)")
-    parser.add_argument("--small", action="store_true", help="tiny models, for a quick look")
+    """Print the table, and write it to the results."""
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--repeats", type=int, default=9, help="runs per library")
+    add("--small", action="store_true", help="a smoke test: tiny models, nothing is written")
+    add("--output", type=Path, default=RESULTS / "curvature.txt", help="file of the table")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    print(f"{'model':14}{'library':28}{'ms':>9}{'ratio':>8}{'peak MB':>10}")
-    for task in tasks(options.small):
-        results = measure(task, options.repeats)
-        own = results["einconv-kfac"]
-        for name in LIBRARIES:
-            found = results[name]
-            if isinstance(found, str) or isinstance(own, str):
-                print(f"{task.name:14}{name:28}  refused: {found}")
-            else:
-                ratio = found[0] / own[0]
-                print(f"{task.name:14}{name:28}{1e3 * found[0]:9.1f}{ratio:8.2f}{found[1]:10.1f}")
+    chosen = tasks(options.small)
+    runs = f"medians of {options.repeats} interleaved runs"
+    title = heading("float32", f"batch {len(chosen[0].x)}", runs)
+    lines = [title, *table({task.name: measure(task, options.repeats) for task in chosen})]
+    publish(lines, None if options.small else options.output)
 
 
 if __name__ == "__main__":

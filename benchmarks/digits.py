@@ -1,8 +1,8 @@
-"""Compare KFAC on its defaults with searched SGD and AdamW on the digits, over several seeds.
+"""Compare KFAC on its defaults with SGD and AdamW at searched learning rates on the digits.
 
-SGD (Nesterov momentum 0.9) and AdamW get the learning rate of a grid of seven, a factor of
-two apart, that needs the fewest steps to both training losses together: the sum of the
-medians over seeds that the comparison does not use. Prints tables and writes them to
+SGD has Nesterov momentum 0.9. The learning rates of SGD and AdamW come from a grid of seven, a
+factor of two apart: the rate with the smallest sum of the median steps to both training losses,
+over seeds that the comparison does not use. Prints tables and writes them to
 benchmarks/results/digits.txt.
 """
 
@@ -33,7 +33,7 @@ EPOCHS = {448: 30, 64: 15}  # by batch size
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is searched and what is compared."""
+    """Optimizers, batch sizes and seeds of the search and of the comparison."""
 
     optimizers: tuple[str, ...] = OPTIMIZERS
     batch_sizes: tuple[int, ...] = (448, 64)
@@ -45,7 +45,7 @@ class Protocol:
 
 @dataclass
 class Report:
-    """Lines that are printed as they come, and kept."""
+    """Lines of the tables; each is printed when it is added."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -56,22 +56,22 @@ class Report:
 
 
 def run(name: str, setting: Setting, seed: int) -> Run:
-    """Train once; the seed is that of split, initial weights and batches."""
+    """Train once; split, initial weights and batches depend on the seed."""
     return train(name, split_digits(seed), replace(setting, seed=seed), quiet=True)
 
 
 def steps(runs: Sequence[Run], target: float) -> list[float]:
-    """Return each run's steps to ``target``, infinite where it was not reached."""
+    """Return each run's number of steps to ``target``, infinity if it was not reached."""
     return [inf if (count := run.steps_to(target)) is None else count for run in runs]
 
 
 def show(value: float, style: str = ".4g") -> str:
-    """Write a number, or a dash if it is infinite."""
+    """Format a number, or return a dash if it is infinite."""
     return format(value, style) if isfinite(value) else "-"
 
 
 def search(name: str, setting: Setting, protocol: Protocol, report: Report) -> float:
-    """Return the learning rate with the fewest steps, and report every rate of the grid."""
+    """Return the learning rate with the fewest steps, and report all rates of the grid."""
     scores = {}
     report.add(f"  {name:5} lr     steps to {TARGETS}, test loss; medians")
     for lr in GRIDS[name][: protocol.grid_size]:
@@ -84,7 +84,7 @@ def search(name: str, setting: Setting, protocol: Protocol, report: Report) -> f
 
 
 def describe(name: str, runs: dict[int, Run]) -> list[str]:
-    """Return the rows of one optimizer: medians, then every seed."""
+    """Return the rows of one optimizer: medians over seeds, then each seed."""
     done = list(runs.values())
     columns = [steps(done, target) for target in TARGETS]
     columns.append([run.test_loss for run in done])
@@ -99,7 +99,7 @@ def describe(name: str, runs: dict[int, Run]) -> list[str]:
 
 
 def compare(batch_size: int, protocol: Protocol, report: Report) -> None:
-    """Search and run the optimizers at one batch size."""
+    """Search learning rates and run all optimizers at one batch size."""
     epochs = protocol.epochs or EPOCHS.get(batch_size, Setting.epochs)
     setting = Setting(epochs=epochs, batch_size=batch_size)
     report.add(f"batch size {batch_size}, {epochs} epochs")
@@ -121,7 +121,7 @@ def compare(batch_size: int, protocol: Protocol, report: Report) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the comparison."""
+    """Run the comparison; print and write its tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke test: seconds, no meaning")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)

@@ -1,33 +1,31 @@
-"""The cost of an automatic step when factors and products take a part of the examples.
+"""The cost of an automatic step whose factors and products use a part of the examples.
 
-Every setting takes its turn at each step, on the same batch, beside SGD; one complete period of the
-factors counts, late in training. The network is convolutional without normalisation.
+The settings and SGD take turns at each step, on the same batch. One complete period of the factors
+is measured, late in training. The network is convolutional, without normalisation.
 """
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from platform import machine
 from time import perf_counter
 
 import torch
+from tables import RESULTS, command_line, heading, publish
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from einconv_kfac.optim import KFAC
 
-RESULTS = Path(__file__).resolve().parent / "results"
 _LATE = 10_000
 _WARM_UP = 3
 FRACTIONS = ((1.0, 1.0), (1.0, 0.25), (0.25, 1.0), (0.25, 0.25))
-"""Of the factors and of the products."""
+"""Fractions of the examples for the factors, and for the products."""
 
 
 def network(widths: Sequence[int]) -> nn.Sequential:
-    """Return a plain network; a wider layer halves the image."""
+    """Return a network without normalisation; a layer with more channels halves the image."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     channels = 3
@@ -39,7 +37,7 @@ def network(widths: Sequence[int]) -> nn.Sequential:
 
 
 def optimizer(model: nn.Module, loss_fn: nn.Module, period: int, parts: Sequence[float]) -> KFAC:
-    """Return an optimizer that is set to a late step."""
+    """Return an optimizer with its step count set late in training."""
     opt = KFAC(
         model,
         loss_fn,
@@ -56,7 +54,7 @@ def optimizer(model: nn.Module, loss_fn: nn.Module, period: int, parts: Sequence
 def seconds(
     model: nn.Module, loss_fn: nn.Module, opt: Optimizer, batch: tuple[Tensor, Tensor]
 ) -> float:
-    """Return how long a step takes."""
+    """Return the seconds that a step takes."""
     start = perf_counter()
     opt.zero_grad()
     loss_fn(model(batch[0]), batch[1]).backward()
@@ -87,9 +85,7 @@ def table(widths: Sequence[int], batch: tuple[Tensor, Tensor], period: int) -> l
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, and write it to the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--batch", type=int, default=64, help="images per step")
     add("--quick", action="store_true", help="a smoke test: tiny, period 2")
@@ -100,17 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size, batch, period = 32, options.batch, 10
     if options.quick:
         widths, size, batch, period = (2, 4), 8, 8, 2
-    heading = (
-        f"{machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
-        f"{len(widths)} convolutions of {widths[0]} to {widths[-1]} channels, {size}x{size}, batch "
-        f"{batch}"
-    )
+    channels = f"{len(widths)} convolutions of {widths[0]} to {widths[-1]} channels"
+    title = heading(channels, f"{size}x{size}", f"batch {batch}")
     data = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
-    lines = [heading, "", *table(widths, data, period)]
-    print("\n".join(lines))
-    options.output.mkdir(parents=True, exist_ok=True)
     name = "fractions-quick.txt" if options.quick else "fractions.txt"
-    (options.output / name).write_text("\n".join(lines) + "\n")
+    publish([title, "", *table(widths, data, period)], options.output / name)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
-"""What a thousand steps leave behind: memory, hooks, tensors and nodes of autograd graphs.
+"""Whether a thousand steps leave memory, hooks, tensors or nodes of autograd graphs behind.
 
-For each way of training, in a process of its own, a small convolutional network with batch
-normalisation and dropout (without the former where a part of the examples is taken) trains on
-batches of random images. After some of the steps the table shows the resident set, the tensors
-that the garbage collector finds, the graph nodes that these keep, and the hooks on model and loss.
+Each way of training runs in a process of its own. A small convolutional network with dropout and
+batch normalisation (without the latter where a part of the examples is taken) trains on batches of
+random images. After some of the steps the table shows the resident set, the tensors that the
+garbage collector finds, the graph nodes that these keep alive, and the hooks on model and loss.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from platform import machine
 from typing import Any
 
 import torch
+from tables import RESULTS, command_line, heading, publish
 from torch import Tensor, nn
 
 from einconv_kfac.optim import KFAC
 
-RESULTS = Path(__file__).resolve().parent / "results"
 _PAGE = 4096
 _FIXED = {"lr": 0.01, "adaptive": False}
 
@@ -112,7 +110,7 @@ WAYS: dict[str, tuple[Callable[..., list[tuple[int, ...]]], dict[str, Any]]] = {
 
 
 def train(model: nn.Module, steps: Sequence[int], options: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Train a model, and return what is alive after some of the steps."""
+    """Train a model, and return the step and the numbers of `alive` after each of ``steps``."""
     torch.manual_seed(0)
     loss_fn = model.loss_fn if isinstance(model, WithLoss) else nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn, **options)
@@ -165,11 +163,9 @@ def table(steps: Sequence[int]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, and write it to the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
-    add("--steps", default="100,500,1000", help="where to look")
+    add("--steps", default="100,500,1000", help="steps after which to count")
     add("--quick", action="store_true", help="a smoke test: 2 and 4 steps")
     add("--way", choices=WAYS, help="one way, in this process; nothing is written")
     add("--output", type=Path, default=RESULTS, help="folder of growth.txt")
@@ -182,12 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             numbers = "".join(f"{n:{w}}" for n, w in zip(counts, (9, 7, 7)))
             print(f"{options.way:26}{step:6}{resident / 1024:13.1f}{numbers}")
         return
-    heading = f"{machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    lines = [heading, "", *table(steps)]
-    print("\n".join(lines))
-    options.output.mkdir(parents=True, exist_ok=True)
     name = "growth-quick.txt" if options.quick else "growth.txt"
-    (options.output / name).write_text("\n".join(lines) + "\n")
+    publish([heading(), "", *table(steps)], options.output / name)
 
 
 if __name__ == "__main__":

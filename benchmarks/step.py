@@ -1,22 +1,20 @@
 """The cost of a training step on ResNet-18 at 32x32, beside SGD in the same run.
 
-Every optimizer takes its turn at each step, on the same batch, late in training (no burn-in). With
-periods 10 and 100 an average step is one of 100, of which ten update the factors and one of these
-the inverses as well. Twenty steps stand for them: the first, where everything is due (and is done
-for the first time, which costs more than later), the eleventh for the other updates of the factors,
-and the rest for ordinary steps. Over several repetitions the median counts. On one thread a time is
-that of the processor, which other processes disturb least. SINGD has no inverses;
-its preconditioner is updated at the factors' period.
+The optimizers take turns at each step, on the same batch, late in training (no burn-in). With
+periods 10 and 100, ten of 100 steps update the factors, and one of these ten also the inverses.
+Twenty steps represent them: the first, where everything is due (and is done for the first time,
+which costs more than later), the eleventh for the other updates of the factors, and the rest for
+ordinary steps. The result is the median over repetitions. On one thread processor time is measured,
+which other processes disturb least. SINGD has no inverses; its preconditioner is updated at the
+period of the factors.
 """
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from platform import machine
 from statistics import median
 from time import perf_counter, process_time
 
@@ -25,16 +23,16 @@ from evidence.models import resnet20
 from evidence.optimizers import Trainer, asdl_trainer, library, torch_trainer, with_rest
 from evidence.tasks import Task
 from evidence.vision import resnet18
+from tables import RESULTS, command_line, heading, publish
 from torch import Tensor, nn
 
 from einconv_kfac.optim import KFAC
 
-RESULTS = Path(__file__).resolve().parent / "results"
 _LATE = 100  # periods after which nothing is updated more often than its period says
 _LR = 1e-3
 _DAMPING = 0.1
 REFUSALS = (ImportError, NotImplementedError, RuntimeError, ValueError)
-"""What an optimizer raises that cannot train the network."""
+"""Exceptions of an optimizer that cannot train the network."""
 
 Build = Callable[[nn.Module, Task, tuple[int, int]], Trainer]
 
@@ -46,7 +44,7 @@ def sgd(model: nn.Module, task: Task, periods: tuple[int, int]) -> Trainer:
 
 
 def _kfac(model: nn.Module, task: Task, periods: tuple[int, int], adaptive: bool) -> Trainer:
-    """KFAC, set to a late step."""
+    """KFAC, with its step count set late in training."""
     loss_fn = task.loss_fn()
     opt = KFAC(
         model,
@@ -78,7 +76,7 @@ def asdl(model: nn.Module, task: Task, periods: tuple[int, int]) -> Trainer:
 
 
 def singd(model: nn.Module, task: Task, periods: tuple[int, int]) -> Trainer:
-    """SINGD, and AdamW for what it does not train."""
+    """SINGD, and AdamW for the layers that it does not train."""
     opt = library("singd.optim.optimizer").SINGD(
         model, lr=_LR, damping=_DAMPING, T=periods[0], warn_unsupported=False
     )
@@ -95,7 +93,7 @@ BUILDS: dict[str, Build] = {
 
 
 def _built(task: Task, periods: tuple[int, int]) -> tuple[dict[str, Trainer], dict[str, str]]:
-    """Return the optimizers, and why others cannot be had."""
+    """Return the optimizers, and for others the reason why they are missing."""
     trainers: dict[str, Trainer] = {}
     refused: dict[str, str] = {}
     for name, build in BUILDS.items():
@@ -110,7 +108,7 @@ def _built(task: Task, periods: tuple[int, int]) -> tuple[dict[str, Trainer], di
 def _window(
     task: Task, periods: tuple[int, int], batch: tuple[Tensor, Tensor]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the seconds of an average step by optimizer, and why others have none."""
+    """Return the seconds of an average step by optimizer, in one run of all steps, and refusals."""
     factors, inverses = periods
     clock = process_time if torch.get_num_threads() == 1 else perf_counter
     shares = _shares(factors, inverses)
@@ -130,7 +128,7 @@ def _window(
 
 
 def _shares(factors: int, inverses: int) -> list[float]:
-    """Return which share of all steps each step of the window stands for."""
+    """Return the share of all steps that each measured step represents."""
     updates = inverses // factors
     ordinary = (inverses - updates) / (2 * factors - 2)
     shares = [ordinary] * (2 * factors)
@@ -141,7 +139,7 @@ def _shares(factors: int, inverses: int) -> list[float]:
 def measure(
     task: Task, periods: tuple[int, int], repeats: int, shape: tuple[int, int, int]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the seconds of an average step by optimizer, and why others have none."""
+    """Return the median seconds of an average step by optimizer, and refusals."""
     torch.manual_seed(0)
     n = task.batch_size
     batch = torch.randn(n, *shape), torch.randint(10, (n,))
@@ -161,9 +159,7 @@ def table(seconds: dict[str, float], refused: dict[str, str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, and write it to the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--batch", type=int, default=128, help="images per step")
     add("--periods", default="10,100", help="of factors and inverses")
@@ -178,16 +174,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         task = Task("step", "a tiny ResNet", partial(resnet20, 2, 1), 4, inverses)
         shape = (1, 8, 8)
-    heading = (
-        f"{machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
-        f"{task.title}, {shape[1]}x{shape[2]}, batch {task.batch_size}, periods {factors} and "
-        f"{inverses}, median of {options.repeats} repetition(s)"
+    details = (
+        f"{task.title}, {shape[1]}x{shape[2]}, batch {task.batch_size}",
+        f"periods {factors} and {inverses}, median of {options.repeats} repetition(s)",
     )
-    lines = [heading, "", *table(*measure(task, (factors, inverses), options.repeats, shape))]
-    print("\n".join(lines))
-    options.output.mkdir(parents=True, exist_ok=True)
+    measured = measure(task, (factors, inverses), options.repeats, shape)
     name = "step-quick.txt" if options.quick else "step.txt"
-    (options.output / name).write_text("\n".join(lines) + "\n")
+    publish([heading(*details), "", *table(*measured)], options.output / name)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Times of contestants that take turns, and what they were taken on."""
+"""Times of contestants that take turns, and the machine on which they were measured."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ import torch
 
 
 def seconds(calls: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, float]:
-    """Return the median time of each call; they take turns until the budget is spent.
+    """Return the median time of each call in seconds; the calls take turns until the budget ends.
 
-    Each round starts with another call, so that none always finds the caches as the same other
-    one leaves them. On one thread a time is that of the process, which other processes on the
+    Each round starts with another call, so that no call always runs with the caches that the same
+    other call has filled. On one thread processor time is measured, which other processes on the
     machine disturb least.
+
+    Args:
+        calls: The calls, by name.
+        budget: Seconds for all of them; each is called at least three times.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     names, turns = list(calls), 0
@@ -42,7 +46,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def machine(threads: int) -> str:
-    """Return what the times were taken on."""
+    """Return processor, number of threads and versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
     capability = torch.backends.cpu.get_cpu_capability()

@@ -1,10 +1,10 @@
-"""Train on Fashion-MNIST: KFAC on its defaults beside tuned peers, in steps and in seconds.
+"""Train on Fashion-MNIST with KFAC on its defaults and with tuned peers, in steps and in seconds.
 
 Each peer gets the same number of trials (seed 0), a linear warm-up over 5 % of the run and a cosine
 to zero; the setting with the smallest final training loss then runs on other seeds. KFAC's
 defaults have no schedule. The training loss is that on 2,000 fixed training images in evaluation
-mode, outside the clock. Finished runs are appended to a file of JSON lines and never repeated, so
-the whole can be cut and continued; table and picture are made from it.
+mode; evaluations are not part of the times. Finished runs are appended to a file of JSON lines and
+never repeated, so an interrupted comparison can be continued. Table and picture are made from it.
 """
 
 from __future__ import annotations
@@ -13,24 +13,22 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from platform import machine
 from typing import Any
 
-import torch
 from evidence.data import DIRECTORY, Split, fashion_mnist, synthetic
 from evidence.optimizers import OPTIMIZERS
 from evidence.report import Outcome, draw, table
 from evidence.runs import Records, Run, train
 from evidence.search import settings
 from evidence.tasks import Task, tasks
+from tables import RESULTS, command_line, heading
 
-RESULTS = Path(__file__).resolve().parent / "results"
-_PROBED = 16  # steps of which the second half tells the time of a run
+_PROBED = 16  # steps; the second half of them gives the estimated time of a run
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is compared.
+    """Tasks, optimizers and seeds of a comparison.
 
     Args:
         size: The size of the tasks.
@@ -47,7 +45,7 @@ class Protocol:
     trials: int
 
     def trial(self, task: Task, optimizer: str) -> list[Run]:
-        """Return the trials of an optimizer, untrained; none where there is nothing to choose."""
+        """Return the trials of an optimizer, untrained; none if it has a single setting."""
         tried = settings(optimizer, task, self.trials)
         if len(tried) == 1:
             return []
@@ -59,10 +57,10 @@ class Protocol:
 
 
 class Comparison:
-    """Runs what is missing of a protocol.
+    """Trains the runs of a protocol that are not on record.
 
     Args:
-        protocol: What is compared.
+        protocol: Tasks, optimizers and seeds.
         split: The images.
         records: The finished runs.
     """
@@ -87,7 +85,7 @@ class Comparison:
         return found
 
     def outcome(self, task: Task) -> Outcome:
-        """Run all optimizers on a task; seeds outside, so that other load hits all alike."""
+        """Run all optimizers on a task, seed by seed, so that other load affects all alike."""
         chosen: dict[str, dict[str, Any]] = {}
         failures: dict[str, str] = {}
         for name in self._protocol.optimizers:
@@ -104,7 +102,7 @@ class Comparison:
         return Outcome(task, runs, failures)
 
     def plan(self) -> Iterator[str]:
-        """Yield the estimated minutes of what is missing, from a few steps of each optimizer."""
+        """Yield the estimated minutes of the missing runs, from a few steps of each optimizer."""
         total = 0.0
         for task in self._protocol.tasks:
             minutes = sum(self._minutes(task, name) for name in self._protocol.optimizers)
@@ -133,19 +131,21 @@ class Comparison:
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Parse the command line."""
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--data-dir", type=Path, default=DIRECTORY, help="folder of the four .gz files")
     add("--task", default="a,b,c,d,e,f", help="letters, separated by commas")
     add("--optimizer", default=",".join(OPTIMIZERS), help="names, separated by commas")
     add("--seeds", default="1,2,3", help="seeds of the runs that count, separated by commas")
     add("--steps", type=int, help="steps of every run")
-    add("--fraction", type=float, default=1.0, help="of the steps of every run")
+    add("--fraction", type=float, default=1.0, help="fraction of the steps of every run")
     add("--trials", type=int, default=5, help="trials per optimizer")
-    add("--quick", action="store_true", help="a smoke test: tiny, needs no files, no meaning")
+    add(
+        "--quick",
+        action="store_true",
+        help="a smoke test: tiny networks and synthetic images, no meaning",
+    )
     add("--full", action="store_true", help="full-size networks and runs; needs hours")
     add("--plan", action="store_true", help="only estimate the time")
     add("--output", type=Path, default=RESULTS, help="folder of training.jsonl, .txt and .png")
@@ -156,7 +156,7 @@ def _chosen(given: str, known: Sequence[str], what: str) -> list[str]:
     """Return the names in a comma-separated list.
 
     Raises:
-        SystemExit: If one is not known.
+        SystemExit: If a name is unknown.
     """
     names = given.split(",")
     for name in names:
@@ -166,7 +166,7 @@ def _chosen(given: str, known: Sequence[str], what: str) -> list[str]:
 
 
 def _protocol(options: argparse.Namespace) -> Protocol:
-    """Return what the command line asks for."""
+    """Return the protocol that the command line describes."""
     size = "quick" if options.quick else "full" if options.full else "standard"
     known = tasks(size)
     chosen = [known[name] for name in _chosen(options.task, list(known), "task")]
@@ -179,7 +179,7 @@ def _protocol(options: argparse.Namespace) -> Protocol:
 
 
 def _split(options: argparse.Namespace) -> Split:
-    """Return the images; the quick comparison makes its own."""
+    """Return the images; those of the quick comparison are synthetic."""
     if options.quick:
         return synthetic()
     try:
@@ -212,11 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _heading(protocol: Protocol) -> str:
-    """Return what the table needs to be understood."""
-    return (
-        f"{machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
-        f"{protocol.size} tasks, {protocol.trials} trials (seed 0), seeds {protocol.seeds}"
-    )
+    """Return machine, versions and protocol in a line."""
+    trials = f"{protocol.trials} trials (seed 0), seeds {protocol.seeds}"
+    return heading(f"{protocol.size} tasks", trials)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Keep AdamW, and precondition its gradients: ``KFACPreconditioner`` goes in front of it.
+"""Keep AdamW, and put ``KFACPreconditioner`` in front of it.
 
-The preconditioner replaces the gradients of layers with Kronecker factors before AdamW's step.
-AdamW then normalises them entry by entry, so that only their direction is the curvature's;
-``damping`` and AdamW's learning rate are to be tuned together.
+Before AdamW's step, the preconditioner replaces the gradients of layers with Kronecker factors by
+preconditioned ones. AdamW normalises these entry by entry, so the curvature affects only their
+direction. Tune ``damping`` and AdamW's learning rate together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def train(steps: int, *, precondition: bool) -> float:
 
 
 def main(steps: int = 30) -> dict[str, float]:
-    """Train without and with the preconditioner, print and return the test accuracies."""
+    """Train without and with the preconditioner; print and return the test accuracies."""
     accuracies = {
         "AdamW": train(steps, precondition=False),
         "AdamW behind K-FAC": train(steps, precondition=True),

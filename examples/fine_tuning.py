@@ -1,7 +1,7 @@
-"""Fine-tune a network: frozen layers first, all layers later, with one optimizer.
+"""Fine-tune a network with one optimizer: some layers are frozen first, and unfrozen later.
 
-A network that knows the digits below 5 gets a new head for all ten. Its first convolutions are
-frozen at first; once they are unfrozen, `KFAC` covers them from the next step on.
+A network trained on the digits below 5 gets a new head for all ten. Its first convolutions are
+frozen at first. `KFAC` covers them from the first step after they are unfrozen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BATCH_SIZE = 224
 
 
 def train(model: nn.Module, optimizer: KFAC, loss_fn: nn.Module, data: Split, epochs: int) -> float:
-    """Train for some epochs, and return the test accuracy."""
+    """Train for ``epochs`` epochs, and return the test accuracy."""
     run = Run(steps_per_epoch=len(data.x) // BATCH_SIZE)
     stream = batches(data, BATCH_SIZE, seed=0)
     for _ in range(epochs):
@@ -27,7 +27,7 @@ def train(model: nn.Module, optimizer: KFAC, loss_fn: nn.Module, data: Split, ep
 
 
 def main(epochs: int = 3) -> dict[str, float]:
-    """Pre-train, fine-tune, print and return the test accuracies."""
+    """Pre-train and fine-tune; print and return the test accuracies."""
     data, model, loss_fn = split_digits(seed=0), build_network(seed=0), nn.CrossEntropyLoss()
     few, few_test = data.y < 5, data.y_test < 5
     known = Split(data.x[few], data.y[few], data.x_test[few_test], data.y_test[few_test])

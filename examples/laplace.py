@@ -1,11 +1,10 @@
 """A Laplace approximation of a convolutional network, from its Kronecker factors.
 
-The network is trained on a few handwritten digits, where it ends up too sure of itself. The
-posterior of its weights is then taken to be the Gaussian around them whose precision is the
-curvature of the loss, Kronecker-factored, plus that of the prior. The prior is chosen on
-held-out images; predictions average over the linearised network. The script prints accuracy,
-loss and expected calibration error before and after, on images that are noisier than those
-of the training, and saves a reliability picture.
+A network trained on a few handwritten digits is overconfident. The posterior of its weights is
+approximated by a Gaussian around them, whose precision is the Kronecker-factored curvature of the
+loss plus that of the prior. The prior is chosen on held-out images. Predictions are averages over
+the linearised network. The script prints accuracy, loss and expected calibration error before and
+after, on images that are noisier than the training images, and saves reliability diagrams.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def build_network(seed: int) -> nn.Sequential:
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
-    """Fit the model to all data at a time."""
+    """Fit the model by full-batch Adam."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in tqdm(range(steps), desc="training"):
         optimizer.zero_grad()
@@ -64,7 +63,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
 def choose_prior(
     model: nn.Module, curvature: KroneckerFactors, x: Tensor, y: Tensor, samples: int
 ) -> float:
-    """Return the prior precision under which held-out images are likeliest."""
+    """Return the prior precision with the smallest loss on held-out images."""
     best, lowest = PRIORS[0], float("inf")
     for prior in tqdm(PRIORS, desc="prior"):
         loss = summary(predict(model, curvature, prior, x, samples), y)["loss"]
@@ -91,7 +90,7 @@ def predict(
 
 
 def reliability(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return share of predictions, mean confidence and accuracy per bin of confidence."""
+    """Return the share of predictions, mean confidence and accuracy, per bin of confidence."""
     confidence, predicted = p.max(dim=1)
     index = (confidence * BINS).long().clamp_max(BINS - 1)
     onehot = nn.functional.one_hot(index, BINS).to(p)
@@ -101,7 +100,7 @@ def reliability(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def calibration_error(p: Tensor, y: Tensor) -> float:
-    """Return the expected calibration error: the mean gap of confidence and accuracy."""
+    """Return the expected calibration error: the mean gap between confidence and accuracy."""
     share, confidence, accuracy = reliability(p, y)
     return float((share * (confidence - accuracy).abs()).nansum())
 
@@ -128,7 +127,7 @@ def draw(predictions: dict[str, Tensor], y: Tensor, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Run the example and return what it prints."""
+    """Run the example, and return the numbers that it prints."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, default=150, help="training images (150)")
     parser.add_argument("--steps", type=int, default=200, help="training steps (200)")

@@ -1,8 +1,8 @@
 """Train in mixed precision, with gradients accumulated over micro-batches.
 
-The forward passes run under bfloat16 autocast; each loss is divided by the number of
-micro-batches, so that the step is that of the whole batch. Factors, inverses and the quadratic
-model see every micro-batch. With float16, add a ``torch.amp.GradScaler`` as for any optimizer.
+The forward passes run under bfloat16 autocast. Each loss is divided by the number of micro-batches,
+so that the step equals that of the whole batch; factors and quadratic model use every micro-batch.
+With float16, add a ``torch.amp.GradScaler`` as for any optimizer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from einconv_kfac import KFAC
 
 
 def main(steps: int = 15, parts: int = 4, device: str = "cpu") -> float:
-    """Train, print and return the test accuracy."""
+    """Train; print and return the test accuracy."""
     data, loss_fn = split_digits(seed=0, device=device), nn.CrossEntropyLoss()
     model = build_network(seed=0).to(device)
     optimizer = KFAC(model, loss_fn)

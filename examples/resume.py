@@ -1,7 +1,8 @@
-"""Stop a training run, and go on from its checkpoint as if it had not been stopped.
+"""Stop a training run, and resume it from its checkpoint.
 
-The state of `KFAC` holds factors, inverses, damping and the random generator of the sampled
-targets; it loads with ``weights_only=True``. A resumed run is bit-identical to one that went on.
+The state of `KFAC` contains factors, inverses, damping and the random generator of the sampled
+targets; it loads with ``weights_only=True``. The weights of a resumed run are bit-identical to
+those of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from einconv_kfac import KFAC
 
 
 def advance(model: nn.Module, loss_fn: nn.Module, optimizer: KFAC, first: int, last: int) -> None:
-    """Take the steps from ``first`` to ``last``."""
+    """Take the steps ``first`` to ``last - 1``, counted from 0."""
     stream = batches(split_digits(seed=0), batch_size=448, seed=0)
     for x, y in islice(stream, first, last):
         optimizer.zero_grad()
@@ -27,7 +28,7 @@ def advance(model: nn.Module, loss_fn: nn.Module, optimizer: KFAC, first: int, l
 
 
 def main(steps: int = 6) -> bool:
-    """Stop after half of the steps and resume, and return whether that changed nothing."""
+    """Stop after half of the steps and resume; return whether the weights are bit-identical."""
     half, loss_fn = steps // 2, nn.CrossEntropyLoss()
     model = build_network(seed=0)
     optimizer = KFAC(model, loss_fn)

@@ -8,8 +8,8 @@ The change:
    -optimizer = SGD(model.parameters(), lr=0.2, momentum=0.9, nesterov=True)
    +optimizer = KFAC(model, loss_fn)
 
-The loop, its schedulers, its checkpoints stay. The script below runs it with either line, on
-handwritten digits.
+The loop, its schedulers and its checkpoints stay as they are. The script below trains on
+handwritten digits with either optimizer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from einconv_kfac import KFAC
 
 
 def train(name: str, steps: int) -> float:
-    """Train with one of the two optimizers, and return the test accuracy."""
+    """Train with the named optimizer, and return the test accuracy."""
     data, model, loss_fn = split_digits(seed=0), build_network(seed=0), nn.CrossEntropyLoss()
     optimizer: Optimizer
     if name == "SGD":
@@ -44,7 +44,7 @@ def train(name: str, steps: int) -> float:
 
 
 def main(steps: int = 45) -> dict[str, float]:
-    """Train with both, print and return their test accuracies."""
+    """Train with both; print and return the test accuracies."""
     accuracies = {name: train(name, steps) for name in ("SGD", "KFAC")}
     for name, accuracy in accuracies.items():
         print(f"{name}: test accuracy {accuracy:.1%} after {steps} steps")

@@ -1,7 +1,7 @@
 """Train one small convolutional network on handwritten digits with KFAC, SGD and AdamW.
 
-Every optimizer gets the same initial weights and the same batches. The script prints a
-table, and saves a picture of the curves.
+All optimizers start from the same weights and see the same batches. The script prints a table, and
+saves a picture of the curves.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Setting:
 
 @dataclass
 class Run:
-    """What one training run leaves behind; losses and times are per step."""
+    """Results of one training run; losses and times are per step."""
 
     steps_per_epoch: int
     losses: list[float] = field(default_factory=list)
@@ -73,18 +73,18 @@ class Run:
     test_loss: float = float("nan")
 
     def running_mean(self) -> list[float]:
-        """Mean training loss over the last epoch's worth of steps, from the first full one on."""
+        """Return the mean loss of the latest epoch's worth of steps, from the first full one on."""
         window = self.steps_per_epoch
         ends = range(window, len(self.losses) + 1)
         return [fmean(self.losses[end - window : end]) for end in ends]
 
     def steps_to(self, target: float) -> int | None:
-        """Return the number of steps until the running mean is at ``target``, if it gets there."""
+        """Return the number of steps until the running mean reaches ``target``, if it does."""
         means = enumerate(self.running_mean(), start=self.steps_per_epoch)
         return next((step for step, loss in means if loss <= target), None)
 
     def summary(self) -> Summary:
-        """Return the numbers of the table."""
+        """Return the numbers of the run's row in the table."""
         summary: Summary = {
             "test_accuracy": self.test_accuracies[-1],
             "test_loss": self.test_loss,
@@ -100,7 +100,7 @@ class Run:
 
 
 def split_digits(seed: int, device: str = "cpu") -> Split:
-    """Load the images and split them at random: their own order is by writer."""
+    """Load the images and split them at random, since they are ordered by writer."""
     pixels, digits = load_digits(return_X_y=True)
     x = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     y = torch.tensor(digits)
@@ -126,7 +126,7 @@ def build_network(seed: int) -> nn.Sequential:
 
 
 def build_optimizer(name: str, model: nn.Module, loss_fn: nn.Module, setting: Setting) -> Optimizer:
-    """Return the optimizer of that name."""
+    """Return the named optimizer, with its default hyper-parameters where the setting has none."""
     if name == "KFAC":
         lr = 1.0 if setting.lr is None else setting.lr
         return KFAC(model, loss_fn, lr=lr, damping=setting.damping)
@@ -154,7 +154,7 @@ def evaluate(model: nn.Module, data: Split) -> tuple[float, float]:
 
 
 def train(name: str, data: Split, setting: Setting, quiet: bool = False) -> Run:
-    """Train the network with one optimizer; time spent on the test images does not count."""
+    """Train the network with one optimizer; evaluations are not part of the times."""
     model, loss_fn = build_network(setting.seed).to(data.x.device), nn.CrossEntropyLoss()
     optimizer = build_optimizer(name, model, loss_fn, setting)
     run = Run(steps_per_epoch=len(data.x) // setting.batch_size)
@@ -188,7 +188,7 @@ def train_epoch(
 
 
 def format_table(summaries: dict[str, Summary]) -> str:
-    """Lay the summaries out as a table, a row per optimizer."""
+    """Return the summaries as a table, one row per optimizer."""
     lines: list[str] = [" | ".join(("optimizer", *(title for title, _, _ in COLUMNS)))]
     for name, summary in summaries.items():
         cells = [name.ljust(len("optimizer"))]
@@ -201,7 +201,7 @@ def format_table(summaries: dict[str, Summary]) -> str:
 
 
 def draw_curves(runs: dict[str, Run], title: str, path: Path) -> None:
-    """Save training loss over steps and over seconds, and test accuracy over steps."""
+    """Save curves of training loss by step and by second, and of test accuracy by step."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     figure.suptitle(title)
     by_step, by_time, accuracy = figure.subplots(1, 3)
@@ -223,7 +223,7 @@ def draw_curves(runs: dict[str, Run], title: str, path: Path) -> None:
 
 
 def optimizer_name(text: str) -> str:
-    """Find an optimizer by its name, in any case."""
+    """Return an optimizer's name as it is spelled here; upper and lower case do not matter."""
     names = {name.lower(): name for name in OPTIMIZERS}
     if text.lower() not in names:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(OPTIMIZERS)}, got {text!r}")
@@ -231,7 +231,7 @@ def optimizer_name(text: str) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     names = " ".join(OPTIMIZERS)
@@ -270,7 +270,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=Path("digits.png"),
         help="picture of the curves to write (default: %(default)s)",
     )
-    add("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    add("--json", type=Path, metavar="FILE", help="file for the numbers of the table")
     args = parser.parse_args(arguments)
     if args.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {args.epochs}")
@@ -280,7 +280,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the comparison and report it."""
+    """Train with every optimizer; print the table, and save curves and numbers."""
     args = parse_arguments(arguments)
     data = split_digits(args.seed, args.device)
     print(f"{len(data.x)} training and {len(data.x_test)} test images, split by seed {args.seed}")

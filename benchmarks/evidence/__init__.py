@@ -1,1 +1,1 @@
-"""The training comparison: data, models, optimizers, runs, and what is reported of them."""
+"""The training comparison: data, models, optimizers, search, runs, and report."""

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, and images of the same kind that need no file."""
+"""Fashion-MNIST, and synthetic images of the same shape."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Images:
         return Images(self.x[:count], self.y[:count])
 
     def at_size(self, size: int) -> Images:
-        """Return the images averaged down to ``size`` (which divides theirs) in both dimensions."""
+        """Return images of ``size`` x ``size``, averaged over squares; ``size`` divides theirs."""
         factor = self.x.shape[-1] // size
         return Images(avg_pool2d(self.x, factor), self.y) if factor > 1 else self
 
@@ -58,7 +58,7 @@ def fashion_mnist(directory: Path = DIRECTORY) -> Split:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is none of the format.
+        ValueError: If a file does not have the IDX format.
     """
     return Split(_images(directory, "train"), _images(directory, "t10k"))
 
@@ -75,7 +75,7 @@ def synthetic(train: int = 1024, test: int = 256, seed: int = 0) -> Split:
 
 
 def _images(directory: Path, part: str) -> Images:
-    """Read images and classes of one part."""
+    """Return images and classes of one part."""
     pixels = _read(directory / f"{part}-images-idx3-ubyte.gz", 3)
     return Images(
         pixels.unsqueeze(1).float() / 255, _read(directory / f"{part}-labels-idx1-ubyte.gz", 1)
@@ -83,7 +83,7 @@ def _images(directory: Path, part: str) -> Images:
 
 
 def _read(path: Path, dimensions: int) -> Tensor:
-    """Read a file of bytes in the IDX format as integers."""
+    """Return the bytes of a file in the IDX format as integers."""
     if not path.is_file():
         raise FileNotFoundError(f"Fashion-MNIST needs {path.name} in {path.parent}. {REMEDY}")
     raw = gzip.decompress(path.read_bytes())

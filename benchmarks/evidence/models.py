@@ -29,8 +29,8 @@ def small_cnn(size: int, widths: tuple[int, int], hidden: int) -> nn.Sequential:
 def plain_cnn(width: int, depth: int = 20) -> nn.Sequential:
     """Return ``depth`` layers without normalisation or shortcuts, with the weights of He et al.
 
-    A 3x3 convolution of stride 2, convolutions of which one more has stride 2 and twice the
-    channels, an average over positions, and a linear layer.
+    A 3x3 convolution of stride 2, more 3x3 convolutions, the middle one with stride 2 and twice
+    the channels, an average over positions, and a linear layer.
     """
     layers: list[nn.Module] = [nn.Conv2d(1, width, 3, stride=2, padding=1), nn.ReLU()]
     middle = depth // 2
@@ -50,8 +50,8 @@ def plain_cnn(width: int, depth: int = 20) -> nn.Sequential:
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with batch normalisation, and a shortcut without parameters.
 
-    Where it has a stride, the shortcut takes every second position and pads the channels with
-    zeros (He et al., 2016).
+    With a stride, the shortcut takes every second position and pads the channels with zeros (He et
+    al., 2016).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -113,7 +113,7 @@ def conv_autoencoder(size: int, width: int, code: int) -> nn.Sequential:
 def deep_autoencoder(sizes: Sequence[int]) -> nn.Sequential:
     """Return linear layers along ``sizes`` and back, the code linear.
 
-    Rectified linear units in place of the logistic ones of Hinton and Salakhutdinov (2006).
+    It has rectified linear units, unlike the logistic ones of Hinton and Salakhutdinov (2006).
     """
     path = [*sizes, *reversed(sizes[:-1])]
     layers: list[nn.Module] = [nn.Flatten()]

@@ -1,4 +1,4 @@
-"""The optimizers that are compared, made from a setting of their hyper-parameters."""
+"""The compared optimizers, each built from a setting of its hyper-parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from evidence.tasks import Task
 
 Setting = Mapping[str, Any]
 PERIODS = (10, 100)
-"""Steps between two updates of factors and of inverses in K-FACs."""
+"""Steps between two updates of the factors, and of the inverses, of every K-FAC."""
 REST_LR = 2e-3
 """Learning rate of AdamW for the layers that a peer leaves untrained or unpreconditioned."""
 _INSTALL = {
@@ -31,7 +31,7 @@ _INSTALL = {
 
 @dataclass
 class Trainer:
-    """Optimizers of one network, and how gradients come about.
+    """The optimizers of one network, and its backward pass.
 
     Args:
         optimizers: The optimizers; together they train every parameter.
@@ -44,7 +44,7 @@ class Trainer:
     scheduled: bool = True
 
     def __post_init__(self) -> None:
-        """Remember the peak learning rates."""
+        """Store the peak learning rates."""
         self._peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
 
     def step(self, x: Tensor, y: Tensor, fraction: float) -> Tensor:
@@ -83,7 +83,7 @@ def library(name: str) -> ModuleType:
 def torch_trainer(
     optimizers: list[torch.optim.Optimizer], model: nn.Module, loss_fn: nn.Module, task: Task
 ) -> Trainer:
-    """Return a trainer with torch's own way to gradients."""
+    """Return a trainer that backpropagates by torch."""
 
     def backward(x: Tensor, y: Tensor) -> Tensor:
         loss = task.loss(loss_fn, model(x), x, y)
@@ -106,7 +106,7 @@ def adamw(model: nn.Module, task: Task, setting: Setting) -> Trainer:
 
 
 def soap(model: nn.Module, task: Task, setting: Setting) -> Trainer:
-    """SOAP of pytorch_optimizer, preconditioners every 10 steps."""
+    """SOAP of pytorch_optimizer, with preconditioners updated every 10 steps."""
     opt = library("pytorch_optimizer").SOAP(
         model.parameters(), lr=setting["lr"], precondition_frequency=PERIODS[0]
     )
@@ -114,7 +114,7 @@ def soap(model: nn.Module, task: Task, setting: Setting) -> Trainer:
 
 
 def singd(model: nn.Module, task: Task, setting: Setting) -> Trainer:
-    """SINGD with dense structures; AdamW for the layers it does not train."""
+    """SINGD with dense structures, and AdamW for the layers that it does not train."""
     opt = library("singd.optim.optimizer").SINGD(
         model,
         lr=setting["lr"],
@@ -128,7 +128,7 @@ def singd(model: nn.Module, task: Task, setting: Setting) -> Trainer:
 
 
 def with_rest(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return an optimizer, and AdamW for the parameters that it does not have."""
+    """Return an optimizer, and AdamW for the parameters that the optimizer lacks."""
     own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     rest = [parameter for parameter in model.parameters() if parameter not in own]
     return [optimizer, torch.optim.AdamW(rest, lr=REST_LR)] if rest else [optimizer]
@@ -183,14 +183,14 @@ def asdl_trainer(
 ) -> Trainer:
     """Return asdl's K-FAC in front of SGD with momentum 0.9, its steps clipped to norm 1.
 
-    Transposed convolutions, which it does not have, are trained by AdamW.
+    AdamW trains transposed convolutions, which asdl does not support.
 
     Args:
         model: The network.
         task: The task.
         constants: Learning rate and damping.
         periods: Steps between two updates of factors and of inverses.
-        warm_up: Steps before that, with updates at each.
+        warm_up: First steps, each of which updates factors and inverses.
     """
     maker = _asdl_maker(model, task, constants[1], periods, warm_up)
     loss_fn = _AsdlLoss(task)
@@ -211,21 +211,21 @@ def asdl_trainer(
 
 
 def asdl_kfac(model: nn.Module, task: Task, setting: Setting) -> Trainer:
-    """K-FAC of asdl, inverses as often as factors as in its authors' experiments."""
+    """K-FAC of asdl, with inverses updated as often as factors, as in its authors' experiments."""
     factors = PERIODS[0]
     constants = (setting["lr"], setting["damping"])
     return asdl_trainer(model, task, constants, (factors, factors), warm_up=factors)
 
 
 def kfac_fixed(model: nn.Module, task: Task, setting: Setting) -> Trainer:
-    """Our K-FAC with fixed rates."""
+    """KFAC with fixed rates."""
     loss_fn = task.loss_fn()
     opt = KFAC(model, loss_fn, adaptive=False, **setting)
     return torch_trainer([opt], model, loss_fn, task)
 
 
 def kfac(model: nn.Module, task: Task, setting: Setting) -> Trainer:
-    """Our K-FAC with the automatic step, on its defaults but for what the setting says."""
+    """KFAC with the automatic step, on its defaults except for the setting."""
     loss_fn, changes = task.loss_fn(), dict(setting)
     scheduled = bool(changes.pop("scheduled", False))
     opt = KFAC(model, loss_fn, **changes)
@@ -243,4 +243,4 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, Task, Setting], Trainer]] = {
     "KFAC tuned": kfac,
 }
 PEERS = ("SGD", "AdamW", "SOAP", "SINGD", "asdl K-FAC")
-"""The tuned optimizers that KFAC is measured against."""
+"""The tuned optimizers that KFAC is compared with."""

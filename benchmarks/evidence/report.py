@@ -1,4 +1,4 @@
-"""The table and the picture that are made from finished runs."""
+"""The table and the picture of finished runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Outcome:
     Args:
         task: The task.
         runs: By optimizer, the runs with the chosen setting, one per seed.
-        failures: By optimizer, why none of its trials succeeded.
+        failures: By optimizer, the error of its first trial if all trials failed.
     """
 
     task: Task
@@ -67,7 +67,7 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _row(name: str, runs: Sequence[Run], target: float) -> str:
-    """Return one optimizer's line: means over seeds, then each seed."""
+    """Return the line of one optimizer: means over seeds, then each seed."""
     reached = [_reached(run, target) for run in runs]
     means = [mean(column) for column in zip(*reached)]
     per_step = mean(1000 * r.cpu_seconds[-1] / r.steps[-1] if r.steps else inf for r in runs)
@@ -86,7 +86,7 @@ def _row(name: str, runs: Sequence[Run], target: float) -> str:
 
 
 def _reached(run: Run, target: float) -> tuple[float, float, float]:
-    """Return steps, seconds and processor seconds to the target, infinite if it was not met."""
+    """Return steps, seconds and processor seconds to the target, infinity if it was not met."""
     index = run.first_below(target)
     if index is None:
         return inf, inf, inf
@@ -94,14 +94,14 @@ def _reached(run: Run, target: float) -> tuple[float, float, float]:
 
 
 def _show(value: float, style: str) -> str:
-    """Write a number, or a dash if it is infinite."""
+    """Format a number, or return a dash if it is infinite."""
     if not isfinite(value):
         return "-"
     return format(int(value) if style == "d" else value, style)
 
 
 def _ratios(outcome: Outcome, peer: str, target: float) -> str:
-    """Return KFAC's steps and seconds to the target, by those of the peer's whole run."""
+    """Return KFAC's steps and seconds to the target, divided by those of the peer's whole run."""
     own = [mean(column) for column in zip(*(_reached(r, target) for r in outcome.runs[OWN]))]
     rivals = outcome.runs[peer]
     whole = (
@@ -118,7 +118,7 @@ def _ratios(outcome: Outcome, peer: str, target: float) -> str:
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draw the training loss by step and by second of the processor, seed by seed.
+    """Draw the training loss by step and by processor second, one curve per seed.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -141,7 +141,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def _curves(outcome: Outcome, axis: Any, clock: str) -> None:
-    """Draw the losses of one task by one clock."""
+    """Draw the losses of one task, by steps or by seconds."""
     for color, (name, runs) in enumerate(outcome.runs.items()):
         for index, run in enumerate(runs):
             label = name if index == 0 else None

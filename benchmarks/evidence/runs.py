@@ -1,4 +1,4 @@
-"""One run of one optimizer, and the file that keeps all of them."""
+"""One run of one optimizer, and the file of all runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DIVERGED = 20.0  # times the first loss
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, and what came of it.
+    """One training run and its results.
 
     Args:
         size: The size of the tasks.
@@ -40,7 +40,7 @@ class Run:
         seconds: Wall-clock time of these steps without that of evaluations.
         cpu_seconds: The same in processor time.
         accuracies: Accuracy on the test images after half of the run and at its end.
-        error: Why it ended early, if it did.
+        error: The exception that ended the run early, if there was one.
     """
 
     size: str
@@ -58,14 +58,14 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Return what tells this run from others."""
+        """Return a text that identifies the run; results are no part of it."""
         setting = json.dumps(self.setting, sort_keys=True)
         parts = (self.size, self.task, self.optimizer, self.seed, self.total, setting)
         return "|".join(map(str, parts))
 
     @property
     def final(self) -> float:
-        """Return the last loss, infinity if the run ended early."""
+        """Return the last loss, or infinity if the run ended early."""
         if self.error or not self.losses or not isfinite(self.losses[-1]):
             return inf
         return self.losses[-1]
@@ -88,7 +88,7 @@ def mean_loss(task: Task, model: nn.Module, images: Images) -> float:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
-    """Return the fraction of images that are classified rightly, in evaluation mode."""
+    """Return the fraction of correctly classified images, in evaluation mode."""
     model.eval()
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in _chunks(images))
     model.train()
@@ -96,12 +96,12 @@ def accuracy(model: nn.Module, images: Images) -> float:
 
 
 def _chunks(images: Images) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield images and classes in groups."""
+    """Yield images and classes in chunks."""
     yield from zip(torch.split(images.x, _CHUNK), torch.split(images.y, _CHUNK))
 
 
 def train(task: Task, split: Split, run: Run) -> Run:
-    """Train, and return the run with its results; an exception is one of them."""
+    """Train, and return the run with its results; an exception becomes its ``error``."""
     done = replace(run, steps=[], losses=[], seconds=[], cpu_seconds=[], accuracies=[])
     try:
         with warnings.catch_warnings():
@@ -113,7 +113,7 @@ def train(task: Task, split: Split, run: Run) -> Run:
 
 
 def _train(task: Task, split: Split, run: Run) -> None:
-    """Train, and append results to the lists of a run."""
+    """Train, and append the results to the lists of the run."""
     torch.manual_seed(run.seed)
     model = task.model()
     trainer = OPTIMIZERS[run.optimizer](model, task, run.setting)
@@ -155,7 +155,7 @@ class Records:
         return self._runs.get(run.key)
 
     def add(self, run: Run) -> None:
-        """Keep a run, in the file too."""
+        """Store a finished run, and append it to the file."""
         self._runs[run.key] = run
         self._path.parent.mkdir(parents=True, exist_ok=True)
         rounded = {k: _rounded(v) for k, v in asdict(run).items()}
@@ -171,5 +171,5 @@ def _rounded(value: object) -> object:
 
 
 def _numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a run; files of later versions may have more."""
+    """Return the fields of a run; files written by later versions may have more."""
     return {name: fields[name] for name in Run.__dataclass_fields__ if name in fields}

@@ -1,4 +1,4 @@
-"""What is searched: the same number of trials for every optimizer that has any."""
+"""The settings that are tried; each searched optimizer has the same number of trials."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEARNING_RATES = {
     "asdl K-FAC": (0.01, 1.0),
     "KFAC fixed": (0.01, 0.3),
 }
-"""Smallest and largest learning rate for classification."""
+"""Smallest and largest learning rates for classification."""
 AUTOENCODER_LEARNING_RATES = {**LEARNING_RATES, "SGD": (1e-4, 1e-2)}
 """The same for losses that sum over pixels."""
 DAMPINGS = {"SINGD": (1e-4, 1e-1), "asdl K-FAC": (1e-3, 1.0), "KFAC fixed": (1e-3, 1.0)}
@@ -35,9 +35,9 @@ KFAC_SETTINGS: tuple[dict[str, Any], ...] = (
 def settings(optimizer: str, task: Task, trials: int) -> list[dict[str, Any]]:
     """Return the settings that are tried.
 
-    Learning rates are spaced evenly on a logarithmic scale. So are dampings; they are paired
-    with the learning rates by stepping through them by the golden section, which leaves no
-    correlation. KFAC on its defaults has none to try; what it is tuned over is `KFAC_SETTINGS`.
+    Learning rates are spaced evenly on a logarithmic scale. Dampings advance by the golden section
+    on such a scale, so that they are hardly correlated with the learning rates. KFAC on its
+    defaults has a single setting; KFAC tuned has `KFAC_SETTINGS`.
     """
     if optimizer == "KFAC":
         return [{}]
@@ -56,5 +56,5 @@ def settings(optimizer: str, task: Task, trials: int) -> list[dict[str, Any]]:
 
 
 def _between(low: float, high: float, fraction: float) -> float:
-    """Return the number at ``fraction`` between two, on a logarithmic scale, with 3 digits."""
+    """Return the number at ``fraction`` between two on a logarithmic scale, to 3 digits."""
     return float(f"{low * (high / low) ** fraction:.3g}")

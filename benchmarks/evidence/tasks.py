@@ -16,18 +16,18 @@ from evidence.models import conv_autoencoder, deep_autoencoder, plain_cnn, resne
 
 @dataclass(frozen=True)
 class Task:
-    """A network, a loss, and how long it is trained on what.
+    """A network, its loss, its images, and the length of its training.
 
     Args:
-        name: Its letter.
-        title: What it is, in the table.
-        model: Makes the network; the seed is set before.
+        name: The letter of the task.
+        title: Title in the table.
+        model: Returns a new network; the caller has set the seed.
         batch_size: Examples per step.
         steps: Steps of a run.
         image_size: Height and width of the images.
-        train_size: How many of the training images are used.
+        train_size: Number of training images that are used.
         autoencoder: Whether the targets are the images, one Bernoulli loss per pixel.
-        evaluations: How often a run is evaluated; the last time after its last step.
+        evaluations: Number of evaluations in a run; the last one follows the last step.
     """
 
     name: str
@@ -81,7 +81,7 @@ TASKS = {
         Task("f", "deep autoencoder", partial(deep_autoencoder, SIZES), 500, 160, autoencoder=True),
     )
 }
-"""What fits into two hours on one core."""
+"""The standard tasks; all runs of a comparison together take two hours of processor time."""
 
 _FULL: dict[str, dict[str, Any]] = {
     "a": {"model": partial(small_cnn, 28, (32, 64), 128), "steps": 2350, "image_size": 28},
@@ -114,7 +114,7 @@ def tasks(size: str = "standard") -> dict[str, Task]:
 
 
 def batches(task: Task, count: int, seed: int) -> Callable[[int], Tensor]:
-    """Return a function from the step to the indices of its examples, epoch by epoch shuffled."""
+    """Return a function from a step to the indices of its examples, shuffled in each epoch."""
     generator = torch.Generator().manual_seed(seed)
     orders: list[Tensor] = []
     per_epoch = max(count // task.batch_size, 1)

@@ -1,4 +1,4 @@
-"""torchvision's models, also where its binary was built for another torch."""
+"""torchvision's models, even if its binary was built for another version of torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 def declare_vision_operators() -> torch.library.Library:
     """Declare the operators that torchvision's models import but do not call.
 
-    They are missing where torchvision's binary was built for another torch.
+    They are missing if torchvision's binary was built for another version of torch.
     """
     library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for name in ("nms", "qnms"):
@@ -25,7 +25,7 @@ def declare_vision_operators() -> torch.library.Library:
 
 
 def torchvision_module(name: str) -> Any:
-    """Import a module of torchvision's models."""
+    """Import and return a module of torchvision's models."""
     try:
         return import_module(f"torchvision.models.{name}")
     except RuntimeError:

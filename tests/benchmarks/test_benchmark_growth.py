@@ -1,4 +1,4 @@
-"""The benchmark of growth prints its table, and finds none."""
+"""The benchmark of growth prints its table, and nothing grows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training comparison runs, continues where it was cut, and measures what it says."""
+"""The training comparison runs, can be continued, and computes its numbers correctly."""
 
 from __future__ import annotations
 

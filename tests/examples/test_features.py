@@ -1,4 +1,4 @@
-"""The short examples: each shows one feature, and it works."""
+"""The short examples run, and each shows the effect of its feature."""
 
 import adamw_with_kfac
 import fine_tuning

@@ -1,4 +1,4 @@
-"""The Laplace example: better calibrated, as accurate, and a picture."""
+"""The Laplace example improves calibration, keeps accuracy, and draws a picture."""
 
 import laplace
 import pytest

@@ -1,4 +1,4 @@
-"""The main job: its numbers, its picture, its command line."""
+"""The numbers, the picture and the command line of the main example."""
 
 import json
 import math

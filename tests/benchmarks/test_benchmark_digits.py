@@ -1,4 +1,4 @@
-"""Every benchmark that takes seconds with --quick starts, ends and writes its table."""
+"""The comparison on the digits writes its table."""
 
 import digits
 
