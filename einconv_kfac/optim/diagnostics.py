@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from einconv_kfac.optim.factors.running import RunningFactors
-from einconv_kfac.optim.step.protocol import Taken
+from einconv_kfac.optim.step.step_protocol import Taken
 from einconv_kfac.optim.vectors import Direction, layer_of, norms
 
 

@@ -12,17 +12,11 @@ from torch.optim import Optimizer
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.layers.approximation import Approximation
 from einconv_kfac.curvature.losses import check_reduction
+from einconv_kfac.optim import parameters
 from einconv_kfac.optim.diagnostics import Report
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Clip
 from einconv_kfac.optim.inverses.protocol import Inverse
-from einconv_kfac.optim.parameters import (
-    Exclusion,
-    Training,
-    check_member,
-    training,
-    uncovered,
-)
 from einconv_kfac.optim.pickling import rebuilt
 from einconv_kfac.optim.schedule import Schedule
 from einconv_kfac.optim.step.damping.rule import DampingRule
@@ -39,11 +33,9 @@ class KFAC(Optimizer):
     2016, for convolutions). With ``adaptive=True`` the update is ``lr * (alpha d + c m)`` for
     the preconditioned descent direction ``d`` and a slow momentum ``m``. Here ``alpha``
     minimises the exact quadratic model of the objective on the batch, with Levenberg-Marquardt
-    damping. The slope along ``d`` is multiplied by the trust, the fraction that later batches
-    have confirmed. The momentum ``m`` sums the rest of the steps, with a gain for each layer,
-    over a memory that grows with time; ``c`` follows from the number of steps. With
-    ``adaptive=False`` the update is heavy-ball momentum with the given ``lr``, ``momentum`` and
-    ``damping``.
+    damping, and its slope along ``d`` is multiplied by the fraction that later batches confirm;
+    ``m`` sums the rest of the steps over a memory that grows with time. With ``adaptive=False``
+    the update is heavy-ball momentum with the given ``lr``, ``momentum`` and ``damping``.
 
     The training loop is torch's own; hooks on the model and on ``loss_fn`` record the batches.
     Every number from ``momentum`` on may be a function of the number of steps taken.
@@ -53,18 +45,17 @@ class KFAC(Optimizer):
             preconditioned; parameters of others take the ``fallback`` (see `coverage`).
         loss_fn: The loss module that the training loop calls on the model's output.
         lr: Scale of the update, 1 by default; required if not ``adaptive``.
-        params: Parameters or parameter groups, as for any torch optimizer; all that the model
-            trains by default. A group may set ``lr``, ``weight_decay``, ``momentum``,
-            ``damping``, ``factor_decay`` and the two periods, as numbers. A group's ``damping``
-            is that of its layers' inverses; the quadratic model keeps its own.
-        adaptive: Whether step size, momentum and damping are automatic.
-        momentum: Coefficient of the previous update (heavy ball). By default 0.9 if not
-            ``adaptive``, otherwise a slow momentum whose memory grows with time.
+        params: Parameters or parameter groups; all that the model trains by default. A group
+            may set ``lr``, ``weight_decay``, ``momentum``, ``damping`` (of its layers' inverses),
+            ``factor_decay`` and the two periods, as numbers.
+        adaptive: Whether step size, momentum and damping are automatic. ``curvature_fraction`` and
+            ``safeguard`` need ``adaptive=True``; ``kl_clip``, ``max_step_norm``, ``nesterov`` and
+            ``decoupled_weight_decay`` need ``adaptive=False``.
+        momentum: Coefficient of the previous update; by default 0.9, or the slow momentum.
         damping: Multiple of the identity added to the curvature, in its units; by default 0.03
             if not ``adaptive``, otherwise set by the Levenberg-Marquardt rule. Another rule
             (`einconv_kfac.optim.DampingRule`) may be given if ``adaptive``.
-        weight_decay: Coefficient of half the squared norm of the parameters, which is part of
-            the objective.
+        weight_decay: Coefficient of half the squared norm of the parameters in the objective.
         fisher: ``"mc"``, ``"exact"``, ``"empirical"`` or ``"forward-only"``.
         mc_samples: Samples per example for ``fisher="mc"``.
         approximation: ``"expand"`` (KFC) or ``"reduce"``.
@@ -73,43 +64,31 @@ class KFAC(Optimizer):
             and the next period are capped at a tenth of the steps taken.
         inverse_update_period: Steps between two inversions of the factors.
         inverse: ``"factored"`` splits the damping between the factors by trace balance (Martens
-            and Grosse, 2015), and takes a Cholesky decomposition of each; ``"exact"`` adds it to
-            their Kronecker product, by eigendecompositions, so that the damping of every step
-            is used at once; ``"ekfac"`` also replaces the eigenvalues by moving averages of
-            squared gradients of single examples (George et al., 2018), which are projected to
-            each new eigenbasis. Eigendecompositions take 2 to 5 times as long
-            as Cholesky decompositions; squared gradients double the time of a factor update.
-        inverse_in_background: Whether a thread inverts, from the second inversion on. An
-            inverse is used from a tenth of its period after the step whose factors it
-            inverts, at the earliest in the next step; the step waits for the thread.
+            and Grosse, 2015), for Cholesky decompositions; ``"exact"`` adds it to their Kronecker
+            product, by eigendecompositions, so that the damping of every step is used at once;
+            ``"ekfac"`` also replaces the eigenvalues by moving averages of squared gradients of
+            single examples (George et al., 2018). docs/inverses.md compares their costs.
+        inverse_in_background: Whether a thread inverts, from the second inversion on. The step
+            a tenth of the period later uses the inverse, and waits for the thread.
         factor_fraction: Fraction of each batch's examples, drawn at random, that the factors
             are averaged over (the backward pass for them takes all).
         curvature_fraction: Fraction of each batch's examples, drawn at random, from which the
-            quadratic model takes its curvature. Only if ``adaptive``, for models whose layers
-            treat every example alone.
-        kl_clip: Bound on ``lr^2 d.g``, ``None`` for none, 1e-3 by default; only if not
-            ``adaptive``. kfac-jax calls it norm constraint, for the norm that the curvature
-            defines.
-        max_step_norm: Bound on the Euclidean norm of ``lr d``, before momentum; none by default,
-            only if not ``adaptive``.
-        nesterov: Whether momentum is Nesterov's, as in ``torch.optim.SGD``; only if not
-            ``adaptive``.
+            quadratic model takes its curvature, for models whose layers treat every example alone.
+        kl_clip: Bound on ``lr^2 d.g`` (kfac-jax: norm constraint), 1e-3 by default.
+        max_step_norm: Bound on the Euclidean norm of ``lr d``, before momentum; none by default.
+        nesterov: Whether momentum is Nesterov's, as in ``torch.optim.SGD``.
         decoupled_weight_decay: Whether weight decay shrinks the parameters by ``lr`` times
-            itself and leaves gradient and curvature alone (Loshchilov and Hutter, 2019); only if
-            not ``adaptive``.
-        safeguard: Whether to evaluate the objective again after every step instead of
-            every fifth, for one forward pass: a step after which its own batch's loss has grown
-            is shortened or taken back, and the damping grows. Only if ``adaptive`` and no
-            ``damping`` is given.
-        exclude: Modules, names of modules or patterns of names (``"encoder.*"``) that are left
-            to the fallback, with all that they contain.
-        fallback: Direction of the parameters without factors: ``"adam"`` (Kingma and Ba, 2015)
-            or ``"gradient"``. With ``adaptive=True`` it is Adam's by default, without momentum
-            and with a coefficient of its own in the quadratic model; otherwise it is the
-            gradient, since Adam's needs an ``lr`` of its own.
+            itself and leaves gradient and curvature alone (Loshchilov and Hutter, 2019).
+        safeguard: Whether to evaluate the objective again after every step instead of every
+            fifth: a step after which its own batch's loss has grown is shortened or taken back,
+            and the damping grows. Needs a damping that is not given.
+        exclude: Modules, names of modules or patterns of names (``"encoder.*"``), with all that
+            they contain, that are left to the fallback.
+        fallback: Direction of the parameters without factors: ``"gradient"``, the default with
+            fixed rates, or ``"adam"`` (Kingma and Ba, 2015), the default if ``adaptive``, without
+            momentum and with a coefficient of its own in the quadratic model.
         strict: Whether to refuse parameters that no Kronecker factor covers.
-        log_to: Called after each step that was taken with its number, from 0, and
-            `statistics`.
+        log_to: Called after each step that was taken, with its number and `statistics`.
         seed: Seed of the generator for sampled targets.
 
     Raises:
@@ -152,7 +131,7 @@ class KFAC(Optimizer):
         nesterov: bool = False,
         decoupled_weight_decay: bool = False,
         safeguard: bool = False,
-        exclude: Exclusion = (),
+        exclude: parameters.Exclusion = (),
         fallback: FallbackKind | None = None,
         strict: bool = False,
         log_to: Callable[[int, dict[str, float]], object] | None = None,
@@ -205,7 +184,7 @@ class KFAC(Optimizer):
             self._curvature.begin_()
             gaps = [n for n, kind in self.coverage().items() if kind == self._fallback.kind]
             if self._strict and gaps:
-                raise ValueError(uncovered(self._model, gaps))
+                raise ValueError(parameters.uncovered(self._model, gaps))
         except Exception:
             self.remove_hooks()
             raise
@@ -216,50 +195,45 @@ class KFAC(Optimizer):
         group = self.param_groups[-1]
         try:
             self._settings.with_overrides(group)
-            check_member(group["params"], self._names)
+            parameters.check_member(group["params"], self._names)
         except ValueError:
             self.param_groups.pop()
             raise
         if self._is_covering:
             self._curvature.cover_(self._own_names())
 
-    def coverage(self) -> Training:
-        """Return how each parameter of the model is trained; it prints as a table.
+    def coverage(self) -> parameters.Training:
+        """Return how each parameter is trained; it prints as a table.
 
-        ``"kfac"``, the name of the fallback, ``"frozen"``, or ``"left out"`` if the optimizer
-        does not have it.
+        By ``"kfac"`` or the fallback, or it is ``"frozen"``, or ``"left out"`` of ``params``.
         """
         covered = self._curvature.covered()
-        return training(self._model, self._own_names(), covered, self._fallback.kind)
+        return parameters.training(self._model, self._own_names(), covered, self._fallback.kind)
 
     def statistics(self) -> dict[str, float]:
         """Return numbers of the last step, for a progress bar or a log.
 
-        ``damping``; if ``adaptive`` also ``step_size``, ``momentum`` (its coefficient),
-        ``trust`` (the fraction of a batch's slope that other batches confirm), ``gain`` (by which
-        steps are multiplied in the long run, a mean over layers), ``predicted`` (change of the
-        objective by the quadratic model) and ``ratio`` (true by predicted change, where last
-        compared), or ``rejected`` where the step before was undone, since the loss exploded or
-        the quadratic model was not finite; otherwise ``clip``. Of all steps so far,
-        ``cholesky_retries`` counts decompositions that were repeated, in float64 and then
-        with ten times the damping of that layer.
+        ``damping``; with fixed rates ``clip``; otherwise ``step_size``, ``momentum`` (its
+        coefficient), ``trust`` (fraction of a batch's slope that other batches confirm), ``gain``
+        (of the slow momentum, a mean over layers), ``predicted`` (change of the objective by the
+        quadratic model), ``ratio`` (true by predicted change, where last compared), or
+        ``rejected`` where the step before was undone, since the loss exploded or the model was
+        not finite. ``cholesky_retries`` counts decompositions that were repeated so far.
         """
         return self._report.numbers(self._curvature.layers)
 
     def layer_statistics(self) -> dict[str, dict[str, float]]:
         """Return numbers of the last step for each layer that has factors, by its name.
 
-        ``damping`` of its inverse; condition numbers ``condition_a`` and ``condition_b`` of
-        its factors when they were inverted (damped and in the 1-norm with
-        ``inverse="factored"``, else undamped and in the 2-norm); Euclidean norms
-        ``gradient_norm`` (weight decay included), ``update_norm`` and ``parameter_norm`` (after
-        the step); ``gain`` of the slow momentum, ``clip`` with fixed rates;
-        ``cholesky_retries``; ``factor_seconds`` and ``inverse_seconds``, the host's time for
-        its last update and its last inverse, shared by layers that are inverted
-        together. They are computed in this call; steps do not wait.
+        ``damping`` of its inverse; ``condition_a`` and ``condition_b``, condition numbers of its
+        factors when they were inverted (damped and in the 1-norm with ``inverse="factored"``,
+        else undamped and in the 2-norm); the Euclidean norms ``gradient_norm`` (weight decay
+        included), ``update_norm`` and ``parameter_norm``; ``gain`` or ``clip``;
+        ``cholesky_retries``; ``factor_seconds`` and ``inverse_seconds``, the host's time for its
+        last update and inverse. They are computed in this call; steps do not wait for them.
         """
-        parameters = {name: parameter.detach() for parameter, name in self._names.items()}
-        return self._report.by_layer(self._curvature.layers, parameters)
+        present = {name: parameter.detach() for parameter, name in self._names.items()}
+        return self._report.by_layer(self._curvature.layers, present)
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good; no step can be taken after it."""
@@ -284,8 +258,8 @@ class KFAC(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._curvature.cover_unfrozen_()
-        if (report := self._runner.run_(self)) is not None:
-            self._report = report
+        if (found := self._runner.run_(self)) is not None:
+            self._report = Report(*found)
             if self._log_to is not None:
                 self._log_to(self._curvature.steps - 1, self.statistics())
         return loss
@@ -324,5 +298,5 @@ class KFAC(Optimizer):
             raise ValueError("`state_dict` must come from an optimizer with the same `adaptive`.")
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
         self._curvature.load_state_dict(state["curvature"])
-        parameters = {name: parameter.detach() for parameter, name in self._names.items()}
-        self._step.load_state_dict(state["step"], parameters)
+        present = {name: parameter.detach() for parameter, name in self._names.items()}
+        self._step.load_state_dict(state["step"], present)

@@ -18,11 +18,11 @@ from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.damping.search import DampingSearch
 from einconv_kfac.optim.step.layer_gains import mean_gain
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.protocol import Statistics, Taken
 from einconv_kfac.optim.step.quadratic_model import quadratic_model
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER, Rollback, last_update, undo_
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.slow_momentum import SlowMomentum
+from einconv_kfac.optim.step.step_protocol import Statistics, Taken
 from einconv_kfac.optim.step.subspace import Fit, Momentum, SubspaceFit, descent_directions
 from einconv_kfac.optim.vectors import Direction
 

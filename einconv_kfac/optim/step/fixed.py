@@ -14,8 +14,8 @@ from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, DEFAULT_MOMENTUM
 from einconv_kfac.optim.step.clipping import kl_clip_factor, norm_factor
 from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.objective import Memory, Objective
-from einconv_kfac.optim.step.protocol import Moved, Taken
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
+from einconv_kfac.optim.step.step_protocol import Moved, Taken
 from einconv_kfac.optim.vectors import Direction
 
 

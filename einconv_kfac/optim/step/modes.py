@@ -11,7 +11,7 @@ from einconv_kfac.optim.step.damping.levenberg_marquardt import LevenbergMarquar
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.fixed import FixedStep
-from einconv_kfac.optim.step.protocol import Step
+from einconv_kfac.optim.step.step_protocol import Step
 
 
 def settings_of(

@@ -10,14 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from einconv_kfac.optim.diagnostics import Report
 from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.replay.batch import Batch, with_subsets
 from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.objective import Point, on_device_, without_scaler
-from einconv_kfac.optim.step.protocol import Step, Taken
-from einconv_kfac.optim.vectors import norms
+from einconv_kfac.optim.step.step_protocol import Step, Taken
+from einconv_kfac.optim.vectors import Direction, norms
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class StepRunner:
     names: Mapping[nn.Parameter, str]
     reduction: str
 
-    def run_(self, optimizer: Optimizer) -> Report | None:
-        """Take a step, and return its report, or ``None`` if the step was skipped.
+    def run_(self, optimizer: Optimizer) -> tuple[Taken, Direction] | None:
+        """Take a step, and return it with the norms of gradients; ``None`` if it was skipped.
 
         Raises:
             RuntimeError: See `KFAC.step`.
@@ -62,7 +61,7 @@ class StepRunner:
             return None
         taken = self._take_(optimizer, point, batches, settings)
         curvature.finish_()
-        return Report(taken, dict(zip(point.gradient, known)))
+        return taken, dict(zip(point.gradient, known))
 
     def _batches(self, optimizer: Optimizer, scale: Tensor | None) -> Sequence[Batch]:
         """Return the batches of this step, without a gradient scaler's factor."""
