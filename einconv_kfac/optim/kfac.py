@@ -70,8 +70,7 @@ class KFAC(Optimizer):
             single examples (George et al., 2018). docs/inverses.md compares their costs.
         inverse_in_background: Whether a thread inverts, from the second inversion on. The step
             a tenth of the period later uses the inverse, and waits for the thread.
-        factor_fraction: Fraction of each batch's examples, drawn at random, that the factors
-            are averaged over (the backward pass for them takes all).
+        factor_fraction: Fraction of each batch's examples, drawn at random, for the factors.
         curvature_fraction: Fraction of each batch's examples, drawn at random, from which the
             quadratic model takes its curvature, for models whose layers treat every example alone.
         kl_clip: Bound on ``lr^2 d.g`` (kfac-jax: norm constraint), 1e-3 by default.
@@ -192,10 +191,9 @@ class KFAC(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its parameters must be the model's."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         try:
-            self._settings.with_overrides(group)
-            parameters.check_member(group["params"], self._names)
+            self._settings.with_overrides(self.param_groups[-1])
+            parameters.check_member(self.param_groups[-1]["params"], self._names)
         except ValueError:
             self.param_groups.pop()
             raise

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from einconv_kfac.optim.step.damping_search import SCALE_RANGE, Trials
 from optim_cases import Batch, conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
@@ -14,7 +15,6 @@ from einconv_kfac import KFAC
 from einconv_kfac.optim.step import automatic
 from einconv_kfac.optim.step.automatic import ADAPTATION, ROUNDING, SHORTENING_DAMPS
 from einconv_kfac.optim.step.backtracking import SHORTENING
-from einconv_kfac.optim.step.damping_search import SCALE_RANGE, Trials
 from einconv_kfac.optim.step.objective import Objective
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -82,7 +82,7 @@ def test_what_is_left_of_a_step_is_a_power_of_the_shortening(
             return again(self, *rest) + (math.inf if calls[0] <= n else 0.0)
 
         monkeypatch.setattr(Objective, "value_again", value)
-        train_step(model, opt._preconditioner._estimator.loss_fn, opt, batch)
+        train_step(model, opt._curvature.estimator.loss_fn, opt, batch)
         assert calls == [refused + 1]
         statistics.append(opt.statistics())
     steps = [weights(model) - weights(conv_net()) for model in models]
@@ -98,14 +98,14 @@ def test_a_step_that_no_shortening_helps_is_taken_back(
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn)
     train_step(model, loss_fn, opt, image_batch())
-    before, damping = weights(model), opt._step._damping
+    before, damping = weights(model), opt._step._rule.damping(0)
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "value_again", lambda *_: torch.tensor(wrong).double())
         train_step(model, loss_fn, opt, image_batch())
     torch.testing.assert_close(weights(model), before, rtol=1e-12, atol=1e-12)
     assert not buffers(model, opt).any()
     assert opt.statistics()["step_size"] == 0
-    assert opt._step._damping > SHORTENING_DAMPS * damping
+    assert opt._step._rule.damping(0) > SHORTENING_DAMPS * damping
     losses = [train_step(model, loss_fn, opt, image_batch()) for _ in range(10)]
     assert losses[-1] < losses[0]
 
@@ -115,14 +115,14 @@ def test_every_step_is_checked_if_wanted(safeguard: bool) -> None:
     model, loss_fn, opt = wavy(safeguard=safeguard)
     wrong = 0
     for seed in range(80):
-        before, floor = weights(model), opt._step._floor
+        before, floor = weights(model), opt._step._rule.floor
         loss = train_step(model, loss_fn, opt, batch := wavy_batch(seed))
         if "rejected" in opt.statistics():
             continue
         torch.testing.assert_close(buffers(model, opt), weights(model) - before, **EXACT)
         wrong += grown(model, loss_fn, batch, loss)
         if safeguard and seed and opt.statistics()["ratio"] < -1e-3:
-            assert opt._step._floor == pytest.approx(SHORTENING_DAMPS * floor)
+            assert opt._step._rule.floor == pytest.approx(SHORTENING_DAMPS * floor)
     assert (wrong > 0) is not safeguard
 
 
@@ -239,7 +239,7 @@ def test_trials_are_due_early_and_then_now_and_then(monkeypatch: pytest.MonkeyPa
     steps, kept = [], automatic.AutomaticStep._best_trial
 
     def noted(self: Any, *rest: Any) -> Any:
-        steps.append(self._preconditioner.steps)
+        steps.append(self._curvature.steps)
         return kept(self, *rest)
 
     monkeypatch.setattr(automatic.AutomaticStep, "_best_trial", noted)

@@ -55,7 +55,7 @@ def changes_of(
         }
         if "rejected" not in statistics[-1]:
             total = 0.0
-            for name, running in opt._preconditioner.layers.items():
+            for name, running in opt._curvature.layers.items():
                 a = running.factors[0][0]  # [d, d], one group
                 w, b = (before[f"{name}.{part}"] for part in ("weight", "bias"))
                 rows = torch.cat([w, b[:, None]], 1)

@@ -12,7 +12,7 @@ from optim_cases import conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.hyperparameters import is_due
+from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -261,9 +261,9 @@ class TestDamping:
         model, loss_fn = conv_net(), nn.CrossEntropyLoss()
         opt = KFAC(model, loss_fn, lr=6.0)  # six times the best step
         train_step(model, loss_fn, opt, image_batch())
-        first = opt._step._damping
+        first = opt._step._rule.damping(0)
         train_step(model, loss_fn, opt, image_batch())
-        assert opt._step._damping > first
+        assert opt._step._rule.damping(0) > first
 
     def test_shrinks_when_the_model_is_right(self) -> None:
         torch.manual_seed(0)
@@ -273,7 +273,7 @@ class TestDamping:
         dampings = []
         for _ in range(5):
             train_step(model, loss_fn, opt, (x, y))
-            dampings.append(opt._step._damping)
+            dampings.append(opt._step._rule.damping(0))
         assert all(b < a for a, b in pairwise(dampings))
 
     def test_of_the_inverses_follows_what_the_quadratic_model_prefers(self) -> None:
@@ -284,7 +284,7 @@ class TestDamping:
         opt = KFAC(model, loss_fn, fisher="exact")
         for _ in range(3):
             train_step(model, loss_fn, opt, (x, y))
-        assert opt._step._scale < 0.5
+        assert opt._step._search.scale < 0.5
 
     def test_that_is_given_is_used_as_given(self) -> None:
         model, loss_fn = conv_net(), nn.CrossEntropyLoss()
@@ -292,13 +292,13 @@ class TestDamping:
         for seed in range(4):
             train_step(model, loss_fn, opt, image_batch(seed=seed))
         assert opt.statistics()["damping"] == 0.3
-        assert opt._step._scale == 1.0
+        assert opt._step._search.scale == 1.0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_gradients_that_are_not_finite_are_noticed_and_large_ones_pass(value: float) -> None:
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
-    preconditioner = KFAC(model, loss_fn)._preconditioner
+    preconditioner = KFAC(model, loss_fn)._curvature
     large = torch.full((3,), 1e308, dtype=torch.float64)  # finite, but the sum overflows
     assert preconditioner.is_finite([torch.ones(2), large], [])
     assert not preconditioner.is_finite([torch.ones(2), torch.tensor([1.0, value])], [])
@@ -306,7 +306,7 @@ def test_gradients_that_are_not_finite_are_noticed_and_large_ones_pass(value: fl
     x, y = image_batch()
     loss_fn(model(x), y).backward()
     assert preconditioner.is_finite([], [])
-    moments = preconditioner._gathering.moments["2"]
+    moments = preconditioner.collector.moments["2"]
     moments.sums()[0].fill_(value)
     assert not preconditioner.is_finite([], [])
 

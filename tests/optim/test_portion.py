@@ -12,7 +12,7 @@ from torch.func import functional_call, jvp
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.replay.recorder import Recorder
-from einconv_kfac.optim.replay.subsample import Portion, with_portions
+from einconv_kfac.optim.replay.subsample import Subset, with_subsets
 from einconv_kfac.optim.step.quadratic_model import quadratic_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -62,12 +62,12 @@ def test_curvature_is_that_of_the_chosen_examples(
     recorder = Recorder(model, loss_fn, lambda *_: None)
     recorder.keeps_outputs, recorder.forward_mode = True, forward_mode
     loss_fn(model(x), y).backward()
-    (batch,) = with_portions(recorder.take(), 0.25, 0, 3)
-    assert batch.portion is not None
-    assert len(batch.portion.rows) == 2
+    (batch,) = with_subsets(recorder.take(), 0.25, 0, 3)
+    assert batch.subset is not None
+    assert len(batch.subset.rows) == 2
     point = dict(model.named_parameters()), direction, dict.fromkeys(direction, 0.0)
     found = quadratic_model(recorder, [batch], point, [direction])
-    expected = 3 * wanted[batch.portion.rows].sum()
+    expected = 3 * wanted[batch.subset.rows].sum()
     torch.testing.assert_close(found.curvature[0, 0], expected, **EXACT)
 
 
@@ -80,9 +80,9 @@ def test_dropout_is_that_of_the_batch(kind: Any, inplace: bool, layout: Any) -> 
     recorder = Recorder(model, loss_fn, lambda *_: None)
     output = model(x.to(memory_format=layout))
     loss_fn(output, y).backward()
-    (batch,) = with_portions(recorder.take(), 0.5, 0, 0)
-    assert batch.portion is not None
-    torch.testing.assert_close(recorder.repeat(batch, {}), output[batch.portion.rows], **EXACT)
+    (batch,) = with_subsets(recorder.take(), 0.5, 0, 0)
+    assert batch.subset is not None
+    torch.testing.assert_close(recorder.repeat(batch, {}), output[batch.subset.rows], **EXACT)
 
 
 @pytest.mark.parametrize("random_layers", [False, True])
@@ -106,9 +106,9 @@ def test_training_on_portions(random_layers: bool) -> None:
     assert torch.equal(*found)
     random = torch.get_rng_state()
     batch = type("Batch", (), {"output": torch.zeros(9, 2)})
-    drawn = [Portion(torch.arange(2), 9)]
+    drawn = [Subset(torch.arange(2), 9)]
     assert drawn[0].scale == 4.5
-    assert with_portions([batch], 1.0, 0, 0) == [batch]  # type: ignore[list-item]
+    assert with_subsets([batch], 1.0, 0, 0) == [batch]  # type: ignore[list-item]
     assert torch.equal(random, torch.get_rng_state())
 
 
@@ -140,7 +140,7 @@ def refused(model: nn.Module, message: str, *others: Any, **options: Any) -> Non
         opt.step()
     assert torch.equal(before, weights(model))
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers()))
-    assert all(r["factors"] is None for r in opt._preconditioner.state_dict()["layers"].values())
+    assert all(r["factors"] is None for r in opt._curvature.state_dict()["layers"].values())
 
 
 def test_what_mixes_examples_is_refused() -> None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
-from einconv_kfac.optim.step.slope_trust import DECAY, RANGE, SMALLEST, Signal
+from einconv_kfac.optim.step.slope_trust import (
+    SlopeTrust,
+)
 
 ROUNDING = 1e-7
 
@@ -40,7 +42,7 @@ def test_one_batch_of_a_quadratic_problem_confirms_itself(options: dict[str, Any
     opt = KFAC(model, loss_fn, fisher="exact", **options)
     for _ in range(5):
         train_step(model, loss_fn, opt, batch)
-        signal = opt._step._signal
+        signal = opt._step._trust
         assert signal.fraction == pytest.approx(1.0, abs=ROUNDING)
     assert signal._average / signal._weight == pytest.approx(1.0, abs=ROUNDING)
 
@@ -53,7 +55,7 @@ def samples(count: int, **problem: float) -> Tensor:
         opt = KFAC(model, loss_fn, fisher="exact")
         for batch in (regression(2 * seed, **problem), regression(2 * seed + 1, **problem)):
             train_step(model, loss_fn, opt, batch)
-        signal = opt._step._signal
+        signal = opt._step._trust
         found.append(signal._average / signal._weight)
     return torch.tensor(found)
 
@@ -70,7 +72,7 @@ def test_the_sample_is_its_definition() -> None:
     opt = KFAC(model, loss_fn, fisher="exact")
     points, gradients = [weights(model)], []
     train_step(model, loss_fn, opt, first)
-    direction = {n: d.clone() for n, d in opt._step._signal._direction.items()}
+    direction = {n: d.clone() for n, d in opt._step._trust._direction.items()}
     gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     points.append(weights(model))
     train_step(model, loss_fn, opt, second)
@@ -82,14 +84,14 @@ def test_the_sample_is_its_definition() -> None:
     hessian = torch.autograd.functional.hessian(loss, points[0])
     d = torch.cat([direction[name].flatten() for name, _ in model.named_parameters()])
     expected = (gradients[1] @ d - d @ hessian @ (points[1] - points[0])) / (gradients[0] @ d)
-    signal = opt._step._signal
+    signal = opt._step._trust
     assert RANGE[0] < float(expected) < RANGE[1]
     assert signal._average / signal._weight == pytest.approx(float(expected), rel=1e-9)
 
 
-def learned(*held: float) -> Signal:
+def learned(*held: float) -> SlopeTrust:
     """Return a signal after samples."""
-    signal = Signal()
+    signal = SlopeTrust()
     for value in held:
         signal.expect_({"w": torch.tensor([-1.0, 0.0])}, -1.0, 0.25)
         signal.learn_({"w": torch.tensor([value - 0.25, 7.0])})
@@ -97,7 +99,7 @@ def learned(*held: float) -> Signal:
 
 
 def test_samples_are_clipped_and_averaged_without_bias() -> None:
-    assert Signal().fraction == 1.0
+    assert SlopeTrust().fraction == 1.0
     assert learned(10.0)._average / learned(10.0)._weight == pytest.approx(RANGE[1])
     assert learned(10.0).fraction == 1.0
     assert learned(-10.0)._average / learned(-10.0)._weight == pytest.approx(RANGE[0])
@@ -137,7 +139,7 @@ def test_a_state_goes_on_where_it_was() -> None:
     buffer = io.BytesIO()
     torch.save(signal.state_dict(), buffer)
     buffer.seek(0)
-    again, state = Signal(), torch.load(buffer, weights_only=True)
+    again, state = SlopeTrust(), torch.load(buffer, weights_only=True)
     again.load_state_dict(state, {"w": torch.zeros(2)})
     state["direction"]["w"].zero_()  # it is a copy
     for each in (signal, again):
@@ -150,7 +152,7 @@ def test_a_step_that_is_undone_is_forgotten() -> None:
     opt = KFAC(model, loss_fn)
     for _ in range(2):
         train_step(model, loss_fn, opt, image_batch())
-    signal = opt._step._signal
+    signal = opt._step._trust
     before = signal.fraction
     assert signal._direction
     x, y = image_batch()
@@ -168,10 +170,10 @@ def test_the_state_of_an_optimizer_has_it() -> None:
     opt = KFAC(model, loss_fn)
     for seed in range(3):
         train_step(model, loss_fn, opt, image_batch(seed=seed))
-    state = opt.state_dict()["kfac"]["automatic"]["signal"]
+    state = opt.state_dict()["kfac"]["automatic"]["trust"]
     assert state["weight"] > 0
     assert state["direction"].keys() == dict(model.named_parameters()).keys()
     again = KFAC(model, loss_fn)
     again.load_state_dict(opt.state_dict())
-    assert again._step._signal.fraction == opt._step._signal.fraction
-    assert opt.statistics()["signal"] == opt._step._signal.fraction
+    assert again._step._trust.fraction == opt._step._trust.fraction
+    assert opt.statistics()["trust"] == opt._step._trust.fraction

@@ -161,7 +161,7 @@ def test_steps_leave_no_graph_and_no_hooks_behind() -> None:
     opt = KFAC(model, loss_fn)
 
     def alive() -> tuple[int, int]:
-        opt._step._signal.forget_()  # it notes a direction on some steps only
+        opt._step._trust.forget_()  # it notes a direction on some steps only
         gc.collect()
         tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
         return len(tensors), hooks(model, loss_fn)
