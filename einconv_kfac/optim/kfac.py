@@ -27,7 +27,8 @@ from einconv_kfac.optim.inverses.protocol import Inverse
 from einconv_kfac.optim.parameters import Exclusion
 from einconv_kfac.optim.pickling import arguments, rebuilt, shared_arguments
 from einconv_kfac.optim.preconditioner import NOT_FINITE, KFACPreconditioner
-from einconv_kfac.optim.replay.subsample import curvature_fraction_of, with_portions
+from einconv_kfac.optim.replay.batch import with_subsets
+from einconv_kfac.optim.replay.subsample import curvature_fraction_of
 from einconv_kfac.optim.step.automatic import AutomaticStep
 from einconv_kfac.optim.step.fallback import Fallback, check_fallback, with_fallback
 from einconv_kfac.optim.step.fixed import FixedOptions, FixedStep
@@ -319,7 +320,7 @@ class KFAC(Optimizer):
         batches = self._preconditioner.recorder.take()
         if hasattr(self, "found_inf"):
             batches = rescaled(batches, scale, self._reduction)
-        batches = with_portions(batches, *self._portion, self._preconditioner.steps)
+        batches = with_subsets(batches, *self._portion, self._preconditioner.steps)
         return replace(objective, batches=batches)
 
     def _update_(self, objective: Objective) -> Statistics:

@@ -27,7 +27,7 @@ from einconv_kfac.optim.inverses.protocol import Inverse
 from einconv_kfac.optim.inverses.registry import kind_of
 from einconv_kfac.optim.parameters import Exclusion, excluded_modules
 from einconv_kfac.optim.pickling import arguments, rebuilt
-from einconv_kfac.optim.replay.recorder import Batch
+from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.vectors import Direction
 
 DEFAULT_DAMPING = 0.03
@@ -105,6 +105,7 @@ class KFACPreconditioner:
         self.overrides: Mapping[str, GroupSettings] = {}
         self._gathering = Gathering(model, self._estimator, seed, factor_fraction)
         self.recorder = self._gathering.recorder
+        self.replay = self._gathering.replay
         self.cover_(parameters)
         self._steps = 0
         self._begin()

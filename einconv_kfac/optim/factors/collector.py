@@ -18,7 +18,9 @@ from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.hyperparameters import fraction
-from einconv_kfac.optim.replay.recorder import Batch, Recorder
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.recorder import Recorder
+from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.vectors import norms
 
 NEVER_SEEN = (
@@ -51,9 +53,12 @@ class Gathering:
         self.due: set[str] = set()
         self.finite = True
         self._capture = LayerCapture([])
-        self.recorder = Recorder(self._model, estimator.loss_fn, self._add_, self._capture, model)
+        loss_fn = estimator.loss_fn
+        self.recorder = Recorder(self._model, loss_fn, self._add_, self._capture, model)
+        compiled = model is not self._model
+        self.replay = Replay(self._model, loss_fn, self.recorder.paused, compiled=compiled)
         self._undo = [self._capture.remove]
-        if model is not self._model:
+        if compiled:
             self._undo.append(_run_uncompiled_(model, self._capture))
         device = next(model.parameters()).device
         self.generator = Generator(device).manual_seed(seed)
@@ -89,7 +94,7 @@ class Gathering:
         for name in {call.layer for call in own} - self.moments.keys():
             layer, approximation = self._layers[name], self._estimator.approximation
             self.moments[name] = LayerSums(layer, approximation, self.bases.get(name))
-        loss = self.recorder.loss(output, target)
+        loss = self.replay.loss(output, target)
         moments: Mapping[str, Moments] = self.moments
         if self._part < 1:
             moments = sampled(self.moments, self._part, self.generator)

@@ -6,15 +6,14 @@ them are scaled to the whole batch, so that several batches keep their weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Generator, Tensor
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments, batch_size
+from einconv_kfac.optim.replay.subsample import random_rows
 
 Rows = Callable[[int], Tensor]
 """Returns the chosen examples' numbers ``[k]``, given the number ``n`` of all."""
@@ -64,8 +63,7 @@ def sampled(
 
     def rows(size: int) -> Tensor:
         if size not in drawn:
-            order = torch.randperm(size, generator=generator, device=generator.device)
-            drawn[size] = order[: math.ceil(part * size)].sort().values
+            drawn[size] = random_rows(size, part, generator)
         return drawn[size]
 
     return {name: SampledMoments(own, rows) for name, own in moments.items()}

@@ -1,1 +1,1 @@
-"""Forward passes, recorded and run again, and Jacobian-vector products."""
+"""Recording of forward passes, their replay, and Jacobian-vector products."""

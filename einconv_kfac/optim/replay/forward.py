@@ -1,127 +1,116 @@
-"""A forward pass that can be run again exactly as it ran."""
+"""Replay of a forward pass, for the same or other values of the parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from einconv_kfac.optim.replay.layer_jvp import Kept, portable_recurrence, quick_tangents
-from einconv_kfac.optim.replay.loss_input import Place
-from einconv_kfac.optim.replay.subsample import Portion, restricted, whole_masks
+from einconv_kfac.optim.replay.dropout import batch_masked
+from einconv_kfac.optim.replay.environment import Environment
+from einconv_kfac.optim.replay.layer_jvp import layer_jvp
+from einconv_kfac.optim.replay.layer_outputs import LayerOutputs
+from einconv_kfac.optim.replay.loss_input import LossInput
+from einconv_kfac.optim.replay.recurrence import native_recurrence
+from einconv_kfac.optim.replay.subsample import Subset
+from einconv_kfac.optim.replay.substitution import Substitute, substituted
+from einconv_kfac.optim.vectors import Direction
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a forward pass depends on besides its arguments and parameters.
-
-    Args:
-        cpu: State of torch's global random generator.
-        cuda: The same by CUDA device.
-        autocast: Device type, whether autocast is enabled, and its dtype.
-        buffers: Copies of buffers that it may change, by name.
-    """
-
-    cpu: Tensor
-    cuda: dict[int, Tensor]
-    autocast: tuple[str, bool, torch.dtype]
-    buffers: dict[str, Tensor]
-
-    @staticmethod
-    def now(model: nn.Module, buffers: dict[str, Tensor]) -> Surroundings:
-        """Return what a forward pass of a model would depend on now, given copies of buffers."""
-        devices = {parameter.device for parameter in model.parameters()}
-        kind = next(iter(devices)).type
-        autocast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        indices = {device.index for device in devices if device.type == "cuda"}
-        cuda = {index: torch.cuda.get_rng_state(index) for index in indices}
-        return Surroundings(torch.get_rng_state(), cuda, autocast, buffers)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Go back to them inside the block; the random state after it is that before it."""
-        kind, enabled, dtype = self.autocast
-        autocast = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-        with torch.random.fork_rng(devices=list(self.cuda)), autocast:
-            torch.set_rng_state(self.cpu)
-            for index, state in self.cuda.items():
-                torch.cuda.set_rng_state(state, index)
-            yield
-
-
-@dataclass(frozen=True)
-class ForwardPass:
+class ModelCall:
     """One call of a model.
 
     Args:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        surroundings: What else it depended on.
-        kept: The outputs of its linear layers, or nothing.
-        place: Where the loss took its argument.
-        portion: The examples that it is about, if not all.
+        environment: The state outside of them that it depended on.
+        outputs: The outputs of layers, as far as they were kept.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    surroundings: Surroundings
-    kept: Kept
-    place: Place
-    portion: Portion | None = None
+    environment: Environment
+    outputs: LayerOutputs = field(default_factory=LayerOutputs)
 
-    def of(self, portion: Portion | None) -> ForwardPass:
-        """Return the forward pass of a portion of the examples.
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """The call of a model that gave a loss its argument.
+
+    Args:
+        call: The call.
+        loss_input: How the argument follows from it.
+        subset: The examples that the call is restricted to, if not all.
+    """
+
+    call: ModelCall
+    loss_input: LossInput
+    subset: Subset | None = None
+
+    def restricted(self, subset: Subset | None) -> ForwardPass:
+        """Return the forward pass of a subset of the examples.
 
         Raises:
-            RuntimeError: If an argument of the model does not have the examples first.
+            RuntimeError: If the first dimension of a tensor that the model is called with is
+                not that of the examples.
         """
-        if portion is None:
+        if subset is None:
             return self
-        args, kwargs = restricted(portion, self.args, self.kwargs)
-        kept = portion.kept(self.kept)
-        return replace(self, args=args, kwargs=kwargs, kept=kept, portion=portion)
+        args, kwargs = subset.arguments(self.call.args, self.call.kwargs)
+        outputs = self.call.outputs.restricted(subset)
+        call = replace(self.call, args=args, kwargs=kwargs, outputs=outputs)
+        return replace(self, call=call, subset=subset)
 
-    def again(self, model: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
-        """Return what the loss takes from the model, for other parameters.
+    def run(self, model: nn.Module, parameters: Direction, *, tangents: bool = False) -> Tensor:
+        """Return the argument of the loss, ``[n, ...]``, or ``[k, ...]`` of the subset.
 
-        Random layers draw what they drew; buffers such as running statistics stay as they are.
-        Attention and recurrent layers take the one implementation that has a forward mode and a
-        differentiable backward pass.
+        Random layers draw the numbers that they drew; buffers such as running statistics are
+        left as they are. Attention and recurrent layers use the one implementation that has a
+        forward mode and a differentiable backward pass.
+
+        Args:
+            model: The model.
+            parameters: The parameters that take other values, or the same with tangents.
+            tangents: Whether all parameters have the values of the recorded pass, and some of
+                them tangents, so that outputs of layers need not be computed again.
         """
-        values = _values(model, parameters, self.surroundings.buffers)
+        call = self.call
+        values = _values(model, parameters, call.environment.buffers)
 
         def run() -> Any:
-            return functional_call(model, values, self.args, self.kwargs, tie_weights=False)
+            return functional_call(model, values, call.args, call.kwargs, tie_weights=False)
 
+        substitutes: list[Substitute] = [native_recurrence]
+        if self.subset is not None:
+            substitutes.append(partial(batch_masked, self.subset))
+        if tangents:
+            substitutes.append(partial(layer_jvp, call.outputs))
         with ExitStack() as stack:
-            stack.enter_context(self.surroundings.restored())
+            stack.enter_context(call.environment.restored())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(portable_recurrence(model))
-            stack.enter_context(whole_masks(model, self.portion))
-            return self.place.found(run)
-
-    def tangent(self, model: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
-        """Return the same for parameters of the same values with tangents."""
-        with quick_tangents(model, self.kept):
-            return self.again(model, parameters)
+            stack.enter_context(substituted(model, substitutes))
+            return self.loss_input.found(run)
 
 
-def _values(
-    model: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _values(model: nn.Module, parameters: Direction, buffers: dict[str, Tensor]) -> Direction:
     """Return other parameters and copies of the buffers, by name in each module that has them.
 
-    Each module comes once, since `functional_call` forgets what it replaced in a module that it
-    meets under several names.
+    Each module comes once: `functional_call` does not restore a module that it finds under
+    several names.
+
+    Args:
+        model: The model.
+        parameters: The parameters that take other values.
+        buffers: The values of buffers; the others keep theirs.
     """
     copies: dict[Tensor, Tensor] = {}
-    values: dict[str, Tensor] = {}
+    values: Direction = {}
     for prefix, module in model.named_modules():
         start = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():

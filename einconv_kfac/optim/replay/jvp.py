@@ -1,78 +1,55 @@
-"""Products of a model's Jacobian with directions of its parameters, on one recorded batch.
+"""Products of a function's Jacobian with directions of its parameters.
 
-Forward mode computes ``J d`` beside the output. Where an operator of the model has no forward
-mode, two backward passes do (Pearlmutter, 1994, in the form that needs no forward mode): the
-gradient ``J^T w`` is linear in ``w``, so that ``J d`` is the derivative of ``<J^T w, d>`` by
-``w``. One graph serves all directions then.
+Forward mode computes ``J d`` together with the output. Functions with an operator that has no
+forward mode take two backward passes instead: the gradient ``J^T w`` is linear in ``w``, so that
+``J d`` is the derivative of ``<J^T w, d>`` with respect to ``w``. One graph then serves all
+directions.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Generator, Tensor
 from torch.autograd import forward_ad
 
-from einconv_kfac.optim.replay.recorder import Batch, Recorder
 from einconv_kfac.optim.vectors import Direction
 
+Function: TypeAlias = Callable[[Direction], Tensor]
+"""Returns an output for parameters; those that are not given keep their values."""
 
-def jacobian_products(
-    recorder: Recorder, batch: Batch, parameters: Direction, directions: Sequence[Direction]
+
+def forward_products(
+    function: Function, parameters: Direction, directions: Sequence[Direction]
 ) -> list[Tensor]:
-    """Return ``J d``, shaped like the output of the batch's portion, for each direction ``d``.
-
-    Once an operator without forward mode was met, the recorder does without from then on.
+    """Return ``J d``, shaped like the output, for each direction ``d``, in forward mode.
 
     Args:
-        recorder: Runs the model again.
-        batch: The batch.
+        function: The function; it is evaluated once for each direction.
         parameters: Parameters by name.
         directions: The directions.
 
     Raises:
-        RuntimeError: If the model cannot be differentiated in either way, or does not repeat
-            its output.
+        NotImplementedError: If an operator has no forward mode.
     """
-    if recorder.forward_mode:
-        try:
-            return [_forward_product(recorder, batch, parameters, d) for d in directions]
-        except NotImplementedError:
-            recorder.forward_mode = False
-    return _backward_products(recorder, batch, parameters, directions)
-
-
-def check_products(
-    recorder: Recorder, batches: Sequence[Batch], parameters: Direction, direction: Direction
-) -> None:
-    """Raise what `jacobian_products` raises; what costs time is checked once for a recorder.
-
-    The model must repeat its output, by computing all of its layers.
-    """
-    for batch in batches:
-        recorder.check_batch(batch)
-    if not recorder.products_checked:
-        _check_repeated(batches[0], recorder.repeat(batches[0], {}))
-        jacobian_products(recorder, batches[0], parameters, [direction])
-        recorder.products_checked = True
+    _load_forward_mode()
+    return [_forward_product(function, parameters, direction) for direction in directions]
 
 
 @cache
 def _load_forward_mode() -> None:
-    """Let torch compile its forward-mode formulas; it warns about its own compiler."""
+    """Make torch compile its forward-mode formulas, and hide its warning about the compiler."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
 
 
-def _forward_product(
-    recorder: Recorder, batch: Batch, parameters: Direction, direction: Direction
-) -> Tensor:
+def _forward_product(function: Function, parameters: Direction, direction: Direction) -> Tensor:
     """Return ``J d`` in forward mode."""
-    _load_forward_mode()
     with torch.no_grad(), forward_ad.dual_level():
         duals = {
             name: forward_ad.make_dual(  # type: ignore[no-untyped-call]
@@ -80,20 +57,28 @@ def _forward_product(
             )
             for name, tangent in direction.items()
         }
-        output = recorder.tangent(batch, duals)
+        output = function(duals)
         tangent = forward_ad.unpack_dual(output).tangent  # type: ignore[no-untyped-call]
         return torch.zeros_like(output) if tangent is None else tangent.clone()
 
 
-def _backward_products(
-    recorder: Recorder, batch: Batch, parameters: Direction, directions: Sequence[Direction]
+def backward_products(
+    function: Function, parameters: Direction, directions: Sequence[Direction]
 ) -> list[Tensor]:
-    """Return ``J d`` by two backward passes."""
+    """Return ``J d``, shaped like the output, for each direction ``d``, by two backward passes.
+
+    Args:
+        function: The function; it is evaluated once.
+        parameters: Parameters by name.
+        directions: The directions.
+
+    Raises:
+        RuntimeError: If the backward pass cannot be differentiated.
+    """
     names = list(dict.fromkeys(name for d in directions for name in d))
     with torch.enable_grad():
         leaves = {name: parameters[name].detach().requires_grad_() for name in names}
-        output = recorder.repeat(batch, leaves)
-        _check_repeated(batch, output)
+        output = function(leaves)
         if not output.requires_grad:
             return [torch.zeros_like(output) for _ in directions]
         w = _normal(output).requires_grad_()
@@ -113,7 +98,7 @@ def _backward_products(
 
 
 def _by_dual(transposed: Direction, w: Tensor, direction: Direction) -> Tensor:
-    """Return the derivative of ``<J^T w, d>`` by ``w``."""
+    """Return the derivative of ``<J^T w, d>`` with respect to ``w``."""
     pairs = [(g, direction[n]) for n, g in transposed.items() if n in direction and g.requires_grad]
     if not pairs:
         return torch.zeros_like(w)
@@ -146,36 +131,11 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return (a.detach().double() * b.detach().double()).sum()
 
 
-def _check_repeated(batch: Batch, output: Tensor) -> None:
-    """Check that a forward pass that ran again gave the output that it had given."""
-    assert batch.forward is not None
-    _, lowered, dtype = batch.forward.surroundings.autocast
-    eps = torch.finfo(dtype if lowered else output.dtype).eps
-    expected = batch.output if batch.portion is None else batch.output[batch.portion.rows]
-    expected, value = expected.double(), output.detach().double()
-    allowed = min(10 * eps**0.5, 0.1) * expected.norm()
-    if value.shape == expected.shape and not bool((value - expected).norm() > allowed):
-        return
-    if batch.portion is not None:
-        raise RuntimeError(
-            "`curvature_fraction` below 1 needs a model that treats every example alone, got "
-            "another output for a part of the batch than for the whole: a layer mixes examples, "
-            "or draws random numbers otherwise than nn.Dropout. Pass curvature_fraction=1."
-        )
-    raise RuntimeError(
-        "The model must repeat its output when it runs again on a recorded batch with "
-        "adaptive=True, got another one. Draw random numbers from torch's global generator, "
-        "keep no state between calls but in buffers, change no output in place, run attention "
-        "with dropout under `sdpa_kernel(SDPBackend.MATH)` and recurrent layers with dropout "
-        "without cuDNN, or pass adaptive=False."
-    )
-
-
 def _refusal(why: str) -> RuntimeError:
-    """Return the error of a model that cannot be differentiated as the products need it."""
+    """Return the error for a model without Jacobian-vector products."""
     return RuntimeError(
-        "adaptive=True needs Jacobian-vector products, but the model has an operator without "
-        f"forward-mode derivative, and its backward pass cannot be differentiated: {why}. Give "
-        "the custom `autograd.Function` a `jvp`, or a `backward` made of differentiable "
+        "The model must have Jacobian-vector products when adaptive=True, got an operator "
+        f"without forward-mode derivative whose backward pass cannot be differentiated: {why}. "
+        "Give the custom `autograd.Function` a `jvp`, or a `backward` made of differentiable "
         "operations without `once_differentiable`, or pass adaptive=False."
     )

@@ -1,167 +1,97 @@
-"""Forward-mode differentiation that computes no layer's output twice.
+"""Forward-mode differentiation of layers whose outputs were recorded.
 
 Torch's forward mode evaluates a layer together with its tangent. For layers that are linear in
-input and parameters, the output is known from the recorded forward pass, so that the tangent
+input and parameters, the recorded forward pass has the output, so that only the tangent
 
     dy = f(dx; W) + f(x; dW, db)
 
-is all that is left to compute. For batch normalisation on batch statistics, whose Jacobian in
-the input is symmetric, the tangent is that of torch's backward kernel at ``dx``, plus the
-normalisation of ``x`` with scale and shift ``dW`` and ``db``; torch's own formula takes several
-times as many passes over the data. The statistics are those of the recorded forward pass.
+is computed. For batch normalisation on batch statistics, whose Jacobian in the input is
+symmetric, the tangent is torch's backward kernel applied to ``dx``, plus the normalisation of
+``x`` with scale and shift ``dW`` and ``db``; torch's own formula takes several times as many
+passes over the data. The statistics are those of the recorded forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-Kept: TypeAlias = dict[nn.Module, list[tuple[Tensor, int]]]
-"""Outputs by module, in the order of its calls, with the version at which they were right; for
-batch normalisation the mean and the inverse standard deviation, ``[2, c]``."""
+from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOutputs
 
-Forward: TypeAlias = Callable[[Tensor], Tensor]
-
-LINEAR = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-"""Modules that are linear in their input and in their parameters; subclasses may not be."""
-NORMALIZING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_NODES = ("NativeBatchNorm", "CudnnBatchNorm")
+Forward: TypeAlias = Callable[..., Tensor]
 
 
-def keep_output(kept: Kept, module: nn.Module, output: Tensor) -> None:
-    """Note an output or its statistics, unless activations are checkpointed."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return
-    if type(module) in LINEAR:
-        kept.setdefault(module, []).append((output.detach(), output._version))
-    elif (statistics := _statistics(output)) is not None:
-        kept.setdefault(module, []).append((statistics, 0))
-
-
-def _statistics(output: Tensor) -> Tensor | None:
-    """Return what torch's backward pass of batch normalisation keeps, if there is such."""
-    node = output.grad_fn
-    saved = [getattr(node, f"_saved_result{index}", None) for index in (1, 2)]
-    if not str(node and node.name()).startswith(_NODES) or not all(
-        isinstance(part, Tensor) and part.ndim == 1 and len(part) for part in saved
-    ):
-        return None
-    return torch.stack([part.detach() for part in saved if isinstance(part, Tensor)])
-
-
-@contextmanager
-def quick_tangents(model: nn.Module, kept: Kept) -> Iterator[None]:
-    """Make layers compute their tangents as above inside the block.
+def layer_jvp(outputs: LayerOutputs, module: nn.Module) -> Forward | None:
+    """Return a forward method that computes a layer's tangent as above.
 
     Args:
-        model: The model.
-        kept: The outputs of its recorded forward pass, which is about to be repeated.
+        outputs: The outputs of the recorded forward pass, which is about to be replayed.
+        module: The module; ``None`` is returned if there is no faster way than torch's.
     """
-    changed = []
-    for module in model.modules():
-        if "forward" in vars(module):
-            continue
-        if type(module) in LINEAR and module in kept:
-            module.forward = _linear(module, iter(kept[module]))
-        elif type(module) in NORMALIZING and module.training:
-            module.forward = _normalizing(module, iter(kept.get(module, [])))
-        else:
-            continue
-        changed.append(module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
+    if type(module) in LINEAR and module in outputs:
+        return _linear(module, outputs.of(module))
+    if type(module) in NORMALIZING and module.training:
+        return _normalizing(module, outputs.of(module))
+    return None
 
 
-@contextmanager
-def portable_recurrence(model: nn.Module) -> Iterator[None]:
-    """Run recurrent layers by torch's own operations inside the block.
-
-    Those of oneDNN and cuDNN have no forward mode, and can be differentiated once only.
-    """
-    changed = [m for m in model.modules() if isinstance(m, nn.RNNBase) and "forward" not in vars(m)]
-    for module in changed:
-        module.forward = partial(_plain_recurrence, module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
-
-
-def _plain_recurrence(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the forward pass of a recurrent layer without oneDNN and cuDNN."""
-    mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns of Intel GPUs
-    torch._C._set_cudnn_enabled(False)
-    try:
-        return type(module).forward(module, *args, **kwargs)
-    finally:
-        torch._C._set_mkldnn_enabled(mkldnn)
-        torch._C._set_cudnn_enabled(cudnn)
-
-
-def _linear(module: Any, outputs: Iterator[tuple[Tensor, int]]) -> Forward:
-    """Return the forward pass of a linear module whose outputs are known."""
+def _linear(module: Any, outputs: Iterator[Tensor | None]) -> Forward:
+    """Return the forward method of a linear module with recorded outputs."""
     ordinary = type(module).forward
 
-    def at(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        before = dict(module._parameters)
-        module._parameters.update(weight=weight, bias=bias)
-        try:
-            result: Tensor = ordinary(module, x)
-        finally:
-            module._parameters.update(before)
-        return result
-
     def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
-        output, version = next(outputs, (None, 0))
-        if output is None or output._version != version or len(args) != 1 or kwargs:
-            unknown: Tensor = ordinary(module, *args, **kwargs)
-            return unknown
-        weight, d_weight = _parts(module.weight)
-        _, d_bias = _parts(module.bias)
-        x, dx = _parts(args[0])
-        if d_weight is None and d_bias is not None:
-            d_weight = torch.zeros_like(weight)
-        tangent = None if d_weight is None else at(d_weight, d_bias, x)
-        if dx is not None:
-            through = at(weight, None, dx)
-            tangent = through if tangent is None else tangent.add_(through)
+        output = next(outputs, None)
+        if output is None or len(args) != 1 or kwargs:
+            recomputed: Tensor = ordinary(module, *args, **kwargs)
+            return recomputed
+        tangent = _linear_tangent(module, args[0])
         return output if tangent is None else _dual(output, tangent)
 
     return forward
 
 
-def _normalizing(module: Any, known: Iterator[tuple[Tensor, int]]) -> Forward:
-    """Return the forward pass of batch normalisation on batch statistics."""
+def _linear_tangent(module: Any, x: Tensor) -> Tensor | None:
+    """Return ``dy``, or ``None`` where neither parameters nor input have a tangent."""
+    weight, d_weight = _parts(module.weight)
+    _, d_bias = _parts(module.bias)
+    x, dx = _parts(x)
+    if d_weight is None and d_bias is not None:
+        d_weight = torch.zeros_like(weight)
+    tangent = None if d_weight is None else _evaluated(module, d_weight, d_bias, x)
+    if dx is not None:
+        through = _evaluated(module, weight, None, dx)
+        tangent = through if tangent is None else tangent.add_(through)
+    return tangent
+
+
+def _evaluated(module: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Return the output of a linear module for other parameters."""
+    before = dict(module._parameters)
+    module._parameters.update(weight=weight, bias=bias)
+    try:
+        result: Tensor = type(module).forward(module, x)
+    finally:
+        module._parameters.update(before)
+    return result
+
+
+def _normalizing(module: Any, statistics: Iterator[Tensor | None]) -> Forward:
+    """Return the forward method of batch normalisation on batch statistics."""
     ordinary = type(module).forward
 
     def forward(x: Tensor) -> Tensor:
         data, dx = _parts(x)
         weight, d_weight = _parts(module.weight)
         bias, d_bias = _parts(module.bias)
-        statistics, _ = next(known, (None, 0))
+        recorded = next(statistics, None)
         if dx is None or weight is None or weight.dtype != data.dtype:
-            unknown: Tensor = ordinary(module, x)
-            return unknown
-        mean, scale = _own_statistics(module, data) if statistics is None else statistics
+            recomputed: Tensor = ordinary(module, x)
+            return recomputed
+        mean, scale = _batch_statistics(module, data) if recorded is None else recorded
 
         def normalized(by: Tensor, shift: Tensor | None) -> Tensor:
             variance = scale.square().reciprocal() - module.eps
@@ -178,7 +108,7 @@ def _normalizing(module: Any, known: Iterator[tuple[Tensor, int]]) -> Forward:
     return forward
 
 
-def _own_statistics(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def _batch_statistics(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and inverse standard deviation of a batch."""
     _, mean, scale = torch.native_batch_norm(x, None, None, None, None, True, 0, module.eps)
     return mean, scale

@@ -1,26 +1,26 @@
-"""Where a loss takes its argument: in what a model returns, or inside of the model."""
+"""How the argument of a loss follows from a call of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
-Run = Callable[[], Any]
+Run: TypeAlias = Callable[[], Any]
+"""Runs the model and returns what the model returns."""
 
 
-class Place(Protocol):
-    """Where the argument of a loss is found."""
+class LossInput(Protocol):
+    """Finds the argument of a loss in a call of the model."""
+
+    is_inside: ClassVar[bool]
+    """Whether the model itself calls the loss."""
 
     def found(self, run: Run) -> Tensor:
-        """Return the argument.
-
-        Args:
-            run: Runs the model and returns what it returns.
-        """
+        """Run the model, and return the argument ``[n, ...]``."""
 
 
 @dataclass(frozen=True)
@@ -28,53 +28,57 @@ class Returned:
     """The argument is a tensor that the model returns.
 
     Args:
-        index: Its number among the tensors that the model returns, see `tensors_of`.
+        index: Its index among the tensors of the output, in the order of `tensors_of`.
     """
+
+    is_inside: ClassVar[bool] = False
 
     index: int
 
     def found(self, run: Run) -> Tensor:
-        """See `Place`."""
+        """See `LossInput`."""
         return list(tensors_of(run()))[self.index]
 
 
 @dataclass(frozen=True)
 class Inside:
-    """The loss is computed inside of the model.
+    """The model calls the loss.
 
     Args:
         loss_fn: The loss.
-        index: The number of its call in the forward pass.
+        index: The number of earlier calls of the loss in the same call of the model.
     """
+
+    is_inside: ClassVar[bool] = True
 
     loss_fn: nn.Module
     index: int
 
     def found(self, run: Run) -> Tensor:
-        """See `Place`; the forward pass ends where the loss is called."""
+        """See `LossInput`; the run ends at that call of the loss."""
         calls = 0
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal calls
             if calls == self.index:
-                raise _Reached(loss_arguments(self.loss_fn, args, kwargs)[0])
+                raise _LossCalledError(loss_arguments(self.loss_fn, args, kwargs)[0])
             calls += 1
 
         handle = self.loss_fn.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             run()
-        except _Reached as reached:
+        except _LossCalledError as reached:
             return reached.argument
         finally:
             handle.remove()
         raise RuntimeError(
-            f"The model must call `loss_fn` {self.index + 1} time(s) again when it runs again on a "
-            f"recorded batch with adaptive=True, got {calls}. Pass adaptive=False."
+            f"The model must call `loss_fn` {self.index + 1} time(s) again when a recorded batch "
+            f"is replayed for adaptive=True, got {calls}. Pass adaptive=False."
         )
 
 
-class _Reached(BaseException):
-    """Ends a forward pass at a loss; no model catches it by accident."""
+class _LossCalledError(BaseException):
+    """Ends a run at the call of a loss; models that catch ``Exception`` do not catch it."""
 
     def __init__(self, argument: Tensor) -> None:
         super().__init__()
@@ -82,7 +86,7 @@ class _Reached(BaseException):
 
 
 class Targets(tuple[Any, ...]):
-    """Several targets of one loss, as for ``loss_fn(output, target, variance)``."""
+    """Several targets of one loss, as in ``loss_fn(output, target, variance)``."""
 
     __slots__ = ()
 
@@ -90,7 +94,7 @@ class Targets(tuple[Any, ...]):
 def loss_arguments(
     loss_fn: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Return what a loss was called with, in the order of its signature."""
+    """Return the arguments of a call of a loss, in the order of its signature."""
     if not kwargs:
         return args
     bound = signature(loss_fn.forward).bind(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Forward passes whose loss is still to come."""
+"""Forward passes whose losses have not been computed yet."""
 
 from __future__ import annotations
 
@@ -9,57 +9,55 @@ from typing import Any
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
-from einconv_kfac.optim.replay.forward import ForwardPass, Surroundings
-from einconv_kfac.optim.replay.layer_jvp import Kept, keep_output
-from einconv_kfac.optim.replay.loss_input import Inside, Place, Returned, tensors_of
+from einconv_kfac.optim.replay.forward import ForwardPass, ModelCall
+from einconv_kfac.optim.replay.loss_input import Inside, LossInput, Returned, tensors_of
 
-LIMIT = 8
-"""Number of forward passes without a loss of which the layers' calls are kept."""
+CALLS_WITHOUT_LOSS = 8
+"""Number of calls of the model without a loss for which the calls of layers are kept."""
 
 
 @dataclass(eq=False)
-class _Pass:
-    """A forward pass: how it began, what its layers were called with, and its outputs.
+class _Pending:
+    """A call of the model, or calls of layers outside of one.
 
     Args:
-        begun: Arguments, keyword arguments, surroundings and kept outputs, or ``None`` for calls
-            of layers outside of a forward pass of the model.
-        calls: The calls of layers.
-        outputs: Each returns a tensor of the output while somebody keeps it; ``None`` while the
-            pass is under way.
-        losses: Number of losses computed inside of it so far.
-        used: Whether a loss was computed from it.
+        call: The call of the model; ``None`` outside of one, and once the output is gone.
+        layer_calls: The calls of layers.
+        outputs: Weak references to the tensors of the output; ``None`` while the call runs.
+        losses: Number of losses that the model has computed so far.
+        used: Whether a loss was computed from the output.
     """
 
-    begun: tuple[tuple[Any, ...], dict[str, Any], Surroundings, Kept] | None = None
-    calls: list[LayerCall] = field(default_factory=list)
+    call: ModelCall | None = None
+    layer_calls: list[LayerCall] = field(default_factory=list)
     outputs: list[weakref.ref[Tensor]] | None = None
     losses: int = 0
     used: bool = False
 
     @property
     def is_running(self) -> bool:
-        """Tell whether it is under way."""
-        return self.begun is not None and self.outputs is None
+        """Whether the call has begun and not ended."""
+        return self.call is not None and self.outputs is None
 
     @property
     def is_alive(self) -> bool:
-        """Tell whether somebody keeps an output."""
+        """Whether a tensor of the output exists."""
         return any(reference() is not None for reference in self.outputs or [])
 
-    def place_of(self, output: Tensor) -> Place | None:
-        """Return where the output has a tensor, if it does."""
+    def input_of(self, argument: Tensor) -> LossInput | None:
+        """Return how a loss takes its argument from the output, or ``None`` if it does not."""
         for index, reference in enumerate(self.outputs or []):
-            if reference() is output:
+            if reference() is argument:
                 return Returned(index)
         return None
 
 
-class PendingPasses:
-    """The forward passes of a model since the last step.
+class PendingCalls:
+    """The calls of a model since the last step.
 
-    A pass is forgotten once a loss was computed from it and its output is gone, and if there
-    are many of them: forward passes that are never backpropagated do not pile up.
+    A call is dropped once a loss was computed from it and its output is gone. Of calls whose
+    output is gone without a loss, the last `CALLS_WITHOUT_LOSS` are kept, so that memory stays
+    bounded where outputs are never backpropagated.
 
     Args:
         capture: Records the calls of layers.
@@ -67,68 +65,66 @@ class PendingPasses:
 
     def __init__(self, capture: LayerCapture) -> None:
         self._capture = capture
-        self._passes: list[_Pass] = []
+        self._pending: list[_Pending] = []
 
-    def begin_(self, args: tuple[Any, ...], kwargs: dict[str, Any], now: Surroundings) -> None:
-        """Begin a forward pass of the model."""
-        self._collect_()
-        dead = [known for known in self._passes if not known.is_alive]
-        for known in dead:
-            known.begun = None
-        pending = [known for known in dead if not known.used][-LIMIT:]
-        kept = [p for p in self._passes if p not in dead or p in pending]
-        self._passes = [*kept, _Pass((args, kwargs, now, {}))]
+    @property
+    def is_empty(self) -> bool:
+        """Whether no call of the model or of a layer is kept."""
+        return not self._pending and not self._capture.calls
 
-    def keep_(self, module: nn.Module, output: Tensor) -> None:
-        """Keep a module's output for the forward pass that is under way."""
-        current = self._passes[-1] if self._passes else None
-        if current is not None and current.begun is not None and current.outputs is None:
-            keep_output(current.begun[-1], module, output)
+    def begin_(self, call: ModelCall) -> None:
+        """Begin a call of the model."""
+        self._assign_()
+        gone = [pending for pending in self._pending if not pending.is_alive]
+        for pending in gone:
+            pending.call = None
+        unused = [pending for pending in gone if not pending.used][-CALLS_WITHOUT_LOSS:]
+        kept = [p for p in self._pending if p not in gone or p in unused]
+        self._pending = [*kept, _Pending(call)]
 
     def count_loss_(self, loss_fn: nn.Module) -> Inside | None:
-        """Return the place of a loss that is being computed, if that is inside of the model."""
-        current = self._passes[-1] if self._passes else None
-        if current is None or not current.is_running:
+        """Count a loss that is being computed; return its input if that is inside the model."""
+        if not self._pending or not self._pending[-1].is_running:
             return None
-        current.losses += 1
-        return Inside(loss_fn, current.losses - 1)
+        self._pending[-1].losses += 1
+        return Inside(loss_fn, self._pending[-1].losses - 1)
 
     def end_(self, output: Any) -> None:
-        """End it."""
-        self._collect_()
-        if self._passes:
-            self._passes[-1].outputs = [weakref.ref(tensor) for tensor in tensors_of(output)]
+        """End the call of the model that is running."""
+        self._assign_()
+        if self._pending:
+            self._pending[-1].outputs = [weakref.ref(tensor) for tensor in tensors_of(output)]
 
-    def of_(
-        self, output: Tensor, inside: Place | None
+    def use_(
+        self, argument: Tensor, inside: Inside | None
     ) -> tuple[ForwardPass | None, list[LayerCall]]:
-        """Return the forward pass that gave a loss its argument, if one did, and all calls so far.
+        """Return the forward pass that gave a loss its argument, and all calls of layers so far.
 
         Args:
-            output: The argument.
-            inside: Where it was given, if that was inside of the pass that is under way.
+            argument: The argument.
+            inside: How the model gave it to the loss, if the model calls the loss.
         """
-        self._collect_()
-        places = [(known, known.place_of(output)) for known in self._passes]
-        found = [(known, place) for known, place in places if place is not None]
+        self._assign_()
+        inputs = [(pending, pending.input_of(argument)) for pending in self._pending]
+        found = [(pending, loss_input) for pending, loss_input in inputs if loss_input is not None]
         if inside is not None:
-            found = [(self._passes[-1], inside)]
-        for known in [known for known, _ in found] or self._passes:
-            known.used = True
-        calls = [call for known in self._passes for call in known.calls]
-        if not found or found[-1][0].begun is None:
-            return None, calls
-        return ForwardPass(*found[-1][0].begun, found[-1][1]), calls
+            found = [(self._pending[-1], inside)]
+        for pending in [pending for pending, _ in found] or self._pending:
+            pending.used = True
+        layer_calls = [call for pending in self._pending for call in pending.layer_calls]
+        if not found or (call := found[-1][0].call) is None:
+            return None, layer_calls
+        return ForwardPass(call, found[-1][1]), layer_calls
 
     def clear_(self) -> None:
-        """Forget all of them."""
+        """Drop all of them."""
         self._capture.take()
-        self._passes = []
+        self._pending = []
 
-    def _collect_(self) -> None:
-        """Give the calls since the last time to the latest forward pass."""
-        calls = self._capture.take()
-        if calls and not self._passes:
-            self._passes = [_Pass()]
-        if calls:
-            self._passes[-1].calls += calls
+    def _assign_(self) -> None:
+        """Assign the calls of layers since the last time to the latest call of the model."""
+        layer_calls = self._capture.take()
+        if layer_calls and not self._pending:
+            self._pending = [_Pending()]
+        if layer_calls:
+            self._pending[-1].layer_calls += layer_calls

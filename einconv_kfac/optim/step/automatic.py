@@ -57,8 +57,8 @@ class AutomaticStep:
     def __init__(self, preconditioner: KFACPreconditioner, safeguard: bool = False) -> None:
         self._check_every_step = safeguard
         self._preconditioner = preconditioner
-        self._recorder = preconditioner.recorder
-        self._recorder.keeps_outputs = True
+        self._replay = preconditioner.replay
+        preconditioner.recorder.keeps_outputs = True
         self._signal = Signal()
         self._slow = SlowMomentum()
         self._fitting = Fitting(preconditioner, self._signal)
@@ -84,7 +84,7 @@ class AutomaticStep:
         Raises:
             RuntimeError: If a forward pass of the objective is not known.
         """
-        objective.check_replay(self._recorder)
+        objective.check_replay(self._replay)
         self.moved = {}
         if self._undone_(objective, memory):
             return {"damping": self.damping(objective), "rejected": 1.0}
@@ -160,7 +160,7 @@ class AutomaticStep:
     def damping(self, objective: Objective) -> float:
         """Return the damping; the first is a fraction of the curvature along the gradient."""
         if self._damping is None:
-            model = objective.model(self._recorder, [objective.gradient])
+            model = objective.model(self._replay, [objective.gradient])
             curvature = float(model.curvature / model.gram)
             if not 0 < curvature < math.inf:
                 raise RuntimeError(
@@ -254,7 +254,7 @@ class AutomaticStep:
         own = {name: tensor.clone() for name, tensor in update.items() if checks}
         coefficient = self._slow.follow_(objective, update, memory, self._signal.fraction)
         allowed = before + ROUNDING * before.abs()
-        if not checks or bool(objective.value_again(self._recorder) <= allowed):
+        if not checks or bool(objective.value_again(self._replay) <= allowed):
             return coefficient
         for name, tensor in own.items():
             objective.parameters[name].add_(tensor - update[name])
@@ -282,7 +282,7 @@ class AutomaticStep:
         due = is_due(step, self._adapted, ADAPTATION_PERIOD)
         if self._damping is None or not predicted or not (due or self._check_every_step):
             return 1.0
-        change = float(objective.value_again(self._recorder) - before)
+        change = float(objective.value_again(self._replay) - before)
         self.ratio = change / predicted
         if due:
             self._adapted = step
@@ -291,7 +291,7 @@ class AutomaticStep:
         if not float(before) + change <= float(allowed):  # also if it is not a number
             self._damping *= SHORTENING_DAMPS
             self._floor *= SHORTENING_DAMPS
-            return shorten_(objective, self._recorder, update, allowed)
+            return shorten_(objective, self._replay, update, allowed)
         return 1.0
 
     def _follow_ratio_(self, predicted: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from einconv_kfac.optim.replay.recorder import Recorder
+from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.vectors import Direction
 
@@ -14,12 +14,12 @@ SHORTENINGS = 8
 """How often, at most; a step after which the objective has still grown then is taken back."""
 
 
-def shorten_(objective: Objective, recorder: Recorder, update: Direction, allowed: Tensor) -> float:
+def shorten_(objective: Objective, replay: Replay, update: Direction, allowed: Tensor) -> float:
     """Shorten a step until the objective is allowed, or else take it back.
 
     Args:
         objective: The objective; its parameters are those after the step.
-        recorder: Evaluates the objective again.
+        replay: Evaluates the objective again.
         update: The step; it is shortened in place.
         allowed: The largest value that is.
 
@@ -30,7 +30,7 @@ def shorten_(objective: Objective, recorder: Recorder, update: Direction, allowe
     for _ in range(SHORTENINGS):
         _scale_(objective, update, SHORTENING)
         fraction *= SHORTENING
-        if bool(objective.value_again(recorder) <= allowed):
+        if bool(objective.value_again(replay) <= allowed):
             return fraction
     _scale_(objective, update, 0.0)
     return 0.0

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from einconv_kfac.optim.hyperparameters import GroupSettings
-from einconv_kfac.optim.replay.jvp import check_products
-from einconv_kfac.optim.replay.recorder import Batch, Recorder
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel, quadratic_model
 from einconv_kfac.optim.vectors import Direction, sum_of
 
@@ -42,10 +42,10 @@ class Objective:
     momenta: Mapping[str, float | None]
     others: Direction
 
-    def model(self, recorder: Recorder, directions: Sequence[Direction]) -> QuadraticModel:
+    def model(self, replay: Replay, directions: Sequence[Direction]) -> QuadraticModel:
         """Return the quadratic model in the span of directions."""
         point = (self.parameters, self.gradient, self.decay)
-        return quadratic_model(recorder, self.batches, point, directions)
+        return quadratic_model(replay, self.batches, point, directions)
 
     def momentum(self, default: float | None) -> float | None:
         """Return the momentum of all parameters.
@@ -62,7 +62,7 @@ class Objective:
         own = given.pop() if given else None
         return default if own is None else own
 
-    def check_replay(self, recorder: Recorder) -> None:
+    def check_replay(self, replay: Replay) -> None:
         """Raise a ``RuntimeError`` if a forward pass of the objective is not known.
 
         The first time, also if the model cannot run again or has no Jacobian-vector products.
@@ -79,17 +79,15 @@ class Objective:
                 "inside the model, when adaptive=True, got another tensor. Move what happens in "
                 "between into the model, or pass adaptive=False."
             )
-        check_products(recorder, self.batches, self.parameters, self.gradient)
+        replay.check(self.batches, self.parameters, self.gradient)
 
     def value(self) -> Tensor:
         """Return the objective as it was recorded, for the parameters as they are."""
         return self._with_decay([batch.weight * batch.loss for batch in self.batches])
 
-    def value_again(self, recorder: Recorder) -> Tensor:
+    def value_again(self, replay: Replay) -> Tensor:
         """Evaluate the objective anew, for the parameters as they are."""
-        return self._with_decay(
-            [b.weight * recorder.loss(recorder.replay(b, {}), b.target) for b in self.batches]
-        )
+        return self._with_decay([b.weight * replay.batch_loss(b) for b in self.batches])
 
     def _with_decay(self, losses: Sequence[Tensor]) -> Tensor:
         """Add the weight decay's part to losses."""

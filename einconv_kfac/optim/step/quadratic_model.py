@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.replay.jvp import jacobian_products
-from einconv_kfac.optim.replay.recorder import Batch, Recorder
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.vectors import Direction, inner, sum_of
 
 
@@ -71,7 +71,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def quadratic_model(
-    recorder: Recorder,
+    replay: Replay,
     batches: Sequence[Batch],
     point: tuple[Direction, Direction, Mapping[str, float]],
     directions: Sequence[Direction],
@@ -79,7 +79,7 @@ def quadratic_model(
     """Build the quadratic model on the recorded batches.
 
     Args:
-        recorder: Runs the model again.
+        replay: Runs the model again.
         batches: The batches of the objective, at least one.
         point: Parameters, gradient, and weight decay by parameter name.
         directions: The directions ``d_i``.
@@ -87,7 +87,7 @@ def quadratic_model(
     parameters, gradient, decay = point
     slope = torch.stack([inner(gradient, d) for d in directions])
     curvature = sum_of(
-        [b.weight.double() * _curvature(recorder, b, parameters, directions) for b in batches]
+        [b.weight.double() * _curvature(replay, b, parameters, directions) for b in batches]
     )
     if any(decay.values()):
         curvature = curvature + _products(directions, decay)
@@ -103,22 +103,22 @@ def _products(
 
 
 def _curvature(
-    recorder: Recorder, batch: Batch, parameters: Direction, directions: Sequence[Direction]
+    replay: Replay, batch: Batch, parameters: Direction, directions: Sequence[Direction]
 ) -> Tensor:
-    """Return ``d_i.G.d_j`` of one batch, ``[m, m]``; an unbiased estimate from its portion.
+    """Return ``d_i.G.d_j`` of one batch, ``[m, m]``; an unbiased estimate from its subset.
 
     The loss and its Hessian are those of the whole batch, whatever its reduction divides by.
     """
-    tangents = jacobian_products(recorder, batch, parameters, directions)
+    tangents = replay.jacobian_products(batch, parameters, directions)
     precise = torch.promote_types(batch.output.dtype, torch.float32)
     output = batch.output.detach().to(precise).requires_grad_()
     with torch.enable_grad():
-        loss = recorder.loss(output, batch.target)
+        loss = replay.loss(output, batch.target)
         (slope,) = torch.autograd.grad(loss, output, create_graph=True)
     tangents = [tangent.to(precise) for tangent in tangents]
-    if batch.portion is not None:
-        tangents = [batch.portion.spread(tangent) for tangent in tangents]
+    if batch.subset is not None:
+        tangents = [batch.subset.scattered(tangent) for tangent in tangents]
     products = [torch.autograd.grad(slope, output, t, retain_graph=True)[0] for t in tangents]
     left = torch.stack(tangents).flatten(1).double()
     curvature = left @ torch.stack(products).flatten(1).double().T
-    return curvature if batch.portion is None else curvature * batch.portion.scale
+    return curvature if batch.subset is None else curvature * batch.subset.scale

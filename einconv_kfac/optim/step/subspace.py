@@ -114,7 +114,7 @@ class Fitting:
             bounded: Whether to keep the change of the layers' outputs within `LARGEST_CHANGE`.
         """
         has_momentum, coefficient = momentum
-        model = objective.model(self._preconditioner.recorder, directions)
+        model = objective.model(self._preconditioner.replay, directions)
         descents = len(directions) - has_momentum
         trusted = self._signal.corrected(model, descents)
         coefficients = trusted.minimum(damping, {descents: coefficient} if has_momentum else None)
@@ -156,7 +156,7 @@ class Fitting:
                 be proportional to the length of the step.
         """
         mixed = {name: combined(name, mix, directions) for name in objective.parameters}
-        model = objective.model(self._preconditioner.recorder, [mixed])
+        model = objective.model(self._preconditioner.replay, [mixed])
         trusted = self._signal.corrected(model, 1)
         scale = trusted.minimum(damping)
         expected = float(trusted.change(scale, damping))

@@ -12,7 +12,7 @@ from torch.optim import swa_utils
 from torch.utils.data import DataLoader, TensorDataset
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.replay.forward import Surroundings
+from einconv_kfac.optim.replay.environment import Environment
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}]
@@ -32,14 +32,12 @@ def test_evaluation_records_nothing(
         raise AssertionError("a forward pass was recorded")
 
     with monkeypatch.context() as patch, mode():
-        patch.setattr(Surroundings, "now", fail)
+        patch.setattr(Environment, "now", fail)
         patch.setattr(torch.Tensor, "register_hook", fail)
         for training in (True, False):
             x, y = image_batch(seed=1)
             loss_fn(model.train(training)(x), y)
-    assert recorder.batches == []
-    assert recorder._passes._passes == []
-    assert opt._preconditioner._gathering._capture.calls == []
+    assert recorder.is_empty
     train_step(model.train(), loss_fn, opt, image_batch())
 
 

@@ -1,0 +1,90 @@
+"""The outputs of layers in a forward pass, which Jacobian-vector products use again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from einconv_kfac.optim.replay.subsample import Subset
+
+LINEAR = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+"""Modules that are linear in their input and in their parameters; subclasses may not be."""
+NORMALIZING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NODES = ("NativeBatchNorm", "CudnnBatchNorm")
+
+
+@dataclass(frozen=True)
+class _Output:
+    """The output of one call of a layer; of batch normalisation, its statistics.
+
+    Args:
+        value: The output, or mean and inverse standard deviation, ``[2, c]``.
+        version: The version counter of the tensor while it held that value.
+    """
+
+    value: Tensor
+    version: int
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether no operation has changed the value in place."""
+        return self.value._version == self.version
+
+
+class LayerOutputs:
+    """The outputs of linear layers, and the statistics of batch normalisation, by module."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[nn.Module, list[_Output]] = {}
+
+    def keep_(self, module: nn.Module, output: Tensor) -> None:
+        """Keep the output of one call, unless activations are checkpointed."""
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return
+        if type(module) in LINEAR:
+            kept = _Output(output.detach(), output._version)
+        elif (statistics := _statistics(output)) is not None:
+            kept = _Output(statistics, 0)
+        else:
+            return
+        self._outputs.setdefault(module, []).append(kept)
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return module in self._outputs
+
+    def of(self, module: nn.Module) -> Iterator[Tensor | None]:
+        """Yield the output of each call of a module; ``None`` for one that was changed since."""
+        return (o.value if o.is_intact else None for o in self._outputs.get(module, ()))
+
+    def restricted(self, subset: Subset) -> LayerOutputs:
+        """Return the outputs for a subset of the examples.
+
+        Modules are left out if the first dimension of an output is not that of the examples.
+        """
+        own = LayerOutputs()
+        for module, outputs in self._outputs.items():
+            if all(o.value.shape[0] == subset.size and o.is_intact for o in outputs):
+                own._outputs[module] = [_Output(o.value[subset.rows], o.version) for o in outputs]
+        return own
+
+
+def _statistics(output: Tensor) -> Tensor | None:
+    """Return the statistics that torch keeps for the backward pass of batch normalisation."""
+    node = output.grad_fn
+    saved = [getattr(node, f"_saved_result{index}", None) for index in (1, 2)]
+    if not str(node and node.name()).startswith(_NODES) or not all(
+        isinstance(part, Tensor) and part.ndim == 1 and len(part) for part in saved
+    ):
+        return None
+    return torch.stack([part.detach() for part in saved if isinstance(part, Tensor)])
