@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -50,7 +49,7 @@ class Batch:
         return self.output if self.subset is None else self.output[self.subset.rows]
 
 
-def with_subsets(batches: Sequence[Batch], part: float, seed: int, step: int) -> Sequence[Batch]:
+def with_subsets(batches: list[Batch], part: float, seed: int, step: int) -> list[Batch]:
     """Give each batch a random subset of its examples.
 
     Args:

@@ -63,9 +63,9 @@ class StepRunner:
         curvature.finish_()
         return taken, dict(zip(point.gradient, known))
 
-    def _batches(self, optimizer: Optimizer, scale: Tensor | None) -> Sequence[Batch]:
+    def _batches(self, optimizer: Optimizer, scale: Tensor | None) -> list[Batch]:
         """Return the batches of this step, without a gradient scaler's factor."""
-        batches: Sequence[Batch] = self.curvature.recorder.take()
+        batches = self.curvature.recorder.take()
         if hasattr(optimizer, "found_inf"):
             batches = without_scaler(batches, scale, self.reduction)
         if (part := self.settings.curvature_fraction) == 1:

@@ -1,4 +1,4 @@
-"""Products on a portion of the examples against dense GGNs of single examples."""
+"""Products on a subset of the examples against dense GGNs of single examples."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from einconv_kfac import KFAC
+from einconv_kfac.optim.replay.batch import with_subsets
 from einconv_kfac.optim.replay.recorder import Recorder
-from einconv_kfac.optim.replay.subsample import Subset, with_subsets
+from einconv_kfac.optim.replay.replay import Replay
+from einconv_kfac.optim.replay.subsample import Subset
 from einconv_kfac.optim.step.quadratic_model import quadratic_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -52,7 +54,7 @@ def curvatures_of_examples(
 def test_curvature_is_that_of_the_chosen_examples(
     loss: str, forward_mode: bool, random_layers: bool
 ) -> None:
-    """The average over all portions is the curvature of the batch."""
+    """The average over all subsets is the curvature of the batch."""
     model = dropping() if random_layers else conv_net()
     loss_fn, (x, y) = LOSSES[loss](), image_batch(6)
     direction = {n: torch.randn_like(p) for n, p in model.named_parameters()}
@@ -60,13 +62,15 @@ def test_curvature_is_that_of_the_chosen_examples(
     wanted = curvatures_of_examples(model, loss_fn, (x, y), direction, state)
     torch.set_rng_state(state)
     recorder = Recorder(model, loss_fn, lambda *_: None)
-    recorder.keeps_outputs, recorder.forward_mode = True, forward_mode
+    recorder.keeps_outputs = True
+    replay = Replay(model, loss_fn, recorder.paused)
+    replay.forward_mode = forward_mode
     loss_fn(model(x), y).backward()
     (batch,) = with_subsets(recorder.take(), 0.25, 0, 3)
     assert batch.subset is not None
     assert len(batch.subset.rows) == 2
     point = dict(model.named_parameters()), direction, dict.fromkeys(direction, 0.0)
-    found = quadratic_model(recorder, [batch], point, [direction])
+    found = quadratic_model(replay, [batch], point, [direction])
     expected = 3 * wanted[batch.subset.rows].sum()
     torch.testing.assert_close(found.curvature[0, 0], expected, **EXACT)
 
@@ -82,12 +86,14 @@ def test_dropout_is_that_of_the_batch(kind: Any, inplace: bool, layout: Any) -> 
     loss_fn(output, y).backward()
     (batch,) = with_subsets(recorder.take(), 0.5, 0, 0)
     assert batch.subset is not None
-    torch.testing.assert_close(recorder.repeat(batch, {}), output[batch.subset.rows], **EXACT)
+    replay = Replay(model, loss_fn, recorder.paused)
+    found = replay.output(batch, {}, subset=True)
+    torch.testing.assert_close(found, output[batch.subset.rows], **EXACT)
 
 
 @pytest.mark.parametrize("random_layers", [False, True])
-def test_training_on_portions(random_layers: bool) -> None:
-    """Portions are drawn anew each step, from the seed and the step alone."""
+def test_training_on_subsets(random_layers: bool) -> None:
+    """Subsets are drawn anew each step, from the seed and the step alone."""
     found = []
     for resume in (False, True):
         model = dropping() if random_layers else conv_net()
@@ -147,7 +153,7 @@ def test_what_mixes_examples_is_refused() -> None:
     norm = nn.BatchNorm2d(1).double()
     refused(Called(norm), r"'layer' \(BatchNorm2d\), which takes its statistics from the batch")
     refused(Called(Mixing()), "a layer mixes examples")
-    refused(Called(nn.RReLU()), "draws random numbers otherwise than nn.Dropout")
+    refused(Called(nn.RReLU()), "draws random numbers by other means than nn.Dropout")
     model, loss_fn = Called(norm.eval()), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn, curvature_fraction=0.5)
     train_step(model, loss_fn, opt, image_batch())

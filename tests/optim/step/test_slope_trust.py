@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from einconv_kfac import KFAC
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 from einconv_kfac.optim.step.slope_trust import (
+    SAMPLE_BOUNDS,
+    SMALLEST_TRUST,
+    TRUST_DECAY,
+    SlopeTrust,
+)
     SlopeTrust,
 )
 
@@ -85,7 +90,7 @@ def test_the_sample_is_its_definition() -> None:
     d = torch.cat([direction[name].flatten() for name, _ in model.named_parameters()])
     expected = (gradients[1] @ d - d @ hessian @ (points[1] - points[0])) / (gradients[0] @ d)
     signal = opt._step._trust
-    assert RANGE[0] < float(expected) < RANGE[1]
+    assert SAMPLE_BOUNDS[0] < float(expected) < SAMPLE_BOUNDS[1]
     assert signal._average / signal._weight == pytest.approx(float(expected), rel=1e-9)
 
 
@@ -100,14 +105,14 @@ def learned(*held: float) -> SlopeTrust:
 
 def test_samples_are_clipped_and_averaged_without_bias() -> None:
     assert SlopeTrust().fraction == 1.0
-    assert learned(10.0)._average / learned(10.0)._weight == pytest.approx(RANGE[1])
+    assert learned(10.0)._average / learned(10.0)._weight == pytest.approx(SAMPLE_BOUNDS[1])
     assert learned(10.0).fraction == 1.0
-    assert learned(-10.0)._average / learned(-10.0)._weight == pytest.approx(RANGE[0])
-    assert learned(-10.0).fraction == SMALLEST
+    assert learned(-10.0)._average / learned(-10.0)._weight == pytest.approx(SAMPLE_BOUNDS[0])
+    assert learned(-10.0).fraction == SMALLEST_TRUST
     values = [0.9, 0.8, 1.4, -5.0, 0.7]
-    kept = [max(value, RANGE[0]) for value in values]
-    parts = [(1 - DECAY) * DECAY ** (4 - i) * value for i, value in enumerate(kept)]
-    assert learned(*values).fraction == pytest.approx(sum(parts) / (1 - DECAY**5))
+    kept = [max(value, SAMPLE_BOUNDS[0]) for value in values]
+    parts = [(1 - TRUST_DECAY) * TRUST_DECAY ** (4 - i) * value for i, value in enumerate(kept)]
+    assert learned(*values).fraction == pytest.approx(sum(parts) / (1 - TRUST_DECAY**5))
 
 
 def test_nothing_is_learned_from_what_was_not_noted_or_no_descent() -> None:

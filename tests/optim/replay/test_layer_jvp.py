@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from einconv_kfac.optim.replay.recorder import Recorder
+from einconv_kfac.optim.replay.replay import Replay
 
 NETS = {
     "linear": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)),
@@ -48,10 +49,9 @@ def test_products_are_those_of_torch(name: str, training: bool, frozen: str) -> 
     y = model(x)
     loss_fn(y, torch.zeros_like(y)).backward()
     (batch,) = recorder.take()
+    replay = Replay(model, loss_fn, recorder.paused)
     for _ in range(2):
-        with torch.no_grad(), torch.autograd.forward_ad.dual_level():
-            duals = {n: torch.autograd.forward_ad.make_dual(point[n], tangent[n]) for n in names}
-            found = torch.autograd.forward_ad.unpack_dual(recorder.tangent(batch, duals)).tangent
+        (found,) = replay.jacobian_products(batch, point, [tangent])
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert all(p.requires_grad for p in model.parameters())
     assert not any("forward" in vars(module) for module in model.modules())

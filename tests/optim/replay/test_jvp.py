@@ -13,8 +13,8 @@ from torch.func import functional_call, jvp
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.replay.jvp import jacobian_products
 from einconv_kfac.optim.replay.recorder import Recorder
+from einconv_kfac.optim.replay.replay import Replay
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -66,11 +66,11 @@ def net(function: type[torch.autograd.Function] | None) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 4), Cubes(function), nn.Linear(4, 3)).double()
 
 
-def recorded(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Recorder, Batch]:
+def recorded(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Replay, Batch]:
     loss_fn = nn.CrossEntropyLoss()
     recorder = Recorder(model, loss_fn, lambda *_: None)
     loss_fn(model(batch[0]), batch[1]).backward()
-    return recorder, recorder.take()[0]
+    return Replay(model, loss_fn, recorder.paused), recorder.take()[0]
 
 
 def directions(model: nn.Module, count: int = 2) -> list[dict[str, Tensor]]:
@@ -96,10 +96,10 @@ def test_both_ways_are_torchs(forward_mode: bool, random_layers: bool) -> None:
     chosen = directions(model)
     del chosen[1]["0.weight"]
     state = torch.get_rng_state()
-    recorder, batch = recorded(model, (x, y))
-    recorder.forward_mode = forward_mode
+    replay, batch = recorded(model, (x, y))
+    replay.forward_mode = forward_mode
     before = torch.get_rng_state()
-    found = jacobian_products(recorder, batch, dict(model.named_parameters()), chosen)
+    found = replay.jacobian_products(batch, dict(model.named_parameters()), chosen)
     assert torch.equal(before, torch.get_rng_state())
     for a, b in zip(found, expected_products(model, x, chosen, state)):
         assert not a.requires_grad
@@ -109,10 +109,10 @@ def test_both_ways_are_torchs(forward_mode: bool, random_layers: bool) -> None:
 def test_a_function_without_forward_mode() -> None:
     """It is noticed once, and the products are those of the same function with one."""
     model, batch = net(Cube), image_batch()
-    recorder, seen = recorded(model, batch)
+    replay, seen = recorded(model, batch)
     chosen = directions(model)
-    found = jacobian_products(recorder, seen, dict(model.named_parameters()), chosen)
-    assert not recorder.forward_mode
+    found = replay.jacobian_products(seen, dict(model.named_parameters()), chosen)
+    assert not replay.forward_mode
     wanted = expected_products(net(None), batch[0], chosen, torch.get_rng_state())
     for a, b in zip(found, wanted):
         torch.testing.assert_close(a, b, **EXACT)
@@ -143,10 +143,10 @@ def test_what_cannot_be_differentiated_twice_is_refused(function: Any, damping: 
 
 def test_a_direction_that_the_output_does_not_see() -> None:
     model = net(Cube)
-    recorder, batch = recorded(model, image_batch())
-    recorder.forward_mode = False
+    replay, batch = recorded(model, image_batch())
+    replay.forward_mode = False
     zero = [{n: torch.zeros_like(p) for n, p in model.named_parameters()}, {}]
-    for product in jacobian_products(recorder, batch, dict(model.named_parameters()), zero):
+    for product in replay.jacobian_products(batch, dict(model.named_parameters()), zero):
         assert not product.any()
 
 
@@ -167,12 +167,12 @@ def test_recurrent_layers_in_float32(kind: Any) -> None:
     x, y = torch.randn(6, 3, 4), torch.arange(6) % 3
     chosen = directions(model)
     state = torch.get_rng_state()
-    recorder, batch = recorded(model, (x, y))
+    replay, batch = recorded(model, (x, y))
     point = dict(model.named_parameters())
-    found = jacobian_products(recorder, batch, point, chosen)
-    assert recorder.forward_mode
-    recorder.forward_mode = False
-    again = jacobian_products(recorder, batch, point, chosen)
+    found = replay.jacobian_products(batch, point, chosen)
+    assert replay.forward_mode
+    replay.forward_mode = False
+    again = replay.jacobian_products(batch, point, chosen)
     precise = [{n: t.double() for n, t in d.items()} for d in chosen]
     assert "forward" not in vars(model.layer)
     model.layer.dropout = 0.5

@@ -128,7 +128,7 @@ def test_two_losses_of_one_forward_pass(kind: str) -> None:
         opt = KFAC(model, model.loss_fn, fisher="exact", damping=0.1)
         two_head_loss(model, model.loss_fn, x, y).backward()
         objective = opt._objective()
-        found = objective.model(opt._curvature.recorder, [objective.gradient])
+        found = objective.model(opt._curvature.replay, [objective.gradient])
         predicted.append(torch.stack([found.slope[0], found.curvature[0, 0]]))
     torch.testing.assert_close(*predicted, **EXACT)
 

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from einconv_kfac import KFAC
 from einconv_kfac.optim.replay import buffers
 from einconv_kfac.optim.replay.recorder import Recorder
+from einconv_kfac.optim.replay.replay import Replay
 
 
 class Moving(nn.Module):
@@ -44,12 +45,12 @@ def net(kind: str) -> nn.Sequential:
 
 @pytest.mark.parametrize("kind", ["updated", "replaced", "spectral"])
 @pytest.mark.parametrize("small", [True, False])
-def test_a_pass_is_repeated_from_where_it_began(
+def test_a_replay_begins_with_the_buffers_of_the_forward_pass(
     kind: str, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large buffers are copied once they are known to change."""
+    """Large buffers are copied from the first change on."""
     if not small:
-        monkeypatch.setattr(buffers, "SMALL", 1)
+        monkeypatch.setattr(buffers, "COPIED_ENTRIES", 1)
     model, loss_fn, (x, y) = net(kind), nn.CrossEntropyLoss(), image_batch()
     recorder = Recorder(model, loss_fn, lambda *_: None)
     recorder.keeps_outputs = True
@@ -57,7 +58,8 @@ def test_a_pass_is_repeated_from_where_it_began(
         output = model(x)
         loss_fn(output, y).backward()
     after = [b.clone() for b in model.buffers()]
-    repeated = recorder.replay(recorder.take()[-1], {})
+    replay = Replay(model, loss_fn, recorder.paused)
+    repeated = replay.output(recorder.take()[-1], {})
     torch.testing.assert_close(repeated, output, rtol=1e-12, atol=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(after, model.buffers()))
 

@@ -10,17 +10,21 @@ from optim_cases import conv_net, image_batch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
+from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.recorder import Recorder
+from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel, quadratic_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 
-def recorded(model: nn.Module, loss_fn: nn.Module, batches: list[Any]) -> Recorder:
+def recorded(
+    model: nn.Module, loss_fn: nn.Module, batches: list[Any]
+) -> tuple[Replay, list[Batch]]:
     recorder = Recorder(model, loss_fn, lambda *_: None)
     for x, y in batches:
         (loss_fn(model(x), y) / len(batches)).backward()
-    return recorder
+    return Replay(model, loss_fn, recorder.paused), recorder.take()
 
 
 def dense_ggn(model: nn.Module, loss_fn: nn.Module, batch: Any) -> Tensor:
@@ -60,12 +64,12 @@ def test_curvature_is_that_of_the_dense_ggn(random_layers: bool, reduction: str)
     torch.manual_seed(7)
     ggn = dense_ggn(model, loss_fn, batch)
     torch.manual_seed(7)
-    recorder = recorded(model, loss_fn, [batch])
+    replay, seen = recorded(model, loss_fn, [batch])
     buffers = [b.clone() for b in model.buffers()]
     chosen = directions(model, 3)
     gradient = {n: p.grad for n, p in model.named_parameters()}
     point = dict(model.named_parameters()), gradient, dict.fromkeys(gradient, 0.0)
-    found = quadratic_model(recorder, recorder.take(), point, chosen)
+    found = quadratic_model(replay, seen, point, chosen)
     columns = torch.stack([flat(d) for d in chosen])
     torch.testing.assert_close(found.curvature, columns @ ggn @ columns.T, **EXACT)
     torch.testing.assert_close(found.gram, columns @ columns.T, **EXACT)
@@ -77,11 +81,11 @@ def test_curvature_is_the_weighted_sum_of_the_batches() -> None:
     model, loss_fn = conv_net(), nn.MSELoss()
     batches = [(image_batch(n, n)[0], torch.randn(n, 3).double()) for n in (2, 4)]
     ggn = sum(dense_ggn(model, loss_fn, batch) / 2 for batch in batches)
-    recorder = recorded(model, loss_fn, batches)
+    replay, seen = recorded(model, loss_fn, batches)
     chosen = directions(model, 2)
     gradient = {n: p.grad for n, p in model.named_parameters()}
     point = dict(model.named_parameters()), gradient, dict.fromkeys(gradient, 0.5)
-    found = quadratic_model(recorder, recorder.take(), point, chosen)
+    found = quadratic_model(replay, seen, point, chosen)
     columns = torch.stack([flat(d) for d in chosen])
     expected = columns @ (ggn + 0.5 * torch.eye(len(ggn)).double()) @ columns.T
     torch.testing.assert_close(found.curvature, expected, **EXACT)
