@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from einconv_kfac.optim.hyperparameters import Hyperparameters
+from einconv_kfac.optim.step.objective import Objective
 
 Batch = tuple[Tensor, Tensor]
 
@@ -46,3 +51,18 @@ def train_step(model: nn.Module, loss_fn: nn.Module, opt: torch.optim.Optimizer,
 def weights(model: nn.Module) -> Tensor:
     """Return all parameters as one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def objective_of(parameters: dict[str, Tensor], **others: Any) -> Objective:
+    """Return an objective at parameters; by default without a gradient, batches or decay."""
+    given: dict[str, Any] = {
+        "gradient": {name: torch.zeros_like(p) for name, p in parameters.items()},
+        "decay": dict.fromkeys(parameters, 0.0),
+        "rates": dict.fromkeys(parameters, 1.0),
+        "settings": Hyperparameters(),
+        "by_parameter": dict.fromkeys(parameters, Hyperparameters()),
+        "batches": [],
+        "others": {},
+        "memory": {name: {} for name in parameters},
+    }
+    return Objective(parameters, **{**given, **others})

@@ -7,38 +7,37 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step
-from torch import Tensor, nn
+from optim_cases import conv_net, image_batch, objective_of, train_step
+from torch import nn
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.step.layer_gains import (
-    CONFIDENT,
-    FIRST,
-    GROWTH,
-    LARGEST,
-    LEAST_LATER,
-    SHRINKAGE,
-    SMALLEST,
-    Gains,
+    CONFIDENT_GAIN,
+    FIRST_GAIN,
+    GROWTH_RATE,
+    LARGEST_GAIN,
+    SHRINKAGE_RATE,
+    SMALLEST_GAIN,
+    SMALLEST_REMAINDER,
+    LayerGains,
+    mean_gain,
 )
-from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.slow_momentum import BUFFER, SlowMomentum
 from einconv_kfac.optim.vectors import layer_of
 
 WEIGHT = 0.01
 
 
-def learned(gradients: dict[str, list[float]], size: float = 100.0, count: int = 1) -> Gains:
+def adapted(gradients: dict[str, list[float]], size: float = 100.0, count: int = 1) -> LayerGains:
     """Return gains after batches with a gradient along the past (first) and the step (second)."""
-    gains = Gains()
+    gains = LayerGains()
     momentum = {n: torch.tensor([1.0, 0.0]) for n in gradients}
     update = {n: torch.tensor([0.0, 0.1]) for n in gradients}
     parameters = {n: torch.tensor([size, 0.0]) for n in gradients}
     slopes = {n: torch.tensor(g) for n, g in gradients.items()}
-    objective = Objective([], parameters, slopes, {}, dict.fromkeys(gradients, 1.0), {}, {})
-    gains.learn_(objective, {}, update, WEIGHT, 0.5)
+    gains.adapt_((parameters, slopes), {}, update, WEIGHT, 0.5)
     for _ in range(count):
-        gains.learn_(objective, momentum, update, WEIGHT, 0.5)
+        gains.adapt_((parameters, slopes), momentum, update, WEIGHT, 0.5)
     return gains
 
 
@@ -55,43 +54,50 @@ def learned(gradients: dict[str, list[float]], size: float = 100.0, count: int =
 def test_a_gain_grows_where_steps_were_too_short_or_noise_is_small(
     ascent: float, size: float, grows: bool
 ) -> None:
-    gains = learned({"a.weight": [ascent, -1.0]}, size)
-    assert gains.mean == pytest.approx(FIRST * exp(WEIGHT * (GROWTH if grows else -SHRINKAGE)))
+    gains = adapted({"a.weight": [ascent, -1.0]}, size)
+    assert mean_gain(gains.by_layer) == pytest.approx(
+        FIRST_GAIN * exp(WEIGHT * (GROWTH_RATE if grows else -SHRINKAGE_RATE))
+    )
 
 
-@pytest.mark.parametrize(("ascent", "limit"), [(-1.0, LARGEST), (5e-5, CONFIDENT), (1.0, SMALLEST)])
+@pytest.mark.parametrize(
+    ("ascent", "limit"), [(-1.0, LARGEST_GAIN), (5e-5, CONFIDENT_GAIN), (1.0, SMALLEST_GAIN)]
+)
 def test_gains_have_limits(ascent: float, limit: float) -> None:
-    gains = learned({"a.weight": [ascent, -1.0]}, count=2_000)
-    assert gains.mean == pytest.approx(limit, rel=SHRINKAGE * WEIGHT)
-    assert gains.later("a", 0.2) == pytest.approx(gains.mean - 0.2)
-    assert gains.later("a", 16.0) == LEAST_LATER
+    gains = adapted({"a.weight": [ascent, -1.0]}, count=2_000)
+    assert mean_gain(gains.by_layer) == pytest.approx(limit, rel=SHRINKAGE_RATE * WEIGHT)
+    point = {"a.weight": torch.ones(2)}
+    for trust in (0.2, 16.0):
+        remainders = gains.adapt_((point, point), {}, point, WEIGHT, trust)
+        expected = max(mean_gain(gains.by_layer) - trust, SMALLEST_REMAINDER)
+        assert remainders == {"a": pytest.approx(expected)}
 
 
 def test_layers_have_gains_of_their_own() -> None:
     both = {"a.weight": [-1.0, 0.0], "b.weight": [1.0, 0.0], "b.bias": [0.5, 0.0]}
-    gains = learned(both, count=50)
-    assert gains.later("a", 0.0) > FIRST > gains.later("b", 0.0)
+    gains = adapted(both, count=50)
+    assert gains.by_layer["a"] > FIRST_GAIN > gains.by_layer["b"]
     assert layer_of("a.b.weight") == "a.b"
 
 
 def test_a_state_is_that_of_the_layers() -> None:
-    gains, other = learned({"a.weight": [-1.0, 0.0]}, count=3), Gains()
+    gains, other = adapted({"a.weight": [-1.0, 0.0]}, count=3), LayerGains()
     other.load_state_dict(gains.state_dict())
     assert other.state_dict() == gains.state_dict()
-    assert other.later("a", 0.0) == gains.later("a", 0.0)
+    assert other.by_layer == gains.by_layer
 
 
 def test_what_was_learned_is_dropped_with_the_momentum() -> None:
     memory: dict[str, dict[str, Any]] = {"w": {}}
-    point: dict[str, Tensor] = {"w": torch.ones(2)}
+    point = {"w": torch.ones(2)}
     slow = SlowMomentum()
     for _ in range(20):
         update = {"w": torch.full((2,), 0.25)}
         slope = {"w": torch.full((2,), -1.0)}
-        slow.follow_(Objective([], point, slope, {}, {"w": 1.0}, {}, {}), update, memory, 1.0)
-    assert slow.gains.mean > FIRST
+        slow.add_(objective_of(point, gradient=slope, memory=memory), update, 1.0)
+    assert mean_gain(slow.gains.by_layer) > FIRST_GAIN
     slow.drop_(memory)
-    assert slow.gains.mean == FIRST
+    assert mean_gain(slow.gains.by_layer) == FIRST_GAIN
     assert BUFFER not in memory["w"]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch
+from optim_cases import conv_net, image_batch, objective_of
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
@@ -68,8 +68,8 @@ def test_curvature_is_that_of_the_dense_ggn(random_layers: bool, reduction: str)
     buffers = [b.clone() for b in model.buffers()]
     chosen = directions(model, 3)
     gradient = {n: p.grad for n, p in model.named_parameters()}
-    point = dict(model.named_parameters()), gradient, dict.fromkeys(gradient, 0.0)
-    found = quadratic_model(replay, seen, point, chosen)
+    point = objective_of(dict(model.named_parameters()), gradient=gradient, batches=seen)
+    found = quadratic_model(replay, point, chosen)
     columns = torch.stack([flat(d) for d in chosen])
     torch.testing.assert_close(found.curvature, columns @ ggn @ columns.T, **EXACT)
     torch.testing.assert_close(found.gram, columns @ columns.T, **EXACT)
@@ -84,8 +84,10 @@ def test_curvature_is_the_weighted_sum_of_the_batches() -> None:
     replay, seen = recorded(model, loss_fn, batches)
     chosen = directions(model, 2)
     gradient = {n: p.grad for n, p in model.named_parameters()}
-    point = dict(model.named_parameters()), gradient, dict.fromkeys(gradient, 0.5)
-    found = quadratic_model(replay, seen, point, chosen)
+    decay = dict.fromkeys(gradient, 0.5)
+    parameters = dict(model.named_parameters())
+    point = objective_of(parameters, gradient=gradient, decay=decay, batches=seen)
+    found = quadratic_model(replay, point, chosen)
     columns = torch.stack([flat(d) for d in chosen])
     expected = columns @ (ggn + 0.5 * torch.eye(len(ggn)).double()) @ columns.T
     torch.testing.assert_close(found.curvature, expected, **EXACT)

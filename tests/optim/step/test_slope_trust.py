@@ -1,4 +1,4 @@
-"""How much of a batch's slope other batches confirm."""
+"""Trust in the slope of a batch, from other batches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from einconv_kfac.optim.step.slope_trust import (
     SAMPLE_BOUNDS,
     SMALLEST_TRUST,
     TRUST_DECAY,
-    SlopeTrust,
-)
     SlopeTrust,
 )
 
@@ -47,9 +45,9 @@ def test_one_batch_of_a_quadratic_problem_confirms_itself(options: dict[str, Any
     opt = KFAC(model, loss_fn, fisher="exact", **options)
     for _ in range(5):
         train_step(model, loss_fn, opt, batch)
-        signal = opt._step._trust
-        assert signal.fraction == pytest.approx(1.0, abs=ROUNDING)
-    assert signal._average / signal._weight == pytest.approx(1.0, abs=ROUNDING)
+        trust = opt._step._trust
+        assert trust.fraction == pytest.approx(1.0, abs=ROUNDING)
+    assert trust.average == pytest.approx(1.0, abs=ROUNDING)
 
 
 def samples(count: int, **problem: float) -> Tensor:
@@ -60,8 +58,8 @@ def samples(count: int, **problem: float) -> Tensor:
         opt = KFAC(model, loss_fn, fisher="exact")
         for batch in (regression(2 * seed, **problem), regression(2 * seed + 1, **problem)):
             train_step(model, loss_fn, opt, batch)
-        signal = opt._step._trust
-        found.append(signal._average / signal._weight)
+        trust = opt._step._trust
+        found.append(trust.average)
     return torch.tensor(found)
 
 
@@ -89,67 +87,67 @@ def test_the_sample_is_its_definition() -> None:
     hessian = torch.autograd.functional.hessian(loss, points[0])
     d = torch.cat([direction[name].flatten() for name, _ in model.named_parameters()])
     expected = (gradients[1] @ d - d @ hessian @ (points[1] - points[0])) / (gradients[0] @ d)
-    signal = opt._step._trust
+    trust = opt._step._trust
     assert SAMPLE_BOUNDS[0] < float(expected) < SAMPLE_BOUNDS[1]
-    assert signal._average / signal._weight == pytest.approx(float(expected), rel=1e-9)
+    assert trust.average == pytest.approx(float(expected), rel=1e-9)
 
 
-def learned(*held: float) -> SlopeTrust:
-    """Return a signal after samples."""
-    signal = SlopeTrust()
+def sampled(*held: float) -> SlopeTrust:
+    """Return the trust after samples."""
+    trust = SlopeTrust()
     for value in held:
-        signal.expect_({"w": torch.tensor([-1.0, 0.0])}, -1.0, 0.25)
-        signal.learn_({"w": torch.tensor([value - 0.25, 7.0])})
-    return signal
+        trust.predict_({"w": torch.tensor([-1.0, 0.0])}, -1.0, 0.25)
+        trust.sample_({"w": torch.tensor([value - 0.25, 7.0])})
+    return trust
 
 
 def test_samples_are_clipped_and_averaged_without_bias() -> None:
     assert SlopeTrust().fraction == 1.0
-    assert learned(10.0)._average / learned(10.0)._weight == pytest.approx(SAMPLE_BOUNDS[1])
-    assert learned(10.0).fraction == 1.0
-    assert learned(-10.0)._average / learned(-10.0)._weight == pytest.approx(SAMPLE_BOUNDS[0])
-    assert learned(-10.0).fraction == SMALLEST_TRUST
+    assert sampled(10.0).average == pytest.approx(SAMPLE_BOUNDS[1])
+    assert sampled(10.0).fraction == 1.0
+    assert sampled(-10.0).average == pytest.approx(SAMPLE_BOUNDS[0])
+    assert sampled(-10.0).fraction == SMALLEST_TRUST
     values = [0.9, 0.8, 1.4, -5.0, 0.7]
     kept = [max(value, SAMPLE_BOUNDS[0]) for value in values]
     parts = [(1 - TRUST_DECAY) * TRUST_DECAY ** (4 - i) * value for i, value in enumerate(kept)]
-    assert learned(*values).fraction == pytest.approx(sum(parts) / (1 - TRUST_DECAY**5))
+    assert sampled(*values).fraction == pytest.approx(sum(parts) / (1 - TRUST_DECAY**5))
 
 
 def test_nothing_is_learned_from_what_was_not_noted_or_no_descent() -> None:
-    signal = learned(0.5)
-    signal.learn_({"w": torch.tensor([-9.0, 0.0])})  # nothing noted since
-    assert signal.fraction == pytest.approx(0.5)
-    signal.expect_({"w": torch.ones(2)}, 0.0, 0.0)
-    signal.learn_({"w": torch.ones(2)})
-    assert signal.fraction == pytest.approx(0.5)
-    signal.expect_({"w": torch.ones(2)}, -1.0, 0.0)
-    signal.forget_()
-    signal.learn_({"w": torch.ones(2)})
-    assert signal.fraction == pytest.approx(0.5)
+    trust = sampled(0.5)
+    trust.sample_({"w": torch.tensor([-9.0, 0.0])})  # nothing noted since
+    assert trust.fraction == pytest.approx(0.5)
+    trust.predict_({"w": torch.ones(2)}, 0.0, 0.0)
+    trust.sample_({"w": torch.ones(2)})
+    assert trust.fraction == pytest.approx(0.5)
+    trust.predict_({"w": torch.ones(2)}, -1.0, 0.0)
+    trust.drop_()
+    trust.sample_({"w": torch.ones(2)})
+    assert trust.fraction == pytest.approx(0.5)
 
 
 def test_only_slopes_of_descent_are_corrected() -> None:
     model = QuadraticModel(
         torch.tensor([-4.0, -2.0, 3.0]).double(), torch.eye(3).double(), torch.eye(3).double()
     )
-    found = learned(0.25).corrected(model, 2)
+    found = sampled(0.25).corrected(model, 2)
     torch.testing.assert_close(found.slope, torch.tensor([-1.0, -0.5, 3.0]).double())
     assert found.curvature is model.curvature
     assert model.slope.tolist() == [-4.0, -2.0, 3.0]
 
 
 def test_a_state_goes_on_where_it_was() -> None:
-    signal = learned(0.5, 0.1)
-    signal.expect_({"w": torch.tensor([-1.0, 0.5])}, -1.0, 0.25)
+    trust = sampled(0.5, 0.1)
+    trust.predict_({"w": torch.tensor([-1.0, 0.5])}, -1.0, 0.25)
     buffer = io.BytesIO()
-    torch.save(signal.state_dict(), buffer)
+    torch.save(trust.state_dict(), buffer)
     buffer.seek(0)
     again, state = SlopeTrust(), torch.load(buffer, weights_only=True)
     again.load_state_dict(state, {"w": torch.zeros(2)})
     state["direction"]["w"].zero_()  # it is a copy
-    for each in (signal, again):
-        each.learn_({"w": torch.tensor([0.1, 0.2])})
-    assert again.fraction == signal.fraction != learned(0.5, 0.1).fraction
+    for each in (trust, again):
+        each.sample_({"w": torch.tensor([0.1, 0.2])})
+    assert again.fraction == trust.fraction != sampled(0.5, 0.1).fraction
 
 
 def test_a_step_that_is_undone_is_forgotten() -> None:
@@ -157,17 +155,17 @@ def test_a_step_that_is_undone_is_forgotten() -> None:
     opt = KFAC(model, loss_fn)
     for _ in range(2):
         train_step(model, loss_fn, opt, image_batch())
-    signal = opt._step._trust
-    before = signal.fraction
-    assert signal._direction
+    trust = opt._step._trust
+    before = trust.fraction
+    assert trust._direction
     x, y = image_batch()
     (100 * loss_fn(model(x), y)).backward()
     opt.step()
     assert opt.statistics()["rejected"] == 1
-    assert not signal._direction
-    assert signal.fraction == before
+    assert not trust._direction
+    assert trust.fraction == before
     train_step(model, loss_fn, opt, image_batch())
-    assert signal.fraction == before
+    assert trust.fraction == before
 
 
 def test_the_state_of_an_optimizer_has_it() -> None:
@@ -175,7 +173,7 @@ def test_the_state_of_an_optimizer_has_it() -> None:
     opt = KFAC(model, loss_fn)
     for seed in range(3):
         train_step(model, loss_fn, opt, image_batch(seed=seed))
-    state = opt.state_dict()["kfac"]["automatic"]["trust"]
+    state = opt.state_dict()["kfac"]["step"]["trust"]
     assert state["weight"] > 0
     assert state["direction"].keys() == dict(model.named_parameters()).keys()
     again = KFAC(model, loss_fn)

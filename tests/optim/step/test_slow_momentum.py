@@ -7,21 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step, weights
-from torch import Tensor, nn
+from optim_cases import conv_net, image_batch, objective_of, train_step, weights
+from torch import nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.step.layer_gains import FIRST, LEAST_LATER, SHRINKAGE, SMALLEST
-from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.layer_gains import (
+    FIRST_GAIN,
+    SHRINKAGE_RATE,
+    SMALLEST_GAIN,
+    SMALLEST_REMAINDER,
+)
 from einconv_kfac.optim.step.slow_momentum import BUFFER, WINDOW, SlowMomentum
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
-
-
-def objective(parameters: dict[str, Tensor], rates: dict[str, float]) -> Objective:
-    """Return an objective without a gradient."""
-    slopes = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    return Objective([], parameters, slopes, {}, rates, {}, {})
 
 
 def test_the_momentum_is_the_sum_it_is_documented_as() -> None:
@@ -34,16 +32,18 @@ def test_the_momentum_is_the_sum_it_is_documented_as() -> None:
     for t, (u, s) in enumerate(zip(steps, signals.tolist())):
         before, update = point["w"].clone(), {"w": s * u}
         point["w"].add_(update["w"])
-        weight = slow.follow_(objective(point, {"w": 1.0}), update, memory, s)
+        weight = slow.add_(objective_of(point, memory=memory), update, s)
         assert weight == pytest.approx(WINDOW / (t + WINDOW))
         later = torch.zeros(3).double()
         for i in range(t):
             decay = 1.0
             for j in range(i, t):
                 decay *= 1 - WINDOW / (j + WINDOW)
-            shrunk = FIRST * exp(-SHRINKAGE * sum(WINDOW / (j + WINDOW) for j in range(2, i + 1)))
-            gain = max(SMALLEST, shrunk) - float(signals[i])
-            later += max(gain, LEAST_LATER) * decay * steps[i]
+            shrunk = FIRST_GAIN * exp(
+                -SHRINKAGE_RATE * sum(WINDOW / (j + WINDOW) for j in range(2, i + 1))
+            )
+            gain = max(SMALLEST_GAIN, shrunk) - float(signals[i])
+            later += max(gain, SMALLEST_REMAINDER) * decay * steps[i]
         torch.testing.assert_close(point["w"] - before, s * u + weight * later, **EXACT)
         torch.testing.assert_close(update["w"], point["w"] - before, **EXACT)
 
@@ -55,11 +55,11 @@ def test_a_learning_rate_scales_what_is_followed() -> None:
     slow.steps = 5
     direction = slow.direction(memory, rates)
     update = {"half": torch.full((2,), 0.25), "none": torch.zeros(2)}
-    weight = slow.follow_(objective(point, rates), update, memory, 1.0)
+    weight = slow.add_(objective_of(point, rates=rates, memory=memory), update, 1.0)
     torch.testing.assert_close(point["half"], weight * direction["half"])
     assert not point["none"].any()
     assert not direction["none"].any()
-    kept = (1 - weight) * (1 + LEAST_LATER * 0.25 / 0.5)
+    kept = (1 - weight) * (1 + SMALLEST_REMAINDER * 0.25 / 0.5)
     torch.testing.assert_close(memory["half"][BUFFER], torch.full((2,), kept))
 
 

@@ -1,0 +1,75 @@
+"""The search for the damping of the inverses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from optim_cases import conv_net, image_batch, train_step
+from torch import nn
+
+from einconv_kfac import KFAC
+from einconv_kfac.optim.step.damping.search import SCALE_BOUNDS, DampingSearch
+
+
+class Ranked:
+    """Stands for a step of which only the promise is known."""
+
+    def __init__(self, rank: float) -> None:
+        self.rank = rank
+
+
+def searched(promised: Any) -> tuple[list[float], float]:
+    """Return the scales that are tried, and the best, for a promised change by scale."""
+    search: Any = DampingSearch()
+    tried: list[float] = []
+
+    def invert(scale: float) -> float:
+        tried.append(scale)
+        return scale
+
+    best = search.best_(0, invert, lambda scale: Ranked(promised(scale)))
+    assert best.inverses == best.scale == search.scale
+    return tried, best.scale
+
+
+@pytest.mark.parametrize(
+    ("promised", "tried", "best"),
+    [
+        ({1: -1.0}, [1, 3, 1 / 3], 1),  # neither helps
+        ({1: -1.0, 3: -2.0, 9: -1.5}, [1, 3, 9], 3),  # larger helps, smaller is not tried
+        ({1: -1.0, 1 / 3: -2.0, 1 / 9: -3.0}, [1, 3, 1 / 3, 1 / 9, 1 / 27], 1 / 9),
+        ({1: math.inf, 3: math.inf, 1 / 3: -1.0}, [1, 3, 1 / 3, 1 / 9], 1 / 3),
+    ],
+)
+def test_trials_go_on_as_long_as_they_help(
+    promised: dict[float, float], tried: list[float], best: float
+) -> None:
+    def rank(scale: float) -> float:
+        return next((r for known, r in promised.items() if math.isclose(known, scale)), 0.0)
+
+    scales, found = searched(rank)
+    assert scales == pytest.approx(tried)
+    assert found == pytest.approx(best)
+
+
+def test_trials_stay_within_their_bounds() -> None:
+    scales, best = searched(lambda scale: -scale)
+    assert all(SCALE_BOUNDS[0] <= scale <= SCALE_BOUNDS[1] for scale in scales)
+    assert 3 * best > SCALE_BOUNDS[1]
+
+
+def test_searches_are_frequent_early_and_rare_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, kept = [], DampingSearch.best_
+
+    def noted(self: Any, step: int, *rest: Any) -> Any:
+        steps.append(step)
+        return kept(self, step, *rest)
+
+    monkeypatch.setattr(DampingSearch, "best_", noted)
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn)
+    for seed in range(20):
+        train_step(model, loss_fn, opt, image_batch(seed=seed))
+    assert steps == [0, 1, 2, 3, 5, 9, 17]
