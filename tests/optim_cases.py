@@ -66,3 +66,8 @@ def objective_of(parameters: dict[str, Tensor], **others: Any) -> Objective:
         "memory": {name: {} for name in parameters},
     }
     return Objective(parameters, **{**given, **others})
+
+
+def with_kl_clip(options: dict[str, Any], bound: float | None) -> dict[str, Any]:
+    """Return a mode's options, with a bound where rates are fixed."""
+    return options if options.get("adaptive", True) else {**options, "kl_clip": bound}

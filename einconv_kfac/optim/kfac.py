@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.layers.approximation import Approximation
 from einconv_kfac.curvature.losses import check_reduction
-from einconv_kfac.optim import parameters
 from einconv_kfac.optim.diagnostics import Report
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Clip
 from einconv_kfac.optim.inverses.protocol import Inverse
+from einconv_kfac.optim.parameters import Exclusion, Training, check_member, training, uncovered
 from einconv_kfac.optim.pickling import rebuilt
 from einconv_kfac.optim.schedule import Schedule
 from einconv_kfac.optim.step.damping.rule import DampingRule
@@ -130,7 +130,7 @@ class KFAC(Optimizer):
         nesterov: bool = False,
         decoupled_weight_decay: bool = False,
         safeguard: bool = False,
-        exclude: parameters.Exclusion = (),
+        exclude: Exclusion = (),
         fallback: FallbackKind | None = None,
         strict: bool = False,
         log_to: Callable[[int, dict[str, float]], object] | None = None,
@@ -183,7 +183,7 @@ class KFAC(Optimizer):
             self._curvature.begin_()
             gaps = [n for n, kind in self.coverage().items() if kind == self._fallback.kind]
             if self._strict and gaps:
-                raise ValueError(parameters.uncovered(self._model, gaps))
+                raise ValueError(uncovered(self._model, gaps))
         except Exception:
             self.remove_hooks()
             raise
@@ -193,20 +193,20 @@ class KFAC(Optimizer):
         super().add_param_group(param_group)
         try:
             self._settings.with_overrides(self.param_groups[-1])
-            parameters.check_member(self.param_groups[-1]["params"], self._names)
+            check_member(self.param_groups[-1]["params"], self._names)
         except ValueError:
             self.param_groups.pop()
             raise
         if self._is_covering:
             self._curvature.cover_(self._own_names())
 
-    def coverage(self) -> parameters.Training:
+    def coverage(self) -> Training:
         """Return how each parameter is trained; it prints as a table.
 
         By ``"kfac"`` or the fallback, or it is ``"frozen"``, or ``"left out"`` of ``params``.
         """
         covered = self._curvature.covered()
-        return parameters.training(self._model, self._own_names(), covered, self._fallback.kind)
+        return training(self._model, self._own_names(), covered, self._fallback.kind)
 
     def statistics(self) -> dict[str, float]:
         """Return numbers of the last step, for a progress bar or a log.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step, weights
+from optim_cases import conv_net, image_batch, train_step, weights, with_kl_clip
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
@@ -137,7 +137,7 @@ def test_a_copied_model_records_nothing_and_trains_with_an_optimizer_of_its_own(
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_model_that_changes_its_dtype(options: dict[str, Any], steps: int) -> None:
     model, loss_fn = conv_net(random_layers=True).float(), nn.CrossEntropyLoss()
-    opt = KFAC(model, loss_fn, kl_clip=1e-1, **options)
+    opt = KFAC(model, loss_fn, **with_kl_clip(options, 1e-1))
     batches = [image_batch(24, seed=seed % 2) for seed in range(16)]
     losses = [train_step(model, loss_fn, opt, (x.float(), y)) for x, y in batches[:steps]]
     model.double()
@@ -149,7 +149,7 @@ def test_a_model_that_changes_its_dtype(options: dict[str, Any], steps: int) -> 
 @pytest.mark.parametrize("options", MODES)
 def test_bfloat16_models(options: dict[str, Any]) -> None:
     model, loss_fn = conv_net().bfloat16(), nn.CrossEntropyLoss()
-    opt = KFAC(model, loss_fn, kl_clip=1e-1, **options)
+    opt = KFAC(model, loss_fn, **with_kl_clip(options, 1e-1))
     x, y = image_batch(24)
     losses = [train_step(model, loss_fn, opt, (x.bfloat16(), y)) for _ in range(20)]
     assert losses[-1] < 0.6 * losses[0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from einconv_kfac import KFAC
 from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
+from einconv_kfac.optim.vectors import norms
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 FLOAT = {"rtol": 1e-5, "atol": 1e-7}
@@ -300,15 +301,18 @@ def test_gradients_that_are_not_finite_are_noticed_and_large_ones_pass(value: fl
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
     preconditioner = KFAC(model, loss_fn)._curvature
     large = torch.full((3,), 1e308, dtype=torch.float64)  # finite, but the sum overflows
-    assert preconditioner.is_finite([torch.ones(2), large], [])
-    assert not preconditioner.is_finite([torch.ones(2), torch.tensor([1.0, value])], [])
-    assert not preconditioner.is_finite([torch.tensor([value, -value])], [])
+    for passes, gradients in (
+        (True, [torch.ones(2), large]),
+        (False, [torch.ones(2), torch.tensor([1.0, value])]),
+        (False, [torch.tensor([value, -value])]),
+    ):
+        assert preconditioner.is_finite(gradients, [], norms(gradients)) is passes
     x, y = image_batch()
     loss_fn(model(x), y).backward()
-    assert preconditioner.is_finite([], [])
+    assert preconditioner.is_finite([], [], [])
     moments = preconditioner.collector.moments["2"]
     moments.sums()[0].fill_(value)
-    assert not preconditioner.is_finite([], [])
+    assert not preconditioner.is_finite([], [], [])
 
 
 class TestRejection:

@@ -127,6 +127,6 @@ def test_loading_a_state_of_other_layers_or_modes_is_refused() -> None:
     with pytest.raises(ValueError, match="must have the model's layers, differs in"):
         KFAC(one, loss_fn).load_state_dict(KFAC(two, loss_fn).state_dict())
     with pytest.raises(ValueError, match="same `adaptive`"):
-        KFAC(one, loss_fn).load_state_dict(KFAC(one, loss_fn, adaptive=False).state_dict())
+        KFAC(one, loss_fn).load_state_dict(KFAC(one, loss_fn, 0.1, adaptive=False).state_dict())
     with pytest.raises(ValueError, match="must be a KFAC state of version"):
         KFAC(one, loss_fn).load_state_dict(torch.optim.SGD(one.parameters(), 0.1).state_dict())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step, weights
+from optim_cases import conv_net, image_batch, train_step, weights, with_kl_clip
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -69,7 +69,7 @@ def test_an_overflow_under_a_gradient_scaler_is_skipped_quietly() -> None:
 @pytest.mark.parametrize("options", MODES)
 def test_autocast(options: dict[str, Any]) -> None:
     model, loss_fn = conv_net().float(), nn.CrossEntropyLoss()
-    opt = KFAC(model, loss_fn, **{**options, "kl_clip": 1e-2})
+    opt = KFAC(model, loss_fn, **with_kl_clip(options, 1e-2))
     x, y = image_batch(24)
     losses = []
     for _ in range(30):
@@ -86,7 +86,7 @@ def test_autocast(options: dict[str, Any]) -> None:
 def test_clipped_gradients_give_the_step_of_clipped_gradients(options: dict[str, Any]) -> None:
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
     opt = KFAC(
-        model, loss_fn, momentum=0.0, damping=0.1, fisher="exact", **{**options, "kl_clip": None}
+        model, loss_fn, momentum=0.0, damping=0.1, fisher="exact", **with_kl_clip(options, None)
     )
     x, y = image_batch()
     loss_fn(model(x), y).backward()
@@ -97,7 +97,7 @@ def test_clipped_gradients_give_the_step_of_clipped_gradients(options: dict[str,
 
     other = conv_net()
     opt = KFAC(
-        other, loss_fn, momentum=0.0, damping=0.1, fisher="exact", **{**options, "kl_clip": None}
+        other, loss_fn, momentum=0.0, damping=0.1, fisher="exact", **with_kl_clip(options, None)
     )
     train_step(other, loss_fn, opt, (x, y))
     torch.testing.assert_close(step, (weights(other) - before) * (1e-3 / norm), rtol=1e-4, atol=0)
@@ -161,7 +161,7 @@ def test_steps_leave_no_graph_and_no_hooks_behind() -> None:
     opt = KFAC(model, loss_fn)
 
     def alive() -> tuple[int, int]:
-        opt._step._trust.forget_()  # it notes a direction on some steps only
+        opt._step._trust.drop_()  # it notes a direction on some steps only
         gc.collect()
         tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
         return len(tensors), hooks(model, loss_fn)
@@ -198,7 +198,7 @@ def test_statistics_of_an_automatic_step() -> None:
     opt = KFAC(model, loss_fn)
     train_step(model, loss_fn, opt, image_batch())
     found = opt.statistics()
-    chosen = {"damping", "step_size", "momentum", "signal", "gain"}
+    chosen = {"damping", "step_size", "momentum", "trust", "gain"}
     assert found.keys() == chosen | {"predicted", "ratio", "cholesky_retries"}
     assert found["predicted"] < 0 < found["step_size"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step, weights
+from optim_cases import conv_net, image_batch, train_step, weights, with_kl_clip
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC, KFACPreconditioner
@@ -86,7 +86,7 @@ def test_training_on_some_examples(random_layers: bool, options: dict[str, Any])
     found = []
     for resume in (False, True):
         model, loss_fn = conv_net(random_layers=random_layers), nn.CrossEntropyLoss()
-        own = {"factor_fraction": 0.3, **options, "kl_clip": 0.1}
+        own = {"factor_fraction": 0.3, **with_kl_clip(options, 0.1)}
         opt = KFAC(model, loss_fn, **own)
         losses = []
         for step in range(25):

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step, weights
+from optim_cases import conv_net, image_batch, objective_of, train_step, weights, with_kl_clip
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC, KFACPreconditioner
 from einconv_kfac.curvature.losses import EntrywiseRule, register_loss
+from einconv_kfac.optim.step.quadratic_model import quadratic_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}]
@@ -127,8 +128,11 @@ def test_two_losses_of_one_forward_pass(kind: str) -> None:
         model = TwoHeads(way)
         opt = KFAC(model, model.loss_fn, fisher="exact", damping=0.1)
         two_head_loss(model, model.loss_fn, x, y).backward()
-        objective = opt._objective()
-        found = objective.model(opt._curvature.replay, [objective.gradient])
+        gradient = {name: p.grad for name, p in model.named_parameters()}
+        batches = opt._curvature.recorder.take()
+        parameters = dict(model.named_parameters())
+        objective = objective_of(parameters, gradient=gradient, batches=batches)
+        found = quadratic_model(opt._curvature.replay, objective, [gradient])
         predicted.append(torch.stack([found.slope[0], found.curvature[0, 0]]))
     torch.testing.assert_close(*predicted, **EXACT)
 
@@ -137,7 +141,7 @@ def test_two_losses_of_one_forward_pass(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["inside", "list", "mapping"])
 def test_two_heads_train(kind: str, options: dict[str, Any]) -> None:
     model, (x, y) = TwoHeads(kind), image_batch()
-    opt = KFAC(model, model.loss_fn, **{**options, "kl_clip": None})
+    opt = KFAC(model, model.loss_fn, **with_kl_clip(options, None))
     losses = []
     for _ in range(20):
         opt.zero_grad()

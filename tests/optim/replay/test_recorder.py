@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step, weights
+from optim_cases import conv_net, image_batch, train_step, weights, with_kl_clip
 from torch import nn
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, TensorDataset
@@ -64,7 +64,7 @@ def test_statistics_of_batch_norm_may_be_updated_between_steps(options: dict[str
 @pytest.mark.parametrize("options", MODES)
 def test_autocast_with_a_gradient_scaler_and_accumulation(options: dict[str, Any]) -> None:
     model, loss_fn = conv_net().float(), nn.CrossEntropyLoss()
-    opt = KFAC(model, loss_fn, **{**options, "kl_clip": 1e-2})
+    opt = KFAC(model, loss_fn, **with_kl_clip(options, 1e-2))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     x, y = image_batch(24)
     losses = []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step, weights
+from optim_cases import conv_net, image_batch, objective_of, train_step, weights
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
@@ -69,8 +69,9 @@ def test_curvature_is_that_of_the_chosen_examples(
     (batch,) = with_subsets(recorder.take(), 0.25, 0, 3)
     assert batch.subset is not None
     assert len(batch.subset.rows) == 2
-    point = dict(model.named_parameters()), direction, dict.fromkeys(direction, 0.0)
-    found = quadratic_model(replay, [batch], point, [direction])
+    parameters = dict(model.named_parameters())
+    point = objective_of(parameters, gradient=direction, batches=[batch])
+    found = quadratic_model(replay, point, [direction])
     expected = 3 * wanted[batch.subset.rows].sum()
     torch.testing.assert_close(found.curvature[0, 0], expected, **EXACT)
 
