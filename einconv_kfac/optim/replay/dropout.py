@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.optim.replay.subsample import Subset
+from einconv_kfac.optim.replay.substitution import Forwards
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-def batch_masked(subset: Subset, module: nn.Module) -> Callable[..., Any] | None:
-    """Return a forward method that draws the mask for the whole batch, or ``None``.
+def batch_masks(model: nn.Module, subset: Subset) -> Forwards:
+    """Return forward methods of a model's dropout layers that draw masks for the whole batch.
 
-    Each example is thereby dropped as in the recorded forward pass. Modules other than dropout
-    in training mode keep their forward method.
+    The activations of each example are thereby dropped as in the recorded forward pass.
     """
-    drops = type(module) in _DROPOUT and module.training
-    return partial(_masked, module, subset) if drops else None
+    dropping = (m for m in model.modules() if type(m) in _DROPOUT and m.training)
+    return {module: partial(_masked, module, subset) for module in dropping}
 
 
 def _masked(module: Any, subset: Subset, x: Tensor) -> Tensor:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from einconv_kfac.optim.replay.dropout import batch_masked
+from einconv_kfac.optim.replay.dropout import batch_masks
 from einconv_kfac.optim.replay.environment import Environment
-from einconv_kfac.optim.replay.layer_jvp import layer_jvp
+from einconv_kfac.optim.replay.layer_jvp import layer_jvps
 from einconv_kfac.optim.replay.layer_outputs import LayerOutputs
 from einconv_kfac.optim.replay.loss_input import LossInput
-from einconv_kfac.optim.replay.recurrence import native_recurrence
+from einconv_kfac.optim.replay.recurrence import native_recurrences
 from einconv_kfac.optim.replay.subsample import Subset
-from einconv_kfac.optim.replay.substitution import Substitute, substituted
+from einconv_kfac.optim.replay.substitution import substituted
 from einconv_kfac.optim.vectors import Direction
 
 
@@ -86,15 +85,15 @@ class ForwardPass:
         def run() -> Any:
             return functional_call(model, values, call.args, call.kwargs, tie_weights=False)
 
-        substitutes: list[Substitute] = [native_recurrence]
+        forwards = native_recurrences(model)
         if self.subset is not None:
-            substitutes.append(partial(batch_masked, self.subset))
+            forwards |= batch_masks(model, self.subset)
         if tangents:
-            substitutes.append(partial(layer_jvp, call.outputs))
+            forwards |= layer_jvps(model, call.outputs)
         with ExitStack() as stack:
             stack.enter_context(call.environment.restored())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(substituted(model, substitutes))
+            stack.enter_context(substituted(forwards))
             return self.loss_input.found(run)
 
 

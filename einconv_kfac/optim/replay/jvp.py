@@ -1,9 +1,9 @@
 """Products of a function's Jacobian with directions of its parameters.
 
 Forward mode computes ``J d`` together with the output. Functions with an operator that has no
-forward mode take two backward passes instead: the gradient ``J^T w`` is linear in ``w``, so that
-``J d`` is the derivative of ``<J^T w, d>`` with respect to ``w``. One graph then serves all
-directions.
+forward mode take two backward passes instead (Pearlmutter, 1994, in the form that needs no
+forward mode): the gradient ``J^T w`` is linear in ``w``, so that ``J d`` is the derivative of
+``<J^T w, d>`` with respect to ``w``. One graph then serves all directions.
 """
 
 from __future__ import annotations

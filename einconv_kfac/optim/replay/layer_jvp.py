@@ -21,22 +21,26 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOutputs
+from einconv_kfac.optim.replay.substitution import Forwards
 
 Forward: TypeAlias = Callable[..., Tensor]
 
 
-def layer_jvp(outputs: LayerOutputs, module: nn.Module) -> Forward | None:
-    """Return a forward method that computes a layer's tangent as above.
+def layer_jvps(model: nn.Module, outputs: LayerOutputs) -> Forwards:
+    """Return forward methods of a model's layers that compute tangents as above.
 
     Args:
+        model: The model.
         outputs: The outputs of the recorded forward pass, which is about to be replayed.
-        module: The module; ``None`` is returned if there is no faster way than torch's.
     """
-    if type(module) in LINEAR and module in outputs:
-        return _linear(module, outputs.of(module))
-    if type(module) in NORMALIZING and module.training:
-        return _normalizing(module, outputs.of(module))
-    return None
+    known = outputs.by_module()
+    forwards: Forwards = {}
+    for module in model.modules():
+        if type(module) in LINEAR and module in known:
+            forwards[module] = _linear(module, iter(known[module]))
+        elif type(module) in NORMALIZING and module.training:
+            forwards[module] = _normalizing(module, iter(known.get(module, ())))
+    return forwards
 
 
 def _linear(module: Any, outputs: Iterator[Tensor | None]) -> Forward:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,12 +59,12 @@ class LayerOutputs:
             return
         self._outputs.setdefault(module, []).append(kept)
 
-    def __contains__(self, module: nn.Module) -> bool:
-        return module in self._outputs
-
-    def of(self, module: nn.Module) -> Iterator[Tensor | None]:
-        """Yield the output of each call of a module; ``None`` for one that was changed since."""
-        return (o.value if o.is_intact else None for o in self._outputs.get(module, ()))
+    def by_module(self) -> dict[nn.Module, list[Tensor | None]]:
+        """Return the outputs in the order of calls; ``None`` for one that was changed since."""
+        return {
+            module: [output.value if output.is_intact else None for output in outputs]
+            for module, outputs in self._outputs.items()
+        }
 
     def restricted(self, subset: Subset) -> LayerOutputs:
         """Return the outputs for a subset of the examples.

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from einconv_kfac.optim.replay.substitution import Forwards
 
-def native_recurrence(module: nn.Module) -> Callable[..., Any] | None:
-    """Return a forward method made of torch's native operations for a recurrent layer.
+
+def native_recurrences(model: nn.Module) -> Forwards:
+    """Return forward methods of a model's recurrent layers, made of torch's native operations.
 
     The implementations of oneDNN and cuDNN have no forward mode and can be differentiated only
-    once. For other modules, return ``None``.
+    once.
     """
-    return partial(_native, module) if isinstance(module, nn.RNNBase) else None
+    return {m: partial(_native, m) for m in model.modules() if isinstance(m, nn.RNNBase)}
 
 
 def _native(module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,36 +1,27 @@
-"""Temporary replacement of the forward methods of a model's modules."""
+"""Temporary replacement of the forward methods of modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from torch import nn
 
-Substitute: TypeAlias = Callable[[nn.Module], Callable[..., Any] | None]
-"""Returns the forward method to use for a module, or ``None`` to keep the module's own."""
+Forwards: TypeAlias = dict[nn.Module, Callable[..., Any]]
+"""Forward methods by module."""
 
 
 @contextmanager
-def substituted(model: nn.Module, substitutes: Sequence[Substitute]) -> Iterator[None]:
+def substituted(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Replace the forward methods of modules inside the block.
 
-    Modules on which somebody else has replaced the method are left alone.
-
-    Args:
-        model: The model.
-        substitutes: At most one of them may apply to a module.
+    Modules on which the method has already been replaced are left alone.
     """
-    changed = []
+    changed = [module for module in forwards if "forward" not in vars(module)]
+    for module in changed:
+        vars(module)["forward"] = forwards[module]
     try:
-        for module in model.modules():
-            if "forward" in vars(module):
-                continue
-            for substitute in substitutes:
-                if (forward := substitute(module)) is not None:
-                    vars(module)["forward"] = forward
-                    changed.append(module)
         yield
     finally:
         for module in changed:

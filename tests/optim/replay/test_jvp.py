@@ -34,7 +34,7 @@ class Cube(torch.autograd.Function):
 
 
 class CubeOnce(Cube):
-    """A function that says that it can be differentiated once."""
+    """A function that declares that it can be differentiated once."""
 
     @staticmethod
     @once_differentiable
@@ -43,7 +43,7 @@ class CubeOnce(Cube):
 
 
 class CubeDetached(Cube):
-    """A function whose backward pass loses its graph without a word."""
+    """A function whose backward pass silently loses its graph."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def test_both_ways_are_torchs(forward_mode: bool, random_layers: bool) -> None:
 
 
 def test_a_function_without_forward_mode() -> None:
-    """It is noticed once, and the products are those of the same function with one."""
+    """Forward mode is given up for good; the products are those of the same function with one."""
     model, batch = net(Cube), image_batch()
     replay, seen = recorded(model, batch)
     chosen = directions(model)
@@ -141,7 +141,7 @@ def test_what_cannot_be_differentiated_twice_is_refused(function: Any, damping: 
     train_step(model, loss_fn, opt, image_batch())
 
 
-def test_a_direction_that_the_output_does_not_see() -> None:
+def test_a_direction_that_the_output_does_not_depend_on() -> None:
     model = net(Cube)
     replay, batch = recorded(model, image_batch())
     replay.forward_mode = False
