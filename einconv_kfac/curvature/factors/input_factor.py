@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import product
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.algorithms.pointwise import add_columns_
-from einconv_kfac.curvature.factors.choice import algorithm_of
-from einconv_kfac.curvature.factors.indices.residue_classes import ResidueClass, residue_classes
-from einconv_kfac.curvature.factors.problem import Problem, check_approximation
-from einconv_kfac.curvature.factors.reduce import position_sums, reduced_factor, window_sums
-from einconv_kfac.curvature.factors.symmetric.update import (
-    Update,
-    accumulation_dtype,
-    blocks_of,
-    prepare,
-)
-from einconv_kfac.geometry import Geometry, Padding, Sizes, conv_geometry, conv_transpose_geometry
-from einconv_kfac.padding import pad_input
+from einconv_kfac.curvature.factors.approximation import WeightSharing, weight_sharing
+from einconv_kfac.curvature.factors.columns import Columns, FeatureColumns
+from einconv_kfac.curvature.factors.conv_columns import ConvColumns
+from einconv_kfac.curvature.factors.symmetric.update import Target
+from einconv_kfac.curvature.factors.transposed_conv_columns import TransposedConvColumns
+from einconv_kfac.geometry import Padding, Sizes, conv_geometry, conv_transpose_geometry
 
 
 @torch.no_grad()
@@ -76,17 +67,9 @@ def conv_input_factor(
              [3., 3., 4.]]])
     """
     geometry = conv_geometry(x.shape[2:], kernel_size, stride, padding, dilation, groups)
-    expand = check_approximation(approximation, algorithm)
-    problem, dtype, alpha = _problem(x, geometry), accumulation_dtype(x.dtype), alpha / x.shape[0]
-    if not expand:
-        sums, positions = window_sums(x, geometry, dtype), geometry.positions
-        target: Any = {"out": out, "beta": beta, "alpha": alpha}
-        return reduced_factor(sums, positions, groups, bias=bias, **target)
-    update = prepare(x, (groups, problem.size + bias), out, beta, alpha)
-    algorithm_of(problem, algorithm).add(x, problem, update.within(problem.size))
-    if bias:
-        _append_ones_(window_sums(x, geometry, dtype), geometry.positions, update)
-    return update.out
+    sharing = weight_sharing(approximation, algorithm)
+    columns = ConvColumns(_checked(x, 3), geometry, algorithm)
+    return _factor(sharing, columns, Target(out, beta, alpha), bias)
 
 
 @torch.no_grad()
@@ -140,19 +123,9 @@ def conv_transpose_input_factor(
     geometry = conv_transpose_geometry(
         x.shape[2:], kernel_size, stride, padding, output_padding, dilation, groups
     )
-    expand = check_approximation(approximation, algorithm)
-    problem, dtype, alpha = _problem(x, geometry), accumulation_dtype(x.dtype), alpha / x.shape[0]
-    x, positions = _pad_to(x, geometry.output_size), prod(geometry.input_size)
-    if bias or not expand:
-        sums = window_sums(x, geometry, dtype, transposed=True)
-    if not expand:
-        target: Any = {"out": out, "beta": beta, "alpha": alpha}
-        return reduced_factor(sums, positions, groups, bias=bias, **target)
-    update = prepare(x, (groups, problem.size + bias), out, beta, alpha)
-    _add_classes_(x, problem, update.within(problem.size), algorithm)
-    if bias:
-        _append_ones_(sums, positions, update)
-    return update.out
+    sharing = weight_sharing(approximation, algorithm)
+    columns = TransposedConvColumns(_checked(x, 3), geometry, algorithm)
+    return _factor(sharing, columns, Target(out, beta, alpha), bias)
 
 
 @torch.no_grad()
@@ -185,87 +158,22 @@ def linear_input_factor(
     tensor([[[5., 1.],
              [1., 2.]]])
     """
-    expand = check_approximation(approximation)
-    _check_batch(a, 2)
-    n, positions, size = a.shape[0], prod(a.shape[1:-1]), a.shape[-1]
-    rows, dtype, alpha = a.reshape(n, positions, size), accumulation_dtype(a.dtype), alpha / n
-    if bias or not expand:
-        sums = position_sums(rows.mT, dtype)
-    if not expand:
-        target: Any = {"out": out, "beta": beta, "alpha": alpha}
-        return reduced_factor(sums, positions, 1, bias=bias, **target)
-    update = prepare(a, (1, size + bias), out, beta, alpha)
-    add_columns_(rows.mT.unsqueeze(1), update.within(size))
-    if bias:
-        _append_ones_(sums, positions, update)
-    return update.out
+    sharing = weight_sharing(approximation)
+    rows = _checked(a, 2).reshape(a.shape[0], prod(a.shape[1:-1]), a.shape[-1])
+    return _factor(sharing, FeatureColumns(rows), Target(out, beta, alpha), bias)
 
 
-def _problem(x: Tensor, geometry: Geometry) -> Problem:
-    """Return the problem of the input ``x`` of shape ``[n, c, *i]``.
-
-    Raises:
-        ValueError: If the batch is empty or the channels do not split into groups.
-    """
-    _check_batch(x, 3)
-    channels = geometry.split_channels(x.shape[1])
-    return Problem(geometry, x.shape[0], channels, x.dtype, x.device.type)
-
-
-def _pad_to(x: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Append zeros for outputs that a large ``output_padding`` adds to the convolution."""
-    return pad_input(x, [(0, wanted - have) for wanted, have in zip(size, x.shape[2:])])
-
-
-def _check_batch(x: Tensor, ndim: int) -> None:
-    """Check that ``x`` has examples and at least ``ndim`` dimensions."""
+def _checked(x: Tensor, ndim: int) -> Tensor:
+    """Return ``x``, which must have examples and at least ``ndim`` dimensions."""
     if x.ndim < ndim or x.shape[0] == 0:
         raise ValueError(
             f"The input must be a non-empty batch with at least {ndim} dimensions, got shape "
             f"{tuple(x.shape)}."
         )
+    return x
 
 
-def _add_classes_(x: Tensor, problem: Problem, update: Update, algorithm: str | None) -> None:
-    """Add the products of a transposed convolution, one residue class after the other."""
-    geometry = problem.geometry
-    kernel = geometry.kernel_size
-    blocks = blocks_of(update.out, kernel)
-    blocks.mul_(update.beta) if update.beta else blocks.zero_()
-    for classes in product(*map(residue_classes, geometry.axes)):
-        ordinary = Geometry(tuple(entry.axis for entry in classes), geometry.groups)
-        kept: tuple[Any, ...] = (..., *(entry.kept for entry in classes))
-        part = x[kept]
-        inner = _problem(part, ordinary)
-        fresh = prepare(part, (geometry.groups, inner.size), None, 0.0, update.alpha)
-        algorithm_of(inner, algorithm).add(part, inner, fresh)
-        _class_blocks(blocks, classes).add_(_reversed_blocks(fresh.out, ordinary.kernel_size))
-
-
-def _class_blocks(blocks: Tensor, classes: tuple[ResidueClass, ...]) -> Tensor:
-    """View the entries of one class in ``blocks``, of shape ``[g, ci, *k, ci', *k']``."""
-    entries = [sorted(found.entries) for found in classes]
-    slices = [slice(e[0], e[-1] + 1, e[1] - e[0] if len(e) > 1 else 1) for e in entries]
-    return blocks[(slice(None), slice(None), *slices, slice(None), *slices)]
-
-
-def _reversed_blocks(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
-    """Return ``[g, (ci *k), (ci' *k')]`` as ``[g, ci, *k, ci', *k']``, each kernel reversed."""
-    d = len(kernel)
-    return blocks_of(factor, kernel).flip([*range(2, 2 + d), *range(3 + d, 3 + 2 * d)])
-
-
-def _append_ones_(sums: Tensor, positions: int, update: Update) -> None:
-    """Update the row and column of a constant 1 from sums over positions.
-
-    Args:
-        sums: The sums of ``a`` over positions, ``[n, (g d)]``.
-        positions: Number of positions.
-        update: The update, of all rows and columns.
-    """
-    groups, size = update.out.shape[0], update.out.shape[1] - 1
-    column = sums.sum(0).view(groups, size)
-    update.set_(column, update.out[:, :size, size])
-    update.out[:, size, :size] = update.out[:, :size, size]
-    corner = column.new_full((groups,), positions * sums.shape[0])
-    update.set_(corner, update.out[:, size, size])
+def _factor(sharing: WeightSharing, columns: Columns, target: Target, bias: bool) -> Tensor:
+    """Return ``A``, a mean over examples; ``reduce`` averages over positions first."""
+    target = target.averaged(columns.examples)
+    return sharing.factor(columns, target, bias=bias, divisor=columns.positions)

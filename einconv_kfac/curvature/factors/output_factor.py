@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.algorithms.pointwise import add_columns_
-from einconv_kfac.curvature.factors.problem import check_approximation
-from einconv_kfac.curvature.factors.reduce import position_sums, reduced_factor
-from einconv_kfac.curvature.factors.symmetric.update import accumulation_dtype, prepare
+from einconv_kfac.curvature.factors.approximation import weight_sharing
+from einconv_kfac.curvature.factors.columns import ChannelColumns
+from einconv_kfac.curvature.factors.symmetric.update import Target
 
 
 def output_factor(
@@ -82,18 +81,12 @@ def conv_output_factor(
     >>> conv_output_factor(torch.ones(1, 2, 4, 3, 3), groups=2, approximation="reduce").shape
     torch.Size([2, 2, 2])
     """
-    expand = check_approximation(approximation)
+    sharing = weight_sharing(approximation)
     if g.ndim < 3 or g.numel() == 0:
         raise ValueError(f"`g` must be non-empty [V, N, C_out, *o], got {tuple(g.shape)}.")
     n, channels = g.shape[1:3]
     if channels % groups:
         raise ValueError(f"`g`'s channels must be divisible by groups={groups}, got {channels}.")
-    positions = g[0, 0, 0].numel()
-    scale = alpha / (n * positions if expand else n)
-    rows = g.flatten(0, 1)  # (v n) c *o
-    if not expand:
-        sums = position_sums(rows, accumulation_dtype(g.dtype))
-        return reduced_factor(sums, 1, groups, out=out, beta=beta, alpha=scale)
-    update = prepare(g, (groups, channels // groups), out, beta, scale)
-    add_columns_(rows.reshape(rows.shape[0], groups, channels // groups, -1), update)
-    return update.out
+    columns = ChannelColumns(torch.unflatten(g.flatten(0, 1), 1, (groups, -1)))  # (v n) g c *o
+    terms = sharing.term_count(n, columns.positions)
+    return sharing.factor(columns, Target(out, beta, alpha).averaged(terms))

@@ -21,7 +21,7 @@ from einconv_kfac.curvature.factors.indices.runs import (
     shares_one_product,
 )
 from einconv_kfac.curvature.factors.problem import chunk_size, chunks
-from einconv_kfac.curvature.factors.symmetric.update import prepare
+from einconv_kfac.curvature.factors.symmetric.update import Target, prepare
 from einconv_kfac.curvature.factors.symmetric.whole_products import new_whole
 from einconv_kfac.geometry import Axis, Geometry
 
@@ -29,33 +29,25 @@ TYPECODES = {torch.float32: "f", torch.float64: "d"}
 
 
 def reduced_factor(
-    sums: Tensor,
-    positions: int,
-    groups: int,
-    *,
-    bias: bool = False,
-    out: Tensor | None = None,
-    beta: float = 0.0,
-    alpha: float = 1.0,
+    sums: Tensor, divisor: int, groups: int, target: Target, *, bias: bool = False
 ) -> Tensor:
     """Return ``beta out + alpha sum_n abar abar^T`` per group, from sums over positions.
 
     Args:
         sums: The sums, of shape ``[n, (g d)]``.
-        positions: Number of positions that were summed.
+        divisor: Divisor of the sums, such as the number of positions.
         groups: Number of channel groups.
+        target: The factors to update, with ``beta`` and ``alpha``.
         bias: Whether ``abar`` ends in a 1.
-        out: The factors to update, or none; see `prepare`, as for the arguments that follow.
-        beta: What the old values are multiplied with.
-        alpha: What the new ones are multiplied with.
     """
     rows = sums.reshape(len(sums), groups, -1)
     if bias:
-        rows = torch.cat([rows, rows.new_full((len(sums), groups, 1), positions)], 2)
-    a, scale = rows.permute(1, 2, 0), alpha / positions**2  # g d n
-    found = None if out is not None or beta else new_whole(a, scale)
+        rows = torch.cat([rows, rows.new_full((len(sums), groups, 1), divisor)], 2)
+    a, target = rows.permute(1, 2, 0), target.averaged(divisor**2)  # g d n
+    is_new = target.out is None and not target.beta
+    found = new_whole(a, target.alpha) if is_new else None
     if found is None:
-        update = prepare(sums, (groups, a.shape[1]), out, beta, scale)
+        update = prepare(sums, (groups, a.shape[1]), target)
         update.add_product_(a)
         found = update.out
     return found

@@ -27,6 +27,25 @@ DIAGONAL = 1 << 17
 
 
 @dataclass(frozen=True)
+class Target:
+    """Where a factor ``A`` is added: ``out <- beta * out + alpha * A``.
+
+    Args:
+        out: The symmetric tensor to update, or none for a new one.
+        beta: Multiplier of the old values of ``out``.
+        alpha: Multiplier of the factor.
+    """
+
+    out: Tensor | None = None
+    beta: float = 0.0
+    alpha: float = 1.0
+
+    def averaged(self, terms: int) -> Target:
+        """Return the target for a sum of which the factor is the mean over ``terms``."""
+        return replace(self, alpha=self.alpha / terms)
+
+
+@dataclass(frozen=True)
 class Update:
     """The pending update of ``out``, a batch ``[g, D, D]`` of symmetric matrices.
 
@@ -192,22 +211,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def prepare(
-    like: Tensor, shape: tuple[int, int], out: Tensor | None, beta: float, alpha: float
-) -> Update:
-    """Return the update of ``out``, or of a new tensor, for factors ``[g, D, D]``.
+def prepare(like: Tensor, shape: tuple[int, int], target: Target) -> Update:
+    """Return the update of a target, or of a new tensor, for factors ``[g, D, D]``.
 
     Args:
         like: The tensor whose dtype and device decide those of the factor.
         shape: Number of groups and size ``D``.
-        out: The tensor to update, or none.
-        beta: See `Update`.
-        alpha: See `Update`.
+        target: The tensor to update, if any, with ``beta`` and ``alpha``.
 
     Raises:
         ValueError: If ``out`` has another shape, dtype or device or is not contiguous, or
             if there is a ``beta`` but no ``out``.
     """
+    out, beta, alpha = target.out, target.beta, target.alpha
     groups, size = shape
     expected = (groups, size, size)
     dtype = accumulation_dtype(like.dtype)
