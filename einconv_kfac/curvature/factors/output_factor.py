@@ -87,6 +87,6 @@ def conv_output_factor(
     n, channels = g.shape[1:3]
     if channels % groups:
         raise ValueError(f"`g`'s channels must be divisible by groups={groups}, got {channels}.")
-    columns = ChannelColumns(torch.unflatten(g.flatten(0, 1), 1, (groups, -1)))  # (v n) g c *o
+    columns = ChannelColumns(g.flatten(0, 1), groups)  # (v n) (g c) *o
     terms = sharing.term_count(n, columns.positions)
     return sharing.factor(columns, Target(out, beta, alpha).averaged(terms))

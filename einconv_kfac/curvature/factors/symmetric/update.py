@@ -42,7 +42,7 @@ class Target:
 
     def averaged(self, terms: int) -> Target:
         """Return the target for a sum of which the factor is the mean over ``terms``."""
-        return replace(self, alpha=self.alpha / terms)
+        return Target(self.out, self.beta, self.alpha / terms)
 
 
 @dataclass(frozen=True)
