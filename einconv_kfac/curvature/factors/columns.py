@@ -70,7 +70,7 @@ class FeatureColumns(Columns):
         return position_sums(self.like.mT, dtype)
 
     def total(self, dtype: torch.dtype) -> Tensor:
-        """See `Columns`; one sum over all rows takes down to a quarter of the time of two."""
+        """See `Columns`; one sum over all rows is up to four times faster than two."""
         if self.like.dtype != dtype:  # converted a few examples at a time
             return super().total(dtype)
         return self.like.sum((0, 1))

@@ -33,32 +33,33 @@ def conv_input_factor(
 ) -> Tensor:
     """Return the input-based Kronecker factor of a convolution, in any dimension.
 
-    With ``a[n, s]`` the columns of the unfolded input of a group, and a last entry 1 if there
-    is a bias, ``A = 1/N sum_n sum_s a a^T`` (expand) or ``A = 1/N sum_n abar abar^T`` with
-    ``abar = 1/S sum_s a`` (reduce). The result is symmetric to the last bit.
+    ``a[n, s]`` are the columns of a group's unfolded input; with a bias, a 1 is appended. Then
+    ``A = 1/N sum_n sum_s a a^T`` (expand; KFC, Grosse and Martens, 2016), or
+    ``A = 1/N sum_n abar abar^T`` with ``abar = 1/S sum_s a`` (reduce; Eschenhagen et al., 2023).
+    The result is symmetric to the last bit.
 
     Args:
-        x: Input of shape ``[N, C, *i]``. A padding mode other than zeros enters through an
-            input that is already padded.
+        x: Input of shape ``[N, C, *i]``. For a padding mode other than zeros it must already
+            be padded.
         kernel_size: As in torch, like the hyper-parameters that follow.
         stride: As in torch.
         padding: As in torch, or ``(left, right)`` for each dimension.
         dilation: As in torch.
         groups: As in torch.
-        approximation: ``"expand"`` (KFC) or ``"reduce"``.
+        approximation: ``"expand"`` or ``"reduce"``.
         bias: Whether the layer has a bias; its row and column are the last.
-        algorithm: Name of the algorithm to use for expand; by default the cheapest.
+        algorithm: Name of the algorithm for ``"expand"``; by default the cheapest.
         out: Symmetric tensor to update and return: ``out <- beta * out + alpha * A``.
-        beta: What the old values of ``out`` are multiplied with.
-        alpha: What the factor is multiplied with.
+        beta: Multiplier of the old values of ``out``.
+        alpha: Multiplier of the factor.
 
     Returns:
         Factors of shape ``[groups, D, D]`` with ``D = C / groups * K (+ 1)`` and rows in the
         order of ``weight.flatten(1)``; of the input's dtype, float32 if that is smaller.
 
     Raises:
-        ValueError: If a hyper-parameter, the approximation, the algorithm or ``out`` does not
-            fit, or if the batch is empty.
+        ValueError: If a hyper-parameter, the approximation, the algorithm or ``out`` is invalid,
+            or if the batch is empty.
 
     >>> x = torch.ones(2, 1, 3)
     >>> conv_input_factor(x, kernel_size=2, padding=(1,), bias=True)
@@ -91,8 +92,8 @@ def conv_transpose_input_factor(
 ) -> Tensor:
     """Return the input-based Kronecker factor of a transposed convolution.
 
-    As `conv_input_factor`; the positions ``s`` that are summed over are those of the
-    transposed convolution's output.
+    It is defined as in `conv_input_factor`, with the positions ``s`` of the transposed
+    convolution's output.
 
     Args:
         x: Input of shape ``[N, C, *o]``.
@@ -140,6 +141,8 @@ def linear_input_factor(
 ) -> Tensor:
     """Return the input-based Kronecker factor of a linear layer.
 
+    It is defined as in `conv_input_factor`, with the inputs as columns ``a[n, s]``.
+
     Args:
         a: Input of shape ``[N, *s, D]``; ``s`` are the weight-sharing positions, if any.
         approximation: See `conv_input_factor`, as for the arguments that follow.
@@ -152,7 +155,7 @@ def linear_input_factor(
         Factor of shape ``[1, D (+ 1), D (+ 1)]``.
 
     Raises:
-        ValueError: If the approximation or ``out`` does not fit, or if the batch is empty.
+        ValueError: If the approximation or ``out`` is invalid, or if the batch is empty.
 
     >>> linear_input_factor(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
     tensor([[[5., 1.],

@@ -21,17 +21,18 @@ def output_factor(
 ) -> Tensor:
     """Return the gradient-based Kronecker factor of a layer with channels last.
 
-    ``B = 1/(N S) sum_{v,n,s} g g^T`` (expand) or ``B = 1/N sum_{v,n} gsum gsum^T`` with
-    ``gsum = sum_s g`` (reduce), for each group.
+    For each group, ``B = 1/(N S) sum_{v,n,s} g g^T`` (expand; KFC, Grosse and Martens, 2016), or
+    ``B = 1/N sum_{v,n} gsum gsum^T`` with ``gsum = sum_s g`` (reduce; Eschenhagen et al., 2023).
 
     Args:
-        g: Gradients of the per-example losses, of shape ``[V, N, S, C_out]``. They are summed
-            over ``v``: ``V`` Monte-Carlo draws carry a factor ``1 / sqrt(V)`` each.
+        g: Gradients of the per-example losses, of shape ``[V, N, S, C_out]``. Outer products are
+            summed over ``v``, so each of ``V`` Monte-Carlo draws must be scaled by
+            ``1 / sqrt(V)``.
         groups: Number of channel groups.
-        approximation: ``"expand"`` (KFC) or ``"reduce"``.
+        approximation: ``"expand"`` or ``"reduce"``.
         out: Tensor to update and return: ``out <- beta * out + alpha * B``.
-        beta: What the old values of ``out`` are multiplied with.
-        alpha: What the factor is multiplied with.
+        beta: Multiplier of the old values of ``out``.
+        alpha: Multiplier of the factor.
 
     Returns:
         Factors of shape ``[groups, C_out / groups, C_out / groups]``, symmetric to the last
@@ -39,7 +40,7 @@ def output_factor(
 
     Raises:
         ValueError: If ``g`` has another number of dimensions or is empty, if the groups do not
-            divide the channels, or if the approximation or ``out`` does not fit.
+            divide the channels, or if the approximation or ``out`` is invalid.
 
     >>> output_factor(torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]]))
     tensor([[[5., 1.],
