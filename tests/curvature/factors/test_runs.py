@@ -1,4 +1,4 @@
-"""Positions summed before the product with the windows, on all of their domain."""
+"""Cells of positions that are summed before the product with the windows, on their whole domain."""
 
 from __future__ import annotations
 
@@ -39,13 +39,15 @@ def long_geometries(draw: st.DrawFn) -> Geometry:
 
 @given(long_axes(300), st.booleans(), st.booleans())
 @DRAWN
-def test_runs_hold_every_met_position_once(axis: Axis, transposed: bool, innermost: bool) -> None:
+def test_cells_contain_every_met_position_once(
+    axis: Axis, transposed: bool, innermost: bool
+) -> None:
     met = met_entries(axis, transposed)
     found = partition_by_runs(axis, transposed, innermost)
-    places = [range(run.start + i, run.stop, run.period) for run in found.runs for i in run.kept]
-    for place, entries in zip(places, found.entries, strict=True):
-        assert {met[i] for i in place} == {entries}
-    held = sorted(i for place in places for i in place)
+    cells = [range(run.start + i, run.stop, run.period) for run in found.runs for i in run.kept]
+    for cell, entries in zip(cells, found.entries, strict=True):
+        assert {met[i] for i in cell} == {entries}
+    held = sorted(i for cell in cells for i in cell)
     assert all(a < b for a, b in pairwise(held))
     assert {i for i, entries in enumerate(met) if entries} <= set(held)
 
@@ -54,7 +56,7 @@ def test_runs_hold_every_met_position_once(axis: Axis, transposed: bool, innermo
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("largest", [0, runs.SHARED_MATRIX_ELEMENTS])
 def test_sums_over_runs(layout: str, transposed: bool, largest: int) -> None:
-    """Every axis is summed wherever it has a run, whether or not that is cheaper."""
+    """Every axis is summed wherever it has a run, even where that is not cheaper."""
 
     @given(long_geometries())
     @DRAWN

@@ -50,12 +50,12 @@ def test_many_small_products() -> None:
 
 
 @pytest.mark.parametrize(("size", "length"), [(200, 31), (577, 31), (901, 31), (230, 400)])
-@pytest.mark.parametrize("is_tried", [True, False])
+@pytest.mark.parametrize("is_tested", [True, False])
 def test_whole_products(
-    size: int, length: int, is_tried: bool, monkeypatch: pytest.MonkeyPatch
+    size: int, length: int, is_tested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32, where whole products may be symmetric by themselves; or may not."""
-    if not is_tried:
+    """In float32, where whole products are symmetric by themselves, or are not."""
+    if not is_tested:
         monkeypatch.setattr(whole_products, "_is_symmetric", lambda *_: False)
     a = torch.randn(1, size, length, generator=torch.Generator().manual_seed(0))
     old = torch.randn(1, size + 1, size + 1, generator=torch.Generator().manual_seed(1))
@@ -70,11 +70,11 @@ def test_whole_products(
 
 
 @pytest.mark.parametrize("size", [300, 577])
-@pytest.mark.parametrize("is_tried", [True, False])
-def test_new_whole_products(size: int, is_tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results as oneDNN made them, if they are symmetric, equal those that were updated."""
+@pytest.mark.parametrize("is_tested", [True, False])
+def test_new_whole_products(size: int, is_tested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results that oneDNN allocated equal those that were updated."""
     sums = torch.randn(40, size, generator=torch.Generator().manual_seed(0))
-    if not is_tried:
+    if not is_tested:
         monkeypatch.setattr(whole_products, "_is_symmetric", lambda *_: False)
     with torch.no_grad():
         got = reduced_factor(sums, 3, 1, Target(alpha=0.7), bias=True)

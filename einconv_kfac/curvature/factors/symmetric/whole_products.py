@@ -30,7 +30,7 @@ REUSED_MEMORY_BYTES = 1 << 25
 
 
 def is_symmetric_by_itself(out: Tensor, a: Tensor, alpha: float) -> bool:
-    """Return whether `add_whole_` makes a symmetric matrix of a symmetric one.
+    """Return whether `add_whole_` keeps a symmetric matrix symmetric to the last bit.
 
     Args:
         out: The matrix, ``[1, D, D]``; for batches of several the answer is no.
