@@ -19,7 +19,7 @@ from timing import seconds
 from torch.profiler import ProfilerActivity, profile
 
 from einconv_kfac.curvature.devices.products import add_matmul_
-from einconv_kfac.curvature.factors.algorithms.lags import half_of_lags
+from einconv_kfac.curvature.factors.indices.lag_pairs import half_of_lags
 from einconv_kfac.curvature.factors.indices.residue_classes import residue_classes
 from einconv_kfac.geometry import Axis
 

@@ -23,8 +23,8 @@ from factor_memory import MEASURED, memory
 from factor_report import Row, draw, shortfalls, summary, table
 from timing import machine, seconds
 
+from einconv_kfac.curvature.factors.approximation import APPROXIMATIONS
 from einconv_kfac.curvature.factors.choice import applicable, choose
-from einconv_kfac.curvature.factors.problem import APPROXIMATIONS
 
 
 def measure(

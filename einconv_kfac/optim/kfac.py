@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
-from einconv_kfac.curvature.layers.approximation import Approximation
+from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.losses import check_reduction
 from einconv_kfac.optim.diagnostics import Report
 from einconv_kfac.optim.factors.curvature import RunningCurvature

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
-from einconv_kfac.curvature.layers.approximation import Approximation
+from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, PERIODS, Hyperparameters
 from einconv_kfac.optim.inverses.protocol import Inverse

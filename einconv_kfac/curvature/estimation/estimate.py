@@ -15,7 +15,7 @@ from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.estimation.forward import Forward, uncompiled
 from einconv_kfac.curvature.estimation.moments import LayerMoments
 from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
-from einconv_kfac.curvature.layers.approximation import Approximation
+from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.discovery import find_layers
 
 Kind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.estimation.forward import Evaluation
 from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments
-from einconv_kfac.curvature.layers.approximation import Approximation
+from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.losses import check_reduction, loss_rule
 
 Fisher: TypeAlias = Literal["mc", "empirical", "exact", "forward-only"]

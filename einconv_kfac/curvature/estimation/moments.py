@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
-from einconv_kfac.curvature.layers.approximation import (
+from einconv_kfac.curvature.factors.approximation import (
     Approximation,
-    joined,
     second_moment,
-    term_count,
+    weight_sharing,
     with_ones,
 )
 from einconv_kfac.curvature.layers.layer import Layer
@@ -52,6 +51,7 @@ class LayerMoments:
     def __init__(self, layer: Layer, approximation: Approximation) -> None:
         self.layer = layer
         self.approximation = approximation
+        self._sharing = weight_sharing(approximation)
         self.examples = 0
         self._terms = 0
         self._inputs: Tensor | None = None
@@ -67,9 +67,9 @@ class LayerMoments:
                 its input, since that was subsampled.
         """
         self.examples += calls[0].x.shape[0] if examples is None else examples
-        for group in joined(calls, self.approximation):
+        for group in self._sharing.joined(calls):
             size = batch_size(self.layer, group) if examples is None else examples
-            self._terms += term_count(size, sum(self._positions(group)), self.approximation)
+            self._terms += self._sharing.term_count(size, sum(self._positions(group)))
             self._inputs = self._input_factor(group, **_into(self._inputs, size))
 
     @torch.no_grad()
@@ -78,7 +78,7 @@ class LayerMoments:
     ) -> None:
         """See `Moments`."""
         pairs = list(zip(calls, gradients))
-        for group in joined(pairs, self.approximation):
+        for group in self._sharing.joined(pairs):
             self._outputs = self._output_factor(group, scale)
 
     def sums(self) -> list[Tensor]:
@@ -124,7 +124,7 @@ class LayerMoments:
         if len(calls) == 1:
             ((call, gradient),) = calls
             (positions,) = self._positions([call])
-            count = term_count(gradient.shape[0], positions, self.approximation)
+            count = self._sharing.term_count(gradient.shape[0], positions)
             into = _into(self._outputs, scale * count)
             return rule.output_factor(call.module, gradient, self.approximation, **into)
         sums = [rule.outputs(call.module, g).sum(-1, keepdim=True) for call, g in calls]

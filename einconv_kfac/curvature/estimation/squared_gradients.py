@@ -11,7 +11,7 @@ from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.moments import batch_size, no_data
-from einconv_kfac.curvature.layers.approximation import with_ones
+from einconv_kfac.curvature.factors.approximation import with_ones
 from einconv_kfac.curvature.layers.layer import Layer
 
 _GRADIENT_ENTRIES = 1 << 22

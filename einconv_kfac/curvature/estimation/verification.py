@@ -16,7 +16,7 @@ from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.estimation.estimate import Kind, kronecker_factors
 from einconv_kfac.curvature.estimation.forward import Forward, evaluated, uncompiled
 from einconv_kfac.curvature.estimation.preservation import undisturbed
-from einconv_kfac.curvature.layers.approximation import Approximation
+from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.coverage import Coverage, coverage
 from einconv_kfac.curvature.losses import loss_rule
 from einconv_kfac.curvature.losses.loss_call import targets_of

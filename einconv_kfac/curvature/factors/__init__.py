@@ -1,6 +1,6 @@
 """Kronecker factors of linear layers and convolutions, from inputs and output gradients.
 
-Each is a plain function of tensors; nothing here knows about modules or losses.
+Each is a plain function of tensors, independent of modules and losses.
 """
 
 from einconv_kfac.curvature.factors.choice import explain

@@ -1,4 +1,4 @@
-"""Copies with the channels last, a few channels at a time where many would not fit a cache."""
+"""Copies with the channels last, made a few channels at a time where more would miss the cache."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 FAR = 1 << 10
-"""Elements between channels from which a few are copied at a time.
+"""Elements between neighbouring channels from which a few channels are copied at a time.
 
-Rows that are far apart, and often by a power of two, compete for the same places of a cache.
+Rows at such distances, often powers of two, compete for the same sets of a cache.
 """
 
-STRIP = 8
+STRIP_CHANNELS = 8
 """Channels that are copied at a time."""
 
 
 def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``x``, whose last dimension are the channels, contiguous and in the dtype."""
+    """Return ``x``, of shape ``[*s, c]``, contiguous and in the dtype."""
     if x.is_contiguous() or x.stride(-1) < FAR or x.device.type != "cpu":
         return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
     copy = x.new_empty(x.shape, dtype=dtype)
-    for start in range(0, x.shape[-1], STRIP):
-        strip = slice(start, start + STRIP)
+    for start in range(0, x.shape[-1], STRIP_CHANNELS):
+        strip = slice(start, start + STRIP_CHANNELS)
         copy[..., strip] = x[..., strip]
     return copy

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.algorithms.pointwise import add_columns_
-from einconv_kfac.curvature.factors.problem import check_approximation
-from einconv_kfac.curvature.factors.reduce import position_sums, reduced_factor
-from einconv_kfac.curvature.factors.symmetric.update import accumulation_dtype, prepare
+from einconv_kfac.curvature.factors.approximation import weight_sharing
+from einconv_kfac.curvature.factors.columns import ChannelColumns
+from einconv_kfac.curvature.factors.symmetric.update import Target
 
 
 def output_factor(
@@ -22,17 +21,18 @@ def output_factor(
 ) -> Tensor:
     """Return the gradient-based Kronecker factor of a layer with channels last.
 
-    ``B = 1/(N S) sum_{v,n,s} g g^T`` (expand) or ``B = 1/N sum_{v,n} gsum gsum^T`` with
-    ``gsum = sum_s g`` (reduce), for each group.
+    For each group, ``B = 1/(N S) sum_{v,n,s} g g^T`` (expand; KFC, Grosse and Martens, 2016), or
+    ``B = 1/N sum_{v,n} gsum gsum^T`` with ``gsum = sum_s g`` (reduce; Eschenhagen et al., 2023).
 
     Args:
-        g: Gradients of the per-example losses, of shape ``[V, N, S, C_out]``. They are summed
-            over ``v``: ``V`` Monte-Carlo draws carry a factor ``1 / sqrt(V)`` each.
+        g: Gradients of the per-example losses, of shape ``[V, N, S, C_out]``. Outer products are
+            summed over ``v``, so each of ``V`` Monte-Carlo draws must be scaled by
+            ``1 / sqrt(V)``.
         groups: Number of channel groups.
-        approximation: ``"expand"`` (KFC) or ``"reduce"``.
+        approximation: ``"expand"`` or ``"reduce"``.
         out: Tensor to update and return: ``out <- beta * out + alpha * B``.
-        beta: What the old values of ``out`` are multiplied with.
-        alpha: What the factor is multiplied with.
+        beta: Multiplier of the old values of ``out``.
+        alpha: Multiplier of the factor.
 
     Returns:
         Factors of shape ``[groups, C_out / groups, C_out / groups]``, symmetric to the last
@@ -40,7 +40,7 @@ def output_factor(
 
     Raises:
         ValueError: If ``g`` has another number of dimensions or is empty, if the groups do not
-            divide the channels, or if the approximation or ``out`` does not fit.
+            divide the channels, or if the approximation or ``out`` is invalid.
 
     >>> output_factor(torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]]))
     tensor([[[5., 1.],
@@ -82,18 +82,12 @@ def conv_output_factor(
     >>> conv_output_factor(torch.ones(1, 2, 4, 3, 3), groups=2, approximation="reduce").shape
     torch.Size([2, 2, 2])
     """
-    expand = check_approximation(approximation)
+    sharing = weight_sharing(approximation)
     if g.ndim < 3 or g.numel() == 0:
         raise ValueError(f"`g` must be non-empty [V, N, C_out, *o], got {tuple(g.shape)}.")
     n, channels = g.shape[1:3]
     if channels % groups:
         raise ValueError(f"`g`'s channels must be divisible by groups={groups}, got {channels}.")
-    positions = g[0, 0, 0].numel()
-    scale = alpha / (n * positions if expand else n)
-    rows = g.flatten(0, 1)  # (v n) c *o
-    if not expand:
-        sums = position_sums(rows, accumulation_dtype(g.dtype))
-        return reduced_factor(sums, 1, groups, out=out, beta=beta, alpha=scale)
-    update = prepare(g, (groups, channels // groups), out, beta, scale)
-    add_columns_(rows.reshape(rows.shape[0], groups, channels // groups, -1), update)
-    return update.out
+    columns = ChannelColumns(g.flatten(0, 1), groups)  # (v n) (g c) *o
+    terms = sharing.term_count(n, columns.positions)
+    return sharing.factor(columns, Target(out, beta, alpha).averaged(terms))

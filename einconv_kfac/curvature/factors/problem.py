@@ -27,8 +27,6 @@ NARROW_VECTORS = 2.0
 HALF_SPEED = 40
 """Width of a large product at half of MKL's full speed, where that is oneDNN's."""
 
-APPROXIMATIONS = ("expand", "reduce")
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -102,20 +100,6 @@ def mkl_price(problem: Problem, width: float | None = None) -> float:
     if ordinary or not mkl_is_narrow():
         return 1.0
     return 1 + HALF_SPEED / width if width and is_double_pumped() else NARROW_VECTORS
-
-
-def check_approximation(approximation: str, algorithm: str | None = None) -> bool:
-    """Return whether the approximation is ``"expand"``.
-
-    Raises:
-        ValueError: If it is not one of `APPROXIMATIONS`, or if there is an algorithm to choose
-            for ``"reduce"``, which has only one.
-    """
-    if approximation not in APPROXIMATIONS:
-        raise ValueError(f"`approximation` must be one of {APPROXIMATIONS}, got {approximation!r}.")
-    if approximation == "reduce" and algorithm is not None:
-        raise ValueError(f"`algorithm` must be None for 'reduce', got {algorithm!r}.")
-    return approximation == "expand"
 
 
 def chunk_size(device: str, elements: int) -> int:

@@ -1,8 +1,8 @@
 """KFAC-reduce: sum over the windows first, then one small product.
 
 The window sums of an input are a product with a 0/1 matrix ``[*k, *i]``, the index pattern summed
-over outputs. Positions that meet the same kernel entries are summed before it where that is
-cheaper (`pieces`); then the matrix has a column for each of these sums only.
+over outputs. Positions that meet the same kernel entries are summed first where that is cheaper
+(`indices.runs.partitions`). The matrix then has one column for each of these sums.
 """
 
 from __future__ import annotations
@@ -14,48 +14,39 @@ from math import prod
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.factors.constant_matrix import ARRAY_TYPECODES, constant_matrix
 from einconv_kfac.curvature.factors.indices.runs import (
-    Pieces,
-    incidences,
-    partition,
+    AxisPartition,
+    incidence_matrices,
+    partitions,
     shares_one_product,
 )
 from einconv_kfac.curvature.factors.problem import chunk_size, chunks
-from einconv_kfac.curvature.factors.symmetric.update import prepare
+from einconv_kfac.curvature.factors.symmetric.update import Target, prepare
 from einconv_kfac.curvature.factors.symmetric.whole_products import new_whole
 from einconv_kfac.geometry import Axis, Geometry
 
-TYPECODES = {torch.float32: "f", torch.float64: "d"}
-
 
 def reduced_factor(
-    sums: Tensor,
-    positions: int,
-    groups: int,
-    *,
-    bias: bool = False,
-    out: Tensor | None = None,
-    beta: float = 0.0,
-    alpha: float = 1.0,
+    sums: Tensor, divisor: int, groups: int, target: Target, *, bias: bool = False
 ) -> Tensor:
     """Return ``beta out + alpha sum_n abar abar^T`` per group, from sums over positions.
 
     Args:
         sums: The sums, of shape ``[n, (g d)]``.
-        positions: Number of positions that were summed.
+        divisor: Divisor of the sums, such as the number of positions.
         groups: Number of channel groups.
+        target: The factors to update, with ``beta`` and ``alpha``.
         bias: Whether ``abar`` ends in a 1.
-        out: The factors to update, or none; see `prepare`, as for the arguments that follow.
-        beta: What the old values are multiplied with.
-        alpha: What the new ones are multiplied with.
     """
     rows = sums.reshape(len(sums), groups, -1)
     if bias:
-        rows = torch.cat([rows, rows.new_full((len(sums), groups, 1), positions)], 2)
-    a, scale = rows.permute(1, 2, 0), alpha / positions**2  # g d n
-    found = None if out is not None or beta else new_whole(a, scale)
+        rows = torch.cat([rows, rows.new_full((len(sums), groups, 1), divisor)], 2)
+    a, target = rows.permute(1, 2, 0), target.averaged(divisor**2)  # g d n
+    is_new = target.out is None and not target.beta
+    found = new_whole(a, target.alpha) if is_new else None
     if found is None:
-        update = prepare(sums, (groups, a.shape[1]), out, beta, scale)
+        update = prepare(sums, (groups, a.shape[1]), target)
         update.add_product_(a)
         found = update.out
     return found
@@ -70,23 +61,23 @@ def window_sums(
         x: The input.
         geometry: The convolution.
         dtype: The dtype of the sums.
-        transposed: Whether ``x`` is the input of the transposed convolution, so that the
-            windows are over the convolution's inputs.
+        transposed: Whether ``x`` is the input of the transposed convolution, whose windows are
+            over the inputs of ``geometry``.
     """
     axes = geometry.axes
     if all(map(_meets_all, axes, x.shape[2:])):
         return position_sums(x, dtype)
     items = x.shape[0] * x.shape[1]
-    pieces = partition(axes, transposed, items)
-    if not all(axis.entries for axis in pieces):  # nothing but padding
+    cells = partitions(axes, transposed, items)
+    if not all(axis.entries for axis in cells):  # all positions are padding
         entries = prod(axis.kernel_size for axis in axes)
         return x.new_zeros(x.shape[0], x.shape[1] * entries, dtype=dtype)
     matrices = _matrices(x, axes, dtype, transposed)
     if x.dtype == dtype and _is_dense(x):
-        return _sums(x, pieces, matrices)
+        return _sums(x, cells, matrices)
     sums = x.new_empty(x.shape[0], x.shape[1] * prod(geometry.kernel_size), dtype=dtype)
     for part, target in _converted(x, sums):
-        target.copy_(_sums(part, pieces, matrices))
+        target.copy_(_sums(part, cells, matrices))
     return sums
 
 
@@ -102,7 +93,7 @@ def position_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _converted(x: Tensor, sums: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield a few examples of ``x`` in the dtype of ``sums`` and where theirs are, in turn."""
+    """Yield some examples of ``x``, in the dtype of ``sums``, and the rows for their sums."""
     done = 0
     for part in chunks(x, 1.0, min(x.numel() // 2, chunk_size(x.device.type, x.numel()))):
         yield part.to(sums.dtype), sums[done : done + len(part)]
@@ -110,21 +101,21 @@ def _converted(x: Tensor, sums: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _meets_all(axis: Axis, size: int) -> bool:
-    """Return whether the only kernel entry meets every one of ``size`` positions, once."""
+    """Return whether the kernel has one entry, which meets all ``size`` positions once."""
     single = axis.kernel_size == axis.stride == 1
     return single and len(axis.outputs(0)) == size
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Return whether the positions of an image follow each other at equal distances."""
+    """Return whether the positions of an image have equal distances in memory."""
     return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
 
 
-def _sums(x: Tensor, pieces: tuple[Pieces, ...], matrices: tuple[Tensor, ...]) -> Tensor:
+def _sums(x: Tensor, cells: tuple[AxisPartition, ...], matrices: tuple[Tensor, ...]) -> Tensor:
     """Return the window sums ``[n, (c *k)]`` of ``x``, of shape ``[n, c, *i]``."""
-    for dim, axis in enumerate(pieces, start=2):
-        if not axis.are_positions:
-            x = _piece_sums(x, dim, axis)
+    for dim, axis in enumerate(cells, start=2):
+        if not axis.is_finest:
+            x = _cell_sums(x, dim, axis)
     if len(matrices) == 1:
         return _product(x.flatten(2), matrices[0]).flatten(1)
     leading, last = matrices
@@ -135,16 +126,16 @@ def _sums(x: Tensor, pieces: tuple[Pieces, ...], matrices: tuple[Tensor, ...]) -
     return sums.reshape(x.shape[0], -1)
 
 
-def _piece_sums(x: Tensor, dim: int, pieces: Pieces) -> Tensor:
-    """Return ``x`` with dimension ``dim`` summed over the positions of each piece."""
+def _cell_sums(x: Tensor, dim: int, partition: AxisPartition) -> Tensor:
+    """Return ``x`` with dimension ``dim`` summed over the positions of each cell."""
     sizes = [*x.shape]
-    sizes[dim] = len(pieces.entries)
+    sizes[dim] = len(partition.entries)
     if x.stride(1) == 1:  # channels last
         sums = x.new_empty(sizes[0], *sizes[2:], sizes[1]).movedim(-1, 1)
     else:
         sums = x.new_empty(sizes)
     done = 0
-    for run in pieces.runs:
+    for run in partition.runs:
         part = x.narrow(dim, run.start, run.stop - run.start)
         target = sums.narrow(dim, done, len(run.kept))
         done += len(run.kept)
@@ -156,15 +147,15 @@ def _piece_sums(x: Tensor, dim: int, pieces: Pieces) -> Tensor:
             torch.sum(torch.unflatten(part, dim, (-1, run.period)), dim, out=target)
         else:
             periods = torch.unflatten(part, dim, (-1, run.period))
-            for place, i in enumerate(run.kept):
-                torch.sum(periods.select(dim + 1, i), dim, out=target.select(dim, place))
+            for index, i in enumerate(run.kept):
+                torch.sum(periods.select(dim + 1, i), dim, out=target.select(dim, index))
     return sums
 
 
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
     """Return ``x`` of shape ``[n, r, p]`` times the transpose of ``matrix``, ``[k, p]``.
 
-    Products are written to a given tensor, so that autocast leaves their precision alone.
+    Products are written to a given tensor, since autocast does not lower their precision then.
     """
     n, rows, k = x.shape[0], x.shape[1], matrix.shape[0]
     if x.is_contiguous():
@@ -177,31 +168,28 @@ def _product(x: Tensor, matrix: Tensor) -> Tensor:
 def _matrices(
     x: Tensor, axes: tuple[Axis, ...], dtype: torch.dtype, transposed: bool
 ) -> tuple[Tensor, ...]:
-    """Return the matrices ``[k, piece]`` of all axes, or of all but the last, and the last.
+    """Return the matrices ``[k, cell]`` of all axes, or of all but the last, and the last.
 
-    On a CPU their elements are kept; elsewhere they are made where they are needed, without
-    waiting for the device.
+    On a CPU their elements are cached. On other devices they are computed there, which needs no
+    synchronisation.
     """
     items = x.shape[0] * x.shape[1]
     split = len(axes) if shares_one_product(axes, transposed, items) else len(axes) - 1
     parts = tuple(part for part in (axes[:split], axes[split:]) if part)
     if x.device.type == "cpu" and type(x) is Tensor:
-        kept = incidences(axes, transposed, items, TYPECODES[dtype])
+        kept = incidence_matrices(axes, transposed, items, ARRAY_TYPECODES[dtype])
         rows = (prod(axis.kernel_size for axis in part) for part in parts)
-        return tuple(
-            torch.frombuffer(values, dtype=dtype).view(k, -1) for values, k in zip(kept, rows)
-        )
-    pieces = iter(partition(axes, transposed, items))
-    return tuple(
-        reduce(torch.kron, [_incidence(a, next(pieces), x.device, transposed) for a in part]).to(
-            dtype
-        )
-        for part in parts
-    )
+        return tuple(constant_matrix(values, k, dtype) for values, k in zip(kept, rows))
+    cells = partitions(axes, transposed, items)
+    factors = [_incidence_matrix(a, c, x.device, transposed) for a, c in zip(axes, cells)]
+    products = (factors[:split], factors[split:])
+    return tuple(reduce(torch.kron, part).to(dtype) for part in products if part)
 
 
-def _incidence(axis: Axis, pieces: Pieces, device: torch.device, transposed: bool) -> Tensor:
-    """Return which pieces each kernel entry meets, ``[k, piece]``."""
+def _incidence_matrix(
+    axis: Axis, partition: AxisPartition, device: torch.device, transposed: bool
+) -> Tensor:
+    """Return the matrix ``[k, cell]`` that is 1 where a kernel entry meets a cell."""
     offsets = torch.arange(axis.kernel_size, device=device)[:, None] * axis.dilation
     offsets = offsets - axis.padding[0]
     if transposed:
@@ -211,7 +199,7 @@ def _incidence(axis: Axis, pieces: Pieces, device: torch.device, transposed: boo
         steps = torch.arange(axis.input_size, device=device) - offsets  # o S
         pattern = (steps >= 0) & (steps < axis.output_size * axis.stride)
         pattern &= steps % axis.stride == 0
-    if pieces.are_positions:
+    if partition.is_finest:
         return pattern.to(torch.float32)
-    places = (run.start + i for run in pieces.runs for i in run.kept)
-    return torch.cat([pattern[:, i, None] for i in places], 1).to(torch.float32)
+    firsts = (run.start + i for run in partition.runs for i in run.kept)  # of each cell
+    return torch.cat([pattern[:, i, None] for i in firsts], 1).to(torch.float32)

@@ -1,4 +1,4 @@
-"""Windows of an input: views of the zero-padded input, no copies beyond the padding."""
+"""Windows of an input, as views of the zero-padded input; only the padding copies."""
 
 from __future__ import annotations
 

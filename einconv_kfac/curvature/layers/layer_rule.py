@@ -12,12 +12,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from einconv_kfac.curvature.layers.approximation import (
+from einconv_kfac.curvature.factors.approximation import (
     Approximation,
     second_moment,
-    shared_gradients,
-    shared_inputs,
-    term_count,
+    weight_sharing,
     with_ones,
 )
 
@@ -125,7 +123,7 @@ class LayerRule(ABC):
             bias: Whether ``a`` ends with a constant 1.
             into: ``out``, ``beta``, ``alpha``: the result is ``beta * out + alpha * A``.
         """
-        a = shared_inputs(self.inputs(module, x, y_shape), approximation)
+        a = weight_sharing(approximation).inputs(self.inputs(module, x, y_shape))
         return second_moment(with_ones(a) if bias else a, a.shape[0], **into)
 
     def output_factor(
@@ -139,9 +137,9 @@ class LayerRule(ABC):
             approximation: ``"expand"`` or ``"reduce"``.
             into: See `input_factor`.
         """
-        g = self.outputs(module, gradient)
-        count = term_count(g.shape[0], g.shape[-1], approximation)
-        return second_moment(shared_gradients(g, approximation), count, **into)
+        g, sharing = self.outputs(module, gradient), weight_sharing(approximation)
+        count = sharing.term_count(g.shape[0], g.shape[-1])
+        return second_moment(sharing.gradients(g), count, **into)
 
 
 def _record_call(

@@ -10,11 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.layers.approximation import (
-    Approximation,
-    shared_gradients,
-    shared_inputs,
-)
+from einconv_kfac.curvature.factors.approximation import Approximation, weight_sharing
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
 
 
@@ -45,7 +41,7 @@ class ScaleRule(LayerRule):
         """See `LayerRule`; sums per channel are faster than products of thin matrices."""
         a = self.inputs(module, x, y_shape)  # n c 1 s
         a = a.to(torch.promote_types(a.dtype, torch.float32))
-        a = shared_inputs(a, approximation)
+        a = weight_sharing(approximation).inputs(a)
         squares = _squares(a)
         if not bias:
             return _added(squares[:, None, None] / a.shape[0], **into)
@@ -60,7 +56,7 @@ class ScaleRule(LayerRule):
         """See `LayerRule`."""
         g = self.outputs(module, gradient)  # n c 1 s
         g = g.to(torch.promote_types(g.dtype, torch.float32))
-        g = shared_gradients(g, approximation)
+        g = weight_sharing(approximation).gradients(g)
         return _added(_squares(g)[:, None, None] / (g.shape[0] * g.shape[-1]), **into)
 
 

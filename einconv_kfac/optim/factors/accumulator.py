@@ -11,7 +11,7 @@ from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.moments import LayerMoments
 from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
-from einconv_kfac.curvature.layers.approximation import Approximation
+from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.layer import Layer
 
 

@@ -111,8 +111,10 @@ def test_transposed(approximation: str, geometry: Geometry, data: st.DataObject)
 def test_many_parts(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An input that is processed one example at a time, with channels in several blocks."""
     monkeypatch.setattr("einconv_kfac.curvature.factors.problem.chunk_size", lambda *_: 1)
-    monkeypatch.setattr("einconv_kfac.curvature.factors.symmetric.channel_blocks.ROWS", 18)
-    monkeypatch.setattr("einconv_kfac.curvature.factors.symmetric.channel_blocks.NARROWEST", 2)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.symmetric.channel_blocks.BLOCK_ROWS", 18)
+    monkeypatch.setattr(
+        "einconv_kfac.curvature.factors.symmetric.channel_blocks.FEWEST_BLOCK_CHANNELS", 2
+    )
     geometry = Geometry((Axis(7, 3, 1, (1, 1)), Axis(8, 3, 2, (1, 1))))
     x = draw_input(geometry, 5, 4)
     expected = factor(columns(x, geometry), "expand")

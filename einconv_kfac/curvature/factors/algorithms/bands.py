@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.products import WIDE, add_matmul_
-from einconv_kfac.curvature.factors.algorithms.lags import Key, half_of_lags
+from einconv_kfac.curvature.factors.indices.lag_pairs import Key, half_of_lags
 from einconv_kfac.curvature.factors.problem import (
     BATCHED,
     Cost,
@@ -29,7 +29,7 @@ from einconv_kfac.curvature.factors.problem import (
     mkl_price,
 )
 from einconv_kfac.curvature.factors.symmetric.region_sums import (
-    FEW,
+    MOST_GATHERED_CHANNELS,
     Region,
     regions_of,
     write_regions,
@@ -157,7 +157,7 @@ def banded_cost(problem: Problem) -> Cost:
     copied = problem.inputs * (2 if blocks else 1 + growth)
     products = count * regions * (10 * len(found) + 4 * blocks)
     calls = products * (steps + BATCHED * (groups - 1)) + 30 * steps * len(keys)
-    along = 0.6 if channels <= FEW else 0.42  # diagonals, but in order
+    along = 0.6 if channels <= MOST_GATHERED_CHANNELS else 0.42  # diagonals, but in order
     written = along * (problem.outputs + count * sums)
     price = mkl_price(problem) * problem.batch * groups
     price *= NARROW if groups == 1 and width < WIDE else 1.0
@@ -283,7 +283,7 @@ class _Operand:
             axis.stride * (row + 1),
         )
         terms = products.as_strided(sizes, strides)
-        if c > FEW:  # a short sum of many is slow
+        if c > MOST_GATHERED_CHANNELS:  # a short sum of many is slow
             first, *others = terms.unbind(-1)
             total.copy_(first) if is_first else total.add_(first)
             for term in others:

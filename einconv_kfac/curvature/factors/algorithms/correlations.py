@@ -17,14 +17,18 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.channels_last import channels_last
-from einconv_kfac.curvature.factors.indices.lag_boxes import Span, spans_of_all
+from einconv_kfac.curvature.factors.indices.lag_boxes import LagRange, lag_boxes
 from einconv_kfac.curvature.factors.problem import Cost, Problem, part_size
-from einconv_kfac.curvature.factors.symmetric.channel_blocks import Block, channel_pairs, edges
+from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
+    ChannelBlock,
+    channel_pairs,
+    edges,
+)
 from einconv_kfac.curvature.factors.symmetric.scatter import Key, write
 from einconv_kfac.curvature.factors.symmetric.update import Update
 from einconv_kfac.geometry import Axis, Geometry
 
-Spans = tuple[Span, ...]
+Spans = tuple[LagRange, ...]
 Range = tuple[int, int, int]
 
 FINE = 16
@@ -86,9 +90,9 @@ class Call:
 
 @lru_cache(maxsize=256)
 def calls(axes: tuple[Axis, ...], half: bool, fine: bool) -> tuple[Call, ...]:
-    """Return the calls for the lags of `spans_of_all`."""
+    """Return the calls for the lags of `lag_boxes`."""
     found = []
-    for combined in spans_of_all(axes, half, fine):
+    for combined in lag_boxes(axes, half, fine):
         interior = tuple(span.interior for span in combined)
         for region in product(*(range(len(span.regions)) for span in combined)):
             needed = [span.needed(r) for span, r in zip(combined, region)]
@@ -125,7 +129,7 @@ def correlated(x: Tensor, problem: Problem, update: Update) -> None:
     x = x.reshape(x.shape[0], geometry.groups, problem.channels, *x.shape[2:])
     x = x.movedim((1, 2), (-2, -1))  # n *i g c
     for pair in channel_pairs(problem):
-        block, diagonal = Block(update, pair, geometry), pair[0] == pair[1]
+        block, diagonal = ChannelBlock(update, pair, geometry), pair[0] == pair[1]
         operands = [x[..., slice(*edge)] for edge in dict.fromkeys(pair)]
         step = part_size(operands[0], GROWTH)
         if step >= len(x):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.problem import BATCHED, Cost, Problem, mkl_price
-from einconv_kfac.curvature.factors.symmetric.gather import write_mirrored
+from einconv_kfac.curvature.factors.symmetric.gather import write_gathered
 from einconv_kfac.curvature.factors.symmetric.update import Update
 from einconv_kfac.geometry import Axis
 
@@ -41,7 +41,7 @@ def gram(x: Tensor, problem: Problem, update: Update) -> None:
         found = _entries(products, problem, first, others)
         rest = problem.entries // geometry.kernel_size[0]
         some = replace(update, out=update.out[start : start + step])
-        write_mirrored(found, geometry.kernel_size[0], rest, some)
+        write_gathered(found, geometry.kernel_size[0], rest, some)
 
 
 def pair_pattern(axis: Axis, like: Tensor, dtype: torch.dtype) -> Tensor:

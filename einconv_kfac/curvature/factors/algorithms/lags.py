@@ -8,7 +8,6 @@ operand is set to zero elsewhere; only the strips at the borders are copied.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import groupby, product
 from math import prod
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.devices.products import add_matmul_
 from einconv_kfac.curvature.factors.channels_last import channels_last
-from einconv_kfac.curvature.factors.indices.lag_pairs import Lag, grid_size, lags
+from einconv_kfac.curvature.factors.indices.lag_pairs import Key, all_lags, grid_size, half_of_lags
 from einconv_kfac.curvature.factors.problem import (
     BATCHED,
     SCATTERED,
@@ -29,7 +28,7 @@ from einconv_kfac.curvature.factors.problem import (
     mkl_price,
 )
 from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
-    Block,
+    ChannelBlock,
     Pair,
     channel_pairs,
     edges,
@@ -38,7 +37,6 @@ from einconv_kfac.curvature.factors.symmetric.scatter import write
 from einconv_kfac.curvature.factors.symmetric.update import Update
 from einconv_kfac.geometry import Axis, Geometry
 
-Key = tuple[Lag, ...]
 Sums = dict[tuple[Pair, Key], Tensor]
 
 NARROW = 1.2
@@ -55,7 +53,7 @@ def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
     for part in parts:
         grids = Grids(part, geometry, update.out.dtype)
         for pair in channel_pairs(problem):
-            block = Block(update, pair, geometry) if part is parts[-1] else None
+            block = ChannelBlock(update, pair, geometry) if part is parts[-1] else None
             for key in _add_lags_(sums, pair, grids, update.alpha):
                 if block is not None:
                     total, diagonal = sums.pop((pair, key)), pair[0] == pair[1]
@@ -100,7 +98,7 @@ def _add_lags_(sums: Sums, pair: Pair, grids: Grids, alpha: float) -> Iterator[K
     """Add the products of all lags between two blocks of channels, one lag after the other."""
     axes = grids.geometry.axes
     work = None
-    keys = half_of_lags(axes) if pair[0] == pair[1] else _all_lags(axes)
+    keys = half_of_lags(axes) if pair[0] == pair[1] else all_lags(axes)
     for (inner, remainder), group in groupby(keys, key=lambda key: (key[1:], key[0].left)):
         grid = grids[(remainder, *(lag.left for lag in inner))][..., slice(*pair[0])]
         work = torch.empty_like(grid) if work is None else work  # fresh memory is slow
@@ -109,20 +107,6 @@ def _add_lags_(sums: Sums, pair: Pair, grids: Grids, alpha: float) -> Iterator[K
             total = sums.get((pair, key))
             sums[pair, key] = _add_regions_(total, key, left, grids, pair, alpha)
             yield key
-
-
-@lru_cache(maxsize=256)
-def _all_lags(axes: tuple[Axis, ...]) -> tuple[Key, ...]:
-    """Return the lags of all axes together, those of equal masks in a row."""
-    found = product(*(lags(axis) for axis in (*axes[1:], axes[0])))
-    return tuple((key[-1], *key[:-1]) for key in found)
-
-
-@lru_cache(maxsize=256)
-def half_of_lags(axes: tuple[Axis, ...]) -> tuple[Key, ...]:
-    """Return the lags that are not the mirror image of another."""
-    zero = (0,) * len(axes)
-    return tuple(k for k in _all_lags(axes) if tuple(lag.distance for lag in k) >= zero)
 
 
 class Grids:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.devices.products import mkl_is_narrow
 from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_size, chunks
-from einconv_kfac.curvature.factors.symmetric.update import Update, mirror_, panels
+from einconv_kfac.curvature.factors.symmetric.update import Update, copy_upper_to_lower_, panels
 
 LONG = 256
 """Positions from which the product of a single example is worth a call."""
@@ -65,7 +65,7 @@ def add_columns_(x: Tensor, update: Update) -> None:
         limit = x.numel()  # channels last
     elif on_cpu and same and x.shape[1] == 1 and x.numel() * x.shape[2] <= FEW:
         update.out[0].addbmm_(x[:, 0], x[:, 0].mT, beta=update.beta, alpha=update.alpha)
-        mirror_(update.out)
+        copy_upper_to_lower_(update.out)
         return
     elif on_cpu and is_long:
         limit = 1

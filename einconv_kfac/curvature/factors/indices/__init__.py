@@ -1,1 +1,1 @@
-"""Which positions meet which kernel entries; no tensors."""
+"""The positions that each kernel entry meets, as integers and ranges; without torch."""

@@ -1,9 +1,9 @@
-"""Neighbouring lags whose products are computed together, with the regions they share.
+"""Boxes of consecutive lags whose products are computed together, over shared regions.
 
-A correlation of the input with itself gives the products at a whole range of distances
-``k' - k``, if all of them sum over the same left positions. These may reach beyond what a
-single distance needs, where the partner of a position is outside of the input and counts as
-zero. So only the windows of the left positions cut regions here.
+A correlation of the input with itself gives the products at a range of distances ``k' - k``, if
+all of them sum over the same left positions. Some of these positions have no partner inside the
+input at some distances; the partner then counts as zero. So the bounds of regions are those of
+the windows of left positions alone.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from einconv_kfac.curvature.factors.indices.lag_pairs import Pairs, Ranges, cut
+from einconv_kfac.curvature.factors.indices.lag_pairs import EntryPairs, Ranges, regions_and_windows
 from einconv_kfac.geometry import Axis
 
-ALL, POSITIVE, ZERO, NEGATIVE, HALF = "all", "positive", "zero", "negative", "half"
-"""Which distances a span has."""
+ALL_LAGS, HALF_OF_LAGS = "all", "half"
+POSITIVE_LAGS, ZERO_LAG, NEGATIVE_LAGS = "positive", "zero", "negative"
+"""The distances of a `LagRange`; half of them are the zero and the positive ones."""
 
 
 @dataclass(frozen=True)
-class Span:
+class LagRange:
     """Consecutive distances between entries ``k`` of one remainder and others, along one axis.
 
     Args:
@@ -45,15 +46,15 @@ class Span:
         sizes = [stop - start for start, stop in self.regions]
         return sizes.index(max(sizes))
 
-    def pairs(self, distance: int) -> Pairs:
+    def pairs(self, distance: int) -> EntryPairs:
         """Return the pairs of kernel entries at one of the distances."""
         inside = [k for k in self.entries if 0 <= k + distance < self.axis.kernel_size]
         entries = range(inside[0], inside[-1] + 1, self.entries.step)
         windows = tuple(w for k, w in zip(self.entries, self.windows) if k in entries)
-        return Pairs(distance, entries, windows)
+        return EntryPairs(distance, entries, windows)
 
     def needed(self, region: int) -> range:
-        """Return the range of distances at which some pair needs a region, maybe empty."""
+        """Return the smallest range of all distances at which some pair needs a region."""
         (start, stop), axis = self.regions[region], self.axis
         found = [
             distance
@@ -71,28 +72,28 @@ class Span:
 
 
 @lru_cache(maxsize=1024)
-def spans(axis: Axis, which: str) -> tuple[Span, ...]:
-    """Return the spans of ``axis``, one for each remainder, which have any products.
+def lag_ranges(axis: Axis, which: str) -> tuple[LagRange, ...]:
+    """Return the non-empty ranges of lags of ``axis``, one for each remainder.
 
-    >>> [(s.distances, s.regions) for s in spans(Axis(5, 3, padding=(1, 1)), POSITIVE)]
+    >>> [(s.distances, s.regions) for s in lag_ranges(Axis(5, 3, padding=(1, 1)), POSITIVE_LAGS)]
     [(range(1, 3), ((0, 4),))]
     """
     last = axis.kernel_size - 1
-    low = {ALL: -last, POSITIVE: 1, NEGATIVE: -last}.get(which, 0)
-    high = {ZERO: 0, NEGATIVE: -1}.get(which, last)
+    low = {ALL_LAGS: -last, POSITIVE_LAGS: 1, NEGATIVE_LAGS: -last}.get(which, 0)
+    high = {ZERO_LAG: 0, NEGATIVE_LAGS: -1}.get(which, last)
     step = len({k * axis.dilation % axis.stride for k in range(axis.stride)})
-    found = [_span(axis, range(k, last + 1, step), range(low, high + 1)) for k in range(step)]
-    return tuple(span for span in found if span is not None)
+    found = [_lag_range(axis, range(k, last + 1, step), range(low, high + 1)) for k in range(step)]
+    return tuple(lags for lags in found if lags is not None)
 
 
 def _distances_of(axis: Axis, k: int, distances: range) -> range:
-    """Return which of the distances lead from ``k`` to an entry of the kernel."""
+    """Return the distances for which ``k + distance`` is an entry of the kernel."""
     low, high = max(distances.start, -k), min(distances.stop, axis.kernel_size - k)
     return range(low, max(low, high))
 
 
-def _span(axis: Axis, entries: range, distances: range) -> Span | None:
-    """Return the span of entries with one remainder, if it has any products."""
+def _lag_range(axis: Axis, entries: range, distances: range) -> LagRange | None:
+    """Return the range of lags of entries with one remainder, if it has any products."""
     reach = {k: _distances_of(axis, k, distances) for k in entries}
     kept = [k for k in entries if reach[k]]
     if not kept:
@@ -106,34 +107,34 @@ def _span(axis: Axis, entries: range, distances: range) -> Span | None:
         start = max(shift + met.start, -(-nearest // axis.stride))
         stop = min(shift + met.stop, farthest // axis.stride + 1)
         ranges.append((start, max(start, stop)))
-    regions, windows = cut(ranges)
+    regions, windows = regions_and_windows(ranges)
     if not regions:
         return None
     found = range(kept[0], kept[-1] + 1, entries.step)
-    return Span(axis, found, range(low, high), remainder, regions, windows)
+    return LagRange(axis, found, range(low, high), remainder, regions, windows)
 
 
 @lru_cache(maxsize=256)
-def spans_of_all(
+def lag_boxes(
     axes: tuple[Axis, ...], half: bool, fine: bool = False
-) -> tuple[tuple[Span, ...], ...]:
-    """Return the spans of all dimensions together, which cover each lag once.
+) -> tuple[tuple[LagRange, ...], ...]:
+    """Return boxes of lags, a `LagRange` per dimension, that contain each lag once.
 
     Args:
         axes: The dimensions.
-        half: Whether to leave out lags that are the mirror image of another.
-        fine: Whether to part distances by their sign: more spans, with fewer regions.
+        half: Whether to leave out each lag that is the negative of another.
+        fine: Whether to split distances by their sign, into more boxes with fewer regions.
     """
-    d, signs = len(axes), (POSITIVE, ZERO, NEGATIVE)
-    every = signs if fine else (ALL,)
-    last = (POSITIVE, ZERO) if fine else (HALF,)
+    d, signs = len(axes), (POSITIVE_LAGS, ZERO_LAG, NEGATIVE_LAGS)
+    every = signs if fine else (ALL_LAGS,)
+    last = (POSITIVE_LAGS, ZERO_LAG) if fine else (HALF_OF_LAGS,)
     if half:
         kinds = [
-            (*(ZERO,) * j, first, *rest)
+            (*(ZERO_LAG,) * j, first, *rest)
             for j in range(d)
-            for first in ((POSITIVE,) if j < d - 1 else last)
+            for first in ((POSITIVE_LAGS,) if j < d - 1 else last)
             for rest in product(*[every] * (d - 1 - j))
         ]
     else:
         kinds = list(product(signs, *[every] * (d - 1)))
-    return tuple(found for kind in kinds for found in product(*map(spans, axes, kind)))
+    return tuple(found for kind in kinds for found in product(*map(lag_ranges, axes, kind)))

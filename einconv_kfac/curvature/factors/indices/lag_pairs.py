@@ -1,24 +1,25 @@
-"""Which products of input positions the entries of a factor sum, along one axis.
+"""The products of input positions that each entry of a factor sums, along one axis.
 
 Kernel entry ``k`` meets position ``o S + k D - left`` for output ``o``. So the entry of the
-factor at ``(k, k')`` sums products of positions that lie ``(k' - k) D`` apart, over a window
-that depends on ``k`` at the borders only. Entries with the same distance, and positions with
-the same remainder modulo ``S``, sum the same products, except for those windows.
+factor at ``(k, k')`` sums products of positions with the distance ``(k' - k) D``. The window of
+these positions depends on ``k`` at the borders only. Entries with the same distance ``k' - k``
+whose positions have the same remainder modulo ``S`` share all products but those at the borders.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 
 from einconv_kfac.geometry import Axis
 
 Ranges = tuple[tuple[int, int], ...]
+"""Ranges ``(start, stop)``."""
 
 
 @dataclass(frozen=True)
-class Pairs:
+class EntryPairs:
     """The pairs ``(k, k + distance)`` of kernel entries whose ``k`` has one remainder.
 
     Args:
@@ -33,16 +34,16 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Lag(Pairs):
-    """Pairs of kernel entries, and where the positions that they meet are.
+class Lag(EntryPairs):
+    """Pairs of kernel entries, and the positions that they meet.
 
     Positions are counted on grids that hold every ``S``-th position of the input: position
     ``t`` of the grid with remainder ``r`` is input position ``t S + r``.
 
     Args:
-        distance: See `Pairs`, as for the two arguments that follow.
-        entries: See `Pairs`.
-        windows: See `Pairs`.
+        distance: See `EntryPairs`, as for the two arguments that follow.
+        entries: See `EntryPairs`.
+        windows: See `EntryPairs`.
         left: Remainder of the positions that ``k`` meets.
         right: Remainder of the positions that ``k'`` meets.
         shift: Grid position met by ``k'`` minus the one met by ``k``.
@@ -59,6 +60,10 @@ class Lag(Pairs):
         """Index of the largest region."""
         sizes = [stop - start for start, stop in self.regions]
         return sizes.index(max(sizes))
+
+
+Key = tuple[Lag, ...]
+"""The lags of all dimensions together."""
 
 
 @lru_cache(maxsize=1024)
@@ -78,6 +83,20 @@ def lags(axis: Axis) -> tuple[Lag, ...]:
     return tuple(lag for lag in found if lag.regions)
 
 
+@lru_cache(maxsize=256)
+def all_lags(axes: tuple[Axis, ...]) -> tuple[Key, ...]:
+    """Return the lags of all axes together, ordered so that those with equal masks are adjacent."""
+    found = product(*(lags(axis) for axis in (*axes[1:], axes[0])))
+    return tuple((key[-1], *key[:-1]) for key in found)
+
+
+@lru_cache(maxsize=256)
+def half_of_lags(axes: tuple[Axis, ...]) -> tuple[Key, ...]:
+    """Return the zero lag and one of each pair of opposite lags."""
+    zero = (0,) * len(axes)
+    return tuple(k for k in all_lags(axes) if tuple(lag.distance for lag in k) >= zero)
+
+
 def grid_size(axis: Axis) -> int:
     """Return the number of positions of a grid, the same for all remainders."""
     return -(-axis.input_size // axis.stride)
@@ -92,11 +111,11 @@ def _lag(axis: Axis, distance: int, entries: range) -> Lag:
         here, there = axis.outputs(k), axis.outputs(k + distance)
         low, high = max(here.start, there.start), min(here.stop, there.stop)
         ranges.append((start + low, start + max(low, high)))
-    regions, windows = cut(ranges)
+    regions, windows = regions_and_windows(ranges)
     return Lag(distance, entries, windows, remainders[0], right, shift - shifts[0], regions)
 
 
-def cut(ranges: list[tuple[int, int]]) -> tuple[Ranges, Ranges]:
+def regions_and_windows(ranges: list[tuple[int, int]]) -> tuple[Ranges, Ranges]:
     """Cut ranges of positions into disjoint regions.
 
     Returns:
@@ -114,7 +133,7 @@ def cut(ranges: list[tuple[int, int]]) -> tuple[Ranges, Ranges]:
 
 
 def _covered(regions: list[tuple[int, int]], window: tuple[int, int]) -> tuple[int, int]:
-    """Return the range of ``regions`` that lie in the window."""
+    """Return the range of the ``regions`` inside the window."""
     inside = [
         i for i, (start, stop) in enumerate(regions) if window[0] <= start and stop <= window[1]
     ]

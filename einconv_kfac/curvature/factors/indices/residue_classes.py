@@ -1,4 +1,4 @@
-"""Transposed convolutions as ordinary ones, one per residue class of kernel entries.
+"""Residue classes of kernel entries, for which a transposed convolution is an ordinary one.
 
 Position ``i`` of a transposed convolution meets kernel entry ``k`` iff
 ``i = o S + k D - left`` for an input position ``o``. So the entries that meet a position all
@@ -18,12 +18,12 @@ from einconv_kfac.geometry import Axis
 
 @dataclass(frozen=True)
 class ResidueClass:
-    """Kernel entries of one axis that meet the same positions, and how.
+    """Kernel entries of one axis that meet the same positions, as an ordinary convolution.
 
     Args:
         entries: The kernel entries, in the order of ``axis``' kernel.
-        kept: The part of the input that they meet at all.
-        axis: The ordinary convolution over that part.
+        kept: The range of the input that contains all positions that they meet.
+        axis: The ordinary convolution over that range.
     """
 
     entries: tuple[int, ...]

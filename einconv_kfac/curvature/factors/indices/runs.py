@@ -1,9 +1,10 @@
-"""Which positions of an axis are met by the same kernel entries, and may be summed first.
+"""Partitions of an axis into cells of positions that meet the same kernel entries.
 
-Position ``i`` is met by the entries ``{k : i = o S + k D - left for some o}``. Away from the
-borders that set depends on ``i`` modulo ``S`` alone. So an axis is a few *runs*: ranges in which
-positions ``S`` apart meet the same entries, and single positions between them. The sum over each
-run and remainder, times a small 0/1 matrix, is the sum over the window of each kernel entry.
+Position ``i`` meets the entries ``{k : i = o S + k D - left for some o}``. Away from the borders
+that set depends on ``i`` modulo ``S`` alone. So an axis consists of a few *runs*, in which
+positions at distance ``S`` meet the same entries, and of single positions between them. A cell
+has the positions of a run with the same remainder. The sums over cells, times a small 0/1 matrix,
+are the sums over the window of each kernel entry.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from math import prod
 
 from einconv_kfac.geometry import Axis
 
-PERIODS = 4
-"""Periods from which a run is summed; shorter ones are copied."""
+FEWEST_SUMMED_PERIODS = 4
+"""Periods of the shortest run that is summed; shorter ones are copied."""
 
-LANES = 64
-"""Neighbouring elements that are added as vectors at full speed."""
+VECTOR_ELEMENTS = 64
+"""Contiguous elements from which additions of vectors reach full speed."""
 
-START = 15_000.0
+CALL_NANOSECONDS = 15_000.0
 """Nanoseconds to start an operation."""
 
-LARGEST = 1 << 15
-"""Elements of the largest matrix that several axes share."""
+SHARED_MATRIX_ELEMENTS = 1 << 15
+"""Largest number of elements of a matrix for several axes together."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Positions ``start`` to ``stop`` of an axis, as one or several sums.
+    """Positions ``start`` to ``stop`` of an axis, which form one or several cells.
 
     Args:
         start: The first position.
@@ -58,20 +59,20 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """An axis as sums over its runs.
+class AxisPartition:
+    """An axis as cells, whose positions are summed first.
 
     Args:
         runs: The runs.
-        entries: For each piece, the kernel entries that meet it.
+        entries: For each cell, the kernel entries that meet it.
     """
 
     runs: tuple[Run, ...]
     entries: tuple[tuple[int, ...], ...]
 
     @property
-    def are_positions(self) -> bool:
-        """Whether each position is a piece of its own."""
+    def is_finest(self) -> bool:
+        """Whether each position is a cell of its own."""
         return len(self.runs) == 1 and self.runs[0].is_complete and not self.runs[0].is_summed
 
 
@@ -96,29 +97,29 @@ def met_entries(axis: Axis, transposed: bool) -> tuple[tuple[int, ...], ...]:
 
 
 @lru_cache(maxsize=1024)
-def single_positions(axis: Axis, transposed: bool) -> Pieces:
-    """Return the axis with a piece for each position."""
+def finest_partition(axis: Axis, transposed: bool) -> AxisPartition:
+    """Return the axis with a cell for each position."""
     entries = met_entries(axis, transposed)
     size = len(entries)
-    return Pieces((Run(0, size, size, tuple(range(size))),), entries)
+    return AxisPartition((Run(0, size, size, tuple(range(size))),), entries)
 
 
 @lru_cache(maxsize=1024)
-def summed_runs(axis: Axis, transposed: bool, innermost: bool) -> Pieces:
-    """Return the axis with a piece for each run and remainder.
+def partition_by_runs(axis: Axis, transposed: bool, innermost: bool) -> AxisPartition:
+    """Return the axis with a cell for each run and remainder.
 
     Args:
         axis: The axis.
         transposed: See `met_entries`.
-        innermost: Whether neighbouring positions are neighbours in memory: several periods are
-            then kept apart, so that sums are those of vectors.
+        innermost: Whether adjacent positions are adjacent in memory. The period is then a
+            multiple of the stride, so that whole vectors are added.
     """
     met = met_entries(axis, transposed)
     step = 1 if transposed else axis.stride
-    period = step * -(-LANES // step) if innermost and step > 1 else step
+    period = step * -(-VECTOR_ELEMENTS // step) if innermost and step > 1 else step
     bounds: list[tuple[int, int, int]] = []
     for start, stop in _periodic(met, period):
-        if stop - start >= PERIODS * period:
+        if stop - start >= FEWEST_SUMMED_PERIODS * period:
             bounds.append((start, stop, period))
         elif bounds and bounds[-1][1] - bounds[-1][0] == bounds[-1][2]:
             first = bounds.pop()[0]
@@ -131,11 +132,11 @@ def summed_runs(axis: Axis, transposed: bool, innermost: bool) -> Pieces:
         whole = tuple(range(distance)) if distance == stop - start else kept
         runs.append(Run(start, stop, distance, whole))
     entries = [met[run.start + i] for run in runs for i in run.kept]
-    return Pieces(tuple(run for run in runs if run.kept), tuple(entries))
+    return AxisPartition(tuple(run for run in runs if run.kept), tuple(entries))
 
 
 def _periodic(met: tuple[tuple[int, ...], ...], period: int) -> Iterator[tuple[int, int]]:
-    """Yield the longest ranges of whole periods with the same entries, from left to right."""
+    """Yield the longest ranges of whole periods with equal entries, from left to right."""
     start = 0
     while start < len(met):
         stop = min(start + period, len(met))
@@ -148,8 +149,8 @@ def _periodic(met: tuple[tuple[int, ...], ...], period: int) -> Iterator[tuple[i
 
 
 @lru_cache(maxsize=1024)
-def partition(axes: tuple[Axis, ...], transposed: bool, items: int) -> tuple[Pieces, ...]:
-    """Return the pieces of each axis, summed first where that is cheaper than a product.
+def partitions(axes: tuple[Axis, ...], transposed: bool, items: int) -> tuple[AxisPartition, ...]:
+    """Return a partition per axis: by runs where summing them first is cheaper, else the finest.
 
     Args:
         axes: The axes.
@@ -157,13 +158,13 @@ def partition(axes: tuple[Axis, ...], transposed: bool, items: int) -> tuple[Pie
         items: Number of images, examples times channels.
     """
     entries = prod(axis.kernel_size for axis in axes)
-    found = [single_positions(axis, transposed) for axis in axes]
+    found = [finest_partition(axis, transposed) for axis in axes]
     for dim, axis in enumerate(axes):
-        rest = prod(len(pieces.entries) for pieces in found[dim + 1 :])
-        before = prod(len(pieces.entries) for pieces in found[:dim])
-        runs = summed_runs(axis, transposed, dim == len(axes) - 1)
+        rest = prod(len(partition.entries) for partition in found[dim + 1 :])
+        before = prod(len(partition.entries) for partition in found[:dim])
+        runs = partition_by_runs(axis, transposed, dim == len(axes) - 1)
         size, left = (before * len(p.entries) * rest for p in (found[dim], runs))
-        calls = START * sum(map(_calls, runs.runs)) / items
+        calls = CALL_NANOSECONDS * sum(map(_calls, runs.runs)) / items
         sums = size * (0.35 if rest == 1 or rest >= 14 else 0.7) + 30 * before + calls
         if sums + left * _product(entries) < size * _product(entries):
             found[dim] = runs
@@ -171,33 +172,33 @@ def partition(axes: tuple[Axis, ...], transposed: bool, items: int) -> tuple[Pie
 
 
 def _product(entries: int) -> float:
-    """Return the nanoseconds for an element of a tall and thin product."""
+    """Return the nanoseconds per input element of a product with few columns."""
     return 0.25 + 0.025 * entries
 
 
 def _calls(run: Run) -> int:
-    """Return the operations that make the pieces of a run."""
+    """Return the number of operations that sum the cells of a run."""
     return 1 if run.is_complete else len(run.kept)
 
 
 @lru_cache(maxsize=256)
-def incidences(
+def incidence_matrices(
     axes: tuple[Axis, ...], transposed: bool, items: int, typecode: str
 ) -> tuple[array[float], ...]:
-    """Return the matrices ``[k, piece]`` that are 1 where a kernel entry meets a piece, by rows.
+    """Return the matrices ``[k, cell]`` that are 1 where a kernel entry meets a cell, by rows.
 
     Args:
-        axes: See `partition`, as for the arguments that follow.
-        transposed: See `partition`.
-        items: See `partition`.
-        typecode: That of the elements, as in `array`.
+        axes: See `partitions`, as for the arguments that follow.
+        transposed: See `partitions`.
+        items: See `partitions`.
+        typecode: Type of the elements, as in `array`.
 
     Returns:
         One matrix for all axes together, or, if that is large, one for all but the last and one
         for the last.
     """
-    pieces = partition(axes, transposed, items)
-    factors = [_incidence(p, axis.kernel_size) for p, axis in zip(pieces, axes)]
+    cells = partitions(axes, transposed, items)
+    factors = [_incidence_matrix(p, axis.kernel_size) for p, axis in zip(cells, axes)]
     if shares_one_product(axes, transposed, items):
         parts = [reduce(_kron, factors)]
     else:
@@ -208,14 +209,14 @@ def incidences(
 @lru_cache(maxsize=1024)
 def shares_one_product(axes: tuple[Axis, ...], transposed: bool, items: int) -> bool:
     """Return whether one matrix for all axes together is small enough."""
-    pieces = partition(axes, transposed, items)
-    sizes = (len(p.entries) * axis.kernel_size for p, axis in zip(pieces, axes))
-    return len(axes) == 1 or prod(sizes) <= LARGEST
+    cells = partitions(axes, transposed, items)
+    sizes = (len(p.entries) * axis.kernel_size for p, axis in zip(cells, axes))
+    return len(axes) == 1 or prod(sizes) <= SHARED_MATRIX_ELEMENTS
 
 
-def _incidence(pieces: Pieces, kernel: int) -> list[list[int]]:
-    """Return the rows ``[k, piece]`` of the matrix of one axis."""
-    return [[int(k in met) for met in pieces.entries] for k in range(kernel)]
+def _incidence_matrix(partition: AxisPartition, kernel: int) -> list[list[int]]:
+    """Return the rows ``[k, cell]`` of the matrix of one axis."""
+    return [[int(k in met) for met in partition.entries] for k in range(kernel)]
 
 
 def _kron(left: list[list[int]], right: list[list[int]]) -> list[list[int]]:

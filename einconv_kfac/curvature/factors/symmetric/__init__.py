@@ -1,1 +1,1 @@
-"""Writing a factor so that it is symmetric to the last bit."""
+"""Writing factors that are symmetric to the last bit."""

@@ -1,8 +1,8 @@
-"""New memory for results, in large pages where the system has them.
+"""New memory for results, in large pages where the system supports them.
 
-A result of a few thousand rows is tens of megabytes that the system hands out page by page, as
-they are first written. With pages of 4 kB that takes longer than the product itself. Linux gives
-pages of 2 MB to memory for which a program asks for them.
+A result of a few thousand rows has tens of megabytes, which the system maps page by page on first
+write. With pages of 4 kB this takes longer than the product itself. Linux maps pages of 2 MB in
+memory for which a program requests them by ``madvise``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def new_matrices(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Te
     """Return an uninitialised tensor on the device of ``like``."""
     fresh = like.new_empty(shape, dtype=dtype)
     if fresh.device.type == "cpu" and fresh.nbytes >= 2 * PAGE and type(fresh) is Tensor:
-        _ask_for_large_pages(fresh)
+        _request_large_pages(fresh)
     return fresh
 
 
-def _ask_for_large_pages(fresh: Tensor) -> None:
-    """Ask for large pages in the memory of ``fresh``, where the system knows them."""
+def _request_large_pages(fresh: Tensor) -> None:
+    """Request large pages for the memory of ``fresh``, where the system supports them."""
     advise = _madvise()
     if advise is None or torch.compiler.is_compiling():
         return
@@ -44,7 +44,7 @@ def _ask_for_large_pages(fresh: Tensor) -> None:
 
 @lru_cache(maxsize=1)
 def _madvise() -> Callable[[int, int, int], int] | None:
-    """Return the system's ``madvise``, if it has one that knows large pages."""
+    """Return the system's ``madvise``, if that supports large pages."""
     function = getattr(ctypes.CDLL(None), "madvise", None) if _has_large_pages() else None
     if function is not None:
         function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

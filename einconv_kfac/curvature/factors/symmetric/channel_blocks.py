@@ -1,4 +1,4 @@
-"""Blocks of channels of a factor, collected where they are written row by row."""
+"""Blocks of channels of a factor, in which products are collected row by row."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from torch import Tensor
 
 from einconv_kfac.curvature.factors.indices.lag_pairs import lags
 from einconv_kfac.curvature.factors.problem import Problem
-from einconv_kfac.curvature.factors.symmetric.update import Update, mirror_block_
+from einconv_kfac.curvature.factors.symmetric.update import Update, copy_transposed_block_
 from einconv_kfac.geometry import Axis, Geometry
 
 Pair = tuple[tuple[int, int], tuple[int, int]]
 
-ROWS = 1152
-"""Rows of the factor in a block: what is written at a time should fit into a cache."""
+BLOCK_ROWS = 1152
+"""Rows of the factor in a block, so that the entries written at a time fit a cache."""
 
-NARROWEST = 32
-"""Channels that a block has at least."""
+FEWEST_BLOCK_CHANNELS = 32
+"""Smallest number of channels of a block."""
 
-BUFFER = 1 << 16
-"""Elements of the rows that are interleaved at a time."""
+INTERLEAVED_ELEMENTS = 1 << 16
+"""Number of elements that are interleaved at a time."""
 
 
-class Block:
-    """The entries between two blocks of channels, collected where they belong.
+class ChannelBlock:
+    """The entries of the factor between two blocks of channels, collected in the factor itself.
 
-    In each row the channels are innermost until `store_`, so that products are written in one
-    go; then they are interleaved with the kernel entries, a few rows at a time.
+    In each row the channels are innermost until `store_`, so that a product is written by one
+    copy. Then they are interleaved with the kernel entries, a few rows at a time.
 
     Args:
-        update: Where the entries go.
+        update: The update of the factor.
         pair: The blocks of channels.
         geometry: The convolution.
     """
 
     def __init__(self, update: Update, pair: Pair, geometry: Geometry) -> None:
-        """Scale old values, and clear the rest: entries that no lag writes are zero."""
+        """Scale the old values, or set to zero the entries that no lag writes."""
         kernel, self._out = geometry.kernel_size, update.out
         self._size, d = prod(kernel), len(kernel)
         self._rows, self._columns = (slice(a * self._size, b * self._size) for a, b in pair)
         part = update.out[:, self._rows, self._columns]
-        self.beta = float(update.beta != 0)  # that of what is written
+        self.beta = float(update.beta != 0)  # the multiplier for each write
         if self.beta:
             _interleave_(part.mul_(update.beta), self._size)
         elif not all_are_written(geometry.axes):
@@ -53,11 +53,11 @@ class Block:
         self.entries = entries.movedim(-1, 2 + d)  # g ci *k ci' *k'
 
     def store_(self) -> None:
-        """Bring the entries into order, and copy them to their mirror images."""
+        """Bring the entries into order, and copy their transpose to the lower triangle."""
         part = self._out[:, self._rows, self._columns]
         _interleave_(part, part.shape[2] // self._size)
         if self._rows != self._columns:
-            mirror_block_(self._out, self._rows, self._columns)
+            copy_transposed_block_(self._out, self._rows, self._columns)
 
 
 @lru_cache(maxsize=1024)
@@ -74,7 +74,7 @@ def _interleave_(part: Tensor, inner: int) -> None:
     """Transpose each row of ``part``, ``[g, r, (outer inner)]``, to ``[g, r, (inner outer)]``."""
     if not 1 < inner < part.shape[2]:
         return
-    rows = max(1, BUFFER // part.shape[2])
+    rows = max(1, INTERLEAVED_ELEMENTS // part.shape[2])
     order = torch.arange(part.shape[2], device=part.device).view(-1, inner).T.flatten()
     for matrix in part:
         for strip in matrix.split(rows):
@@ -83,7 +83,9 @@ def _interleave_(part: Tensor, inner: int) -> None:
 
 def edges(problem: Problem) -> list[int]:
     """Return the bounds of even blocks of channels."""
-    count = max(1, round(problem.channels / max(NARROWEST, ROWS // problem.entries)))
+    count = max(
+        1, round(problem.channels / max(FEWEST_BLOCK_CHANNELS, BLOCK_ROWS // problem.entries))
+    )
     return [problem.channels * i // count for i in range(count + 1)]
 
 

@@ -1,8 +1,8 @@
-"""The sums of all regions, brought to the factor by one product with a small matrix.
+"""From the sums over regions to the factor, by one product with a small matrix.
 
-A window of a pair of kernel entries is a union of regions. So the sums of all windows are the sums
-of all regions times a matrix ``[kk', region]`` of zeros and ones: a few calls, however many lags
-there are. Half of the lags suffice; the pairs ``k <= k'`` are those that they have.
+The window of a pair of kernel entries is a union of regions. So the sums over all windows are the
+sums over all regions times a 0/1 matrix ``[kk', region]``, which takes a few calls for any number
+of lags. Half of the lags have all pairs ``k <= k'``.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from math import prod
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.algorithms.lags import Key, half_of_lags
-from einconv_kfac.curvature.factors.symmetric.gather import KEPT, pair_ranks, write_mirrored
+from einconv_kfac.curvature.factors.constant_matrix import ARRAY_TYPECODES, constant_matrix
+from einconv_kfac.curvature.factors.indices.lag_pairs import Key, half_of_lags
+from einconv_kfac.curvature.factors.symmetric.gather import KEPT, pair_ranks, write_gathered
 from einconv_kfac.curvature.factors.symmetric.scatter import scaled_if_incomplete, write
 from einconv_kfac.curvature.factors.symmetric.update import Update, blocks_of
 from einconv_kfac.geometry import Axis
 
 Region = tuple[tuple[int, int], ...]
 
-FEW = 4
-"""Channels up to which the entries of one lag are not worth the calls that write them."""
+MOST_GATHERED_CHANNELS = 4
+"""Channels up to which one product and a gather are faster than a few calls for each lag."""
 
-AT_ONCE = 1 << 17
-"""Sums of windows that are made at a time, so that they stay in a cache."""
-
-TYPECODES = {torch.float32: "f", torch.float64: "d"}
+WINDOW_SUMS_AT_ONCE = 1 << 17
+"""Number of sums over windows that are computed at a time, so that they stay in a cache."""
 
 
 @lru_cache(maxsize=256)
 def regions_of(axes: tuple[Axis, ...]) -> tuple[tuple[Key, Region], ...]:
-    """Return the regions of half of the lags, those of a lag in a row."""
+    """Return the regions of half of the lags, ordered by lag."""
     return tuple(
         (key, region)
         for key in half_of_lags(axes)
@@ -61,25 +60,25 @@ def _members(axes: tuple[Axis, ...], typecode: str) -> array[float]:
 
 
 def _flat(index: list[int] | tuple[int, ...], sizes: list[int]) -> int:
-    """Return the place of an index, or a distance of two, in an array of these sizes."""
-    place = 0
+    """Return the flat index, or difference of flat indices, in an array of these sizes."""
+    flat = 0
     for i, size in zip(index, sizes):
-        place = place * size + i
-    return place
+        flat = flat * size + i
+    return flat
 
 
 def write_regions(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
     """Update the factor with the sums ``[r, g, c, k, c', k']`` of all regions of ``axes``.
 
-    With one product for few channels on a CPU, and otherwise one lag after the other.
+    Few channels on a CPU take one product; otherwise each lag is written on its own.
 
     Args:
         sums: The sums; ``k`` are the kernel entries of the last dimension.
         axes: The leading dimensions.
-        update: The update, in which all that is added is already multiplied with ``alpha``.
+        update: The update; ``sums`` are already multiplied by ``alpha``.
     """
     plain = type(sums) is Tensor and sums.device.type == "cpu" and len(sums)
-    is_small = sums.shape[2] <= FEW and update.out[0].numel() <= KEPT
+    is_small = sums.shape[2] <= MOST_GATHERED_CHANNELS and update.out[0].numel() <= KEPT
     if plain and is_small and not torch.compiler.is_compiling():
         _write_all(sums, axes, update)
         return
@@ -94,14 +93,15 @@ def write_regions(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
 
 
 def _write_all(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
-    """Do so with one product for some groups at a time."""
+    """Write all lags by one product for some groups at a time."""
     regions, groups, inner = *sums.shape[:2], sums.shape[-1]
-    members = torch.frombuffer(_members(axes, TYPECODES[sums.dtype]), dtype=sums.dtype)
-    members, sums = members.view(-1, regions), sums.view(regions, groups, -1)
+    elements = _members(axes, ARRAY_TYPECODES[sums.dtype])
+    members = constant_matrix(elements, len(elements) // regions, sums.dtype)
+    sums = sums.view(regions, groups, -1)
     pairs, kernel = len(members), prod(axis.kernel_size for axis in axes)
-    step = max(1, AT_ONCE // (pairs * sums.shape[2]))
+    step = max(1, WINDOW_SUMS_AT_ONCE // (pairs * sums.shape[2]))
     for start in range(0, groups, step):
         part = slice(start, start + step)
         halves = torch.mm(members, sums[:, part].flatten(1)).view(pairs, -1, sums.shape[2])
         some = replace(update, out=update.out[part])
-        write_mirrored(halves.transpose(0, 1), kernel, inner, some)
+        write_gathered(halves.transpose(0, 1), kernel, inner, some)

@@ -1,4 +1,4 @@
-"""From the products of each region to the factor: every pair of entries, written once."""
+"""From sums over regions to the factor: each pair of kernel entries is written once."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.indices.lag_pairs import Pairs, Ranges, lags
-from einconv_kfac.curvature.factors.symmetric.update import Update, mirror_
+from einconv_kfac.curvature.factors.indices.lag_pairs import EntryPairs, Ranges, lags
+from einconv_kfac.curvature.factors.symmetric.update import Update, copy_upper_to_lower_
 from einconv_kfac.geometry import Axis
 
-Key = tuple[Pairs, ...]
+Key = tuple[EntryPairs, ...]
 """The lags of all dimensions together."""
 
 
 def scaled_if_incomplete(update: Update, axes: tuple[Axis, ...]) -> Update:
-    """Scale what no lag will write, and return the update for the rest."""
+    """Scale the factor if no lag writes some of its entries; return the remaining update."""
     entries = prod(sum(len(lag.entries) for lag in lags(axis)) for axis in axes)
     if entries == prod(axis.kernel_size for axis in axes) ** 2:
         return update
@@ -32,14 +32,16 @@ def write(blocks: Tensor, key: Key, sums: Tensor, beta: float, diagonal: bool = 
         blocks: View of the factor, ``[g, *c, *k, *c', *k']``, with ``k`` those of the lag.
         key: The lag.
         sums: The products of each region, ``[*r, g, *c, *c']``.
-        beta: What the old values are multiplied with.
-        diagonal: Whether the lags are half of all: the mirror images are then written too.
+        beta: Multiplier of the old values.
+        diagonal: Whether the lags are half of all lags; the transposes are then written too.
     """
     d, distinct = len(key), any(lag.distance for lag in key)
     c = (sums.ndim - d - 1) // 2
     rows, columns = range(d + 1, d + 1 + c), range(d + 1 + c, d + 1 + 2 * c)
     if diagonal and not distinct:
-        mirror_(sums.view(-1, prod(sums.shape[d + 1 : d + 1 + c]), prod(sums.shape[d + 1 + c :])))
+        copy_upper_to_lower_(
+            sums.view(-1, prod(sums.shape[d + 1 : d + 1 + c]), prod(sums.shape[d + 1 + c :]))
+        )
     store(_pairs(blocks, key, c), _window_sums(sums, key), beta)
     if diagonal and distinct:
         k = range(1, 1 + c + d)
@@ -66,10 +68,10 @@ def _window_sums(sums: Tensor, key: Key) -> Tensor:
 
 
 def _range_sums(parts: tuple[Tensor, ...], windows: Ranges) -> list[Tensor]:
-    """Sum the parts ``first`` to ``end`` of each window, by way of the windows inside of it.
+    """Sum the parts ``first`` to ``end`` of each window, from the sums of windows inside it.
 
-    Element by element: the order in which ``sum`` adds depends on the place in memory, so that
-    mirror images would differ.
+    Parts are added element by element. The order in which ``sum`` adds depends on the address
+    in memory, so that an entry and its transpose would differ.
     """
     made: dict[tuple[int, int], Tensor] = {}
     for first, end in sorted(windows, key=lambda window: window[1] - window[0]):

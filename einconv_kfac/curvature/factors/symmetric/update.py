@@ -1,4 +1,4 @@
-"""Where a factor goes: ``out <- beta * out + alpha * A``, symmetric to the last bit."""
+"""Updates ``out <- beta * out + alpha * A`` that are symmetric to the last bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,26 @@ STRIP = 64
 """Rows of a panel that are copied to columns at a time, so that both stay in a cache."""
 
 DIAGONAL = 1 << 17
-"""Elements on the diagonal that are made symmetric at a time, so that they stay in a cache."""
+"""Elements of diagonal blocks that are averaged at a time, so that they stay in a cache."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a factor ``A`` is added: ``out <- beta * out + alpha * A``.
+
+    Args:
+        out: The symmetric tensor to update, or none for a new one.
+        beta: Multiplier of the old values of ``out``.
+        alpha: Multiplier of the factor.
+    """
+
+    out: Tensor | None = None
+    beta: float = 0.0
+    alpha: float = 1.0
+
+    def averaged(self, terms: int) -> Target:
+        """Return the target for a sum of which the factor is the mean over ``terms``."""
+        return Target(self.out, self.beta, self.alpha / terms)
 
 
 @dataclass(frozen=True)
@@ -31,10 +50,10 @@ class Update:
     """The pending update of ``out``, a batch ``[g, D, D]`` of symmetric matrices.
 
     Args:
-        out: The matrices; only their upper block triangle is kept current until `mirror_`.
-        beta: What the values in ``out`` are multiplied with; 0 ignores them.
-        alpha: What the new matrices are multiplied with.
-        is_begun: Whether something was added, maybe to the upper block triangle only.
+        out: The matrices. Before the last product only the upper block triangle is up to date.
+        beta: Multiplier of the values in ``out``; 0 ignores them.
+        alpha: Multiplier of the new matrices.
+        is_begun: Whether something was added, if only to the upper block triangle.
     """
 
     out: Tensor
@@ -47,7 +66,7 @@ class Update:
 
         Args:
             a: The factor of the product.
-            last: Whether this is the last product, so that the lower triangle can follow.
+            last: Whether this is the last product, after which the lower triangle is written.
         """
         kind, (groups, size, length) = self.out.device.type, a.shape
         if last and not self.is_begun and is_symmetric_by_itself(self.out, a, self.alpha):
@@ -59,21 +78,21 @@ class Update:
         if last and kind == "cpu" and (groups == 1 or size > 2 * PANEL):
             for matrix, factor in zip(self.out, a):
                 self._add_by_buffer_(matrix, factor)
-            mirror_diagonal_(self.out)
+            average_diagonal_blocks_(self.out)
             return
         for start, stop in pairwise(panels(size, kind)):
             left, right = a[:, start:stop], a[:, start:].mT
             add_matmul_(self.out[:, start:stop, start:], left, right, self.beta, self.alpha)
             if last:
-                mirror_panel_(self.out, start, stop)
+                copy_transposed_panel_(self.out, start, stop)
         if last:
-            mirror_diagonal_(self.out)
+            average_diagonal_blocks_(self.out)
 
     def _add_by_buffer_(self, out: Tensor, a: Tensor) -> None:
-        """Add to one matrix ``out`` for ``a`` of shape ``[D, L]``; diagonal blocks lack symmetry.
+        """Add to one matrix ``out`` for ``a`` of shape ``[D, L]``, except for diagonal symmetry.
 
-        A panel of rows is made in a buffer and copied from there to rows and to columns. The
-        buffer's rows, unlike those of ``out``, never compete for the same places in a cache.
+        A panel of rows is computed in a buffer and copied from there to rows and to columns. The
+        buffer's rows, unlike those of ``out``, do not compete for the same sets of a cache.
         """
         size = len(out)
         buffer = out.new_empty(PANEL, ((size + 15) // 16 | 1) * 16)  # odd in cache lines
@@ -89,7 +108,7 @@ class Update:
                 out[end:, first:end] = panel[first - start : end - start, end - start :].T
 
     def _set_whole_(self, a: Tensor) -> None:
-        """Set small matrices to ``alpha a a^T``: half of it plus the transpose of that half."""
+        """Set small matrices to ``alpha a a^T``, as half of it plus the transpose of that half."""
         for start, stop in _parts(self.out):
             target, part = self.out[start:stop], a[start:stop]
             half = target.new_empty(target.shape)
@@ -97,7 +116,7 @@ class Update:
             torch.add(half, half.mT, out=target)
 
     def added(self) -> Update:
-        """Return the update for what remains to be added once ``beta`` has been applied."""
+        """Return the update for further products, after ``beta`` has been applied."""
         return replace(self, beta=1.0, is_begun=True)
 
     def within(self, size: int) -> Update:
@@ -113,10 +132,10 @@ class Update:
 
 
 def panels(size: int, device: str) -> list[int]:
-    """Return the bounds of the panels of rows whose products with what follows are computed.
+    """Return the bounds of the panels of rows of the upper block triangle.
 
-    On a CPU narrow panels save up to half of the multiplications of a full square; on other
-    devices a product must be large to be fast.
+    Each is multiplied by its own and all later rows. On a CPU narrow panels save up to half of
+    the multiplications of a full square; on other devices a product must be large to be fast.
     """
     width = PANEL if device == "cpu" else 8 * PANEL
     return [*range(0, size, width), size]
@@ -136,21 +155,21 @@ def blocks_of(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
     return torch.unflatten(rows, rows.ndim - 1, (-1, *kernel))
 
 
-def mirror_(matrices: Tensor) -> None:
+def copy_upper_to_lower_(matrices: Tensor) -> None:
     """Copy the upper triangle of ``[g, D, D]`` to the lower one."""
-    mirror_panel_(matrices, 0, matrices.shape[-1])
-    mirror_diagonal_(matrices)
+    copy_transposed_panel_(matrices, 0, matrices.shape[-1])
+    average_diagonal_blocks_(matrices)
 
 
-def mirror_block_(matrices: Tensor, rows: slice, columns: slice) -> None:
-    """Copy a block above the diagonal to below it, in strips that stay in a cache."""
+def copy_transposed_block_(matrices: Tensor, rows: slice, columns: slice) -> None:
+    """Copy the transpose of a block above the diagonal below it, in strips that stay in a cache."""
     for start in range(rows.start, rows.stop, PANEL):
         strip = slice(start, min(start + PANEL, rows.stop))
         matrices[:, columns, strip] = matrices[:, strip, columns].mT
 
 
-def mirror_panel_(matrices: Tensor, start: int, stop: int) -> None:
-    """Copy a panel of rows, right of the blocks on its diagonal, to the columns below those."""
+def copy_transposed_panel_(matrices: Tensor, start: int, stop: int) -> None:
+    """Copy the transpose of a panel of rows, without its diagonal blocks, below these blocks."""
     width = strip_width(matrices)
     for first in range(start, stop, width):
         end = min(first + width, stop)
@@ -158,7 +177,7 @@ def mirror_panel_(matrices: Tensor, start: int, stop: int) -> None:
             matrices[:, end:, first:end] = matrices[:, first:end, end:].mT
 
 
-def mirror_diagonal_(matrices: Tensor) -> None:
+def average_diagonal_blocks_(matrices: Tensor) -> None:
     """Set the blocks on the diagonal to the mean of both triangles."""
     width, size = strip_width(matrices), matrices.shape[-1]
     whole = size // width
@@ -192,22 +211,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def prepare(
-    like: Tensor, shape: tuple[int, int], out: Tensor | None, beta: float, alpha: float
-) -> Update:
-    """Return the update of ``out``, or of a new tensor, for factors ``[g, D, D]``.
+def prepare(like: Tensor, shape: tuple[int, int], target: Target) -> Update:
+    """Return the update of a target, or of a new tensor, for factors ``[g, D, D]``.
 
     Args:
         like: The tensor whose dtype and device decide those of the factor.
         shape: Number of groups and size ``D``.
-        out: The tensor to update, or none.
-        beta: See `Update`.
-        alpha: See `Update`.
+        target: The tensor to update, if any, with ``beta`` and ``alpha``.
 
     Raises:
         ValueError: If ``out`` has another shape, dtype or device or is not contiguous, or
             if there is a ``beta`` but no ``out``.
     """
+    out, beta, alpha = target.out, target.beta, target.alpha
     groups, size = shape
     expected = (groups, size, size)
     dtype = accumulation_dtype(like.dtype)

@@ -1,8 +1,9 @@
-"""Small products ``a a^T``, or of few columns, of which no half is copied: that would cost more.
+"""Products ``a a^T`` that are computed whole, since copying half of the result would take longer.
 
-oneDNN adds the terms of all sums in the same order, at least of short ones, so that ``a a^T`` comes
-out symmetric to the last bit. MKL often does not. The order depends on shapes and places in memory,
-not on numbers; each shape is tried once, on numbers of which any other order would show.
+These are small products, and those with few columns. oneDNN adds the terms of all sums in the same
+order, at least of short ones, so that ``a a^T`` is symmetric to the last bit. MKL often does not.
+The order depends on shapes and addresses, not on values. So each shape is tested once, on random
+numbers, for which another order changes the result.
 """
 
 from __future__ import annotations
@@ -15,26 +16,26 @@ from torch import Tensor
 
 from einconv_kfac.curvature.devices.products import SHORT, add_matmul_, is_for_one_dnn, product
 
-ROWS = 1 << 18
-"""Elements of the rows that are made at a time, so that they stay in a cache."""
+CACHED_ROW_ELEMENTS = 1 << 18
+"""Elements of the rows that are computed at a time, so that they stay in a cache."""
 
-LEAST = 64
-"""Rows that are made at a time at least."""
+FEWEST_ROWS_AT_ONCE = 64
+"""Smallest number of rows that are computed at a time."""
 
-FEW = 3 << 24
-"""Multiplications of which a part costs less than the calls that leave it out."""
+SMALL_PRODUCT_MULTIPLICATIONS = 3 << 24
+"""Multiplications up to which half of them cost less than the calls that would save them."""
 
-KEPT = 1 << 25
-"""Bytes of a result up to which the C library keeps freed memory for the next one."""
+REUSED_MEMORY_BYTES = 1 << 25
+"""Largest result in bytes whose memory the C library reuses after it is freed."""
 
 
 def is_symmetric_by_itself(out: Tensor, a: Tensor, alpha: float) -> bool:
-    """Return whether `add_whole_` makes a symmetric matrix of a symmetric one.
+    """Return whether `add_whole_` keeps a symmetric matrix symmetric to the last bit.
 
     Args:
-        out: The matrix, ``[1, D, D]``; batches of several are left to MKL.
+        out: The matrix, ``[1, D, D]``; for batches of several the answer is no.
         a: The factor of the product, ``[1, D, L]``.
-        alpha: What the product is multiplied with.
+        alpha: Multiplier of the product.
     """
     if type(out) is not Tensor or len(out) > 1 or alpha < 0 or not _is_short(a):
         return False
@@ -42,15 +43,15 @@ def is_symmetric_by_itself(out: Tensor, a: Tensor, alpha: float) -> bool:
 
 
 def _is_short(a: Tensor) -> bool:
-    """Return whether oneDNN makes ``a a^T`` for a plain ``a`` of shape ``[1, D, L]``."""
+    """Return whether oneDNN computes ``a a^T``, for ``a`` of shape ``[1, D, L]``, as a whole."""
     plain = type(a) is Tensor and not torch.compiler.is_compiling()
-    small = a.shape[2] <= SHORT or a.shape[1] ** 2 * a.shape[2] <= FEW
+    small = a.shape[2] <= SHORT or a.shape[1] ** 2 * a.shape[2] <= SMALL_PRODUCT_MULTIPLICATIONS
     return plain and small and is_for_one_dnn(a, a.mT)
 
 
 @lru_cache(maxsize=1024)
 def _is_symmetric(size: int, length: int, pitch: int, threads: int) -> bool:
-    """Try it on random numbers; ``threads`` only tells results apart."""
+    """Test a shape on random numbers; ``threads`` is a key of the cache only."""
     a = torch.randn(1, size, length, generator=torch.Generator().manual_seed(0))
     out = a.new_empty(1, size, pitch)[..., :size] if pitch else None
     if out is None:
@@ -61,15 +62,15 @@ def _is_symmetric(size: int, length: int, pitch: int, threads: int) -> bool:
 
 
 def new_whole(a: Tensor, alpha: float) -> Tensor | None:
-    """Return ``alpha a a^T`` as oneDNN made it, which saves a copy, or none if that is no gain.
+    """Return ``alpha a a^T`` in the memory that oneDNN allocated, or none if a copy is faster.
 
-    Larger results are new memory each time, which is better asked for in large pages.
+    The memory of larger results is new each time, and faster in large pages; see `allocation`.
 
     Args:
         a: The factor of the product, ``[g, D, L]``.
-        alpha: What the product is multiplied with.
+        alpha: Multiplier of the product.
     """
-    large = 4 * a.shape[1] ** 2 > KEPT
+    large = 4 * a.shape[1] ** 2 > REUSED_MEMORY_BYTES
     if len(a) > 1 or large or alpha < 0 or not _is_short(a):
         return None
     if not _is_symmetric(a.shape[1], a.shape[2], 0, torch.get_num_threads()):
@@ -79,14 +80,14 @@ def new_whole(a: Tensor, alpha: float) -> Tensor | None:
 
 
 def add_whole_(out: Tensor, a: Tensor, beta: float, alpha: float) -> None:
-    """Set ``out`` to ``beta out + alpha a a^T``, all of it, some rows at a time."""
+    """Set all of ``out`` to ``beta out + alpha a a^T``, some rows at a time."""
     a, size = a.contiguous(), a.shape[1]
-    step = max(LEAST, ROWS // size)
+    step = max(FEWEST_ROWS_AT_ONCE, CACHED_ROW_ELEMENTS // size)
     for start in range(0, size, step):
         rows = slice(start, start + step)
         add_matmul_(out[:, rows], a[:, rows], a.mT, beta, alpha, size)
 
 
 def _scaled(a: Tensor, alpha: float) -> Tensor:
-    """Return ``sqrt(alpha) a`` by rows: both factors of the product, which stays symmetric."""
+    """Return ``sqrt(alpha) a``, stored by rows; its product with itself stays symmetric."""
     return (a.mT * sqrt(alpha)).mT.contiguous()

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from einconv_kfac.curvature import factors
+from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.factors.unfold import unfolded
-from einconv_kfac.curvature.layers.approximation import Approximation
 from einconv_kfac.curvature.layers.layer_rule import LayerExample, LayerRule
 from einconv_kfac.geometry import conv_geometry
 from einconv_kfac.padding import pad_input

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from einconv_kfac.curvature import factors
-from einconv_kfac.curvature.layers.approximation import Approximation
+from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.layer_rule import LayerExample, LayerRule
 
 

@@ -1,4 +1,4 @@
-"""Positions summed before the product with the windows, on all of their domain."""
+"""Cells of positions that are summed before the product with the windows, on their whole domain."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_factor_algorithms import DRAWN, TOLERANCE, draw_input
 
-from einconv_kfac.curvature.factors.indices import runs as ways
-from einconv_kfac.curvature.factors.indices.runs import met_entries, partition, summed_runs
+from einconv_kfac.curvature.factors.indices import runs
+from einconv_kfac.curvature.factors.indices.runs import met_entries, partition_by_runs, partitions
 from einconv_kfac.curvature.factors.reduce import window_sums
 from einconv_kfac.geometry import Axis, Geometry
 
@@ -39,22 +39,24 @@ def long_geometries(draw: st.DrawFn) -> Geometry:
 
 @given(long_axes(300), st.booleans(), st.booleans())
 @DRAWN
-def test_runs_hold_every_met_position_once(axis: Axis, transposed: bool, innermost: bool) -> None:
+def test_cells_contain_every_met_position_once(
+    axis: Axis, transposed: bool, innermost: bool
+) -> None:
     met = met_entries(axis, transposed)
-    found = summed_runs(axis, transposed, innermost)
-    places = [range(run.start + i, run.stop, run.period) for run in found.runs for i in run.kept]
-    for place, entries in zip(places, found.entries, strict=True):
-        assert {met[i] for i in place} == {entries}
-    held = sorted(i for place in places for i in place)
+    found = partition_by_runs(axis, transposed, innermost)
+    cells = [range(run.start + i, run.stop, run.period) for run in found.runs for i in run.kept]
+    for cell, entries in zip(cells, found.entries, strict=True):
+        assert {met[i] for i in cell} == {entries}
+    held = sorted(i for cell in cells for i in cell)
     assert all(a < b for a, b in pairwise(held))
     assert {i for i, entries in enumerate(met) if entries} <= set(held)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "strided", "subclass"])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("largest", [0, ways.LARGEST])
+@pytest.mark.parametrize("largest", [0, runs.SHARED_MATRIX_ELEMENTS])
 def test_sums_over_runs(layout: str, transposed: bool, largest: int) -> None:
-    """Every axis is summed wherever it has a run, whether or not that is cheaper."""
+    """Every axis is summed wherever it has a run, even where that is not cheaper."""
 
     @given(long_geometries())
     @DRAWN
@@ -70,19 +72,19 @@ def test_sums_over_runs(layout: str, transposed: bool, largest: int) -> None:
         torch.testing.assert_close(got, a, **TOLERANCE)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ways, "START", 0.0)
-        patch.setattr(ways, "_product", lambda _: 1e6)
-        patch.setattr(ways, "LARGEST", largest)
-        for cache in (ways.partition, ways.incidences, ways.shares_one_product):
+        patch.setattr(runs, "CALL_NANOSECONDS", 0.0)
+        patch.setattr(runs, "_product", lambda _: 1e6)
+        patch.setattr(runs, "SHARED_MATRIX_ELEMENTS", largest)
+        for cache in (runs.partitions, runs.incidence_matrices, runs.shares_one_product):
             cache.cache_clear()
         check()
-    for cache in (ways.partition, ways.incidences, ways.shares_one_product):
+    for cache in (runs.partitions, runs.incidence_matrices, runs.shares_one_product):
         cache.cache_clear()
 
 
 def test_large_images_are_summed_and_small_ones_multiplied() -> None:
-    (large, last) = partition((Axis(56, 3, 1, (1, 1)),) * 2, False, 512)
+    (large, last) = partitions((Axis(56, 3, 1, (1, 1)),) * 2, False, 512)
     assert [(run.start, run.stop) for run in large.runs] == [(0, 1), (1, 55), (55, 56)]
-    assert last.are_positions
-    assert all(axis.are_positions for axis in partition((Axis(7, 3, 1, (1, 1)),) * 2, False, 4096))
+    assert last.is_finest
+    assert all(axis.is_finest for axis in partitions((Axis(7, 3, 1, (1, 1)),) * 2, False, 4096))
     assert prod(len(axis.entries) for axis in (large, last)) == 3 * 56

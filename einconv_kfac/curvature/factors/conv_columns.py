@@ -1,0 +1,38 @@
+"""The columns of the unfolded input of a convolution, which is never unfolded as a whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.factors.choice import algorithm_of
+from einconv_kfac.curvature.factors.columns import Columns
+from einconv_kfac.curvature.factors.problem import Problem
+from einconv_kfac.curvature.factors.reduce import window_sums
+from einconv_kfac.curvature.factors.symmetric.update import Update
+from einconv_kfac.geometry import Geometry
+
+
+class ConvColumns(Columns):
+    """The columns of the unfolded input ``x`` of a convolution, ``[n, c, *i]``.
+
+    Args:
+        x: The input.
+        geometry: The convolution.
+        algorithm: Name of the algorithm for the sum of outer products; by default the cheapest.
+    """
+
+    def __init__(self, x: Tensor, geometry: Geometry, algorithm: str | None) -> None:
+        channels = geometry.split_channels(x.shape[1])
+        self._problem = Problem(geometry, x.shape[0], channels, x.dtype, x.device.type)
+        shape = (x.shape[0], geometry.groups, self._problem.size, geometry.positions)
+        super().__init__(x, shape)
+        self._algorithm = algorithm
+
+    def add_(self, update: Update) -> None:
+        """See `Columns`."""
+        algorithm_of(self._problem, self._algorithm).add(self.like, self._problem, update)
+
+    def position_sums(self, dtype: torch.dtype) -> Tensor:
+        """See `Columns`."""
+        return window_sums(self.like, self._problem.geometry, dtype)
