@@ -12,7 +12,7 @@ from torch import Tensor
 
 from einconv_kfac.expressions.pattern import pattern_tensor
 from einconv_kfac.network.cache import CacheInfo, register
-from einconv_kfac.network.operand import ROLES, Delta, Operand, Pattern
+from einconv_kfac.network.operand import PATTERN_ROLES, Delta, Operand, Pattern
 from einconv_kfac.network.step import Drop, Fold, Insert, Merge, Narrow, Pad, Split, Step, Windows
 from einconv_kfac.padding import padded
 
@@ -122,7 +122,7 @@ def constant_tensor(operand: Operand, device: torch.device, dtype: torch.dtype) 
         return torch.eye(operand.size, device=device, dtype=dtype)
     assert isinstance(operand, Pattern)  # leaves are the caller's
     pattern = pattern_tensor(operand.axis, device, torch.bool)
-    summed = [ROLES.index(role) for role in operand.summed]
+    summed = [PATTERN_ROLES.index(role) for role in operand.summed]
     return (pattern.sum(summed) if summed else pattern).to(dtype)
 
 

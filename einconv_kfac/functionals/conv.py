@@ -9,7 +9,7 @@ from einconv_kfac.evaluate import convolution, evaluate
 from einconv_kfac.expressions import convNd_forward
 from einconv_kfac.expressions.terms import check_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, with_bias
-from einconv_kfac.geometry import Geometry, Padding, Sizes, hashable, parse_convolution
+from einconv_kfac.geometry import Geometry, Padding, Sizes, hashable, parse_geometry
 from einconv_kfac.network.cache import cached
 from einconv_kfac.network.step import Shape
 
@@ -34,7 +34,7 @@ def convNd(  # noqa: N802 (einconv's name)
         weight: Kernel of shape ``[(g co), ci, *k]``.
         bias: Vector of shape ``[(g co)]``.
         stride: Step between windows, one number or one per dimension.
-        padding: As in `einconv_kfac.geometry.convolution`.
+        padding: As in `einconv_kfac.geometry.conv_geometry`.
         dilation: Step between kernel entries.
         groups: Number of channel groups.
         simplify: Whether to contract in the order that the sizes suggest; otherwise the
@@ -44,7 +44,7 @@ def convNd(  # noqa: N802 (einconv's name)
         Tensor of shape ``[n, (g co), *o]``, or ``[(g co), *o]``.
 
     Raises:
-        ValueError: If the shapes, types or devices do not match, or as `convolution`.
+        ValueError: If the shapes, types or devices do not match, or as `conv_geometry`.
 
     >>> import torch
     >>> convNd(torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3), stride=2).shape
@@ -68,7 +68,7 @@ def _geometry(
     """Return the convolution of an example ``[(g ci), *i]`` and a kernel of these shapes."""
     sizes = spatial_size((1, *x), "x")
     check_weight(tuple(weight), x[0], len(sizes), groups)
-    return parse_convolution(sizes, tuple(weight[2:]), stride, padding, dilation, groups)
+    return parse_geometry(sizes, tuple(weight[2:]), stride, padding, dilation, groups)
 
 
 _cached_geometry = cached(maxsize=1024)(_geometry)

@@ -14,7 +14,7 @@ from einconv_kfac.geometry import (
     Padding,
     Sizes,
     conv_transpose_geometry,
-    parse_convolution,
+    parse_geometry,
     per_dimension,
 )
 
@@ -35,7 +35,7 @@ def unfoldNd(  # noqa: N802 (einconv's name)
         x: Input of shape ``[n, c, *i]``.
         kernel_size: Kernel entries, one number or one per dimension.
         dilation: Step between kernel entries.
-        padding: As in `einconv_kfac.geometry.convolution`.
+        padding: As in `einconv_kfac.geometry.conv_geometry`.
         stride: Step between windows.
         simplify: Whether to unfold by views; otherwise the network is contracted as it stands.
 
@@ -43,14 +43,14 @@ def unfoldNd(  # noqa: N802 (einconv's name)
         Tensor of shape ``[n, (c *k), (*o)]``.
 
     Raises:
-        ValueError: As `convolution`.
+        ValueError: As `conv_geometry`.
 
     >>> import torch
     >>> unfoldNd(torch.rand(2, 3, 8), kernel_size=3).shape
     torch.Size([2, 9, 6])
     """
     sizes = spatial_size(tuple(x.shape), "x")
-    geometry = parse_convolution(sizes, kernel_size, stride, padding, dilation)
+    geometry = parse_geometry(sizes, kernel_size, stride, padding, dilation)
     if simplify:
         return windows.unfold(geometry, x)
     return evaluate(convNd_unfold.network(geometry, x.shape[0], x.shape[1]), x)
@@ -74,7 +74,7 @@ def foldNd(  # noqa: N802 (in line with unfoldNd)
         output_size: Image positions ``i``, one per dimension; a number is one dimension.
         kernel_size: Kernel entries, one number or one per dimension.
         dilation: Step between kernel entries.
-        padding: As in `einconv_kfac.geometry.convolution`.
+        padding: As in `einconv_kfac.geometry.conv_geometry`.
         stride: Step between windows.
         simplify: Whether to fold by views; otherwise the network is contracted as it stands.
 
@@ -82,7 +82,7 @@ def foldNd(  # noqa: N802 (in line with unfoldNd)
         Tensor of shape ``[n, c, *i]``, or ``[c, *i]``.
 
     Raises:
-        ValueError: If the columns do not match, or as `convolution`.
+        ValueError: If the columns do not match, or as `conv_geometry`.
 
     >>> import torch
     >>> foldNd(torch.rand(2, 6, 7), (8,), kernel_size=2).shape
@@ -90,7 +90,7 @@ def foldNd(  # noqa: N802 (in line with unfoldNd)
     """
     ndim = len(output_size) if isinstance(output_size, Sequence) else 1
     sizes = per_dimension(output_size, ndim, "output_size")
-    geometry = parse_convolution(sizes, kernel_size, stride, padding, dilation)
+    geometry = parse_geometry(sizes, kernel_size, stride, padding, dilation)
     columns = x.unsqueeze(0) if x.ndim == 2 else x
     channels = column_channels(tuple(columns.shape), geometry)
     if simplify:

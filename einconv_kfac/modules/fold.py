@@ -16,7 +16,7 @@ class FoldNd(Module):
         output_size: Image positions, one per dimension.
         kernel_size: Kernel entries, one number or one per dimension.
         dilation: Step between kernel entries.
-        padding: As in `einconv_kfac.geometry.convolution`.
+        padding: As in `einconv_kfac.geometry.conv_geometry`.
         stride: Step between windows.
         simplify: Whether to fold by views.
 

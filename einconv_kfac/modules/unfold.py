@@ -15,7 +15,7 @@ class UnfoldNd(Module):
     Args:
         kernel_size: Kernel entries, one number or one per dimension.
         dilation: Step between kernel entries.
-        padding: As in `einconv_kfac.geometry.convolution`.
+        padding: As in `einconv_kfac.geometry.conv_geometry`.
         stride: Step between windows.
         simplify: Whether to simplify the tensor network first.
 
