@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate import convolution, evaluate
+from einconv_kfac.evaluate import contract_convolution, evaluate
 from einconv_kfac.expressions import convNd_forward
 from einconv_kfac.expressions.terms import check_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, with_bias
@@ -55,7 +55,7 @@ def convNd(  # noqa: N802 (einconv's name)
     geometry_of = _geometry if torch.compiler.is_compiling() else _cached_geometry
     geometry = geometry_of(batch.shape[1:], weight.shape, *options)
     if simplify:
-        output = convolution(geometry, "v", batch, weight)
+        output = contract_convolution(geometry, "v", batch, weight)
     else:
         sizes = batch.shape[0], batch.shape[1], weight.shape[0]
         output = evaluate(convNd_forward.network(geometry, *sizes), batch, weight)

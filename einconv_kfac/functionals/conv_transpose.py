@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate import convolution, evaluate
+from einconv_kfac.evaluate import contract_convolution, evaluate
 from einconv_kfac.expressions import convNd_input_vjp
 from einconv_kfac.expressions.terms import check_transposed_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, with_bias
@@ -60,7 +60,7 @@ def conv_transposeNd(  # noqa: N802 (in line with convNd)
     geometry_of = _geometry if torch.compiler.is_compiling() else _cached_geometry
     geometry = geometry_of(batch.shape[1:], weight.shape, *options)
     if simplify:
-        output = convolution(geometry, "x", weight, batch)
+        output = contract_convolution(geometry, "x", weight, batch)
     else:
         network = convNd_input_vjp.network(geometry, batch.shape[0], channels[0], batch.shape[1])
         output = evaluate(network, batch, weight)
