@@ -20,9 +20,7 @@ from einconv_kfac.geometry import (
     hashable,
     output_padding_of,
 )
-from einconv_kfac.network import Network, simplified
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape, cached, simplified
 
 Parameters = ParamSpec("Parameters")
 

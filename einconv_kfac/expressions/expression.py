@@ -8,9 +8,8 @@ from functools import cached_property
 from torch import Tensor
 
 from einconv_kfac.expressions.binding import constant, scalar, stepped
-from einconv_kfac.network import Leaf, Network
+from einconv_kfac.network import Leaf, Network, Shape
 from einconv_kfac.network.equation import equation
-from einconv_kfac.network.step import Shape
 
 Bound = tuple[str, list[Tensor], Shape]
 

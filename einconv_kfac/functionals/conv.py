@@ -7,11 +7,10 @@ from torch import Tensor
 
 from einconv_kfac.evaluate import contract_convolution, evaluate
 from einconv_kfac.expressions import convNd_forward
-from einconv_kfac.expressions.terms import check_weight, spatial_size
+from einconv_kfac.expressions.shapes import check_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, with_bias
 from einconv_kfac.geometry import Geometry, Padding, Sizes, hashable, parse_geometry
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Shape, cached
 
 
 def convNd(  # noqa: N802 (einconv's name)

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from einconv_kfac.evaluate import contract_convolution, evaluate
 from einconv_kfac.expressions import convNd_input_vjp
-from einconv_kfac.expressions.terms import check_transposed_weight, spatial_size
+from einconv_kfac.expressions.shapes import check_transposed_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, with_bias
 from einconv_kfac.geometry import Geometry, Padding, Sizes, conv_transpose_geometry, hashable
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Shape, cached
 
 
 def conv_transposeNd(  # noqa: N802 (in line with convNd)

@@ -9,7 +9,7 @@ from torch import Tensor
 from einconv_kfac.evaluate import evaluate
 from einconv_kfac.evaluate.kernels import windows
 from einconv_kfac.expressions import conv_transposeNd_unfold, convNd_fold, convNd_unfold
-from einconv_kfac.expressions.terms import column_channels, spatial_size
+from einconv_kfac.expressions.shapes import column_channels, spatial_size
 from einconv_kfac.geometry import (
     Padding,
     Sizes,
