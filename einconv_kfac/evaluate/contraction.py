@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einconv_kfac.expressions.binding import constant, stepped
+from einconv_kfac.expressions.constants import constant
+from einconv_kfac.expressions.views import stepped
 from einconv_kfac.network import Leaf, Network
 from einconv_kfac.network.lowering import lowered
 from einconv_kfac.network.path import contraction_path

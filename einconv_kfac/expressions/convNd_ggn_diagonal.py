@@ -15,13 +15,7 @@ def network(
 ) -> Network:
     """Return the contraction of input (0) and vectors (1), each with itself."""
     return Network(
-        nodes=tuple(
-            node
-            for mark in ("", "'")
-            for node in terms.gradient_nodes(
-                geometry, batch, in_channels, out_channels, vectors=vectors, mark=mark
-            )
-        ),
+        nodes=terms.gradient_pair_nodes(geometry, batch, in_channels, out_channels, vectors),
         output=("g", "co", "ci", *terms.indices("k", geometry.ndim)),
         shape=(out_channels, in_channels // geometry.groups, *geometry.kernel_size),
     )

@@ -12,9 +12,8 @@ from einconv_kfac.network import Network, Shape, cached
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int) -> Network:
     """Return the contraction of input (0) and vector (1), each with itself."""
-    sizes = geometry, batch, in_channels, out_channels
     return Network(
-        nodes=(*terms.gradient_nodes(*sizes), *terms.gradient_nodes(*sizes, mark="'")),
+        nodes=terms.gradient_pair_nodes(geometry, batch, in_channels, out_channels),
         output=("n",),
         shape=(batch,),
     )

@@ -15,12 +15,8 @@ def network(
 ) -> Network:
     """Return the contraction of input (0) and vectors (1), each with itself."""
     return Network(
-        nodes=tuple(
-            node
-            for mark in ("", "'")
-            for node in terms.gradient_nodes(
-                geometry, batch, in_channels, out_channels, vectors=vectors, mark=mark, own="vn"
-            )
+        nodes=terms.gradient_pair_nodes(
+            geometry, batch, in_channels, out_channels, vectors, own="vn"
         ),
         output=("v", "n", "v'", "n'"),
         shape=(vectors * batch, vectors * batch),

@@ -14,8 +14,7 @@ __all__ = ["einsum_expression", "network"]
 def einsum_expression(v: Shape, weight: Shape, options: Options) -> Network:
     """Return a convolution's input JVP as an einsum expression.
 
-    A convolution is linear in its input, so this is the forward pass with the tangent in its
-    place.
+    A convolution is linear in its input, so this is the forward pass of the tangent.
 
     Args:
         weight: Kernel of shape ``[(g co), ci, *k]``.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import input_kernel
@@ -14,15 +12,14 @@ from einconv_kfac.network import Network, Shape, cached
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, channels: int) -> Network:
     """Return the contraction of the input (0) with itself."""
-    scale = Fraction(1, max(batch, 1) * geometry.positions**2)
-    return terms.input_factor(geometry, batch, channels, "'", scale)
+    return terms.input_factor(geometry, batch, channels, reduce=True)
 
 
 @bound(input_kernel)
 def einsum_expression(x: Shape, options: Options) -> Network:
     """Return the KFAC-reduce input factor of a convolution as an einsum expression.
 
-    The mean over examples of ``a a^T``, where ``a`` is the mean over positions ``o`` of the
+    It is the mean over examples of ``a a^T``, where ``a`` is the mean over outputs ``o`` of the
     columns of the unfolded input (Eschenhagen et al., 2023).
 
     Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import input_kernel
@@ -14,14 +12,14 @@ from einconv_kfac.network import Network, Shape, cached
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, channels: int) -> Network:
     """Return the contraction of the input (0) with itself."""
-    return terms.input_factor(geometry, batch, channels, "", Fraction(1, max(batch, 1)))
+    return terms.input_factor(geometry, batch, channels, reduce=False)
 
 
 @bound(input_kernel)
 def einsum_expression(x: Shape, options: Options) -> Network:
     """Return the KFC input factor of a convolution as an einsum expression.
 
-    The mean over examples of the sum over positions ``o`` of ``a a^T``, where ``a`` is a
+    It is the mean over examples of the sum over outputs ``o`` of ``a a^T``, where ``a`` is a
     column of the unfolded input (Grosse and Martens, 2016).
 
     Args:

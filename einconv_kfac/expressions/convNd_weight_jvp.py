@@ -14,8 +14,7 @@ __all__ = ["einsum_expression", "network"]
 def einsum_expression(x: Shape, v: Shape, options: Options) -> Network:
     """Return a convolution's weight JVP as an einsum expression.
 
-    A convolution is linear in its kernel, so this is the forward pass with the tangent in its
-    place.
+    A convolution is linear in its kernel, so this is the forward pass with the tangent as kernel.
 
     Args:
         x: Input of shape ``[n, (g ci), *i]``.

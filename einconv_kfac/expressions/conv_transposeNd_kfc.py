@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import transposed_input_kernel
@@ -14,8 +12,7 @@ from einconv_kfac.network import Network, Shape, cached
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, channels: int) -> Network:
     """Return the contraction of the input (0) with itself."""
-    scale = Fraction(1, max(batch, 1))
-    return terms.transposed_input_factor(geometry, batch, channels, "", scale)
+    return terms.transposed_input_factor(geometry, batch, channels, reduce=False)
 
 
 @bound(transposed_input_kernel)

@@ -103,31 +103,44 @@ def gradient_nodes(
     )
 
 
+def gradient_pair_nodes(
+    geometry: Geometry,
+    batch: int,
+    in_channels: int,
+    out_channels: int,
+    vectors: int | None = None,
+    own: str = "",
+) -> tuple[Node, ...]:
+    """Return the nodes of a weight VJP twice; ``own`` names the indices besides ``o`` and ``i``."""
+    return tuple(
+        node
+        for mark in ("", "'")
+        for node in gradient_nodes(
+            geometry, batch, in_channels, out_channels, vectors=vectors, mark=mark, own=own
+        )
+    )
+
+
 def _grouped(geometry: Geometry, channels: int, dim: int, name: str) -> Split:
     """Return the step that splits the channels into groups."""
     per_group = geometry.split_channels(channels, f"channels of `{name}`")
     return Split(dim, (geometry.groups, per_group))
 
 
-def input_factor(
-    geometry: Geometry, batch: int, channels: int, other_output: str, scale: Fraction
-) -> Network:
+def input_factor(geometry: Geometry, batch: int, channels: int, reduce: bool) -> Network:
     """Return ``scale x P P' x' -> [g, (ci k), (ci' k')]`` for the input (0).
 
-    ``other_output`` is the mark of the second copy's outputs, empty if both copies share them.
+    KFC: both copies share the outputs ``o``, and the scale is ``1/N``. KFAC-reduce: each copy is
+    averaged over its outputs, and the scale is ``1/(N O^2)``.
     """
     x, other = (input_node(geometry, batch, channels, 0, mark) for mark in ("", "'"))
-    patterns = pattern_nodes(geometry, k="'", o=other_output, i="'")
-    return _factor(geometry, (x, *pattern_nodes(geometry), *patterns, other), scale)
+    patterns = pattern_nodes(geometry, k="'", o="'" if reduce else "", i="'")
+    nodes = (x, *pattern_nodes(geometry), *patterns, other)
+    return _factor(geometry, nodes, _factor_scale(batch, geometry.positions, reduce))
 
 
-def transposed_input_factor(
-    geometry: Geometry, batch: int, channels: int, other_output: str, scale: Fraction
-) -> Network:
-    """Return the factor of a transposed convolution, whose positions are ``i``.
-
-    ``other_output`` is the mark of the second copy's positions, empty if both copies share them.
-    """
+def transposed_input_factor(geometry: Geometry, batch: int, channels: int, reduce: bool) -> Network:
+    """Return the `input_factor` of a transposed convolution, whose outputs are ``i``."""
     x, other = (
         Node(
             Leaf("x", 0, (batch, channels, *geometry.output_size)).then(
@@ -137,8 +150,14 @@ def transposed_input_factor(
         )
         for mark in ("", "'")
     )
-    patterns = pattern_nodes(geometry, k="'", o="'", i=other_output)
-    return _factor(geometry, (x, *pattern_nodes(geometry), *patterns, other), scale)
+    patterns = pattern_nodes(geometry, k="'", o="'", i="'" if reduce else "")
+    nodes = (x, *pattern_nodes(geometry), *patterns, other)
+    return _factor(geometry, nodes, _factor_scale(batch, prod(geometry.input_size), reduce))
+
+
+def _factor_scale(batch: int, outputs: int, reduce: bool) -> Fraction:
+    """Return one over the number of examples, and over the squared number of outputs."""
+    return Fraction(1, max(batch, 1) * (outputs**2 if reduce else 1))
 
 
 def _factor(geometry: Geometry, nodes: tuple[Node, ...], scale: Fraction) -> Network:

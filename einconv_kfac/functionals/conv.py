@@ -32,12 +32,12 @@ def convNd(  # noqa: N802 (einconv's name)
         x: Input of shape ``[n, (g ci), *i]``, or ``[(g ci), *i]``.
         weight: Kernel of shape ``[(g co), ci, *k]``.
         bias: Vector of shape ``[(g co)]``.
-        stride: Step between windows, one number or one per dimension.
+        stride: Input positions between windows, one number or one per dimension.
         padding: As in `einconv_kfac.geometry.conv_geometry`.
-        dilation: Step between kernel entries.
+        dilation: Input positions between kernel entries.
         groups: Number of channel groups.
-        simplify: Whether to contract in the order that the sizes suggest; otherwise the
-            network is contracted as it stands.
+        simplify: Whether to contract by kernels selected from the sizes; otherwise the
+            network is contracted as given.
 
     Returns:
         Tensor of shape ``[n, (g co), *o]``, or ``[(g co), *o]``.

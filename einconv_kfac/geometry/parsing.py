@@ -10,10 +10,11 @@ from einconv_kfac.geometry.geometry import Geometry
 from einconv_kfac.geometry.spellings import (
     Padding,
     Sizes,
-    each_per_dimension,
     hashable,
     parse_padding,
+    per_dimension,
     same_padding,
+    window_sizes,
 )
 
 
@@ -56,13 +57,8 @@ def parse_geometry(
 ) -> Geometry:  # fmt: skip
     """Return the convolution of `conv_geometry` without a cache, as graph tracing requires."""
     ndim = len(input_size)
-    sizes, kernel, strides, steps = each_per_dimension(
-        ndim,
-        input_size=tuple(input_size),
-        kernel_size=kernel_size,
-        stride=stride,
-        dilation=dilation,
-    )
+    sizes = per_dimension(tuple(input_size), ndim, "input_size")
+    kernel, strides, steps = window_sizes(kernel_size, stride, dilation, ndim)
     if padding == "same":
         if any(s != 1 for s in strides):
             raise ValueError(f"`padding`='same' must come with stride 1, got stride {stride!r}.")

@@ -33,9 +33,15 @@ def per_dimension(value: Sizes, ndim: int, name: str, minimum: int = 1) -> tuple
     return sizes
 
 
-def each_per_dimension(ndim: int, **values: Sizes) -> list[tuple[int, ...]]:
-    """Return every value as one positive integer per dimension; see `per_dimension`."""
-    return [per_dimension(value, ndim, name) for name, value in values.items()]
+def window_sizes(
+    kernel_size: Sizes, stride: Sizes, dilation: Sizes, ndim: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return kernel size, stride and dilation per dimension; see `per_dimension`."""
+    return (
+        per_dimension(kernel_size, ndim, "kernel_size"),
+        per_dimension(stride, ndim, "stride"),
+        per_dimension(dilation, ndim, "dilation"),
+    )
 
 
 def same_padding(kernel_size: Sizes, dilation: Sizes, ndim: int) -> tuple[tuple[int, int], ...]:

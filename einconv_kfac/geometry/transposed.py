@@ -9,9 +9,9 @@ from einconv_kfac.geometry.geometry import Geometry
 from einconv_kfac.geometry.spellings import (
     Padding,
     Sizes,
-    each_per_dimension,
     parse_padding,
     per_dimension,
+    window_sizes,
 )
 
 
@@ -32,13 +32,8 @@ def conv_transpose_geometry(
     (16,)
     """
     ndim = len(input_size)
-    sizes, kernel, strides, steps = each_per_dimension(
-        ndim,
-        input_size=tuple(input_size),
-        kernel_size=kernel_size,
-        stride=stride,
-        dilation=dilation,
-    )
+    sizes = per_dimension(tuple(input_size), ndim, "input_size")
+    kernel, strides, steps = window_sizes(kernel_size, stride, dilation, ndim)
     extra = per_dimension(output_padding, ndim, "output_padding", minimum=0)
     sides = ((0, 0),) * ndim if padding == "valid" else parse_padding(padding, ndim)
     for e, s, d in zip(extra, strides, steps):
@@ -73,9 +68,8 @@ def output_padding_of(
     (1,)
     """
     ndim = len(input_size)
-    sizes, kernel, strides, steps = each_per_dimension(
-        ndim, output_size=output_size, kernel_size=kernel_size, stride=stride, dilation=dilation
-    )
+    sizes = per_dimension(output_size, ndim, "output_size")
+    kernel, strides, steps = window_sizes(kernel_size, stride, dilation, ndim)
     sides = parse_padding(padding, ndim)
     least = _least_sizes(input_size, kernel, strides, sides, steps)
     largest = tuple(low + max(s, d) - 1 for low, s, d in zip(least, strides, steps))

@@ -24,7 +24,8 @@ from einconv_kfac.expressions import (
     convNd_unfold,
     convNd_weight_vjp,
 )
-from einconv_kfac.expressions.binding import constant_tensor, stepped
+from einconv_kfac.expressions.constants import constant_tensor
+from einconv_kfac.expressions.views import stepped
 from einconv_kfac.geometry import Axis, Geometry, conv_geometry
 from einconv_kfac.network import (
     Delta,
