@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from einconv_kfac.evaluate import convolution, evaluate
+from einconv_kfac.evaluate import contract_convolution, evaluate
 from einconv_kfac.expressions import cache_clear, convNd_forward, convNd_kfac_reduce
 from einconv_kfac.functionals import convNd
 from einconv_kfac.geometry import Geometry
@@ -124,8 +124,8 @@ def ours(layer: Layer, x: Tensor, weight: Tensor, v: Tensor) -> list[Callable[[]
     options = (None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     return [
         lambda: convNd(x, weight, *options),
-        lambda: convolution(geometry, "x", weight, v),
-        lambda: convolution(geometry, "w", x, v),
+        lambda: contract_convolution(geometry, "x", weight, v),
+        lambda: contract_convolution(geometry, "w", x, v),
     ]
 
 

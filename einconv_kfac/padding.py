@@ -12,11 +12,11 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def pad_input(x: Tensor, padding: Sequence[tuple[int, int]], mode: str = "zeros") -> Tensor:
-    """Pad the trailing dimensions of ``x``.
+    """Pad the last dimensions of ``x``.
 
     Args:
         x: Tensor of shape ``[..., *i]``.
-        padding: Positions to add left and right, for each of the dimensions ``i``.
+        padding: Number of positions to add left and right, for each of the dimensions ``i``.
         mode: One of `PADDING_MODES`, as in ``torch.nn.Conv2d``.
 
     Returns:
@@ -39,7 +39,7 @@ def pad_input(x: Tensor, padding: Sequence[tuple[int, int]], mode: str = "zeros"
 def padded(x: Tensor, sides: Sequence[tuple[int, int]]) -> Tensor:
     """Pad the last dimensions with zeros; negative sides are cropped, without a copy.
 
-    A side may be cropped by more than there is, down to the zeros on the other side.
+    A side may be cropped by more than the size; then the zeros of the other side are cropped.
     """
     added: list[int] = []
     for back, (left, right) in enumerate(reversed(sides), 1):
@@ -54,7 +54,7 @@ def padded(x: Tensor, sides: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _source_positions(x: Tensor, dim: int, sides: tuple[int, int], mode: str) -> Tensor:
-    """Return the input position that each padded position copies, as ``[left + i + right]``."""
+    """Return the input position of every padded position, of shape ``[left + i + right]``."""
     size, (left, right) = x.shape[dim], sides
     largest = {"reflect": size - 1, "circular": size}.get(mode)
     if largest is not None and max(sides) > largest:

@@ -1,11 +1,12 @@
-"""A network and tensors, contracted: patterns as views and folds, pairwise, in a good order."""
+"""Contraction of any network: index patterns as views and folds, then pairs of operands."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.expressions.binding import constant, stepped
+from einconv_kfac.expressions.constants import constant
+from einconv_kfac.expressions.views import stepped
 from einconv_kfac.network import Leaf, Network
 from einconv_kfac.network.lowering import lowered
 from einconv_kfac.network.path import contraction_path
@@ -16,7 +17,7 @@ def evaluate(network: Network, *tensors: Tensor) -> Tensor:
 
     Args:
         network: A network, simplified or not.
-        tensors: One per slot of the network's leaves, of the shapes they state.
+        tensors: One per slot of the network's leaves, of the leaf's ``source`` shape.
 
     Returns:
         Tensor of shape ``network.shape``.
@@ -32,7 +33,7 @@ def evaluate(network: Network, *tensors: Tensor) -> Tensor:
     known: dict[int, Tensor] = {}
     for positions, equation, value in contraction_path(network):
         taken = [operands.pop(position) for position in positions]
-        if not operands and network.scale != 1:  # the last one: scale what is smallest
+        if not operands and network.scale != 1:  # the last contraction: scale the smallest operand
             smallest = min(range(len(taken)), key=lambda at: taken[at].numel())
             taken[smallest] = taken[smallest] * float(network.scale)
             known.pop(value, None)

@@ -1,74 +1,16 @@
-"""A convolution's contractions as one opaque operator, for graphs that torch traces."""
+"""The contractions of a convolution as one opaque operator, for graphs that torch traces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate.kernels import dense, depthwise, innermost, stacked
+from einconv_kfac.evaluate.kernels.selection import contract, others
 from einconv_kfac.geometry import Axis, Geometry
-
-ROLES = ("x", "w", "v")
-"""Input, kernel, and a vector like the output."""
-
-Operation: TypeAlias = Callable[[Geometry, Tensor, Tensor], Tensor]
-OPERATIONS: dict[str, Operation] = {
-    "v": dense.forward,
-    "x": dense.input_vjp,
-    "w": dense.weight_vjp,
-}
-DEPTHWISE: dict[str, Operation] = {
-    "v": depthwise.forward,
-    "x": depthwise.input_vjp,
-    "w": depthwise.weight_vjp,
-}
-INNERMOST: dict[str, Operation] = {
-    "v": innermost.forward,
-    "x": innermost.input_vjp,
-    "w": innermost.weight_vjp,
-}
-STACKED: dict[str, Operation] = {
-    "v": stacked.forward,
-    "x": stacked.input_vjp,
-    "w": stacked.weight_vjp,
-}
-
-
-MANY = 32
-"""Channels from which on they are moved innermost."""
-
-
-def others(role: str) -> tuple[str, str]:
-    """Return the two other roles, in order."""
-    first, second = (other for other in ROLES if other != role)
-    return first, second
-
-
-def contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
-    """Contract two tensors of a convolution to the third, without a derivative."""
-    return operation(geometry, role, first, second)(
-        geometry, first.contiguous(), second.contiguous()
-    )
-
-
-def operation(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Operation:
-    """Choose in which order to contract, from the sizes."""
-    groups = geometry.groups
-    if geometry.ndim > stacked.LAST:
-        return STACKED[role]
-    if groups == 1 or first.element_size() < 4:
-        return OPERATIONS[role]
-    weight = {"v": second, "x": first}.get(role)
-    single = first.shape[1] == groups if weight is None else weight.shape[1] == 1
-    outputs = second.shape[1] if weight is None else weight.shape[0]
-    if not single or (outputs != groups and role != "v"):
-        return OPERATIONS[role]
-    small = outputs == groups and groups >= MANY and innermost.pays(geometry)
-    return (INNERMOST if small else DEPTHWISE)[role]
 
 
 @torch.library.custom_op(
@@ -76,12 +18,12 @@ def operation(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> O
     mutates_args=(),
     schema="(str role, SymInt[] sizes, Tensor first, Tensor second) -> Tensor",
 )
-def convolution(role: str, sizes: list[int], first: Tensor, second: Tensor) -> Tensor:
-    """Contract two tensors of a convolution to the third; see `trilinear.convolution`."""
-    return contract(_geometry(tuple(sizes)), role, first, second)
+def traced_convolution(role: str, sizes: list[int], first: Tensor, second: Tensor) -> Tensor:
+    """Contract two tensors of a convolution to the third; see `contract_convolution`."""
+    return contract(_cached_unflattened(tuple(sizes)), role, first, second)
 
 
-@convolution.register_fake
+@traced_convolution.register_fake
 def _(role: str, sizes: list[int], first: Tensor, second: Tensor) -> Tensor:
     geometry = _unflattened(sizes)
     if role == "v":
@@ -94,7 +36,7 @@ def _(role: str, sizes: list[int], first: Tensor, second: Tensor) -> Tensor:
 
 
 def flattened(geometry: Geometry) -> list[int]:
-    """Return a geometry as numbers: the groups, then six per axis."""
+    """Return a geometry as numbers: the groups, then six numbers per axis."""
     numbers = [geometry.groups]
     for axis in geometry.axes:
         numbers += [axis.input_size, axis.kernel_size, axis.stride, *axis.padding, axis.dilation]
@@ -109,7 +51,7 @@ def _unflattened(sizes: Sequence[int]) -> Geometry:
     )
 
 
-_geometry = lru_cache(maxsize=1024)(_unflattened)
+_cached_unflattened = lru_cache(maxsize=1024)(_unflattened)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,9 +67,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     for needed, wanted in zip(ctx.needs_input_grad[2:], roles):
         tensors = dict(zip(roles, ctx.saved_tensors)) | {ctx.role: gradient}
         first, second = others(wanted)
-        result = convolution(wanted, ctx.sizes, tensors[first], tensors[second]) if needed else None
-        gradients.append(result)
+        operands = tensors[first], tensors[second]
+        gradients.append(traced_convolution(wanted, ctx.sizes, *operands) if needed else None)
     return (None, None, *gradients)
 
 
-convolution.register_autograd(_backward, setup_context=_setup_context)
+traced_convolution.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""A call of ``einsum_expression``: from arguments to a cached expression with its tensors."""
+"""Calls of ``einsum_expression``: arguments, cached expressions, documentation."""
 
 from __future__ import annotations
 
@@ -20,33 +20,31 @@ from einconv_kfac.geometry import (
     hashable,
     output_padding_of,
 )
-from einconv_kfac.network import Network, simplified
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape, cached, simplified
 
 Parameters = ParamSpec("Parameters")
 
 MEANING = {
     "kernel_size": "Kernel entries, one number or one per dimension.",
     "input_size": "Input positions, one number or one per dimension.",
-    "stride": "Step between windows, one number or one per dimension; so are the others.",
-    "padding": "Zeros around the input; if transposed, positions removed around the result.",
-    "output_padding": "Positions that the result of a transposed convolution gains on the right.",
+    "stride": "Input positions between windows, one number or one per dimension.",
+    "padding": "Zeros around the input; if transposed, positions removed from the result.",
+    "output_padding": "Further positions on the right of a transposed convolution's result.",
     "output_size": "Positions of the result, instead of ``output_padding``.",
-    "dilation": "Step between kernel entries.",
+    "dilation": "Input positions between kernel entries, one number or one per dimension.",
     "groups": "Number of channel groups.",
     "simplify": "Whether to simplify the expression.",
 }
-"""What the hyper-parameters of every operation mean."""
+"""Descriptions of the hyper-parameters, shared by the docstrings of all operations."""
 
 
 RAISES = """Raises:
         ValueError: If shapes and groups do not match, or the numbers describe no convolution."""
-"""What every operation does with arguments that it cannot use."""
+"""The errors of all operations, shared by their docstrings."""
 
 
 class Options(NamedTuple):
-    """Hyper-parameters as the caller spells them."""
+    """Hyper-parameters in the caller's spelling."""
 
     stride: Sizes
     padding: Padding
@@ -58,12 +56,12 @@ class Options(NamedTuple):
     input_size: Sizes = ()
 
     def geometry(self, input_size: Shape, kernel_size: Shape | None = None) -> Geometry:
-        """Return the convolution of an input, whose kernel may be known by its shape."""
+        """Return the convolution of an input, or of an input and a kernel of these sizes."""
         kernel = self.kernel_size if kernel_size is None else kernel_size
         return conv_geometry(input_size, kernel, *self[:4])
 
     def transposed(self, input_size: Shape, kernel_size: Shape | None = None) -> Geometry:
-        """Return the convolution whose adjoint takes the input of a transposed convolution."""
+        """Return the convolution whose adjoint is the transposed convolution of an input."""
         kernel = self.kernel_size if kernel_size is None else kernel_size
         stride, padding, dilation, groups = self[:4]
         more = self.output_padding
@@ -74,7 +72,7 @@ class Options(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The arguments of a call, told apart."""
+    """The arguments of a call, sorted into tensors and hyper-parameters."""
 
     tensors: tuple[Tensor, ...]
     options: Options
@@ -84,16 +82,16 @@ class Call(NamedTuple):
 def bound(
     signature: Callable[Parameters, Call], slots: tuple[int, ...] | None = None
 ) -> Callable[[Callable[..., Network]], Callable[Parameters, Bound]]:
-    """Turn the network of an operation into an einsum expression with the caller's tensors.
+    """Return a decorator that makes ``einsum_expression`` of an operation's network.
 
     Args:
         signature: One of `signatures`; it sorts the arguments of a call.
-        slots: Which of the signature's tensors are the network's, in the order of its slots;
-            all, in their order, if not given.
+        slots: Position among the signature's tensors of the tensor for each of the network's
+            slots; all tensors in order if not given.
 
     Returns:
-        A decorator for a function from the tensors' shapes, in that order, and the `Options` to
-        the network. The expression is cached on these.
+        A decorator for a function from the shapes of the slots' tensors and the `Options` to
+        the network. Expressions are cached by shapes, options and ``simplify``.
     """
 
     def decorate(network: Callable[..., Network]) -> Callable[Parameters, Bound]:
@@ -122,7 +120,7 @@ def bound(
 
 
 def _documented(text: str, parameters: list[str]) -> str:
-    """Spell out what a docstring has as ``options: OPTIONS``, and what is raised."""
+    """Replace ``options: OPTIONS`` in a docstring by all parameters, and add the errors."""
     lines = (f"{name}: {MEANING[name]}" for name in parameters if name in MEANING)
     text = text.replace("options: OPTIONS", "\n        ".join(lines))
     return text.replace("\n    >>>", f"\n    {RAISES}\n\n    >>>", 1)

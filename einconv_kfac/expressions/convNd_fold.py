@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import columns
-from einconv_kfac.expressions.terms import (
-    column_channels,
-    columns_node,
-    indices,
-    pattern_nodes,
-)
 from einconv_kfac.geometry import Geometry, per_dimension
-from einconv_kfac.network import Network
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape, cached
 
 
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, channels: int) -> Network:
     """Return the contraction of the columns (0)."""
     return Network(
-        nodes=(columns_node(geometry, batch, channels), *pattern_nodes(geometry)),
-        output=("n", "c", *indices("i", geometry.ndim)),
+        nodes=(terms.columns_node(geometry, batch, channels), *terms.pattern_nodes(geometry)),
+        output=("n", "c", *terms.indices("i", geometry.ndim)),
         shape=(batch, channels, *geometry.input_size),
     )
 
@@ -43,4 +36,4 @@ def einsum_expression(z: Shape, options: Options) -> Network:
     """
     ndim = 1 if isinstance(options.input_size, int) else len(options.input_size)
     geometry = options.geometry(per_dimension(options.input_size, ndim, "input_size"))
-    return network(geometry, z[0], column_channels(z, geometry))
+    return network(geometry, z[0], shapes.column_channels(z, geometry))

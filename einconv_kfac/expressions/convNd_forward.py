@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
+from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import input_weight
-from einconv_kfac.expressions.terms import (
-    check_weight,
-    indices,
-    input_node,
-    pattern_nodes,
-    spatial_size,
-    weight_node,
-)
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape, cached
 
 
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int) -> Network:
     """Return the contraction of input (0) and kernel (1)."""
-    x = input_node(geometry, batch, in_channels, slot=0)
-    weight = weight_node(geometry, in_channels, out_channels, slot=1)
+    x = terms.input_node(geometry, batch, in_channels, slot=0)
+    weight = terms.weight_node(geometry, in_channels, out_channels, slot=1)
     return Network(
-        nodes=(x, *pattern_nodes(geometry), weight),
-        output=("n", "g", "co", *indices("o", geometry.ndim)),
+        nodes=(x, *terms.pattern_nodes(geometry), weight),
+        output=("n", "g", "co", *terms.indices("o", geometry.ndim)),
         shape=(batch, out_channels, *geometry.output_size),
     )
 
 
 def network_of(x: Shape, weight: Shape, options: Options, name: str = "x") -> Network:
     """Return the contraction of an input, called ``name``, and a kernel of these shapes."""
-    sizes = spatial_size(x, name)
-    check_weight(weight, x[1], len(sizes), options.groups)
+    sizes = shapes.spatial_size(x, name)
+    shapes.check_weight(weight, x[1], len(sizes), options.groups)
     return network(options.geometry(sizes, weight[2:]), x[0], x[1], weight[0])
 
 

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
+from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import input_vectors
-from einconv_kfac.expressions.terms import (
-    check_output,
-    indices,
-    input_node,
-    output_node,
-    pattern_nodes,
-    spatial_size,
-)
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape, cached
 
 
 @cached(maxsize=1024)
@@ -23,16 +14,9 @@ def network(
     geometry: Geometry, vectors: int, batch: int, in_channels: int, out_channels: int
 ) -> Network:
     """Return the contraction of input (0) and vectors (1), each with itself."""
-    x = input_node(geometry, batch, in_channels, slot=0)
-    s = output_node(geometry, batch, out_channels, slot=1, vectors=vectors)
-    other = input_node(geometry, batch, in_channels, slot=0, mark="'", own="i")
     return Network(
-        nodes=(
-            *(x, *pattern_nodes(geometry), s),
-            *(other, *pattern_nodes(geometry, o="'", i="'")),
-            output_node(geometry, batch, out_channels, slot=1, mark="'", vectors=vectors),
-        ),
-        output=("g", "co", "ci", *indices("k", geometry.ndim)),
+        nodes=terms.gradient_pair_nodes(geometry, batch, in_channels, out_channels, vectors),
+        output=("g", "co", "ci", *terms.indices("k", geometry.ndim)),
         shape=(out_channels, in_channels // geometry.groups, *geometry.kernel_size),
     )
 
@@ -41,7 +25,7 @@ def network(
 def bias_network(geometry: Geometry, vectors: int, batch: int, out_channels: int) -> Network:
     """Return the diagonal for the bias, ``sum_{v,n} (sum_o s)^2``, of the vectors (0)."""
     s, other = (
-        output_node(geometry, batch, out_channels, slot=0, mark=mark, vectors=vectors)
+        terms.output_node(geometry, batch, out_channels, slot=0, mark=mark, vectors=vectors)
         for mark in ("", "'")
     )
     return Network((s, other), ("g", "co"), (out_channels,))
@@ -64,6 +48,6 @@ def einsum_expression(x: Shape, s: Shape, options: Options) -> Network:
     >>> einsum_expression(x, s, kernel_size=2)[2]
     (4, 3, 2)
     """
-    geometry = options.geometry(spatial_size(x, "x"))
-    check_output(s[1:], x[0], geometry, "s")
+    geometry = options.geometry(shapes.spatial_size(x, "x"))
+    shapes.check_output(s[1:], x[0], geometry, "s")
     return network(geometry, s[0], x[0], x[1], s[2])

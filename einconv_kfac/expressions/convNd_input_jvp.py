@@ -5,8 +5,7 @@ from __future__ import annotations
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.convNd_forward import network, network_of
 from einconv_kfac.expressions.signatures import weight_vector
-from einconv_kfac.network import Network
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape
 
 __all__ = ["einsum_expression", "network"]
 
@@ -15,8 +14,7 @@ __all__ = ["einsum_expression", "network"]
 def einsum_expression(v: Shape, weight: Shape, options: Options) -> Network:
     """Return a convolution's input JVP as an einsum expression.
 
-    A convolution is linear in its input, so this is the forward pass with the tangent in its
-    place.
+    A convolution is linear in its input, so this is the forward pass of the tangent.
 
     Args:
         weight: Kernel of shape ``[(g co), ci, *k]``.

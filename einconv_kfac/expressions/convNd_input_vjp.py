@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
+from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import weight_vector_size
-from einconv_kfac.expressions.terms import (
-    check_output,
-    check_weight,
-    indices,
-    output_node,
-    pattern_nodes,
-    weight_node,
-)
-from einconv_kfac.geometry import (
-    Geometry,
-    per_dimension,
-)
-from einconv_kfac.network import Network
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.geometry import Geometry, per_dimension
+from einconv_kfac.network import Network, Shape, cached
 
 
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int) -> Network:
     """Return the contraction of vector (0) and kernel (1)."""
-    v = output_node(geometry, batch, out_channels, slot=0)
-    weight = weight_node(geometry, in_channels, out_channels, slot=1)
+    v = terms.output_node(geometry, batch, out_channels, slot=0)
+    weight = terms.weight_node(geometry, in_channels, out_channels, slot=1)
     return Network(
-        nodes=(v, *pattern_nodes(geometry), weight),
-        output=("n", "g", "ci", *indices("i", geometry.ndim)),
+        nodes=(v, *terms.pattern_nodes(geometry), weight),
+        output=("n", "g", "ci", *terms.indices("i", geometry.ndim)),
         shape=(batch, in_channels, *geometry.input_size),
     )
 
@@ -51,10 +39,10 @@ def einsum_expression(v: Shape, weight: Shape, options: Options) -> Network:
     (2, 3, 8)
     """
     ndim, groups = len(v) - 2, options.groups
-    check_weight(weight, groups * (weight[1] if len(weight) > 1 else 0), ndim, groups)
+    shapes.check_weight(weight, groups * (weight[1] if len(weight) > 1 else 0), ndim, groups)
     sizes = per_dimension(options.input_size, ndim, "input_size")
     geometry = options.geometry(sizes, weight[2:])
-    check_output(v, None, geometry)
+    shapes.check_output(v, None, geometry)
     if v[1] != weight[0]:
         raise ValueError(f"`v` must have the {weight[0]} channels of `weight`, got {v[1]}.")
     return network(geometry, v[0], groups * weight[1], weight[0])

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
+from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import input_kernel
-from einconv_kfac.expressions.terms import input_factor, spatial_size
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape, cached
 
 
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, channels: int) -> Network:
     """Return the contraction of the input (0) with itself."""
-    return input_factor(geometry, batch, channels, "", Fraction(1, max(batch, 1)))
+    return terms.input_factor(geometry, batch, channels, reduce=False)
 
 
 @bound(input_kernel)
 def einsum_expression(x: Shape, options: Options) -> Network:
     """Return the KFC input factor of a convolution as an einsum expression.
 
-    The mean over examples of the sum over positions ``o`` of ``a a^T``, where ``a`` is a
+    It is the mean over examples of the sum over outputs ``o`` of ``a a^T``, where ``a`` is a
     column of the unfolded input (Grosse and Martens, 2016).
 
     Args:
@@ -37,4 +33,4 @@ def einsum_expression(x: Shape, options: Options) -> Network:
     >>> einsum_expression(torch.rand(2, 4, 8), kernel_size=3, groups=2)[2]
     (2, 6, 6)
     """
-    return network(options.geometry(spatial_size(x, "x")), x[0], x[1])
+    return network(options.geometry(shapes.spatial_size(x, "x")), x[0], x[1])

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
+from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import input_vector
-from einconv_kfac.expressions.terms import (
-    check_output,
-    indices,
-    input_node,
-    output_node,
-    pattern_nodes,
-    spatial_size,
-)
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape, cached
 
 
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int) -> Network:
     """Return the contraction of input (0) and vector (1)."""
-    x = input_node(geometry, batch, in_channels, slot=0)
-    v = output_node(geometry, batch, out_channels, slot=1)
     per_group = in_channels // geometry.groups
     return Network(
-        nodes=(x, *pattern_nodes(geometry), v),
-        output=("n", "g", "co", "ci", *indices("k", geometry.ndim)),
+        nodes=terms.gradient_nodes(geometry, batch, in_channels, out_channels),
+        output=("n", "g", "co", "ci", *terms.indices("k", geometry.ndim)),
         shape=(batch, out_channels, per_group, *geometry.kernel_size),
     )
 
@@ -34,7 +23,7 @@ def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int)
 @cached(maxsize=1024)
 def bias_network(geometry: Geometry, batch: int, out_channels: int) -> Network:
     """Return the bias VJP per example, ``sum_o v``, of the vector (0)."""
-    v = output_node(geometry, batch, out_channels, slot=0)
+    v = terms.output_node(geometry, batch, out_channels, slot=0)
     return Network((v,), ("n", "g", "co"), (batch, out_channels))
 
 
@@ -55,6 +44,6 @@ def einsum_expression(x: Shape, v: Shape, options: Options) -> Network:
     >>> einsum_expression(x, v, kernel_size=2)[2]
     (2, 4, 3, 2)
     """
-    geometry = options.geometry(spatial_size(x, "x"))
-    check_output(v, x[0], geometry)
+    geometry = options.geometry(shapes.spatial_size(x, "x"))
+    shapes.check_output(v, x[0], geometry)
     return network(geometry, x[0], x[1], v[1])

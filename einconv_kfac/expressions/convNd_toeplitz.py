@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from math import prod
 
+from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import weight_size
-from einconv_kfac.expressions.terms import (
-    check_kernel,
-    indices,
-    pattern_nodes,
-    weight_node,
-)
 from einconv_kfac.geometry import Geometry, per_dimension
-from einconv_kfac.network import Network
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape, cached
 
 
 @cached(maxsize=1024)
@@ -23,9 +16,12 @@ def network(geometry: Geometry, in_channels: int, out_channels: int) -> Network:
     """Return the contraction of the kernel (0)."""
     rows = geometry.split_channels(out_channels, "channels of the output") * geometry.positions
     columns = in_channels // geometry.groups * prod(geometry.input_size)
-    output, input_ = indices("o", geometry.ndim), indices("i", geometry.ndim)
+    output, input_ = terms.indices("o", geometry.ndim), terms.indices("i", geometry.ndim)
     return Network(
-        nodes=(*pattern_nodes(geometry), weight_node(geometry, in_channels, out_channels, slot=0)),
+        nodes=(
+            *terms.pattern_nodes(geometry),
+            terms.weight_node(geometry, in_channels, out_channels, slot=0),
+        ),
         output=("g", "co", *output, "ci", *input_),
         shape=(geometry.groups, rows, columns),
     )
@@ -46,7 +42,7 @@ def einsum_expression(weight: Shape, options: Options) -> Network:
     >>> einsum_expression(torch.rand(4, 3, 2), input_size=8, stride=2)[2]
     (1, 16, 24)
     """
-    check_kernel(weight, options.groups)
+    shapes.check_kernel(weight, options.groups)
     sizes = per_dimension(options.input_size, len(weight) - 2, "input_size")
     geometry = options.geometry(sizes, weight[2:])
     return network(geometry, options.groups * weight[1], weight[0])

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from math import prod
 
+from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import ungrouped_input_kernel
-from einconv_kfac.expressions.terms import (
-    indices,
-    pattern_nodes,
-    plain_node,
-    spatial_size,
-)
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape, cached
 
 
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, channels: int) -> Network:
     """Return the contraction of the input (0)."""
-    x = plain_node("i", geometry.input_size, batch, channels)
-    kernel, output = indices("k", geometry.ndim), indices("o", geometry.ndim)
+    x = terms.plain_node("i", geometry.input_size, batch, channels)
+    kernel, output = terms.indices("k", geometry.ndim), terms.indices("o", geometry.ndim)
     return Network(
-        nodes=(x, *pattern_nodes(geometry)),
+        nodes=(x, *terms.pattern_nodes(geometry)),
         output=("n", "c", *kernel, *output),
         shape=(batch, channels * prod(geometry.kernel_size), geometry.positions),
     )
@@ -46,4 +39,4 @@ def einsum_expression(x: Shape, options: Options) -> Network:
     >>> equation, shape
     ('ab,cdb->acd', (2, 6, 7))
     """
-    return network(options.geometry(spatial_size(x, "x")), x[0], x[1])
+    return network(options.geometry(shapes.spatial_size(x, "x")), x[0], x[1])

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
+from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import input_vector
-from einconv_kfac.expressions.terms import (
-    check_output,
-    indices,
-    input_node,
-    output_node,
-    pattern_nodes,
-    spatial_size,
-)
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape, cached
 
 
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int) -> Network:
     """Return the contraction of input (0) and vector (1)."""
-    x = input_node(geometry, batch, in_channels, slot=0)
-    v = output_node(geometry, batch, out_channels, slot=1)
     return Network(
-        nodes=(x, *pattern_nodes(geometry), v),
-        output=("g", "co", "ci", *indices("k", geometry.ndim)),
+        nodes=terms.gradient_nodes(geometry, batch, in_channels, out_channels),
+        output=("g", "co", "ci", *terms.indices("k", geometry.ndim)),
         shape=(out_channels, in_channels // geometry.groups, *geometry.kernel_size),
     )
 
@@ -47,6 +36,6 @@ def einsum_expression(x: Shape, v: Shape, options: Options) -> Network:
     >>> einsum_expression(x, v, kernel_size=2)[2]
     (4, 3, 2)
     """
-    geometry = options.geometry(spatial_size(x, "x"))
-    check_output(v, x[0], geometry)
+    geometry = options.geometry(shapes.spatial_size(x, "x"))
+    shapes.check_output(v, x[0], geometry)
     return network(geometry, x[0], x[1], v[1])

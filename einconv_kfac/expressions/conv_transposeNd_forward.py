@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from einconv_kfac.expressions import shapes
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.convNd_input_vjp import network
 from einconv_kfac.expressions.signatures import transposed_input_weight
-from einconv_kfac.expressions.terms import check_transposed_weight, spatial_size
-from einconv_kfac.network import Network
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape
 
 __all__ = ["einsum_expression", "network"]
 
@@ -28,7 +27,7 @@ def einsum_expression(x: Shape, weight: Shape, options: Options) -> Network:
     >>> einsum_expression(torch.rand(2, 4, 7), torch.rand(4, 3, 2), stride=2)[2]
     (2, 3, 14)
     """
-    sizes = spatial_size(x, "x")
-    check_transposed_weight(weight, x[1], len(sizes), options.groups)
+    sizes = shapes.spatial_size(x, "x")
+    shapes.check_transposed_weight(weight, x[1], len(sizes), options.groups)
     geometry = options.transposed(sizes, weight[2:])
     return network(geometry, x[0], options.groups * weight[1], x[1])

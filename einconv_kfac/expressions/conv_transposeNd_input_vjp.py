@@ -5,8 +5,7 @@ from __future__ import annotations
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.convNd_forward import network, network_of
 from einconv_kfac.expressions.signatures import weight_vector
-from einconv_kfac.network import Network
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape
 
 __all__ = ["einsum_expression", "network"]
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from math import prod
-
+from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import transposed_input_kernel_size
-from einconv_kfac.expressions.terms import spatial_size, transposed_input_factor
-from einconv_kfac.geometry import (
-    Geometry,
-)
-from einconv_kfac.network import Network
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.geometry import Geometry
+from einconv_kfac.network import Network, Shape, cached
 
 
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, channels: int) -> Network:
     """Return the contraction of the input (0) with itself."""
-    scale = Fraction(1, max(batch, 1) * prod(geometry.input_size) ** 2)
-    return transposed_input_factor(geometry, batch, channels, "'", scale)
+    return terms.transposed_input_factor(geometry, batch, channels, reduce=True)
 
 
 @bound(transposed_input_kernel_size)
@@ -38,4 +30,4 @@ def einsum_expression(x: Shape, options: Options) -> Network:
     >>> einsum_expression(torch.rand(2, 4, 7), kernel_size=3, groups=2)[2]
     (2, 6, 6)
     """
-    return network(options.transposed(spatial_size(x, "x")), x[0], x[1])
+    return network(options.transposed(shapes.spatial_size(x, "x")), x[0], x[1])

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from math import prod
 
+from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.signatures import transposed_ungrouped_input_kernel
-from einconv_kfac.expressions.terms import (
-    indices,
-    pattern_nodes,
-    plain_node,
-    spatial_size,
-)
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape, cached
 
 
 @cached(maxsize=1024)
 def network(geometry: Geometry, batch: int, channels: int) -> Network:
     """Return the contraction of the input (0)."""
-    x = plain_node("o", geometry.output_size, batch, channels)
-    kernel, target = indices("k", geometry.ndim), indices("i", geometry.ndim)
+    x = terms.plain_node("o", geometry.output_size, batch, channels)
+    kernel, target = terms.indices("k", geometry.ndim), terms.indices("i", geometry.ndim)
     return Network(
-        nodes=(x, *pattern_nodes(geometry)),
+        nodes=(x, *terms.pattern_nodes(geometry)),
         output=("n", "c", *kernel, *target),
         shape=(batch, channels * prod(geometry.kernel_size), prod(geometry.input_size)),
     )
@@ -45,4 +38,4 @@ def einsum_expression(x: Shape, options: Options) -> Network:
     >>> einsum_expression(torch.rand(2, 3, 7), kernel_size=2, stride=2)[2]
     (2, 6, 14)
     """
-    return network(options.transposed(spatial_size(x, "x")), x[0], x[1])
+    return network(options.transposed(shapes.spatial_size(x, "x")), x[0], x[1])

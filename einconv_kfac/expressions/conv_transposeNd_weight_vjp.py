@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from einconv_kfac.expressions import shapes
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.convNd_weight_vjp import network
 from einconv_kfac.expressions.signatures import input_vector
-from einconv_kfac.expressions.terms import check_output, spatial_size
-from einconv_kfac.network import Network
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Network, Shape
 
 __all__ = ["einsum_expression", "network"]
 
@@ -29,6 +28,6 @@ def einsum_expression(v: Shape, x: Shape, options: Options) -> Network:
     >>> einsum_expression(x, v, kernel_size=2, stride=2)[2]
     (4, 3, 2)
     """
-    geometry = options.geometry(spatial_size(v, "v"))
-    check_output(x, v[0], geometry, "x")
+    geometry = options.geometry(shapes.spatial_size(v, "v"))
+    shapes.check_output(x, v[0], geometry, "x")
     return network(geometry, v[0], v[1], x[1])

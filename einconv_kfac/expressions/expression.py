@@ -1,4 +1,4 @@
-"""An einsum expression: a network, simplified or not, that tensors can be bound to."""
+"""Einsum expressions: networks with an equation and the tensors of a call."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from functools import cached_property
 
 from torch import Tensor
 
-from einconv_kfac.expressions.binding import constant, scalar, stepped
-from einconv_kfac.network import Leaf, Network
+from einconv_kfac.expressions.constants import constant, scalar
+from einconv_kfac.expressions.views import stepped
+from einconv_kfac.network import Leaf, Network, Shape
 from einconv_kfac.network.equation import equation
-from einconv_kfac.network.step import Shape
 
 Bound = tuple[str, list[Tensor], Shape]
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A network whose result needs no more than a reshape."""
+    """A network, simplified or not, whose result needs only a reshape."""
 
     network: Network
 
@@ -29,11 +29,11 @@ class Expression:
 
     @property
     def _scaled(self) -> bool:
-        """Whether a factor other than one needs an operand."""
+        """Whether a scale other than one is an operand."""
         return self.network.scale != 1
 
     def bind(self, *tensors: Tensor) -> Bound:
-        """Return equation, operands, and the shape that the contraction is reshaped to."""
+        """Return equation, operands, and the shape of the result."""
         operands = []
         device, dtype = tensors[0].device, tensors[0].dtype
         for node in self.network.nodes:

@@ -19,7 +19,7 @@ def index_pattern(
     device: torch.device = CPU,
     dtype: torch.dtype = torch.bool,
 ) -> Tensor:
-    """Return which input meets which kernel entry for which output, along one dimension.
+    """Return the index pattern of a convolution along one dimension.
 
     ``P[k, o, i] = 1`` iff ``i = o * stride + k * dilation - padding_left``.
 
@@ -46,9 +46,9 @@ def pattern_tensor(axis: Axis, device: torch.device, dtype: torch.dtype) -> Tens
 
 
 def recognized_axis(tensor: Tensor) -> Axis | None:
-    """Return the axis of which the tensor is the index pattern, judged by its values alone.
+    """Return the axis whose index pattern has the values of a tensor.
 
-    None if there is none, or if the values cannot be looked at.
+    None if there is no such axis, or if the values cannot be read.
     """
     if tensor.ndim != 3 or 0 in tensor.shape or tensor.requires_grad or not _concrete(tensor):
         return None
@@ -62,7 +62,7 @@ def recognized_axis(tensor: Tensor) -> Axis | None:
 
 
 def _concrete(tensor: Tensor) -> bool:
-    """Whether the tensor is an ordinary one whose values can be read."""
+    """Return whether the tensor is an ordinary one whose values can be read."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not tensor.is_meta
@@ -72,7 +72,7 @@ def _concrete(tensor: Tensor) -> bool:
 
 
 def _fitted(shape: tuple[int, ...], ones: Tensor) -> Axis | None:
-    """Return the axis that the positions ``[entries, (k, o, i)]`` of the ones suggest."""
+    """Return an axis that fits the first of the ones, at ``[entries, (k, o, i)]``, or None."""
     entries = {(k, o): i for k, o, i in ones.tolist()}
     kernel_size, output_size, input_size = shape
     dilation = _step(entries, (1, 0)) or 1
@@ -87,7 +87,7 @@ def _fitted(shape: tuple[int, ...], ones: Tensor) -> Axis | None:
 
 
 def _step(entries: dict[tuple[int, int], int], by: tuple[int, int]) -> int:
-    """Return how far the input moves from one entry to the next, 0 if nothing shows it."""
+    """Return the input positions from one entry to the next, 0 if no two entries are adjacent."""
     for (k, o), i in entries.items():
         following = entries.get((k + by[0], o + by[1]))
         if following is not None:

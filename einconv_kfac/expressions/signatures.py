@@ -1,7 +1,8 @@
-"""How the operations are called: einconv's arguments in einconv's order, each list once.
+"""Argument lists of the operations, in einconv's order, one per kind of call.
 
-A signature returns the arguments sorted into tensors and hyper-parameters; `bound` makes an
-operation out of it.
+A signature returns its arguments sorted into tensors and hyper-parameters; `bound` makes an
+operation of it. Signatures are plain functions, so that type checkers and ``inspect`` see the
+names and defaults and a call costs no more than Python's own binding.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from torch import Tensor
 from einconv_kfac.expressions.call import Call, Options
 from einconv_kfac.geometry import Padding, Sizes
 
+# fmt: off
+# One parameter per line would make this table three times as long.
+
 
 def input_weight(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
+    x: Tensor, weight: Tensor,
+    stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1, groups: int = 1,
     simplify: bool = True,
 ) -> Call:
     """Input and kernel."""
@@ -26,39 +26,26 @@ def input_weight(
 
 
 def input_tangent(
-    x: Tensor,
-    v: Tensor,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
+    x: Tensor, v: Tensor,
+    stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1, groups: int = 1,
     simplify: bool = True,
 ) -> Call:
     """Input, and a tangent of the kernel."""
-    return input_weight(x, v, stride, padding, dilation, groups, simplify)
+    return Call((x, v), Options(stride, padding, dilation, groups), simplify)
 
 
 def weight_vector(
-    weight: Tensor,
-    v: Tensor,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
+    weight: Tensor, v: Tensor,
+    stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1, groups: int = 1,
     simplify: bool = True,
 ) -> Call:
-    """Kernel, and a vector that it is applied to."""
+    """Kernel, and a vector to which the convolution is applied."""
     return Call((weight, v), Options(stride, padding, dilation, groups), simplify)
 
 
 def weight_vector_size(
-    weight: Tensor,
-    v: Tensor,
-    input_size: Sizes,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
+    weight: Tensor, v: Tensor, input_size: Sizes,
+    stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1, groups: int = 1,
     simplify: bool = True,
 ) -> Call:
     """Kernel, a vector like the output, and the size of the input."""
@@ -67,12 +54,8 @@ def weight_vector_size(
 
 
 def weight_size(
-    weight: Tensor,
-    input_size: Sizes,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
+    weight: Tensor, input_size: Sizes,
+    stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1, groups: int = 1,
     simplify: bool = True,
 ) -> Call:
     """Kernel, and the size of the input."""
@@ -81,13 +64,8 @@ def weight_size(
 
 
 def input_vector(
-    x: Tensor,
-    v: Tensor,
-    kernel_size: Sizes,
-    dilation: Sizes = 1,
-    padding: Padding = 0,
-    stride: Sizes = 1,
-    groups: int = 1,
+    x: Tensor, v: Tensor, kernel_size: Sizes,
+    dilation: Sizes = 1, padding: Padding = 0, stride: Sizes = 1, groups: int = 1,
     simplify: bool = True,
 ) -> Call:
     """Input, a vector like the output, and the size of the kernel."""
@@ -95,13 +73,8 @@ def input_vector(
 
 
 def input_vectors(
-    x: Tensor,
-    s: Tensor,
-    kernel_size: Sizes,
-    dilation: Sizes = 1,
-    padding: Padding = 0,
-    stride: Sizes = 1,
-    groups: int = 1,
+    x: Tensor, s: Tensor, kernel_size: Sizes,
+    dilation: Sizes = 1, padding: Padding = 0, stride: Sizes = 1, groups: int = 1,
     simplify: bool = True,
 ) -> Call:
     """Input, several vectors like the output, and the size of the kernel."""
@@ -109,12 +82,8 @@ def input_vectors(
 
 
 def input_kernel(
-    x: Tensor,
-    kernel_size: Sizes,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
+    x: Tensor, kernel_size: Sizes,
+    stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1, groups: int = 1,
     simplify: bool = True,
 ) -> Call:
     """Input, and the size of the kernel."""
@@ -122,11 +91,8 @@ def input_kernel(
 
 
 def ungrouped_input_kernel(
-    x: Tensor,
-    kernel_size: Sizes,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
+    x: Tensor, kernel_size: Sizes,
+    stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1,
     simplify: bool = True,
 ) -> Call:
     """Input without groups, and the size of the kernel."""
@@ -134,12 +100,8 @@ def ungrouped_input_kernel(
 
 
 def columns(
-    z: Tensor,
-    input_size: Sizes,
-    kernel_size: Sizes,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
+    z: Tensor, input_size: Sizes, kernel_size: Sizes,
+    stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1,
     simplify: bool = True,
 ) -> Call:
     """Columns, and the sizes of image and kernel."""
@@ -148,13 +110,9 @@ def columns(
 
 
 def transposed_input_weight(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    output_padding: Sizes = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
+    x: Tensor, weight: Tensor,
+    stride: Sizes = 1, padding: Padding = 0, output_padding: Sizes = 0,
+    dilation: Sizes = 1, groups: int = 1,
     simplify: bool = True,
 ) -> Call:
     """Input and kernel of a transposed convolution."""
@@ -163,12 +121,8 @@ def transposed_input_weight(
 
 
 def transposed_ungrouped_input_kernel(
-    x: Tensor,
-    kernel_size: Sizes,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    output_padding: Sizes = 0,
-    dilation: Sizes = 1,
+    x: Tensor, kernel_size: Sizes,
+    stride: Sizes = 1, padding: Padding = 0, output_padding: Sizes = 0, dilation: Sizes = 1,
     simplify: bool = True,
 ) -> Call:
     """Input of a transposed convolution without groups, and the size of the kernel."""
@@ -176,13 +130,9 @@ def transposed_ungrouped_input_kernel(
 
 
 def transposed_input_kernel(
-    x: Tensor,
-    kernel_size: Sizes,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    output_padding: Sizes = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
+    x: Tensor, kernel_size: Sizes,
+    stride: Sizes = 1, padding: Padding = 0, output_padding: Sizes = 0,
+    dilation: Sizes = 1, groups: int = 1,
     simplify: bool = True,
 ) -> Call:
     """Input of a transposed convolution, and the size of the kernel."""
@@ -191,14 +141,9 @@ def transposed_input_kernel(
 
 
 def transposed_input_kernel_size(
-    x: Tensor,
-    kernel_size: Sizes,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    output_padding: Sizes = 0,
-    output_size: Sizes | None = None,
-    dilation: Sizes = 1,
-    groups: int = 1,
+    x: Tensor, kernel_size: Sizes,
+    stride: Sizes = 1, padding: Padding = 0, output_padding: Sizes = 0,
+    output_size: Sizes | None = None, dilation: Sizes = 1, groups: int = 1,
     simplify: bool = True,
 ) -> Call:
     """Input of a transposed convolution, and the sizes of kernel and result."""

@@ -1,4 +1,4 @@
-"""Simplification of a plain einsum equation with its operands."""
+"""Simplification of an einsum equation and its operands."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from einconv_kfac.network.equation import parse_equation
 
 
 def simplify(equation: str, operands: Sequence[Tensor]) -> tuple[str, list[Tensor]]:
-    """Simplify an einsum expression; its result stays the same up to a reshape.
+    """Simplify an einsum expression; its result is the same up to a reshape.
 
-    Index patterns (`index_pattern`) among the operands are recognized by their values, so
-    copies and casts of them count.
+    Operands that are index patterns (`index_pattern`) are recognized by their values, also as
+    copies and casts.
 
     Args:
-        equation: Equation of ``torch.einsum``, with its output given.
+        equation: Equation of ``torch.einsum`` with an explicit output, as in ``"ij,jk->ik"``.
         operands: As many tensors as the equation has inputs.
 
     Returns:
@@ -48,7 +48,7 @@ def simplify(equation: str, operands: Sequence[Tensor]) -> tuple[str, list[Tenso
 
 
 def _node(slot: int, operand: Tensor, indices: tuple[str, ...]) -> Node:
-    """Return a pattern if the operand is one, else a leaf."""
+    """Return the node of an operand: a pattern if its values are one, else a leaf."""
     axis = recognized_axis(operand) if len(set(indices)) == 3 else None
     if axis is not None:
         return Node(Pattern(axis), indices)

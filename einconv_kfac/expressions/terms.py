@@ -1,7 +1,7 @@
-"""The tensors of a convolution as nodes of a network, and the checks of their shapes.
+"""The tensors of a convolution as nodes of a network.
 
-A prime (``mark="'"``) makes the second copy of a node's own indices; ``n``, ``g`` and what a
-network shares between the copies are given without.
+Where a network has a tensor twice, the indices of the second copy have a prime (``mark="'"``);
+``g`` and other indices that both copies share have none.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from fractions import Fraction
 from math import prod
 
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Leaf, Network, Node, Pattern
-from einconv_kfac.network.step import Shape, Split
+from einconv_kfac.network import Leaf, Network, Node, Pattern, Shape
+from einconv_kfac.network.step import Split
 
 
 def indices(letter: str, ndim: int, mark: str = "") -> tuple[str, ...]:
@@ -24,7 +24,7 @@ def input_node(
 ) -> Node:
     """Return the input ``x[n, g, ci, i]``, given as ``[n, (g ci), *i]``.
 
-    The mark goes to the batch and the channels only if ``own`` names them (``n``, ``c``).
+    Spatial indices get the mark; batch and channels only if ``own`` contains ``n`` and ``c``.
     """
     source = (batch, channels, *geometry.input_size)
     leaf = Leaf("x", slot, source, (_grouped(geometry, channels, 1, "x"),))
@@ -41,7 +41,7 @@ def columns_node(geometry: Geometry, batch: int, channels: int) -> Node:
 
 
 def plain_node(letter: str, sizes: Shape, batch: int, channels: int) -> Node:
-    """Return the only tensor ``x[n, c, *]`` of a network that knows no groups."""
+    """Return the tensor ``x[n, c, *]`` of a network without groups."""
     leaf = Leaf("x", 0, (batch, channels, *sizes))
     return Node(leaf, ("n", "c", *indices(letter, len(sizes))))
 
@@ -54,12 +54,12 @@ def output_node(
     *,
     vectors: int | None = None,
     mark: str = "",
-    own: str = "o",
+    own: str = "",
 ) -> Node:
     """Return a tensor like the output, ``v[n, g, co, o]``, given as ``[n, (g co), *o]``.
 
-    With ``vectors``, several of them in front: ``s[v, n, g, co, o]``. The mark goes to ``v``
-    and ``n`` only if ``own`` names them.
+    With a number of ``vectors`` it is ``s[v, n, g, co, o]``, given as ``[v, n, (g co), *o]``.
+    Spatial indices get the mark; vectors and batch only if ``own`` contains ``v`` and ``n``.
     """
     source = (batch, channels, *geometry.output_size)
     names = (*(n + (mark if n in own else "") for n in "vn"), "g", "co")
@@ -80,119 +80,67 @@ def weight_node(geometry: Geometry, in_channels: int, out_channels: int, slot: i
 
 
 def pattern_nodes(geometry: Geometry, *, k: str = "", o: str = "", i: str = "") -> tuple[Node, ...]:
-    """Return one pattern ``P[k, o, i]`` per dimension; arguments are the marks of its indices."""
+    """Return one pattern ``P[k, o, i]`` per dimension, with a mark for each of its indices."""
     names = zip(*(indices(*pair) for pair in zip("koi", [geometry.ndim] * 3, (k, o, i))))
     return tuple(Node(Pattern(axis), triple) for axis, triple in zip(geometry.axes, names))
 
 
-def spatial_size(shape: Shape, name: str) -> Shape:
-    """Return the spatial part of ``[n, c, *i]``.
+def gradient_nodes(
+    geometry: Geometry,
+    batch: int,
+    in_channels: int,
+    out_channels: int,
+    *,
+    vectors: int | None = None,
+    mark: str = "",
+    own: str = "",
+) -> tuple[Node, ...]:
+    """Return the nodes of a weight VJP ``x P v``: input (0), patterns, vector or vectors (1)."""
+    return (
+        input_node(geometry, batch, in_channels, slot=0, mark=mark, own=own),
+        *pattern_nodes(geometry, o=mark, i=mark),
+        output_node(geometry, batch, out_channels, slot=1, vectors=vectors, mark=mark, own=own),
+    )
 
-    Raises:
-        ValueError: If there is none.
-    """
-    if len(shape) < 3:
-        raise ValueError(
-            f"`{name}` must have shape [batch, channels, *sizes] with at least one spatial "
-            f"dimension, got {list(shape)}."
+
+def gradient_pair_nodes(
+    geometry: Geometry,
+    batch: int,
+    in_channels: int,
+    out_channels: int,
+    vectors: int | None = None,
+    own: str = "",
+) -> tuple[Node, ...]:
+    """Return the nodes of a weight VJP twice; ``own`` names the indices besides ``o`` and ``i``."""
+    return tuple(
+        node
+        for mark in ("", "'")
+        for node in gradient_nodes(
+            geometry, batch, in_channels, out_channels, vectors=vectors, mark=mark, own=own
         )
-    return shape[2:]
-
-
-def check_kernel(weight: Shape, groups: int) -> None:
-    """Raise ValueError if a kernel has no spatial dimension, or groups do not divide it."""
-    if len(weight) < 3:
-        raise ValueError(
-            "`weight` must have shape [out_channels, in_channels / groups, *kernel_size], got "
-            f"{list(weight)}."
-        )
-    if groups < 1 or weight[0] % groups:
-        raise ValueError(
-            f"`weight` must have out_channels divisible by groups={groups}, got {weight[0]}."
-        )
-
-
-def check_transposed_weight(weight: Shape, in_channels: int, ndim: int, groups: int) -> None:
-    """Raise ValueError if the kernel of a transposed convolution does not match its input."""
-    if len(weight) != ndim + 2 or weight[0] != in_channels:
-        raise ValueError(
-            "`weight` must have shape [in_channels, out_channels / groups, *kernel_size] with "
-            f"the input's {in_channels} channels and {ndim} spatial dimensions, got "
-            f"{list(weight)}."
-        )
-    if groups < 1 or in_channels % groups:
-        raise ValueError(f"`groups` must divide the input's {in_channels} channels, got {groups}.")
-
-
-def check_weight(weight: Shape, in_channels: int, ndim: int, groups: int) -> None:
-    """Raise ValueError if a kernel does not match the input.
-
-    The channels are those of ``x``; ``ndim`` counts its spatial dimensions.
-    """
-    if len(weight) != ndim + 2:
-        raise ValueError(
-            f"`weight` must have {ndim + 2} dimensions for an input with {ndim} spatial "
-            f"dimensions, got shape {list(weight)}."
-        )
-    if groups < 1 or in_channels % groups or weight[1] * groups != in_channels:
-        raise ValueError(
-            "`weight` must have shape [out_channels, in_channels / groups, *kernel_size] with "
-            f"groups={groups} and the input's {in_channels} channels, got {list(weight)}."
-        )
-    check_kernel(weight, groups)
-
-
-def column_channels(columns: Shape, geometry: Geometry) -> int:
-    """Return the channels of columns ``[n, (c k), (o)]``.
-
-    Raises:
-        ValueError: If they are not of that shape.
-    """
-    entries = prod(geometry.kernel_size)
-    if len(columns) != 3 or columns[1] % entries or columns[2] != geometry.positions:
-        raise ValueError(
-            f"`z` must have shape [batch, channels * {entries}, {geometry.positions}], got "
-            f"{list(columns)}."
-        )
-    return columns[1] // entries
-
-
-def check_output(v: Shape, batch: int | None, geometry: Geometry, name: str = "v") -> None:
-    """Raise ValueError if a tensor does not have the shape of the convolution's output."""
-    expected = ["batch" if batch is None else batch, "channels", *geometry.output_size]
-    matches = len(v) == len(expected) and v[2:] == geometry.output_size
-    if not matches or batch not in (None, v[0]):
-        raise ValueError(
-            f"`{name}` must have the shape of the output, [{', '.join(map(str, expected))}], "
-            f"got {list(v)}."
-        )
+    )
 
 
 def _grouped(geometry: Geometry, channels: int, dim: int, name: str) -> Split:
-    """Return the step that splits channels into groups."""
+    """Return the step that splits the channels into groups."""
     per_group = geometry.split_channels(channels, f"channels of `{name}`")
     return Split(dim, (geometry.groups, per_group))
 
 
-def input_factor(
-    geometry: Geometry, batch: int, channels: int, other_output: str, scale: Fraction
-) -> Network:
+def input_factor(geometry: Geometry, batch: int, channels: int, reduce: bool) -> Network:
     """Return ``scale x P P' x' -> [g, (ci k), (ci' k')]`` for the input (0).
 
-    ``other_output`` marks the outputs of the second copy: empty if both share them.
+    KFC: both copies share the outputs ``o``, and the scale is ``1/N``. KFAC-reduce: each copy is
+    averaged over its outputs, and the scale is ``1/(N O^2)``.
     """
     x, other = (input_node(geometry, batch, channels, 0, mark) for mark in ("", "'"))
-    patterns = pattern_nodes(geometry, k="'", o=other_output, i="'")
-    return _factor(geometry, (x, *pattern_nodes(geometry), *patterns, other), scale)
+    patterns = pattern_nodes(geometry, k="'", o="'" if reduce else "", i="'")
+    nodes = (x, *pattern_nodes(geometry), *patterns, other)
+    return _factor(geometry, nodes, _factor_scale(batch, geometry.positions, reduce))
 
 
-def transposed_input_factor(
-    geometry: Geometry, batch: int, channels: int, other_output: str, scale: Fraction
-) -> Network:
-    """Return the factor of a transposed convolution, whose positions are ``i``.
-
-    ``other_output`` marks the positions of the second copy: empty if both share them.
-    """
+def transposed_input_factor(geometry: Geometry, batch: int, channels: int, reduce: bool) -> Network:
+    """Return the `input_factor` of a transposed convolution, whose outputs are ``i``."""
     x, other = (
         Node(
             Leaf("x", 0, (batch, channels, *geometry.output_size)).then(
@@ -202,12 +150,18 @@ def transposed_input_factor(
         )
         for mark in ("", "'")
     )
-    patterns = pattern_nodes(geometry, k="'", o="'", i=other_output)
-    return _factor(geometry, (x, *pattern_nodes(geometry), *patterns, other), scale)
+    patterns = pattern_nodes(geometry, k="'", o="'", i="'" if reduce else "")
+    nodes = (x, *pattern_nodes(geometry), *patterns, other)
+    return _factor(geometry, nodes, _factor_scale(batch, prod(geometry.input_size), reduce))
+
+
+def _factor_scale(batch: int, outputs: int, reduce: bool) -> Fraction:
+    """Return one over the number of examples, and over the squared number of outputs."""
+    return Fraction(1, max(batch, 1) * (outputs**2 if reduce else 1))
 
 
 def _factor(geometry: Geometry, nodes: tuple[Node, ...], scale: Fraction) -> Network:
-    """Return the input factor that the nodes, the input first, contract to."""
+    """Return the contraction of the nodes, the input first, to the input factor."""
     kernel = indices("k", geometry.ndim), indices("k", geometry.ndim, "'")
     width = nodes[0].operand.shape[2] * prod(geometry.kernel_size)
     output = ("g", "ci", *kernel[0], "ci'", *kernel[1])

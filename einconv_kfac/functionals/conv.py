@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate import convolution, evaluate
+from einconv_kfac.evaluate import contract_convolution, evaluate
 from einconv_kfac.expressions import convNd_forward
-from einconv_kfac.expressions.terms import check_weight, spatial_size
+from einconv_kfac.expressions.shapes import check_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, with_bias
-from einconv_kfac.geometry import Geometry, Padding, Sizes, hashable, parse_convolution
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.geometry import Geometry, Padding, Sizes, hashable, parse_geometry
+from einconv_kfac.network import Shape, cached
 
 
 def convNd(  # noqa: N802 (einconv's name)
@@ -33,18 +32,18 @@ def convNd(  # noqa: N802 (einconv's name)
         x: Input of shape ``[n, (g ci), *i]``, or ``[(g ci), *i]``.
         weight: Kernel of shape ``[(g co), ci, *k]``.
         bias: Vector of shape ``[(g co)]``.
-        stride: Step between windows, one number or one per dimension.
-        padding: As in `einconv_kfac.geometry.convolution`.
-        dilation: Step between kernel entries.
+        stride: Input positions between windows, one number or one per dimension.
+        padding: As in `einconv_kfac.geometry.conv_geometry`.
+        dilation: Input positions between kernel entries.
         groups: Number of channel groups.
-        simplify: Whether to contract in the order that the sizes suggest; otherwise the
-            network is contracted as it stands.
+        simplify: Whether to contract by kernels selected from the sizes; otherwise the
+            network is contracted as given.
 
     Returns:
         Tensor of shape ``[n, (g co), *o]``, or ``[(g co), *o]``.
 
     Raises:
-        ValueError: If the shapes, types or devices do not match, or as `convolution`.
+        ValueError: If the shapes, types or devices do not match, or as `conv_geometry`.
 
     >>> import torch
     >>> convNd(torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3), stride=2).shape
@@ -55,7 +54,7 @@ def convNd(  # noqa: N802 (einconv's name)
     geometry_of = _geometry if torch.compiler.is_compiling() else _cached_geometry
     geometry = geometry_of(batch.shape[1:], weight.shape, *options)
     if simplify:
-        output = convolution(geometry, "v", batch, weight)
+        output = contract_convolution(geometry, "v", batch, weight)
     else:
         sizes = batch.shape[0], batch.shape[1], weight.shape[0]
         output = evaluate(convNd_forward.network(geometry, *sizes), batch, weight)
@@ -68,7 +67,7 @@ def _geometry(
     """Return the convolution of an example ``[(g ci), *i]`` and a kernel of these shapes."""
     sizes = spatial_size((1, *x), "x")
     check_weight(tuple(weight), x[0], len(sizes), groups)
-    return parse_convolution(sizes, tuple(weight[2:]), stride, padding, dilation, groups)
+    return parse_geometry(sizes, tuple(weight[2:]), stride, padding, dilation, groups)
 
 
 _cached_geometry = cached(maxsize=1024)(_geometry)

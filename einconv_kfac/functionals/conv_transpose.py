@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate import convolution, evaluate
+from einconv_kfac.evaluate import contract_convolution, evaluate
 from einconv_kfac.expressions import convNd_input_vjp
-from einconv_kfac.expressions.terms import check_transposed_weight, spatial_size
+from einconv_kfac.expressions.shapes import check_transposed_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, with_bias
 from einconv_kfac.geometry import Geometry, Padding, Sizes, conv_transpose_geometry, hashable
-from einconv_kfac.network.cache import cached
-from einconv_kfac.network.step import Shape
+from einconv_kfac.network import Shape, cached
 
 
 def conv_transposeNd(  # noqa: N802 (in line with convNd)
@@ -25,7 +24,7 @@ def conv_transposeNd(  # noqa: N802 (in line with convNd)
     dilation: Sizes = 1,
     simplify: bool = True,
 ) -> Tensor:
-    """Convolve transposed, like ``torch.nn.functional.conv_transpose{1,2,3}d``.
+    """Apply a transposed convolution, like ``torch.nn.functional.conv_transpose{1,2,3}d``.
 
     ``y[n,g,ci,i] = x[n,g,co,o] P[k,o,i] W[g,co,ci,k] (+ b[g,ci])``: the adjoint of the
     convolution with the same kernel.
@@ -34,14 +33,13 @@ def conv_transposeNd(  # noqa: N802 (in line with convNd)
         x: Input of shape ``[n, (g co), *o]``, or ``[(g co), *o]``.
         weight: Kernel of shape ``[(g co), ci, *k]``.
         bias: Vector of shape ``[(g ci)]``.
-        stride: Step between the outputs of neighbouring inputs, one number or one per
+        stride: Result positions between the windows of adjacent inputs, one number or one per
             dimension.
         padding: Positions removed from the result, left and right.
         output_padding: Further positions on the right of the result.
         groups: Number of channel groups.
-        dilation: Step between kernel entries.
-        simplify: Whether to contract in the order that the sizes suggest; otherwise the
-            network is contracted as it stands.
+        dilation: Result positions between kernel entries.
+        simplify: As in `convNd`.
 
     Returns:
         Tensor of shape ``[n, (g ci), *i]``, or ``[(g ci), *i]``.
@@ -60,7 +58,7 @@ def conv_transposeNd(  # noqa: N802 (in line with convNd)
     geometry_of = _geometry if torch.compiler.is_compiling() else _cached_geometry
     geometry = geometry_of(batch.shape[1:], weight.shape, *options)
     if simplify:
-        output = convolution(geometry, "x", weight, batch)
+        output = contract_convolution(geometry, "x", weight, batch)
     else:
         network = convNd_input_vjp.network(geometry, batch.shape[0], channels[0], batch.shape[1])
         output = evaluate(network, batch, weight)
@@ -76,7 +74,7 @@ def _geometry(
     dilation: Sizes,
     groups: int,
 ) -> Geometry:
-    """Return the convolution of which this is the adjoint, for an example ``[(g co), *o]``."""
+    """Return the convolution whose adjoint is applied to an example ``[(g co), *o]``."""
     sizes = spatial_size((1, *x), "x")
     check_transposed_weight(tuple(weight), x[0], len(sizes), groups)
     kernel = tuple(weight[2:])

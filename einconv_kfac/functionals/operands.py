@@ -1,4 +1,4 @@
-"""What a functional does to its tensors before and after the contraction."""
+"""The tensors of a functional: checks and casts before the contraction, bias and layout after."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def batched(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def checked(
     x: Tensor, weight: Tensor, bias: Tensor | None, channels: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the tensors, in autocast's type where it is on.
+    """Return the tensors, cast to autocast's type if autocast is on.
 
     Raises:
-        ValueError: If their devices or types differ, or the bias has not one entry per output
-            channel.
+        ValueError: If their devices or types differ, or the bias does not have one entry per
+            output channel.
     """
     if bias is not None and tuple(bias.shape) != tuple(channels):
         raise ValueError(
@@ -42,7 +42,7 @@ def checked(
 
 
 def with_bias(output: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-    """Add a bias per channel; drop the batch dimension, and keep the layout, of ``like``."""
+    """Add a bias per channel, and give the output the batch dimension and layout of ``like``."""
     if bias is not None:
         output = output + bias.reshape(-1, *[1] * (output.ndim - 2))
     if like.ndim < output.ndim:
@@ -52,7 +52,7 @@ def with_bias(output: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:
-    """Return torch's layout with the channels last, if that is the tensor's."""
+    """Return torch's layout with the channels last if the tensor has it, else None."""
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     if layout is None or x.is_contiguous():
         return None

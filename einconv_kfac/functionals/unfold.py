@@ -9,24 +9,20 @@ from torch import Tensor
 from einconv_kfac.evaluate import evaluate
 from einconv_kfac.evaluate.kernels import windows
 from einconv_kfac.expressions import conv_transposeNd_unfold, convNd_fold, convNd_unfold
-from einconv_kfac.expressions.terms import column_channels, spatial_size
+from einconv_kfac.expressions.shapes import column_channels, spatial_size
 from einconv_kfac.geometry import (
     Padding,
     Sizes,
     conv_transpose_geometry,
-    parse_convolution,
+    parse_geometry,
     per_dimension,
 )
 
 
 def unfoldNd(  # noqa: N802 (einconv's name)
-    x: Tensor,
-    kernel_size: Sizes,
-    dilation: Sizes = 1,
-    padding: Padding = 0,
-    stride: Sizes = 1,
-    simplify: bool = True,
-) -> Tensor:
+    x: Tensor, kernel_size: Sizes,
+    dilation: Sizes = 1, padding: Padding = 0, stride: Sizes = 1, simplify: bool = True,
+) -> Tensor:  # fmt: skip
     """Unfold the input of a convolution (im2col), like ``torch.nn.functional.unfold``.
 
     ``u[n,(c k),(o)] = x[n,c,i] P[k,o,i]``, in any dimension.
@@ -34,55 +30,51 @@ def unfoldNd(  # noqa: N802 (einconv's name)
     Args:
         x: Input of shape ``[n, c, *i]``.
         kernel_size: Kernel entries, one number or one per dimension.
-        dilation: Step between kernel entries.
-        padding: As in `einconv_kfac.geometry.convolution`.
-        stride: Step between windows.
-        simplify: Whether to unfold by views; otherwise the network is contracted as it stands.
+        dilation: Input positions between kernel entries.
+        padding: As in `einconv_kfac.geometry.conv_geometry`.
+        stride: Input positions between windows.
+        simplify: Whether to unfold by views; otherwise the network is contracted as given.
 
     Returns:
         Tensor of shape ``[n, (c *k), (*o)]``.
 
     Raises:
-        ValueError: As `convolution`.
+        ValueError: As `conv_geometry`.
 
     >>> import torch
     >>> unfoldNd(torch.rand(2, 3, 8), kernel_size=3).shape
     torch.Size([2, 9, 6])
     """
     sizes = spatial_size(tuple(x.shape), "x")
-    geometry = parse_convolution(sizes, kernel_size, stride, padding, dilation)
+    geometry = parse_geometry(sizes, kernel_size, stride, padding, dilation)
     if simplify:
         return windows.unfold(geometry, x)
     return evaluate(convNd_unfold.network(geometry, x.shape[0], x.shape[1]), x)
 
 
 def foldNd(  # noqa: N802 (in line with unfoldNd)
-    x: Tensor,
-    output_size: Sizes,
-    kernel_size: Sizes,
-    dilation: Sizes = 1,
-    padding: Padding = 0,
-    stride: Sizes = 1,
-    simplify: bool = True,
-) -> Tensor:
-    """Add columns up to an image (col2im), like ``torch.nn.functional.fold``.
+    x: Tensor, output_size: Sizes, kernel_size: Sizes,
+    dilation: Sizes = 1, padding: Padding = 0, stride: Sizes = 1, simplify: bool = True,
+) -> Tensor:  # fmt: skip
+    """Sum columns into an image (col2im), like ``torch.nn.functional.fold``.
 
     ``y[n,c,i] = x[n,(c k),(o)] P[k,o,i]``, in any dimension: the adjoint of `unfoldNd`.
 
     Args:
         x: Columns of shape ``[n, (c *k), (*o)]``, or ``[(c *k), (*o)]``.
-        output_size: Image positions ``i``, one per dimension; a number is one dimension.
-        kernel_size: Kernel entries, one number or one per dimension.
-        dilation: Step between kernel entries.
-        padding: As in `einconv_kfac.geometry.convolution`.
-        stride: Step between windows.
-        simplify: Whether to fold by views; otherwise the network is contracted as it stands.
+        output_size: Number of image positions ``i``, one per dimension; a number is one
+            dimension.
+        kernel_size: As in `unfoldNd`.
+        dilation: As in `unfoldNd`.
+        padding: As in `unfoldNd`.
+        stride: As in `unfoldNd`.
+        simplify: As in `unfoldNd`.
 
     Returns:
         Tensor of shape ``[n, c, *i]``, or ``[c, *i]``.
 
     Raises:
-        ValueError: If the columns do not match, or as `convolution`.
+        ValueError: If the columns do not match the sizes, or as `conv_geometry`.
 
     >>> import torch
     >>> foldNd(torch.rand(2, 6, 7), (8,), kernel_size=2).shape
@@ -90,7 +82,7 @@ def foldNd(  # noqa: N802 (in line with unfoldNd)
     """
     ndim = len(output_size) if isinstance(output_size, Sequence) else 1
     sizes = per_dimension(output_size, ndim, "output_size")
-    geometry = parse_convolution(sizes, kernel_size, stride, padding, dilation)
+    geometry = parse_geometry(sizes, kernel_size, stride, padding, dilation)
     columns = x.unsqueeze(0) if x.ndim == 2 else x
     channels = column_channels(tuple(columns.shape), geometry)
     if simplify:
@@ -100,28 +92,24 @@ def foldNd(  # noqa: N802 (in line with unfoldNd)
     return folded.squeeze(0) if x.ndim == 2 else folded
 
 
-def unfoldNd_transpose(  # noqa: N802 (einconv's name)
-    x: Tensor,
-    kernel_size: Sizes,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    output_padding: Sizes = 0,
-    dilation: Sizes = 1,
+def unfoldNd_transpose(  # noqa: N802 (in line with unfoldNd)
+    x: Tensor, kernel_size: Sizes,
+    stride: Sizes = 1, padding: Padding = 0, output_padding: Sizes = 0, dilation: Sizes = 1,
     simplify: bool = True,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Unfold the input of a transposed convolution.
 
-    ``u[n,(c k),(i)] = x[n,c,o] P[k,o,i]``, in any dimension; with the kernel as a matrix
-    ``[(g ci), (co k)]`` per group, ``W u`` is the transposed convolution.
+    ``u[n,(c k),(i)] = x[n,c,o] P[k,o,i]``, in any dimension. With ``W`` the kernel of a group as a
+    matrix ``[ci, (co k)]``, the transposed convolution is ``W u``.
 
     Args:
         x: Input of shape ``[n, c, *o]``.
         kernel_size: Kernel entries, one number or one per dimension.
-        stride: Step between the outputs of neighbouring inputs.
+        stride: Result positions between the windows of adjacent inputs.
         padding: Positions removed from the result, left and right.
         output_padding: Further positions on the right of the result.
-        dilation: Step between kernel entries.
-        simplify: Whether to unfold by views; otherwise the network is contracted as it stands.
+        dilation: Result positions between kernel entries.
+        simplify: As in `unfoldNd`.
 
     Returns:
         Tensor of shape ``[n, (c *k), (*i)]``.

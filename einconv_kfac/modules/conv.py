@@ -23,24 +23,24 @@ from einconv_kfac.padding import pad_input
 class ConvNd(_ConvNd):
     """Convolution in ``N`` dimensions, like ``torch.nn.Conv{1,2,3}d``.
 
-    Parameters, their initialisation and their names are those of torch's layers, whose
-    ``state_dict`` it loads: ``weight`` of shape ``[(g co), ci, *k]``, ``bias`` of ``[(g co)]``.
+    Parameters, their initialisation and names are those of torch's layer, so that either loads the
+    other's ``state_dict``: ``weight`` of shape ``[(g co), ci, *k]``, ``bias`` of ``[(g co)]``.
 
     Args:
         N: Number of spatial dimensions.
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         kernel_size: Kernel entries, one number or one per dimension.
-        stride: Step between windows.
+        stride: Input positions between windows.
         padding: A number, one number or ``(left, right)`` pair per dimension, ``"valid"`` or
             ``"same"``.
-        dilation: Step between kernel entries.
+        dilation: Input positions between kernel entries.
         groups: Number of channel groups.
         bias: Whether to add a bias.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
-        device: Where to put the parameters.
+        device: Device of the parameters.
         dtype: Type of the parameters.
-        simplify: Whether to simplify the tensor network first.
+        simplify: As in `einconv_kfac.functionals.convNd`.
 
     Raises:
         ValueError: If a hyper-parameter is out of range, or the groups do not divide the
@@ -54,19 +54,12 @@ class ConvNd(_ConvNd):
     def __init__(
         self,
         N: int,  # noqa: N803 (einconv's name)
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Sizes,
-        stride: Sizes = 1,
-        padding: Padding = 0,
-        dilation: Sizes = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        in_channels: int, out_channels: int, kernel_size: Sizes,
+        stride: Sizes = 1, padding: Padding = 0, dilation: Sizes = 1, groups: int = 1,
+        bias: bool = True, padding_mode: str = "zeros",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
         simplify: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Check the hyper-parameters and initialise the parameters."""
         kernel = per_dimension(kernel_size, N, "kernel_size")
         steps = per_dimension(dilation, N, "dilation")
@@ -95,7 +88,7 @@ class ConvNd(_ConvNd):
 
         Args:
             conv_module: A ``torch.nn.Conv{1,2,3}d`` or a subclass of one.
-            simplify: Whether to simplify the tensor network first.
+            simplify: As in `einconv_kfac.functionals.convNd`.
 
         Raises:
             TypeError: If the module is not a convolution, or is a transposed one.
@@ -135,7 +128,7 @@ class ConvNd(_ConvNd):
         return convNd(x, self.weight, self.bias, *options)
 
     def extra_repr(self) -> str:
-        """Return what torch's layers show, after the number of dimensions."""
+        """Return the number of dimensions and the hyper-parameters that torch's layers show."""
         shown = f"{self.N}, {super().extra_repr()}"  # type: ignore[no-untyped-call]
         return shown if self.simplify else f"{shown}, simplify=False"
 
@@ -151,7 +144,7 @@ def _sides(
 
 
 def _concise(sides: tuple[tuple[int, int], ...]) -> Any:
-    """Return one number per dimension where left and right are the same everywhere."""
+    """Return one number per dimension if left and right are equal in all dimensions."""
     return (
         tuple(left for left, _ in sides) if all(left == right for left, right in sides) else sides
     )

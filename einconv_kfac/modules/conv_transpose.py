@@ -23,8 +23,8 @@ from einconv_kfac.modules.parameters import adopt_
 class ConvTransposeNd(_ConvTransposeNd):
     """Transposed convolution in ``N`` dimensions, like ``torch.nn.ConvTranspose{1,2,3}d``.
 
-    Parameters, their initialisation and their names are those of torch's layers, whose
-    ``state_dict`` it loads: ``weight`` of shape ``[(g co), ci, *k]``, ``bias`` of ``[(g ci)]``,
+    Parameters, their initialisation and names are those of torch's layer, so that either loads the
+    other's ``state_dict``: ``weight`` of shape ``[(g co), ci, *k]``, ``bias`` of ``[(g ci)]``,
     for ``(g co)`` channels in and ``(g ci)`` out.
 
     Args:
@@ -32,16 +32,16 @@ class ConvTransposeNd(_ConvTransposeNd):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         kernel_size: Kernel entries, one number or one per dimension.
-        stride: Step between the outputs of neighbouring inputs.
+        stride: Output positions between the windows of adjacent inputs.
         padding: Positions removed from the output, left and right.
         output_padding: Further positions on the right of the output.
         groups: Number of channel groups.
         bias: Whether to add a bias.
-        dilation: Step between kernel entries.
+        dilation: Output positions between kernel entries.
         padding_mode: ``"zeros"``.
-        device: Where to put the parameters.
+        device: Device of the parameters.
         dtype: Type of the parameters.
-        simplify: Whether to contract in the order that the sizes suggest.
+        simplify: As in `einconv_kfac.functionals.convNd`.
 
     Raises:
         ValueError: If a hyper-parameter is out of range, or the groups do not divide the
@@ -55,20 +55,12 @@ class ConvTransposeNd(_ConvTransposeNd):
     def __init__(
         self,
         N: int,  # noqa: N803 (as in ConvNd)
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Sizes,
-        stride: Sizes = 1,
-        padding: Padding = 0,
-        output_padding: Sizes = 0,
-        groups: int = 1,
-        bias: bool = True,
-        dilation: Sizes = 1,
-        padding_mode: str = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        in_channels: int, out_channels: int, kernel_size: Sizes,
+        stride: Sizes = 1, padding: Padding = 0, output_padding: Sizes = 0,
+        groups: int = 1, bias: bool = True, dilation: Sizes = 1, padding_mode: str = "zeros",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
         simplify: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Check the hyper-parameters and initialise the parameters."""
         sides = parse_padding(padding, N)
         same = all(left == right for left, right in sides)
@@ -98,7 +90,7 @@ class ConvTransposeNd(_ConvTransposeNd):
 
         Args:
             conv_module: A ``torch.nn.ConvTranspose{1,2,3}d`` or a subclass of one.
-            simplify: Whether to contract in the order that the sizes suggest.
+            simplify: As in `einconv_kfac.functionals.convNd`.
 
         Raises:
             TypeError: If the module is not a transposed convolution.
@@ -125,7 +117,7 @@ class ConvTransposeNd(_ConvTransposeNd):
 
         Args:
             x: The input.
-            output_size: The positions ``i``, or the whole shape; instead of
+            output_size: The output's positions ``i``, or its whole shape, instead of
                 ``output_padding``.
         """
         extra: Sizes = self.output_padding
@@ -137,6 +129,6 @@ class ConvTransposeNd(_ConvTransposeNd):
         return conv_transposeNd(x, self.weight, self.bias, *options)
 
     def extra_repr(self) -> str:
-        """Return what torch's layers show, after the number of dimensions."""
+        """Return the number of dimensions and the hyper-parameters that torch's layers show."""
         shown = f"{self.N}, {super().extra_repr()}"  # type: ignore[no-untyped-call]
         return shown if self.simplify else f"{shown}, simplify=False"

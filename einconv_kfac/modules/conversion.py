@@ -1,4 +1,4 @@
-"""Torch's convolutions in a model, swapped for the layers here."""
+"""Conversion of a model's torch convolutions to the layers of this package."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ _KINDS = (
 
 
 def convert(model: Model, simplify: bool = True) -> Model:
-    """Swap every torch convolution in a model for its counterpart here, in place.
+    """Replace every torch convolution in a model by the layer of this package, in place.
 
-    Parameters, buffers and hooks are shared, names stay, and a layer used in several places
-    stays one layer. What computes something else than torch's layer does stays as it is: a
-    subclass with a forward pass of its own, a parametrized or not yet initialised layer.
+    The new layers share parameters, buffers and hooks with the old ones and have their names. A
+    layer that appears several times in the model is replaced by one layer. Layers that compute
+    something else are not replaced: subclasses with a forward pass of their own, parametrized
+    layers, and lazy layers before their initialisation.
 
     Args:
-        model: A model; if it is a convolution itself, its counterpart is returned.
-        simplify: Whether the layers contract in the order that the sizes suggest.
+        model: A model, or a convolution; for a convolution the new layer is returned.
+        simplify: As in `einconv_kfac.functionals.convNd`.
 
     Returns:
         The model.
@@ -52,7 +53,7 @@ def convert(model: Model, simplify: bool = True) -> Model:
 
 
 def _convertible(module: nn.Module) -> TypeGuard[_ConvNd]:
-    """Whether a module computes what torch's convolutions do."""
+    """Return whether a module computes what torch's convolutions compute."""
     kind = next((kind for kind in _KINDS if isinstance(module, kind)), None)
     if kind is None or isinstance(module, LazyModuleMixin) or is_parametrized(module):
         return False
@@ -61,7 +62,7 @@ def _convertible(module: nn.Module) -> TypeGuard[_ConvNd]:
 
 
 def _counterpart(module: _ConvNd, simplify: bool) -> nn.Module:
-    """Return the layer of this package with everything that the module holds."""
+    """Return the layer of this package with all attributes of the module."""
     kind: type[_ConvNd] = ConvTransposeNd if isinstance(module, _ConvTransposeNd) else ConvNd
     layer = kind.__new__(kind)
     layer.__dict__.update(module.__dict__, N=len(module.kernel_size), simplify=simplify)

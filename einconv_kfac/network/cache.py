@@ -1,4 +1,4 @@
-"""Bounded caches, all listed in one place."""
+"""Bounded caches, and the list of all of them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
-from einconv_kfac import geometry
+from einconv_kfac.geometry import cached_geometry
 
 Result = TypeVar("Result")
 
 
 class CacheInfo(NamedTuple):
-    """How often a cache was hit and missed, its bound, and how many values it holds."""
+    """Hits and misses of a cache, its bound, and its number of values."""
 
     hits: int
     misses: int
@@ -20,11 +20,11 @@ class CacheInfo(NamedTuple):
     currsize: int
 
 
-_CACHES: dict[str, Any] = {"geometry.convolution": geometry._convolution}
+_CACHES: dict[str, Any] = {"geometry.conv_geometry": cached_geometry}
 
 
 def cached(maxsize: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Cache a function of hashable arguments, least recently used values going first."""
+    """Cache a function of hashable arguments; the least recently used value is dropped first."""
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         module = function.__module__.partition(".")[2]
@@ -36,15 +36,15 @@ def cached(maxsize: int) -> Callable[[Callable[..., Result]], Callable[..., Resu
 
 
 def register(name: str, cache: Any) -> None:
-    """List a cache that has `cache_info` and `cache_clear` under a name."""
+    """Add a cache, which has `cache_info` and `cache_clear`, to the list under a name."""
     _CACHES[name] = cache
 
 
 def cache_info() -> dict[str, CacheInfo]:
-    """Return the statistics of every cache, by what it holds.
+    """Return the statistics of every cache, by the cached function's module and name.
 
     >>> from einconv_kfac.expressions import cache_info
-    >>> cache_info()["geometry.convolution"].maxsize
+    >>> cache_info()["geometry.conv_geometry"].maxsize
     4096
     """
     return {name: CacheInfo(*cache.cache_info()) for name, cache in _CACHES.items()}

@@ -1,4 +1,4 @@
-"""Einsum equations: between index names and letters."""
+"""Einsum equations, written and parsed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def equation(operands: Sequence[Sequence[str]], output: Sequence[str]) -> str:
     """Write index names as an equation for ``torch.einsum``.
 
     Raises:
-        ValueError: If there are more indices than the 52 letters that ``torch.einsum`` knows.
+        ValueError: If there are more indices than the 52 letters that ``torch.einsum`` takes.
 
     >>> equation([("n", "ci"), ("co", "ci")], ("n", "co"))
     'ab,cb->ac'

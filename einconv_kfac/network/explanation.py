@@ -1,4 +1,4 @@
-"""What evaluating a network involves, in words and numbers."""
+"""The cost of evaluating a network, in words and numbers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from einconv_kfac.network.path import contraction_path
 
 @dataclass(frozen=True)
 class Explanation:
-    """The cost of a network's evaluation.
+    """The cost of a network's evaluation; ``print`` shows it as text.
 
     Args:
         network: The network.
-        lowered: The network with its patterns turned into views and folds.
+        lowered: The network with its patterns replaced by views and folds.
         contractions: Equation and multiply-accumulates of each pairwise contraction, in order.
-        largest: Entries of the largest intermediate or result.
+        largest: Number of entries of the largest intermediate or result.
     """
 
     network: Network
@@ -50,7 +50,11 @@ class Explanation:
 
 
 def explain(network: Network) -> Explanation:
-    """Return what the evaluator does with a network, and what it costs."""
+    """Return operands, sizes, contractions and cost of a network's evaluation.
+
+    The cost counts multiply-accumulates and the entries of the largest intermediate; equal
+    contractions are computed and counted once.
+    """
     views = lowered(network)
     shapes = [node.operand.shape for node in views.nodes]
     contractions, known, largest = [], set(), 0

@@ -1,10 +1,11 @@
-"""Patterns as views: a network whose patterns have become window views and folds."""
+"""Lowering: index patterns replaced by window views and folds."""
 
 from __future__ import annotations
 
 from einconv_kfac.geometry import Axis
 from einconv_kfac.network.cache import cached
-from einconv_kfac.network.network import Edit, Network, Steps
+from einconv_kfac.network.network import Network
+from einconv_kfac.network.node import Edit, Steps
 from einconv_kfac.network.operand import Pattern
 from einconv_kfac.network.rules.sums import sum_patterns
 from einconv_kfac.network.step import Fold, Pad, Step, Windows
@@ -12,12 +13,12 @@ from einconv_kfac.network.step import Fold, Pad, Step, Windows
 
 @cached(maxsize=1024)
 def lowered(network: Network) -> Network:
-    """Return the network with as few patterns left as possible.
+    """Return the network with as few index patterns as possible.
 
-    A pattern with an index that stands nowhere else is summed over it, to a small matrix. One
-    whose input index is that of one leaf is a window view of the padded leaf. A
-    pattern whose input index is an output's, and whose kernel and output index are summed,
-    is a fold of the result. Other patterns stay, as small dense tensors.
+    A pattern with an index that appears nowhere else is summed over it and becomes a small
+    matrix. A pattern whose input index appears on one leaf only becomes a window view of the
+    padded leaf. A pattern whose input index is in the output, and whose kernel and output
+    indices are summed, becomes a fold of the result. Other patterns remain as dense tensors.
     """
     for rule in (sum_patterns, _window, _fold):
         while (simpler := rule(network)) is not None:
@@ -54,7 +55,7 @@ def _fold(network: Network) -> Network | None:
 
 def _windows(axis: Axis) -> Steps:
     """Return the steps from inputs to windows, ``[i]`` to ``[o, k]``."""
-    left, right = axis.padding[0], _length(axis) - axis.input_size - axis.padding[0]
+    left, right = axis.exact_padding
 
     def steps(dim: int) -> tuple[Step, ...]:
         view = Windows(dim, axis.kernel_size, axis.stride, axis.dilation)
@@ -65,18 +66,13 @@ def _windows(axis: Axis) -> Steps:
 
 def _folding(axis: Axis) -> Steps:
     """Return the steps from windows to inputs, ``[o, k]`` to ``[i]``."""
-    left, right = axis.padding[0], _length(axis) - axis.input_size - axis.padding[0]
+    left, right = axis.exact_padding
     return lambda dim: (
-        Fold(dim, _length(axis), axis.stride, axis.dilation),
+        Fold(dim, axis.covered_size, axis.stride, axis.dilation),
         Pad(dim, -left, -right),
     )
 
 
-def _length(axis: Axis) -> int:
-    """Padded positions up to the end of the last window."""
-    return (axis.output_size - 1) * axis.stride + axis.span
-
-
 def _nothing(dim: int) -> tuple[Step, ...]:
-    """Take no step."""
+    """Return no step."""
     return ()

@@ -1,82 +1,33 @@
-"""A contraction as an immutable value: operands, their indices, and what is kept."""
+"""A tensor network as an immutable value: operands, their indices, and those of the result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING
 
-from einconv_kfac.network.drawing import Picture, draw
-from einconv_kfac.network.operand import Leaf, Operand, Pattern
+from einconv_kfac.network.node import Edit, Node
+from einconv_kfac.network.operand import Leaf, Pattern
 from einconv_kfac.network.step import Fold, Pad, Shape, Step
-
-if TYPE_CHECKING:  # explanations are built on networks
-    from einconv_kfac.network.explanation import Explanation
-
-Steps = Callable[[int], tuple[Step, ...]]
-
-
-@dataclass(frozen=True)
-class Node:
-    """An operand and the names of its indices."""
-
-    operand: Operand
-    indices: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.operand.shape) != len(self.indices):
-            raise ValueError(
-                f"`indices` must name the {len(self.operand.shape)} dimensions of "
-                f"{self.operand.name}, got {self.indices}."
-            )
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Neighbouring indices that others replace, and the steps that does to a tensor.
-
-    Args:
-        old: Neighbouring indices; a leaf has all of them or none.
-        new: What stands in their place after the steps.
-        steps: Steps for a leaf, given the dimension of the first old index.
-        undo: Steps that bring the contraction's result back, likewise.
-    """
-
-    old: tuple[str, ...]
-    new: tuple[str, ...]
-    steps: Steps
-    undo: Steps
-
-    def apply(self, node: Node) -> Node:
-        """Return the node, taken through the steps if it is a leaf with the indices."""
-        if not isinstance(node.operand, Leaf) or self.old[0] not in node.indices:
-            return node
-        dim = node.indices.index(self.old[0])
-        return Node(node.operand.then(*self.steps(dim)), self.indices(node.indices, dim))
-
-    def indices(self, indices: tuple[str, ...], dim: int) -> tuple[str, ...]:
-        """Return the indices with the old ones, from ``dim`` on, replaced."""
-        return (*indices[:dim], *self.new, *indices[dim + len(self.old) :])
 
 
 @dataclass(frozen=True)
 class Network:
-    """A tensor network, built from names and sizes alone.
+    """A tensor network: names and sizes, without tensors.
 
     Its value is ``scale`` times the sum over all indices that are not in ``output`` of the
-    product of all nodes; ``undo`` and a reshape to ``shape`` then give the result.
+    product of all nodes, taken through ``undo`` and reshaped to ``shape``.
 
     Args:
         nodes: The operands with their indices.
         output: Indices of the contraction's result.
         shape: Shape of the result.
         scale: An exact factor.
-        undo: Steps from the contraction's result to the result, before the last reshape.
+        undo: Steps for the contraction's result, before the last reshape.
         reshape_only: Whether ``undo`` may do no more than reshape, as in
             ``torch.einsum(equation, *operands).reshape(shape)``.
-        fired: Names of the rewrite rules that led here, in order.
+        fired: Names of the rewrite rules that were applied, in order.
 
     Raises:
         ValueError: If an index has two sizes, or an output index is on no node.
@@ -91,6 +42,13 @@ class Network:
     fired: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        sizes = self.sizes
+        if unknown := [index for index in self.output if index not in sizes]:
+            raise ValueError(f"`output` must use indices of the operands, got {unknown}.")
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Size of every index, in order of first appearance."""
         sizes: dict[str, int] = {}
         for node in self.nodes:
             for index, size in zip(node.indices, node.operand.shape):
@@ -98,33 +56,21 @@ class Network:
                     raise ValueError(
                         f"index {index!r} must have one size, got {sizes[index]} and {size}."
                     )
-        if unknown := [index for index in self.output if index not in sizes]:
-            raise ValueError(f"`output` must use indices of the operands, got {unknown}.")
-        self.__dict__["sizes"] = sizes
-
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        """Size of every index, in order of first appearance."""
-        raise AssertionError  # filled in by __post_init__
-
-    @cached_property
-    def output_shape(self) -> Shape:
-        """Shape of the contraction's result, before `undo`."""
-        return tuple(self.sizes[index] for index in self.output)
+        return sizes
 
     @property
     def patterns(self) -> Iterator[Node]:
-        """The nodes that are index patterns with all three indices."""
+        """Index patterns of which no index is summed out."""
         for node in self.nodes:
             if isinstance(node.operand, Pattern) and not node.operand.summed:
                 yield node
 
     def carriers(self, index: str, *others: Node) -> list[Node]:
-        """The nodes that have the index, ``others`` left out."""
+        """Return the nodes that have the index, except ``others``."""
         return [n for n in self.nodes if index in n.indices and all(n is not o for o in others)]
 
     def lonely(self, index: str, node: Node) -> bool:
-        """Whether no other node and not the output has the node's index."""
+        """Return whether neither another node nor the output has the node's index."""
         return (
             index not in self.output
             and node.indices.count(index) == 1
@@ -132,10 +78,10 @@ class Network:
         )
 
     def editable(self, index: str, *others: Node, pads: bool = False) -> bool:
-        """Whether steps can replace the index, ``others`` aside.
+        """Return whether an `Edit` can replace the index on all nodes except ``others``.
 
-        Only leaves can be taken through steps. With ``pads``, undoing them in the output
-        takes more than a reshape.
+        Steps can be applied to leaves only. ``pads`` says that undoing them in the output takes
+        more than a reshape.
         """
         if pads and self.reshape_only and index in self.output:
             return False
@@ -145,13 +91,13 @@ class Network:
         )
 
     def fresh(self, index: str) -> str:
-        """Return a name that no index has, close to ``index``."""
+        """Return a name like ``index`` that no index has."""
         while index in self.sizes:
             index += "~"
         return index
 
     def edit(self, edit: Edit, node: Node | None = None, *others: Node) -> Network:
-        """Take leaves and output through an edit, and put others in the place of ``node``."""
+        """Return the network after an edit, with ``others`` instead of ``node``."""
         nodes: list[Node] = []
         for candidate in self.nodes:
             if candidate is node:
@@ -165,13 +111,13 @@ class Network:
         return replace(self, nodes=tuple(nodes), output=output, undo=undo)
 
     def swap(self, node: Node, *others: Node, scale: int | Fraction = 1) -> Network:
-        """Put other nodes in the place of one, and multiply the scale."""
+        """Return the network with ``others`` instead of ``node``, and the scale multiplied."""
         at = next(j for j, other in enumerate(self.nodes) if other is node)
         nodes = self.nodes[:at] + others + self.nodes[at + 1 :]
         return replace(self, nodes=nodes, scale=self.scale * scale)
 
     def rename(self, old: str, new: str, without: Node) -> Network:
-        """Drop a node, and give an index the name of another."""
+        """Return the network without a node, and with the index ``old`` called ``new``."""
 
         def renamed(indices: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(new if index == old else index for index in indices)
@@ -181,26 +127,13 @@ class Network:
         return replace(self, nodes=nodes, output=renamed(self.output))
 
     def after(self, rule: str) -> Network:
-        """Return the network with the rule noted."""
+        """Return the network with a rule's name appended to ``fired``."""
         return replace(self, fired=(*self.fired, rule))
 
     def finishing(self) -> tuple[Step, ...]:
-        """The steps of `undo` that a reshape to `shape` does not do already."""
+        """Return the steps of ``undo`` without those at its end that the last reshape includes."""
         last = max((j for j, s in enumerate(self.undo) if isinstance(s, (Fold, Pad))), default=-1)
         return self.undo[: last + 1]
-
-    def draw(self) -> Picture:
-        """Return a picture: tensors as nodes, indices as edges, sizes on the edges.
-
-        A notebook shows it by itself; ``save("file.svg")`` or ``save("file.png")`` writes it.
-        """
-        return draw(self)
-
-    def explain(self) -> Explanation:
-        """Return operands, sizes, path, cost, and the rules that fired; print it."""
-        from einconv_kfac.network.explanation import explain  # noqa: PLC0415 (built on networks)
-
-        return explain(self)
 
     def __str__(self) -> str:
         scale = "" if self.scale == 1 else f"{self.scale} "

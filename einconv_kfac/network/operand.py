@@ -1,4 +1,4 @@
-"""What a tensor network is made of: leaves, index patterns and Kronecker deltas."""
+"""Operands of a tensor network: leaves, index patterns and Kronecker deltas."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import TypeAlias
 from einconv_kfac.geometry import Axis
 from einconv_kfac.network.step import VIEWS, Narrow, Shape, Step, reshaped
 
-ROLES = ("k", "o", "i")
-"""The indices of an index pattern: kernel, output and input position."""
+PATTERN_ROLES = ("k", "o", "i")
+"""The indices of an index pattern, in order: kernel entry, output and input position."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor that the caller provides, and the steps that bring it into shape.
+    """A tensor of the caller, and the steps that turn it into an operand.
 
     Args:
-        name: What the tensor is called in pictures and printed equations.
+        name: The tensor's name in pictures and printed equations.
         slot: Its position among the caller's tensors.
-        source: The shape in which the caller provides it.
-        steps: What is done to it before the contraction.
+        source: Shape of the caller's tensor.
+        steps: Steps applied to it before the contraction.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Leaf:
         return reshaped(self.source, self.steps)
 
     def then(self, *steps: Step) -> Leaf:
-        """Return the leaf with more steps; a view that undoes the last one cancels it."""
+        """Return the leaf with more steps; a view that undoes the last step cancels it."""
         done = list(self.steps)
         for step in steps:
             shape = reshaped(self.source, done)
@@ -52,20 +52,20 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Pattern:
-    """The index pattern ``P[k, o, i]`` of one axis, with the roles in ``summed`` summed out."""
+    """The index pattern ``P[k, o, i]`` of one axis, summed over the roles in ``summed``."""
 
     axis: Axis
     summed: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """What the operand is called in pictures and printed equations."""
+        """Name of the operand in pictures and printed equations."""
         return "P"
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles of the remaining indices, in order."""
-        return tuple(role for role in ROLES if role not in self.summed)
+        """Roles of the remaining indices, in order."""
+        return tuple(role for role in PATTERN_ROLES if role not in self.summed)
 
     @cached_property
     def shape(self) -> Shape:
@@ -75,8 +75,10 @@ class Pattern:
         return tuple(sizes[role] for role in self.roles)
 
     def sum(self, role: str) -> Pattern:
-        """Return the pattern with one more role summed out."""
-        return replace(self, summed=tuple(r for r in ROLES if r in self.summed or r == role))
+        """Return the pattern summed over one more role."""
+        return replace(
+            self, summed=tuple(r for r in PATTERN_ROLES if r in self.summed or r == role)
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Delta:
 
     @property
     def name(self) -> str:
-        """What the operand is called in pictures and printed equations."""
+        """Name of the operand in pictures and printed equations."""
         return "δ"
 
     @property

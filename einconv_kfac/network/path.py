@@ -1,4 +1,4 @@
-"""In which order to contract: pairwise contractions, from sizes alone."""
+"""The order of contraction: pairwise contractions, chosen from sizes alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from einconv_kfac.network.network import Network
 
 
 class Contraction(NamedTuple):
-    """One contraction: its operands leave the list, in this order, and the result is appended.
+    """One contraction: its operands are popped from the list in order, its result is appended.
 
-    Contractions with the same ``value`` have the same result, as those of the two halves of a
-    Gram matrix; the first computes it.
+    Contractions with the same ``value`` have the same result, for example the two halves of a
+    Gram matrix; only the first is computed.
     """
 
     positions: tuple[int, ...]
@@ -25,7 +25,7 @@ class Contraction(NamedTuple):
 
 @cached(maxsize=1024)
 def contraction_path(network: Network) -> tuple[Contraction, ...]:
-    """Return the contractions, one or two operands each, that give the network's output."""
+    """Return contractions of one or two operands each that evaluate the network."""
     remaining = [node.indices for node in network.nodes]
     numbers: dict[Any, int] = {}
     values = [numbers.setdefault(node.operand, len(numbers)) for node in network.nodes]
@@ -44,10 +44,10 @@ def contraction_path(network: Network) -> tuple[Contraction, ...]:
 
 
 def _order(network: Network) -> list[tuple[int, ...]]:
-    """Return the positions to contract, step by step, the results being appended.
+    """Return the positions of the operands of each contraction; results are appended.
 
-    The search goes backwards through the operands: of equally good paths it then finds one
-    that contracts the last dimensions first, which takes no copy of a contiguous tensor.
+    The search takes the operands in reverse order: among equally good paths it then finds one
+    that contracts the last dimensions first, which needs no copy of a contiguous tensor.
     """
     backwards = [frozenset(node.indices) for node in reversed(network.nodes)]
     names = list(reversed(range(len(backwards))))
@@ -62,7 +62,7 @@ def _order(network: Network) -> list[tuple[int, ...]]:
 
 
 def _popped(positions: list[int]) -> tuple[int, ...]:
-    """Return where each position is once those in front of it have left the list."""
+    """Return the positions as they are when the operands are popped one after the other."""
     return tuple(
         position - sum(1 for earlier in positions[:at] if earlier < position)
         for at, position in enumerate(positions)
@@ -72,7 +72,7 @@ def _popped(positions: list[int]) -> tuple[int, ...]:
 def _kept(
     operands: list[tuple[str, ...]], others: list[tuple[str, ...]], output: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Return the indices of the operands that are needed later."""
+    """Return the indices of the operands that other operands or the output have."""
     if not others:
         return output
     needed = set(output).union(*others)

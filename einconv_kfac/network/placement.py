@@ -1,25 +1,21 @@
-"""Where the nodes and edges of a network's picture lie."""
+"""The positions of nodes and edges in a network's picture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from einconv_kfac.network.network import Network
 from einconv_kfac.network.operand import Leaf
+from einconv_kfac.network.picture import Point
 
-if TYPE_CHECKING:  # a network draws itself
-    from einconv_kfac.network.network import Network
-
-COLUMN, ROW, MARGIN = 150.0, 110.0, 70.0
-"""Distances in the picture: of columns, of rows, and to the border."""
-
-Point = tuple[float, float]
+COLUMN_PX, ROW_PX, MARGIN_PX = 150.0, 110.0, 70.0
+"""Distances in the picture, in pixels: of columns, of rows, and to the border."""
 
 
 @dataclass(frozen=True)
 class Bond:
-    """Indices that connect the same nodes: an edge, an open leg, or a junction of several."""
+    """Indices that connect the same nodes: an edge, an open end, or a junction of several edges."""
 
     indices: tuple[str, ...]
     members: tuple[int, ...]
@@ -27,7 +23,7 @@ class Bond:
 
 
 def bonds(network: Network) -> list[Bond]:
-    """Group the indices by the nodes that have them, and by whether they are kept."""
+    """Group the indices by the nodes that have them, and by whether they are in the output."""
     grouped: dict[tuple[tuple[int, ...], bool], list[str]] = {}
     for index in network.sizes:
         members = tuple(j for j, node in enumerate(network.nodes) if index in node.indices)
@@ -36,16 +32,16 @@ def bonds(network: Network) -> list[Bond]:
 
 
 def positions(network: Network) -> list[Point]:
-    """Place nodes in columns, by their distance from the first one."""
+    """Return the position of every node, in columns by the distance from the first node."""
     leaves = {j for j, node in enumerate(network.nodes) if isinstance(node.operand, Leaf)}
     columns = _columns(len(network.nodes), bonds(network), leaves)
     tallest = max(map(len, columns))
-    places: dict[int, Point] = {}
+    points: dict[int, Point] = {}
     for at, column in enumerate(columns):
         first = (tallest - len(column)) / 2
         for row, node in enumerate(column):
-            places[node] = (MARGIN + at * COLUMN, 2 * MARGIN + (first + row) * ROW)
-    return [places[node] for node in range(len(network.nodes))]
+            points[node] = (MARGIN_PX + at * COLUMN_PX, 2 * MARGIN_PX + (first + row) * ROW_PX)
+    return [points[node] for node in range(len(network.nodes))]
 
 
 def center(points: Iterable[Point]) -> Point:
@@ -55,10 +51,10 @@ def center(points: Iterable[Point]) -> Point:
 
 
 def _columns(count: int, edges: list[Bond], leaves: set[int]) -> list[list[int]]:
-    """Return the nodes in order of their distance from the first; others come last.
+    """Return columns of nodes with the same distance from the first node of their component.
 
-    Only bonds with a pattern or a delta count, so that what the caller's tensors share does
-    not draw together what patterns keep apart.
+    The distance counts bonds that involve a pattern or a delta. Bonds between two of the
+    caller's tensors are ignored: they would pull the tensors into adjacent columns.
     """
     pairs = [b.members for b in edges if len(b.members) == 2 and not leaves.issuperset(b.members)]
     left, columns = set(range(count)), []

@@ -1,4 +1,4 @@
-"""Simplification of a network: the rewrite rules, applied until none fits."""
+"""Simplification of a network by rewrite rules."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from einconv_kfac.network.rules import RULES
 
 @cached(maxsize=1024)
 def simplified(network: Network) -> Network:
-    """Return the network with the rewrite rules applied to a fixed point.
+    """Return the network with the rewrite rules applied until none applies.
 
-    The value, the shape of the result and the order of the caller's tensors stay.
+    The value, the shape of the result and the order of the caller's tensors do not change.
     """
     while (simpler := _rewritten(network)) is not None:
         network = simpler
@@ -19,7 +19,7 @@ def simplified(network: Network) -> Network:
 
 
 def _rewritten(network: Network) -> Network | None:
-    """Return the network after the first rule that fits, if one does."""
+    """Return the network after the first rule that applies, or None if none does."""
     for rule in RULES:
         if (simpler := rule(network)) is not None:
             return simpler.after(rule.__name__)

@@ -1,4 +1,4 @@
-"""Steps that reshape a tensor, as values: what a rewrite does to an operand or to the result."""
+"""Steps that turn a tensor into another, as values: rewrites apply them to leaves and results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Split:
-    """Split dimension ``dim`` into several, the last one running fastest."""
+    """Split dimension ``dim`` into several; the last one runs fastest."""
 
     dim: int
     sizes: Shape
@@ -24,7 +24,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Merge:
-    """Flatten ``count`` neighbouring dimensions, from ``dim`` on, into one."""
+    """Flatten ``count`` adjacent dimensions, from ``dim`` on, into one."""
 
     dim: int
     count: int = 2
@@ -95,7 +95,7 @@ class Windows:
 
     @property
     def span(self) -> int:
-        """Positions from the first to the last of a window, both included."""
+        """Number of positions from the first to the last of a window, both included."""
         return (self.size - 1) * self.dilation + 1
 
     def reshape(self, shape: Shape) -> Shape:
@@ -106,7 +106,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Fold:
-    """Add windows, ``[.., windows, size, ..]`` at ``dim``, up where they overlap.
+    """Sum overlapping windows, ``[.., windows, size, ..]`` at ``dim``, into one dimension.
 
     The adjoint of `Windows` of a dimension with ``length`` positions.
     """

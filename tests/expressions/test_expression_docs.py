@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from einconv_kfac.network import draw
+
 PAGE = Path(__file__).parents[2] / "docs" / "expressions.md"
 
 
@@ -25,6 +27,6 @@ def test_pictures_are_current() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     exec(blocks[0] + blocks[1], names)
     images = PAGE.parent / "images"
-    assert (images / "forward.svg").read_text(encoding="utf-8") == names["network"].draw().svg
+    assert (images / "forward.svg").read_text(encoding="utf-8") == draw(names["network"]).svg
     simple = (images / "forward_simplified.svg").read_text(encoding="utf-8")
     assert simple == names["picture"].svg

@@ -9,15 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ConvCase
-from drawn_cases import conv_cases
-from hypothesis import given, settings
-from oracles import convolve, reference
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from einconv_kfac.evaluate import convolution as contraction
 from einconv_kfac.functionals import (
     conv_transposeNd,
     convNd,
@@ -197,17 +192,3 @@ def test_layers_copy_and_pickle() -> None:
     x = torch.randn(1, 2, 3, 3, 3, 3)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         torch.testing.assert_close(twin(x), layer(x))
-
-
-@settings(max_examples=60)
-@given(conv_cases())
-def test_contractions_on_drawn_geometries(case: ConvCase) -> None:
-    geometry, x, weight, v = case.geometry, case.input(), case.weight(), case.output_like()
-    y, pullback = torch.func.vjp(lambda x, w: reference(x, w, geometry), x, weight)
-    torch.testing.assert_close(contraction(geometry, "v", x, weight), y)
-    torch.testing.assert_close(y, convolve(x, weight, geometry))
-    for role, first, second, expected in zip("xw", (weight, x), (v, v), pullback(v)):
-        result = contraction(geometry, role, first, second)
-        torch.testing.assert_close(result, expected)
-        other = x if role == "x" else weight
-        torch.testing.assert_close((result * other).sum(), (y * v).sum())  # adjoint

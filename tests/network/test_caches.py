@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from einconv_kfac.expressions import cache_clear, cache_info, convNd_forward
-from einconv_kfac.expressions.binding import ConstantCache, constant
+from einconv_kfac.expressions.constants import ConstantCache, constant
 from einconv_kfac.functionals import convNd
 from einconv_kfac.geometry import Axis
 from einconv_kfac.network import Delta, Pattern

@@ -15,7 +15,7 @@ from einconv_kfac.expressions import (
     convNd_toeplitz,
 )
 from einconv_kfac.geometry import conv_geometry
-from einconv_kfac.network import simplified
+from einconv_kfac.network import draw, explain, simplified
 
 GEOMETRY = conv_geometry((8, 9), (2, 3), stride=(2, 1), padding=(0, 1), groups=2)
 DENSE = conv_geometry((8,), 2, stride=2)
@@ -31,7 +31,7 @@ NETWORKS = {
 @pytest.mark.parametrize("simplify", [True, False])
 def test_picture_shows_every_operand_and_index(name: str, simplify: bool, tmp_path: Path) -> None:
     network = simplified(NETWORKS[name]) if simplify else NETWORKS[name]
-    picture = network.draw()
+    picture = draw(network)
     root = ElementTree.fromstring(picture.svg)
     texts = [element.text or "" for element in root.iter() if element.tag.endswith("text")]
     shown = " ".join(texts).split()
@@ -50,7 +50,7 @@ def test_picture_shows_every_operand_and_index(name: str, simplify: bool, tmp_pa
 
 def test_explanation_counts() -> None:
     network = simplified(NETWORKS["forward"])
-    explanation = network.explain()
+    explanation = explain(network)
     assert network.fired == ("dense", "contract_deltas", "contract_deltas")
     assert explanation.multiply_accumulates == 4 * 8 * 4 * 9 * 3 * 2 * 3
     assert explanation.largest == 4 * 8 * 4 * 9

@@ -24,9 +24,19 @@ from einconv_kfac.expressions import (
     convNd_unfold,
     convNd_weight_vjp,
 )
-from einconv_kfac.expressions.binding import constant_tensor, stepped
+from einconv_kfac.expressions.constants import constant_tensor
+from einconv_kfac.expressions.views import stepped
 from einconv_kfac.geometry import Axis, Geometry, conv_geometry
-from einconv_kfac.network import Delta, Leaf, Network, Node, Pattern, rules, simplified
+from einconv_kfac.network import (
+    Delta,
+    Leaf,
+    Network,
+    Node,
+    Pattern,
+    explain,
+    rules,
+    simplified,
+)
 from einconv_kfac.network.rules.indices import merge_parallel
 from einconv_kfac.network.step import Drop, Merge, Split
 
@@ -166,7 +176,7 @@ def test_every_rule_fires() -> None:
 
 def test_halves_are_computed_once() -> None:
     network = convNd_gram.network(conv_geometry((6, 5), 2), 2, 3, 2, 4)
-    explanation = network.explain()
+    explanation = explain(network)
     assert len(explanation.contractions) == 2  # of three, two are the same
 
 

@@ -1,1 +1,1 @@
-"""The contractions of a convolution, one way to compute them per file."""
+"""Kernels: the contractions of a convolution, one algorithm per file."""

@@ -1,7 +1,7 @@
 """The weight VJP of small images with many channels: one product for several examples.
 
-Channels are moved innermost, so that the windows of an input, ``[(n o), (k ci)]``, are copied
-in pieces as long as there are channels, and a product sums over examples and positions at once.
+Channels are moved innermost, so that the windows of an input, ``[(n o), (k ci)]``, are copied in
+contiguous runs of all channels, and one product sums over examples and positions.
 """
 
 from __future__ import annotations
@@ -12,33 +12,34 @@ from math import prod
 import torch
 from torch import Tensor
 
+from einconv_kfac.evaluate.kernels.chunks import batch_slices
 from einconv_kfac.geometry import Geometry
 from einconv_kfac.padding import padded
 
-CHANNELS = 32
-"""Channels from which on copying them in one piece is worth it."""
+WINDOWS_MIN_CHANNELS = 32
+"""Number of channels from which on copying them as contiguous runs is faster."""
 
-EXAMPLE_BYTES = 2**20
-"""Windows of one example up to which several of them are worked on at a time."""
+WINDOWS_BYTES_PER_EXAMPLE = 2**20
+"""Size of one example's windows up to which a product for several examples is faster."""
 
-CHUNK_BYTES = 2**23
-"""Windows that are worked on at a time, per thread."""
+WINDOWS_BYTES_PER_THREAD = 2**23
+"""Size of the windows of a chunk of examples."""
 
 
 def pays(geometry: Geometry, x: Tensor) -> bool:
-    """Whether the windows of an input overlap, are few, and have long pieces."""
-    if geometry.groups > 1 or x.shape[1] < CHANNELS or x.element_size() < 4:
+    """Return whether the windows of an input overlap, are few, and have many channels."""
+    if geometry.groups > 1 or x.shape[1] < WINDOWS_MIN_CHANNELS or x.element_size() < 4:
         return False
     overlap = any(axis.kernel_size > axis.stride for axis in geometry.axes)
-    return overlap and _example_bytes(geometry, x) <= EXAMPLE_BYTES
+    return overlap and _example_bytes(geometry, x) <= WINDOWS_BYTES_PER_EXAMPLE
 
 
 def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
     """Return ``x P v -> [co, ci, *k]``."""
     total = x.new_empty(v.shape[1], prod(geometry.kernel_size) * x.shape[1])
-    for part in _chunks(geometry, x):
+    for part in _chunks(geometry, x) if len(x) else [slice(0)]:
         vectors = v[part].flatten(2).transpose(0, 1).flatten(1)  # [co, (n o)]
-        beta = 1 if part.start else 0  # at zero, what stands there is not read
+        beta = 1 if part.start else 0  # with zero, `addmm_` does not read the uninitialised total
         total.addmm_(vectors, _windows(geometry, x[part]), beta=beta)
     kernels = total.view(v.shape[1], *geometry.kernel_size, x.shape[1])
     return kernels.movedim(-1, 1).contiguous()
@@ -55,11 +56,9 @@ def _windows(geometry: Geometry, x: Tensor) -> Tensor:
 
 
 def _chunks(geometry: Geometry, x: Tensor) -> Iterator[slice]:
-    """Split the batch so that the windows of a chunk are few."""
-    n = size = len(x)
-    if x.device.type == "cpu":
-        size = max(1, CHUNK_BYTES * torch.get_num_threads() // _example_bytes(geometry, x))
-    return (slice(start, start + size) for start in range(0, max(n, 1), max(size, 1)))
+    """Split the batch into chunks of few windows."""
+    chunk_bytes = WINDOWS_BYTES_PER_THREAD * torch.get_num_threads()
+    return batch_slices(x, _example_bytes(geometry, x), chunk_bytes)
 
 
 def _example_bytes(geometry: Geometry, x: Tensor) -> int:

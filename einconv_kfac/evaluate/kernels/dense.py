@@ -1,4 +1,4 @@
-"""A convolution's three contractions as matrix products on rows; see `rows`."""
+"""A convolution's three contractions as matrix products of `Rows`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from einconv_kfac.geometry import Geometry
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
-NARROW = 32
-"""Rows per kernel entry below which all kernel entries are unfolded, for a longer product."""
+MIN_SUMMANDS = 32
+"""Summands per product below which all kernel entries are unfolded, for one longer product."""
 
-SHORT = 64
-"""Positions below which the examples' products of inputs and outputs are one product."""
+MIN_POSITIONS_PER_EXAMPLE = 64
+"""Number of positions from which on a product per example is faster in a pointwise VJP."""
 
-WIDE = 512
-"""Positions from which on it is worth to copy the result for a better product."""
+TRANSPOSED_MIN_POSITIONS = 512
+"""Number of positions from which on the transposed product and a copy are faster."""
 
-LONG = 128
-"""Output positions from which on a product per example is worth its call."""
+MIN_OUTPUTS_PER_EXAMPLE = 128
+"""Number of outputs from which on a product per example is faster."""
 
 
 def forward(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
@@ -65,11 +65,11 @@ def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
         return matrices.view(v.shape[1], channels, *geometry.kernel_size)
     if columns.pays(geometry, x):
         return columns.weight_vjp(geometry, x, v)
-    rows = rows_of(geometry, unfold_all=channels * geometry.kernel_size[-1] < NARROW)
+    rows = rows_of(geometry, unfold_all=channels * geometry.kernel_size[-1] < MIN_SUMMANDS)
     v = v.reshape(v.shape[0], groups, -1, rows.outputs)
     shape = (len(rows.slices), groups, v.shape[2], channels * rows.entries)
     total = x.new_zeros(shape, dtype=_accumulator(x.dtype))
-    add_ = _correlate_each_ if rows.outputs >= LONG else _correlate_
+    add_ = _correlate_each_ if rows.outputs >= MIN_OUTPUTS_PER_EXAMPLE else _correlate_
     for part in rows.chunks(x):
         add_(total, rows, rows.of(x[part]), v[part])
     kernel = [slide.kernel_size for slide in rows.slides]
@@ -78,12 +78,12 @@ def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
 
 
 def _pointwise(geometry: Geometry) -> bool:
-    """Whether every output meets one input, through the only kernel entry."""
+    """Return whether the kernel has one entry and the input no padding."""
     return all(axis.kernel_size == 1 and axis.padding == (0, 0) for axis in geometry.axes)
 
 
 def _positions(geometry: Geometry) -> tuple[slice, ...]:
-    """Index of the inputs that a pointwise convolution meets."""
+    """Return the index of the inputs that a pointwise convolution meets."""
     return (slice(None), slice(None), *(slice(None, None, axis.stride) for axis in geometry.axes))
 
 
@@ -91,19 +91,21 @@ def _mixed(matrices: Tensor, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Multiply the channels of each group, at every position, by a matrix ``[g, co, ci]``."""
     n, groups = x.shape[0], len(matrices)
     channels = x.reshape(n * groups, matrices.shape[2], -1)
-    if channels.shape[2] < LONG and groups == 1:
+    if channels.shape[2] < MIN_OUTPUTS_PER_EXAMPLE and groups == 1:
         return _side_by_side(matrices[0], channels).contiguous().view(n, -1, *sizes)
     return torch.bmm(_repeated(matrices, len(channels)), channels).view(n, -1, *sizes)
 
 
 def _mixing(groups: int, x: Tensor, v: Tensor) -> Tensor:
     """Return the matrices ``[g, co, ci]`` that are the weight VJP of `_mixed`."""
-    if groups > 1 or x[0, 0].numel() < SHORT:
+    if groups > 1 or x[0, 0].numel() < MIN_POSITIONS_PER_EXAMPLE:
         x, v = (torch.unflatten(t, 1, (groups, -1)).flatten(3) for t in (x, v))
         x, v = (t.permute(1, 2, 0, 3).flatten(2) for t in (x, v))  # [g, c, (n o)]
         return torch.bmm(v, x.mT)
     x, v = x.flatten(2), v.flatten(2)  # [n, c, o]
-    turned = x.shape[2] >= WIDE and 2 * v.shape[1] <= x.shape[1]  # a short product on the right
+    turned = (
+        x.shape[2] >= TRANSPOSED_MIN_POSITIONS and 2 * v.shape[1] <= x.shape[1]
+    )  # a short product on the right
     left, right = (x, v) if turned else (v, x)
     (a, b), *more = zip(left.unbind(), right.mT.unbind())
     total = torch.mm(a, b)
@@ -113,16 +115,16 @@ def _mixing(groups: int, x: Tensor, v: Tensor) -> Tensor:
 
 
 def _side_by_side(matrix: Tensor, columns: Tensor) -> Tensor:
-    """Multiply short columns ``[n, c, o]`` by a matrix, all examples in one product."""
+    """Multiply columns ``[n, c, o]`` by a matrix, all examples in one product."""
     product = matrix @ columns.movedim(1, 0).flatten(1)  # [co, (n o)]
     return product.view(len(matrix), len(columns), -1).movedim(0, 1)
 
 
 def _unfolds_all(geometry: Geometry, weight: Tensor) -> bool:
-    """Whether all kernel entries are better summed by one matrix product."""
-    if geometry.positions < LONG and geometry.groups == 1:
+    """Return whether one matrix product over all kernel entries is faster."""
+    if geometry.positions < MIN_OUTPUTS_PER_EXAMPLE and geometry.groups == 1:
         return True
-    narrow = weight.shape[1] * geometry.kernel_size[-1] < NARROW
+    narrow = weight.shape[1] * geometry.kernel_size[-1] < MIN_SUMMANDS
     return narrow or weight.dtype in LOW_PRECISION
 
 
@@ -130,7 +132,7 @@ def _convolved(rows: Rows, x: Tensor, entries: Tensor) -> Tensor:
     """Return ``[n, g, co, o]`` for kernel entries ``[k0, g, co, (ci k1 ..)]``."""
     n = x.shape[0]
     output = x.new_empty(n, rows.groups, entries.shape[2], rows.outputs)
-    if rows.outputs < LONG and rows.groups == len(entries) == 1:
+    if rows.outputs < MIN_OUTPUTS_PER_EXAMPLE and rows.groups == len(entries) == 1:
         for part in rows.chunks(x):
             unfolded = rows.of(x[part])[0, :, 0]
             output[part, 0] = _side_by_side(entries[0, 0], unfolded)
@@ -149,7 +151,7 @@ def _convolved(rows: Rows, x: Tensor, entries: Tensor) -> Tensor:
 
 
 def _scattered(rows: Rows, v: Tensor, entries: Tensor) -> Tensor:
-    """Return rows ``[phase, (n g), (ci k1 ..), p]`` of the input that outputs reach."""
+    """Return the input VJP in the layout of rows, ``[phase, n, g, (ci k1 ..), p]``."""
     v = v.flatten(0, 1)  # [(n g), co, o]
     scattered = v.new_zeros(rows.phases, len(v), entries.shape[2], rows.width)
     for entry, (phase, start) in enumerate(rows.slices):
@@ -159,7 +161,7 @@ def _scattered(rows: Rows, v: Tensor, entries: Tensor) -> Tensor:
 
 
 def _correlate_each_(total: Tensor, rows: Rows, unfolded: Tensor, v: Tensor) -> None:
-    """Add the products, one example after the other, to ``[k0, g, co, (ci k1 ..)]``."""
+    """Add one product per example to ``[k0, g, co, (ci k1 ..)]``."""
     for example, vector in enumerate(v):  # vector: [g, co, o]
         for entry, (phase, start) in enumerate(rows.slices):
             window = unfolded[phase, example, :, :, start : start + rows.outputs]
@@ -167,10 +169,10 @@ def _correlate_each_(total: Tensor, rows: Rows, unfolded: Tensor, v: Tensor) -> 
 
 
 def _correlate_(total: Tensor, rows: Rows, unfolded: Tensor, v: Tensor) -> None:
-    """Add the products of all examples at once to ``[k0, g, co, (ci k1 ..)]``.
+    """Add one product for all examples to ``[k0, g, co, (ci k1 ..)]``.
 
-    Examples stand side by side in one long dimension; outputs are padded with zeros to the
-    width of the rows, so that slices may run from one example into the next.
+    Examples are concatenated in one dimension; outputs are padded with zeros to the width of the
+    rows, so that slices may reach from one example into the next.
     """
     unfolded = unfolded.movedim(1, 3).flatten(3)  # [phase, g, (ci k1 ..), (n p)]
     gap = rows.width - rows.outputs
@@ -209,5 +211,5 @@ def _repeated(matrices: Tensor, count: int) -> Tensor:
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which sums over chunks are kept."""
+    """Return the type of sums over chunks."""
     return torch.float32 if dtype in LOW_PRECISION else dtype

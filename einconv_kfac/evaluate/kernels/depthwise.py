@@ -1,8 +1,9 @@
-"""Convolutions with one channel per group: every kernel entry scales a shifted grid.
+"""Convolutions with one channel per group: every kernel entry scales a slice of a grid.
 
-With one phase per residue of the stride, and all dimensions of a phase flattened into one,
-each kernel entry meets one contiguous slice of the grid; nothing is left to contract but the
-kernel, entry by entry. Grid positions between the rows of the output are computed and dropped.
+The grid has one phase per residue of the stride, and all dimensions of a phase flattened into
+one. Each kernel entry then meets one contiguous slice of the grid, so that the convolution is a
+sum over kernel entries of scaled slices. Grid positions between the rows of the output are
+computed and dropped.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from math import prod
 import torch
 from torch import Tensor
 
+from einconv_kfac.evaluate.kernels.chunks import batch_slices
 from einconv_kfac.evaluate.kernels.windows import fold_axis
 from einconv_kfac.geometry import Axis, Geometry
 from einconv_kfac.padding import padded
 
-CHUNK_BYTES = 2**20
-"""Grid that is worked on at a time, per thread."""
+GRID_BYTES_PER_THREAD = 2**20
+"""Size of the grid of a chunk of examples."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,15 @@ class Grid:
 
     @cached_property
     def phases(self) -> tuple[int, ...]:
-        """Phases that kernel entries meet, per axis."""
+        """Number of phases that kernel entries meet, per axis."""
         return tuple(
             1 + max(k * axis.dilation % axis.stride for k in range(axis.kernel_size))
             for axis in self.axes
         )
 
     @cached_property
-    def places(self) -> tuple[int, ...]:
-        """Positions of a phase, per axis."""
+    def phase_sizes(self) -> tuple[int, ...]:
+        """Number of positions of a phase, per axis."""
         return tuple(
             axis.output_size + (axis.kernel_size - 1) * axis.dilation // axis.stride
             for axis in self.axes
@@ -48,18 +50,18 @@ class Grid:
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
-        """Distance of neighbouring places in the flattened grid, per axis."""
-        return tuple(prod(self.places[dim + 1 :]) for dim in range(len(self.axes)))
+        """Distance in the flattened grid of adjacent positions of a phase, per axis."""
+        return tuple(prod(self.phase_sizes[dim + 1 :]) for dim in range(len(self.axes)))
 
     @cached_property
     def length(self) -> int:
-        """Positions of the flattened grid from the first to the last output."""
+        """Number of positions of the flattened grid from the first to the last output."""
         return 1 + sum((a.output_size - 1) * step for a, step in zip(self.axes, self.steps))
 
     @cached_property
     def output(self) -> tuple[int, ...]:
-        """Size of the grid of outputs, as wide as the input's in all dimensions but the first."""
-        return (self.axes[0].output_size, *self.places[1:])
+        """Size of the grid of outputs; as wide as the input's in all dimensions but the first."""
+        return (self.axes[0].output_size, *self.phase_sizes[1:])
 
     @cached_property
     def slices(self) -> tuple[tuple[tuple[int, ...], slice], ...]:
@@ -76,10 +78,10 @@ class Grid:
 
     @cached_property
     def sides(self) -> tuple[tuple[int, int], ...]:
-        """Padding that gives every phase all its places; may be negative."""
+        """Padding that fills every phase; may be negative."""
         lengths = (
-            (places - 1) * axis.stride + phases
-            for axis, places, phases in zip(self.axes, self.places, self.phases)
+            (size - 1) * axis.stride + phases
+            for axis, size, phases in zip(self.axes, self.phase_sizes, self.phases)
         )
         return tuple(
             (axis.padding[0], length - axis.input_size - axis.padding[0])
@@ -91,25 +93,22 @@ class Grid:
         x = padded(x, self.sides)
         for dim, (axis, phases) in enumerate(zip(self.axes, self.phases), start=2):
             x = x.unfold(dim, phases, axis.stride)
-        ndim = len(self.axes)  # x: [n, g, *places, *phases]
+        ndim = len(self.axes)  # x: [n, g, *phase_sizes, *phases]
         return x.permute(*range(2 + ndim, 2 + 2 * ndim), *range(2 + ndim)).flatten(2 + ndim)
 
     def fold(self, grid: Tensor) -> Tensor:
         """Return the adjoint of `of`, ``[n, g, *i]``."""
         ndim = len(self.axes)
-        grid = grid.unflatten(-1, self.places)  # type: ignore[no-untyped-call]
+        grid = grid.unflatten(-1, self.phase_sizes)  # type: ignore[no-untyped-call]
         for remaining, axis in zip(range(ndim, 0, -1), self.axes):
             grid = fold_axis(grid, 0, 2 + remaining, 1, axis.stride)  # [phases1 .., n, g, i0, ..]
             grid = grid.movedim(1 + remaining, -1)
         return padded(grid, tuple((-left, -right) for left, right in self.sides))
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
-        """Split the batch so that the grid of a chunk stays in the processor's cache."""
-        n = size = x.shape[0]
-        if x.device.type == "cpu":
-            per_example = x.shape[1] * prod(self.phases) * prod(self.places) * x.itemsize
-            size = max(1, CHUNK_BYTES * torch.get_num_threads() // per_example)
-        return (slice(start, start + size) for start in range(0, n, max(size, 1)))
+        """Split the batch into chunks whose grid fits into the processor's cache."""
+        example_bytes = x.shape[1] * prod(self.phases) * prod(self.phase_sizes) * x.itemsize
+        return batch_slices(x, example_bytes, GRID_BYTES_PER_THREAD * torch.get_num_threads())
 
 
 def forward(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
@@ -121,8 +120,8 @@ def forward(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
         inputs = grid.of(x[part])
         sums = inputs.new_empty(inputs.shape[-3], groups, kernel.shape[1], prod(grid.output))
         target = sums[..., : grid.length]
-        for entry, (phase, places) in enumerate(grid.slices):
-            shifted = inputs[phase][..., None, places]  # [n, g, 1, p]
+        for entry, (phase, window) in enumerate(grid.slices):
+            shifted = inputs[phase][..., None, window]  # [n, g, 1, p]
             if entry == 0:
                 torch.mul(shifted, kernel[:, :, entry], out=target)
             else:
@@ -139,9 +138,9 @@ def input_vjp(geometry: Geometry, weight: Tensor, v: Tensor) -> Tensor:
     gaps = tuple((0, wide - size) for wide, size in zip(grid.output, geometry.output_size))
     for part in grid.chunks(v):
         outputs = padded(v[part], gaps).flatten(2)[..., : grid.length]
-        sums = outputs.new_zeros(*grid.phases, *outputs.shape[:2], prod(grid.places))
-        for entry, (phase, places) in enumerate(grid.slices):
-            sums[phase][..., places].addcmul_(outputs, kernel[:, entry])
+        sums = outputs.new_zeros(*grid.phases, *outputs.shape[:2], prod(grid.phase_sizes))
+        for entry, (phase, window) in enumerate(grid.slices):
+            sums[phase][..., window].addcmul_(outputs, kernel[:, entry])
         result[part] = grid.fold(sums)
     return result
 
@@ -155,8 +154,8 @@ def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
         inputs = grid.of(x[part])
         outputs = padded(v[part], gaps).flatten(2)[..., : grid.length]
         products = torch.empty_like(outputs)
-        for entry, (phase, places) in enumerate(grid.slices):
-            torch.mul(inputs[phase][..., places], outputs, out=products)
+        for entry, (phase, window) in enumerate(grid.slices):
+            torch.mul(inputs[phase][..., window], outputs, out=products)
             total[entry] += products.sum((0, 2))
     return total.t().reshape(groups, 1, *geometry.kernel_size)
 

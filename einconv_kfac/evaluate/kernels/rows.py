@@ -1,10 +1,10 @@
-"""Rows: an input unfolded along all axes but the first, over which kernels then shift.
+"""Rows: an input unfolded along all axes but the first, of which kernel entries meet slices.
 
 Along the first axis, output ``o`` meets kernel entry ``k`` at padded position
-``o S + k D``, that is in phase ``k D mod S`` at place ``o + k D // S``. With places times the
-remaining outputs as one dimension ``p``, every kernel entry of the first axis therefore meets
-one contiguous slice of the rows ``u[phase, n, g, (ci k1 ..), p]``, and a convolution is as
-many matrix products as the first axis has kernel entries.
+``o S + k D``, that is at position ``o + k D // S`` of phase ``k D mod S``. Let ``p`` be the
+positions of a phase times the remaining outputs. Then every kernel entry of the first axis
+meets one contiguous slice of the rows ``u[phase, n, g, (ci k1 ..), p]``, and a convolution is
+as many matrix products as the first axis has kernel entries.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from einconv_kfac.evaluate.kernels.chunks import batch_slices
 from einconv_kfac.evaluate.kernels.windows import fold_axis
 from einconv_kfac.geometry import Axis, Geometry
 from einconv_kfac.padding import padded
 
+ROWS_BYTES_PER_THREAD = 2**21
+"""Size of the rows of a chunk of examples."""
+
 
 class Slide(NamedTuple):
-    """Where windows lie along one axis; unlike for an `Axis`, the padding may be negative."""
+    """Sizes of one axis; other than in an `Axis`, the padding on the left may be negative."""
 
     input_size: int
     kernel_size: int
@@ -35,12 +39,12 @@ class Slide(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Padded positions up to the end of the last window."""
+        """Number of padded positions up to the end of the last window."""
         return (self.output_size - 1) * self.stride + (self.kernel_size - 1) * self.dilation + 1
 
     @property
-    def places(self) -> int:
-        """Padded positions per phase of the stride."""
+    def phase_size(self) -> int:
+        """Number of padded positions per phase of the stride."""
         return self.output_size + (self.kernel_size - 1) * self.dilation // self.stride
 
 
@@ -53,18 +57,18 @@ class Rows:
 
     @cached_property
     def rest(self) -> int:
-        """Outputs of all axes but the first."""
+        """Number of outputs of all axes but the first."""
         return prod(slide.output_size for slide in self.slides[1:])
 
     @cached_property
     def entries(self) -> int:
-        """Kernel entries of all axes but the first."""
+        """Number of kernel entries of all axes but the first."""
         return prod(slide.kernel_size for slide in self.slides[1:])
 
     @cached_property
     def width(self) -> int:
         """Size of dimension ``p`` of the rows."""
-        return self.slides[0].places * self.rest
+        return self.slides[0].phase_size * self.rest
 
     @cached_property
     def outputs(self) -> int:
@@ -73,14 +77,14 @@ class Rows:
 
     @cached_property
     def slices(self) -> tuple[tuple[int, int], ...]:
-        """Phase of every kernel entry of the first axis, and where its slice starts."""
+        """Phase and start of the slice of every kernel entry of the first axis."""
         first = self.slides[0]
         offsets = (k * first.dilation for k in range(first.kernel_size))
         return tuple((o % first.stride, o // first.stride * self.rest) for o in offsets)
 
     @cached_property
     def phases(self) -> int:
-        """Phases of the first axis that kernel entries meet."""
+        """Number of phases of the first axis that kernel entries meet."""
         return 1 + max(phase for phase, _ in self.slices)
 
     @cached_property
@@ -88,7 +92,7 @@ class Rows:
         """Padding with which inputs end with the last window; may be negative."""
         first = self.slides[0]
         ends = (
-            (first.places - 1) * first.stride + self.phases,
+            (first.phase_size - 1) * first.stride + self.phases,
             *(s.length for s in self.slides[1:]),
         )
         return tuple((s.left, end - s.left - s.input_size) for s, end in zip(self.slides, ends))
@@ -104,55 +108,44 @@ class Rows:
             span = (slide.kernel_size - 1) * slide.dilation + 1
             windows = x.unfold(dim, span, slide.stride)[..., :: slide.dilation]
             x = windows.movedim(-1, 2)
-            if axis > 1:  # the last and largest copy then moves long pieces
+            if axis > 1:  # the last and largest copy then moves long contiguous runs
                 x = x.contiguous()
         inner = channels // self.groups * self.entries
         phases = x.unfold(2 + more, self.phases, self.slides[0].stride).movedim(-1, 0)
         return phases.reshape(self.phases, n, self.groups, inner, self.width)
 
     def fold(self, rows: Tensor, channels: int) -> Tensor:
-        """Return the adjoint of `of`: ``[n, (g ci), *i]``, what overlaps added up."""
+        """Return the adjoint of `of`: ``[n, (g ci), *i]``, with overlaps summed."""
         first, more = self.slides[0], len(self.slides) - 1
         n = rows.shape[1]
         kernel = [slide.kernel_size for slide in self.slides[1:]]
         output = [slide.output_size for slide in self.slides[1:]]
-        rows = rows.reshape(self.phases, n, channels, *kernel, first.places, *output)
-        for axis in range(more, 0, -1):  # rows: [phase, n, c, k1 .., place, o1 ..]
+        rows = rows.reshape(self.phases, n, channels, *kernel, first.phase_size, *output)
+        for axis in range(more, 0, -1):  # rows: [phase, n, c, k1 .., position, o1 ..]
             slide = self.slides[axis]
             rows = fold_axis(rows, 2 + axis, 3 + 2 * axis, slide.dilation, slide.stride)
         image = fold_axis(rows, 0, 3, 1, first.stride)  # [n, c, i0, ..]
         return padded(image, tuple((-left, -right) for left, right in self.sides))
 
     def chunks(self, x: Tensor) -> Iterator[slice]:
-        """Split the batch so that the rows of a chunk stay in the processor's cache."""
-        n = x.shape[0]
-        size = n
-        if x.device.type == "cpu":
-            per_example = x.shape[1] * self.entries * self.width * self.phases
-            size = max(1, CHUNK_BYTES * torch.get_num_threads() // (per_example * x.itemsize))
-        return (slice(start, start + size) for start in range(0, n, max(size, 1)))
-
-
-CHUNK_BYTES = 2**21
-"""Rows that are worked on at a time, per thread."""
+        """Split the batch into chunks whose rows fit into the processor's cache."""
+        example_bytes = x.shape[1] * self.entries * self.width * self.phases * x.itemsize
+        return batch_slices(x, example_bytes, ROWS_BYTES_PER_THREAD * torch.get_num_threads())
 
 
 @lru_cache(maxsize=1024)
 def rows_of(geometry: Geometry, unfold_all: bool = False) -> Rows:
     """Return the layout for the input of a convolution.
 
-    With ``unfold_all`` the kernel entries of all axes are in the rows (im2col), so that their
-    sum is left to a single matrix product.
+    With ``unfold_all`` the kernel entries of all axes are in the rows (im2col), and one matrix
+    product sums over them.
     """
-    slides = tuple(map(_slide, geometry.axes))
-    if unfold_all or len(slides) == 1:
-        slides = (Slide(1, 1, 1, 0, 1, 1), *slides)
-    return Rows(slides, geometry.groups)
+    return _rows(tuple(map(_slide, geometry.axes)), geometry.groups, unfold_all)
 
 
 @lru_cache(maxsize=1024)
 def adjoint_rows_of(geometry: Geometry, unfold_all: bool = False) -> Rows:
-    """Return the layout for the output of a convolution of stride one, to be convolved back.
+    """Return the layout for the output of a convolution of stride one.
 
     At stride one the input VJP is a convolution of the output with the kernel reversed.
     """
@@ -167,12 +160,17 @@ def adjoint_rows_of(geometry: Geometry, unfold_all: bool = False) -> Rows:
         )
         for axis in geometry.axes
     )
+    return _rows(slides, geometry.groups, unfold_all)
+
+
+def _rows(slides: tuple[Slide, ...], groups: int, unfold_all: bool) -> Rows:
+    """Return the layout, with a first axis of size one if all given axes are unfolded."""
     if unfold_all or len(slides) == 1:
         slides = (Slide(1, 1, 1, 0, 1, 1), *slides)
-    return Rows(slides, geometry.groups)
+    return Rows(slides, groups)
 
 
 def _slide(axis: Axis) -> Slide:
-    """Return where an axis's windows lie."""
+    """Return the sizes of an axis."""
     sizes = axis.input_size, axis.kernel_size, axis.stride
     return Slide(*sizes, axis.padding[0], axis.dilation, axis.output_size)

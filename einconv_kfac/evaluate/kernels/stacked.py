@@ -1,7 +1,7 @@
-"""Convolutions in four dimensions and more, stacked from three-dimensional ones.
+"""Convolutions in four dimensions and more, as one three-dimensional convolution.
 
-Outputs of the leading axes join the batch, and their kernel entries the channels: what is left
-is one convolution along the last three axes, torch's own.
+Outputs of the leading axes are merged into the batch, and their kernel entries into the channels.
+The rest is one convolution along the last three axes, by torch's own kernel.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from einconv_kfac.evaluate.kernels.windows import fold, unfold
 from einconv_kfac.geometry import Geometry
 from einconv_kfac.padding import padded
 
-LAST = 3
-"""Axes that are left to torch."""
+TORCH_AXES = 3
+"""Number of axes of torch's largest convolution."""
 
 conv3d: Any = functional.conv3d
 conv3d_input: Any = grad.conv3d_input
@@ -38,12 +38,12 @@ def input_vjp(geometry: Geometry, weight: Tensor, v: Tensor) -> Tensor:
     lead, last = _parts(geometry)
     n, channels = len(v), geometry.groups * weight.shape[1]
     entries = prod(lead.kernel_size)
-    sizes = [size + sum(sides) for size, sides in zip(last.input_size, _sides(last))]
+    sizes = [size + sum(sides) for size, sides in zip(last.input_size, last.exact_padding)]
     shape = (n * lead.positions, channels * entries, *sizes)
     stacked: Tensor = conv3d_input(
         shape, _flat(geometry, weight), _batched(geometry, v), **_options(last)
     )
-    stacked = padded(stacked, [(-left, -right) for left, right in _sides(last)])
+    stacked = padded(stacked, [(-left, -right) for left, right in last.exact_padding])
     columns = stacked.reshape(n, lead.positions, channels * entries, -1).permute(0, 3, 2, 1)
     image = fold(lead, columns.flatten(0, 1))  # [(n, *last), (g ci), *lead]
     image = torch.unflatten(image, 0, (n, -1)).movedim(1, -1)
@@ -61,8 +61,10 @@ def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
 
 
 def _parts(geometry: Geometry) -> tuple[Geometry, Geometry]:
-    """Return the leading axes, and the last ones with the groups."""
-    return Geometry(geometry.axes[:-LAST]), Geometry(geometry.axes[-LAST:], geometry.groups)
+    """Return the leading axes, and the last three axes with the groups."""
+    return Geometry(geometry.axes[:-TORCH_AXES]), Geometry(
+        geometry.axes[-TORCH_AXES:], geometry.groups
+    )
 
 
 def _stacked(geometry: Geometry, x: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ def _stacked(geometry: Geometry, x: Tensor) -> Tensor:
     rows = x.flatten(2 + lead.ndim).movedim(-1, 1).flatten(0, 1)  # [(n i_last), (g ci), *i_lead]
     columns = unfold(lead, rows).reshape(len(x), prod(last.input_size), -1, lead.positions)
     stacked = columns.permute(0, 3, 2, 1).reshape(-1, columns.shape[2], *last.input_size)
-    return padded(stacked, _sides(last))
+    return padded(stacked, last.exact_padding)
 
 
 def _batched(geometry: Geometry, v: Tensor) -> Tensor:
@@ -83,20 +85,9 @@ def _batched(geometry: Geometry, v: Tensor) -> Tensor:
 
 def _flat(geometry: Geometry, weight: Tensor) -> Tensor:
     """Return the kernel ``[(g co), (ci k_lead), *k_last]``."""
-    return weight.reshape(weight.shape[0], -1, *geometry.kernel_size[-LAST:])
-
-
-def _sides(last: Geometry) -> tuple[tuple[int, int], ...]:
-    """Padding with which the input ends with the last window; may be negative."""
-    return tuple(
-        (
-            axis.padding[0],
-            (axis.output_size - 1) * axis.stride + axis.span - axis.input_size - axis.padding[0],
-        )
-        for axis in last.axes
-    )
+    return weight.reshape(weight.shape[0], -1, *geometry.kernel_size[-TORCH_AXES:])
 
 
 def _options(last: Geometry) -> dict[str, Any]:
-    """Options of torch's convolution of a padded input."""
+    """Return the options of torch's convolution for a padded input."""
     return {"stride": last.stride, "dilation": last.dilation, "groups": last.groups}

@@ -1,4 +1,4 @@
-"""Unfold, fold and transposed unfold: patterns as views, one dimension at a time."""
+"""Unfold, fold and transposed unfold by views, one dimension at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from einconv_kfac.padding import padded
 
 def unfold(geometry: Geometry, x: Tensor) -> Tensor:
     """Return ``x[n,c,i] P[k,o,i] -> [n,(c k),(o)]``."""
-    x = padded(x, _sides(geometry))
+    x = padded(x, geometry.exact_padding)
     for dim, axis in enumerate(geometry.axes, 2):
         x = x.unfold(dim, axis.span, axis.stride)[..., :: axis.dilation]
     ndim = geometry.ndim  # x: [n, c, o0 .., k0 ..]
@@ -25,7 +25,7 @@ def fold(geometry: Geometry, columns: Tensor) -> Tensor:
     for remaining, axis in zip(range(geometry.ndim, 0, -1), geometry.axes):
         z = fold_axis(z, 2, 2 + remaining, axis.dilation, axis.stride)  # [n, c, k1 .., i0, o1 ..]
         z = z.movedim(1 + remaining, -1)  # [n, c, k1 .., o1 .., i0]
-    return padded(z, tuple((-left, -right) for left, right in _sides(geometry)))
+    return padded(z, tuple((-left, -right) for left, right in geometry.exact_padding))
 
 
 def unfold_transposed(geometry: Geometry, x: Tensor) -> Tensor:
@@ -38,7 +38,10 @@ def unfold_transposed(geometry: Geometry, x: Tensor) -> Tensor:
 
 
 def fold_axis(z: Tensor, kernel: int, output: int, dilation: int, stride: int) -> Tensor:
-    """Add up windows along one axis: dimension ``kernel`` goes, ``output`` gets longer."""
+    """Sum overlapping windows along one axis.
+
+    Dimension ``kernel`` is removed, and ``output`` becomes the padded input positions.
+    """
     entries, outputs = z.shape[kernel], z.shape[output]
     span = (outputs - 1) * stride + 1
     shape = [*z.shape[:kernel], *z.shape[kernel + 1 :]]
@@ -53,25 +56,12 @@ def fold_axis(z: Tensor, kernel: int, output: int, dilation: int, stride: int) -
 
 
 def _scattered(x: Tensor, axis: Axis) -> Tensor:
-    """Replace the first spatial dimension ``o`` by ``[k, i]``, at the end."""
+    """Replace the first spatial dimension ``o`` by two last dimensions ``[k, i]``."""
     x = x.movedim(2, -1)
     span = (axis.output_size - 1) * axis.stride + 1
-    scattered = x.new_zeros(*x.shape[:-1], axis.kernel_size, _length(axis))
+    scattered = x.new_zeros(*x.shape[:-1], axis.kernel_size, axis.covered_size)
     for entry in range(axis.kernel_size):
         target = scattered[..., entry, :].narrow(-1, entry * axis.dilation, span)
         target[..., :: axis.stride] = x
-    left = axis.padding[0]
-    return padded(scattered, [(-left, axis.input_size + left - _length(axis))])
-
-
-def _length(axis: Axis) -> int:
-    """Padded positions up to the end of the last window."""
-    return (axis.output_size - 1) * axis.stride + axis.span
-
-
-def _sides(geometry: Geometry) -> tuple[tuple[int, int], ...]:
-    """Padding with which inputs end with the last window; may be negative."""
-    lefts = (axis.padding[0] for axis in geometry.axes)
-    return tuple(
-        (left, _length(axis) - axis.input_size - left) for left, axis in zip(lefts, geometry.axes)
-    )
+    left, right = axis.exact_padding
+    return padded(scattered, [(-left, -right)])

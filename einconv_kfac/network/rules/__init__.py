@@ -1,4 +1,4 @@
-"""Rewrite rules: each takes a network and returns a simpler one, or nothing if it does not fit.
+"""Rewrite rules: each returns a simpler network, or None if it does not apply.
 
 A rule never changes the value, the data type or the shape of the result.
 """

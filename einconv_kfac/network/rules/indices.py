@@ -1,17 +1,18 @@
-"""Rules for Kronecker deltas and for indices: fewer of both."""
+"""Rules that remove Kronecker deltas and indices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
 
-from einconv_kfac.network.network import Edit, Network, Node
+from einconv_kfac.network.network import Network
+from einconv_kfac.network.node import Edit, Node
 from einconv_kfac.network.operand import Delta, Leaf
 from einconv_kfac.network.step import Drop, Insert, Merge, Split
 
 
 def drop_duplicate_deltas(network: Network) -> Network | None:
-    """Drop a delta that stands there twice: ``delta[a, b] delta[b, a] = delta[a, b]``."""
+    """Drop a delta that appears twice: ``delta[a, b] delta[b, a] = delta[a, b]``."""
     seen = set()
     for node in _deltas(network):
         if (pair := frozenset(node.indices)) in seen:
@@ -21,7 +22,7 @@ def drop_duplicate_deltas(network: Network) -> Network | None:
 
 
 def sum_lonely_deltas(network: Network) -> Network | None:
-    """Replace a delta that touches nothing else: ``sum_ab delta[a, b]`` is its dimension."""
+    """Replace a delta that shares no index by a factor: ``sum_ab delta[a, b]`` is its size."""
     for node in _deltas(network):
         size = network.sizes[node.indices[0]]
         if all(i not in network.output and not network.carriers(i, node) for i in node.indices):
@@ -32,7 +33,7 @@ def sum_lonely_deltas(network: Network) -> Network | None:
 def contract_deltas(network: Network) -> Network | None:
     """Rename the summed index of a delta: ``sum_b delta[a, b] x[b] = x[a]``.
 
-    A delta between two outputs stays.
+    A delta between two indices of the output remains.
     """
     for node in _deltas(network):
         first, second = node.indices
@@ -48,7 +49,7 @@ def contract_deltas(network: Network) -> Network | None:
 
 
 def merge_parallel(network: Network) -> Network | None:
-    """Merge two indices that stand side by side, in the same order, everywhere."""
+    """Merge two indices that are adjacent and in the same order wherever they appear."""
     for node in network.nodes:
         if isinstance(node.operand, Leaf):
             for pair in pairwise(node.indices):
@@ -73,12 +74,12 @@ def drop_units(network: Network) -> Network | None:
 
 
 def _deltas(network: Network) -> Iterator[Node]:
-    """The nodes that are Kronecker deltas."""
+    """Return the nodes that are Kronecker deltas."""
     return (node for node in network.nodes if isinstance(node.operand, Delta))
 
 
 def _parallel(network: Network, pair: tuple[str, str]) -> bool:
-    """Whether the indices stand side by side wherever one of them stands."""
+    """Return whether the indices are adjacent wherever one of them appears, on leaves only."""
     for indices in [*(node.indices for node in network.nodes), network.output]:
         counts = [indices.count(index) for index in pair]
         if counts == [0, 0]:

@@ -1,17 +1,18 @@
-"""Rules for patterns whose indices are summed alone or shared by pairs."""
+"""Rules for patterns with an index of their own, and for pairs of patterns that share indices."""
 
 from __future__ import annotations
 
 from itertools import combinations
 
-from einconv_kfac.network.network import Network, Node
-from einconv_kfac.network.operand import ROLES, Delta, Pattern
+from einconv_kfac.network.network import Network
+from einconv_kfac.network.node import Node
+from einconv_kfac.network.operand import PATTERN_ROLES, Delta, Pattern
 
 
 def sum_patterns(network: Network) -> Network | None:
-    """Sum a pattern over an index that stands nowhere else: ``sum_o P[k, o, i]``, a matrix.
+    """Sum a pattern over an index that appears nowhere else: ``sum_o P[k, o, i]``, a matrix.
 
-    A pattern of which nothing is left is a number.
+    A pattern that is summed over all its indices is a factor of the scale.
     """
     for node in network.nodes:
         pattern = node.operand
@@ -29,7 +30,7 @@ def sum_patterns(network: Network) -> Network | None:
 
 
 def unite_patterns(network: Network) -> Network | None:
-    """Turn one of two patterns that share two indices into a delta.
+    """Replace one of two equal patterns that share two indices by a delta.
 
     Patterns that share ``o`` are non-zero only where ``i - i' = D (k - k')``, so with
     ``i = i'``: ``P[k, o, i] P[k', o, i] = P[k, o, i] delta[k, k']``. Likewise for the other
@@ -37,7 +38,7 @@ def unite_patterns(network: Network) -> Network | None:
     """
     for first, second in combinations(network.patterns, 2):
         same = [a == b for a, b in zip(first.indices, second.indices)]
-        if first.operand != second.operand or sum(same) < len(ROLES) - 1:
+        if first.operand != second.operand or sum(same) < len(PATTERN_ROLES) - 1:
             continue
         if all(same):
             return network.swap(second)

@@ -1,4 +1,4 @@
-"""Rules for index patterns: narrower, simpler, or no pattern at all."""
+"""Rules that narrow, simplify or remove an index pattern."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 from einconv_kfac.geometry import Axis
-from einconv_kfac.network.network import Edit, Network, Node, Steps
-from einconv_kfac.network.operand import ROLES, Delta, Pattern
+from einconv_kfac.network.network import Network
+from einconv_kfac.network.node import Edit, Node, Steps
+from einconv_kfac.network.operand import PATTERN_ROLES, Delta, Pattern
 from einconv_kfac.network.step import Drop, Insert, Merge, Narrow, Pad, Split, Step, Windows
 
 
 def crop(network: Network) -> Network | None:
-    """Drop the inputs behind the last window.
+    """Drop the inputs after the last window.
 
     ``P(I) x = P(E) x[:E]`` with ``E = (O - 1) S + D (K - 1) + 1 - p_left``; the adjoint pads
     with zeros.
     """
     for node in network.patterns:
         axis, (_, _, i) = _axis(node), node.indices
-        used = max(1, (axis.output_size - 1) * axis.stride + axis.span - axis.padding[0])
+        used = max(1, axis.covered_size - axis.padding[0])
         if used < axis.input_size and network.editable(i, node, pads=True):
             cropped = replace(axis, input_size=used, padding=(axis.padding[0], 0))
             if cropped.output_size == axis.output_size:
@@ -28,49 +29,35 @@ def crop(network: Network) -> Network | None:
 
 
 def trim_kernel(network: Network) -> Network | None:
-    """Drop the outermost kernel entries that meet nothing but padding.
+    """Drop the outermost kernel entries that meet only padding.
 
     By the shift ``P[k+1, o, i+D] = P[k, o, i]``: with ``k0`` such entries in front,
     ``P(K, p)[k + k0, o, i] = P(K - k0, p - k0 D)[k, o, i]``.
     """
     for node in network.patterns:
         axis = _axis(node)
-        alive = [k for k in range(axis.kernel_size) if axis.outputs(k)]
-        if alive and len(alive) < axis.kernel_size:
-            first, size = alive[0], alive[-1] - alive[0] + 1
-            trimmed = _shifted(axis, first * axis.dilation, size, axis.output_size)
-            if (
-                trimmed
-                and size < axis.kernel_size
-                and network.editable(node.indices[0], node, pads=True)
-            ):
-                return _narrow(network, node, "k", first, trimmed)
+        met = [k for k in range(axis.kernel_size) if axis.outputs(k)]
+        if trimmed := _trimmed(network, node, "k", met):
+            return trimmed
     return None
 
 
 def trim_output(network: Network) -> Network | None:
-    """Drop the outermost outputs that meet nothing but padding.
+    """Drop the outermost outputs that meet only padding.
 
     By the shift ``P[k, o+1, i+S] = P[k, o, i]``: with ``o0`` such outputs in front,
     ``P(O, p)[k, o + o0, i] = P(O - o0, p - o0 S)[k, o, i]``.
     """
     for node in network.patterns:
         axis = _axis(node)
-        alive = sorted({o for k in range(axis.kernel_size) for o in axis.outputs(k)})
-        if alive and len(alive) < axis.output_size:
-            first, size = alive[0], alive[-1] - alive[0] + 1
-            trimmed = _shifted(axis, first * axis.stride, axis.kernel_size, size)
-            if (
-                trimmed
-                and size < axis.output_size
-                and network.editable(node.indices[1], node, pads=True)
-            ):
-                return _narrow(network, node, "o", first, trimmed)
+        met = sorted({o for k in range(axis.kernel_size) for o in axis.outputs(k)})
+        if trimmed := _trimmed(network, node, "o", met):
+            return trimmed
     return None
 
 
 def swap(network: Network) -> Network | None:
-    """Let kernel and output trade places where that makes the windows disjoint.
+    """Exchange kernel and output where that makes the windows disjoint.
 
     ``P(I, K, S, p, D)[k, o, i] = P(I, O, D, p, S)[o, k, i]``.
     """
@@ -91,7 +78,7 @@ def swap(network: Network) -> Network | None:
 def down_sample(network: Network) -> Network | None:
     """Keep the first ``K`` of every ``S`` inputs where windows leave gaps.
 
-    For ``S > K``, ``p = 0``, ``D = 1`` and ``I = (O - 1) S + K``, with ``i`` not kept:
+    For ``S > K``, ``p = 0``, ``D = 1`` and ``I = (O - 1) S + K``, with ``i`` not in the output:
     ``P(I, K, S)`` of the inputs is ``P(O K, K, K)`` of those in windows; the adjoint pads.
     """
     for node in network.patterns:
@@ -107,7 +94,7 @@ def down_sample(network: Network) -> Network | None:
 
 
 def dense(network: Network) -> Network | None:
-    """Split the input of a convolution whose windows tile it.
+    """Split the input into windows where they tile it.
 
     For ``S = K``, ``p = 0``, ``D = 1`` and ``I = O K``: ``P[k, o, (o~ k~)]`` is
     ``delta[o, o~] delta[k, k~]``.
@@ -125,7 +112,7 @@ def dense(network: Network) -> Network | None:
 
 
 def whole(network: Network) -> Network | None:
-    """Turn the pattern of a kernel that covers its input into a delta.
+    """Replace the pattern of a kernel as large as its input by a delta.
 
     For ``O = 1``, ``K = I`` and ``p = 0``, at any stride: ``P[k, 0, i] = delta[k, i]``.
     """
@@ -146,18 +133,33 @@ def _axis(node: Node) -> Axis:
 
 
 def _disjoint(axis: Axis) -> bool:
-    """Whether the windows are unpadded, without holes, and do not overlap."""
+    """Return whether the windows are unpadded, without gaps inside, and do not overlap."""
     plain = axis.dilation == 1 or axis.kernel_size == 1
     return plain and not any(axis.padding) and axis.stride >= axis.kernel_size
 
 
 def _exact(axis: Axis) -> bool:
-    """Whether the last window ends with the padded input."""
-    return axis.padded_size == (axis.output_size - 1) * axis.stride + axis.span
+    """Return whether the last window ends with the padded input."""
+    return axis.padded_size == axis.covered_size
+
+
+def _trimmed(network: Network, node: Node, role: str, met: list[int]) -> Network | None:
+    """Keep the range of one of the pattern's indices that meets inputs, if it can be kept."""
+    axis, at = _axis(node), PATTERN_ROLES.index(role)
+    sizes = {"k": axis.kernel_size, "o": axis.output_size}
+    if not met or len(met) == sizes[role]:
+        return None
+    first, size = met[0], met[-1] - met[0] + 1
+    offset = first * (axis.dilation if role == "k" else axis.stride)
+    kept = sizes | {role: size}
+    narrow = _shifted(axis, offset, kept["k"], kept["o"])
+    if narrow and size < sizes[role] and network.editable(node.indices[at], node, pads=True):
+        return _narrow(network, node, role, first, narrow)
+    return None
 
 
 def _shifted(axis: Axis, offset: int, kernel_size: int, output_size: int) -> Axis | None:
-    """Return the axis that begins ``offset`` positions later, if one has these sizes."""
+    """Return the axis that begins ``offset`` positions later, or None if none has these sizes."""
     left = axis.padding[0] - offset
     span = (kernel_size - 1) * axis.dilation + 1
     right = max(0, (output_size - 1) * axis.stride + span - left - axis.input_size)
@@ -168,8 +170,8 @@ def _shifted(axis: Axis, offset: int, kernel_size: int, output_size: int) -> Axi
 
 
 def _narrow(network: Network, node: Node, role: str, start: int, axis: Axis) -> Network:
-    """Keep a range of one of the pattern's indices, in leaves and output too."""
-    at = ROLES.index(role)
+    """Keep a range of one of the pattern's indices, also on leaves and in the output."""
+    at = PATTERN_ROLES.index(role)
     before, length = node.operand.shape[at], Pattern(axis).shape[at]
     index = (node.indices[at],)
     pad = _call(Pad, start, before - start - length)
@@ -191,5 +193,5 @@ def _sampling(index: str, count: int, size: int, stride: int) -> Edit:
 
 
 def _call(step: Any, *arguments: Any) -> Steps:
-    """Return the function of a dimension that gives one step."""
+    """Return the function from a dimension to one step."""
     return lambda dim: (step(dim, *arguments),)

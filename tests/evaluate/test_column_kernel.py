@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from oracles import reference
 from torch import Tensor
 
-from einconv_kfac.evaluate import convolution
+from einconv_kfac.evaluate import contract_convolution
 from einconv_kfac.evaluate.kernels import columns
 
 
@@ -34,22 +34,24 @@ def test_drawn_geometries(case: ConvCase) -> None:
 
 
 @pytest.mark.parametrize("size", [3, 5])
-@pytest.mark.parametrize("chunk", [1, columns.CHUNK_BYTES])
+@pytest.mark.parametrize("chunk", [1, columns.WINDOWS_BYTES_PER_THREAD])
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_chunks(size: int, chunk: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(columns, "WINDOWS_BYTES_PER_THREAD", chunk)
     options = {"padding": 1, "stride": size - 2}
-    case = ConvCase("many", columns.CHANNELS, 2, (4, size), (3, size - 1), options, batch)
+    case = ConvCase(
+        "many", columns.WINDOWS_MIN_CHANNELS, 2, (4, size), (3, size - 1), options, batch
+    )
     assert columns.pays(case.geometry, case.input())
-    result = convolution(case.geometry, "w", case.input(), case.output_like())
+    result = contract_convolution(case.geometry, "w", case.input(), case.output_like())
     torch.testing.assert_close(result, pulled_back(case))
 
 
-def test_few_channels_wide_windows_and_groups_go_elsewhere() -> None:
-    many = ConvCase("many", columns.CHANNELS, 2, (4, 4), (3, 3))
+def test_few_channels_large_windows_and_groups_do_not_pay() -> None:
+    many = ConvCase("many", columns.WINDOWS_MIN_CHANNELS, 2, (4, 4), (3, 3))
     assert columns.pays(many.geometry, many.input())
     for other in [
-        replace(many, in_channels=columns.CHANNELS - 1),
+        replace(many, in_channels=columns.WINDOWS_MIN_CHANNELS - 1),
         replace(many, options={"groups": 2}),
         replace(many, options={"stride": 3}),
         replace(many, input_size=(90, 90)),

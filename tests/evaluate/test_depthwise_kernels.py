@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from einconv_kfac.evaluate import convolution, operator
-from einconv_kfac.evaluate.kernels import innermost
-from einconv_kfac.geometry import conv_geometry as described
+from einconv_kfac.evaluate import contract_convolution
+from einconv_kfac.evaluate.kernels import depthwise, innermost, selection
+from einconv_kfac.geometry import conv_geometry
 
 CASES: list[dict[str, Any]] = [
     {"input_size": (9,), "kernel_size": 3},
@@ -22,16 +22,17 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("layout", [operator.INNERMOST, operator.DEPTHWISE])
+@pytest.mark.parametrize("layout", [selection.INNERMOST, selection.DEPTHWISE])
 @pytest.mark.parametrize("chunk", [1, 2**20])
 @pytest.mark.parametrize("case", CASES)
 def test_layouts_agree_with_torch(
     case: dict[str, Any], chunk: int, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(innermost, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(innermost, "INNERMOST_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(depthwise, "GRID_BYTES_PER_THREAD", chunk)
     torch.manual_seed(0)
     channels = 40
-    geometry = described(**case, groups=channels)
+    geometry = conv_geometry(**case, groups=channels)
     x = torch.randn(3, channels, *geometry.input_size, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(channels, 1, *geometry.kernel_size, dtype=x.dtype, requires_grad=True)
     convolve: Any = (torch.conv1d, torch.conv2d, torch.conv3d)[geometry.ndim - 1]
@@ -44,17 +45,19 @@ def test_layouts_agree_with_torch(
     for role, value in {"v": expected, "x": d_x, "w": d_weight}.items():
         first, second = (t.detach() for t in pairs[role])
         torch.testing.assert_close(layout[role](geometry, first, second), value.detach())
-        torch.testing.assert_close(convolution(geometry, role, first, second), value.detach())
+        torch.testing.assert_close(
+            contract_convolution(geometry, role, first, second), value.detach()
+        )
 
 
 def test_layout_is_chosen_from_sizes() -> None:
     def chosen(size: int, channels: int, outputs: int) -> Any:
-        geometry = described((size, size), 3, groups=channels)
+        geometry = conv_geometry((size, size), 3, groups=channels)
         weight = torch.empty(outputs, 1, 3, 3)
         x = torch.empty(1, channels, size, size)
-        return operator.operation(geometry, "v", x, weight)
+        return selection.contraction(geometry, "v", x, weight)
 
     assert chosen(9, 64, 64) is innermost.forward
-    assert chosen(64, 64, 64) is operator.DEPTHWISE["v"]
-    assert chosen(9, 8, 8) is operator.DEPTHWISE["v"]
-    assert chosen(9, 64, 128) is operator.DEPTHWISE["v"]
+    assert chosen(64, 64, 64) is depthwise.forward
+    assert chosen(9, 8, 8) is depthwise.forward
+    assert chosen(9, 64, 128) is depthwise.forward

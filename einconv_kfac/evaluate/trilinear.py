@@ -1,9 +1,9 @@
-"""A convolution and its derivatives, which are each other's derivatives.
+"""A convolution and its derivatives, as one differentiable function.
 
-Input ``x``, kernel ``w`` and a vector ``v`` like the output meet in the trilinear form
-``t = sum x P w v``. Leaving out one of the three is an operation: without ``v`` the forward
-pass, without ``x`` the input VJP (the transposed convolution), without ``w`` the weight VJP.
-Any derivative of one of them is again one of them.
+Input ``x``, kernel ``w`` and a vector ``v`` like the output have the trilinear form
+``t = sum x P w v``. Its derivative with respect to one of the three is an operation: the forward
+pass for ``v``, the input VJP (the transposed convolution) for ``x``, the weight VJP for ``w``.
+The derivatives of these operations are again these operations.
 """
 
 from __future__ import annotations
@@ -14,35 +14,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate import operator
-from einconv_kfac.evaluate.operator import contract, others
+from einconv_kfac.evaluate.kernels.selection import contract, others
+from einconv_kfac.evaluate.operator import flattened, traced_convolution
 from einconv_kfac.geometry import Geometry
 
 
-def convolution(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
+def contract_convolution(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
     """Return one of the three tensors of a convolution, contracted from the two others.
+
+    It is differentiable to any order and in both modes, and composes with ``torch.func``.
 
     Args:
         geometry: The convolution.
-        role: Which tensor is wanted: ``"v"`` (forward pass), ``"x"`` (input VJP) or ``"w"``
+        role: The tensor to return: ``"v"`` (forward pass), ``"x"`` (input VJP) or ``"w"``
             (weight VJP).
         first: The first of the others, in the order ``x`` ``[n, (g ci), *i]``, ``w``
             ``[(g co), ci, *k]``, ``v`` ``[n, (g co), *o]``.
         second: The second of the others.
 
+    Returns:
+        Tensor of the shape of ``role`` in this list.
+
     >>> from einconv_kfac.geometry import conv_geometry
     >>> geometry = conv_geometry((8, 8), kernel_size=3, stride=2)
-    >>> convolution(geometry, "v", torch.rand(2, 4, 8, 8), torch.rand(5, 4, 3, 3)).shape
+    >>> contract_convolution(geometry, "v", torch.rand(2, 4, 8, 8), torch.rand(5, 4, 3, 3)).shape
     torch.Size([2, 5, 3, 3])
     """
     if torch.compiler.is_compiling():
-        traced: Tensor = operator.convolution(role, operator.flattened(geometry), first, second)
+        traced: Tensor = traced_convolution(role, flattened(geometry), first, second)
         return traced
     if not _differentiated(first, second):
         return contract(geometry, role, first, second)
     apply: Any = _Convolution.apply
     if not torch._C._are_functorch_transforms_active():
-        # what `apply` itself ends in, without first binding the arguments to a signature (0.1 ms)
+        # `Function.apply` ends in this call; before it, it binds a signature, which takes 0.1 ms
         base: Any = super(torch.autograd.Function, _Convolution)
         apply = base.apply
     result: Tensor = apply(geometry, role, first, second)
@@ -50,16 +55,16 @@ def convolution(geometry: Geometry, role: str, first: Tensor, second: Tensor) ->
 
 
 def _differentiated(first: Tensor, second: Tensor) -> bool:
-    """Whether a transform or a graph has to know of what is done to the tensors."""
+    """Return whether autograd, forward mode or a transform records the operation."""
     recorded = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     return recorded or forward_mode or torch._C._are_functorch_transforms_active()
 
 
-def _derivative(geometry: Geometry, wanted: str, tensors: dict[str, Tensor]) -> Tensor:
-    """Contract the two tensors that are not wanted, given by role."""
+def _contracted(geometry: Geometry, wanted: str, tensors: dict[str, Tensor]) -> Tensor:
+    """Return one of the three tensors; ``tensors`` has the others, by role."""
     first, second = others(wanted)
-    return convolution(geometry, wanted, tensors[first], tensors[second])
+    return contract_convolution(geometry, wanted, tensors[first], tensors[second])
 
 
 class _Convolution(torch.autograd.Function):
@@ -72,7 +77,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the operands for both modes."""
+        """Save the operands for both modes."""
         ctx.geometry, ctx.role, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -84,17 +89,17 @@ class _Convolution(torch.autograd.Function):
         roles = others(ctx.role)
         for needed, wanted in zip(ctx.needs_input_grad[2:], roles):
             tensors = dict(zip(roles, ctx.saved_tensors)) | {ctx.role: gradient}
-            gradients.append(_derivative(ctx.geometry, wanted, tensors) if needed else None)
+            gradients.append(_contracted(ctx.geometry, wanted, tensors) if needed else None)
         return (None, None, *gradients)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        """Contract each tangent with the other operand, and add."""
+        """Contract each tangent with the other operand, and sum."""
         first, second = ctx.saved_tensors
         d_first, d_second = tangents[2:]
         pairs = [(d_first, second), (first, d_second)]
         terms = [
-            convolution(ctx.geometry, ctx.role, a, b)
+            contract_convolution(ctx.geometry, ctx.role, a, b)
             for a, b in pairs
             if a is not None and b is not None
         ]
@@ -109,7 +114,7 @@ class _Convolution(torch.autograd.Function):
         first: Tensor,
         second: Tensor,
     ) -> tuple[Tensor, int]:
-        """Treat the mapped dimension as part of the batch, or as groups."""
+        """Merge the mapped dimension into the batch or into the groups."""
         dims = dict(zip(others(role), in_dims[2:]))
         tensors = dict(zip(others(role), (first, second)))
         batch = ("x", "v")
@@ -118,7 +123,7 @@ class _Convolution(torch.autograd.Function):
             merged = tensors[free].movedim(dims[free], 0)
             size, n = merged.shape[:2]
             tensors[free] = merged.flatten(0, 1)
-            result = _derivative(geometry, role, tensors)
+            result = _contracted(geometry, role, tensors)
             return torch.unflatten(result, 0, (size, n)), 0
         return _mapped_as_groups(info.batch_size, geometry, role, tensors, dims), 0
 
@@ -126,13 +131,13 @@ class _Convolution(torch.autograd.Function):
 def _mapped_as_groups(
     size: int, geometry: Geometry, role: str, tensors: dict[str, Tensor], dims: dict[str, Any]
 ) -> Tensor:
-    """Contract with the mapped dimension in front of the groups."""
+    """Contract with the mapped dimension merged into the groups, as their outer part."""
     grouped = {}
     for name, tensor in tensors.items():
         dim = dims[name]
         mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
         at = 0 if name == "w" else 1  # w: [b, (g co), ..], the others: [n, b, (g c), ..]
         grouped[name] = mapped.movedim(0, at).flatten(at, at + 1)
-    result = _derivative(replace(geometry, groups=size * geometry.groups), role, grouped)
+    result = _contracted(replace(geometry, groups=size * geometry.groups), role, grouped)
     at = 0 if role == "w" else 1
     return torch.unflatten(result, at, (size, -1)).movedim(at, 0)

@@ -1,0 +1,73 @@
+"""The kernel for a convolution, selected from its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+from einconv_kfac.evaluate.kernels import dense, depthwise, innermost, stacked
+from einconv_kfac.geometry import Geometry
+
+TENSOR_ROLES = ("x", "w", "v")
+"""The tensors of a convolution: input, kernel, and a vector like the output."""
+
+INNERMOST_MIN_CHANNELS = 32
+"""Number of channels from which on moving them innermost is faster."""
+
+Contraction: TypeAlias = Callable[[Geometry, Tensor, Tensor], Tensor]
+
+
+class Kernel(Protocol):
+    """Three contractions of a convolution; each file of this folder implements all or some.
+
+    The two operands come in the order of `TENSOR_ROLES`, are contiguous, and have the shapes
+    ``x`` ``[n, (g ci), *i]``, ``w`` ``[(g co), ci, *k]`` and ``v`` ``[n, (g co), *o]``.
+    """
+
+    def forward(self, geometry: Geometry, x: Tensor, weight: Tensor, /) -> Tensor:
+        """Return ``x P W``, of shape ``[n, (g co), *o]``."""
+
+    def input_vjp(self, geometry: Geometry, weight: Tensor, v: Tensor, /) -> Tensor:
+        """Return ``W P v``, of shape ``[n, (g ci), *i]``."""
+
+    def weight_vjp(self, geometry: Geometry, x: Tensor, v: Tensor, /) -> Tensor:
+        """Return ``x P v``, of shape ``[(g co), ci, *k]``."""
+
+
+def by_role(kernel: Kernel) -> dict[str, Contraction]:
+    """Return a kernel's contractions by the role of their result."""
+    return {"v": kernel.forward, "x": kernel.input_vjp, "w": kernel.weight_vjp}
+
+
+DENSE, DEPTHWISE, INNERMOST, STACKED = map(by_role, (dense, depthwise, innermost, stacked))
+
+
+def others(role: str) -> tuple[str, str]:
+    """Return the two other roles, in order."""
+    first, second = (other for other in TENSOR_ROLES if other != role)
+    return first, second
+
+
+def contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
+    """Contract two tensors of a convolution to the third, without derivatives."""
+    return contraction(geometry, role, first, second)(
+        geometry, first.contiguous(), second.contiguous()
+    )
+
+
+def contraction(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Contraction:
+    """Return the fastest contraction for the sizes."""
+    groups = geometry.groups
+    if geometry.ndim > stacked.TORCH_AXES:
+        return STACKED[role]
+    if groups == 1 or first.element_size() < 4:
+        return DENSE[role]
+    weight = {"v": second, "x": first}.get(role)
+    single = first.shape[1] == groups if weight is None else weight.shape[1] == 1
+    outputs = second.shape[1] if weight is None else weight.shape[0]
+    if not single or (outputs != groups and role != "v"):
+        return DENSE[role]
+    small = outputs == groups and groups >= INNERMOST_MIN_CHANNELS and innermost.pays(geometry)
+    return (INNERMOST if small else DEPTHWISE)[role]

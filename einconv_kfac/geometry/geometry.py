@@ -1,0 +1,79 @@
+"""A convolution's hyper-parameters and sizes as one immutable value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from einconv_kfac.geometry.axis import Axis
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution: its axes, outermost first, and its number of channel groups.
+
+    Raises:
+        ValueError: If ``groups`` is not positive.
+    """
+
+    axes: tuple[Axis, ...]
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise ValueError(f"`groups` must be at least 1, got {self.groups}.")
+
+    @property
+    def ndim(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.axes)
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """Number of input positions per dimension."""
+        return tuple(axis.input_size for axis in self.axes)
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Number of kernel entries per dimension."""
+        return tuple(axis.kernel_size for axis in self.axes)
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        """Number of output positions per dimension."""
+        return tuple(axis.output_size for axis in self.axes)
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Stride per dimension."""
+        return tuple(axis.stride for axis in self.axes)
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """Dilation per dimension."""
+        return tuple(axis.dilation for axis in self.axes)
+
+    @property
+    def padding(self) -> tuple[tuple[int, int], ...]:
+        """Number of zeros left and right, per dimension."""
+        return tuple(axis.padding for axis in self.axes)
+
+    @property
+    def exact_padding(self) -> tuple[tuple[int, int], ...]:
+        """`Axis.exact_padding` per dimension."""
+        return tuple(axis.exact_padding for axis in self.axes)
+
+    @property
+    def positions(self) -> int:
+        """Number of output positions over all dimensions."""
+        return prod(self.output_size)
+
+    def split_channels(self, channels: int, name: str = "channels") -> int:
+        """Return the channels per group.
+
+        Raises:
+            ValueError: If the groups do not divide the channels.
+        """
+        if channels % self.groups:
+            raise ValueError(f"`{name}` must be divisible by groups={self.groups}, got {channels}.")
+        return channels // self.groups
