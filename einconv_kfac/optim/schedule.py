@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 Schedule: TypeAlias = float | Callable[[int], float]
@@ -27,3 +27,13 @@ def is_due(step: int, last: int | None, period: int, share: int = EARLY_SHARE) -
 def interval(step: int, period: int, share: int = EARLY_SHARE) -> int:
     """Return the number of steps between two times, see `is_due`."""
     return min(period, max(1, step // share))
+
+
+def due_names(step: int, work: Mapping[str, tuple[int | None, int]]) -> list[str]:
+    """Return the names whose work is due, from the last step and the period of each."""
+    return [name for name, (last, period) in work.items() if is_due(step, last, period)]
+
+
+def intervals(step: int, periods: Mapping[str, int]) -> dict[str, int]:
+    """Return the number of steps between two times by name, see `interval`."""
+    return {name: interval(step, period) for name, period in periods.items()}

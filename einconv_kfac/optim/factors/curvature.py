@@ -18,7 +18,7 @@ from einconv_kfac.optim.factors.running import RunningFactors, check_layers
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.inverses.registry import kind_of
 from einconv_kfac.optim.parameters import Exclusion, excluded_modules
-from einconv_kfac.optim.schedule import interval, is_due
+from einconv_kfac.optim.schedule import due_names, intervals
 from einconv_kfac.optim.vectors import Direction
 
 NOT_FINITE = "A gradient, loss or Kronecker factor was not finite; the step was skipped."
@@ -129,12 +129,11 @@ class RunningCurvature:
     def begin_(self) -> None:
         """Drop what was collected, and decide for which layers to collect in the next step."""
         self.settings = GroupSettings(self._schedules.at(self.steps), self.settings.by_parameter)
-        due = [
-            name
+        work = {
+            name: (running.factor_step, self._of(running).factor_update_period)
             for name, running in self.layers.items()
-            if is_due(self.steps, running.factor_step, self._of(running).factor_update_period)
-        ]
-        self.collector.begin_(due, self._refresh.bases())
+        }
+        self.collector.begin_(due_names(self.steps, work), self._refresh.bases())
 
     def discard_(self) -> None:
         """Forget what was collected since the last step, as if it had not been seen."""
@@ -175,11 +174,9 @@ class RunningCurvature:
         Raises:
             RuntimeError: If a damped factor is singular. No inverse is changed then.
         """
-        intervals = {
-            name: interval(self.steps, self._of(running).inverse_update_period)
-            for name, running in self.layers.items()
-        }
-        self._refresh.refresh_(self._dampings(damping, decay), intervals, self.steps)
+        periods = {n: self._of(own).inverse_update_period for n, own in self.layers.items()}
+        times = intervals(self.steps, periods)
+        self._refresh.refresh_(self._dampings(damping, decay), times, self.steps)
 
     def trial_inverses(self, decay: Mapping[str, float]) -> Callable[[float], Inverses]:
         """Return a function that inverts with a damping; it raises like `refresh_`.

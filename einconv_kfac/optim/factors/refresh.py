@@ -59,11 +59,15 @@ class Refresh:
             self.use_({name: self._following(name, found)}, ready[name].begun)
         self.use_(now, step)
         self._begin_(later, dampings, intervals, step)
+        if self._kind.damping_needs_decomposition:
+            return
         for name, own in self._running.items():
             own.inverse = own.inverse and own.inverse.with_damping(dampings[name])
 
     def bases(self) -> dict[str, EigenBlock]:
-        """Return the eigenbases in which inverses want squared gradients, by layer."""
+        """Return the eigenbases in which squared gradients are averaged, by layer."""
+        if not self._kind.needs_per_example_gradients:
+            return {}
         inverses = {n: own.inverse for n, own in self._running.items() if own.inverse is not None}
         bases = {name: inverse.eigenbasis for name, inverse in inverses.items()}
         return {name: basis for name, basis in bases.items() if basis is not None}
@@ -101,7 +105,7 @@ class Refresh:
                 )
 
     def _is_due(self, name: str, ready: Pending | None, interval: int, step: int) -> bool:
-        """Tell whether a layer's factors are to be inverted."""
+        """Return whether a layer's factors are to be inverted."""
         last = self._running[name].inverse_step if ready is None else ready.begun
         return last is None or step - last >= interval
 
@@ -109,15 +113,15 @@ class Refresh:
         """Return the inverses of layers that have factors."""
         wanted = [self._running[name].task(damping) for name, damping in dampings.items()]
         tasks = [task for task in wanted if task is not None]
-        found = self._kind.timed(tasks)
+        found = self._kind.timed(tasks) if tasks else []
         return {task.name: self._following(task.name, one) for task, one in zip(tasks, found)}
 
     def _following(self, name: str, found: Inverted) -> Inverted:
-        """Return an inverse with what the layer's present one has learned."""
+        """Return an inverse with the statistics of the layer's present one."""
         return replace(found, inverse=found.inverse.with_statistics_of(self._running[name].inverse))
 
     def _arrived_(self, ready: Mapping[str, Pending]) -> Inverses:
-        """Return what threads found; none of it if one failed, and failures are forgotten then."""
+        """Return the inverses of threads, or drop those that failed and raise their error."""
         errors = {name: pending.found.exception() for name, pending in ready.items()}
         failed = {name: error for name, error in errors.items() if error is not None}
         for name in failed:

@@ -78,7 +78,7 @@ class LayerGains:
             trust: The fraction of ``u`` that ``update`` is.
 
         Returns:
-            The fraction of ``u`` that is left for later steps, by layer.
+            The fraction of ``u`` that is left for later steps, by parameter.
         """
         parameters, gradient = point
         layers = by_layer(update)
@@ -96,10 +96,11 @@ class LayerGains:
         for layer, row in zip(moving, products_by_layer(moving.values(), pairs)):
             _adapt_(self._layers[layer], row, weight, trust)
         remainders = {}
-        for layer in layers:
+        for layer, names in layers.items():
             state = self._layers.setdefault(layer, _Layer())
-            remainders[layer] = max(state.gain - trust, SMALLEST_REMAINDER)
-            state.steps = (1 - weight) * (state.steps + remainders[layer])
+            remainder = max(state.gain - trust, SMALLEST_REMAINDER)
+            state.steps = (1 - weight) * (state.steps + remainder)
+            remainders |= dict.fromkeys(names, remainder)
         return remainders
 
     def state_dict(self) -> dict[str, dict[str, float]]:

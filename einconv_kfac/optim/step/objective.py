@@ -134,9 +134,16 @@ def without_scaler(batches: Sequence[Batch], scale: Tensor | None, reduction: st
     return [replace(batch, weight=batch.weight / scale.to(batch.weight)) for batch in batches]
 
 
-def on_device_(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """Move a parameter's state to its device and dtype, which may have changed."""
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            state[name] = value.to(parameter)
-    return state
+def memory_of(parameters: Direction, state: Mapping[Any, dict[str, Any]]) -> Memory:
+    """Return the optimizer's state by parameter name, moved to its parameter's device and dtype.
+
+    Args:
+        parameters: Parameters by name.
+        state: The state by parameter.
+    """
+    memory = {name: state[parameter] for name, parameter in parameters.items()}
+    for name, own in memory.items():
+        for key, value in own.items():
+            if isinstance(value, Tensor):
+                own[key] = value.to(parameters[name])
+    return memory

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,7 +13,7 @@ from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.replay.batch import Batch, with_subsets
 from einconv_kfac.optim.step.fallback import Fallback
-from einconv_kfac.optim.step.objective import Point, on_device_, without_scaler
+from einconv_kfac.optim.step.objective import Point, memory_of, without_scaler
 from einconv_kfac.optim.step.step_protocol import Step, Taken
 from einconv_kfac.optim.vectors import Direction, norms
 
@@ -83,9 +82,7 @@ class StepRunner:
         curvature = self.curvature
         curvature.set_groups_(settings, point.by_parameter)
         plain = curvature.without_factors(point.gradient)
-        memory: dict[str, dict[str, Any]] = {
-            n: on_device_(optimizer.state[p], p) for n, p in point.parameters.items()
-        }
+        memory = memory_of(point.parameters, optimizer.state)
         others, moments = self.fallback.directions(plain, memory)
         objective = point.objective(settings, batches, others, memory)
         self.step.check(objective)

@@ -7,7 +7,7 @@ from typing import Any
 
 from einconv_kfac.optim.step.layer_gains import LayerGains
 from einconv_kfac.optim.step.objective import Memory, Objective
-from einconv_kfac.optim.vectors import Direction, layer_of
+from einconv_kfac.optim.vectors import Direction
 
 BUFFER = "slow_momentum"
 
@@ -68,8 +68,7 @@ class SlowMomentum:
         remainders = self.gains.adapt_(point, momentum, trained, weight, trust)
         self.steps += 1
         for name, tensor in trained.items():
-            remainder = remainders[layer_of(name)]
-            later = tensor * ((1 - weight) * remainder / (trust * rates[name]))
+            later = tensor * ((1 - weight) * remainders[name] / (trust * rates[name]))
             if (buffer := memory[name].get(BUFFER)) is None:
                 memory[name][BUFFER] = later
                 continue

@@ -70,7 +70,7 @@ def test_gains_have_limits(ascent: float, limit: float) -> None:
     for trust in (0.2, 16.0):
         remainders = gains.adapt_((point, point), {}, point, WEIGHT, trust)
         expected = max(mean_gain(gains.by_layer) - trust, SMALLEST_REMAINDER)
-        assert remainders == {"a": pytest.approx(expected)}
+        assert remainders == {"a.weight": pytest.approx(expected)}
 
 
 def test_layers_have_gains_of_their_own() -> None:
