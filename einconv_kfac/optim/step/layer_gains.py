@@ -95,7 +95,7 @@ class LayerGains:
         ]
         for layer, row in zip(moving, products_by_layer(moving.values(), pairs)):
             _adapt_(self._layers[layer], row, weight, trust)
-        remainders = {}
+        remainders: dict[str, float] = {}
         for layer, names in layers.items():
             state = self._layers.setdefault(layer, _Layer())
             remainder = max(state.gain - trust, SMALLEST_REMAINDER)
