@@ -26,7 +26,7 @@ LAYOUTS: list[Callable[[Tensor], Tensor]] = [
 @pytest.fixture(params=[True, False], ids=["one_dnn", "ordinary"])
 def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether large products are made by oneDNN, whatever the processor."""
-    for module in ("products", "factors.pointwise", "factors.problem"):
+    for module in ("devices.products", "factors.algorithms.pointwise", "factors.problem"):
         name = f"einconv_kfac.curvature.{module}.mkl_is_narrow"
         monkeypatch.setattr(name, lambda: request.param)
     return bool(request.param)

@@ -126,9 +126,9 @@ def explain(
     Raises:
         ValueError: If the hyper-parameters do not fit.
 
-    >>> print(explain((32, 64, 56, 56), 3, padding=1))  # doctest: +ELLIPSIS
+    >>> print(explain((32, 64, 56, 56), 1))  # doctest: +ELLIPSIS
     algorithm           GMAC    copied    written    calls  estimate
-    correlations...
+    pointwise...
     """
     geometry = conv_geometry(input_shape[2:], kernel_size, stride, padding, dilation, groups)
     channels = geometry.split_channels(input_shape[1])
