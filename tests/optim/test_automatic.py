@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from einconv_kfac.optim.step.damping_search import SCALE_RANGE, Trials
 from optim_cases import Batch, conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
@@ -14,7 +15,6 @@ from einconv_kfac import KFAC
 from einconv_kfac.optim.step import automatic
 from einconv_kfac.optim.step.automatic import ADAPTATION, ROUNDING, SHORTENING_DAMPS
 from einconv_kfac.optim.step.backtracking import SHORTENING
-from einconv_kfac.optim.step.damping_search import SCALE_RANGE, Trials
 from einconv_kfac.optim.step.objective import Objective
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}

@@ -16,6 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.device_registry import profile_of
 from einconv_kfac.curvature.factors.algorithms.lags import Key, half_of_lags
 from einconv_kfac.curvature.factors.symmetric.gather import KEPT, pair_ranks, write_mirrored
 from einconv_kfac.curvature.factors.symmetric.scatter import scaled_if_incomplete, write
@@ -78,7 +79,7 @@ def write_regions(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
         axes: The leading dimensions.
         update: The update, in which all that is added is already multiplied with ``alpha``.
     """
-    plain = type(sums) is Tensor and sums.device.type == "cpu" and len(sums)
+    plain = type(sums) is Tensor and profile_of(sums.device.type).is_host and len(sums)
     is_small = sums.shape[2] <= FEW and update.out[0].numel() <= KEPT
     if plain and is_small and not torch.compiler.is_compiling():
         _write_all(sums, axes, update)
