@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import settings
+from processors import PROCESSORS, simulate
 
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
@@ -12,6 +13,21 @@ settings.load_profile("suite")
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "run every n-th test only, for a quick look at all of the package"
     parser.addoption("--every", type=int, default=1, metavar="N", help=text)
+    text = "run all tests as on a processor of this kind, one of `processors.PROCESSORS`"
+    parser.addoption("--processor", default=None, metavar="KIND", help=text)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    kind = session.config.getoption("--processor")
+    if kind is None:
+        return
+    if kind not in PROCESSORS:
+        raise pytest.UsageError(f"--processor must be one of {tuple(PROCESSORS)}, got {kind!r}.")
+    simulate(kind)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"processor: {config.getoption('--processor') or 'detected'}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,32 +1,28 @@
 """Products of matrices, by the library that is fastest for them.
 
 torch multiplies float32 matrices on x86 with Intel's MKL, which uses the full width of the
-vector units on Intel's processors only. oneDNN, the library of torch's convolutions, does on
-all: on others large products take half the time. It reads its operands where they are, unless
-one has gaps between its rows.
+vector units on Intel's processors only. oneDNN, the library of torch's convolutions, uses it on
+all processors: on others than Intel's, large products take half the time. oneDNN reads its
+operands without a copy, unless one has gaps between its rows.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-LARGE = 1 << 20
-"""Multiplications from which on a product is worth the longer way to oneDNN."""
+from einconv_kfac.curvature.devices.device_registry import profile_of
 
-WIDE = 64
-"""Rows and columns from which a product is worth reordering a transposed operand."""
+ONEDNN_LEAST_MACS = 1 << 20
+"""Multiply-accumulates of a product from which the call of oneDNN costs less than it saves."""
 
-ZEN_4 = 25
-"""The number of AMD's last family of processors whose vectors are wider than what computes."""
+WIDE_ROWS = 64
+"""Rows and columns of a product from which oneDNN may reorder a transposed operand."""
 
-SHORT = 64
-"""Length of the sums up to which a product costs no more than writing its result."""
+SHORT_SUM_TERMS = 64
+"""Terms of a product's sums up to which it costs no more than writing its result."""
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -51,7 +47,7 @@ def add_matmul_(
     if len(target) > 1:
         target.baddbmm_(left, right, beta=beta, alpha=alpha)
         return
-    worthwhile = (rows or left.shape[-1] > SHORT) and _is_dense(left) and _is_dense(right)
+    worthwhile = (rows or left.shape[-1] > SHORT_SUM_TERMS) and _is_dense(left) and _is_dense(right)
     multiply = _one_dnn_for(left, right, rows) if worthwhile else None
     if multiply is None:
         target[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
@@ -69,16 +65,16 @@ def _one_dnn_for(
 
 
 def is_for_one_dnn(left: Tensor, right: Tensor, rows: int = 0) -> bool:
-    """Return whether oneDNN makes a product, or a part of one with ``rows``, faster.
+    """Return whether oneDNN computes a product, or a part of one with ``rows``, faster.
 
-    It has no derivatives.
+    Products by oneDNN have no derivatives.
     """
     rows, columns = rows or left.shape[1], right.shape[2]
-    large = rows * columns * left.shape[2] >= LARGE
-    large = large and (left.is_contiguous() or min(rows, columns) >= WIDE)
-    single = left.dtype == right.dtype == torch.float32 and left.device.type == "cpu"
+    large = rows * columns * left.shape[2] >= ONEDNN_LEAST_MACS
+    large = large and (left.is_contiguous() or min(rows, columns) >= WIDE_ROWS)
+    single = left.dtype == right.dtype == torch.float32
     enabled = bool(torch.backends.mkldnn.enabled) and not torch.is_grad_enabled()
-    return large and single and enabled and mkl_is_narrow()
+    return large and single and enabled and profile_of(left.device.type).multiplies_by_onednn
 
 
 def _by_one_dnn(x: Tensor, w: Tensor) -> Tensor:
@@ -90,32 +86,3 @@ def _by_one_dnn(x: Tensor, w: Tensor) -> Tensor:
 def _is_dense(matrices: Tensor) -> bool:
     """Return whether matrices have no gaps in memory, with which oneDNN is very slow."""
     return matrices.is_contiguous() or matrices.mT.is_contiguous()
-
-
-@lru_cache(maxsize=1)
-def is_double_pumped() -> bool:
-    """Return whether this is one of AMD's processors before Zen 5.
-
-    They compute with each half of a wide vector in turn, so that width is worth little.
-    """
-    processor = _processor()
-    family = re.search(r"cpu family\s*:\s*(\d+)", processor)
-    return "AuthenticAMD" in processor and family is not None and int(family[1]) <= ZEN_4
-
-
-@lru_cache(maxsize=1)
-def mkl_is_narrow() -> bool:
-    """Return whether this is a processor on which oneDNN uses wider vectors than MKL."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):  # type: ignore[no-untyped-call]
-        return False
-    processor = _processor()
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    other = bool(processor) and "GenuineIntel" not in processor
-    return wide and known and other
-
-
-def _processor() -> str:
-    """Return what the operating system tells of the processor, nothing if it has no such file."""
-    information = Path("/proc/cpuinfo")
-    return information.read_text() if information.is_file() else ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.device_registry import profile_of
+
 FAR = 1 << 10
 """Elements between neighbouring channels from which a few channels are copied at a time.
 
@@ -17,7 +19,7 @@ STRIP_CHANNELS = 8
 
 def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``x``, of shape ``[*s, c]``, contiguous and in the dtype."""
-    if x.is_contiguous() or x.stride(-1) < FAR or x.device.type != "cpu":
+    if x.is_contiguous() or x.stride(-1) < FAR or not profile_of(x.device.type).is_cached:
         return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
     copy = x.new_empty(x.shape, dtype=dtype)
     for start in range(0, x.shape[-1], STRIP_CHANNELS):

@@ -2,90 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from math import prod
 
 import torch
-from torch import Tensor
 
-from einconv_kfac.curvature.factors.algorithms.bands import banded, banded_cost
-from einconv_kfac.curvature.factors.algorithms.correlations import correlated, correlated_cost
-from einconv_kfac.curvature.factors.algorithms.grams import LARGEST, gram, gram_cost
-from einconv_kfac.curvature.factors.algorithms.im2col import im2col, im2col_cost
-from einconv_kfac.curvature.factors.algorithms.lags import lag_reuse, lag_reuse_cost
-from einconv_kfac.curvature.factors.algorithms.pointwise import pointwise, pointwise_cost
-from einconv_kfac.curvature.factors.algorithms.rows import by_rows, rows_cost
-from einconv_kfac.curvature.factors.problem import Cost, Problem
-from einconv_kfac.curvature.factors.symmetric.update import Update
+from einconv_kfac.curvature.factors import algorithms
+from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
+from einconv_kfac.curvature.factors.problem import Problem
+from einconv_kfac.curvature.type_registry import defined_classes
 from einconv_kfac.geometry import Padding, Sizes, conv_geometry
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """A way to add ``sum_{n,o} a a^T`` to an update, and what it does."""
-
-    add: Callable[[Tensor, Problem, Update], None]
-    cost: Callable[[Problem], Cost]
+def built_in_algorithms() -> dict[str, Algorithm]:
+    """Return the algorithms that the files of ``algorithms/`` define, by name."""
+    classes: list[type[Algorithm]] = defined_classes(algorithms, Algorithm)
+    return {cls.name: cls() for cls in sorted(classes, key=lambda cls: cls.rank)}
 
 
-ALGORITHMS = {
-    "lags": Algorithm(lag_reuse, lag_reuse_cost),
-    "correlations": Algorithm(correlated, correlated_cost),
-    "bands": Algorithm(banded, banded_cost),
-    "rows": Algorithm(by_rows, rows_cost),
-    "grams": Algorithm(gram, gram_cost),
-    "im2col": Algorithm(im2col, im2col_cost),
-    "pointwise": Algorithm(pointwise, pointwise_cost),
-}
-
-PRICES = {
-    "cpu": Cost(9.2e-12, 0.0, 0.56e-9, 1.5e-9, 1.8e-6),
-    "cuda": Cost(4e-14, 64.0, 4e-12, 4e-12, 1e-5),
-}
-"""Seconds per unit; ``width`` is that of products which reach half of the full speed.
-
-Those of a CPU are a fit to the layers of benchmarks/factors.py on one core, with products by
-oneDNN; what matters is their ratio. Those of a GPU follow from data sheets.
-"""
+ALGORITHMS = built_in_algorithms()
 
 
 def applicable(problem: Problem) -> tuple[str, ...]:
-    """Return the names of the algorithms that can compute the problem's factor.
-
-    Correlations are left to CPUs: on a GPU the routine may round to TF32, and add in any order.
-    So are products of rows, which few calls are made for.
-    Gram matrices are left to tiny images: their memory grows with the square of the positions.
-    """
-    single = all(axis.kernel_size == 1 for axis in problem.geometry.axes)
-    unknown = {"pointwise"} if not single else set()
-    if problem.device != "cpu" or problem.geometry.ndim > 3:
-        unknown.add("correlations")
-    if problem.device != "cpu" or problem.geometry.ndim > 2 or problem.geometry.groups > 1:
-        unknown.add("rows")
-    if problem.channels * prod(problem.geometry.input_size) > LARGEST:
-        unknown.add("grams")
-    return tuple(name for name in ALGORITHMS if name not in unknown)
+    """Return the names of the algorithms that can compute the problem's factor."""
+    return tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.applies(problem))
 
 
 def seconds(cost: Cost, problem: Problem) -> float:
-    """Estimate how long a cost takes; comparable for one problem, and no more than that."""
-    price = PRICES.get(problem.device, PRICES["cuda"])
-    slow = 1 + price.width / cost.width
+    """Return an estimate of a cost's time, to be compared with others of the same problem only."""
+    prices = problem.profile.prices
+    slow = 1 + prices.half_speed_width / cost.width
     double = 2.0 if problem.dtype == torch.float64 else 1.0
     return (
-        price.macs * cost.macs * slow + price.copied * cost.copied + price.written * cost.written
-    ) * double + price.calls * cost.calls
+        prices.mac * cost.macs * slow + prices.copied * cost.copied + prices.written * cost.written
+    ) * double + prices.call * cost.calls
 
 
 @lru_cache(maxsize=1024)
 def choose(problem: Problem) -> str:
     """Return the name of the cheapest algorithm."""
     names = applicable(problem)
-    if "pointwise" in names:
-        return "pointwise"
-    return min(names, key=lambda name: seconds(ALGORITHMS[name].cost(problem), problem))
+    fastest = [name for name in names if ALGORITHMS[name].is_always_fastest]
+    return min(fastest or names, key=lambda name: seconds(ALGORITHMS[name].cost(problem), problem))
 
 
 def algorithm_of(problem: Problem, name: str | None) -> Algorithm:
@@ -126,9 +84,9 @@ def explain(
     Raises:
         ValueError: If the hyper-parameters do not fit.
 
-    >>> print(explain((32, 64, 56, 56), 3, padding=1))  # doctest: +ELLIPSIS
+    >>> print(explain((32, 64, 56, 56), 1))  # doctest: +ELLIPSIS
     algorithm           GMAC    copied    written    calls  estimate
-    correlations...
+    pointwise...
     """
     geometry = conv_geometry(input_shape[2:], kernel_size, stride, padding, dilation, groups)
     channels = geometry.split_channels(input_shape[1])

@@ -14,6 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.device_registry import profile_of
+from einconv_kfac.curvature.factors.chunking import chunk_size, chunks
 from einconv_kfac.curvature.factors.constant_matrix import ARRAY_TYPECODES, constant_matrix
 from einconv_kfac.curvature.factors.indices.runs import (
     AxisPartition,
@@ -21,7 +23,6 @@ from einconv_kfac.curvature.factors.indices.runs import (
     partitions,
     shares_one_product,
 )
-from einconv_kfac.curvature.factors.problem import chunk_size, chunks
 from einconv_kfac.curvature.factors.symmetric.update import Target, prepare
 from einconv_kfac.curvature.factors.symmetric.whole_products import new_whole
 from einconv_kfac.geometry import Axis, Geometry
@@ -176,7 +177,7 @@ def _matrices(
     items = x.shape[0] * x.shape[1]
     split = len(axes) if shares_one_product(axes, transposed, items) else len(axes) - 1
     parts = tuple(part for part in (axes[:split], axes[split:]) if part)
-    if x.device.type == "cpu" and type(x) is Tensor:
+    if profile_of(x.device.type).is_host and type(x) is Tensor:
         kept = incidence_matrices(axes, transposed, items, ARRAY_TYPECODES[dtype])
         rows = (prod(axis.kernel_size for axis in part) for part in parts)
         return tuple(constant_matrix(values, k, dtype) for values, k in zip(kept, rows))

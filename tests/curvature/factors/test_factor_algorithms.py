@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from einconv_kfac.curvature.factors import conv_input_factor, conv_transpose_input_factor
-from einconv_kfac.curvature.factors.algorithms.bands import bands
+from einconv_kfac.curvature.factors.algorithms.output_blocks import bands
 from einconv_kfac.curvature.factors.algorithms.rows import row_bands
 from einconv_kfac.curvature.factors.choice import ALGORITHMS, applicable, choose
 from einconv_kfac.curvature.factors.problem import Problem
@@ -110,7 +110,7 @@ def test_transposed(approximation: str, geometry: Geometry, data: st.DataObject)
 @pytest.mark.parametrize("algorithm", ["lags", "correlations", "bands", "rows", "grams", "im2col"])
 def test_many_parts(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An input that is processed one example at a time, with channels in several blocks."""
-    monkeypatch.setattr("einconv_kfac.curvature.factors.problem.chunk_size", lambda *_: 1)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.chunking.chunk_size", lambda *_: 1)
     monkeypatch.setattr("einconv_kfac.curvature.factors.symmetric.channel_blocks.BLOCK_ROWS", 18)
     monkeypatch.setattr(
         "einconv_kfac.curvature.factors.symmetric.channel_blocks.FEWEST_BLOCK_CHANNELS", 2
@@ -135,9 +135,9 @@ def test_bands_of_some_groups_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_rows_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of one width and one of another, a few rows at a time, with dilation."""
-    monkeypatch.setattr("einconv_kfac.curvature.factors.algorithms.rows.BLOCK", 0.0)
-    monkeypatch.setattr("einconv_kfac.curvature.factors.algorithms.rows.BAND", 0.0)
-    monkeypatch.setattr("einconv_kfac.curvature.factors.algorithms.rows.AT_ONCE", 1)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.algorithms.rows.BLOCK_CALL_MACS", 0.0)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.algorithms.rows.BAND_CALL_MACS", 0.0)
+    monkeypatch.setattr("einconv_kfac.curvature.factors.algorithms.rows.LEAST_PRODUCT_ELEMENTS", 1)
     geometry = Geometry((Axis(9, 3, 1, (1, 2), 2), Axis(23, 3, 1, (1, 1))))
     problem = Problem(geometry, 3, 2, torch.float64, "cpu")
     row_bands.cache_clear()

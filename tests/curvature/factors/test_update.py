@@ -10,7 +10,7 @@ from einconv_kfac.curvature.factors.symmetric import allocation, whole_products
 from einconv_kfac.curvature.factors.symmetric.update import (
     DIAGONAL,
     PANEL,
-    SHORT,
+    SHORT_SUM_TERMS,
     Target,
     prepare,
 )
@@ -20,7 +20,7 @@ SIZES = (1, 9, PANEL - 1, PANEL + 2, 2 * PANEL, 2 * PANEL + 1, 3 * PANEL + 65)
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("length", [3, SHORT + 1])
+@pytest.mark.parametrize("length", [3, SHORT_SUM_TERMS + 1])
 def test_products_in_parts(size: int, groups: int, length: int) -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(2, groups, size, length, generator=generator, dtype=torch.float64)

@@ -1,8 +1,8 @@
 """Correlations of the input with itself, by the weight gradient of a convolution.
 
 The weight gradient of a convolution whose output gradient is the left operand holds the
-products at all distances of a kernel of lags, in one call of a routine made for such sums. A
-call is made for each region of the left positions; see docs/factors.md.
+products at all distances of a kernel of lags. One call of that routine computes the sums of one
+region of the left positions; see docs/factors.md.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
 from einconv_kfac.curvature.factors.channels_last import channels_last
+from einconv_kfac.curvature.factors.chunking import examples_per_chunk
 from einconv_kfac.curvature.factors.indices.lag_boxes import LagRange, lag_boxes
-from einconv_kfac.curvature.factors.problem import Cost, Problem, part_size
+from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
     ChannelBlock,
     channel_pairs,
@@ -31,32 +33,32 @@ from einconv_kfac.geometry import Axis, Geometry
 Spans = tuple[LagRange, ...]
 Range = tuple[int, int, int]
 
-FINE = 16
+FINE_POSITIONS_PER_CHANNEL = 16
 """Positions per channel up to which products, and not operands, cost most to move."""
 
-STRIPS = 1.4
-"""What a multiplication costs on average over large and small regions."""
+REGION_MAC_PRICE = 1.4
+"""Price of a multiplication, on average over large and small regions."""
 
-SLOW = 8.0
-"""The same in float64, for which there is no such routine."""
+DOUBLE_MAC_PRICE = 8.0
+"""Price of a multiplication in float64, for which oneDNN has no weight gradient."""
 
-FULL = 56
+FULL_SPEED_CHANNELS = 56
 """Channels of a group from which the routine is at full speed."""
 
-FEW = 16
-"""Channels of a group that it works on together, whether there are as many or not."""
+JOINT_CHANNELS = 16
+"""Channels of a group that the routine computes together, even if there are fewer."""
 
-SEPARATE = 3.0
-"""What a multiplication costs where groups with fewer channels are computed one by one."""
+SEPARATE_GROUP_MAC_PRICE = 3.0
+"""Price of a multiplication where groups with fewer channels are computed one by one."""
 
-CALLS = 100
-"""Operations that a weight gradient and what surrounds it cost."""
+CALLS_PER_GRADIENT = 100
+"""Calls that one weight gradient costs, with its copies and sums."""
 
-SUMS = 4
-"""How many times the sums of all regions fit into the input, if they are held together."""
+SUMS_PER_INPUT = 4
+"""The sums of all regions are in memory together if so many of them fit into the input."""
 
-GROWTH = 4.0
-"""Copies of a part of the input at a time: channels last, and both operands."""
+OPERAND_COPIES = 4.0
+"""Copies of a chunk of the input in memory: channels last, and both operands."""
 
 
 @dataclass(frozen=True)
@@ -121,36 +123,11 @@ def _call(combined: Spans, region: tuple[int, ...], needed: list[range], interio
     return Call(combined, left, right, lags, (*region, *inside), positions, interior)
 
 
-def correlated(x: Tensor, problem: Problem, update: Update) -> None:
-    """Add ``sum_{n,o} a a^T`` to the update, from correlations of the input with itself."""
-    geometry = problem.geometry
-    if geometry.ndim == 1:
-        x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
-    x = x.reshape(x.shape[0], geometry.groups, problem.channels, *x.shape[2:])
-    x = x.movedim((1, 2), (-2, -1))  # n *i g c
-    for pair in channel_pairs(problem):
-        block, diagonal = ChannelBlock(update, pair, geometry), pair[0] == pair[1]
-        operands = [x[..., slice(*edge)] for edge in dict.fromkeys(pair)]
-        step = part_size(operands[0], GROWTH)
-        if step >= len(x):
-            operands = [channels_last(operand, update.out.dtype) for operand in operands]
-        for found in _rounds(calls(geometry.axes, diagonal, _is_fine(problem)), problem):
-            sums = _all_sums(operands, step, found, geometry, update)
-            for combined, total in sums.items():
-                for index, key in _keys(combined):
-                    regions = total[(slice(None),) * len(key) + index]
-                    if not any(lag.distance for lag in key):
-                        regions = regions.contiguous()  # made symmetric in place
-                    write(block.entries, key, regions, block.beta, diagonal)
-            del sums  # not to be kept while the next ones are made
-        block.store_()
-
-
 def _rounds(found: tuple[Call, ...], problem: Problem) -> list[list[Call]]:
     """Return the calls whose sums are held at the same time: all, if these are small."""
     by_spans = [list(calls) for _, calls in groupby(found, key=lambda call: call.spans)]
     sums = sum(prod(calls[0].shape) for calls in by_spans) * _block_size(problem)
-    return [list(found)] if SUMS * sums <= problem.inputs else by_spans
+    return [list(found)] if SUMS_PER_INPUT * sums <= problem.inputs else by_spans
 
 
 def _block_size(problem: Problem) -> int:
@@ -171,7 +148,7 @@ def _keys(combined: Spans) -> tuple[tuple[tuple[int, ...], Key], ...]:
 def _is_fine(problem: Problem) -> bool:
     """Return whether few regions are better than few calls."""
     positions = problem.batch * prod(problem.geometry.input_size)
-    return positions < FINE * problem.channels
+    return positions < FINE_POSITIONS_PER_CHANNEL * problem.channels
 
 
 def _all_sums(
@@ -257,18 +234,56 @@ def _weight_gradient(
     return found
 
 
-def correlated_cost(problem: Problem) -> Cost:
-    """Return what `correlated` does."""
-    axes = problem.geometry.axes
-    axes = (Axis(1, 1), *axes) if len(axes) == 1 else axes
-    groups, channels = problem.geometry.groups, problem.channels
-    blocks = len(edges(problem)) - 1
-    found = calls(axes, True, _is_fine(problem))
-    rows = sum(call.positions * prod(call.lags) for call in found)
-    products = sum(prod(call.lags) for call in found)
-    slow = SLOW if problem.dtype == torch.float64 else max(1.0, FULL / channels)
-    slow *= SEPARATE if groups > 1 and channels < FEW else 1.0
-    macs = STRIPS * slow * rows * problem.batch * groups * channels**2
-    copied = problem.inputs * GROWTH * blocks
-    written = (problem.outputs + products * groups * channels**2) / 3  # mostly whole rows
-    return Cost(macs, channels, copied, written, CALLS * len(found) * blocks**2)
+class Correlations(Algorithm):
+    """Correlations of the input with itself, as weight gradients of a convolution."""
+
+    name = "correlations"
+    rank = 1
+
+    def applies(self, problem: Problem) -> bool:
+        """Return whether torch has an exact weight gradient of as many dimensions."""
+        return problem.profile.has_exact_weight_gradients and problem.geometry.ndim <= 3
+
+    def cost(self, problem: Problem) -> Cost:
+        """Return the work of `add`."""
+        axes = problem.geometry.axes
+        axes = (Axis(1, 1), *axes) if len(axes) == 1 else axes
+        groups, channels = problem.geometry.groups, problem.channels
+        blocks = len(edges(problem)) - 1
+        found = calls(axes, True, _is_fine(problem))
+        rows = sum(call.positions * prod(call.lags) for call in found)
+        products = sum(prod(call.lags) for call in found)
+        slow = (
+            DOUBLE_MAC_PRICE
+            if problem.dtype == torch.float64
+            else max(1.0, FULL_SPEED_CHANNELS / channels)
+        )
+        slow *= SEPARATE_GROUP_MAC_PRICE if groups > 1 and channels < JOINT_CHANNELS else 1.0
+        macs = REGION_MAC_PRICE * slow * rows * problem.batch * groups * channels**2
+        copied = problem.inputs * OPERAND_COPIES * blocks
+        written = (problem.outputs + products * groups * channels**2) / 3  # mostly whole rows
+        return Cost(macs, channels, copied, written, CALLS_PER_GRADIENT * len(found) * blocks**2)
+
+    def add(self, x: Tensor, problem: Problem, update: Update) -> None:
+        """Add ``sum_{n,o} a a^T`` to the update, from correlations of the input with itself."""
+        geometry = problem.geometry
+        if geometry.ndim == 1:
+            x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
+        x = x.reshape(x.shape[0], geometry.groups, problem.channels, *x.shape[2:])
+        x = x.movedim((1, 2), (-2, -1))  # n *i g c
+        for pair in channel_pairs(problem):
+            block, diagonal = ChannelBlock(update, pair, geometry), pair[0] == pair[1]
+            operands = [x[..., slice(*edge)] for edge in dict.fromkeys(pair)]
+            step = examples_per_chunk(operands[0], OPERAND_COPIES)
+            if step >= len(x):
+                operands = [channels_last(operand, update.out.dtype) for operand in operands]
+            for found in _rounds(calls(geometry.axes, diagonal, _is_fine(problem)), problem):
+                sums = _all_sums(operands, step, found, geometry, update)
+                for combined, total in sums.items():
+                    for index, key in _keys(combined):
+                        regions = total[(slice(None),) * len(key) + index]
+                        if not any(lag.distance for lag in key):
+                            regions = regions.contiguous()  # made symmetric in place
+                        write(block.entries, key, regions, block.beta, diagonal)
+                del sums  # not to be kept while the next ones are made
+            block.store_()

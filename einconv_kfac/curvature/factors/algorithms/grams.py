@@ -15,33 +15,21 @@ from math import prod
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.problem import BATCHED, Cost, Problem, mkl_price
+from einconv_kfac.curvature.factors.algorithms.algorithm import (
+    BATCHED_MATRIX_CALLS,
+    Algorithm,
+    Cost,
+)
+from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.gather import write_gathered
 from einconv_kfac.curvature.factors.symmetric.update import Update
 from einconv_kfac.geometry import Axis
 
-LARGEST = 512
-"""Channels times positions of a group up to which all pairs are worth a thought."""
+LARGEST_GRAM_ROWS = 512
+"""Channels times positions of a group up to which the algorithm applies."""
 
-AT_ONCE = 1 << 17
-"""Elements of Gram matrices that are made at a time, so that they stay in a cache."""
-
-
-def gram(x: Tensor, problem: Problem, update: Update) -> None:
-    """Add ``sum_{n,o} a a^T`` to the update, from the Gram matrix of the positions."""
-    geometry, dtype = problem.geometry, update.out.dtype
-    x = x.reshape(x.shape[0], geometry.groups, -1).permute(1, 2, 0)  # g (c i) n
-    first, *others = (pair_pattern(axis, x, dtype) for axis in geometry.axes)
-    first = _upper(first, geometry.axes[0]) * update.alpha
-    places = _upper_places(problem, x.device)
-    step = max(1, AT_ONCE // x.shape[1] ** 2)
-    for start in range(0, geometry.groups, step):
-        part = x[start : start + step].to(dtype)
-        products = torch.bmm(part, part.mT).flatten(1).index_select(1, places)
-        found = _entries(products, problem, first, others)
-        rest = problem.entries // geometry.kernel_size[0]
-        some = replace(update, out=update.out[start : start + step])
-        write_gathered(found, geometry.kernel_size[0], rest, some)
+CACHED_GRAM_ELEMENTS = 1 << 17
+"""Elements of Gram matrices that are computed at a time, so that they stay in a cache."""
 
 
 def pair_pattern(axis: Axis, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,22 +81,53 @@ def _entries(products: Tensor, problem: Problem, first: Tensor, others: list[Ten
     return found.permute(0, 3, 1, *left, 2, *right).reshape(len(products), len(first), -1)
 
 
-def gram_cost(problem: Problem) -> Cost:
-    """Return what `gram` does."""
-    axes, groups = problem.geometry.axes, problem.geometry.groups
-    rows = problem.channels * prod(problem.geometry.input_size)
-    macs = float(rows**2 * problem.batch)
-    left = rows**2 * _pairs(axes[0].input_size) / axes[0].input_size ** 2
-    for axis in reversed(axes[1:]):
-        macs += left * axis.kernel_size**2
-        left *= (axis.kernel_size / axis.input_size) ** 2
-    macs += left * _pairs(axes[0].kernel_size)
-    calls = 60 + 12 * -(-groups // max(1, AT_ONCE // rows**2)) + 8 * BATCHED * groups
-    price = 1.5 * mkl_price(problem)
-    written = 0.8 * groups * rows**2 + 0.5 * problem.outputs  # mostly gathered, in order
-    return Cost(macs * groups * price, 1.0, problem.inputs, written, calls)
-
-
 def _pairs(size: int) -> int:
     """Return the number of pairs ``i <= i'``."""
     return size * (size + 1) // 2
+
+
+class Grams(Algorithm):
+    """Products of all pairs of positions, for tiny images."""
+
+    name = "grams"
+    rank = 4
+
+    def applies(self, problem: Problem) -> bool:
+        """Return whether the image is tiny: memory grows with the square of the positions."""
+        rows = problem.channels * prod(problem.geometry.input_size)
+        return rows <= LARGEST_GRAM_ROWS
+
+    def cost(self, problem: Problem) -> Cost:
+        """Return the work of `add`."""
+        axes, groups = problem.geometry.axes, problem.geometry.groups
+        rows = problem.channels * prod(problem.geometry.input_size)
+        macs = float(rows**2 * problem.batch)
+        left = rows**2 * _pairs(axes[0].input_size) / axes[0].input_size ** 2
+        for axis in reversed(axes[1:]):
+            macs += left * axis.kernel_size**2
+            left *= (axis.kernel_size / axis.input_size) ** 2
+        macs += left * _pairs(axes[0].kernel_size)
+        calls = (
+            60
+            + 12 * -(-groups // max(1, CACHED_GRAM_ELEMENTS // rows**2))
+            + 8 * BATCHED_MATRIX_CALLS * groups
+        )
+        price = 1.5 * problem.matmul_price()
+        written = 0.8 * groups * rows**2 + 0.5 * problem.outputs  # mostly gathered, in order
+        return Cost(macs * groups * price, 1.0, problem.inputs, written, calls)
+
+    def add(self, x: Tensor, problem: Problem, update: Update) -> None:
+        """Add ``sum_{n,o} a a^T`` to the update, from the Gram matrix of the positions."""
+        geometry, dtype = problem.geometry, update.out.dtype
+        x = x.reshape(x.shape[0], geometry.groups, -1).permute(1, 2, 0)  # g (c i) n
+        first, *others = (pair_pattern(axis, x, dtype) for axis in geometry.axes)
+        first = _upper(first, geometry.axes[0]) * update.alpha
+        places = _upper_places(problem, x.device)
+        step = max(1, CACHED_GRAM_ELEMENTS // x.shape[1] ** 2)
+        for start in range(0, geometry.groups, step):
+            part = x[start : start + step].to(dtype)
+            products = torch.bmm(part, part.mT).flatten(1).index_select(1, places)
+            found = _entries(products, problem, first, others)
+            rest = problem.entries // geometry.kernel_size[0]
+            some = replace(update, out=update.out[start : start + step])
+            write_gathered(found, geometry.kernel_size[0], rest, some)

@@ -7,33 +7,21 @@ from math import prod
 
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.problem import (
-    BATCHED,
+from einconv_kfac.curvature.factors.algorithms.algorithm import (
+    BATCHED_MATRIX_CALLS,
+    Algorithm,
     Cost,
-    Problem,
-    chunk_count,
-    chunk_size,
-    chunks,
 )
+from einconv_kfac.curvature.factors.chunking import chunk_count, chunk_size, chunks
+from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.update import Update, panels
 from einconv_kfac.curvature.factors.unfold import unfolded
 
-SHORT = 8
-"""Elements of a row that copying it costs in addition."""
+ROW_COPY_ELEMENTS = 8
+"""Price of copying a row, in elements, beside that of its elements."""
 
-GROUPED = 1.4
-"""What copying for batches of small products costs, relative to that for a single one."""
-
-
-def im2col(x: Tensor, problem: Problem, update: Update) -> None:
-    """Add ``sum_{n,o} a a^T`` to the update, where ``a`` are the columns of the unfolded input."""
-    geometry = problem.geometry
-    parts = list(chunks(x, _growth(problem), _limit(problem)))
-    for part in parts:
-        columns = unfolded(part.to(update.out.dtype), geometry)
-        update.add_product_(columns, last=part is parts[-1])
-        del columns  # not to be kept while the next ones are made
-        update = update.added()
+GROUPED_COPY_PRICE = 1.4
+"""Price of copying for batches of small products, relative to that for a single one."""
 
 
 def _growth(problem: Problem) -> float:
@@ -48,13 +36,36 @@ def _limit(problem: Problem) -> int:
     return chunk_size(problem.device, problem.inputs // share)
 
 
-def im2col_cost(problem: Problem) -> Cost:
-    """Return what `im2col` does."""
-    bounds = panels(problem.size, problem.device)
-    pairs = sum((stop - start) * (problem.size - start) for start, stop in pairwise(bounds))
-    columns = problem.batch * problem.geometry.positions * problem.geometry.groups
-    count = chunk_count(problem, _growth(problem), _limit(problem))
-    calls = count * (5 + len(bounds)) * (1 + BATCHED * problem.geometry.groups) + 4 * len(bounds)
-    short = 1.1 + SHORT / problem.geometry.output_size[-1]
-    copied = problem.size * columns * short * (GROUPED if problem.geometry.groups > 1 else 1.0)
-    return Cost(pairs * columns, problem.size, copied, 1.2 * problem.outputs, calls)
+class Im2col(Algorithm):
+    """The product of the unfolded input with its transpose."""
+
+    name = "im2col"
+    rank = 5
+
+    def cost(self, problem: Problem) -> Cost:
+        """Return the work of `add`."""
+        bounds = panels(problem.size, problem.device)
+        pairs = sum((stop - start) * (problem.size - start) for start, stop in pairwise(bounds))
+        columns = problem.batch * problem.geometry.positions * problem.geometry.groups
+        count = chunk_count(problem, _growth(problem), _limit(problem))
+        calls = count * (5 + len(bounds)) * (
+            1 + BATCHED_MATRIX_CALLS * problem.geometry.groups
+        ) + 4 * len(bounds)
+        short = 1.1 + ROW_COPY_ELEMENTS / problem.geometry.output_size[-1]
+        copied = (
+            problem.size
+            * columns
+            * short
+            * (GROUPED_COPY_PRICE if problem.geometry.groups > 1 else 1.0)
+        )
+        return Cost(pairs * columns, problem.size, copied, 1.2 * problem.outputs, calls)
+
+    def add(self, x: Tensor, problem: Problem, update: Update) -> None:
+        """Add ``sum_{n,o} a a^T`` to the update, with ``a`` the columns of the unfolded input."""
+        geometry = problem.geometry
+        parts = list(chunks(x, _growth(problem), _limit(problem)))
+        for part in parts:
+            columns = unfolded(part.to(update.out.dtype), geometry)
+            update.add_product_(columns, last=part is parts[-1])
+            del columns  # not to be kept while the next ones are made
+            update = update.added()

@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.products import add_matmul_
-from einconv_kfac.curvature.factors.channels_last import channels_last
-from einconv_kfac.curvature.factors.indices.lag_pairs import Key, all_lags, grid_size, half_of_lags
-from einconv_kfac.curvature.factors.problem import (
-    BATCHED,
-    SCATTERED,
+from einconv_kfac.curvature.factors.algorithms.algorithm import (
+    BATCHED_MATRIX_CALLS,
+    SCATTERED_ELEMENT_COPIES,
+    Algorithm,
     Cost,
-    Problem,
-    chunk_count,
-    chunks,
-    mkl_price,
 )
+from einconv_kfac.curvature.factors.channels_last import channels_last
+from einconv_kfac.curvature.factors.chunking import chunk_count, chunks
+from einconv_kfac.curvature.factors.indices.lag_pairs import Key, all_lags, grid_size, half_of_lags
+from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
     ChannelBlock,
     Pair,
@@ -39,52 +38,14 @@ from einconv_kfac.geometry import Axis, Geometry
 
 Sums = dict[tuple[Pair, Key], Tensor]
 
-NARROW = 1.2
-"""What a multiplication costs in products of one block of channels, relative to wide ones."""
-
-
-def lag_reuse(x: Tensor, problem: Problem, update: Update) -> None:
-    """Add ``sum_{n,o} a a^T`` to the update, from products that many entries share."""
-    geometry = problem.geometry
-    if geometry.ndim == 1:  # the outermost dimension has a part of its own
-        x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
-    sums: Sums = {}
-    parts = list(chunks(x, _growth(problem)))
-    for part in parts:
-        grids = Grids(part, geometry, update.out.dtype)
-        for pair in channel_pairs(problem):
-            block = ChannelBlock(update, pair, geometry) if part is parts[-1] else None
-            for key in _add_lags_(sums, pair, grids, update.alpha):
-                if block is not None:
-                    total, diagonal = sums.pop((pair, key)), pair[0] == pair[1]
-                    write(block.entries, key, total, block.beta, diagonal)
-            if block is not None:
-                block.store_()
+LAG_MAC_PRICE = 1.2
+"""Price of a multiplication in products of one block of channels, relative to wide ones."""
 
 
 def _growth(problem: Problem) -> float:
     """Return how many copies of a part to count: two, where the sums are small beside them."""
     sums = len(half_of_lags(problem.geometry.axes)) * problem.channels**2
     return 2.0 if 4 * sums * problem.geometry.groups < problem.inputs else 1.0
-
-
-def lag_reuse_cost(problem: Problem) -> Cost:
-    """Return what `lag_reuse` does."""
-    axes = problem.geometry.axes
-    axes = (Axis(1, 1), *axes) if len(axes) == 1 else axes
-    keys, blocks = half_of_lags(axes), len(edges(problem)) - 1
-    groups, samples = problem.geometry.groups, problem.batch * problem.geometry.groups
-    row = prod(grid_size(axis) for axis in axes[1:])
-    rows = sum(key[0].regions[-1][1] - key[0].regions[0][0] for key in keys)
-    masks = len({(key[1:], key[0].left) for key in keys}) * grid_size(axes[0]) * row
-    regions = sum(prod(len(lag.regions) for lag in key) for key in keys)
-    strips = 2 * SCATTERED * sum(_border(key) for key in keys)
-    copied = samples * problem.channels * (masks + strips * blocks)
-    price = NARROW * mkl_price(problem, problem.channels / blocks)
-    macs = price * rows * row * samples * problem.channels**2
-    products = chunk_count(problem, 1.0) * regions * (1 + BATCHED * (groups - 1))
-    calls = blocks**2 * (8 * products + 30 * len(keys))
-    return Cost(macs, problem.channels / blocks, copied, problem.outputs, calls)
 
 
 def _border(key: Key) -> int:
@@ -200,3 +161,46 @@ def _boxes(left: Tensor, right: Tensor, key: Key, region: tuple[int, ...]) -> tu
     every = slice(None)
     box, shifted = ((every, side[0], every, *side[1:]) for side in (here, there))
     return left[box].flatten(1, -2), right[shifted].flatten(1, -2)
+
+
+class LagReuse(Algorithm):
+    """Products of channels at each lag, which many entries of the factor share."""
+
+    name = "lags"
+    rank = 0
+
+    def cost(self, problem: Problem) -> Cost:
+        """Return the work of `add`."""
+        axes = problem.geometry.axes
+        axes = (Axis(1, 1), *axes) if len(axes) == 1 else axes
+        keys, blocks = half_of_lags(axes), len(edges(problem)) - 1
+        groups, samples = problem.geometry.groups, problem.batch * problem.geometry.groups
+        row = prod(grid_size(axis) for axis in axes[1:])
+        rows = sum(key[0].regions[-1][1] - key[0].regions[0][0] for key in keys)
+        masks = len({(key[1:], key[0].left) for key in keys}) * grid_size(axes[0]) * row
+        regions = sum(prod(len(lag.regions) for lag in key) for key in keys)
+        strips = 2 * SCATTERED_ELEMENT_COPIES * sum(_border(key) for key in keys)
+        copied = samples * problem.channels * (masks + strips * blocks)
+        price = LAG_MAC_PRICE * problem.matmul_price(problem.channels / blocks)
+        macs = price * rows * row * samples * problem.channels**2
+        products = chunk_count(problem, 1.0) * regions * (1 + BATCHED_MATRIX_CALLS * (groups - 1))
+        calls = blocks**2 * (8 * products + 30 * len(keys))
+        return Cost(macs, problem.channels / blocks, copied, problem.outputs, calls)
+
+    def add(self, x: Tensor, problem: Problem, update: Update) -> None:
+        """Add ``sum_{n,o} a a^T`` to the update, from products that many entries share."""
+        geometry = problem.geometry
+        if geometry.ndim == 1:  # the outermost dimension has a part of its own
+            x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
+        sums: Sums = {}
+        parts = list(chunks(x, _growth(problem)))
+        for part in parts:
+            grids = Grids(part, geometry, update.out.dtype)
+            for pair in channel_pairs(problem):
+                block = ChannelBlock(update, pair, geometry) if part is parts[-1] else None
+                for key in _add_lags_(sums, pair, grids, update.alpha):
+                    if block is not None:
+                        total, diagonal = sums.pop((pair, key)), pair[0] == pair[1]
+                        write(block.entries, key, total, block.beta, diagonal)
+                if block is not None:
+                    block.store_()

@@ -8,45 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.devices.products import mkl_is_narrow
-from einconv_kfac.curvature.factors.problem import Cost, Problem, chunk_size, chunks
+from einconv_kfac.curvature.devices.device_registry import profile_of
+from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
+from einconv_kfac.curvature.factors.chunking import chunk_size, chunks
+from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.update import Update, copy_upper_to_lower_, panels
 
-LONG = 256
+LONG_EXAMPLE_POSITIONS = 256
 """Positions from which the product of a single example is worth a call."""
 
-LONG_FOR_ONEDNN = 8192
-"""The same where the product is computed by oneDNN and added to the others."""
+LONG_ONEDNN_POSITIONS = 8192
+"""Positions of a single example from which oneDNN's product is worth adding to the others."""
 
-FEW = 1 << 24
+ONE_CALL_MACS = 1 << 24
 """Multiplications up to which one call for all examples is no slower than a gathered copy."""
 
-SMALL = 3 << 24
+GATHERED_MACS = 3 << 24
 """Multiplications for which all examples are gathered at once."""
-
-
-def pointwise(x: Tensor, problem: Problem, update: Update) -> None:
-    """Add ``sum_{n,o} a a^T`` to the update, for a kernel that meets single positions."""
-    index: list[Any] = [...]
-    for axis in problem.geometry.axes:
-        met = axis.outputs(0)
-        start = axis.input_position(0, met.start)
-        index.append(slice(start, start + (len(met) - 1) * axis.stride + 1, axis.stride))
-        if not met:  # nothing but padding
-            index[-1] = slice(0, 0)
-    x = torch.unflatten(x[tuple(index)], 1, (problem.geometry.groups, problem.channels))
-    if any(axis.stride > 1 for axis in problem.geometry.axes):  # copied once, all in a row
-        x = x.movedim(0, 2).flatten(2).unsqueeze(0)  # 1 g c (n s)
-    add_columns_(x.flatten(3), update)
-
-
-def pointwise_cost(problem: Problem) -> Cost:
-    """Return what `pointwise` does."""
-    bounds = panels(problem.size, problem.device)
-    pairs = sum((stop - start) * (problem.size - start) for start, stop in pairwise(bounds))
-    columns = problem.batch * problem.geometry.positions * problem.geometry.groups
-    calls = problem.batch * (3 + len(bounds))
-    return Cost(pairs * columns, problem.size, 0.0, problem.outputs, calls)
 
 
 def add_columns_(x: Tensor, update: Update) -> None:
@@ -57,19 +35,23 @@ def add_columns_(x: Tensor, update: Update) -> None:
     where a product costs less than adding it up. As oneDNN copies them once more, half are
     gathered at a time, unless adding up large products costs more than that.
     """
-    same, on_cpu = x.dtype == update.out.dtype, x.device.type == "cpu"
-    onednn = mkl_is_narrow() and update.out.dtype == torch.float32
-    is_long = x.shape[3] >= (LONG_FOR_ONEDNN if onednn else LONG)
+    same, profile = x.dtype == update.out.dtype, profile_of(x.device.type)
+    onednn = profile.multiplies_by_onednn and update.out.dtype == torch.float32
+    is_long = x.shape[3] >= (LONG_ONEDNN_POSITIONS if onednn else LONG_EXAMPLE_POSITIONS)
     limit = chunk_size(x.device.type, x.numel())
     if x.stride(2) == 1 and same:
         limit = x.numel()  # channels last
-    elif on_cpu and same and x.shape[1] == 1 and x.numel() * x.shape[2] <= FEW:
+    elif profile.is_cached and same and x.shape[1] == 1 and x.numel() * x.shape[2] <= ONE_CALL_MACS:
         update.out[0].addbmm_(x[:, 0], x[:, 0].mT, beta=update.beta, alpha=update.alpha)
         copy_upper_to_lower_(update.out)
         return
-    elif on_cpu and is_long:
+    elif profile.is_cached and is_long:
         limit = 1
-    elif on_cpu and x.numel() > update.out.numel() and x.numel() * x.shape[2] > SMALL:
+    elif (
+        profile.is_cached
+        and x.numel() > update.out.numel()
+        and x.numel() * x.shape[2] > GATHERED_MACS
+    ):
         limit = min(limit, -(-x.numel() // 2))
     parts = list(chunks(x, 1.0, limit))
     for part in parts:
@@ -77,3 +59,37 @@ def add_columns_(x: Tensor, update: Update) -> None:
         update.add_product_(columns, last=part is parts[-1])
         del columns  # not to be kept while the next ones are made
         update = update.added()
+
+
+class Pointwise(Algorithm):
+    """The product of the input with its transpose, for kernels of one entry."""
+
+    name = "pointwise"
+    rank = 6
+    is_always_fastest = True
+
+    def applies(self, problem: Problem) -> bool:
+        """Return whether the kernel has one entry."""
+        return all(axis.kernel_size == 1 for axis in problem.geometry.axes)
+
+    def cost(self, problem: Problem) -> Cost:
+        """Return the work of `add`."""
+        bounds = panels(problem.size, problem.device)
+        pairs = sum((stop - start) * (problem.size - start) for start, stop in pairwise(bounds))
+        columns = problem.batch * problem.geometry.positions * problem.geometry.groups
+        calls = problem.batch * (3 + len(bounds))
+        return Cost(pairs * columns, problem.size, 0.0, problem.outputs, calls)
+
+    def add(self, x: Tensor, problem: Problem, update: Update) -> None:
+        """Add ``sum_{n,o} a a^T`` to the update, for a kernel that meets single positions."""
+        index: list[Any] = [...]
+        for axis in problem.geometry.axes:
+            met = axis.outputs(0)
+            start = axis.input_position(0, met.start)
+            index.append(slice(start, start + (len(met) - 1) * axis.stride + 1, axis.stride))
+            if not met:  # nothing but padding
+                index[-1] = slice(0, 0)
+        x = torch.unflatten(x[tuple(index)], 1, (problem.geometry.groups, problem.channels))
+        if any(axis.stride > 1 for axis in problem.geometry.axes):  # copied once, all in a row
+            x = x.movedim(0, 2).flatten(2).unsqueeze(0)  # 1 g c (n s)
+        add_columns_(x.flatten(3), update)

@@ -14,41 +14,28 @@ from math import prod
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.algorithms.bands import Band
+from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
+from einconv_kfac.curvature.factors.algorithms.output_blocks import Band
 from einconv_kfac.curvature.factors.indices.runs import met_entries
-from einconv_kfac.curvature.factors.problem import Cost, Problem, mkl_price
+from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.scatter import store
 from einconv_kfac.curvature.factors.symmetric.update import Update
 from einconv_kfac.geometry import Axis
 
-AT_ONCE = 1 << 16
-"""Elements of products that are made at a time at least, so that they stay in a cache."""
+LEAST_PRODUCT_ELEMENTS = 1 << 16
+"""Elements of products that are computed at a time at least; so many fit a cache."""
 
-SHORT = 1.3
-"""What a multiplication costs in sums over the examples alone."""
+EXAMPLE_MAC_PRICE = 1.3
+"""Price of a multiplication in sums over examples."""
 
-REGISTER = 8
-"""Columns that are multiplied at a time, whether there are as many or not."""
+REGISTER_COLUMNS = 8
+"""Columns that a product computes together, even if there are fewer."""
 
-BLOCK = 3.5e5
-"""Multiplications that one more block costs in calls."""
+BLOCK_CALL_MACS = 3.5e5
+"""Price of one more block's calls, in multiplications."""
 
-BAND = 3.5e6
-"""The same for one more width of blocks."""
-
-
-def by_rows(x: Tensor, problem: Problem, update: Update) -> None:
-    """Add ``sum_{n,o} a a^T`` to the update, from products of rows."""
-    lead, last = _axes(problem)
-    n, c = x.shape[:2]
-    x = x.reshape(n, -1).T.to(update.out.dtype, memory_format=torch.contiguous_format)
-    x = x.contiguous().view(c, lead.input_size, last.input_size, n)
-    found = [
-        _entries(_row_sums(x, problem, band, update.alpha), problem, band)
-        for band in row_bands(problem)
-    ]
-    halves = _triangle(reduce(torch.add, found))
-    store(update.out[0], halves + halves.T, update.beta)
+BAND_CALL_MACS = 3.5e6
+"""Price of the calls for one more width of blocks, in multiplications."""
 
 
 def _axes(problem: Problem) -> tuple[Axis, Axis]:
@@ -73,7 +60,11 @@ def row_bands(problem: Problem) -> tuple[Band, ...]:
         if rest:
             bands.append(Band(axis, size - rest, rest, (rest - 1) * axis.stride + axis.span, 1))
         products = pairs * sum(band.count * _square(band.width, problem.channels) for band in bands)
-        price = products + BLOCK * sum(band.count for band in bands) + BAND * len(bands)
+        price = (
+            products
+            + BLOCK_CALL_MACS * sum(band.count for band in bands)
+            + BAND_CALL_MACS * len(bands)
+        )
         found.append((price, tuple(bands)))
     return min(found, key=lambda pair: pair[0])[1]
 
@@ -81,7 +72,7 @@ def row_bands(problem: Problem) -> tuple[Band, ...]:
 def _square(width: int, channels: int) -> int:
     """Return the pairs of positions of a block, one side filled up to whole registers."""
     size = width * channels
-    return size * -(-size // REGISTER) * REGISTER
+    return size * -(-size // REGISTER_COLUMNS) * REGISTER_COLUMNS
 
 
 def _distances(lead: Axis) -> int:
@@ -111,7 +102,7 @@ def _row_sums(x: Tensor, problem: Problem, band: Band, alpha: float) -> Tensor:
     lead, width = _axes(problem)[0], problem.channels * band.width
     windows, size = x.new_tensor(_windows(lead)), _distances(lead) * width**2
     sums, beta = x.new_empty(len(windows), size), 0.0
-    step = max(1, max(AT_ONCE, problem.inputs // 2) // size)
+    step = max(1, max(LEAST_PRODUCT_ELEMENTS, problem.inputs // 2) // size)
     products = x.new_empty(min(step, windows.shape[1]), width, size // width)
     for block in range(band.count):
         left, right = _operands(x, lead, band, block)
@@ -173,19 +164,47 @@ def _triangle(entries: Tensor) -> Tensor:
     return wide[..., :k0, :].reshape(c * k0 * k, -1)
 
 
-def rows_cost(problem: Problem) -> Cost:
-    """Return what `by_rows` does."""
-    (lead, last), c = _axes(problem), problem.channels
-    found = row_bands(problem)
-    distances, rows = _distances(lead), _length(lead) * lead.dilation
-    products = sum(rows * band.count * distances * (c * band.width) ** 2 for band in found)
-    macs = products * (SHORT * problem.batch + lead.kernel_size) * mkl_price(problem)
-    width = c * max(band.width for band in found)
-    blocks = sum(band.count for band in found) * lead.dilation
-    copied = problem.inputs * blocks * max(b.width for b in found) / last.input_size
-    sums = lead.kernel_size * distances * (c * last.kernel_size) ** 2
-    written = products / 6 + sum(sums * band.outputs for band in found) + 2 * problem.outputs
-    parts = sum(rows * b.count * distances * (c * b.width) ** 2 for b in found)
-    parts = parts // max(AT_ONCE, problem.inputs // 2)
-    calls = 25 + 12 * len(found) + 5 * blocks + 6 * parts
-    return Cost(macs, width, copied, written, calls)
+class Rows(Algorithm):
+    """Products of rows with the rows that follow, in one batch."""
+
+    name = "rows"
+    rank = 3
+
+    def applies(self, problem: Problem) -> bool:
+        """Return whether the input is a line or an image, in one group, and products are cached."""
+        geometry = problem.geometry
+        return problem.profile.is_cached and geometry.ndim <= 2 and geometry.groups == 1
+
+    def cost(self, problem: Problem) -> Cost:
+        """Return the work of `add`."""
+        (lead, last), c = _axes(problem), problem.channels
+        found = row_bands(problem)
+        distances, rows = _distances(lead), _length(lead) * lead.dilation
+        products = sum(rows * band.count * distances * (c * band.width) ** 2 for band in found)
+        macs = (
+            products
+            * (EXAMPLE_MAC_PRICE * problem.batch + lead.kernel_size)
+            * problem.matmul_price()
+        )
+        width = c * max(band.width for band in found)
+        blocks = sum(band.count for band in found) * lead.dilation
+        copied = problem.inputs * blocks * max(b.width for b in found) / last.input_size
+        sums = lead.kernel_size * distances * (c * last.kernel_size) ** 2
+        written = products / 6 + sum(sums * band.outputs for band in found) + 2 * problem.outputs
+        parts = sum(rows * b.count * distances * (c * b.width) ** 2 for b in found)
+        parts = parts // max(LEAST_PRODUCT_ELEMENTS, problem.inputs // 2)
+        calls = 25 + 12 * len(found) + 5 * blocks + 6 * parts
+        return Cost(macs, width, copied, written, calls)
+
+    def add(self, x: Tensor, problem: Problem, update: Update) -> None:
+        """Add ``sum_{n,o} a a^T`` to the update, from products of rows."""
+        lead, last = _axes(problem)
+        n, c = x.shape[:2]
+        x = x.reshape(n, -1).T.to(update.out.dtype, memory_format=torch.contiguous_format)
+        x = x.contiguous().view(c, lead.input_size, last.input_size, n)
+        found = [
+            _entries(_row_sums(x, problem, band, update.alpha), problem, band)
+            for band in row_bands(problem)
+        ]
+        halves = _triangle(reduce(torch.add, found))
+        store(update.out[0], halves + halves.T, update.beta)

@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.device_registry import profile_of
+
 PAGE = 1 << 21
 """Bytes of a large page."""
 
@@ -22,7 +24,7 @@ PAGE = 1 << 21
 def new_matrices(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return an uninitialised tensor on the device of ``like``."""
     fresh = like.new_empty(shape, dtype=dtype)
-    if fresh.device.type == "cpu" and fresh.nbytes >= 2 * PAGE and type(fresh) is Tensor:
+    if profile_of(fresh.device.type).is_host and fresh.nbytes >= 2 * PAGE and type(fresh) is Tensor:
         _request_large_pages(fresh)
     return fresh
 

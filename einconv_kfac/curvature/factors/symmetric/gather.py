@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.device_registry import profile_of
 from einconv_kfac.curvature.factors.symmetric.scatter import store
 from einconv_kfac.curvature.factors.symmetric.update import Update
 
@@ -61,7 +62,7 @@ def write_gathered(halves: Tensor, leading: int, rest: int, update: Update) -> N
     """
     groups, size = update.out.shape[:2]
     sizes = (size // (leading * rest), leading, rest)
-    plain = type(halves) is Tensor and halves.device.type == "cpu" and size**2 <= KEPT
+    plain = type(halves) is Tensor and profile_of(halves.device.type).is_host and size**2 <= KEPT
     if plain and not torch.compiler.is_compiling():
         index = torch.frombuffer(_cached_indices(*sizes), dtype=torch.int64)
     else:

@@ -16,6 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.device_registry import profile_of
 from einconv_kfac.curvature.factors.constant_matrix import ARRAY_TYPECODES, constant_matrix
 from einconv_kfac.curvature.factors.indices.lag_pairs import Key, half_of_lags
 from einconv_kfac.curvature.factors.symmetric.gather import KEPT, pair_ranks, write_gathered
@@ -77,7 +78,7 @@ def write_regions(sums: Tensor, axes: tuple[Axis, ...], update: Update) -> None:
         axes: The leading dimensions.
         update: The update; ``sums`` are already multiplied by ``alpha``.
     """
-    plain = type(sums) is Tensor and sums.device.type == "cpu" and len(sums)
+    plain = type(sums) is Tensor and profile_of(sums.device.type).is_host and len(sums)
     is_small = sums.shape[2] <= MOST_GATHERED_CHANNELS and update.out[0].numel() <= KEPT
     if plain and is_small and not torch.compiler.is_compiling():
         _write_all(sums, axes, update)

@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.devices.products import SHORT, add_matmul_
+from einconv_kfac.curvature.devices.device_registry import profile_of
+from einconv_kfac.curvature.devices.products import SHORT_SUM_TERMS, add_matmul_
 from einconv_kfac.curvature.factors.symmetric.allocation import new_matrices
 from einconv_kfac.curvature.factors.symmetric.whole_products import (
     add_whole_,
@@ -72,10 +73,10 @@ class Update:
         if last and not self.is_begun and is_symmetric_by_itself(self.out, a, self.alpha):
             add_whole_(self.out, a, self.beta, self.alpha)
             return
-        if last and self.beta == 0 and size <= (2 * PANEL if length <= SHORT else PANEL):
+        if last and self.beta == 0 and size <= (2 * PANEL if length <= SHORT_SUM_TERMS else PANEL):
             self._set_whole_(a)
             return
-        if last and kind == "cpu" and (groups == 1 or size > 2 * PANEL):
+        if last and profile_of(kind).is_cached and (groups == 1 or size > 2 * PANEL):
             for matrix, factor in zip(self.out, a):
                 self._add_by_buffer_(matrix, factor)
             average_diagonal_blocks_(self.out)
@@ -95,8 +96,10 @@ class Update:
         buffer's rows, unlike those of ``out``, do not compete for the same sets of a cache.
         """
         size = len(out)
-        buffer = out.new_empty(PANEL, ((size + 15) // 16 | 1) * 16)  # odd in cache lines
-        for start, stop in pairwise(panels(size, "cpu")):
+        buffer = out.new_empty(
+            profile_of(out.device.type).panel_rows, ((size + 15) // 16 | 1) * 16
+        )  # odd in cache lines
+        for start, stop in pairwise(panels(size, out.device.type)):
             panel, rows = buffer[: stop - start, : size - start], out[start:stop, start:]
             if self.beta:
                 panel.copy_(rows)
@@ -137,14 +140,17 @@ def panels(size: int, device: str) -> list[int]:
     Each is multiplied by its own and all later rows. On a CPU narrow panels save up to half of
     the multiplications of a full square; on other devices a product must be large to be fast.
     """
-    width = PANEL if device == "cpu" else 8 * PANEL
-    return [*range(0, size, width), size]
+    return [*range(0, size, profile_of(device).panel_rows), size]
 
 
 def _parts(matrices: Tensor) -> Iterator[tuple[int, int]]:
     """Yield the bounds of parts of a batch ``[g, D, D]`` that stay in a cache."""
     batch, rows, columns = matrices.shape
-    count = max(1, DIAGONAL // (rows * columns)) if matrices.device.type == "cpu" else batch
+    count = (
+        max(1, DIAGONAL // (rows * columns))
+        if profile_of(matrices.device.type).is_cached
+        else batch
+    )
     for start in range(0, batch, count):
         yield start, start + count
 
@@ -197,7 +203,7 @@ def average_diagonal_blocks_(matrices: Tensor) -> None:
 
 def strip_width(matrices: Tensor) -> int:
     """Return the width of the blocks on the diagonal of ``[g, D, D]``."""
-    return STRIP if matrices.device.type == "cpu" else 8 * PANEL
+    return profile_of(matrices.device.type).strip_rows
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,12 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.devices.products import SHORT, add_matmul_, is_for_one_dnn, product
+from einconv_kfac.curvature.devices.products import (
+    SHORT_SUM_TERMS,
+    add_matmul_,
+    is_for_one_dnn,
+    product,
+)
 
 CACHED_ROW_ELEMENTS = 1 << 18
 """Elements of the rows that are computed at a time, so that they stay in a cache."""
@@ -45,7 +50,10 @@ def is_symmetric_by_itself(out: Tensor, a: Tensor, alpha: float) -> bool:
 def _is_short(a: Tensor) -> bool:
     """Return whether oneDNN computes ``a a^T``, for ``a`` of shape ``[1, D, L]``, as a whole."""
     plain = type(a) is Tensor and not torch.compiler.is_compiling()
-    small = a.shape[2] <= SHORT or a.shape[1] ** 2 * a.shape[2] <= SMALL_PRODUCT_MULTIPLICATIONS
+    small = (
+        a.shape[2] <= SHORT_SUM_TERMS
+        or a.shape[1] ** 2 * a.shape[2] <= SMALL_PRODUCT_MULTIPLICATIONS
+    )
     return plain and small and is_for_one_dnn(a, a.mT)
 
 

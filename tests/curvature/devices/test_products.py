@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from factor_definition import columns, factor
+from processors import simulated
 from torch import Tensor
 
 from einconv_kfac.curvature.devices import products
-from einconv_kfac.curvature.devices.products import LARGE, add_matmul_, product
+from einconv_kfac.curvature.devices.device_registry import profile_of
+from einconv_kfac.curvature.devices.products import ONEDNN_LEAST_MACS, add_matmul_, product
 from einconv_kfac.curvature.factors import conv_input_factor
 from einconv_kfac.geometry import conv_geometry
 
@@ -23,23 +25,21 @@ LAYOUTS: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
-@pytest.fixture(params=[True, False], ids=["one_dnn", "ordinary"])
-def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+@pytest.fixture(params=["amd-avx512", "intel-avx512"], ids=["one_dnn", "ordinary"])
+def by_one_dnn(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whether large products are made by oneDNN, whatever the processor."""
-    for module in ("products", "factors.pointwise", "factors.problem"):
-        name = f"einconv_kfac.curvature.{module}.mkl_is_narrow"
-        monkeypatch.setattr(name, lambda: request.param)
-    return bool(request.param)
+    with simulated(request.param):
+        yield profile_of("cpu").multiplies_by_onednn
 
 
 def operands(layout: Callable[[Tensor], Tensor], groups: int) -> tuple[Tensor, Tensor]:
     """Return two batches of matrices that are large enough for oneDNN."""
     torch.manual_seed(0)
-    assert LARGE <= 128 * 200 * 130
+    assert ONEDNN_LEAST_MACS <= 128 * 200 * 130
     return layout(torch.randn(groups, 128, 200)), layout(torch.randn(groups, 200, 130))
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("by_one_dnn")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_are_those_of_matmul(layout: Callable[[Tensor], Tensor], groups: int) -> None:
@@ -56,7 +56,7 @@ def test_are_those_of_matmul(layout: Callable[[Tensor], Tensor], groups: int) ->
 
 
 def test_are_made_by_one_dnn_where_it_is_faster(
-    narrow: bool, monkeypatch: pytest.MonkeyPatch
+    by_one_dnn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
     monkeypatch.setattr(products, "_by_one_dnn", lambda x, w: made.append(1) or x @ w.T)
@@ -65,10 +65,10 @@ def test_are_made_by_one_dnn_where_it_is_faster(
         product(left, right)
         product(left[:, :4], right)  # small
         product(left.double(), right.double())
-    assert len(made) == narrow
+    assert len(made) == by_one_dnn
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("by_one_dnn")
 @pytest.mark.parametrize(("kernel_size", "stride"), [(1, 1), (3, 2)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_give_the_same_factors(kernel_size: int, stride: int, layout: torch.memory_format) -> None:
@@ -83,19 +83,3 @@ def test_give_the_same_factors(kernel_size: int, stride: int, layout: torch.memo
         )
         torch.testing.assert_close(out.double(), 0.5 + 2 * expected, **SINGLE)
         assert torch.equal(out, out.mT)
-
-
-@pytest.mark.parametrize(
-    ("processor", "expected"),
-    [
-        ("vendor_id : AuthenticAMD\ncpu family\t: 25\n", True),
-        ("vendor_id : AuthenticAMD\ncpu family\t: 26\n", False),
-        ("vendor_id : GenuineIntel\ncpu family\t: 6\n", False),
-        ("", False),
-    ],
-)
-def test_double_pumped_processors_are_known(
-    processor: str, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(products, "_processor", lambda: processor)
-    assert products.is_double_pumped.__wrapped__() == expected

@@ -1,0 +1,71 @@
+"""An algorithm for input factors: whether it applies, what it costs, and how it adds a factor."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from einconv_kfac.curvature.factors.problem import Problem
+from einconv_kfac.curvature.factors.symmetric.update import Update
+
+BATCHED_MATRIX_CALLS = 0.004
+"""Cost of one more matrix in a batched product, relative to a call with eight operations."""
+
+SCATTERED_ELEMENT_COPIES = 3
+"""Cost of copying or adding a single element, relative to one in a whole row."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The work of an algorithm, counted from shapes.
+
+    Args:
+        macs: Multiply-accumulates in matrix products.
+        width: Rows and columns of these products.
+        copied: Elements copied, masked or summed on the way to the products.
+        written: Elements scattered on the way from the products.
+        calls: Operations started.
+    """
+
+    macs: float
+    width: float
+    copied: float
+    written: float
+    calls: float
+
+
+class Algorithm(ABC):
+    """A way to compute ``sum_{n,o} a a^T`` from the input of a convolution.
+
+    A concrete subclass in a file of ``algorithms/`` is one of the algorithms to choose from.
+    """
+
+    name: ClassVar[str]
+    """The name that ``algorithm=`` takes."""
+
+    rank: ClassVar[int]
+    """The position in the order of algorithms; the first of equally cheap ones is chosen."""
+
+    is_always_fastest: ClassVar[bool] = False
+    """Whether it is chosen wherever it applies, whatever the costs."""
+
+    def applies(self, problem: Problem) -> bool:
+        """Return whether the algorithm can compute the factor of a problem on its device."""
+        return True
+
+    @abstractmethod
+    def cost(self, problem: Problem) -> Cost:
+        """Return the work of `add`."""
+
+    @abstractmethod
+    def add(self, x: Tensor, problem: Problem, update: Update) -> None:
+        """Add ``sum_{n,o} a a^T`` to an update.
+
+        Args:
+            x: Input of shape ``[n, c, *i]``.
+            problem: The problem that ``x`` and the convolution pose.
+            update: The update of ``[g, D, D]`` with the problem's groups and size.
+        """

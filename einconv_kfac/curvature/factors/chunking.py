@@ -1,0 +1,46 @@
+"""Chunks of an input: as many examples at a time as fit a cache, or occupy a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from einconv_kfac.curvature.devices.device_registry import profile_of
+from einconv_kfac.curvature.factors.problem import Problem
+
+UNDIVIDED_ELEMENTS = 1 << 18
+"""Elements of an input that is processed as a whole, since calls would cost more."""
+
+
+def chunk_size(device: str, elements: int) -> int:
+    """Return how many elements of an input of ``elements`` to process at a time."""
+    return profile_of(device).chunk_elements(elements)
+
+
+def chunk_count(problem: Problem, growth: float, limit: int | None = None) -> int:
+    """Return the number of chunks into which `chunks` cuts the input."""
+    limit = chunk_size(problem.device, problem.inputs) if limit is None else limit
+    per_example = max(1.0, growth * problem.inputs / problem.batch)
+    return -(-problem.batch // max(1, int(limit / per_example)))
+
+
+def chunks(x: Tensor, growth: float, limit: int | None = None) -> Iterator[Tensor]:
+    """Cut ``x`` along its first dimension.
+
+    Args:
+        x: The input, with the examples first.
+        growth: How many times larger than ``x`` its processed form is.
+        limit: Elements of a processed chunk, which has at least one example; by default those
+            of `chunk_size`.
+    """
+    limit = chunk_size(x.device.type, x.numel()) if limit is None else limit
+    step = max(1, int(limit / max(1.0, growth * x[0].numel())))
+    for start in range(0, x.shape[0], step):
+        yield x[start : start + step]
+
+
+def examples_per_chunk(x: Tensor, growth: float) -> int:
+    """Return how many examples of ``x`` to process at a time, at least two."""
+    limit = max(UNDIVIDED_ELEMENTS, chunk_size(x.device.type, x.numel()) / growth)
+    return max(2, int(limit / max(1, x[0].numel())))
