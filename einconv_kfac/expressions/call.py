@@ -38,7 +38,7 @@ MEANING = {
 """Descriptions of the hyper-parameters, shared by the docstrings of all operations."""
 
 
-RAISES = """Raises:
+ERRORS = """Raises:
         ValueError: If shapes and groups do not match, or the numbers describe no convolution."""
 """The errors of all operations, shared by their docstrings."""
 
@@ -123,4 +123,4 @@ def _documented(text: str, parameters: list[str]) -> str:
     """Replace ``options: OPTIONS`` in a docstring by all parameters, and add the errors."""
     lines = (f"{name}: {MEANING[name]}" for name in parameters if name in MEANING)
     text = text.replace("options: OPTIONS", "\n        ".join(lines))
-    return text.replace("\n    >>>", f"\n    {RAISES}\n\n    >>>", 1)
+    return text.replace("\n    >>>", f"\n    {ERRORS}\n\n    >>>", 1)
