@@ -27,11 +27,11 @@ Parameters = ParamSpec("Parameters")
 MEANING = {
     "kernel_size": "Kernel entries, one number or one per dimension.",
     "input_size": "Input positions, one number or one per dimension.",
-    "stride": "Input positions between windows, one number or one per dimension.",
+    "stride": "Positions between windows, one number or one per dimension.",
     "padding": "Zeros around the input; if transposed, positions removed from the result.",
     "output_padding": "Further positions on the right of a transposed convolution's result.",
     "output_size": "Positions of the result, instead of ``output_padding``.",
-    "dilation": "Input positions between kernel entries, one number or one per dimension.",
+    "dilation": "Positions between kernel entries, one number or one per dimension.",
     "groups": "Number of channel groups.",
     "simplify": "Whether to simplify the expression.",
 }
