@@ -1,9 +1,9 @@
 """Time of convolutions by torch, by einconv 0.1.0 and by this package, on real layers.
 
-Every distinct layer of conv_layers.json: forward pass, input VJP and weight VJP. Contestants
-take turns; medians of a call's time, on one thread of processor time (which other programs on
-the machine disturb least), with more threads of wall time. Times of einconv and of this package
-include building the expression. Ratios are what counts.
+The forward pass, input VJP and weight VJP of every distinct layer of conv_layers.json are timed.
+Contestants take turns. Times are medians over calls: processor time on one thread (which other
+programs on the machine disturb least), wall time on more. Times of einconv and of this package
+include building the expression. Compare ratios, not absolute times.
 
     python benchmarks/operations.py --output benchmarks/results/operations.txt
 """
@@ -29,8 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from einconv_kfac.evaluate import contract_convolution, evaluate
 from einconv_kfac.expressions import cache_clear, convNd_forward, convNd_kfac_reduce
 from einconv_kfac.functionals import convNd
-from einconv_kfac.geometry import Geometry
-from einconv_kfac.geometry import conv_geometry as described
+from einconv_kfac.geometry import Geometry, conv_geometry
 
 HERE = Path(__file__).parent
 OPERATIONS = ("forward", "input VJP", "weight VJP")
@@ -60,7 +59,7 @@ def layers() -> Iterator[Layer]:
         for entry in found:
             channels, *size = entry["in_shape"]
             names = ("kernel_size", "stride", "padding", "dilation", "groups")
-            geometry = described(size, *(entry[name] for name in names))
+            geometry = conv_geometry(size, *(entry[name] for name in names))
             layer = Layer(network, (channels, *size), entry["out_channels"], geometry)
             if (key := (layer.in_shape, layer.out_channels, geometry)) not in seen:
                 seen.add(key)
@@ -77,7 +76,7 @@ def tensors(layer: Layer, batch: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def torchs(layer: Layer, x: Tensor, weight: Tensor, v: Tensor) -> list[Callable[[], Any]]:
-    """Return torch's own operations."""
+    """Return torch's operations."""
     geometry = layer.geometry
     padding = [left for left, _ in geometry.padding]
     options = (list(geometry.stride), padding, list(geometry.dilation))
@@ -139,7 +138,7 @@ def contestants(layer: Layer, batch: int, with_einconv: bool = True) -> list[Cal
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Return the largest sum of what is allocated at once during the call."""
+    """Return the largest number of bytes that are allocated at once during a call."""
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
@@ -200,7 +199,7 @@ def high_dimensions(budget: float) -> Iterator[str]:
 
 
 def building() -> Iterator[str]:
-    """Yield the time to build a forward expression, anew and again."""
+    """Yield the time to build a forward expression, with filled and with empty caches."""
     x, weight = torch.randn(8, 64, 56, 56), torch.randn(64, 64, 3, 3)
     module = convNd_forward
 
@@ -223,9 +222,9 @@ def building() -> Iterator[str]:
 
 
 def memory() -> Iterator[str]:
-    """Yield peak extra memory on a layer of ResNet-18."""
+    """Yield the peak of additional memory on a layer of ResNet-18."""
     x, weight = torch.randn(8, 64, 56, 56), torch.randn(64, 64, 3, 3)
-    network = convNd_kfac_reduce.network(described((56, 56), 3, padding=1), 8, 64)
+    network = convNd_kfac_reduce.network(conv_geometry((56, 56), 3, padding=1), 8, 64)
     output, megabyte = 4 * 8 * 64 * 56**2, 2**20
     im2col = peak_bytes(lambda: weight.flatten(1) @ functional.unfold(x, 3, padding=1))
     forward = peak_bytes(lambda: convNd(x, weight, padding=1))

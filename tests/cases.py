@@ -29,7 +29,7 @@ class ConvCase:
 
     @property
     def ungrouped(self) -> dict[str, Any]:
-        """The options without ``groups``, for operations that know none."""
+        """The options without ``groups``, for operations without groups."""
         return {key: value for key, value in self.options.items() if key != "groups"}
 
     @property

@@ -1,4 +1,4 @@
-"""Expressions of a case: how they are called, what they give, and checks of both."""
+"""Arguments and expected results of the expressions of a case, and checks of expressions."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ _cached_unflattened = lru_cache(maxsize=1024)(_unflattened)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the operands for the backward pass."""
+    """Save the operands for the backward pass."""
     ctx.role, ctx.sizes, *tensors = inputs
     ctx.save_for_backward(*tensors)
 
@@ -64,11 +64,11 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     """Contract the gradient, in the result's role, with the other operand."""
     gradients: list[Tensor | None] = []
     roles = others(ctx.role)
-    for needed, wanted in zip(ctx.needs_input_grad[2:], roles):
+    for needed, role in zip(ctx.needs_input_grad[2:], roles):
         tensors = dict(zip(roles, ctx.saved_tensors)) | {ctx.role: gradient}
-        first, second = others(wanted)
+        first, second = others(role)
         operands = tensors[first], tensors[second]
-        gradients.append(traced_convolution(wanted, ctx.sizes, *operands) if needed else None)
+        gradients.append(traced_convolution(role, ctx.sizes, *operands) if needed else None)
     return (None, None, *gradients)
 
 

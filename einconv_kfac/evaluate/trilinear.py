@@ -61,10 +61,10 @@ def _differentiated(first: Tensor, second: Tensor) -> bool:
     return recorded or forward_mode or torch._C._are_functorch_transforms_active()
 
 
-def _contracted(geometry: Geometry, wanted: str, tensors: dict[str, Tensor]) -> Tensor:
+def _contracted(geometry: Geometry, role: str, tensors: dict[str, Tensor]) -> Tensor:
     """Return one of the three tensors; ``tensors`` has the others, by role."""
-    first, second = others(wanted)
-    return contract_convolution(geometry, wanted, tensors[first], tensors[second])
+    first, second = others(role)
+    return contract_convolution(geometry, role, tensors[first], tensors[second])
 
 
 class _Convolution(torch.autograd.Function):
@@ -87,9 +87,9 @@ class _Convolution(torch.autograd.Function):
         """Contract the gradient, in the result's role, with the other operand."""
         gradients: list[Tensor | None] = []
         roles = others(ctx.role)
-        for needed, wanted in zip(ctx.needs_input_grad[2:], roles):
+        for needed, role in zip(ctx.needs_input_grad[2:], roles):
             tensors = dict(zip(roles, ctx.saved_tensors)) | {ctx.role: gradient}
-            gradients.append(_contracted(ctx.geometry, wanted, tensors) if needed else None)
+            gradients.append(_contracted(ctx.geometry, role, tensors) if needed else None)
         return (None, None, *gradients)
 
     @staticmethod

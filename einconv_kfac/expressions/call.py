@@ -27,18 +27,18 @@ Parameters = ParamSpec("Parameters")
 MEANING = {
     "kernel_size": "Kernel entries, one number or one per dimension.",
     "input_size": "Input positions, one number or one per dimension.",
-    "stride": "Input positions between windows, one number or one per dimension.",
+    "stride": "Positions between windows, one number or one per dimension.",
     "padding": "Zeros around the input; if transposed, positions removed from the result.",
     "output_padding": "Further positions on the right of a transposed convolution's result.",
     "output_size": "Positions of the result, instead of ``output_padding``.",
-    "dilation": "Input positions between kernel entries, one number or one per dimension.",
+    "dilation": "Positions between kernel entries, one number or one per dimension.",
     "groups": "Number of channel groups.",
     "simplify": "Whether to simplify the expression.",
 }
 """Descriptions of the hyper-parameters, shared by the docstrings of all operations."""
 
 
-RAISES = """Raises:
+ERRORS = """Raises:
         ValueError: If shapes and groups do not match, or the numbers describe no convolution."""
 """The errors of all operations, shared by their docstrings."""
 
@@ -123,4 +123,4 @@ def _documented(text: str, parameters: list[str]) -> str:
     """Replace ``options: OPTIONS`` in a docstring by all parameters, and add the errors."""
     lines = (f"{name}: {MEANING[name]}" for name in parameters if name in MEANING)
     text = text.replace("options: OPTIONS", "\n        ".join(lines))
-    return text.replace("\n    >>>", f"\n    {RAISES}\n\n    >>>", 1)
+    return text.replace("\n    >>>", f"\n    {ERRORS}\n\n    >>>", 1)

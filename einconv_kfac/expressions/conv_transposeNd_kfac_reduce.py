@@ -19,6 +19,9 @@ def network(geometry: Geometry, batch: int, channels: int) -> Network:
 def einsum_expression(x: Shape, options: Options) -> Network:
     """Return the KFAC-reduce input factor of a transposed convolution as an einsum expression.
 
+    It is the mean over examples of ``a a^T``, where ``a`` is the mean over outputs ``i`` of the
+    columns of the unfolded input of `conv_transposeNd_unfold`.
+
     Args:
         x: Input of shape ``[n, (g ci), *o]``.
         options: OPTIONS

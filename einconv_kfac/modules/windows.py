@@ -10,7 +10,7 @@ from einconv_kfac.geometry import Padding, Sizes
 
 
 class WindowsNd(Module):
-    """A layer without parameters whose hyper-parameters are those of `unfoldNd`."""
+    """A layer without parameters, with the hyper-parameters of `unfoldNd`."""
 
     shown: ClassVar[tuple[str, ...]] = ("kernel_size", "dilation", "padding", "stride")
     """The attributes that ``repr`` shows, in order."""

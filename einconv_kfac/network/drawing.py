@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from einconv_kfac.network.network import Network
-from einconv_kfac.network.operand import Delta, Leaf, Operand
+from einconv_kfac.network.operand import Delta, Leaf, Operand, Pattern
 from einconv_kfac.network.picture import RADIUS_PX, Mark, Picture, Point
 from einconv_kfac.network.placement import (
     COLUMN_PX,
@@ -14,7 +14,12 @@ from einconv_kfac.network.placement import (
     positions,
 )
 
-LEAF_COLOR, PATTERN_COLOR, DELTA_COLOR = "#cfe3f7", "#f9d9a8", "#ffffff"
+_SHAPES: dict[type[Operand], tuple[str, str]] = {
+    Leaf: ("circle", "#cfe3f7"),
+    Pattern: ("box", "#f9d9a8"),
+    Delta: ("diamond", "#ffffff"),
+}
+"""Kind and color of the mark of every kind of operand."""
 
 
 def draw(network: Network) -> Picture:
@@ -82,9 +87,7 @@ def _on_curve(ends: list[Point], bow: Point) -> Point:
 
 def _shape(operand: Operand, point: Point) -> Mark:
     """Return the mark of a node."""
-    if isinstance(operand, Leaf):
-        return Mark("circle", (point,), operand.name, LEAF_COLOR)
-    if isinstance(operand, Delta):
-        return Mark("diamond", (point,), operand.name, DELTA_COLOR)
-    summed = f"Σ{''.join(operand.summed)} " if operand.summed else ""
-    return Mark("box", (point,), f"{summed}{operand.name}", PATTERN_COLOR)
+    summed = operand.summed if isinstance(operand, Pattern) else ()
+    label = f"Σ{''.join(summed)} {operand.name}" if summed else operand.name
+    kind, color = _SHAPES[type(operand)]
+    return Mark(kind, (point,), label, color)

@@ -1,4 +1,4 @@
-"""The page on expressions: its code runs, and prints what it says."""
+"""The code of the page on expressions runs and prints the output shown there."""
 
 from __future__ import annotations
 

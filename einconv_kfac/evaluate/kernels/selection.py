@@ -20,10 +20,10 @@ Contraction: TypeAlias = Callable[[Geometry, Tensor, Tensor], Tensor]
 
 
 class Kernel(Protocol):
-    """Three contractions of a convolution; each file of this folder implements all or some.
+    """The three contractions of a convolution, as the functions of a kernel's file.
 
-    The two operands come in the order of `TENSOR_ROLES`, are contiguous, and have the shapes
-    ``x`` ``[n, (g ci), *i]``, ``w`` ``[(g co), ci, *k]`` and ``v`` ``[n, (g co), *o]``.
+    Operands are contiguous and in the order of `TENSOR_ROLES`. Shapes are ``[n, (g ci), *i]`` for
+    ``x``, ``[(g co), ci, *k]`` for ``weight`` and ``[n, (g co), *o]`` for ``v``.
     """
 
     def forward(self, geometry: Geometry, x: Tensor, weight: Tensor, /) -> Tensor:
