@@ -78,7 +78,7 @@ class Pointwise(Algorithm):
         return Cost(pairs * columns, problem.size, 0.0, problem.outputs, calls)
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
-        """Add ``sum_{n,o} a a^T`` to the update, from the positions that the kernel's entry meets."""
+        """Add ``sum_{n,o} a a^T`` to the update, from positions that the entry meets."""
         index: list[Any] = [...]
         for axis in problem.geometry.axes:
             met = axis.outputs(0)

@@ -46,8 +46,7 @@ def _axes(problem: Problem) -> tuple[Axis, Axis]:
 
 @lru_cache(maxsize=1024)
 def row_bands(problem: Problem) -> tuple[Band, ...]:
-    """Return the blocks that cover the outputs of the last dimension: equal ones, and one
-    for the rest.
+    """Return the blocks that cover the last dimension's outputs: equal ones, and one for the rest.
 
     Blocks are few if calls cost most, and narrow if products do.
     """
