@@ -1,1 +1,1 @@
-"""What a device is good at, and which library multiplies on it."""
+"""Profiles of devices, and products of matrices by the library that is fastest on each."""

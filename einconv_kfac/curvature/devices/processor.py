@@ -44,7 +44,7 @@ class Processor:
     def is_double_pumped(self) -> bool:
         """Whether this is one of AMD's processors before Zen 5.
 
-        They compute each half of a 512-bit vector in turn, so that the width gains little.
+        They compute each half of a 512-bit vector in turn, so that the width saves little time.
         """
         return self.vendor == AMD and 0 < self.family <= ZEN_4_FAMILY
 

@@ -41,7 +41,7 @@ class DeviceProfile:
             occupy the whole device.
         panel_rows: Rows of a symmetric matrix that one product computes. Narrow panels save up
             to half of the multiplications; wide ones are faster products.
-        strip_rows: Rows that are mirrored to columns at a time.
+        strip_rows: Rows that are copied to columns at a time.
         is_cached: Whether work is cut into parts that fit a cache, and operations are cheap to
             start, so that many small ones are worthwhile.
         is_host: Whether tensors are in the memory of the host, and can view its arrays.

@@ -1,4 +1,4 @@
-"""Which algorithm computes a factor: the cheapest by its counts, and why."""
+"""The choice of the algorithm for a factor: the cheapest by its estimated time."""
 
 from __future__ import annotations
 

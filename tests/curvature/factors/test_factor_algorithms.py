@@ -187,3 +187,9 @@ def test_choice_is_applicable_and_costs_are_positive(
         cost = ALGORITHMS[name].cost(problem)
         assert min(cost.macs, cost.copied, cost.written, cost.calls) >= 0
         assert cost.width >= 1
+
+
+def test_algorithms_are_in_the_order_of_ties() -> None:
+    names = ("lags", "correlations", "bands", "rows", "grams", "im2col", "pointwise")
+    assert tuple(ALGORITHMS) == names
+    assert [algorithm.rank for algorithm in ALGORITHMS.values()] == list(range(len(names)))

@@ -24,7 +24,7 @@ class PaddedRows:
     """
 
     def __init__(self, x: Tensor, geometry: Geometry, dtype: torch.dtype) -> None:
-        """Remember the input."""
+        """Store the input."""
         x = x.reshape(x.shape[0], geometry.groups, -1, *x.shape[2:])
         self.channels, self.dtype, self.axis = x.shape[2], dtype, geometry.axes[-1]
         self._strides = geometry.stride[:-1]
@@ -37,7 +37,7 @@ class PaddedRows:
         return self._x[(slice(None), *index)]
 
     def padded(self, remainders: tuple[int, ...]) -> Tensor:
-        """Return them with zeros on both sides, as far as bands reach; made once."""
+        """Return these positions with zeros on both sides, as far as bands reach; cached."""
         if remainders not in self._padded:
             grid, left = self.grid(remainders), self.axis.padding[0]
             found = bands(self.axis, self.channels)
@@ -50,7 +50,7 @@ class PaddedRows:
 
 
 class BandOperand:
-    """The blocks of an input along one band, made when asked for.
+    """The blocks of an input along one band, computed on first use.
 
     Args:
         rows: The input.
@@ -58,7 +58,7 @@ class BandOperand:
     """
 
     def __init__(self, rows: PaddedRows, band: Band) -> None:
-        """Remember the input."""
+        """Store the input."""
         self._rows, self.band, self.channels = rows, band, rows.channels
         self._made: dict[tuple[int, ...], list[Tensor]] = {}
         self._repeats = 1  # blocks that follow each other at each position
@@ -116,7 +116,7 @@ class BandOperand:
         return rows[outer].flatten(1, -2)
 
     def sum_entries_(self, products: Tensor, total: Tensor, is_first: bool) -> None:
-        """Sum the products to ``total``, ``[g, c, k, c', k']``, or add them to what it has."""
+        """Sum the products to ``total``, ``[g, c, k, c', k']``, or add the sums to it."""
         axis, c, w, row = self.band.axis, self.channels, self.band.width, products.shape[-1]
         sizes = (len(products), c, axis.kernel_size, c, axis.kernel_size, self.band.outputs)
         strides = (

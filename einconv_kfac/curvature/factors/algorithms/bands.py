@@ -1,10 +1,10 @@
-"""Lags along the leading dimensions, bands of products along the last: for few channels.
+"""Lags along the leading dimensions and bands of products along the last, for few channels.
 
 The last dimension is cut into blocks of outputs. One product per lag multiplies all positions
 that the outputs of a block meet with each other, for all blocks and examples at once; the
-factor's entries are partial sums along its diagonals. That is up to four times more
-multiplications per output than lags, but in products that are wide enough to be fast, and
-without regions in the last dimension.
+factor's entries are partial sums along its diagonals. Bands need up to four times more
+multiplications per output than lags. But their products are wide enough to be fast, and the last
+dimension has no regions.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _add_bands_(parts: list[Tensor], geometry: Geometry, update: Update) -> None
                 products = operand.products(key, region, update.alpha)
                 operand.sum_entries_(products, total, is_first)
             is_first = False
-            del operand  # not to be kept while the next one is made
+            del operand  # freed before the next one is computed
         del rows
     write_regions(sums, leading, update)
 

@@ -172,7 +172,7 @@ def _all_sums(
         for call in found:
             if call.is_interior:
                 _add_correlations_(sums[call.spans], call, parts, geometry, update)
-        del parts  # not to be kept while the next ones are made
+        del parts  # freed before the next ones are computed
     return sums
 
 
@@ -285,5 +285,5 @@ class Correlations(Algorithm):
                         if not any(lag.distance for lag in key):
                             regions = regions.contiguous()  # made symmetric in place
                         write(block.entries, key, regions, block.beta, diagonal)
-                del sums  # not to be kept while the next ones are made
+                del sums  # freed before the next ones are computed
             block.store_()

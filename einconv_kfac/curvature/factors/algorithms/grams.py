@@ -54,14 +54,14 @@ def _upper(pattern: Tensor, axis: Axis) -> Tensor:
     return pattern.index_select(0, kept[0]).index_select(1, kept[1]).T.contiguous()
 
 
-def _upper_places(problem: Problem, device: torch.device) -> Tensor:
-    """Return where the products ``[c, c', i0 <= i0', (i1 i1'), ..]`` are in a Gram matrix."""
+def _upper_indices(problem: Problem, device: torch.device) -> Tensor:
+    """Return the flat indices of ``[c, c', i0 <= i0', (i1 i1'), ..]`` in a Gram matrix."""
     sizes, c, d = problem.geometry.input_size, problem.channels, problem.geometry.ndim
-    places = torch.arange((c * prod(sizes)) ** 2, device=device).view(c, *sizes, c, *sizes)
+    indices = torch.arange((c * prod(sizes)) ** 2, device=device).view(c, *sizes, c, *sizes)
     mixed = [dim for j in range(1, d) for dim in (1 + j, 2 + d + j)]
-    places = places.permute(0, 1 + d, 1, 2 + d, *mixed).flatten(2, 3)  # c c' (i0 i0') i1 i1' ..
+    indices = indices.permute(0, 1 + d, 1, 2 + d, *mixed).flatten(2, 3)  # c c' (i0 i0') i1 i1' ..
     above = torch.triu_indices(sizes[0], sizes[0], device=device)
-    return places.index_select(2, above[0] * sizes[0] + above[1]).flatten()
+    return indices.index_select(2, above[0] * sizes[0] + above[1]).flatten()
 
 
 def _entries(products: Tensor, problem: Problem, first: Tensor, others: list[Tensor]) -> Tensor:
@@ -122,11 +122,11 @@ class Grams(Algorithm):
         x = x.reshape(x.shape[0], geometry.groups, -1).permute(1, 2, 0)  # g (c i) n
         first, *others = (pair_pattern(axis, x, dtype) for axis in geometry.axes)
         first = _upper(first, geometry.axes[0]) * update.alpha
-        places = _upper_places(problem, x.device)
+        indices = _upper_indices(problem, x.device)
         step = max(1, CACHED_GRAM_ELEMENTS // x.shape[1] ** 2)
         for start in range(0, geometry.groups, step):
             part = x[start : start + step].to(dtype)
-            products = torch.bmm(part, part.mT).flatten(1).index_select(1, places)
+            products = torch.bmm(part, part.mT).flatten(1).index_select(1, indices)
             found = _entries(products, problem, first, others)
             rest = problem.entries // geometry.kernel_size[0]
             some = replace(update, out=update.out[start : start + step])

@@ -67,5 +67,5 @@ class Im2col(Algorithm):
         for part in parts:
             columns = unfolded(part.to(update.out.dtype), geometry)
             update.add_product_(columns, last=part is parts[-1])
-            del columns  # not to be kept while the next ones are made
+            del columns  # freed before the next ones are computed
             update = update.added()

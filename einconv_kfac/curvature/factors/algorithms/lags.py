@@ -1,8 +1,8 @@
 """Lag reuse in all dimensions: one product of channels per lag and region.
 
 See docs/factors.md for the derivation. The regions of the outermost dimension are ranges of
-the flattened positions. In the others, the largest region is what remains when the left
-operand is set to zero elsewhere; only the strips at the borders are copied.
+the flattened positions. In the other dimensions, the largest region results from a left
+operand that is zero elsewhere; only the strips at the borders are copied.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _add_lags_(sums: Sums, pair: Pair, grids: Grids, alpha: float) -> Iterator[K
 
 
 class Grids:
-    """The positions of an input by their remainders modulo the stride, made when asked for.
+    """The positions of an input by their remainders modulo the stride, computed on first use.
 
     Args:
         x: Input of shape ``[n, c, *i]``.
@@ -80,7 +80,7 @@ class Grids:
     """
 
     def __init__(self, x: Tensor, geometry: Geometry, dtype: torch.dtype) -> None:
-        """Remember the input."""
+        """Store the input."""
         groups, sizes = geometry.groups, x.shape[2:]
         self._x = x.reshape(x.shape[0], groups, -1, *sizes)
         self.geometry, self._dtype = geometry, dtype
@@ -147,7 +147,7 @@ def _rows(left: Tensor, right: Tensor, key: Key, rows: tuple[int, int]) -> tuple
     sizes = left.shape[2:-1]
     row = prod(sizes)
     inner = sum(lag.shift * prod(sizes[j:]) for j, lag in enumerate(key[1:], start=2))
-    start = rows[0] * row + max(0, -inner)  # what is left out is zero
+    start = rows[0] * row + max(0, -inner)  # the rest is zero
     stop = rows[1] * row - max(0, inner)
     shift = key[0].shift * row + inner
     return left.flatten(1, -2)[:, start:stop], right.flatten(1, -2)[:, start + shift : stop + shift]

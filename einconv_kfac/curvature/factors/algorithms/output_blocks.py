@@ -19,7 +19,7 @@ class Band:
         axis: The dimension.
         first: The first block's first output.
         outputs: Outputs in a block.
-        width: Positions that are multiplied with each other, at least those a block meets.
+        width: Positions that are multiplied with each other; they include those that a block meets.
         count: Number of blocks.
     """
 
@@ -36,7 +36,7 @@ class Band:
 
 @lru_cache(maxsize=1024)
 def bands(axis: Axis, channels: int = 1) -> tuple[Band, ...]:
-    """Return the blocks that cover the outputs of ``axis``: equal ones, and what remains.
+    """Return the blocks that cover the outputs of ``axis``: equal ones, and one for the rest.
 
     Args:
         axis: The dimension.

@@ -35,29 +35,26 @@ def add_columns_(x: Tensor, update: Update) -> None:
     where a product costs less than adding it up. As oneDNN copies them once more, half are
     gathered at a time, unless adding up large products costs more than that.
     """
-    same, profile = x.dtype == update.out.dtype, profile_of(x.device.type)
+    profile, same = profile_of(x.device.type), x.dtype == update.out.dtype
+    cached, macs = profile.is_cached, x.numel() * x.shape[2]
     onednn = profile.multiplies_by_onednn and update.out.dtype == torch.float32
     is_long = x.shape[3] >= (LONG_ONEDNN_POSITIONS if onednn else LONG_EXAMPLE_POSITIONS)
     limit = chunk_size(x.device.type, x.numel())
     if x.stride(2) == 1 and same:
         limit = x.numel()  # channels last
-    elif profile.is_cached and same and x.shape[1] == 1 and x.numel() * x.shape[2] <= ONE_CALL_MACS:
+    elif cached and same and x.shape[1] == 1 and macs <= ONE_CALL_MACS:
         update.out[0].addbmm_(x[:, 0], x[:, 0].mT, beta=update.beta, alpha=update.alpha)
         copy_upper_to_lower_(update.out)
         return
-    elif profile.is_cached and is_long:
+    elif cached and is_long:
         limit = 1
-    elif (
-        profile.is_cached
-        and x.numel() > update.out.numel()
-        and x.numel() * x.shape[2] > GATHERED_MACS
-    ):
+    elif cached and x.numel() > update.out.numel() and macs > GATHERED_MACS:
         limit = min(limit, -(-x.numel() // 2))
     parts = list(chunks(x, 1.0, limit))
     for part in parts:
         columns = part.to(update.out.dtype).movedim(0, 2).flatten(2)  # g c (n s)
         update.add_product_(columns, last=part is parts[-1])
-        del columns  # not to be kept while the next ones are made
+        del columns  # freed before the next ones are computed
         update = update.added()
 
 
@@ -81,7 +78,7 @@ class Pointwise(Algorithm):
         return Cost(pairs * columns, problem.size, 0.0, problem.outputs, calls)
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
-        """Add ``sum_{n,o} a a^T`` to the update, for a kernel that meets single positions."""
+        """Add ``sum_{n,o} a a^T`` to the update, from positions that the entry meets."""
         index: list[Any] = [...]
         for axis in problem.geometry.axes:
             met = axis.outputs(0)

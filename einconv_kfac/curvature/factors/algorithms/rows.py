@@ -3,7 +3,7 @@
 A row is the last dimension, cut into blocks of outputs as in `bands`. The product of row ``r``
 with the rows ``r + d D`` holds all that the entries ``(k, k + d)`` sum of it. Which rows an entry
 sums depends on ``k`` alone, since rows beyond the input are zero: a product with a 0/1 matrix
-``[k, r]``. So there are no regions and no lags to go through one by one, but a few dozen calls.
+``[k, r]``. So a few dozen calls suffice, without a loop over regions and lags.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def _axes(problem: Problem) -> tuple[Axis, Axis]:
 
 @lru_cache(maxsize=1024)
 def row_bands(problem: Problem) -> tuple[Band, ...]:
-    """Return the blocks that cover the outputs of the last dimension: equal ones, and what remains.
+    """Return the blocks that cover the last dimension's outputs: equal ones, and one for the rest.
 
-    Few of them where calls cost most, and narrow ones where products do.
+    Blocks are few if calls cost most, and narrow if products do.
     """
     lead, axis = _axes(problem)
     size, found = axis.output_size, []
@@ -76,7 +76,7 @@ def _square(width: int, channels: int) -> int:
 
 
 def _distances(lead: Axis) -> int:
-    """Return how many distances of rows have any products."""
+    """Return the number of distances between rows that have products."""
     return min(lead.kernel_size - 1, (lead.input_size - 1) // lead.dilation) + 1
 
 
@@ -112,14 +112,14 @@ def _row_sums(x: Tensor, problem: Problem, band: Band, alpha: float) -> Tensor:
             torch.bmm(left[rows], right[rows], out=part)
             sums.addmm_(windows[:, rows], part.flatten(1), beta=beta, alpha=alpha)
             beta = 1.0
-        del left, right  # not to be kept while the next ones are made
+        del left, right  # freed before the next ones are computed
     return sums
 
 
 def _operands(x: Tensor, lead: Axis, band: Band, block: int) -> tuple[Tensor, Tensor]:
     """Return a block of each row, ``[r, (c w), n]``, and of those from it on, ``[r, n, (d c w)]``.
 
-    Both view one copy of ``x``, ``[c, t, i, n]``, in which the rows of a product are neighbours.
+    Both view one copy of ``x``, ``[c, t, i, n]``, in which the rows of a product are adjacent.
     """
     c, _, size, n = x.shape
     shape = (lead.dilation, _length(lead), c, band.width, n)
@@ -152,8 +152,8 @@ def _entries(sums: Tensor, problem: Problem, band: Band) -> Tensor:
 def _triangle(entries: Tensor) -> Tensor:
     """Return ``[k0, d, c, k, c', k']`` in order, ``[(c k0 k), (c' k0' k')]``, half of the sum.
 
-    What is left of the diagonal is zero, and what is on it is halved: with its own transpose
-    added the matrix is complete.
+    Entries left of the diagonal are zero, and those on it are halved. The sum of the matrix and
+    its transpose is complete.
     """
     k0, distances, c, k = entries.shape[:4]
     entries[:, 0] *= 0.5
