@@ -59,7 +59,7 @@ def test_listed_names_exist(room: str) -> None:
 def test_signatures_are_spelled_as_in_the_source() -> None:
     lines = [line.strip() for line in listing()]
     assert "lr: float | None = None," in lines
-    assert "kl_clip: Schedule | None = 1e-3," in lines
+    assert 'kl_clip: Clip = "auto",' in lines
     assert "modules: module" in lines
     assert "KFAC: see einconv_kfac.optim" in lines
 

@@ -10,6 +10,7 @@ import step_trace
 from torch import nn
 
 import einconv_kfac
+from einconv_kfac.optim.schedule import is_due
 
 
 @pytest.mark.parametrize("options", [[], ["--whole"]])
@@ -25,10 +26,9 @@ def test_prints_tables(options: list[str], capsys: pytest.CaptureFixture[str]) -
 
 def test_counts_calls_and_changes_of_file() -> None:
     trace = step_trace.Trace(Path(einconv_kfac.__file__).parent)
-    unfold = einconv_kfac.modules.UnfoldNd(2)
-    trace.run(unfold.extra_repr)
-    assert trace.calls["modules/unfold.py"] >= 1
-    assert trace.entries["modules/unfold.py"] == 1
+    trace.run(lambda: is_due(10, 0, 5))
+    assert trace.calls["optim/schedule.py"] == 2  # `is_due` and `interval`
+    assert trace.entries["optim/schedule.py"] == 1
     assert trace.calls.total() >= trace.entries.total()
     outside = step_trace.Trace(trace.root)
     outside.run(nn.ReLU().extra_repr)
