@@ -291,7 +291,7 @@ class KFAC(Optimizer):
             ValueError: If it belongs to another model, mode or version. Nothing is changed then.
         """
         state = state_dict.get("kfac") or {}
-        self._curvature.check_state(state.get("curvature") or {})
+        self._curvature.check_state(state.get("curvature") or state)
         if state["mode"] != self._step.mode:
             raise ValueError("`state_dict` must come from an optimizer with the same `adaptive`.")
         super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})

@@ -26,9 +26,44 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"fisher": "true"}, "`fisher` must be one of .*'mc'.*, got 'true'"),
     ({"approximation": "kfc"}, "`approximation` must be one of .*'expand'.*, got 'kfc'"),
     ({"mc_samples": 0}, "`mc_samples` must be at least 1, got 0"),
+    ({"mc_samples": 2, "fisher": "exact"}, "`mc_samples` must be 1 for fisher='exact'.*got 2"),
     ({"params": [nn.Parameter(torch.zeros(2))]}, r"`params` must be parameters of `model`"),
     ({"params": []}, "optimizer got an empty parameter list"),
 ]
+
+
+FIXED = {"lr": 0.1, "adaptive": False}
+WRONG_MODE: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"kl_clip": 1e-3}, "`kl_clip` must not be set when adaptive=True, got 0.001", FIXED),
+    ({"max_step_norm": 1.0}, "`max_step_norm` must not be set when adaptive=True", FIXED),
+    ({"nesterov": True}, "`nesterov` must not be set when adaptive=True, got True", FIXED),
+    (
+        {"decoupled_weight_decay": True},
+        "`decoupled_weight_decay` must not be set when adaptive=True",
+        FIXED,
+    ),
+    ({**FIXED, "curvature_fraction": 0.5}, "`curvature_fraction` must be 1 when.*got 0.5", {}),
+    ({**FIXED, "safeguard": True}, "`safeguard` must be False where adaptive=False", {}),
+    ({"adaptive": False}, "`lr` must be given when adaptive=False, got None", {"lr": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("options", "message", "remedy"), WRONG_MODE)
+def test_arguments_of_the_other_mode_are_refused_and_the_remedy_works(
+    options: dict[str, Any], message: str, remedy: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        KFAC(conv_net(), nn.CrossEntropyLoss(), **options)
+    if remedy:
+        accepted = {**options, **remedy}
+    else:
+        accepted = {name: value for name, value in options.items() if name not in FIXED}
+    KFAC(conv_net(), nn.CrossEntropyLoss(), **accepted)
+
+
+def test_no_bound_is_accepted_in_both_modes() -> None:
+    for mode in ({}, FIXED):
+        KFAC(conv_net(), nn.CrossEntropyLoss(), kl_clip=None, max_step_norm=None, **mode)
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS)

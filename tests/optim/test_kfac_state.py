@@ -11,7 +11,7 @@ import torch
 from optim_cases import conv_net, image_batch, train_step, weights
 from torch import nn
 
-from einconv_kfac import KFAC
+from einconv_kfac import KFAC, KFACPreconditioner
 
 MODES: list[dict[str, Any]] = [
     {"weight_decay": 1e-3},
@@ -128,5 +128,10 @@ def test_loading_a_state_of_other_layers_or_modes_is_refused() -> None:
         KFAC(one, loss_fn).load_state_dict(KFAC(two, loss_fn).state_dict())
     with pytest.raises(ValueError, match="same `adaptive`"):
         KFAC(one, loss_fn).load_state_dict(KFAC(one, loss_fn, 0.1, adaptive=False).state_dict())
+    previous = {**KFAC(one, loss_fn).state_dict(), "kfac": {"version": 5, "automatic": {}}}
+    with pytest.raises(ValueError, match="must be a KFAC state of version 6, got 5"):
+        KFAC(one, loss_fn).load_state_dict(previous)
+    with pytest.raises(ValueError, match="must be a KFAC state of version 6, got a state without"):
+        KFACPreconditioner(one, loss_fn).load_state_dict({"layers": {}, "inverse": "factored"})
     with pytest.raises(ValueError, match="must be a KFAC state of version"):
         KFAC(one, loss_fn).load_state_dict(torch.optim.SGD(one.parameters(), 0.1).state_dict())

@@ -47,6 +47,11 @@ class FisherEstimator:
                 raise ValueError(f"`{name}` must be one of {get_args(kinds)}, got {value!r}.")
         if self.mc_samples < 1:
             raise ValueError(f"`mc_samples` must be at least 1, got {self.mc_samples}.")
+        if self.mc_samples > 1 and self.fisher != "mc":
+            raise ValueError(
+                f"`mc_samples` must be 1 for fisher={self.fisher!r}, which draws no samples, got "
+                f"{self.mc_samples}. Leave it out, or pass fisher='mc'."
+            )
         if self.fisher in {"mc", "exact"}:
             loss_rule(self.loss_fn)
         check_reduction(self.loss_fn)

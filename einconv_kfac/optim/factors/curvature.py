@@ -262,10 +262,11 @@ class RunningCurvature:
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise a ``ValueError`` if a state belongs to another version, ``inverse`` or layers."""
         if state.get("version") != CURVATURE_STATE_VERSION:
+            found = state.get("version", "a state without a version")
             raise ValueError(
                 f"`state_dict` must be a KFAC state of version {CURVATURE_STATE_VERSION}, got "
-                f"{state.get('version', 'another one')}. States of earlier versions cannot be "
-                "loaded; load the model's state, and start with a new optimizer."
+                f"{found}. States of earlier versions cannot be loaded: load the state of the "
+                "model, and start with a new optimizer."
             )
         if state["inverse"] != self._inverse:
             raise ValueError(
