@@ -87,12 +87,13 @@ class Recorder:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Record neither batches nor calls of layers inside the block."""
-        before, self.enabled = self.enabled, False
+        capture = self._capture
+        before = self.enabled, capture.enabled
+        self.enabled = capture.enabled = False
         try:
-            with self._capture.paused():
-                yield
+            yield
         finally:
-            self.enabled = before
+            self.enabled, capture.enabled = before
 
     def _attached(self) -> list[RemovableHandle]:
         """Attach the hooks, and return their handles."""
