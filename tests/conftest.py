@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import settings
 from processors import PROCESSORS, simulate
 
@@ -15,6 +16,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, metavar="N", help=text)
     text = "run all tests as on a processor of this kind, one of `processors.PROCESSORS`"
     parser.addoption("--processor", default=None, metavar="KIND", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the processor's cores among the processes that run tests."""
+    if (worker := getattr(config, "workerinput", None)) is not None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // worker["workercount"]))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
