@@ -19,7 +19,7 @@ class LevenbergMarquardt:
     """Shrinks the damping where the quadratic model predicts well, and grows it elsewhere.
 
     The damping shrinks where the ratio of the true to the predicted reduction is above 3/4, and
-    grows where it is below 1/4 (Martens and Grosse, 2015, section 6.5), or above 1 for a
+    grows where it is below 1/4 (Martens and Grosse, 2015), or above 1 for a
     predicted growth. It stays above a floor, which rises with every rejected step.
     """
 

@@ -38,8 +38,8 @@ class Trial:
 class DampingSearch:
     """Searches the scale of the inverses' damping that promises the largest reduction.
 
-    Larger scales are tried as long as they help, otherwise smaller ones (Martens and Grosse,
-    2015, section 6.6, try one step in each direction).
+    Larger scales are tried as long as they help, otherwise smaller ones. Martens and Grosse (2015)
+    also choose among several dampings by the change that the quadratic model predicts.
 
     Attributes:
         scale: The present scale.
