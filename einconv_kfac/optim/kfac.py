@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
@@ -43,7 +43,8 @@ class KFAC(Optimizer):
     Args:
         model: The model. Layers that a rule of `einconv_kfac.curvature` covers are
             preconditioned; parameters of others take the ``fallback`` (see `coverage`).
-        loss_fn: The loss module that the training loop calls on the model's output.
+        loss_fn: The loss module that the training loop calls. Without it, the loss is what the
+            model returns as ``loss``, or what the loop passes to `observe`.
         lr: Scale of the update, 1 by default; required if not ``adaptive``.
         params: Parameters or parameter groups; all that the model trains by default. A group
             may set ``lr``, ``weight_decay``, ``momentum``, ``damping`` (of its layers' inverses),
@@ -107,7 +108,7 @@ class KFAC(Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: nn.Module,
+        loss_fn: nn.Module | None = None,
         lr: float | None = None,
         *,
         params: Iterable[Any] | None = None,
@@ -260,6 +261,25 @@ class KFAC(Optimizer):
             self._report = Report(*found)
             if self._log_to is not None:
                 self._log_to(self._curvature.steps - 1, self.statistics())
+        return loss
+
+    def observe(self, loss: Tensor) -> Tensor:
+        """Return a loss unchanged, and read off its graph how it depends on the model.
+
+        Call it before ``loss.backward()`` where the loss is not computed by ``loss_fn``, or has
+        other terms.
+
+        Raises:
+            ValueError: If the loss is not one number that depends on the model.
+        """
+        if loss.numel() != 1:
+            raise ValueError(f"`loss` must be one number, got shape {list(loss.shape)}.")
+        recorder = self._curvature.recorder
+        if torch.is_grad_enabled() and not recorder.observe_(loss) and recorder.enabled:
+            raise ValueError(
+                "`loss` must depend on what the model returned or on its parameters, got a loss "
+                "that does not. Call `observe` of the optimizer whose model it trains."
+            )
         return loss
 
     def _own_names(self) -> list[str]:

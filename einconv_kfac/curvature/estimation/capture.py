@@ -137,17 +137,19 @@ class LayerCapture:
             self.enabled = before
 
 
-def call_gradients(output: Tensor, root: Tensor, calls: Sequence[LayerCall]) -> list[Tensor | None]:
-    """Backpropagate a root vector to the outputs of the calls; the graph is kept.
+def call_gradients(
+    outputs: Sequence[Tensor | GradientEdge], roots: Sequence[Tensor], calls: Sequence[LayerCall]
+) -> list[Tensor | None]:
+    """Backpropagate root vectors to the outputs of the calls; the graph is kept.
 
     Args:
-        output: Model output or loss, ``[*f]``.
-        root: A vector ``[*f]``.
+        outputs: Model outputs, or a loss, ``[*f]`` each.
+        roots: A vector ``[*f]`` for each.
         calls: Calls of layers.
 
     Returns:
         For each call, the gradient ``[*y]`` with respect to its output ``[*y]``, or ``None``
-        if ``output`` does not depend on it.
+        if the outputs do not depend on it.
     """
     edges = [call.output for call in calls]
-    return list(torch.autograd.grad(output, edges, root, retain_graph=True, allow_unused=True))
+    return list(torch.autograd.grad(outputs, edges, roots, retain_graph=True, allow_unused=True))

@@ -17,6 +17,7 @@ from einconv_kfac.curvature.estimation.moments import LayerMoments
 from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.discovery import find_layers
+from einconv_kfac.curvature.losses import loss_rule
 
 Kind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]
 
@@ -76,6 +77,8 @@ def kronecker_factors(
     )
     """
     estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
+    if fisher in {"mc", "exact"}:
+        loss_rule(loss_fn)
     _check_kind(kind, fisher, data)
     model = uncompiled(model)
     layers = find_layers(model, every=True)

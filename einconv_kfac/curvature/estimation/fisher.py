@@ -14,7 +14,7 @@ from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.estimation.forward import Evaluation
 from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments
 from einconv_kfac.curvature.factors.approximation import Approximation
-from einconv_kfac.curvature.losses import check_reduction, loss_rule
+from einconv_kfac.curvature.losses import check_reduction
 
 Fisher: TypeAlias = Literal["mc", "empirical", "exact", "forward-only"]
 
@@ -24,7 +24,7 @@ class FisherEstimator:
     """The Fisher information of a loss, and the approximation of weight sharing.
 
     Args:
-        loss_fn: The loss module.
+        loss_fn: The loss module, ``None`` for losses that are read off the graph.
         fisher: ``"mc"`` draws root vectors of the loss Hessian, as from targets sampled from
             the model; ``"exact"`` takes every direction of the loss Hessian; ``"empirical"``
             takes the given targets; ``"forward-only"`` sets ``B`` to the identity.
@@ -35,7 +35,7 @@ class FisherEstimator:
         ValueError: If an argument is not one of these, or no rule covers the loss.
     """
 
-    loss_fn: nn.Module
+    loss_fn: nn.Module | None
     fisher: Fisher = "mc"
     mc_samples: int = 1
     approximation: Approximation = "expand"
@@ -52,8 +52,6 @@ class FisherEstimator:
                 f"`mc_samples` must be 1 for fisher={self.fisher!r}, which draws no samples, got "
                 f"{self.mc_samples}. Leave it out, or pass fisher='mc'."
             )
-        if self.fisher in {"mc", "exact"}:
-            loss_rule(self.loss_fn)
         check_reduction(self.loss_fn)
 
     def scale(self, examples: int) -> float:
@@ -83,11 +81,11 @@ class FisherEstimator:
             for name, own in _by_layer(calls).items():
                 moments[name].add_inputs_(own)
             return
-        output, _, loss = evaluation
-        source = loss if self.fisher == "empirical" else output
+        is_empirical = self.fisher == "empirical"
+        sources = (evaluation.loss,) if is_empirical else evaluation.outputs
         used: list[LayerCall] | None = None
-        for root in self._roots(evaluation, generator):
-            found = call_gradients(source, root, calls if used is None else used)
+        for roots in self._roots(evaluation, generator):
+            found = call_gradients(sources, roots, calls if used is None else used)
             if used is None:
                 used = [call for call, gradient in zip(calls, found) if gradient is not None]
                 for name, own in _by_layer(used).items():
@@ -105,18 +103,18 @@ class FisherEstimator:
             scale = float(own[0].x.shape[0] ** power) if mean else 1.0
             moments[name].add_gradients_(own, [gradients[id(call)] for call in own], scale)
 
-    def _roots(self, evaluation: Evaluation, generator: Generator) -> Iterator[Tensor]:
-        """Yield the vectors that are backpropagated, from the output or from the loss."""
-        output, target, loss = evaluation
+    def _roots(
+        self, evaluation: Evaluation, generator: Generator
+    ) -> Iterator[Sequence[Tensor]]:
+        """Yield the vectors that are backpropagated, from the outputs or from the loss."""
         if self.fisher == "empirical":
-            yield torch.ones_like(loss)
+            yield (torch.ones_like(evaluation.value),)
         elif self.fisher == "exact":
-            yield from loss_rule(self.loss_fn).roots(self.loss_fn, output.detach(), target)
+            yield from evaluation.roots()
         else:
-            rule, detached = loss_rule(self.loss_fn), output.detach()
             for _ in range(self.mc_samples):
-                root = rule.sample(self.loss_fn, detached, target, generator)
-                yield root if self.mc_samples == 1 else root * self.mc_samples**-0.5
+                roots, scale = evaluation.sample(generator), self.mc_samples**-0.5
+                yield roots if self.mc_samples == 1 else [root * scale for root in roots]
 
 
 def _by_layer(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:

@@ -2,28 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.autograd.graph import GradientEdge
 
-from einconv_kfac.curvature.losses import evaluate_loss
+from einconv_kfac.curvature.losses import evaluate_loss, loss_rule
+from einconv_kfac.curvature.objective.graph import Edge, zeros_at
+from einconv_kfac.curvature.objective.reading import Reading
 
 Forward: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, Any]]
 """Runs a model on a batch and returns its output and the target."""
 
 
-class Evaluation(NamedTuple):
-    """A model's output on a batch, the target, and the loss of the two."""
+class Evaluation(Protocol):
+    """A loss on one batch, and vectors at the model's outputs that describe its curvature."""
 
+    @property
+    def outputs(self) -> Sequence[Tensor | GradientEdge]:
+        """The outputs ``[n, ...]`` on which the loss depends, with their graph."""
+
+    @property
+    def loss(self) -> Tensor | GradientEdge:
+        """The loss, with its graph."""
+
+    @property
+    def value(self) -> Tensor:
+        """The loss, detached."""
+
+    def sample(self, generator: Generator) -> Sequence[Tensor]:
+        """Draw a root vector for each output whose second moment is the curvature of the loss."""
+
+    def roots(self) -> Iterator[Sequence[Tensor]]:
+        """Yield root vectors for each output that reproduce the curvature of the loss."""
+
+
+@dataclass(frozen=True)
+class RuleEvaluation:
+    """A loss module on a model's output, with a rule for the module.
+
+    Args:
+        loss_fn: The loss.
+        output: The output, ``[n, ...]``.
+        target: The target, or several as a tuple.
+        given: The loss of the two, if it was computed already.
+    """
+
+    loss_fn: nn.Module
     output: Tensor
     target: Any
-    loss: Tensor
+    given: Tensor | None = None
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """See `Evaluation`."""
+        if self.given is not None:
+            return self.given
+        return evaluate_loss(self.loss_fn, self.output, self.target)
+
+    @property
+    def outputs(self) -> Sequence[Tensor]:
+        """See `Evaluation`."""
+        return (self.output,)
+
+    @property
+    def value(self) -> Tensor:
+        """See `Evaluation`."""
+        return self.loss.detach()
+
+    def sample(self, generator: Generator) -> Sequence[Tensor]:
+        """See `Evaluation`."""
+        rule = loss_rule(self.loss_fn)
+        return (rule.sample(self.loss_fn, self.output.detach(), self.target, generator),)
+
+    def roots(self) -> Iterator[Sequence[Tensor]]:
+        """See `Evaluation`."""
+        rule = loss_rule(self.loss_fn)
+        for root in rule.roots(self.loss_fn, self.output.detach(), self.target):
+            yield (root,)
+
+
+@dataclass(frozen=True)
+class ReadEvaluation:
+    """A loss that was read off the autograd graph.
+
+    Args:
+        reading: The reading.
+    """
+
+    reading: Reading
+
+    @property
+    def loss(self) -> GradientEdge:
+        """See `Evaluation`."""
+        return GradientEdge(*self.reading.root)
+
+    @property
+    def value(self) -> Tensor:
+        """See `Evaluation`."""
+        return self.reading.loss
+
+    @property
+    def outputs(self) -> Sequence[GradientEdge]:
+        """See `Evaluation`."""
+        return [GradientEdge(*edge) for edge in self.reading.outputs]
+
+    def sample(self, generator: Generator) -> Sequence[Tensor]:
+        """See `Evaluation`."""
+        return self._filled(self.reading.sample(generator))
+
+    def roots(self) -> Iterator[Sequence[Tensor]]:
+        """See `Evaluation`."""
+        for found in self.reading.roots():
+            yield self._filled(found)
+
+    def _filled(self, found: Mapping[Edge, Tensor]) -> Sequence[Tensor]:
+        """Return a root vector for each output, of zeros where there is none."""
+        return [found[e] if e in found else zeros_at(e) for e in self.reading.outputs]
 
 
 def evaluated(
     model: nn.Module, loss_fn: nn.Module, batch: Any, forward: Forward | None = None
-) -> Evaluation:
+) -> RuleEvaluation:
     """Evaluate a model and its loss on a batch.
 
     Args:
@@ -40,7 +143,7 @@ def evaluated(
     if any(module is loss_fn for module in model.modules()):
         return _evaluated_inside(model, loss_fn, batch, forward)
     output, target = (_on_pair if forward is None else forward)(model, batch)
-    return Evaluation(output, target, evaluate_loss(loss_fn, output, target))
+    return RuleEvaluation(loss_fn, output, target)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -52,13 +155,14 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 def _evaluated_inside(
     model: nn.Module, loss_fn: nn.Module, batch: Any, forward: Forward | None
-) -> Evaluation:
+) -> RuleEvaluation:
     """Evaluate a model that computes its loss itself."""
-    seen: list[Evaluation] = []
+    seen: list[RuleEvaluation] = []
 
     def record(_: nn.Module, inputs: tuple[Any, ...], loss: Tensor) -> None:
-        output, *target = inputs
-        seen.append(Evaluation(output, target[0] if len(target) == 1 else tuple(target), loss))
+        output, *targets = inputs
+        target = targets[0] if len(targets) == 1 else tuple(targets)
+        seen.append(RuleEvaluation(loss_fn, output, target, loss))
 
     handle = loss_fn.register_forward_hook(record)
     try:

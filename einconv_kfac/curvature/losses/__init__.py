@@ -1,7 +1,7 @@
 """The curvature of losses with respect to the model's output."""
 
 from einconv_kfac.curvature.losses.loss_call import check_reduction, evaluate_loss
-from einconv_kfac.curvature.losses.loss_registry import loss_rule, register_loss
+from einconv_kfac.curvature.losses.loss_registry import has_rule, loss_rule, register_loss
 from einconv_kfac.curvature.losses.loss_rule import LossRule
 from einconv_kfac.curvature.losses.rules.entrywise import EntrywiseRule
 
@@ -10,6 +10,7 @@ __all__ = [
     "LossRule",
     "check_reduction",
     "evaluate_loss",
+    "has_rule",
     "loss_rule",
     "register_loss",
 ]

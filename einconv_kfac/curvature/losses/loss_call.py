@@ -7,7 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def check_reduction(loss: nn.Module) -> str:
+class Targets(tuple[Any, ...]):
+    """Several targets of one loss, as in ``loss_fn(output, target, variance)``."""
+
+    __slots__ = ()
+
+
+def check_reduction(loss: nn.Module | None) -> str:
     """Return ``"mean"`` or ``"sum"``; a loss without a ``reduction`` is taken for a mean.
 
     Raises:

@@ -51,3 +51,8 @@ def loss_rule(loss: nn.Module) -> LossRule:
         )
     check_reduction(loss)
     return rule
+
+
+def has_rule(loss: nn.Module) -> bool:
+    """Return whether a rule covers the type of a loss."""
+    return _REGISTRY.rule(loss) is not None

@@ -53,8 +53,9 @@ class Collector:
         self.finite = True
         self._capture = LayerCapture([])
         loss_fn, compiled = estimator.loss_fn, model is not self._model
-        self.recorder = Recorder(self._model, loss_fn, self._add_, self._capture, model)
-        self.replay = Replay(self._model, loss_fn, self.recorder.paused, compiled=compiled)
+        hooks = self._add_, self._forget_
+        self.recorder = Recorder(self._model, loss_fn, *hooks, self._capture, model)
+        self.replay = Replay(self._model, self.recorder.paused, compiled=compiled)
         self._undo = [self._capture.remove]
         if compiled:
             self._undo.append(_run_uncompiled_(model, self._capture))
@@ -85,32 +86,34 @@ class Collector:
         """Restore the random generator as it was at the beginning of the step."""
         self.generator.set_state(self._before)
 
-    def _add_(self, output: Tensor, target: Tensor, calls: Sequence[LayerCall]) -> None:
-        """Add a batch, from the graph of its output."""
+    def _forget_(self) -> None:
+        """Forget what was collected in this step, since its gradients were dropped."""
+        self.moments, self.finite = {}, True
+
+    def _add_(self, evaluation: Evaluation, calls: Sequence[LayerCall]) -> None:
+        """Add a batch, from the graph of its outputs."""
         own = [call for call in calls if call.layer in self.due]
         if not own:
             return
-        self.finite = self.finite and bool(output.isfinite().all())
+        self.finite = self.finite and bool(evaluation.value.isfinite().all())
         if not self.finite:
             return
-        self._move_generator_(output)
+        self._move_generator_(evaluation.value.device)
         for name in {call.layer for call in own} - self.moments.keys():
             layer, approximation = self._layers[name], self._estimator.approximation
             self.moments[name] = LayerSums(layer, approximation, self.bases.get(name))
-        loss = self.replay.loss(output, target)
         moments: Mapping[str, Moments] = self.moments
         if self._part < 1:
             moments = sampled(self.moments, self._part, self.generator)
         with self._capture.paused():  # checkpointed layers run again
-            evaluation = Evaluation(output, target, loss)
             self._estimator.add_(moments, own, evaluation, self.generator)
         self.moments = {name: m for name, m in self.moments.items() if m.examples}
 
-    def _move_generator_(self, output: Tensor) -> None:
+    def _move_generator_(self, device: torch.device) -> None:
         """Seed the generator anew where the model has moved to another device."""
-        if self.generator.device != output.device:
+        if self.generator.device != device:
             seed = self.generator.initial_seed()
-            self.generator = Generator(output.device).manual_seed(seed)
+            self.generator = Generator(device).manual_seed(seed)
             self._before = self.generator.get_state()
 
     def check(self, batches: Sequence[Batch]) -> None:

@@ -70,6 +70,7 @@ class RunningCurvature:
         self.layers: dict[str, RunningFactors] = {}
         self.steps = 0
         self.settings = GroupSettings(settings)
+        self.loss_weight: Tensor | None = None  # of the averaged curvature, for the coming update
         self.estimator = estimator
         self._schedules = settings
         self.model = uncompiled(model)
@@ -153,7 +154,9 @@ class RunningCurvature:
         """
         for name, moments in self.collector.moments.items():
             a, b = self.estimator.factors(moments)
-            scale = self.estimator.scale(moments.examples)
+            scale: Any = self.estimator.scale(moments.examples)
+            if self.loss_weight is not None:
+                scale = self.loss_weight.to(b) * scale
             running = self.layers[name]
             factor_decay = self._of(running).factor_decay
             running.update_(a, b.mul_(scale), factor_decay)

@@ -1,15 +1,16 @@
-"""A recorded batch: one backpropagated loss and the forward pass behind it."""
+"""A recorded batch: one backpropagated loss and the forward passes behind it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.objective.loss_model import LossModel
 from einconv_kfac.optim.replay.forward import ForwardPass
 from einconv_kfac.optim.replay.subsample import Subset, random_rows
+from einconv_kfac.optim.replay.versions import Versions
 
 
 @dataclass(frozen=True)
@@ -17,39 +18,44 @@ class Batch:
     """One backpropagated loss.
 
     Args:
-        forward: The forward pass that gave the loss its argument, or ``None`` if no output of
-            the model is that argument.
-        output: First argument of the loss, ``[n, ...]``, detached.
-        target: Second argument of the loss, or all `Targets`.
+        forwards: The forward passes that it depends on.
+        outputs: The tensors of these passes that it depends on, ``[n, ...]`` each, detached.
+        parameters: Names of the parameters that the loss uses itself.
+        loss_model: The loss as a function of these outputs, and of these parameters after them;
+            ``None`` if it was not understood, or is not replayed.
         loss: The loss, detached.
         weight: The derivative of the objective with respect to this loss.
+        versions: The versions of the targets.
+        refusal: Why the batch cannot be replayed, or ``None``.
         subset: The examples that its curvature is computed from, if not all.
     """
 
-    forward: ForwardPass | None
-    output: Tensor
-    target: Any
+    forwards: tuple[ForwardPass, ...]
+    outputs: tuple[Tensor, ...]
+    parameters: tuple[str, ...]
+    loss_model: LossModel | None
     loss: Tensor
     weight: Tensor
+    versions: Versions = field(default_factory=lambda: Versions(()))
+    refusal: str | None = None
     subset: Subset | None = None
 
-    @cached_property
-    def curvature_forward(self) -> ForwardPass:
-        """The forward pass that the curvature is computed from, that of the subset.
+    def curvature_forwards(self) -> list[ForwardPass]:
+        """Return the forward passes that the curvature is computed from, those of the subset.
 
         Raises:
-            RuntimeError: If the forward pass cannot be restricted to the subset.
+            RuntimeError: If a forward pass cannot be restricted to the subset.
         """
-        assert self.forward is not None
-        return self.forward.restricted(self.subset)
+        return [forward.restricted(self.subset) for forward in self.forwards]
 
-    @property
-    def curvature_output(self) -> Tensor:
-        """First argument of the loss for these examples, ``[k, ...]``."""
-        return self.output if self.subset is None else self.output[self.subset.rows]
+    def curvature_outputs(self) -> list[Tensor]:
+        """Return the outputs for these examples, ``[k, ...]`` each."""
+        if self.subset is None:
+            return list(self.outputs)
+        return [output[self.subset.rows] for output in self.outputs]
 
 
-def with_subsets(batches: list[Batch], part: float, seed: int, step: int) -> list[Batch]:
+def with_subsets(batches: Sequence[Batch], part: float, seed: int, step: int) -> list[Batch]:
     """Give each batch a random subset of its examples.
 
     Args:
@@ -59,9 +65,12 @@ def with_subsets(batches: list[Batch], part: float, seed: int, step: int) -> lis
         step: The number of the step.
     """
     if part == 1:
-        return batches
+        return list(batches)
     generator = Generator().manual_seed(seed * 1_000_003 + step)
-    return [replace(batch, subset=_drawn(batch.output, part, generator)) for batch in batches]
+    return [
+        replace(batch, subset=_drawn(batch.outputs[0], part, generator)) if batch.outputs else batch
+        for batch in batches
+    ]
 
 
 def _drawn(output: Tensor, part: float, generator: Generator) -> Subset:

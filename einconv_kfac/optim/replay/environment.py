@@ -34,12 +34,14 @@ class Environment:
         cuda_random: States of the generators of CUDA devices, by the device's index.
         autocast: The settings of autocast.
         buffers: Copies of buffers that the pass may change, by name.
+        training: Whether each module was in training mode.
     """
 
     cpu_random: Tensor
     cuda_random: dict[int, Tensor]
     autocast: Autocast
     buffers: dict[str, Tensor]
+    training: tuple[bool, ...]
 
     @staticmethod
     def now(model: nn.Module, buffers: dict[str, Tensor]) -> Environment:
@@ -49,14 +51,19 @@ class Environment:
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         indices = {device.index for device in devices if device.type == "cuda"}
         cuda = {index: torch.cuda.get_rng_state(index) for index in indices}
-        return Environment(torch.get_rng_state(), cuda, Autocast(kind, enabled, dtype), buffers)
+        training = tuple(module.training for module in model.modules())
+        autocast = Autocast(kind, enabled, dtype)
+        return Environment(torch.get_rng_state(), cuda, autocast, buffers, training)
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Restore random states and autocast inside the block.
+    def restored(self, model: nn.Module) -> Iterator[None]:
+        """Restore random states, autocast and training mode inside the block.
 
-        After the block, both are what they were before it. Buffers are restored by
-        `ModelCall.run`, which passes the copies to the model.
+        After the block, they are what they were before it. Buffers are restored by
+        `ForwardPass.run`, which passes the copies to the model.
+
+        Args:
+            model: The model.
         """
         autocast = torch.autocast(
             self.autocast.device_type,
@@ -64,11 +71,25 @@ class Environment:
             enabled=self.autocast.enabled,
             cache_enabled=False,
         )
-        with torch.random.fork_rng(devices=list(self.cuda_random)), autocast:
+        random = torch.random.fork_rng(devices=list(self.cuda_random))
+        with random, autocast, self._modes_restored(model):
             torch.set_rng_state(self.cpu_random)
             for index, state in self.cuda_random.items():
                 torch.cuda.set_rng_state(state, index)
             yield
+
+    @contextmanager
+    def _modes_restored(self, model: nn.Module) -> Iterator[None]:
+        """Restore the training mode of each module inside the block."""
+        modules = list(model.modules())
+        switched = [m for m, mode in zip(modules, self.training) if m.training != mode]
+        for module in switched:
+            module.training = not module.training
+        try:
+            yield
+        finally:
+            for module in switched:
+                module.training = not module.training
 
     def precision(self, dtype: torch.dtype) -> float:
         """Return the machine epsilon of computations whose result has a data type."""

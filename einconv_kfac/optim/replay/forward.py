@@ -14,10 +14,11 @@ from einconv_kfac.optim.replay.dropout import batch_masks
 from einconv_kfac.optim.replay.environment import Environment
 from einconv_kfac.optim.replay.layer_jvp import layer_jvps
 from einconv_kfac.optim.replay.layer_outputs import LayerOutputs
-from einconv_kfac.optim.replay.loss_input import LossInput
+from einconv_kfac.optim.replay.loss_input import LossInput, found_inputs
 from einconv_kfac.optim.replay.recurrence import native_recurrences
 from einconv_kfac.optim.replay.subsample import Subset
 from einconv_kfac.optim.replay.substitution import substituted
+from einconv_kfac.optim.replay.versions import State, Versions, state_of
 from einconv_kfac.optim.vectors import Direction
 
 
@@ -29,27 +30,35 @@ class ModelCall:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         environment: The state outside of them that it depended on.
+        versions: The versions of the arguments.
+        parameters: The state of the model's parameters.
         outputs: The outputs of layers, as far as they were kept.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     environment: Environment
+    versions: Versions
+    parameters: State
     outputs: LayerOutputs = field(default_factory=LayerOutputs)
+
+    def has_moved(self, model: nn.Module) -> bool:
+        """Return whether parameters of the model were changed after the call."""
+        return state_of(model.parameters()) != self.parameters
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """The call of a model that gave a loss its argument.
+    """The call of a model on which a loss depends.
 
     Args:
         call: The call.
-        loss_input: How the argument follows from it.
+        inputs: The tensors of the call on which the loss depends.
         subset: The examples that the call is restricted to, if not all.
     """
 
     call: ModelCall
-    loss_input: LossInput
+    inputs: tuple[LossInput, ...]
     subset: Subset | None = None
 
     def restricted(self, subset: Subset | None) -> ForwardPass:
@@ -66,8 +75,10 @@ class ForwardPass:
         call = replace(self.call, args=args, kwargs=kwargs, outputs=outputs)
         return replace(self, call=call, subset=subset)
 
-    def run(self, model: nn.Module, parameters: Direction, *, tangents: bool = False) -> Tensor:
-        """Return the argument of the loss, ``[n, ...]``, or ``[k, ...]`` of the subset.
+    def run(
+        self, model: nn.Module, parameters: Direction, *, tangents: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Return the tensors on which the loss depends, ``[n, ...]``, or ``[k, ...]`` each.
 
         Random layers draw the numbers that they drew; buffers such as running statistics are
         left as they are. Attention and recurrent layers use the one implementation that has a
@@ -91,10 +102,10 @@ class ForwardPass:
         if tangents:
             forwards |= layer_jvps(model, call.outputs)
         with ExitStack() as stack:
-            stack.enter_context(call.environment.restored())
+            stack.enter_context(call.environment.restored(model))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(substituted(forwards))
-            return self.loss_input.found(run)
+            return found_inputs(self.inputs, run)
 
 
 def _values(model: nn.Module, parameters: Direction, buffers: dict[str, Tensor]) -> Direction:

@@ -17,27 +17,38 @@ import torch
 from torch import Generator, Tensor
 from torch.autograd import forward_ad
 
-from einconv_kfac.optim.vectors import Direction
+from einconv_kfac.optim.vectors import Direction, sum_of
 
-Function: TypeAlias = Callable[[Direction], Tensor]
-"""Returns an output for parameters; those that are not given keep their values."""
+Function: TypeAlias = Callable[[Direction], tuple[Tensor, ...]]
+"""Returns outputs for parameters; those that are not given keep their values."""
+Tangents: TypeAlias = tuple[Tensor, ...]
+"""``J d`` for each output, shaped like it."""
 
 
 def forward_products(
-    function: Function, parameters: Direction, directions: Sequence[Direction]
-) -> list[Tensor]:
-    """Return ``J d``, shaped like the output, for each direction ``d``, in forward mode.
+    function: Function,
+    parameters: Direction,
+    directions: Sequence[Direction],
+    *,
+    with_gradients: bool = False,
+) -> tuple[tuple[Tensor, ...], list[Tangents]]:
+    """Return the outputs, and ``J d`` for each direction ``d``, in forward mode.
 
     Args:
         function: The function; it is evaluated once for each direction.
         parameters: Parameters by name.
-        directions: The directions.
+        directions: The directions, at least one.
+        with_gradients: Whether the function itself takes gradients.
 
     Raises:
         NotImplementedError: If an operator has no forward mode.
     """
     _load_forward_mode()
-    return [_forward_product(function, parameters, direction) for direction in directions]
+    found = []
+    for direction in directions:
+        with torch.set_grad_enabled(with_gradients):
+            found.append(_forward_product(function, parameters, direction))
+    return found[0][0], [tangents for _, tangents in found]
 
 
 @cache
@@ -48,24 +59,32 @@ def _load_forward_mode() -> None:
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
 
 
-def _forward_product(function: Function, parameters: Direction, direction: Direction) -> Tensor:
-    """Return ``J d`` in forward mode."""
-    with torch.no_grad(), forward_ad.dual_level():
+def _forward_product(
+    function: Function, parameters: Direction, direction: Direction
+) -> tuple[tuple[Tensor, ...], Tangents]:
+    """Return the outputs and ``J d`` in forward mode."""
+    with forward_ad.dual_level():
         duals = {
             name: forward_ad.make_dual(  # type: ignore[no-untyped-call]
                 parameters[name].detach(), tangent
             )
             for name, tangent in direction.items()
         }
-        output = function(duals)
-        tangent = forward_ad.unpack_dual(output).tangent  # type: ignore[no-untyped-call]
-        return torch.zeros_like(output) if tangent is None else tangent.clone()
+        parts = [
+            forward_ad.unpack_dual(output)  # type: ignore[no-untyped-call]
+            for output in function(duals)
+        ]
+        outputs = tuple(primal.detach() for primal, _ in parts)
+        return outputs, tuple(
+            torch.zeros_like(output) if tangent is None else tangent.detach().clone()
+            for output, (_, tangent) in zip(outputs, parts)
+        )
 
 
 def backward_products(
     function: Function, parameters: Direction, directions: Sequence[Direction]
-) -> list[Tensor]:
-    """Return ``J d``, shaped like the output, for each direction ``d``, by two backward passes.
+) -> list[Tangents]:
+    """Return ``J d`` for each direction ``d``, by two backward passes.
 
     Args:
         function: The function; it is evaluated once.
@@ -78,33 +97,40 @@ def backward_products(
     names = list(dict.fromkeys(name for d in directions for name in d))
     with torch.enable_grad():
         leaves = {name: parameters[name].detach().requires_grad_() for name in names}
-        output = function(leaves)
-        if not output.requires_grad:
-            return [torch.zeros_like(output) for _ in directions]
-        w = _normal(output).requires_grad_()
+        outputs = function(leaves)
+        curved = [output for output in outputs if output.requires_grad]
+        if not curved:
+            return [tuple(torch.zeros_like(output) for output in outputs) for _ in directions]
+        ws = [_normal(output).requires_grad_() for output in curved]
         try:
             found = torch.autograd.grad(
-                output, [*leaves.values()], w, create_graph=True, allow_unused=True
+                curved, [*leaves.values()], ws, create_graph=True, allow_unused=True
             )
             transposed = {n: g for n, g in zip(names, found) if g is not None}
-            products = [_by_dual(transposed, w, direction) for direction in directions]
+            products = [_by_dual(transposed, ws, direction) for direction in directions]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # NotImplementedError is one
             raise _refusal(str(error)) from error
     for direction, product in zip(directions, products):
-        _check_adjoint(direction, product, transposed, w)
-    return products
+        _check_adjoint(direction, product, transposed, ws)
+    return [_completed(outputs, product) for product in products]
 
 
-def _by_dual(transposed: Direction, w: Tensor, direction: Direction) -> Tensor:
+def _completed(outputs: Sequence[Tensor], product: Sequence[Tensor]) -> Tangents:
+    """Return the tangents of all outputs, zero for those that depend on no parameter."""
+    own = iter(product)
+    return tuple(next(own) if o.requires_grad else torch.zeros_like(o) for o in outputs)
+
+
+def _by_dual(transposed: Direction, ws: list[Tensor], direction: Direction) -> list[Tensor]:
     """Return the derivative of ``<J^T w, d>`` with respect to ``w``."""
     pairs = [(g, direction[n]) for n, g in transposed.items() if n in direction and g.requires_grad]
     if not pairs:
-        return torch.zeros_like(w)
+        return [torch.zeros_like(w) for w in ws]
     gradients, tangents = zip(*pairs)
-    (product,) = torch.autograd.grad(gradients, w, tangents, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(w) if product is None else product.detach()
+    found = torch.autograd.grad(gradients, ws, tangents, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(w) if p is None else p.detach() for w, p in zip(ws, found)]
 
 
 def _normal(like: Tensor) -> Tensor:
@@ -113,15 +139,18 @@ def _normal(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
-def _check_adjoint(direction: Direction, product: Tensor, transposed: Direction, w: Tensor) -> None:
+def _check_adjoint(
+    direction: Direction, product: Sequence[Tensor], transposed: Direction, ws: Sequence[Tensor]
+) -> None:
     """Check ``<J d, w> = <d, J^T w>``, which fails where a backward pass is not differentiable."""
-    left = _inner(product, w)
+    left = sum_of([_inner(p, w) for p, w in zip(product, ws)])
     pairs = [(direction[name], g.detach()) for name, g in transposed.items() if name in direction]
     right = sum((_inner(d, g) for d, g in pairs), torch.zeros_like(left))
     bound = sum((_inner(d, d) for d, _ in pairs), torch.zeros_like(left))
     bound = (bound * sum((_inner(g, g) for _, g in pairs), torch.zeros_like(left))).sqrt()
-    eps = torch.finfo(w.dtype).eps
-    allowed = 10 * eps**0.5 * (product.double().norm() + right.abs()) + 10 * eps * bound
+    eps = torch.finfo(ws[0].dtype).eps
+    size = sum_of([p.double().norm() for p in product])
+    allowed = 10 * eps**0.5 * (size + right.abs()) + 10 * eps * bound
     if not bool((left - right).abs() <= allowed) and bool((left - right).isfinite()):
         raise _refusal("<J d, w> differs from <d, J^T w>")
 

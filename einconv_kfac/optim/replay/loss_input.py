@@ -1,94 +1,148 @@
-"""How the argument of a loss follows from a call of the model."""
+"""Tensors of a call of the model on which a loss depends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from inspect import signature
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Run: TypeAlias = Callable[[], Any]
 """Runs the model and returns what the model returns."""
+Found: TypeAlias = Callable[[Tensor], None]
+"""Receives a tensor while the model runs."""
 
 
-class LossInput(Protocol):
-    """Finds the argument of a loss in a call of the model."""
+class InnerInput(Protocol):
+    """Finds a tensor while the model runs."""
 
-    is_inside: ClassVar[bool]
-    """Whether the model itself calls the loss."""
+    def watch(self, found: Found) -> RemovableHandle:
+        """Attach a hook that passes the tensor on."""
 
-    def found(self, run: Run) -> Tensor:
-        """Run the model, and return the argument ``[n, ...]``."""
+    def missing(self) -> str:
+        """Return what is not found again."""
 
 
 @dataclass(frozen=True)
 class Returned:
-    """The argument is a tensor that the model returns.
+    """A tensor that the model returns.
 
     Args:
         index: Its index among the tensors of the output, in the order of `tensors_of`.
     """
 
-    is_inside: ClassVar[bool] = False
-
     index: int
-
-    def found(self, run: Run) -> Tensor:
-        """See `LossInput`."""
-        return list(tensors_of(run()))[self.index]
 
 
 @dataclass(frozen=True)
 class Inside:
-    """The model calls the loss.
+    """The first argument of a loss that the model calls.
 
     Args:
         loss_fn: The loss.
         index: The number of earlier calls of the loss in the same call of the model.
     """
 
-    is_inside: ClassVar[bool] = True
-
     loss_fn: nn.Module
     index: int
 
-    def found(self, run: Run) -> Tensor:
-        """See `LossInput`; the run ends at that call of the loss."""
-        calls = 0
+    def watch(self, found: Found) -> RemovableHandle:
+        """See `InnerInput`."""
+        count = _Countdown(self.index)
 
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal calls
-            if calls == self.index:
-                raise _LossCalledError(loss_arguments(self.loss_fn, args, kwargs)[0])
-            calls += 1
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if count.is_over_():
+                found(loss_arguments(self.loss_fn, args, kwargs)[0])
 
-        handle = self.loss_fn.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            run()
-        except _LossCalledError as reached:
-            return reached.argument
-        finally:
+        return self.loss_fn.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def missing(self) -> str:
+        """See `InnerInput`."""
+        return f"call number {self.index + 1} of `loss_fn`"
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """The output of a layer inside the model.
+
+    Args:
+        module: The layer.
+        index: The number of earlier calls of the layer in the same call of the model.
+    """
+
+    module: nn.Module
+    index: int
+
+    def watch(self, found: Found) -> RemovableHandle:
+        """See `InnerInput`."""
+        count = _Countdown(self.index)
+
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+            if count.is_over_():
+                found(output)
+
+        return self.module.register_forward_hook(hook)
+
+    def missing(self) -> str:
+        """See `InnerInput`."""
+        return f"call number {self.index + 1} of a layer ({type(self.module).__name__})"
+
+
+LossInput: TypeAlias = Returned | Inside | LayerOutput
+"""How a tensor on which a loss depends follows from a call of the model."""
+
+
+class _Countdown:
+    """Counts calls down."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+
+    def is_over_(self) -> bool:
+        """Return whether this is the call that was counted down to."""
+        self._left -= 1
+        return self._left == -1
+
+
+def found_inputs(inputs: Sequence[LossInput], run: Run) -> tuple[Tensor, ...]:
+    """Run a model and return tensors of the run; it ends early if none of them is returned.
+
+    Raises:
+        RuntimeError: If one is not found.
+    """
+    values: dict[int, Tensor] = {}
+    inner = {i: each for i, each in enumerate(inputs) if not isinstance(each, Returned)}
+
+    def receive(index: int, tensor: Tensor) -> None:
+        values[index] = tensor
+        if len(values) == len(inputs):
+            raise _FoundError
+
+    handles = [each.watch(partial(receive, index)) for index, each in inner.items()]
+    try:
+        returned = list(tensors_of(run()))
+    except _FoundError:
+        return tuple(values[index] for index in range(len(inputs)))
+    finally:
+        for handle in handles:
             handle.remove()
-        raise RuntimeError(
-            f"The model must call `loss_fn` {self.index + 1} time(s) again when a recorded batch "
-            f"is replayed for adaptive=True, got {calls}. Pass adaptive=False."
-        )
+    for index, each in enumerate(inputs):
+        if isinstance(each, Returned):
+            values[index] = returned[each.index]
+        elif index not in values:
+            raise RuntimeError(
+                f"The model must reach {each.missing()} again when a recorded batch is replayed "
+                "for adaptive=True, got a run that did not. Pass adaptive=False."
+            )
+    return tuple(values[index] for index in range(len(inputs)))
 
 
-class _LossCalledError(BaseException):
-    """Ends a run at the call of a loss; models that catch ``Exception`` do not catch it."""
-
-    def __init__(self, argument: Tensor) -> None:
-        super().__init__()
-        self.argument = argument
-
-
-class Targets(tuple[Any, ...]):
-    """Several targets of one loss, as in ``loss_fn(output, target, variance)``."""
-
-    __slots__ = ()
+class _FoundError(BaseException):
+    """Ends a run; models that catch ``Exception`` do not catch it."""
 
 
 def loss_arguments(
@@ -103,9 +157,37 @@ def loss_arguments(
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors of an output, which may be nested in tuples, lists and mappings."""
+    """Yield the tensors of an output, nested in tuples, lists, mappings and data classes."""
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, (tuple, list, Mapping)):
-        for part in output.values() if isinstance(output, Mapping) else output:
+    elif isinstance(output, Mapping):
+        for part in output.values():
             yield from tensors_of(part)
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from tensors_of(part)
+    elif is_dataclass(output) and not isinstance(output, type):
+        for entry in fields(output):
+            yield from tensors_of(getattr(output, entry.name))
+
+
+def losses_of(output: Any) -> list[Tensor]:
+    """Return the losses that a model returns.
+
+    That is the entry or the attribute ``loss`` of the output, or the output or the first entry of
+    a tuple if it is one number; a mapping whose entries are all such numbers returns several.
+    """
+    if isinstance(output, Mapping):
+        if "loss" in output:
+            return [output["loss"]] if _is_loss(output["loss"]) else []
+        parts = list(output.values())
+        return parts if parts and all(_is_loss(part) for part in parts) else []
+    if isinstance(output, (tuple, list)):
+        return [output[0]] if output and _is_loss(output[0]) else []
+    loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+    return [loss] if _is_loss(loss) else []
+
+
+def _is_loss(value: Any) -> bool:
+    """Return whether a value is one number that can be differentiated."""
+    return isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad

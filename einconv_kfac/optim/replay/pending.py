@@ -1,35 +1,55 @@
-"""Forward passes whose losses have not been computed yet."""
+"""Calls of a model since the last step, from whose outputs losses are computed."""
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
-from einconv_kfac.optim.replay.forward import ForwardPass, ModelCall
-from einconv_kfac.optim.replay.loss_input import Inside, LossInput, Returned, tensors_of
+from einconv_kfac.curvature.objective.graph import Edge, mark_, mark_of
+from einconv_kfac.optim.replay.forward import ModelCall
+from einconv_kfac.optim.replay.loss_input import Inside, LayerOutput, LossInput, Returned, tensors_of
 
 CALLS_WITHOUT_LOSS = 8
 """Number of calls of the model without a loss for which the calls of layers are kept."""
 
 
+class _Mark:
+    """Identifies a tensor of a call at its edge of the autograd graph, which owns it.
+
+    Args:
+        call: The number of the call.
+        source: Which tensor of the call it is.
+    """
+
+    def __init__(self, call: int, source: LossInput) -> None:
+        self.call = call
+        self.source = source
+
+
 @dataclass(eq=False)
-class _Pending:
+class PendingCall:
     """A call of the model, or calls of layers outside of one.
 
     Args:
-        call: The call of the model; ``None`` outside of one, and once the output is gone.
+        number: Its number.
+        call: The call of the model; ``None`` outside of one.
         layer_calls: The calls of layers.
+        values: The tensors that it returned or computed inside, detached.
         outputs: Weak references to the tensors of the output; ``None`` while the call runs.
         losses: Number of losses that the model has computed so far.
         used: Whether a loss was computed from the output.
     """
 
+    number: int
     call: ModelCall | None = None
     layer_calls: list[LayerCall] = field(default_factory=list)
+    values: dict[LossInput, Tensor] = field(default_factory=dict)
     outputs: list[weakref.ref[Tensor]] | None = None
     losses: int = 0
     used: bool = False
@@ -45,7 +65,7 @@ class _Pending:
         return any(reference() is not None for reference in self.outputs or [])
 
     def input_of(self, argument: Tensor) -> LossInput | None:
-        """Return how a loss takes its argument from the output, or ``None`` if it does not."""
+        """Return which tensor of the output an argument is, or ``None``."""
         for index, reference in enumerate(self.outputs or []):
             if reference() is argument:
                 return Returned(index)
@@ -65,7 +85,8 @@ class PendingCalls:
 
     def __init__(self, capture: LayerCapture) -> None:
         self._capture = capture
-        self._pending: list[_Pending] = []
+        self._pending: list[PendingCall] = []
+        self._numbers = itertools.count()
 
     @property
     def is_empty(self) -> bool:
@@ -75,46 +96,83 @@ class PendingCalls:
     def begin_(self, call: ModelCall) -> None:
         """Begin a call of the model."""
         self._assign_()
-        gone = [pending for pending in self._pending if not pending.is_alive]
-        for pending in gone:
-            pending.call = None
-        unused = [pending for pending in gone if not pending.used][-CALLS_WITHOUT_LOSS:]
-        kept = [p for p in self._pending if p not in gone or p in unused]
-        self._pending = [*kept, _Pending(call)]
+        unused = [p for p in self._pending if not p.is_alive and not p.used]
+        unused = unused[-CALLS_WITHOUT_LOSS:]
+        kept = [p for p in self._pending if p.is_alive or p in unused]
+        self._pending = [*kept, PendingCall(next(self._numbers), call)]
 
-    def count_loss_(self, loss_fn: nn.Module) -> Inside | None:
+    def inside_(self, loss_fn: nn.Module) -> Inside | None:
         """Count a loss that is being computed; return its input if that is inside the model."""
         if not self._pending or not self._pending[-1].is_running:
             return None
         self._pending[-1].losses += 1
         return Inside(loss_fn, self._pending[-1].losses - 1)
 
+    def mark_layer_(self, module: nn.Module, output: Tensor) -> None:
+        """Mark the output of a layer inside the call that is running."""
+        if self._pending and self._pending[-1].is_running and output.requires_grad:
+            pending = self._pending[-1]
+            count = sum(isinstance(e, LayerOutput) and e.module is module for e in pending.values)
+            self._mark_(pending, LayerOutput(module, count), output)
+
     def end_(self, output: Any) -> None:
         """End the call of the model that is running."""
         self._assign_()
-        if self._pending:
-            self._pending[-1].outputs = [weakref.ref(tensor) for tensor in tensors_of(output)]
+        if not self._pending:
+            return
+        pending = self._pending[-1]
+        tensors = list(tensors_of(output))
+        pending.outputs = [weakref.ref(tensor) for tensor in tensors]
+        for index, tensor in enumerate(tensors):
+            if tensor.requires_grad:
+                self._mark_(pending, Returned(index), tensor)
 
-    def use_(
+    def _mark_(self, pending: PendingCall, source: LossInput, tensor: Tensor) -> None:
+        """Mark a tensor of a call, and keep its value."""
+        pending.values[source] = tensor.detach()
+        mark_(tensor, (id(self), isinstance(source, Returned)), _Mark(pending.number, source))
+
+    def source_at(
+        self,
+        edge: Edge,
+        *,
+        inner: bool = False,
+        among: Mapping[int, PendingCall] | None = None,
+    ) -> tuple[PendingCall, LossInput] | None:
+        """Return which tensor of which call an edge of the graph is, or ``None``.
+
+        Args:
+            edge: The edge.
+            inner: Whether to look for outputs of layers as well.
+            among: The calls by number; those that are pending by default.
+        """
+        mark = mark_of(edge, (id(self), True))
+        if mark is None and inner:
+            mark = mark_of(edge, (id(self), False))
+        if mark is None:
+            return None
+        calls = {p.number: p for p in self._pending} if among is None else among
+        return (calls[mark.call], mark.source) if mark.call in calls else None
+
+    def owner_of(
         self, argument: Tensor, inside: Inside | None
-    ) -> tuple[ForwardPass | None, list[LayerCall]]:
-        """Return the forward pass that gave a loss its argument, and all calls of layers so far.
+    ) -> tuple[PendingCall, LossInput] | None:
+        """Return the call that gave a loss its argument, and how.
 
         Args:
             argument: The argument.
             inside: How the model gave it to the loss, if the model calls the loss.
         """
         self._assign_()
-        inputs = [(pending, pending.input_of(argument)) for pending in self._pending]
-        found = [(pending, loss_input) for pending, loss_input in inputs if loss_input is not None]
         if inside is not None:
-            found = [(self._pending[-1], inside)]
-        for pending in [pending for pending, _ in found] or self._pending:
-            pending.used = True
-        layer_calls = [call for pending in self._pending for call in pending.layer_calls]
-        if not found or (call := found[-1][0].call) is None:
-            return None, layer_calls
-        return ForwardPass(call, found[-1][1]), layer_calls
+            return self._pending[-1], inside
+        inputs = [(pending, pending.input_of(argument)) for pending in reversed(self._pending)]
+        return next(((p, source) for p, source in inputs if source is not None), None)
+
+    def layer_calls(self) -> list[LayerCall]:
+        """Return all calls of layers so far."""
+        self._assign_()
+        return [call for pending in self._pending for call in pending.layer_calls]
 
     def clear_(self) -> None:
         """Drop all of them."""
@@ -125,6 +183,6 @@ class PendingCalls:
         """Assign the calls of layers since the last time to the latest call of the model."""
         layer_calls = self._capture.take()
         if layer_calls and not self._pending:
-            self._pending = [_Pending()]
+            self._pending = [PendingCall(next(self._numbers))]
         if layer_calls:
             self._pending[-1].layer_calls += layer_calls

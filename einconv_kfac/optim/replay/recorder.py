@@ -1,14 +1,14 @@
 """Hooks that record the batches of a step.
 
-They record, for each loss that is backpropagated, the forward pass, the output, the target, the
-loss and the weight with which the loss enters the objective (``1 / k`` if a training loop
-divides by ``k`` micro-batches).
+They record, for each loss that is backpropagated, the forward passes, the outputs, the loss as a
+function of them, and the weight with which the loss enters the objective (``1 / k`` if a training
+loop divides by ``k`` micro-batches).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture, inactive_hook
+from einconv_kfac.curvature.estimation.forward import Evaluation
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.buffers import ChangingBuffers
 from einconv_kfac.optim.replay.environment import Environment
 from einconv_kfac.optim.replay.forward import ModelCall
+from einconv_kfac.optim.replay.gradients import GradientWatch
 from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOutputs
-from einconv_kfac.optim.replay.loss_input import Targets, loss_arguments
+from einconv_kfac.optim.replay.loss_input import loss_arguments, losses_of
+from einconv_kfac.optim.replay.observation import GivenObservation, Observation, ReadObservation
 from einconv_kfac.optim.replay.pending import PendingCalls
+from einconv_kfac.optim.replay.versions import Versions, state_of
+
+OnBackward = Callable[[Evaluation, list[LayerCall]], None]
+"""Called when the backward pass of a loss begins, with the loss and the calls of layers."""
 
 
 class Recorder:
@@ -33,49 +40,54 @@ class Recorder:
 
     Args:
         model: The model.
-        loss_fn: The loss module.
-        on_backward: Called when the backward pass of a loss begins, with the output (with its
-            graph), the target, and the calls of layers up to the loss.
+        loss_fn: The loss module, or ``None`` for losses that the model returns.
+        on_backward: Called when the backward pass of a loss begins.
+        on_cleared: Called when the gradients of all earlier losses turn out to have been dropped.
         capture: Records the calls of layers; none by default.
         entry: The module that is called: the model, or the result of ``torch.compile(model)``.
 
     Attributes:
         enabled: Whether calls are recorded.
-        keeps_outputs: Whether buffers and outputs of layers are kept for a replay.
-        batches: The batches recorded so far.
+        keeps_outputs: Whether what a replay needs is kept: buffers, outputs of layers, losses as
+            functions of outputs.
+        gradients: Watches the gradients between backward passes and steps.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: nn.Module,
-        on_backward: Callable[[Tensor, Any, list[LayerCall]], None],
+        loss_fn: nn.Module | None,
+        on_backward: OnBackward,
+        on_cleared: Callable[[], None] = lambda: None,
         capture: LayerCapture | None = None,
         entry: nn.Module | None = None,
     ) -> None:
         self.enabled = True
         self.keeps_outputs = False
-        self.batches: list[Batch] = []
+        self._batches: list[Batch] = []
         self._model = model
         self._loss_fn = loss_fn
-        self._on_backward = on_backward
+        self._on_backward, self._on_cleared = on_backward, on_cleared
         self._entry = model if entry is None else entry
         self._capture = LayerCapture([]) if capture is None else capture
         self._pending = PendingCalls(self._capture)
         self._buffers = ChangingBuffers()
         self._outputs: LayerOutputs | None = None  # of the call that is running
+        self.gradients = GradientWatch(model.parameters)
         self._handles = self._attached()
         weakref.finalize(self, _detach, self._handles)
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing is recorded."""
-        return not self.batches and self._pending.is_empty
+        return not self._batches and self._pending.is_empty
 
     def take(self) -> list[Batch]:
-        """Return the batches recorded since the last time, and drop everything recorded."""
-        batches, self.batches = self.batches, []
+        """Return the batches whose gradients are in ``.grad``, and drop everything recorded."""
+        self._drop_cleared_()
+        batches, self._batches = self._batches, []
         self._outputs = None
+        self.gradients.forget_()
         self._pending.clear_()
         return batches
 
@@ -95,31 +107,57 @@ class Recorder:
         finally:
             self.enabled, capture.enabled = before
 
+    def observe_(self, loss: Tensor, *, inner: bool = False) -> bool:
+        """Record a loss when it is backpropagated, from its graph; return whether it is one.
+
+        Args:
+            loss: The loss, one number.
+            inner: Whether the model computed it, so that outputs of layers are looked for.
+        """
+        if not (self.enabled and torch.is_grad_enabled() and loss.requires_grad):
+            return False
+        observation = ReadObservation(self._model, self._pending, loss, inner=inner)
+        if observation.is_empty:
+            return False
+        self._record_(loss, observation)
+        return True
+
     def _attached(self) -> list[RemovableHandle]:
         """Attach the hooks, and return their handles."""
         model, after_layer = self._entry, _Hook(self._after_layer)
         layers = [m for m in model.modules() if type(m) in (*LINEAR, *NORMALIZING)]
-        return [
+        handles = [
             *(layer.register_forward_hook(after_layer) for layer in layers),
             model.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True),
             model.register_forward_hook(_Hook(self._after_model)),
-            self._loss_fn.register_forward_hook(_Hook(self._after_loss), with_kwargs=True),
         ]
+        if self._loss_fn is not None:
+            hook = _Hook(self._after_loss)
+            handles.append(self._loss_fn.register_forward_hook(hook, with_kwargs=True))
+        return handles
 
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Record the arguments and the environment of a call of the model."""
         if self._is_recording(model):
-            buffers = self._buffers.copied_(self._model) if self.keeps_outputs else {}
-            call = ModelCall(args, kwargs, Environment.now(self._model, buffers))
-            self._outputs = call.outputs if self.keeps_outputs else None
+            keeps = self.keeps_outputs
+            call = ModelCall(
+                args,
+                kwargs,
+                Environment.now(self._model, self._buffers.copied_(self._model) if keeps else {}),
+                Versions(_arguments(args, kwargs) if keeps else ()),
+                state_of(self._model.parameters()) if keeps else (),
+            )
+            self._outputs = call.outputs if keeps else None
             self._pending.begin_(call)
 
     def _after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
         """Keep the output of a layer."""
         if self._outputs is not None and self.enabled:
             self._outputs.keep_(module, output)
+        if self._loss_fn is None and self.enabled and torch.is_grad_enabled():
+            self._pending.mark_layer_(module, output)
 
     def _after_model(self, model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         """Record the output of a call of the model."""
@@ -128,6 +166,9 @@ class Recorder:
             self._pending.end_(output)
             if self.keeps_outputs:
                 self._buffers.compare_(self._model)
+            if self._loss_fn is None:
+                for loss in losses_of(output):
+                    self.observe_(loss, inner=True)
 
     def _after_loss(
         self, loss_fn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
@@ -135,25 +176,42 @@ class Recorder:
         """Record a batch when its loss is backpropagated."""
         if not self.enabled or loss_fn is not self._loss_fn:
             return
-        inside = self._pending.count_loss_(loss_fn)
+        inside = self._pending.inside_(loss_fn)
         if not torch.is_grad_enabled() or not loss.requires_grad:
             return
-        output, *targets = loss_arguments(loss_fn, args, kwargs)
-        target = targets[0] if len(targets) == 1 else Targets(targets)
-        forward, calls = self._pending.use_(output, inside)
-        if forward is None and not _depends(loss, self._model):
-            return  # it is the loss of another model
-        this, value = weakref.ref(self), loss.detach()  # a hook with the loss would keep it alive
+        arguments = loss_arguments(loss_fn, args, kwargs)
+        observation = GivenObservation.of(loss_fn, arguments, loss, self._pending, inside)
+        if observation is None:
+            self.observe_(loss)
+        else:
+            self._record_(loss, observation)
+
+    def _record_(self, loss: Tensor, observation: Observation) -> None:
+        """Record a loss when it is backpropagated."""
+        this = weakref.ref(self)
 
         def begin_backward(weight: Tensor) -> None:
             recorder = this()
-            if recorder is not None and recorder.enabled:
-                with recorder.paused(), torch.enable_grad():
-                    recorder._on_backward(output, target, calls)
-                batch = Batch(forward, output.detach(), target, value, weight.detach())
-                recorder.batches.append(batch)
+            if recorder is not None and recorder.enabled and recorder.gradients.lands():
+                recorder._begin_backward_(observation, weight.detach())
 
         loss.register_hook(begin_backward)  # type: ignore[no-untyped-call]
+
+    def _begin_backward_(self, observation: Observation, weight: Tensor) -> None:
+        """Record a batch, whose backward pass begins."""
+        self._drop_cleared_()
+        with self.paused(), torch.enable_grad():
+            evaluation, calls = observation.evaluation()
+            self._on_backward(evaluation, calls)
+            self._batches.append(observation.batch(evaluation, weight, replayed=self.keeps_outputs))
+        self.gradients.look_after_pass_()
+
+    def _drop_cleared_(self) -> None:
+        """Drop the batches whose gradients were dropped since."""
+        if self._batches and self.gradients.are_cleared():
+            self._batches = []
+            self.gradients.forget_()
+            self._on_cleared()
 
     def _is_recording(self, model: nn.Module) -> bool:
         """Return whether a call is one of the model that is to be recorded."""
@@ -180,18 +238,12 @@ class _Hook:
         return inactive_hook, ()
 
 
-def _depends(loss: Tensor, model: nn.Module) -> bool:
-    """Return whether a loss depends on a model's parameters."""
-    own = set(model.parameters())
-    found: set[Any] = {None}
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        if (node := waiting.pop()) not in found:
-            found.add(node)
-            if getattr(node, "variable", None) in own:
-                return True
-            waiting += [following for following, _ in node.next_functions]
-    return False
+def _arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield the arguments of the model with their names."""
+    for index, value in enumerate(args):
+        yield f"argument {index} of the model", value
+    for name, value in kwargs.items():
+        yield f"argument `{name}` of the model", value
 
 
 def _detach(handles: list[RemovableHandle]) -> None:

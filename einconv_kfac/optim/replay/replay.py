@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any
+from dataclasses import replace
+from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.objective.loss_model import Expansion, GivenLoss
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.replay.jvp import backward_products, forward_products
-from einconv_kfac.optim.replay.loss_input import Targets
-from einconv_kfac.optim.replay.subsample import check_separate
+from einconv_kfac.optim.replay.checks import check_batch, check_repeated, is_repeated
+from einconv_kfac.optim.replay.forward import ForwardPass
+from einconv_kfac.optim.replay.jvp import Tangents, backward_products, forward_products
 from einconv_kfac.optim.vectors import Direction
 
-REPEATED_ERROR = 0.1
-"""Largest relative difference between an output and its repetition, in low precision."""
+Outputs: TypeAlias = tuple[Tensor, ...]
 
 
 class Replay:
@@ -26,58 +27,70 @@ class Replay:
 
     Args:
         model: The model.
-        loss_fn: The loss module.
         paused: Returns a context in which hooks record nothing.
         compiled: Whether the recorded calls went through ``torch.compile``.
 
     Attributes:
         forward_mode: Whether Jacobian-vector products use forward mode; set to ``False`` where
             an operator of the model has none.
+        takes_gradients: Whether the model itself takes gradients, as for forces; set to ``True``
+            where a replay without a graph fails.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: nn.Module,
         paused: Callable[[], AbstractContextManager[None]] = nullcontext,
         *,
         compiled: bool = False,
     ) -> None:
         self.forward_mode = True
+        self.takes_gradients = False
         self._checked = False
         self._model = model
-        self._loss_fn = loss_fn
         self._paused = paused
         self._compiled = compiled
 
-    def output(self, batch: Batch, parameters: Direction, *, subset: bool = False) -> Tensor:
-        """Return the argument of the loss, ``[n, ...]``, or ``[k, ...]`` for the batch's subset.
-
-        Args:
-            batch: The batch.
-            parameters: Parameters that take other values, by name.
-            subset: Whether to evaluate the examples that the curvature is computed from.
-        """
-        forward = batch.curvature_forward if subset else batch.forward
-        assert forward is not None
+    def outputs(self, batch: Batch) -> list[Tensor]:
+        """Return the outputs that the loss depends on, ``[n, ...]`` each, and the parameters."""
         with self._paused():
-            return forward.run(self._model, parameters)
-
-    def loss(self, output: Tensor, target: Any) -> Tensor:
-        """Return the loss of an output ``[n, ...]`` and a target (or `Targets`)."""
-        with self._paused():
-            return self._loss(output, target)
+            outputs = [o for each in batch.forwards for o in self._evaluated(each)]
+        return [*outputs, *(self._model.get_parameter(name).detach() for name in batch.parameters)]
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch for the present parameters."""
-        assert batch.forward is not None
+        assert batch.loss_model is not None
+        outputs = self.outputs(batch)
         with self._paused():
-            return self._loss(batch.forward.run(self._model, {}), batch.target)
+            return batch.loss_model.value(outputs).detach()
+
+    def expansion(
+        self, batch: Batch, parameters: Direction, directions: Sequence[Direction]
+    ) -> Expansion:
+        """Return slope and curvature of a batch's loss along directions, from its subset.
+
+        The loss and its Hessian are those of the whole batch, whatever its reduction divides by.
+
+        Args:
+            batch: The batch.
+            parameters: The present parameters by name.
+            directions: The directions.
+        """
+        assert batch.loss_model is not None
+        tangents = self.jacobian_products(batch, parameters, directions)
+        own = [[d.get(name) for name in batch.parameters] for d in directions]
+        if batch.subset is not None:
+            tangents = [tuple(batch.subset.scattered(t) for t in each) for each in tangents]
+        with self._paused():
+            found = batch.loss_model.expansion([[*t, *p] for t, p in zip(tangents, own)])
+        if batch.subset is None:
+            return found
+        return Expansion(found.slope, found.curvature * batch.subset.scale)
 
     def jacobian_products(
         self, batch: Batch, parameters: Direction, directions: Sequence[Direction]
-    ) -> list[Tensor]:
-        """Return ``J d``, ``[k, ...]`` for the batch's subset, for each direction ``d``.
+    ) -> list[Tangents]:
+        """Return ``J d`` for each direction ``d``, ``[k, ...]`` of the subset for each output.
 
         Args:
             batch: The batch.
@@ -86,24 +99,67 @@ class Replay:
 
         Raises:
             RuntimeError: If the model can be differentiated neither in forward mode nor by two
-                backward passes, or, in the latter case, does not repeat its output.
+                backward passes, or does not repeat its output.
         """
         with self._paused():
             if self.forward_mode:
-                run = partial(batch.curvature_forward.run, self._model, tangents=True)
                 try:
-                    return forward_products(run, parameters, directions)
+                    return self._forward_products(batch, parameters, directions)
                 except NotImplementedError:
                     self.forward_mode = False
-            return backward_products(partial(self._repeated, batch), parameters, directions)
+            forwards = batch.curvature_forwards()
 
-    def check(self, batches: Sequence[Batch], parameters: Direction, direction: Direction) -> None:
-        """Check that batches can be replayed; checks that run the model are made only once.
+            def repeated(given: Direction) -> Outputs:
+                outputs = tuple(o for each in forwards for o in each.run(self._model, given))
+                check_repeated(batch, outputs)
+                return outputs
 
-        These are that the model repeats its output, and that `jacobian_products` succeeds.
+            return backward_products(repeated, parameters, directions)
+
+    def _forward_products(
+        self, batch: Batch, parameters: Direction, directions: Sequence[Direction]
+    ) -> list[Tangents]:
+        """Return ``J d`` in forward mode."""
+        forwards = batch.curvature_forwards()
+
+        def run(given: Direction) -> Outputs:
+            kept = not self.takes_gradients
+            return tuple(o for f in forwards for o in f.run(self._model, given, tangents=kept))
+
+        def products() -> tuple[Outputs, list[Tangents]]:
+            return forward_products(
+                run, parameters, directions, with_gradients=self.takes_gradients
+            )
+
+        try:
+            outputs, found = products()
+            if self.takes_gradients or is_repeated(batch, outputs):
+                check_repeated(batch, outputs)
+                return found
+        except NotImplementedError:
+            raise
+        except RuntimeError:
+            if self.takes_gradients:
+                raise
+        self.takes_gradients = True  # kept outputs or a missing graph may have broken it
+        try:
+            outputs, found = products()
+            check_repeated(batch, outputs)
+        except BaseException:
+            self.takes_gradients = False
+            raise
+        return found
+
+    def check(
+        self, batches: Sequence[Batch], parameters: Direction, direction: Direction
+    ) -> list[Batch]:
+        """Check that batches can be replayed, and return them as they are at the present point.
+
+        Where parameters were changed after a forward pass, its outputs and loss are evaluated
+        again. That the model repeats its output is checked once, and in every product.
 
         Args:
-            batches: Batches with forward passes, at least one.
+            batches: The batches, at least one.
             parameters: The present parameters by name.
             direction: Any direction.
 
@@ -111,59 +167,36 @@ class Replay:
             RuntimeError: If one of them cannot be replayed.
         """
         for batch in batches:
-            self._check_batch(batch)
+            check_batch(self._model, batch, compiled=self._compiled)
+        batches = [self._moved(batch) for batch in batches]
         if not self._checked:
-            with self._paused():
-                self._repeated(batches[0], {})
+            with self._paused(), torch.enable_grad():
+                forwards = batches[0].curvature_forwards()
+                check_repeated(
+                    batches[0], [o for f in forwards for o in f.run(self._model, {})]
+                )
             self.jacobian_products(batches[0], parameters, [direction])
             self._checked = True
+        return batches
 
-    def _check_batch(self, batch: Batch) -> None:
-        """Check whether a batch or its subset can be replayed, without running the model."""
-        assert batch.forward is not None
-        if batch.forward.loss_input.is_inside and self._compiled:
-            raise RuntimeError(
-                "`loss_fn` must be called outside of a compiled model when adaptive=True, got a "
-                "call inside, where compiled code skips the hooks that record it. Compile the "
-                "part before the loss and pass that here, or pass adaptive=False."
-            )
-        if batch.subset is not None:
-            check_separate(self._model)
-            _ = batch.curvature_forward
+    def _moved(self, batch: Batch) -> Batch:
+        """Return a batch whose outputs are those of the present parameters."""
+        if not any(each.call.has_moved(self._model) for each in batch.forwards):
+            return batch
+        outputs = tuple(self.outputs(batch)[: len(batch.outputs)])
+        loss, model = self.batch_loss(batch), batch.loss_model
+        if isinstance(model, GivenLoss):
+            model = GivenLoss(model.loss_fn, outputs[0], model.targets)
+        return replace(batch, outputs=outputs, loss=loss, loss_model=model)
 
-    def _loss(self, output: Tensor, target: Any) -> Tensor:
-        targets = target if isinstance(target, Targets) else (target,)
-        loss: Tensor = self._loss_fn(output, *targets)
-        return loss
-
-    def _repeated(self, batch: Batch, parameters: Direction) -> Tensor:
-        """Return the argument of the loss for the subset; it must be the recorded one."""
-        output = batch.curvature_forward.run(self._model, parameters)
-        _check_repeated(batch, output)
-        return output
-
-
-def _check_repeated(batch: Batch, output: Tensor) -> None:
-    """Check that the output of a replay is the recorded output.
-
-    Raises:
-        RuntimeError: If it differs by more than rounding.
-    """
-    eps = batch.curvature_forward.call.environment.precision(output.dtype)
-    expected, value = batch.curvature_output.double(), output.detach().double()
-    allowed = min(10 * eps**0.5, REPEATED_ERROR) * expected.norm()
-    if value.shape == expected.shape and not bool((value - expected).norm() > allowed):
-        return
-    if batch.subset is not None:
-        raise RuntimeError(
-            "The model must treat each example separately when `curvature_fraction` is below 1, "
-            "got outputs of a subset that differ from those of the whole batch: a layer mixes "
-            "examples, or draws random numbers by other means than nn.Dropout. Pass "
-            "curvature_fraction=1."
-        )
-    raise RuntimeError(
-        "The model must repeat its output when a recorded batch is replayed for adaptive=True, "
-        "got a different one. Draw random numbers from torch's global generator, keep state "
-        "between calls only in buffers, change no output in place, run attention without cuDNN, "
-        "or pass adaptive=False."
-    )
+    def _evaluated(self, forward: ForwardPass) -> Outputs:
+        """Return the tensors of a forward pass for the present parameters."""
+        if not self.takes_gradients:
+            try:
+                with torch.no_grad():
+                    return tuple(o.detach() for o in forward.run(self._model, {}))
+            except RuntimeError as error:
+                if "grad" not in str(error):
+                    raise
+        with torch.enable_grad():
+            return tuple(o.detach() for o in forward.run(self._model, {}))

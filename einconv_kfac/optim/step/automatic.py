@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor
@@ -30,6 +31,8 @@ UNDONE_FACTOR = 4.0
 """Factor by which the damping and its floor grow when a step is undone."""
 BACKTRACKED_FACTOR = 2.0
 """Factor by which the damping and its floor grow when a step is shortened."""
+UNOBSERVED_FRACTION = 0.05
+"""Fraction of the slope up to which a difference to the recorded losses counts as rounding."""
 RELATIVE_ROUNDING = 1e-4
 """Growth of the objective, relative to its size, that is attributed to rounding."""
 
@@ -58,6 +61,7 @@ class AutomaticStep:
         self._rollback = Rollback()
         self._adapted: int | None = None
         self._ratio = math.nan
+        self._warned = False
 
     def check(self, objective: Objective) -> None:
         """See `Step`."""
@@ -65,20 +69,15 @@ class AutomaticStep:
             return
         if not objective.batches:
             raise RuntimeError(
-                "`step` needs the loss it steps on, but none was backpropagated since the last "
-                "step that `loss_fn` computed. Compute the loss as `loss_fn(model(x), y)` with "
-                "the module given to KFAC, or pass adaptive=False."
+                "`step` needs the loss it steps on, but saw none whose gradient is in `.grad`. "
+                "Compute it as `loss_fn(model(x), y)` with the module given to KFAC, or write "
+                "`loss = optimizer.observe(loss)` before `loss.backward()`."
             )
 
     def take_(self, objective: Objective) -> Taken:
         """See `Step`."""
-        if any(batch.forward is None for batch in objective.batches):
-            raise RuntimeError(
-                "`loss_fn` must be called on the model's output itself (or a tensor of it), or "
-                "inside the model, when adaptive=True, got another tensor. Move what happens in "
-                "between into the model, or pass adaptive=False."
-            )
-        self._replay.check(objective.batches, objective.parameters, objective.gradient)
+        at = objective.batches, objective.parameters, objective.gradient
+        objective = replace(objective, batches=self._replay.check(*at))
         momentum = _common_momentum(objective)
         if self._undone_(objective):
             return Taken({"damping": self._damping(objective), "rejected": 1.0})
@@ -96,7 +95,7 @@ class AutomaticStep:
             return self._skipped_(objective, damping, bool(previous))
         rate = max(objective.rates.values())
         update = fit.update(objective, rate)
-        before = objective.value()
+        before = objective.value() - self._unobserved(fit, rate)
         for name, tensor in update.items():
             objective.parameters[name].add_(tensor)
         predicted = fit.predicted(damping, rate)
@@ -112,6 +111,23 @@ class AutomaticStep:
             self._trust.predict_(fit.directions[0], float(fit.model.slope[0]), moved)
         numbers = {"damping": damping, "step_size": fit.mix[0] * rate, "momentum": coefficient}
         return self._taken(update, {**numbers, "predicted": predicted})
+
+    def _unobserved(self, fit: Fit, rate: float) -> float:
+        """Return the change of the objective by terms that were not observed, to first order."""
+        fraction = fit.model.unobserved_fraction()
+        if fit.model.unobserved is None or not fraction > UNOBSERVED_FRACTION:
+            return 0.0
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{fraction:.0%} of the slope along the step are not explained by the recorded "
+                "losses: the gradient has other terms, or was changed. They enter the step to "
+                "first order. Write `loss = optimizer.observe(loss)` with the whole loss before "
+                "`loss.backward()` to include their curvature.",
+                RuntimeWarning,
+                stacklevel=8,
+            )
+        return rate * float(fit.coefficients @ fit.model.unobserved)
 
     def _taken(self, update: Direction, numbers: Statistics) -> Taken:
         """Return a step with its statistics."""

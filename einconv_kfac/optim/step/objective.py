@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class Point:
             groups: Parameter groups.
             names: Names of their parameters.
             settings: The optimizer's hyper-parameters, which groups override.
-            scale: The factor of a gradient scaler, or ``None``.
+            scale: What the gradients are divided by, or ``None``.
         """
         parameters: Direction = {}
         gradient: Direction = {}
@@ -117,21 +117,31 @@ class Point:
         return Objective(*at, batches, others, memory)
 
 
-def without_scaler(batches: Sequence[Batch], scale: Tensor | None, reduction: str) -> list[Batch]:
-    """Return batches whose weights lack a gradient scaler's factor.
+def scaler_factor(batches: Sequence[Batch], scale: Tensor | None, reduction: str) -> Tensor:
+    """Return the factor of a gradient scaler in the weights of batches.
 
     Args:
-        batches: The batches.
+        batches: The batches, at least one.
         scale: The factor, or ``None`` if the gradients were unscaled before the step: the
             objective is then taken to be the mean or the sum of the recorded losses.
         reduction: ``"mean"`` or ``"sum"``.
     """
+    if scale is not None:
+        return scale
+    total = sum_of([batch.weight for batch in batches])
+    return total if reduction == "mean" else total / len(batches)
+
+
+def total_weight(batches: Sequence[Batch], reduction: str) -> Tensor | None:
+    """Return the factor of the curvature that is averaged over batches, ``None`` without any.
+
+    The objective is the weighted sum of the losses. Factors average the curvature of means over
+    batches, and add that of sums.
+    """
     if not batches:
-        return []
-    if scale is None:
-        total = sum_of([batch.weight for batch in batches])
-        scale = total if reduction == "mean" else total / len(batches)
-    return [replace(batch, weight=batch.weight / scale.to(batch.weight)) for batch in batches]
+        return None
+    total = sum_of([batch.weight for batch in batches])
+    return total if reduction == "mean" else total / len(batches)
 
 
 def memory_of(parameters: Direction, state: Mapping[Any, dict[str, Any]]) -> Memory:

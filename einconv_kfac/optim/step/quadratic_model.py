@@ -18,10 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.vectors import Direction, gram_matrix, inner_products, sum_of
+from einconv_kfac.optim.vectors import Direction, gram_matrix, inner, inner_products, sum_of
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,14 @@ class QuadraticModel:
         slope: ``g.d_i``, ``[m]``.
         curvature: ``d_i.(G + W).d_j``, ``[m, m]``.
         gram: ``d_i.d_j``, ``[m, m]``.
+        unobserved: The part of the slope that the recorded losses do not explain, ``[m]``, or
+            ``None`` if it is not known.
     """
 
     slope: Tensor
     curvature: Tensor
     gram: Tensor
+    unobserved: Tensor | None = None
 
     def minimum(self, damping: float, fixed: Mapping[int, float] | None = None) -> Tensor:
         """Return the coefficients ``c [m]`` that minimise the damped model.
@@ -53,6 +55,12 @@ class QuadraticModel:
             c[index] = value
         c[free] = -_solve(matrix[free][:, free], (self.slope + matrix @ c)[free])
         return c
+
+    def unobserved_fraction(self) -> float:
+        """Return the fraction of the first slope that the recorded losses do not explain."""
+        if self.unobserved is None or not bool(self.slope[0]):
+            return 0.0
+        return float((self.unobserved[0] / self.slope[0]).abs())
 
     def change(self, coefficients: Tensor, damping: float) -> Tensor:
         """Return ``M(u)``, the predicted change of the damped objective."""
@@ -82,34 +90,16 @@ def quadratic_model(
         directions: The directions ``d_i``.
     """
     slope = inner_products(objective.gradient, directions)
-    curvature = sum_of(
-        [
-            batch.weight.double() * _curvature(replay, batch, objective.parameters, directions)
-            for batch in objective.batches
-        ]
-    )
+    parts = [
+        (batch.weight.double(), replay.expansion(batch, objective.parameters, directions))
+        for batch in objective.batches
+    ]
+    curvature = sum_of([weight * part.curvature for weight, part in parts])
+    observed = sum_of([weight * part.slope for weight, part in parts])
     if any(objective.decay.values()):
         curvature = curvature + gram_matrix(directions, objective.decay)
-    return QuadraticModel(slope, curvature, gram_matrix(directions))
-
-
-def _curvature(
-    replay: Replay, batch: Batch, parameters: Direction, directions: Sequence[Direction]
-) -> Tensor:
-    """Return ``d_i.G.d_j`` of one batch, ``[m, m]``; an unbiased estimate from its subset.
-
-    The loss and its Hessian are those of the whole batch, whatever its reduction divides by.
-    """
-    tangents = replay.jacobian_products(batch, parameters, directions)
-    precise = torch.promote_types(batch.output.dtype, torch.float32)
-    output = batch.output.detach().to(precise).requires_grad_()
-    with torch.enable_grad():
-        loss = replay.loss(output, batch.target)
-        (slope,) = torch.autograd.grad(loss, output, create_graph=True)
-    tangents = [tangent.to(precise) for tangent in tangents]
-    if batch.subset is not None:
-        tangents = [batch.subset.scattered(tangent) for tangent in tangents]
-    products = [torch.autograd.grad(slope, output, t, retain_graph=True)[0] for t in tangents]
-    left = torch.stack(tangents).flatten(1).double()
-    curvature = left @ torch.stack(products).flatten(1).double().T
-    return curvature if batch.subset is None else curvature * batch.subset.scale
+        decay = [inner(d, objective.parameters, objective.decay) for d in directions]
+        observed = observed + torch.stack(decay)
+    is_whole = all(batch.subset is None for batch in objective.batches)
+    unobserved = slope - observed if is_whole else None
+    return QuadraticModel(slope, curvature, gram_matrix(directions), unobserved)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,7 +13,7 @@ from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.replay.batch import Batch, with_subsets
 from einconv_kfac.optim.step.fallback import Fallback
-from einconv_kfac.optim.step.objective import Point, memory_of, without_scaler
+from einconv_kfac.optim.step.objective import Point, memory_of, scaler_factor, total_weight
 from einconv_kfac.optim.step.step_protocol import Step, Taken
 from einconv_kfac.optim.vectors import Direction, norms
 
@@ -45,10 +45,9 @@ class StepRunner:
             RuntimeError: See `KFAC.step`.
         """
         curvature = self.curvature
-        scale = getattr(optimizer, "grad_scale", None)  # set by torch.amp.GradScaler for a step
         settings = self.settings.at(curvature.steps)
-        point = Point.of(optimizer.param_groups, self.names, settings, scale)
-        batches = self._batches(optimizer, scale)
+        batches, divisor = self._batches(optimizer)
+        point = Point.of(optimizer.param_groups, self.names, settings, divisor)
         gradients = [*point.gradient.values()]
         known = norms(gradients)
         if getattr(optimizer, "found_inf", None):  # the scaler will lower its scale
@@ -62,14 +61,27 @@ class StepRunner:
         curvature.finish_()
         return taken, dict(zip(point.gradient, known))
 
-    def _batches(self, optimizer: Optimizer, scale: Tensor | None) -> list[Batch]:
-        """Return the batches of this step, without a gradient scaler's factor."""
-        batches = self.curvature.recorder.take()
-        if hasattr(optimizer, "found_inf"):
-            batches = without_scaler(batches, scale, self.reduction)
+    def _batches(self, optimizer: Optimizer) -> tuple[list[Batch], Tensor | None]:
+        """Return the batches of this step, and the factor in the gradients that is none of theirs.
+
+        The factor comes from a gradient scaler and, if steps are automatic, from clipping.
+        """
+        scale = getattr(optimizer, "grad_scale", None)  # set by torch.amp.GradScaler for a step
+        recorder = self.curvature.recorder
+        clipped = recorder.gradients.factor() if self.settings.adaptive else None
+        batches = recorder.take()
+        divisor: Tensor | None = scale
+        if batches and hasattr(optimizer, "found_inf"):
+            factor = scaler_factor(batches, scale, self.reduction)
+            batches = [replace(b, weight=b.weight / factor.to(b.weight)) for b in batches]
+            clipped = None if clipped is None else clipped * (1 if scale is not None else factor)
+        if clipped is not None and batches:
+            divisor = clipped if divisor is None else divisor * clipped
+        self.curvature.loss_weight = total_weight(batches, self.reduction)
         if (part := self.settings.curvature_fraction) == 1:
-            return batches
-        return with_subsets(batches, part, self.curvature.seed, self.curvature.steps)
+            return batches, divisor
+        subsets = with_subsets(batches, part, self.curvature.seed, self.curvature.steps)
+        return subsets, divisor
 
     def _take_(
         self,

@@ -1,0 +1,1 @@
+"""The objective, read off the autograd graph between a model's outputs and a loss."""

@@ -1,0 +1,148 @@
+"""Edges of the autograd graph: their marks, their order, and backward passes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+Edge: TypeAlias = tuple[Node, int]
+"""A node and the index of one of its forward outputs: one tensor of the graph."""
+Stops: TypeAlias = Callable[[Edge], bool]
+"""Returns whether a walk through the graph ends at an edge."""
+_KEY = "einconv_kfac"
+_IDENTITIES = ("BackwardHookFunction",)
+"""Python functions that return their input; torch inserts them for backward hooks."""
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """Return the edge of a tensor that requires gradients."""
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def mark_(tensor: Tensor, owner: object, mark: object) -> None:
+    """Attach a mark to a tensor's edge.
+
+    The graph owns the mark, so that a mark keeps no graph alive. It must not refer to the graph.
+
+    Args:
+        tensor: A tensor that requires gradients.
+        owner: Identifies the kind of mark; an edge may have several.
+        mark: The mark.
+    """
+    node, index = edge_of(tensor)
+    node.metadata.setdefault(_KEY, {})[owner, index] = mark
+
+
+def mark_of(edge: Edge, owner: object) -> Any:
+    """Return the mark of an owner at an edge, or ``None``."""
+    marks = edge[0].metadata.get(_KEY)
+    return None if marks is None else marks.get((owner, edge[1]))
+
+
+def leaf_of(edge: Edge) -> Tensor | None:
+    """Return the leaf tensor whose gradient is accumulated at the edge, or ``None``."""
+    leaf: Tensor | None = getattr(edge[0], "variable", None)
+    return leaf
+
+
+def kind_of_node(node: Node) -> str:
+    """Return the name of a node's operation, without ``Backward`` and what follows it."""
+    return node.name().rpartition("::")[2].partition("Backward")[0] or node.name()
+
+
+def inputs_of(node: Node) -> list[Edge | None]:
+    """Return the edges of the inputs of a node's operation; ``None`` for constants."""
+    return [None if parent is None else (parent, nr) for parent, nr in node.next_functions]
+
+
+def dependents(root: Edge, stops: Stops) -> list[Node]:
+    """Return the nodes below a root that depend on an edge where the walk stops, in forward order.
+
+    Args:
+        root: The edge from which the graph is walked; the walk does not stop there.
+        stops: Whether the walk stops at an edge.
+    """
+    depends: dict[Node, bool] = {}
+    ordered: list[Node] = []
+    stack: list[tuple[Node, bool]] = [(root[0], False)]
+    while stack:
+        node, is_done = stack.pop()
+        edges = [edge for edge in inputs_of(node) if edge is not None]
+        if is_done:
+            depends[node] = any(stops(edge) or depends.get(edge[0], False) for edge in edges)
+            if depends[node]:
+                ordered.append(node)
+        elif node not in depends:
+            depends[node] = False
+            stack.append((node, True))
+            stack += [(edge[0], False) for edge in edges if not stops(edge)]
+    return ordered
+
+
+def backpropagated(
+    start: Mapping[Edge, Tensor],
+    nodes: Sequence[Node],
+    stops: Stops,
+    seen: dict[Edge, Tensor] | None = None,
+) -> dict[Edge, Tensor]:
+    """Return the gradients at the edges where a backward pass stops, summed over all paths.
+
+    Nodes are called one by one, so that neither hooks nor ``.grad`` take part. With gradients
+    enabled the result has a graph of its own.
+
+    Args:
+        start: Gradients at edges where the pass begins.
+        nodes: Nodes in the order of `dependents`; others are constants.
+        stops: Whether the pass stops at an edge.
+        seen: Receives the gradients at all other edges.
+    """
+    gradients: dict[Edge, Tensor] = dict(start)
+    found: dict[Edge, Tensor] = {}
+    for node in reversed(nodes):
+        edges = [(node, nr) for nr in range(len(node._input_metadata))]
+        own = [gradients.pop(edge, None) for edge in edges]
+        if seen is not None:
+            seen.update({e: g for e, g in zip(edges, own) if g is not None})
+        if all(gradient is None for gradient in own):
+            continue
+        for edge, result in zip(inputs_of(node), _called(node, own)):
+            if edge is not None and result is not None:
+                into, fitted = found if stops(edge) else gradients, _fitted(result, edge)
+                into[edge] = into[edge] + fitted if edge in into else fitted
+    return found
+
+
+def _called(node: Node, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return what a node passes on for gradients at its outputs."""
+    if kind_of_node(node) in _IDENTITIES:
+        return gradients
+    call: Any = node
+    results = call(*gradients)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _fitted(gradient: Tensor, edge: Edge) -> Tensor:
+    """Return a gradient in the shape and the data type of an edge, as autograd does."""
+    metadata = metadata_of(edge)
+    if gradient.shape != metadata.shape:
+        gradient = gradient.sum_to_size(tuple(metadata.shape))
+    if gradient.is_complex() and not metadata.dtype.is_complex:
+        gradient = gradient.real
+    return gradient.to(metadata.dtype)
+
+
+def metadata_of(edge: Edge) -> Any:
+    """Return shape, data type and device of the tensor that an edge stands for."""
+    node, index = edge
+    return node._input_metadata[index]
+
+
+def zeros_at(edge: Edge) -> Tensor:
+    """Return a tensor of zeros like the one that an edge stands for."""
+    metadata = metadata_of(edge)
+    return torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device)

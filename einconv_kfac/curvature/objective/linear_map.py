@@ -1,0 +1,55 @@
+"""Linear maps between tensors of the autograd graph, which outlive the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from einconv_kfac.curvature.objective.graph import Edge, Stops, backpropagated, zeros_at
+
+
+class LinearMap:
+    """The derivative ``J`` of a tensor by the tensors that it depends on.
+
+    ``J^T w`` is computed once, with a graph of its own. It is linear in ``w``, so that ``J v`` is
+    the derivative of ``<J^T w, v>`` by ``w`` (Pearlmutter, 1994, in the form that needs no forward
+    mode). The graph of the forward pass may be freed afterwards.
+
+    Args:
+        target: The tensor.
+        nodes: The nodes of the graph, in the order of `dependents`.
+        stops: Whether the derivative is taken by a tensor.
+
+    Attributes:
+        sources: The tensors that the target depends on.
+    """
+
+    def __init__(self, target: Edge, nodes: Sequence[Node], stops: Stops) -> None:
+        self._transposed: dict[Edge, Tensor] | None = None
+        self.sources = [target]
+        if not stops(target):
+            with torch.enable_grad():
+                self._w = zeros_at(target).requires_grad_()
+                found = backpropagated({target: self._w}, nodes, stops)
+            self._transposed = {e: t for e, t in found.items() if t.requires_grad}
+            self.sources = list(self._transposed)
+
+    def __call__(self, vectors: Mapping[Edge, Tensor]) -> Tensor | None:
+        """Return ``J v``, or ``None`` if it is zero.
+
+        Args:
+            vectors: The parts of ``v`` by source; those that are not given are zero.
+        """
+        if self._transposed is None:
+            return vectors.get(self.sources[0])
+        own = [(t, vectors[e].to(t.dtype)) for e, t in self._transposed.items() if e in vectors]
+        if not own:
+            return None
+        outputs, parts = zip(*own)
+        (product,) = torch.autograd.grad(
+            outputs, self._w, parts, retain_graph=True, allow_unused=True
+        )
+        return None if product is None else product.detach()

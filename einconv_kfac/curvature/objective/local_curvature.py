@@ -1,0 +1,154 @@
+"""The curvature of one term of a loss at the argument of that term."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+
+
+class LocalCurvature(Protocol):
+    """A positive semi-definite matrix ``H`` over the entries of an argument ``[*a]``."""
+
+    @property
+    def rows(self) -> torch.Size:
+        """The shape of the independent units that ``H`` is block-diagonal over."""
+
+    def sample(self, generator: Generator) -> Tensor:
+        """Draw a vector ``s [*a]`` with second moment ``H``, independent between units."""
+
+    def roots(self) -> Iterator[Tensor]:
+        """Yield vectors ``s [*a]`` whose outer products sum to ``H`` within each unit."""
+
+    def masked(self, root: Tensor, kept: Tensor) -> Tensor:
+        """Return a vector ``[*a]`` that is zero outside the units that a mask keeps."""
+
+    def products(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Return ``u_i.H.u_j`` for vectors ``u_i [*a]``, ``[m, m]`` in float64."""
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """A diagonal matrix, as of a sum over entries.
+
+    Args:
+        values: The diagonal, ``[*a]``, not negative.
+    """
+
+    values: Tensor
+
+    @property
+    def rows(self) -> torch.Size:
+        """See `LocalCurvature`."""
+        return self.values.shape
+
+    def sample(self, generator: Generator) -> Tensor:
+        """See `LocalCurvature`; random signs."""
+        return self.values.sqrt() * _signs(self.values.shape, self.values, generator)
+
+    def roots(self) -> Iterator[Tensor]:
+        """See `LocalCurvature`."""
+        yield self.values.sqrt()
+
+    def masked(self, root: Tensor, kept: Tensor) -> Tensor:
+        """See `LocalCurvature`."""
+        return root.where(kept, 0)
+
+    def products(self, vectors: Sequence[Tensor]) -> Tensor:
+        """See `LocalCurvature`."""
+        left = torch.stack([vector.flatten() for vector in vectors]).double()
+        return (left * self.values.flatten().double()) @ left.mT
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """``w (diag(p) - p p^T)`` for each distribution ``p`` along one dimension.
+
+    Args:
+        p: The probabilities, ``[*a]``.
+        weight: The factor ``w`` of each distribution, ``[*a]`` with size 1 in that dimension.
+        dim: The dimension of the classes.
+    """
+
+    p: Tensor
+    weight: Tensor
+    dim: int
+
+    @property
+    def rows(self) -> torch.Size:
+        """See `LocalCurvature`."""
+        return self.weight.squeeze(self.dim).shape
+
+    def sample(self, generator: Generator) -> Tensor:
+        """See `LocalCurvature`; ``sqrt(w) (p - onehot)`` for classes drawn from ``p``."""
+        last = self.p.movedim(self.dim, -1)
+        rows = last.reshape(-1, last.shape[-1])
+        drawn = torch.multinomial(rows.double(), 1, generator=generator)
+        onehot = torch.zeros_like(rows).scatter_(1, drawn, 1.0)
+        onehot = onehot.reshape(last.shape).movedim(-1, self.dim)
+        return (self.p - onehot) * self.weight.sqrt()
+
+    def roots(self) -> Iterator[Tensor]:
+        """See `LocalCurvature`; ``sqrt(w p_v) (onehot_v - p)`` for each class ``v``."""
+        for v in range(self.p.shape[self.dim]):
+            root = -self.p
+            root.select(self.dim, v).add_(1)
+            own = self.p.select(self.dim, v).unsqueeze(self.dim)
+            yield root * (self.weight * own).sqrt()
+
+    def masked(self, root: Tensor, kept: Tensor) -> Tensor:
+        """See `LocalCurvature`."""
+        return root.where(kept.unsqueeze(self.dim), 0)
+
+    def products(self, vectors: Sequence[Tensor]) -> Tensor:
+        """See `LocalCurvature`."""
+        weight, p = self.weight.double(), self.p.double()
+        centred = [v.double() - (p * v).sum(self.dim, keepdim=True) for v in vectors]
+        left = torch.stack([(weight * p * c).flatten() for c in centred])
+        return left @ torch.stack([c.flatten() for c in centred]).mT
+
+
+@dataclass(frozen=True)
+class Empirical:
+    """The empirical Fisher ``n sum_i g_i g_i^T`` of a mean over ``n`` examples.
+
+    Args:
+        gradient: The gradient of the loss, ``[n, *f]``; example ``i`` has the row ``g_i``.
+    """
+
+    gradient: Tensor
+
+    @property
+    def rows(self) -> torch.Size:
+        """See `LocalCurvature`."""
+        return self.gradient.shape[:1]
+
+    def sample(self, generator: Generator) -> Tensor:
+        """See `LocalCurvature`; a random sign per example."""
+        (root,) = self.roots()
+        signs = _signs(self.rows, root, generator)
+        return root * signs.reshape(-1, *[1] * (root.ndim - 1))
+
+    def roots(self) -> Iterator[Tensor]:
+        """See `LocalCurvature`."""
+        yield self.gradient * len(self.gradient) ** 0.5
+
+    def masked(self, root: Tensor, kept: Tensor) -> Tensor:
+        """See `LocalCurvature`."""
+        return root.where(kept.reshape(-1, *[1] * (root.ndim - 1)), 0)
+
+    def products(self, vectors: Sequence[Tensor]) -> Tensor:
+        """See `LocalCurvature`."""
+        (root,) = self.roots()
+        by_example = [(root * v).double().flatten(1).sum(1) for v in vectors]
+        left = torch.stack(by_example)
+        return left @ left.mT
+
+
+def _signs(shape: torch.Size, like: Tensor, generator: Generator) -> Tensor:
+    """Return random signs on the device of a tensor and in its data type."""
+    drawn = torch.randint(2, shape, generator=generator, device=like.device)
+    return (2 * drawn - 1).to(like.dtype)

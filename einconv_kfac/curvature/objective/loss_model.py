@@ -1,0 +1,86 @@
+"""A loss as a function of a model's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Expansion(NamedTuple):
+    """The second-order expansion of a loss along tangents of a model's outputs.
+
+    Args:
+        slope: The derivative of the loss along each tangent, ``[m]`` in float64.
+        curvature: The Gauss-Newton matrix between them, ``[m, m]`` in float64.
+    """
+
+    slope: Tensor
+    curvature: Tensor
+
+
+class LossModel(Protocol):
+    """A loss that can be evaluated and differentiated again at a model's outputs."""
+
+    def value(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return the loss for other values of the outputs, ``[n, ...]`` each."""
+
+    def expansion(self, tangents: Sequence[Sequence[Tensor | None]]) -> Expansion:
+        """Return the expansion at the recorded outputs.
+
+        Args:
+            tangents: For each direction, the tangent of each output; ``None`` for zero.
+        """
+
+    def unknown(self) -> Sequence[str]:
+        """Return the names of operations because of which `value` cannot be computed."""
+
+
+class GivenLoss:
+    """A loss module on one output of a model.
+
+    Args:
+        loss_fn: The loss.
+        output: The output in the recorded pass, ``[n, ...]``, detached.
+        targets: The other arguments of the loss.
+    """
+
+    def __init__(self, loss_fn: nn.Module, output: Tensor, targets: Sequence[Any]) -> None:
+        self.loss_fn = loss_fn
+        self.targets = tuple(targets)
+        self._output = output
+
+    def value(self, outputs: Sequence[Tensor]) -> Tensor:
+        """See `LossModel`."""
+        loss: Tensor = self.loss_fn(outputs[0], *self.targets)
+        return loss
+
+    def expansion(self, tangents: Sequence[Sequence[Tensor | None]]) -> Expansion:
+        """See `LossModel`."""
+        precise = torch.promote_types(self._output.dtype, torch.float32)
+        output = self._output.to(precise).requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self.value([output]), output, create_graph=True)
+        zero = torch.zeros_like(self._output, dtype=precise)
+        own = [zero if t is None else t.to(precise) for (t,) in tangents]
+        products = [self._product(slope, output, t) for t in own]
+        left = torch.stack(own).flatten(1).double()
+        slopes = left @ slope.detach().flatten().double()
+        return Expansion(slopes, left @ torch.stack(products).flatten(1).double().T)
+
+    def _product(self, slope: Tensor, output: Tensor, vector: Tensor) -> Tensor:
+        """Return the Hessian of the loss times a vector, given its gradient with a graph.
+
+        A likelihood that is linear in log-probabilities has the Fisher information instead.
+        """
+        if slope.requires_grad:
+            product: Tensor = torch.autograd.grad(slope, output, vector, retain_graph=True)[0]
+            return product
+        weight = -slope.sum(1, keepdim=True)
+        return weight * output.detach().exp() * vector
+
+    def unknown(self) -> Sequence[str]:
+        """See `LossModel`."""
+        return ()

@@ -1,0 +1,165 @@
+"""Functions of single entries, and losses that are sums of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from einconv_kfac.curvature.objective.local_curvature import Diagonal, LocalCurvature
+from einconv_kfac.curvature.objective.node_rule import Function
+
+CURVATURE_ROUNDING = 1e-6
+"""Negative curvature, relative to the largest entry, that is attributed to rounding."""
+REDUCTIONS = ("none", "mean", "sum")
+"""The reductions of losses by the numbers that nodes save."""
+
+
+@dataclass(frozen=True)
+class Entrywise:
+    """A function of every entry, or a loss ``sum_j l_j(f_j)``; its Hessian is diagonal.
+
+    Args:
+        kind: See `NodeRule`.
+        apply: The operation.
+        options: Names of arguments that the node saves.
+        inverse: Returns the input for the output, if the node saves the latter alone.
+    """
+
+    kind: str
+    apply: Callable[..., Tensor]
+    options: tuple[str, ...] = ()
+    inverse: Callable[[Tensor], Tensor] | None = None
+
+    def is_linear(self, dependent: Sequence[bool]) -> bool:
+        """See `NodeRule`."""
+        return False
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`."""
+        if self.inverse is not None:
+            return [self.inverse(node._saved_result.detach())]
+        return [node._saved_self.detach()]
+
+    def function(self, node: Any) -> Function | None:
+        """See `NodeRule`."""
+        return partial(self.apply, **saved_options(node, self.options))
+
+    def curvature(
+        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
+    ) -> LocalCurvature | None:
+        """See `NodeRule`."""
+        function, x = self.function(node), inputs[0]
+        assert function is not None
+        assert x is not None
+        return diagonal(function, x, weight)
+
+
+@dataclass(frozen=True)
+class Difference(Entrywise):
+    """A loss of the difference between its input and its target, which may both depend."""
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`."""
+        return [node._saved_self.detach(), node._saved_target.detach()]
+
+    def curvature(
+        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
+    ) -> LocalCurvature | None:
+        """See `NodeRule`; by the difference."""
+        function, (x, target) = self.function(node), inputs
+        assert function is not None
+        assert x is not None
+        assert target is not None
+        return diagonal(lambda entries: function(entries, target), x, weight)
+
+
+def diagonal(function: Function, x: Tensor, weight: Tensor) -> Diagonal | None:
+    """Return the diagonal Hessian of ``<weight, f(x)>``, if it is curved and not negative."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    with torch.enable_grad():
+        entries = x.detach().to(precise).requires_grad_()
+        value = (function(entries) * weight).sum()
+        (slope,) = torch.autograd.grad(value, entries, create_graph=True)
+        if not slope.requires_grad:
+            return None
+        (found,) = torch.autograd.grad(slope.sum(), entries, allow_unused=True)
+    if found is None:
+        return None
+    found = found.nan_to_num(0.0, 0.0, 0.0)
+    largest = found.max() if found.numel() else found.sum()
+    if not bool(largest > 0) or bool(found.min() < -CURVATURE_ROUNDING * largest):
+        return None
+    return Diagonal(found.clamp_min_(0))
+
+
+def saved_options(node: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return the options of an operation that its node saves, by name."""
+    options = {name: _plain(getattr(node, f"_saved_{name}")) for name in names}
+    if "reduction" in options:
+        options["reduction"] = REDUCTIONS[options["reduction"]]
+    return options
+
+
+def _plain(value: Any) -> Any:
+    """Return a saved value as an argument; torch shows negative dimensions as unsigned numbers."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        return tuple(_plain(entry) for entry in value)
+    return value - (1 << 64) if type(value) is int and value >= 1 << 63 else value
+
+
+def _from_power(power: float) -> Callable[[Tensor], Tensor]:
+    """Return the inverse of a power."""
+    return lambda result: result.pow(1 / power)
+
+
+RULES = (
+    Entrywise("Pow", torch.pow, ("exponent",)),
+    Entrywise("Exp", torch.exp, inverse=torch.log),
+    Entrywise("Expm1", torch.expm1, inverse=torch.log1p),
+    Entrywise("Log", torch.log),
+    Entrywise("Log1P", torch.log1p),
+    Entrywise("Log2", torch.log2),
+    Entrywise("Log10", torch.log10),
+    Entrywise("Sqrt", torch.sqrt, inverse=_from_power(0.5)),
+    Entrywise("Rsqrt", torch.rsqrt, inverse=_from_power(-0.5)),
+    Entrywise("Reciprocal", torch.reciprocal, inverse=torch.reciprocal),
+    Entrywise("Sigmoid", torch.sigmoid, inverse=torch.logit),
+    Entrywise("Tanh", torch.tanh, inverse=torch.atanh),
+    Entrywise("Sin", torch.sin),
+    Entrywise("Cos", torch.cos),
+    Entrywise("Cosh", torch.cosh),
+    Entrywise("Sinh", torch.sinh),
+    Entrywise("Erf", torch.erf),
+    Entrywise("Abs", torch.abs),
+    Entrywise("Softplus", functional.softplus, ("beta", "threshold")),
+    Entrywise("LogSigmoid", functional.logsigmoid),
+    Entrywise("Gelu", functional.gelu, ("approximate",)),
+    Entrywise("Silu", functional.silu),
+    Entrywise("Mish", functional.mish),
+    Entrywise("LeakyRelu", functional.leaky_relu, ("negative_slope",)),
+    Entrywise("Elu", torch.ops.aten.elu, ("alpha", "scale", "input_scale")),
+    Entrywise("Hardtanh", functional.hardtanh, ("min_val", "max_val")),
+    Entrywise("Clamp", torch.clamp, ("min", "max")),
+    Entrywise("ClampMin", torch.clamp_min, ("min",)),
+    Entrywise("ClampMax", torch.clamp_max, ("max",)),
+    Difference("MseLoss", functional.mse_loss, ("reduction",)),
+    Difference("HuberLoss", functional.huber_loss, ("delta", "reduction")),
+    Difference("SmoothL1Loss", functional.smooth_l1_loss, ("beta", "reduction")),
+    Entrywise("SoftMarginLoss", functional.soft_margin_loss, ("target", "reduction")),
+    Entrywise(
+        "BinaryCrossEntropy", functional.binary_cross_entropy, ("target", "weight", "reduction")
+    ),
+    Entrywise(
+        "BinaryCrossEntropyWithLogits",
+        functional.binary_cross_entropy_with_logits,
+        ("target", "weight", "pos_weight", "reduction"),
+    ),
+)

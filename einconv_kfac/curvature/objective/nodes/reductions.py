@@ -1,0 +1,75 @@
+"""Norms, extrema and losses over several entries, whose Hessian is taken to be unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
+from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.nodes.entrywise import saved_options
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """An operation over several entries of its input.
+
+    Args:
+        kind: See `NodeRule`.
+        apply: The operation.
+        options: Names of arguments that the node saves.
+        saved: The name under which the node saves the input.
+    """
+
+    kind: str
+    apply: Callable[..., Tensor]
+    options: tuple[str, ...] = ()
+    saved: str = "self"
+
+    def is_linear(self, dependent: Sequence[bool]) -> bool:
+        """See `NodeRule`."""
+        return False
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`."""
+        return [getattr(node, f"_saved_{self.saved}").detach()]
+
+    def function(self, node: Any) -> Function | None:
+        """See `NodeRule`."""
+        return partial(self.apply, **saved_options(node, self.options))
+
+    def curvature(
+        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
+    ) -> LocalCurvature | None:
+        """See `NodeRule`."""
+        return None
+
+
+RULES = (
+    Reduction("LinalgVectorNorm", torch.linalg.vector_norm, ("ord", "dim", "keepdim")),
+    Reduction("Norm", torch.norm, ("p", "dim", "keepdim")),
+    Reduction("Var", torch.var, ("dim", "correction", "keepdim")),
+    Reduction("Std", torch.std, ("dim", "correction", "keepdim")),
+    Reduction("Amax", torch.amax, ("dim", "keepdim")),
+    Reduction("Amin", torch.amin, ("dim", "keepdim")),
+    Reduction("Prod", torch.prod),
+    Reduction("Logcumsumexp", torch.logcumsumexp, ("dim",)),
+    Reduction(
+        "MultiMarginLoss",
+        functional.multi_margin_loss,
+        ("target", "p", "margin", "weight", "reduction"),
+    ),
+    Reduction("MultilabelMarginLoss", functional.multilabel_margin_loss, ("target", "reduction")),
+    Reduction(
+        "CtcLoss",
+        torch.ops.aten._ctc_loss,
+        ("targets", "input_lengths", "target_lengths", "blank", "zero_infinity"),
+        saved="log_probs",
+    ),
+)

@@ -1,0 +1,219 @@
+"""Reading a loss: a walk from the loss to the outputs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.autograd.graph import Node
+
+from einconv_kfac.curvature.objective.graph import (
+    Edge,
+    backpropagated,
+    dependents,
+    inputs_of,
+    kind_of_node,
+    leaf_of,
+)
+from einconv_kfac.curvature.objective.linear_map import LinearMap
+from einconv_kfac.curvature.objective.local_curvature import Empirical, LocalCurvature
+from einconv_kfac.curvature.objective.node_registry import NODE_RULES
+from einconv_kfac.curvature.objective.nodes.linear import LINEAR
+from einconv_kfac.curvature.objective.tail import Operation, Tail
+from einconv_kfac.curvature.objective.terms import Term
+
+Values = Callable[[Edge], "Tensor | None"]
+"""Returns the recorded value of a model's output at an edge, or ``None`` for another edge."""
+
+
+class Reading:
+    """What the autograd graph of a loss says, as long as the graph exists.
+
+    Args:
+        root: The edge of the loss.
+        loss: The loss, one number, detached.
+        output: Returns the value of a model's output at an edge, ``None`` elsewhere.
+        parameters: The parameters of the model, whose values a loss may use itself.
+
+    Attributes:
+        root: The edge of the loss.
+        loss: The loss, detached.
+        sources: Edges of the outputs and parameters that the loss depends on.
+        outputs: Those that are outputs.
+    """
+
+    def __init__(
+        self, root: Edge, loss: Tensor, output: Values, parameters: Mapping[Tensor, str]
+    ) -> None:
+        self.loss, self.root = loss, root
+        self._output, self._parameters = output, parameters
+        self._nodes = dependents(self.root, self._is_source)
+        with torch.no_grad():
+            self._seen: dict[Edge, Tensor] = {}
+            start = {self.root: torch.ones_like(loss)}
+            self._gradients = backpropagated(start, self._nodes, self._is_source, self._seen)
+        self.sources = list(self._gradients)
+        self.outputs = [edge for edge in self.sources if output(edge) is not None]
+        self._nonlinear = [node for node in self._nodes if not self._is_linear(node)]
+        self._terms = [*self._curved_terms()]
+        self._terms += [*self._empirical_terms()]
+
+    def tail(self, sources: Sequence[Edge]) -> Tail:
+        """Return what remains of the reading after the graph is freed.
+
+        Args:
+            sources: All sources in the order in which the tail takes them.
+        """
+        stops = self._stops_at_operation
+        operations = [self._operation(node, stops) for node in self._nonlinear]
+        return Tail(
+            tuple(sources),
+            tuple(self._value(edge) for edge in sources),
+            tuple(self._gradients.get(edge) for edge in sources),
+            self.loss,
+            tuple(self._terms),
+            tuple(operations),
+            LinearMap(self.root, self._nodes, stops),
+        )
+
+    def sample(self, generator: Generator) -> dict[Edge, Tensor]:
+        """Draw gradients at the outputs whose second moment is the curvature of the loss."""
+        start: dict[Edge, Tensor] = {}
+        for term in self._terms:
+            for edge, root in term.gradients(term.sample(generator)).items():
+                start[edge] = start[edge] + root if edge in start else root
+        return self._at_outputs(start)
+
+    def roots(self) -> Iterator[dict[Edge, Tensor]]:
+        """Yield gradients at the outputs whose outer products sum to the curvature.
+
+        Each touches one unit (a class score vector, an entry) of every example.
+        """
+        for term in self._terms:
+            for root in term.roots(self._example_of(term)):
+                yield self._at_outputs(term.gradients(root))
+
+    def _at_outputs(self, start: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]:
+        """Return gradients of the graph as gradients at the outputs."""
+        stopped = {edge: g for edge, g in start.items() if self._is_source(edge)}
+        inner = {edge: g.to(_dtype(edge)) for edge, g in start.items() if edge not in stopped}
+        with torch.no_grad():
+            found = backpropagated(inner, self._nodes, self._is_source)
+        for edge, gradient in stopped.items():
+            own = gradient.to(_dtype(edge))
+            found[edge] = found[edge] + own if edge in found else own
+        return {edge: g for edge, g in found.items() if edge in self.outputs}
+
+    def _is_source(self, edge: Edge) -> bool:
+        """Return whether an edge is an output of the model or one of its parameters."""
+        if edge == self.root:
+            return False
+        leaf = leaf_of(edge)
+        return self._output(edge) is not None if leaf is None else leaf in self._parameters
+
+    def _stops_at_operation(self, edge: Edge) -> bool:
+        """Return whether an edge is a source or the output of a nonlinear operation."""
+        return edge[0] in self._nonlinear or self._is_source(edge)
+
+    def _depends(self, edge: Edge | None) -> bool:
+        """Return whether a tensor depends on the model."""
+        return edge is not None and (edge[0] in self._nodes or self._is_source(edge))
+
+    def _is_linear(self, node: Node) -> bool:
+        """Return whether an operation is linear in what depends on the model."""
+        kind = kind_of_node(node)
+        if kind in LINEAR:
+            return True
+        dependent = [self._depends(edge) for edge in inputs_of(node)]
+        return kind in NODE_RULES and NODE_RULES[kind].is_linear(dependent)
+
+    def _value(self, edge: Edge) -> Tensor:
+        """Return the recorded value of a source."""
+        value = self._output(edge)
+        if value is not None:
+            return value
+        leaf = leaf_of(edge)
+        assert leaf is not None
+        return leaf.detach().clone()
+
+    def _operation(self, node: Node, stops: Callable[[Edge], bool]) -> Operation:
+        """Return a nonlinear operation as it can be evaluated again."""
+        kind, edges = kind_of_node(node), inputs_of(node)
+        maps = [LinearMap(e, self._nodes, stops) if self._depends(e) else None for e in edges]
+        rule = NODE_RULES.get(kind)
+        if rule is None:
+            return Operation(kind, (node, 0), tuple((None, each) for each in maps), None)
+        values = [*rule.inputs(node)]
+        maps += [None] * (len(values) - len(maps))
+        return Operation(kind, (node, 0), tuple(zip(values, maps)), rule.function(node))
+
+    def _curved_terms(self) -> Iterator[Term]:
+        """Yield the terms whose curvature is positive semi-definite."""
+        for node in self._nonlinear:
+            rule, weight = NODE_RULES.get(kind_of_node(node)), self._seen.get((node, 0))
+            if rule is None or weight is None:
+                continue
+            curvature = rule.curvature(node, rule.inputs(node), weight)
+            if curvature is not None:
+                yield self._term(node, curvature)
+
+    def _term(self, node: Node, curvature: LocalCurvature) -> Term:
+        """Return the term of a nonlinear operation."""
+        edges = tuple(edge for edge in inputs_of(node)[:2] if edge is not None and self._depends(edge))
+        maps = tuple(LinearMap(edge, self._nodes, self._is_source) for edge in edges)
+        return Term(edges, maps, curvature)
+
+    def _empirical_terms(self) -> Iterator[Term]:
+        """Yield the empirical Fisher at the outputs that no other term gives curvature."""
+        curved = {edge for term in self._terms for edge in term.sources}
+        for edge in self.outputs:
+            gradient = self._gradients[edge]
+            if edge not in curved and gradient.ndim:
+                identity = LinearMap(edge, self._nodes, self._is_source)
+                yield Term((edge,), (identity,), Empirical(gradient))
+
+    def _example_of(self, term: Term) -> Tensor:
+        """Return the example of each unit of a term, or -1 for several; flat."""
+        sizes = {len(self._value(edge)) for edge in self.outputs if edge in term.sources}
+        rows = term.curvature.rows
+        found = torch.full((rows.numel(),), -2, dtype=torch.long)
+        for example in range(max(sizes, default=0)):
+            vectors = {edge: _only(self._value(edge), example) for edge in self.outputs}
+            tangent = term.tangent(vectors)
+            if tangent is None:
+                continue
+            touched = _by_unit(tangent != 0, term.curvature).cpu()
+            found[touched] = torch.where(found[touched] == -2, example, -1)
+        return found.where(found != -2, -1).to(next(iter(self._gradients.values())).device)
+
+
+def _only(value: Tensor, example: int) -> Tensor:
+    """Return random numbers for one example and zeros for the others, ``[n, ...]``."""
+    generator = Generator(value.device).manual_seed(0)
+    result = torch.zeros_like(value)
+    if example < len(value):
+        own = torch.randn(
+            value.shape[1:], generator=generator, dtype=value.dtype, device=value.device
+        )
+        result[example] = own
+    return result
+
+
+def _by_unit(touched: Tensor, curvature: LocalCurvature) -> Tensor:
+    """Return whether each unit has an entry that is touched; flat."""
+    dim: Any = getattr(curvature, "dim", None)
+    if dim is not None:
+        touched = touched.any(dim)
+    elif touched.ndim > len(curvature.rows):
+        touched = touched.flatten(len(curvature.rows)).any(-1)
+    return touched.flatten()
+
+
+def _dtype(edge: Edge) -> torch.dtype:
+    """Return the data type of a tensor of the graph."""
+    node, index = edge
+    metadata: Any = node._input_metadata[index]
+    found: torch.dtype = metadata.dtype
+    return found

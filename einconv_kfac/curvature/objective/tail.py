@@ -1,0 +1,114 @@
+"""The part of an objective between a model's outputs and a loss, after its graph is freed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.objective.graph import Edge
+from einconv_kfac.curvature.objective.linear_map import LinearMap
+from einconv_kfac.curvature.objective.loss_model import Expansion
+from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.terms import Term
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A nonlinear operation between outputs and loss.
+
+    Args:
+        kind: Its name.
+        output: The edge of its output.
+        inputs: For each input, its value in the recorded pass and how it changes with earlier
+            outputs; the map is ``None`` for a constant.
+        function: The operation, ``None`` if it cannot be evaluated again.
+    """
+
+    kind: str
+    output: Edge
+    inputs: tuple[tuple[Tensor | None, LinearMap | None], ...]
+    function: Function | None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the operation can be evaluated for other inputs."""
+        return self.function is not None and all(value is not None for value, _ in self.inputs)
+
+    def change(self, changes: Mapping[Edge, Tensor]) -> Tensor:
+        """Return the change of the output for changes of earlier tensors."""
+        assert self.function is not None
+        before = [value for value, _ in self.inputs]
+        moved = [None if each is None else each(changes) for _, each in self.inputs]
+        after = [v if d is None else _plus(v, d) for v, d in zip(before, moved)]
+        difference: Tensor = self.function(*after) - self.function(*before)
+        return difference
+
+
+@dataclass(frozen=True)
+class Tail:
+    """A loss as a function of a model's outputs, and of parameters that it uses itself.
+
+    It is exact: between nonlinear operations, whose inputs in the recorded pass are kept, every
+    tensor is an affine function of earlier ones.
+
+    Args:
+        sources: Edges of the outputs and parameters.
+        values: Their values in the recorded pass.
+        gradients: The derivative of the loss by each.
+        loss: The loss in the recorded pass.
+        terms: The parts with curvature.
+        operations: The nonlinear operations, from outputs to loss.
+        last: How the loss changes with outputs and operations.
+    """
+
+    sources: tuple[Edge, ...]
+    values: tuple[Tensor, ...]
+    gradients: tuple[Tensor | None, ...]
+    loss: Tensor
+    terms: tuple[Term, ...]
+    operations: tuple[Operation, ...]
+    last: LinearMap
+
+    def unknown(self) -> Sequence[str]:
+        """See `LossModel`."""
+        return sorted({each.kind for each in self.operations if not each.is_known})
+
+    def value(self, outputs: Sequence[Tensor]) -> Tensor:
+        """See `LossModel`."""
+        changes = {e: _difference(*pair) for e, *pair in zip(self.sources, outputs, self.values)}
+        with torch.no_grad():
+            for operation in self.operations:
+                changes[operation.output] = operation.change(changes)
+        change = self.last(changes)
+        return self.loss if change is None else self.loss + change
+
+    def expansion(self, tangents: Sequence[Sequence[Tensor | None]]) -> Expansion:
+        """See `LossModel`."""
+        several = [{e: t for e, t in zip(self.sources, own) if t is not None} for own in tangents]
+        total = self.loss.new_zeros(len(several), len(several), dtype=torch.float64)
+        for term in self.terms:
+            found = term.products(several)
+            total = total if found is None else total + found
+        return Expansion(torch.stack([self._slope(own) for own in several]), total)
+
+    def _slope(self, vectors: Mapping[Edge, Tensor]) -> Tensor:
+        """Return the derivative of the loss along tangents of the sources, in float64."""
+        total = self.loss.new_zeros((), dtype=torch.float64)
+        for edge, gradient in zip(self.sources, self.gradients):
+            if edge in vectors and gradient is not None:
+                total = total + (gradient.double() * vectors[edge].double()).sum()
+        return total
+
+
+def _difference(new: Tensor, old: Tensor) -> Tensor:
+    """Return how an output changed; infinite entries, as of masked scores, stay."""
+    return (new - old).where(old.isfinite(), 0)
+
+
+def _plus(value: Tensor | None, change: Tensor) -> Tensor:
+    """Return a changed input; infinite entries, as of masked scores, stay."""
+    assert value is not None
+    return (value + change).where(value.isfinite(), value)

@@ -1,0 +1,100 @@
+"""Checks that a recorded batch can be replayed, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.loss_input import Returned
+from einconv_kfac.optim.replay.subsample import check_separate
+
+REPEATED_ERROR = 0.1
+"""Largest relative difference between an output and its repetition, in low precision."""
+
+
+def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
+    """Check whether a batch or its subset can be replayed, without running the model.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        compiled: Whether the recorded calls went through ``torch.compile``.
+
+    Raises:
+        RuntimeError: If it cannot.
+    """
+    if batch.refusal is not None:
+        raise RuntimeError(batch.refusal)
+    assert batch.loss_model is not None
+    inner = [i for f in batch.forwards for i in f.inputs if not isinstance(i, Returned)]
+    if inner and compiled:
+        raise RuntimeError(
+            "`loss_fn` must be called outside of a compiled model when adaptive=True, got a "
+            "call inside, where compiled code skips the hooks that record it. Compile the "
+            "part before the loss and pass that here, or pass adaptive=False."
+        )
+    if unknown := batch.loss_model.unknown():
+        raise RuntimeError(
+            "The operations between the model's output and the loss must be known when "
+            f"adaptive=True, got {', '.join(unknown)}. Move them into the model, so that the loss "
+            "is computed from what it returns, or pass adaptive=False."
+        )
+    for versions in (*(each.call.versions for each in batch.forwards), batch.versions):
+        if (changed := versions.changed()) is not None:
+            raise RuntimeError(
+                "What the model and the loss are called with must not change before the step when "
+                f"adaptive=True, got {changed}, which was overwritten in place. Pass a copy "
+                "(`.clone()`), or pass adaptive=False."
+            )
+    if batch.subset is not None:
+        check_separate(model)
+        batch.curvature_forwards()
+
+
+def check_repeated(batch: Batch, outputs: Sequence[Tensor]) -> None:
+    """Check that the outputs of a replay are the recorded ones.
+
+    Raises:
+        RuntimeError: If they differ by more than rounding.
+    """
+    if is_repeated(batch, outputs):
+        return
+    if batch.subset is not None:
+        raise RuntimeError(
+            "The model must treat each example separately when `curvature_fraction` is below 1, "
+            "got outputs of a subset that differ from those of the whole batch: a layer mixes "
+            "examples, or draws random numbers by other means than nn.Dropout. Pass "
+            "curvature_fraction=1."
+        )
+    raise RuntimeError(
+        "The model must repeat its output when a recorded batch is replayed for adaptive=True, "
+        "got a different one. Draw random numbers from torch's global generator, keep state "
+        "between calls only in buffers, change no output in place, run attention without cuDNN, "
+        "or pass adaptive=False."
+    )
+
+
+def is_repeated(batch: Batch, outputs: Sequence[Tensor]) -> bool:
+    """Return whether the outputs of a replay are the recorded ones, up to rounding."""
+    precision = [
+        each.call.environment.precision for each in batch.forwards for _ in each.inputs
+    ]
+    return all(
+        _is_close(*pair, eps(pair[0].dtype))
+        for *pair, eps in zip(outputs, batch.curvature_outputs(), precision)
+    )
+
+
+def _is_close(value: Tensor, expected: Tensor, eps: float) -> bool:
+    """Return whether a tensor is another one up to rounding with a machine epsilon."""
+    if value.shape != expected.shape:
+        return False
+    wide = torch.promote_types(expected.dtype, torch.float64)
+    expected, value = expected.to(wide), value.detach().to(wide)
+    kept = expected.isfinite()
+    difference = (value - expected).where(kept, 0)
+    allowed = min(10 * eps**0.5, REPEATED_ERROR) * expected.where(kept, 0).norm()
+    return not bool(difference.norm() > allowed)

@@ -1,0 +1,118 @@
+"""What becomes of the gradients of a backward pass between the pass and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+PROBES = 3
+"""Number of parameters whose gradients are compared."""
+PROPORTIONAL_ERROR = 1e-3
+"""Relative difference up to which a gradient counts as a multiple of another."""
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The gradient of one parameter after a backward pass.
+
+    Args:
+        parameter: The parameter.
+        gradient: The tensor that ``.grad`` was.
+        version: Its version.
+        value: A copy of some of its entries.
+    """
+
+    parameter: nn.Parameter
+    gradient: Tensor
+    version: int
+    value: Tensor
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether ``.grad`` is the same tensor with the same values."""
+        return self.parameter.grad is self.gradient and self.gradient._version == self.version
+
+    @property
+    def is_cleared(self) -> bool:
+        """Whether the gradient was dropped, or overwritten with zeros."""
+        if self.is_intact:
+            return False
+        gradient = self.parameter.grad
+        return gradient is None or (bool(self.value.any()) and not bool(gradient.any()))
+
+
+class GradientWatch:
+    """Compares gradients at the end of a backward pass with those at the next pass or step.
+
+    Args:
+        parameters: Returns the parameters of the model.
+    """
+
+    def __init__(self, parameters: Callable[[], Iterable[nn.Parameter]]) -> None:
+        self._parameters = parameters
+        self._probes: list[_Probe] = []
+
+    def lands(self) -> bool:
+        """Return whether the backward pass that is running adds to the gradient of a parameter."""
+        return any(
+            parameter.requires_grad and _is_accumulated(parameter)
+            for parameter in self._parameters()
+        )
+
+    def look_after_pass_(self) -> None:
+        """Look at the gradients at the end of the backward pass that is running."""
+        torch.autograd.Variable._execution_engine.queue_callback(self._look_)  # type: ignore[attr-defined]
+
+    def _look_(self) -> None:
+        """Look at gradients of up to `PROBES` parameters."""
+        found = [(p, p.grad) for p in self._parameters() if p.grad is not None]
+        found = [(p, g) for p, g in found if not g.is_sparse]
+        chosen = found if len(found) <= PROBES else [found[0], found[len(found) // 2], found[-1]]
+        self._probes = [_Probe(p, g, g._version, _entries(g).clone()) for p, g in chosen]
+
+    def are_cleared(self) -> bool:
+        """Return whether all gradients of the last pass were dropped or zeroed since."""
+        return bool(self._probes) and all(probe.is_cleared for probe in self._probes)
+
+    def factor(self) -> Tensor | None:
+        """Return by how much the gradients were scaled since the last pass, as by clipping.
+
+        ``None`` if they were not changed, or in another way.
+        """
+        probes = [probe for probe in self._probes if probe.parameter.grad is not None]
+        if not probes or all(probe.is_intact for probe in probes):
+            return None
+        before = torch.cat([probe.value.double() for probe in probes])
+        now = torch.cat([_entries(p.parameter.grad).double() for p in probes])  # type: ignore[arg-type]
+        square = before @ before
+        factor = (now @ before) / square
+        error = (now - factor * before).norm()
+        if bool(error <= PROPORTIONAL_ERROR * now.norm()) and bool(factor > 0):
+            return factor
+        return None
+
+    def forget_(self) -> None:
+        """Forget the last backward pass."""
+        self._probes = []
+
+
+ENTRIES = 4096
+"""Number of entries of a gradient that are compared."""
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    """Return entries of a gradient, as real numbers."""
+    flat = gradient.detach().flatten()[:ENTRIES]
+    return torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+
+
+def _is_accumulated(parameter: nn.Parameter) -> bool:
+    """Return whether the backward pass that is running adds to ``.grad`` of a parameter."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
+    except RuntimeError:  # `torch.autograd.grad` by this parameter
+        return False

@@ -1,0 +1,193 @@
+"""A loss between its computation and its backward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.curvature.estimation.forward import Evaluation, ReadEvaluation, RuleEvaluation
+from einconv_kfac.curvature.losses import has_rule
+from einconv_kfac.curvature.losses.loss_call import Targets
+from einconv_kfac.curvature.objective.graph import Edge, dependents, edge_of, leaf_of
+from einconv_kfac.curvature.objective.loss_model import GivenLoss
+from einconv_kfac.curvature.objective.reading import Reading
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.forward import ForwardPass
+from einconv_kfac.optim.replay.loss_input import Inside, LossInput
+from einconv_kfac.optim.replay.pending import PendingCall, PendingCalls
+from einconv_kfac.optim.replay.snapshot import snapshot
+from einconv_kfac.optim.replay.versions import Versions
+
+
+class Observation(Protocol):
+    """A loss that may be backpropagated later."""
+
+    def evaluation(self) -> tuple[Evaluation, list[LayerCall]]:
+        """Return the loss and the calls of layers, while its graph exists."""
+
+    def batch(self, evaluation: Evaluation, weight: Tensor, *, replayed: bool) -> Batch:
+        """Return the batch, after `evaluation`.
+
+        Args:
+            evaluation: What `evaluation` returned.
+            weight: The derivative of the objective with respect to the loss.
+            replayed: Whether the batch is to be replayed.
+        """
+
+
+class GivenObservation:
+    """A loss module that was called on an output of the model.
+
+    Args:
+        loss_fn: The loss as it was at the call.
+        arguments: Its arguments.
+        loss: The loss, detached.
+        owner: The call of the model, and which of its tensors the first argument is.
+        layer_calls: The calls of layers up to the loss.
+    """
+
+    def __init__(
+        self,
+        loss_fn: nn.Module,
+        arguments: Sequence[Any],
+        loss: Tensor,
+        owner: tuple[PendingCall, LossInput],
+        layer_calls: list[LayerCall],
+    ) -> None:
+        self._loss_fn, self._loss, self._layer_calls = loss_fn, loss, layer_calls
+        self._output, *self._targets = arguments
+        self._call, self._input = owner[0].call, owner[1]
+        self._versions = Versions(("a target of the loss", target) for target in self._targets)
+
+    @staticmethod
+    def of(
+        loss_fn: nn.Module,
+        arguments: Sequence[Any],
+        loss: Tensor,
+        pending: PendingCalls,
+        inside: Inside | None,
+    ) -> GivenObservation | None:
+        """Return the observation, or ``None`` if a rule for the loss or the output is missing."""
+        owner = pending.owner_of(arguments[0], inside)
+        if owner is None or owner[0].call is None or not has_rule(loss_fn):
+            return None
+        owner[0].used = True
+        own = snapshot(loss_fn)
+        return GivenObservation(own, arguments, loss.detach(), owner, pending.layer_calls())
+
+    def evaluation(self) -> tuple[Evaluation, list[LayerCall]]:
+        """See `Observation`."""
+        targets = self._targets
+        target = targets[0] if len(targets) == 1 else Targets(targets)
+        return RuleEvaluation(self._loss_fn, self._output, target), self._layer_calls
+
+    def batch(self, evaluation: Evaluation, weight: Tensor, *, replayed: bool) -> Batch:
+        """See `Observation`."""
+        assert self._call is not None
+        output = self._output.detach()
+        return Batch(
+            (ForwardPass(self._call, (self._input,)),),
+            (output,),
+            (),
+            GivenLoss(self._loss_fn, output, self._targets) if replayed else None,
+            self._loss,
+            weight,
+            self._versions,
+        )
+
+
+class ReadObservation:
+    """A loss whose dependence on the model is read off its autograd graph.
+
+    Args:
+        model: The model.
+        pending: The calls of the model.
+        loss: The loss, with its graph.
+        inner: Whether the model computed the loss, so that outputs of layers count as outputs.
+    """
+
+    def __init__(
+        self, model: nn.Module, pending: PendingCalls, loss: Tensor, *, inner: bool
+    ) -> None:
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._pending, self._inner = pending, inner
+        self._loss, self._tensor = loss.detach(), weakref.ref(loss)
+        self._root: Edge | None = edge_of(loss)
+        self._layer_calls = pending.layer_calls()
+        self._calls = {call.number: call for call in self._found_calls()}
+        for call in self._calls.values():
+            call.used = True
+
+    def _found_calls(self) -> list[PendingCall]:
+        """Return the calls of the model that the loss depends on."""
+        found: list[PendingCall] = []
+        assert self._root is not None
+        self._uses_parameters = False
+
+        def stops(edge: Edge) -> bool:
+            owner = self._pending.source_at(edge, inner=self._inner)
+            if owner is None or edge == self._root:
+                self._uses_parameters |= leaf_of(edge) in self._names
+                return False
+            found.append(owner[0])
+            return True
+
+        dependents(self._root, stops)
+        return found
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the loss depends neither on outputs of the model nor on its parameters."""
+        return not self._calls and not self._uses_parameters
+
+    def evaluation(self) -> tuple[Evaluation, list[LayerCall]]:
+        """See `Observation`."""
+        root, tensor = self._root, self._tensor()
+        if root is None:
+            assert tensor is not None
+            root = edge_of(tensor)
+        self._root = None  # a hook of the graph that refers to the graph would keep it alive
+        reading = Reading(root, self._loss, self._value, self._names)
+        return ReadEvaluation(reading), self._layer_calls
+
+    def _source(self, edge: Edge) -> tuple[PendingCall, LossInput] | None:
+        """Return which tensor of which call an edge is, or ``None``."""
+        return self._pending.source_at(edge, inner=self._inner, among=self._calls)
+
+    def _value(self, edge: Edge) -> Tensor | None:
+        """Return the value of a tensor of a call in the recorded pass."""
+        owner = self._source(edge)
+        return None if owner is None else owner[0].values[owner[1]]
+
+    def batch(self, evaluation: Evaluation, weight: Tensor, *, replayed: bool) -> Batch:
+        """See `Observation`."""
+        assert isinstance(evaluation, ReadEvaluation)
+        reading = evaluation.reading
+        if not replayed:
+            return Batch((), (), (), None, self._loss, weight)
+        by_call: dict[int, list[tuple[LossInput, Edge]]] = {}
+        for edge in reading.outputs:
+            owner = self._source(edge)
+            assert owner is not None
+            by_call.setdefault(owner[0].number, []).append((owner[1], edge))
+        forwards = [(self._calls[number], inputs) for number, inputs in by_call.items()]
+        outputs = [edge for _, inputs in forwards for _, edge in inputs]
+        parameters = [edge for edge in reading.sources if edge not in outputs]
+        return Batch(
+            tuple(_forward(call, [each for each, _ in inputs]) for call, inputs in forwards),
+            tuple(call.values[each] for call, inputs in forwards for each, _ in inputs),
+            tuple(self._names[leaf] for e in parameters if (leaf := leaf_of(e)) is not None),
+            reading.tail([*outputs, *parameters]),
+            self._loss,
+            weight,
+        )
+
+
+def _forward(call: PendingCall, inputs: Sequence[LossInput]) -> ForwardPass:
+    """Return the forward pass of a call."""
+    assert call.call is not None
+    return ForwardPass(call.call, tuple(inputs))
