@@ -42,7 +42,7 @@ FLOORS: Mapping[str, Sequence[set[str]]] = {
     ),
     "curvature": (
         {"devices", "type_registry", "text_table"},
-        {"blocks", "factors", "losses"},
+        {"blocks", "factors", "losses", "objective"},
         {"layers"},
         {"estimation"},
         {"interop"},

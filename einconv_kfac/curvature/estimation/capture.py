@@ -152,4 +152,5 @@ def call_gradients(
         if the outputs do not depend on it.
     """
     edges = [call.output for call in calls]
-    return list(torch.autograd.grad(outputs, edges, roots, retain_graph=True, allow_unused=True))
+    sources: Any = outputs
+    return list(torch.autograd.grad(sources, edges, roots, retain_graph=True, allow_unused=True))

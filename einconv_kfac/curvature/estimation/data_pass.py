@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from einconv_kfac.curvature.estimation.capture import LayerCapture
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
-from einconv_kfac.curvature.estimation.forward import Forward, evaluated
+from einconv_kfac.curvature.estimation.forward import Forward, evaluation_of
 from einconv_kfac.curvature.estimation.moments import Moments
 from einconv_kfac.curvature.estimation.preservation import undisturbed
 from einconv_kfac.curvature.layers.layer import Layer
@@ -48,8 +48,8 @@ class DataPass:
         generators: dict[torch.device, Generator] = {}
         with undisturbed(self.model), LayerCapture(self.layers) as capture, torch.enable_grad():
             for batch in self._batches():
-                evaluation = evaluated(self.model, estimator.loss_fn, batch, self.forward)
-                device = evaluation.output.device
+                evaluation = evaluation_of(self.model, estimator.loss_fn, batch, self.forward)
+                device = evaluation.value.device
                 if device not in generators:
                     generators[device] = Generator(device).manual_seed(self.seed)
                 calls = capture.take()

@@ -12,7 +12,7 @@ from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.estimation.data_pass import DataPass
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
-from einconv_kfac.curvature.estimation.forward import Forward, uncompiled
+from einconv_kfac.curvature.estimation.forward import Forward, Loss, uncompiled
 from einconv_kfac.curvature.estimation.moments import LayerMoments
 from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
 from einconv_kfac.curvature.factors.approximation import Approximation
@@ -24,7 +24,7 @@ Kind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]
 
 def kronecker_factors(
     model: nn.Module,
-    loss_fn: nn.Module,
+    loss_fn: Loss,
     data: Iterable[Any],
     *,
     fisher: Fisher = "mc",
@@ -49,7 +49,10 @@ def kronecker_factors(
     Args:
         model: The model.
         loss_fn: The loss module, with reduction ``"mean"`` or ``"sum"``. If it is a submodule
-            of the model, which then computes its loss itself, it is not called again.
+            of the model, which then computes its loss itself, it is not called again. A function
+            of output and target, such as ``torch.nn.functional.cross_entropy``, is a mean over
+            examples; its curvature is read off the autograd graph. ``None`` stands for a loss
+            that ``forward``, or else the model, returns.
         data: Batches ``(x, y)``. An ``x`` that is a tuple, list or mapping is passed as
             positional or keyword arguments. A tuple ``y`` is passed as several targets.
         fisher: See `FisherEstimator`, as for the next two.
@@ -77,7 +80,7 @@ def kronecker_factors(
     )
     """
     estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
-    if fisher in {"mc", "exact"}:
+    if fisher in {"mc", "exact"} and isinstance(loss_fn, nn.Module):
         loss_rule(loss_fn)
     _check_kind(kind, fisher, data)
     model = uncompiled(model)

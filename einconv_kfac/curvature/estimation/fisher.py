@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
-from einconv_kfac.curvature.estimation.forward import Evaluation
+from einconv_kfac.curvature.estimation.forward import Evaluation, Loss
 from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.losses import check_reduction
@@ -24,7 +24,8 @@ class FisherEstimator:
     """The Fisher information of a loss, and the approximation of weight sharing.
 
     Args:
-        loss_fn: The loss module, ``None`` for losses that are read off the graph.
+        loss_fn: The loss module. A function, or ``None``, stands for a loss that is read off the
+            autograd graph.
         fisher: ``"mc"`` draws root vectors of the loss Hessian, as from targets sampled from
             the model; ``"exact"`` takes every direction of the loss Hessian; ``"empirical"``
             takes the given targets; ``"forward-only"`` sets ``B`` to the identity.
@@ -35,7 +36,7 @@ class FisherEstimator:
         ValueError: If an argument is not one of these, or no rule covers the loss.
     """
 
-    loss_fn: nn.Module | None
+    loss_fn: Loss
     fisher: Fisher = "mc"
     mc_samples: int = 1
     approximation: Approximation = "expand"
@@ -103,9 +104,7 @@ class FisherEstimator:
             scale = float(own[0].x.shape[0] ** power) if mean else 1.0
             moments[name].add_gradients_(own, [gradients[id(call)] for call in own], scale)
 
-    def _roots(
-        self, evaluation: Evaluation, generator: Generator
-    ) -> Iterator[Sequence[Tensor]]:
+    def _roots(self, evaluation: Evaluation, generator: Generator) -> Iterator[Sequence[Tensor]]:
         """Yield the vectors that are backpropagated, from the outputs or from the loss."""
         if self.fisher == "empirical":
             yield (torch.ones_like(evaluation.value),)

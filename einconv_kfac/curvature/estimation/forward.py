@@ -11,11 +11,15 @@ from torch import Generator, Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from einconv_kfac.curvature.losses import evaluate_loss, loss_rule
-from einconv_kfac.curvature.objective.graph import Edge, zeros_at
+from einconv_kfac.curvature.losses.loss_call import targets_of
+from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of, zeros_at
+from einconv_kfac.curvature.objective.outputs import losses_of, tensors_of
 from einconv_kfac.curvature.objective.reading import Reading
 
-Forward: TypeAlias = Callable[[nn.Module, Any], tuple[Tensor, Any]]
-"""Runs a model on a batch and returns its output and the target."""
+Forward: TypeAlias = Callable[[nn.Module, Any], Any]
+"""Runs a model on a batch and returns its output and the target, or the loss."""
+Loss: TypeAlias = nn.Module | Callable[..., Tensor] | None
+"""A loss module, a function of output and target, or ``None`` for a loss that is returned."""
 
 
 class Evaluation(Protocol):
@@ -122,6 +126,62 @@ class ReadEvaluation:
     def _filled(self, found: Mapping[Edge, Tensor]) -> Sequence[Tensor]:
         """Return a root vector for each output, of zeros where there is none."""
         return [found[e] if e in found else zeros_at(e) for e in self.reading.outputs]
+
+
+def evaluation_of(
+    model: nn.Module, loss_fn: Loss, batch: Any, forward: Forward | None = None
+) -> Evaluation:
+    """Evaluate a model and any loss on a batch.
+
+    Args:
+        model: The model.
+        loss_fn: A loss module, see `evaluated`; a function of output and target; or ``None`` if
+            ``forward``, or else the model itself, returns the loss.
+        batch: One batch.
+        forward: Runs the model on the batch, and returns output and target, or the loss.
+
+    Raises:
+        ValueError: If there is no loss that depends on the model.
+    """
+    if isinstance(loss_fn, nn.Module):
+        return evaluated(model, loss_fn, batch, forward)
+    values: list[Tensor] = []
+
+    def mark(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        for tensor in tensors_of(output):
+            if tensor.requires_grad:
+                mark_(tensor, id(values), len(values))
+                values.append(tensor.detach())
+
+    handle = model.register_forward_hook(mark)
+    try:
+        loss = _read_loss(model, loss_fn, batch, forward)
+    finally:
+        handle.remove()
+
+    def value(edge: Edge) -> Tensor | None:
+        index = mark_of(edge, id(values))
+        return None if index is None else values[index]
+
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    return ReadEvaluation(Reading(edge_of(loss), loss.detach(), value, names))
+
+
+def _read_loss(model: nn.Module, loss_fn: Loss, batch: Any, forward: Forward | None) -> Tensor:
+    """Return the loss of a batch, one number with its graph."""
+    if loss_fn is not None:
+        output, target = (_on_pair if forward is None else forward)(model, batch)
+        found = [loss_fn(output, *targets_of(target))]
+    else:
+        returned: Any = _called(model, batch) if forward is None else forward(model, batch)
+        found = losses_of(returned)
+    if len(found) != 1 or found[0].numel() != 1 or not found[0].requires_grad:
+        raise ValueError(
+            "The loss must be one number that depends on the model, got "
+            f"{[list(each.shape) for each in found]}. Pass a loss module, a function of output and "
+            "target, or loss_fn=None with a `forward` that returns the loss."
+        )
+    return found[0]
 
 
 def evaluated(

@@ -113,7 +113,8 @@ def verify(
     options: dict[str, Any] = {"approximation": approximation, "kind": kind, "forward": forward}
     factors = kronecker_factors(model, loss_fn, [batch], fisher="exact", **options)
     with undisturbed(model), torch.enable_grad():
-        output, target, _ = evaluated(model, loss_fn, batch, forward)
+        evaluation = evaluated(model, loss_fn, batch, forward)
+        output, target = evaluation.output, evaluation.target
         roots = list(loss_rule(loss_fn).roots(loss_fn, output.detach(), target))
         scale = _loss_scale(loss_fn, output.detach(), target, roots)
         parameters = dict(model.named_parameters())

@@ -13,7 +13,7 @@ class Targets(tuple[Any, ...]):
     __slots__ = ()
 
 
-def check_reduction(loss: nn.Module | None) -> str:
+def check_reduction(loss: object) -> str:
     """Return ``"mean"`` or ``"sum"``; a loss without a ``reduction`` is taken for a mean.
 
     Raises:

@@ -35,13 +35,20 @@ def mark_(tensor: Tensor, owner: object, mark: object) -> None:
         mark: The mark.
     """
     node, index = edge_of(tensor)
-    node.metadata.setdefault(_KEY, {})[owner, index] = mark
+    _metadata(node).setdefault(_KEY, {})[owner, index] = mark
 
 
 def mark_of(edge: Edge, owner: object) -> Any:
     """Return the mark of an owner at an edge, or ``None``."""
-    marks = edge[0].metadata.get(_KEY)
+    marks = _metadata(edge[0]).get(_KEY)
     return None if marks is None else marks.get((owner, edge[1]))
+
+
+def _metadata(node: Node) -> dict[str, Any]:
+    """Return what is attached to a node; torch declares it as a method."""
+    found: Any = node.metadata
+    own: dict[str, Any] = found
+    return own
 
 
 def leaf_of(edge: Edge) -> Tensor | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from einconv_kfac.curvature.objective.node_rule import NodeRule
-from einconv_kfac.curvature.objective.nodes import class_scores, entrywise, products, reductions
+from einconv_kfac.curvature.objective.nodes import bilinear, elementary, reductions, softmax
 
 _RULES: tuple[NodeRule, ...] = (
-    *entrywise.RULES,
-    *class_scores.RULES,
-    *products.RULES,
+    *elementary.RULES,
+    *softmax.RULES,
+    *bilinear.RULES,
     *reductions.RULES,
 )
 NODE_RULES = {rule.kind: rule for rule in _RULES}

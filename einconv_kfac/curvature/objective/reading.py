@@ -20,7 +20,7 @@ from einconv_kfac.curvature.objective.graph import (
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Empirical, LocalCurvature
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
-from einconv_kfac.curvature.objective.nodes.linear import LINEAR
+from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
 from einconv_kfac.curvature.objective.tail import Operation, Tail
 from einconv_kfac.curvature.objective.terms import Term
 
@@ -141,7 +141,10 @@ class Reading:
     def _operation(self, node: Node, stops: Callable[[Edge], bool]) -> Operation:
         """Return a nonlinear operation as it can be evaluated again."""
         kind, edges = kind_of_node(node), inputs_of(node)
-        maps = [LinearMap(e, self._nodes, stops) if self._depends(e) else None for e in edges]
+        maps = [
+            LinearMap(e, self._nodes, stops) if e is not None and self._depends(e) else None
+            for e in edges
+        ]
         rule = NODE_RULES.get(kind)
         if rule is None:
             return Operation(kind, (node, 0), tuple((None, each) for each in maps), None)
@@ -161,7 +164,9 @@ class Reading:
 
     def _term(self, node: Node, curvature: LocalCurvature) -> Term:
         """Return the term of a nonlinear operation."""
-        edges = tuple(edge for edge in inputs_of(node)[:2] if edge is not None and self._depends(edge))
+        edges = tuple(
+            edge for edge in inputs_of(node)[:2] if edge is not None and self._depends(edge)
+        )
         maps = tuple(LinearMap(edge, self._nodes, self._is_source) for edge in edges)
         return Term(edges, maps, curvature)
 

@@ -72,7 +72,7 @@ class Term:
 def _ranks(example_of: Tensor) -> Tensor:
     """Return the number of earlier units of the same example; units of several come alone."""
     ranks = torch.zeros_like(example_of)
-    for example in example_of.unique().tolist():
+    for example in set(example_of.tolist()):
         own = example_of == example
         ranks[own] = torch.arange(int(own.sum()), device=ranks.device)
     mixed = example_of == -1

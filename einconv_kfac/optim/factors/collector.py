@@ -52,7 +52,8 @@ class Collector:
         self.due: set[str] = set()
         self.finite = True
         self._capture = LayerCapture([])
-        loss_fn, compiled = estimator.loss_fn, model is not self._model
+        compiled, loss_fn = model is not self._model, estimator.loss_fn
+        assert loss_fn is None or isinstance(loss_fn, nn.Module)
         hooks = self._add_, self._forget_
         self.recorder = Recorder(self._model, loss_fn, *hooks, self._capture, model)
         self.replay = Replay(self._model, self.recorder.paused, compiled=compiled)

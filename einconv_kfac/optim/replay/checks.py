@@ -79,12 +79,10 @@ def check_repeated(batch: Batch, outputs: Sequence[Tensor]) -> None:
 
 def is_repeated(batch: Batch, outputs: Sequence[Tensor]) -> bool:
     """Return whether the outputs of a replay are the recorded ones, up to rounding."""
-    precision = [
-        each.call.environment.precision for each in batch.forwards for _ in each.inputs
-    ]
+    precision = [each.call.environment.precision for each in batch.forwards for _ in each.inputs]
     return all(
-        _is_close(*pair, eps(pair[0].dtype))
-        for *pair, eps in zip(outputs, batch.curvature_outputs(), precision)
+        _is_close(value, expected, eps(value.dtype))
+        for value, expected, eps in zip(outputs, batch.curvature_outputs(), precision)
     )
 
 

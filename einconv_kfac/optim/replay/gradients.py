@@ -65,7 +65,7 @@ class GradientWatch:
 
     def look_after_pass_(self) -> None:
         """Look at the gradients at the end of the backward pass that is running."""
-        torch.autograd.Variable._execution_engine.queue_callback(self._look_)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(self._look_)
 
     def _look_(self) -> None:
         """Look at gradients of up to `PROBES` parameters."""

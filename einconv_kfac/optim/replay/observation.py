@@ -113,7 +113,7 @@ class ReadObservation:
     def __init__(
         self, model: nn.Module, pending: PendingCalls, loss: Tensor, *, inner: bool
     ) -> None:
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._pending, self._inner = pending, inner
         self._loss, self._tensor = loss.detach(), weakref.ref(loss)
         self._root: Edge | None = edge_of(loss)

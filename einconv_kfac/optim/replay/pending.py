@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
 from einconv_kfac.curvature.objective.graph import Edge, mark_, mark_of
+from einconv_kfac.curvature.objective.outputs import tensors_of
 from einconv_kfac.optim.replay.forward import ModelCall
-from einconv_kfac.optim.replay.loss_input import Inside, LayerOutput, LossInput, Returned, tensors_of
+from einconv_kfac.optim.replay.loss_input import Inside, LayerOutput, LossInput, Returned
 
 CALLS_WITHOUT_LOSS = 8
 """Number of calls of the model without a loss for which the calls of layers are kept."""

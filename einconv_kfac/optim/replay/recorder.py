@@ -18,13 +18,14 @@ from torch.utils.hooks import RemovableHandle
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture, inactive_hook
 from einconv_kfac.curvature.estimation.forward import Evaluation
+from einconv_kfac.curvature.objective.outputs import losses_of
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.buffers import ChangingBuffers
 from einconv_kfac.optim.replay.environment import Environment
 from einconv_kfac.optim.replay.forward import ModelCall
 from einconv_kfac.optim.replay.gradients import GradientWatch
 from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOutputs
-from einconv_kfac.optim.replay.loss_input import loss_arguments, losses_of
+from einconv_kfac.optim.replay.loss_input import loss_arguments
 from einconv_kfac.optim.replay.observation import GivenObservation, Observation, ReadObservation
 from einconv_kfac.optim.replay.pending import PendingCalls
 from einconv_kfac.optim.replay.versions import Versions, state_of
@@ -215,7 +216,9 @@ class Recorder:
 
     def _is_recording(self, model: nn.Module) -> bool:
         """Return whether a call is one of the model that is to be recorded."""
-        return self.enabled and torch.is_grad_enabled() and model is self._entry
+        if not (self.enabled and torch.is_grad_enabled() and model is self._entry):
+            return False
+        return torch._C._functorch.peek_interpreter_stack() is None  # not inside `torch.func`
 
 
 class _Hook:

@@ -51,10 +51,16 @@ class Replay:
         self._paused = paused
         self._compiled = compiled
 
-    def outputs(self, batch: Batch) -> list[Tensor]:
-        """Return the outputs that the loss depends on, ``[n, ...]`` each, and the parameters."""
+    def outputs(self, batch: Batch, *, subset: bool = False) -> list[Tensor]:
+        """Return the outputs that the loss depends on, ``[n, ...]`` each, and the parameters.
+
+        Args:
+            batch: The batch.
+            subset: Whether to evaluate the examples that the curvature is computed from.
+        """
+        forwards = batch.curvature_forwards() if subset else batch.forwards
         with self._paused():
-            outputs = [o for each in batch.forwards for o in self._evaluated(each)]
+            outputs = [o for each in forwards for o in self._evaluated(each)]
         return [*outputs, *(self._model.get_parameter(name).detach() for name in batch.parameters)]
 
     def batch_loss(self, batch: Batch) -> Tensor:
@@ -172,9 +178,7 @@ class Replay:
         if not self._checked:
             with self._paused(), torch.enable_grad():
                 forwards = batches[0].curvature_forwards()
-                check_repeated(
-                    batches[0], [o for f in forwards for o in f.run(self._model, {})]
-                )
+                check_repeated(batches[0], [o for f in forwards for o in f.run(self._model, {})])
             self.jacobian_products(batches[0], parameters, [direction])
             self._checked = True
         return batches

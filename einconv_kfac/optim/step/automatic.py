@@ -25,14 +25,13 @@ from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.slow_momentum import SlowMomentum
 from einconv_kfac.optim.step.step_protocol import Statistics, Taken
 from einconv_kfac.optim.step.subspace import Fit, Momentum, SubspaceFit, descent_directions
+from einconv_kfac.optim.step.unobserved import UnobservedTerms
 from einconv_kfac.optim.vectors import Direction
 
 UNDONE_FACTOR = 4.0
 """Factor by which the damping and its floor grow when a step is undone."""
 BACKTRACKED_FACTOR = 2.0
 """Factor by which the damping and its floor grow when a step is shortened."""
-UNOBSERVED_FRACTION = 0.05
-"""Fraction of the slope up to which a difference to the recorded losses counts as rounding."""
 RELATIVE_ROUNDING = 1e-4
 """Growth of the objective, relative to its size, that is attributed to rounding."""
 
@@ -61,7 +60,7 @@ class AutomaticStep:
         self._rollback = Rollback()
         self._adapted: int | None = None
         self._ratio = math.nan
-        self._warned = False
+        self._unobserved = UnobservedTerms()
 
     def check(self, objective: Objective) -> None:
         """See `Step`."""
@@ -95,7 +94,8 @@ class AutomaticStep:
             return self._skipped_(objective, damping, bool(previous))
         rate = max(objective.rates.values())
         update = fit.update(objective, rate)
-        before = objective.value() - self._unobserved(fit, rate)
+        others = self._unobserved.change(fit.model, fit.coefficients * rate, objective.batches)
+        before = objective.value() - others
         for name, tensor in update.items():
             objective.parameters[name].add_(tensor)
         predicted = fit.predicted(damping, rate)
@@ -111,23 +111,6 @@ class AutomaticStep:
             self._trust.predict_(fit.directions[0], float(fit.model.slope[0]), moved)
         numbers = {"damping": damping, "step_size": fit.mix[0] * rate, "momentum": coefficient}
         return self._taken(update, {**numbers, "predicted": predicted})
-
-    def _unobserved(self, fit: Fit, rate: float) -> float:
-        """Return the change of the objective by terms that were not observed, to first order."""
-        fraction = fit.model.unobserved_fraction()
-        if fit.model.unobserved is None or not fraction > UNOBSERVED_FRACTION:
-            return 0.0
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{fraction:.0%} of the slope along the step are not explained by the recorded "
-                "losses: the gradient has other terms, or was changed. They enter the step to "
-                "first order. Write `loss = optimizer.observe(loss)` with the whole loss before "
-                "`loss.backward()` to include their curvature.",
-                RuntimeWarning,
-                stacklevel=8,
-            )
-        return rate * float(fit.coefficients @ fit.model.unobserved)
 
     def _taken(self, update: Direction, numbers: Statistics) -> Taken:
         """Return a step with its statistics."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from einconv_kfac import KFAC, KFACPreconditioner
 from einconv_kfac.curvature.estimation.capture import LayerCapture
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
-from einconv_kfac.curvature.estimation.forward import Evaluation
+from einconv_kfac.curvature.estimation.forward import RuleEvaluation
 from einconv_kfac.curvature.estimation.moments import LayerMoments
 from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.optim.factors.sampled_moments import SampledMoments
@@ -54,7 +54,7 @@ def factors(
             index = torch.tensor(chosen)
             own = {n: SampledMoments(m, lambda _, i=index: i) for n, m in moments.items()}
         generator = torch.Generator().manual_seed(seed)
-        estimator.add_(own, calls, Evaluation(output, y, loss_fn(output, y)), generator)
+        estimator.add_(own, calls, RuleEvaluation(loss_fn, output, y), generator)
     assert all(m.examples == 6 for m in moments.values())
     return {name: estimator.factors(m) for name, m in moments.items()}
 

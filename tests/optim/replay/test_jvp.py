@@ -69,8 +69,9 @@ def net(function: type[torch.autograd.Function] | None) -> nn.Sequential:
 def recorded(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Replay, Batch]:
     loss_fn = nn.CrossEntropyLoss()
     recorder = Recorder(model, loss_fn, lambda *_: None)
+    recorder.keeps_outputs = True
     loss_fn(model(batch[0]), batch[1]).backward()
-    return Replay(model, loss_fn, recorder.paused), recorder.take()[0]
+    return Replay(model, recorder.paused), recorder.take()[0]
 
 
 def directions(model: nn.Module, count: int = 2) -> list[dict[str, Tensor]]:
@@ -101,7 +102,7 @@ def test_both_ways_are_torchs(forward_mode: bool, random_layers: bool) -> None:
     before = torch.get_rng_state()
     found = replay.jacobian_products(batch, dict(model.named_parameters()), chosen)
     assert torch.equal(before, torch.get_rng_state())
-    for a, b in zip(found, expected_products(model, x, chosen, state)):
+    for (a,), b in zip(found, expected_products(model, x, chosen, state)):
         assert not a.requires_grad
         torch.testing.assert_close(a, b, **EXACT)
 
@@ -114,7 +115,7 @@ def test_a_function_without_forward_mode() -> None:
     found = replay.jacobian_products(seen, dict(model.named_parameters()), chosen)
     assert not replay.forward_mode
     wanted = expected_products(net(None), batch[0], chosen, torch.get_rng_state())
-    for a, b in zip(found, wanted):
+    for (a,), b in zip(found, wanted):
         torch.testing.assert_close(a, b, **EXACT)
 
 
@@ -146,7 +147,7 @@ def test_a_direction_that_the_output_does_not_depend_on() -> None:
     replay, batch = recorded(model, image_batch())
     replay.forward_mode = False
     zero = [{n: torch.zeros_like(p) for n, p in model.named_parameters()}, {}]
-    for product in replay.jacobian_products(batch, dict(model.named_parameters()), zero):
+    for (product,) in replay.jacobian_products(batch, dict(model.named_parameters()), zero):
         assert not product.any()
 
 
@@ -177,7 +178,7 @@ def test_recurrent_layers_in_float32(kind: Any) -> None:
     assert "forward" not in vars(model.layer)
     model.layer.dropout = 0.5
     wanted = expected_products(model.double(), x.double(), precise, state)
-    for a, b, c in zip(found, again, wanted):
+    for (a,), (b,), c in zip(found, again, wanted):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-5)
 

@@ -49,9 +49,9 @@ def test_products_are_those_of_torch(name: str, training: bool, frozen: str) -> 
     y = model(x)
     loss_fn(y, torch.zeros_like(y)).backward()
     (batch,) = recorder.take()
-    replay = Replay(model, loss_fn, recorder.paused)
+    replay = Replay(model, recorder.paused)
     for _ in range(2):
-        (found,) = replay.jacobian_products(batch, point, [tangent])
+        ((found,),) = replay.jacobian_products(batch, point, [tangent])
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert all(p.requires_grad for p in model.parameters())
     assert not any("forward" in vars(module) for module in model.modules())

@@ -63,7 +63,7 @@ def test_curvature_is_that_of_the_chosen_examples(
     torch.set_rng_state(state)
     recorder = Recorder(model, loss_fn, lambda *_: None)
     recorder.keeps_outputs = True
-    replay = Replay(model, loss_fn, recorder.paused)
+    replay = Replay(model, recorder.paused)
     replay.forward_mode = forward_mode
     loss_fn(model(x), y).backward()
     (batch,) = with_subsets(recorder.take(), 0.25, 0, 3)
@@ -83,12 +83,13 @@ def test_dropout_is_that_of_the_batch(kind: Any, inplace: bool, layout: Any) -> 
     model, loss_fn = dropping(kind, inplace=inplace).to(memory_format=layout), nn.CrossEntropyLoss()
     x, y = image_batch()
     recorder = Recorder(model, loss_fn, lambda *_: None)
+    recorder.keeps_outputs = True
     output = model(x.to(memory_format=layout))
     loss_fn(output, y).backward()
     (batch,) = with_subsets(recorder.take(), 0.5, 0, 0)
     assert batch.subset is not None
-    replay = Replay(model, loss_fn, recorder.paused)
-    found = replay.output(batch, {}, subset=True)
+    replay = Replay(model, recorder.paused)
+    (found,) = replay.outputs(batch, subset=True)
     torch.testing.assert_close(found, output[batch.subset.rows], **EXACT)
 
 
@@ -112,7 +113,7 @@ def test_training_on_subsets(random_layers: bool) -> None:
         found.append(weights(model))
     assert torch.equal(*found)
     random = torch.get_rng_state()
-    batch = type("Batch", (), {"output": torch.zeros(9, 2)})
+    batch = type("Batch", (), {"outputs": [torch.zeros(9, 2)]})
     drawn = [Subset(torch.arange(2), 9)]
     assert drawn[0].scale == 4.5
     assert with_subsets([batch], 1.0, 0, 0) == [batch]  # type: ignore[list-item]

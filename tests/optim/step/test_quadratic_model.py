@@ -22,9 +22,10 @@ def recorded(
     model: nn.Module, loss_fn: nn.Module, batches: list[Any]
 ) -> tuple[Replay, list[Batch]]:
     recorder = Recorder(model, loss_fn, lambda *_: None)
+    recorder.keeps_outputs = True
     for x, y in batches:
         (loss_fn(model(x), y) / len(batches)).backward()
-    return Replay(model, loss_fn, recorder.paused), recorder.take()
+    return Replay(model, recorder.paused), recorder.take()
 
 
 def dense_ggn(model: nn.Module, loss_fn: nn.Module, batch: Any) -> Tensor:

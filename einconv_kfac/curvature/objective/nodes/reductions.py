@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
 from einconv_kfac.curvature.objective.node_rule import Function
-from einconv_kfac.curvature.objective.nodes.entrywise import saved_options
+from einconv_kfac.curvature.objective.nodes.elementary import saved_options
 
 
 @dataclass(frozen=True)

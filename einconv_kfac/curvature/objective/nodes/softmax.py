@@ -12,7 +12,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.objective.local_curvature import Categorical, LocalCurvature
 from einconv_kfac.curvature.objective.node_rule import Function
-from einconv_kfac.curvature.objective.nodes.entrywise import CURVATURE_ROUNDING, saved_options
+from einconv_kfac.curvature.objective.nodes.elementary import CURVATURE_ROUNDING, saved_options
 
 
 @dataclass(frozen=True)

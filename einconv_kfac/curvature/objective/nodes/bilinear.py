@@ -12,7 +12,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
 from einconv_kfac.curvature.objective.node_rule import Function
-from einconv_kfac.curvature.objective.nodes.entrywise import saved_options
+from einconv_kfac.curvature.objective.nodes.elementary import saved_options
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,8 @@ RULES = (
     Product("Bmm", torch.bmm, ("self", "mat2"), _EITHER),
     Product("Mv", torch.mv, ("self", "vec"), _EITHER),
     Product("Dot", torch.dot, ("self", "tensor"), _EITHER),
-    Product(
-        "Addmm", None, (None, "mat1", "mat2"), (frozenset({0, 1}), frozenset({0, 2}))
-    ),
-    Product(
-        "Convolution", None, ("input", "weight", None), (frozenset({0}), frozenset({1, 2}))
-    ),
+    Product("Addmm", None, (None, "mat1", "mat2"), (frozenset({0, 1}), frozenset({0, 2}))),
+    Product("Convolution", None, ("input", "weight", None), (frozenset({0}), frozenset({1, 2}))),
     Product("Maximum", torch.maximum, ("self", "other"), ()),
     Product("Minimum", torch.minimum, ("self", "other"), ()),
 )

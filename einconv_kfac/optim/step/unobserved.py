@@ -1,0 +1,63 @@
+"""Terms of the gradient that the recorded losses do not explain."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.step.quadratic_model import QuadraticModel
+
+UNOBSERVED_FRACTION = 0.05
+"""Fraction of the slope up to which a difference to the recorded losses counts as rounding."""
+ROUNDING_FACTOR = 3.0
+"""Factor of the root of the machine epsilon that is added to that fraction."""
+
+
+class UnobservedTerms:
+    """Accounts to first order for terms that the recorded losses do not explain.
+
+    Such are penalties that are added by hand to the loss that ``loss_fn`` computes, and changes
+    of the gradient other than scaling. The first of them is reported by a warning.
+    """
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def change(
+        self, model: QuadraticModel, coefficients: Tensor, batches: Iterable[Batch]
+    ) -> float:
+        """Return the change of the objective by these terms, for a step.
+
+        Args:
+            model: The quadratic model.
+            coefficients: The coefficients of the step, ``[m]``.
+            batches: The recorded batches.
+        """
+        fraction = model.unobserved_fraction()
+        if model.unobserved is None or not fraction > _allowed(batches):
+            return 0.0
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{fraction:.0%} of the slope along the step are not explained by the recorded "
+                "losses: the gradient has other terms, or was changed. They enter the step to "
+                "first order. Write `loss = optimizer.observe(loss)` with the whole loss before "
+                "`loss.backward()` to include their curvature.",
+                RuntimeWarning,
+                stacklevel=8,
+            )
+        return float(torch.dot(coefficients, model.unobserved))
+
+
+def _allowed(batches: Iterable[Batch]) -> float:
+    """Return the fraction of the slope that is attributed to rounding."""
+    precisions = [
+        each.call.environment.precision(output.dtype)
+        for batch in batches
+        for each, output in zip(batch.forwards, batch.outputs)
+    ]
+    return UNOBSERVED_FRACTION + ROUNDING_FACTOR * max(precisions, default=0.0) ** 0.5
