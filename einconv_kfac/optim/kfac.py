@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.factors.approximation import Approximation
-from einconv_kfac.curvature.losses import check_reduction
+from einconv_kfac.curvature.losses.loss_call import is_sum
 from einconv_kfac.optim.diagnostics import Report
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Clip
@@ -170,7 +170,7 @@ class KFAC(Optimizer):
         self._names = {p: name for name, p in self._model.named_parameters()}
         self._initialize(params)
         self._step = step_of(self._curvature, settings, rule, self._fallback)
-        own = self._fallback, settings, self._names, check_reduction(loss_fn)
+        own = self._fallback, settings, self._names, is_sum(loss_fn)
         self._runner, self._report = StepRunner(self._curvature, self._step, *own), Report()
 
     def _initialize(self, params: Iterable[Any] | None) -> None:

@@ -49,7 +49,7 @@ class DataPass:
         with undisturbed(self.model), LayerCapture(self.layers) as capture, torch.enable_grad():
             for batch in self._batches():
                 evaluation = evaluation_of(self.model, estimator.loss_fn, batch, self.forward)
-                device = evaluation.value.device
+                device = evaluation.weight.device
                 if device not in generators:
                     generators[device] = Generator(device).manual_seed(self.seed)
                 calls = capture.take()

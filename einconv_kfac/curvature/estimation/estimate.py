@@ -17,7 +17,7 @@ from einconv_kfac.curvature.estimation.moments import LayerMoments
 from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.discovery import find_layers
-from einconv_kfac.curvature.losses import loss_rule
+from einconv_kfac.curvature.losses import check_reduction, loss_rule
 
 Kind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]
 
@@ -80,8 +80,10 @@ def kronecker_factors(
     )
     """
     estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
-    if fisher in {"mc", "exact"} and isinstance(loss_fn, nn.Module):
-        loss_rule(loss_fn)
+    if isinstance(loss_fn, nn.Module):
+        check_reduction(loss_fn)
+        if fisher in {"mc", "exact"}:
+            loss_rule(loss_fn)
     _check_kind(kind, fisher, data)
     model = uncompiled(model)
     layers = find_layers(model, every=True)

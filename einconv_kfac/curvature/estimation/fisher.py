@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-import torch
 from torch import Generator, Tensor
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.estimation.forward import Evaluation, Loss
 from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments
 from einconv_kfac.curvature.factors.approximation import Approximation
-from einconv_kfac.curvature.losses import check_reduction
+from einconv_kfac.curvature.losses.loss_call import is_sum
 
 Fisher: TypeAlias = Literal["mc", "empirical", "exact", "forward-only"]
 
@@ -53,11 +52,10 @@ class FisherEstimator:
                 f"`mc_samples` must be 1 for fisher={self.fisher!r}, which draws no samples, got "
                 f"{self.mc_samples}. Leave it out, or pass fisher='mc'."
             )
-        check_reduction(self.loss_fn)
 
     def scale(self, examples: int) -> float:
         """Return the factor of ``B (x) A``: 1 for a mean loss, ``examples`` for a sum."""
-        return 1.0 if check_reduction(self.loss_fn) == "mean" else float(examples)
+        return float(examples) if is_sum(self.loss_fn) else 1.0
 
     def factors(self, moments: LayerMoments) -> tuple[Tensor, Tensor]:
         """Return a layer's ``A [g, d, d]`` and ``B [g, co, co]``."""
@@ -98,7 +96,7 @@ class FisherEstimator:
     ) -> None:
         """Add the gradients of one root vector, scaled to those of the examples' own losses."""
         gradients = {id(call): gradient for call, gradient in zip(calls, found)}
-        mean = check_reduction(self.loss_fn) == "mean"
+        mean = not is_sum(self.loss_fn)
         power = 2 if self.fisher == "empirical" else 1
         for name, own in _by_layer(calls).items():
             scale = float(own[0].x.shape[0] ** power) if mean else 1.0
@@ -107,7 +105,7 @@ class FisherEstimator:
     def _roots(self, evaluation: Evaluation, generator: Generator) -> Iterator[Sequence[Tensor]]:
         """Yield the vectors that are backpropagated, from the outputs or from the loss."""
         if self.fisher == "empirical":
-            yield (torch.ones_like(evaluation.value),)
+            yield (evaluation.weight,)
         elif self.fisher == "exact":
             yield from evaluation.roots()
         else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.graph import GradientEdge
 
@@ -34,8 +35,8 @@ class Evaluation(Protocol):
         """The loss, with its graph."""
 
     @property
-    def value(self) -> Tensor:
-        """The loss, detached."""
+    def weight(self) -> Tensor:
+        """The weight of each number of the loss, shaped like it."""
 
     def sample(self, generator: Generator) -> Sequence[Tensor]:
         """Draw a root vector for each output whose second moment is the curvature of the loss."""
@@ -73,9 +74,9 @@ class RuleEvaluation:
         return (self.output,)
 
     @property
-    def value(self) -> Tensor:
+    def weight(self) -> Tensor:
         """See `Evaluation`."""
-        return self.loss.detach()
+        return torch.ones_like(self.loss.detach())
 
     def sample(self, generator: Generator) -> Sequence[Tensor]:
         """See `Evaluation`."""
@@ -105,9 +106,9 @@ class ReadEvaluation:
         return GradientEdge(*self.reading.root)
 
     @property
-    def value(self) -> Tensor:
+    def weight(self) -> Tensor:
         """See `Evaluation`."""
-        return self.reading.loss
+        return self.reading.weight
 
     @property
     def outputs(self) -> Sequence[GradientEdge]:
@@ -164,7 +165,9 @@ def evaluation_of(
         return None if index is None else values[index]
 
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    return ReadEvaluation(Reading(edge_of(loss), loss.detach(), value, names))
+    return ReadEvaluation(
+        Reading(edge_of(loss), loss.detach(), torch.ones_like(loss), value, names)
+    )
 
 
 def _read_loss(model: nn.Module, loss_fn: Loss, batch: Any, forward: Forward | None) -> Tensor:

@@ -13,6 +13,11 @@ class Targets(tuple[Any, ...]):
     __slots__ = ()
 
 
+def is_sum(loss: object) -> bool:
+    """Return whether a loss is a sum over examples; others are taken for means."""
+    return getattr(loss, "reduction", "mean") == "sum"
+
+
 def check_reduction(loss: object) -> str:
     """Return ``"mean"`` or ``"sum"``; a loss without a ``reduction`` is taken for a mean.
 

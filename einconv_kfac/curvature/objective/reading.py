@@ -33,26 +33,33 @@ class Reading:
 
     Args:
         root: The edge of the loss.
-        loss: The loss, one number, detached.
+        loss: The loss, detached; several numbers with `weight`.
+        weight: The weight of each number in the loss.
         output: Returns the value of a model's output at an edge, ``None`` elsewhere.
         parameters: The parameters of the model, whose values a loss may use itself.
 
     Attributes:
         root: The edge of the loss.
         loss: The loss, detached.
+        weight: The weight of each number in the loss.
         sources: Edges of the outputs and parameters that the loss depends on.
         outputs: Those that are outputs.
     """
 
     def __init__(
-        self, root: Edge, loss: Tensor, output: Values, parameters: Mapping[Tensor, str]
+        self,
+        root: Edge,
+        loss: Tensor,
+        weight: Tensor,
+        output: Values,
+        parameters: Mapping[Tensor, str],
     ) -> None:
-        self.loss, self.root = loss, root
+        self.loss, self.weight, self.root = loss, weight, root
         self._output, self._parameters = output, parameters
         self._nodes = dependents(self.root, self._is_source)
         with torch.no_grad():
             self._seen: dict[Edge, Tensor] = {}
-            start = {self.root: torch.ones_like(loss)}
+            start = {self.root: weight}
             self._gradients = backpropagated(start, self._nodes, self._is_source, self._seen)
         self.sources = list(self._gradients)
         self.outputs = [edge for edge in self.sources if output(edge) is not None]
@@ -73,6 +80,7 @@ class Reading:
             tuple(self._value(edge) for edge in sources),
             tuple(self._gradients.get(edge) for edge in sources),
             self.loss,
+            self.weight,
             tuple(self._terms),
             tuple(operations),
             LinearMap(self.root, self._nodes, stops),

@@ -59,6 +59,7 @@ class Tail:
         values: Their values in the recorded pass.
         gradients: The derivative of the loss by each.
         loss: The loss in the recorded pass.
+        weight: The weight of each of its numbers.
         terms: The parts with curvature.
         operations: The nonlinear operations, from outputs to loss.
         last: How the loss changes with outputs and operations.
@@ -68,6 +69,7 @@ class Tail:
     values: tuple[Tensor, ...]
     gradients: tuple[Tensor | None, ...]
     loss: Tensor
+    weight: Tensor
     terms: tuple[Term, ...]
     operations: tuple[Operation, ...]
     last: LinearMap
@@ -83,7 +85,7 @@ class Tail:
             for operation in self.operations:
                 changes[operation.output] = operation.change(changes)
         change = self.last(changes)
-        return self.loss if change is None else self.loss + change
+        return (self.weight * (self.loss if change is None else self.loss + change)).sum()
 
     def expansion(self, tangents: Sequence[Sequence[Tensor | None]]) -> Expansion:
         """See `LossModel`."""

@@ -50,7 +50,6 @@ class Collector:
         self.moments: dict[str, LayerSums] = {}
         self.bases: dict[str, EigenBlock] = {}  # in which squared gradients are summed
         self.due: set[str] = set()
-        self.finite = True
         self._capture = LayerCapture([])
         compiled, loss_fn = model is not self._model, estimator.loss_fn
         assert loss_fn is None or isinstance(loss_fn, nn.Module)
@@ -77,7 +76,7 @@ class Collector:
             due: Names of the layers.
             bases: Eigenbases in which squared gradients are summed, by layer.
         """
-        self.moments, self.bases, self.finite = {}, bases, True
+        self.moments, self.bases = {}, bases
         self._before = self.generator.get_state()
         self.recorder.take()
         self.due = set(due)
@@ -89,17 +88,14 @@ class Collector:
 
     def _forget_(self) -> None:
         """Forget what was collected in this step, since its gradients were dropped."""
-        self.moments, self.finite = {}, True
+        self.moments = {}
 
-    def _add_(self, evaluation: Evaluation, calls: Sequence[LayerCall]) -> None:
-        """Add a batch, from the graph of its outputs."""
+    def _add_(self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor) -> None:
+        """Add a batch, from the graph of its outputs, unless its loss is not finite."""
         own = [call for call in calls if call.layer in self.due]
-        if not own:
+        if not own or not bool(loss.isfinite().all()):
             return
-        self.finite = self.finite and bool(evaluation.value.isfinite().all())
-        if not self.finite:
-            return
-        self._move_generator_(evaluation.value.device)
+        self._move_generator_(evaluation.weight.device)
         for name in {call.layer for call in own} - self.moments.keys():
             layer, approximation = self._layers[name], self._estimator.approximation
             self.moments[name] = LayerSums(layer, approximation, self.bases.get(name))
@@ -154,8 +150,6 @@ class Collector:
             losses: The losses.
             known: The norms of the gradients.
         """
-        if not self.finite:
-            return False
         others = [*losses, *(part for own in self.moments.values() for part in own.checked())]
         short = [*known, *(tensor.sum() for tensor in others)]
         if not short or bool(torch.stack(short).isfinite().all()):

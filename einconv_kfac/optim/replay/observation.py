@@ -26,15 +26,19 @@ from einconv_kfac.optim.replay.versions import Versions
 class Observation(Protocol):
     """A loss that may be backpropagated later."""
 
-    def evaluation(self) -> tuple[Evaluation, list[LayerCall]]:
-        """Return the loss and the calls of layers, while its graph exists."""
+    def evaluation(self, weight: Tensor) -> tuple[Evaluation, list[LayerCall]]:
+        """Return the loss and the calls of layers, while its graph exists.
+
+        Args:
+            weight: The derivative of the objective with respect to the loss, shaped like it.
+        """
 
     def batch(self, evaluation: Evaluation, weight: Tensor, *, replayed: bool) -> Batch:
         """Return the batch, after `evaluation`.
 
         Args:
             evaluation: What `evaluation` returned.
-            weight: The derivative of the objective with respect to the loss.
+            weight: See `evaluation`.
             replayed: Whether the batch is to be replayed.
         """
 
@@ -73,13 +77,13 @@ class GivenObservation:
     ) -> GivenObservation | None:
         """Return the observation, or ``None`` if a rule for the loss or the output is missing."""
         owner = pending.owner_of(arguments[0], inside)
-        if owner is None or owner[0].call is None or not has_rule(loss_fn):
+        if owner is None or owner[0].call is None or not has_rule(loss_fn) or loss.ndim:
             return None
         owner[0].used = True
         own = snapshot(loss_fn)
         return GivenObservation(own, arguments, loss.detach(), owner, pending.layer_calls())
 
-    def evaluation(self) -> tuple[Evaluation, list[LayerCall]]:
+    def evaluation(self, weight: Tensor) -> tuple[Evaluation, list[LayerCall]]:
         """See `Observation`."""
         targets = self._targets
         target = targets[0] if len(targets) == 1 else Targets(targets)
@@ -144,14 +148,15 @@ class ReadObservation:
         """Whether the loss depends neither on outputs of the model nor on its parameters."""
         return not self._calls and not self._uses_parameters
 
-    def evaluation(self) -> tuple[Evaluation, list[LayerCall]]:
+    def evaluation(self, weight: Tensor) -> tuple[Evaluation, list[LayerCall]]:
         """See `Observation`."""
         root, tensor = self._root, self._tensor()
         if root is None:
             assert tensor is not None
             root = edge_of(tensor)
         self._root = None  # a hook of the graph that refers to the graph would keep it alive
-        reading = Reading(root, self._loss, self._value, self._names)
+        own = weight / _total(weight)
+        reading = Reading(root, self._loss, own, self._value, self._names)
         return ReadEvaluation(reading), self._layer_calls
 
     def _source(self, edge: Edge) -> tuple[PendingCall, LossInput] | None:
@@ -167,8 +172,9 @@ class ReadObservation:
         """See `Observation`."""
         assert isinstance(evaluation, ReadEvaluation)
         reading = evaluation.reading
+        loss, total = (reading.weight * self._loss).sum(), _total(weight)
         if not replayed:
-            return Batch((), (), (), None, self._loss, weight)
+            return Batch((), (), (), None, loss, total)
         by_call: dict[int, list[tuple[LossInput, Edge]]] = {}
         for edge in reading.outputs:
             owner = self._source(edge)
@@ -182,9 +188,15 @@ class ReadObservation:
             tuple(call.values[each] for call, inputs in forwards for each, _ in inputs),
             tuple(self._names[leaf] for e in parameters if (leaf := leaf_of(e)) is not None),
             reading.tail([*outputs, *parameters]),
-            self._loss,
-            weight,
+            loss,
+            total,
         )
+
+
+def _total(weight: Tensor) -> Tensor:
+    """Return the weight of a loss in the objective, which several numbers share."""
+    total = weight.sum()
+    return total if weight.ndim == 0 else total.where(total > 0, 1)
 
 
 def _forward(call: PendingCall, inputs: Sequence[LossInput]) -> ForwardPass:

@@ -30,8 +30,8 @@ from einconv_kfac.optim.replay.observation import GivenObservation, Observation,
 from einconv_kfac.optim.replay.pending import PendingCalls
 from einconv_kfac.optim.replay.versions import Versions, state_of
 
-OnBackward = Callable[[Evaluation, list[LayerCall]], None]
-"""Called when the backward pass of a loss begins, with the loss and the calls of layers."""
+OnBackward = Callable[[Evaluation, list[LayerCall], Tensor], None]
+"""Called when the backward pass of a loss begins, with the calls of layers and its value."""
 
 
 class Recorder:
@@ -202,9 +202,10 @@ class Recorder:
         """Record a batch, whose backward pass begins."""
         self._drop_cleared_()
         with self.paused(), torch.enable_grad():
-            evaluation, calls = observation.evaluation()
-            self._on_backward(evaluation, calls)
-            self._batches.append(observation.batch(evaluation, weight, replayed=self.keeps_outputs))
+            evaluation, calls = observation.evaluation(weight)
+            batch = observation.batch(evaluation, weight, replayed=self.keeps_outputs)
+            self._on_backward(evaluation, calls, batch.loss)
+            self._batches.append(batch)
         self.gradients.look_after_pass_()
 
     def _drop_cleared_(self) -> None:

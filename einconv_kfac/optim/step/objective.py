@@ -76,32 +76,30 @@ class Point:
     def of(
         groups: Iterable[Mapping[str, Any]],
         names: Mapping[nn.Parameter, str],
-        settings: Hyperparameters,
-        scale: Tensor | None,
+        by_parameter: Mapping[str, Hyperparameters],
+        divisor: Tensor | None,
     ) -> Point:
         """Return the present point.
 
         Args:
             groups: Parameter groups.
             names: Names of their parameters.
-            settings: The optimizer's hyper-parameters, which groups override.
-            scale: What the gradients are divided by, or ``None``.
+            by_parameter: Hyper-parameters of each parameter's group, by name.
+            divisor: What the gradients are divided by, or ``None``.
         """
         parameters: Direction = {}
         gradient: Direction = {}
         decay: dict[str, float] = {}
-        by_parameter: dict[str, Hyperparameters] = {}
-        for group in groups:
-            own = settings.with_overrides(group)
+        for parameter in (p for group in groups for p in group["params"]):
+            if parameter.grad is None:
+                continue
+            name = names[parameter]
+            own = by_parameter[name]
             weight_decay = 0.0 if own.decoupled_weight_decay else own.weight_decay
-            for parameter in group["params"]:
-                by_parameter[name := names[parameter]] = own
-                if parameter.grad is None:
-                    continue
-                parameters[name], decay[name] = parameter, weight_decay
-                gradient[name] = parameter.grad if scale is None else parameter.grad / scale
-                if weight_decay:
-                    gradient[name] = gradient[name].add(parameter, alpha=weight_decay)
+            parameters[name], decay[name] = parameter, weight_decay
+            gradient[name] = parameter.grad if divisor is None else parameter.grad / divisor
+            if weight_decay:
+                gradient[name] = gradient[name].add(parameter, alpha=weight_decay)
         return Point(parameters, gradient, decay, by_parameter)
 
     def objective(
@@ -117,22 +115,38 @@ class Point:
         return Objective(*at, batches, others, memory)
 
 
-def scaler_factor(batches: Sequence[Batch], scale: Tensor | None, reduction: str) -> Tensor:
+def settings_by_parameter(
+    groups: Iterable[Mapping[str, Any]],
+    names: Mapping[nn.Parameter, str],
+    settings: Hyperparameters,
+) -> dict[str, Hyperparameters]:
+    """Return the hyper-parameters of each parameter's group, by name.
+
+    Args:
+        groups: Parameter groups.
+        names: Names of their parameters.
+        settings: The optimizer's hyper-parameters, which groups override.
+    """
+    own = [(settings.with_overrides(group), group["params"]) for group in groups]
+    return {names[parameter]: each for each, parameters in own for parameter in parameters}
+
+
+def scaler_factor(batches: Sequence[Batch], scale: Tensor | None, sums: bool) -> Tensor:
     """Return the factor of a gradient scaler in the weights of batches.
 
     Args:
         batches: The batches, at least one.
         scale: The factor, or ``None`` if the gradients were unscaled before the step: the
             objective is then taken to be the mean or the sum of the recorded losses.
-        reduction: ``"mean"`` or ``"sum"``.
+        sums: Whether the losses are sums over examples, not means.
     """
     if scale is not None:
         return scale
     total = sum_of([batch.weight for batch in batches])
-    return total if reduction == "mean" else total / len(batches)
+    return total / len(batches) if sums else total
 
 
-def total_weight(batches: Sequence[Batch], reduction: str) -> Tensor | None:
+def total_weight(batches: Sequence[Batch], sums: bool) -> Tensor | None:
     """Return the factor of the curvature that is averaged over batches, ``None`` without any.
 
     The objective is the weighted sum of the losses. Factors average the curvature of means over
@@ -141,7 +155,7 @@ def total_weight(batches: Sequence[Batch], reduction: str) -> Tensor | None:
     if not batches:
         return None
     total = sum_of([batch.weight for batch in batches])
-    return total if reduction == "mean" else total / len(batches)
+    return total / len(batches) if sums else total
 
 
 def memory_of(parameters: Direction, state: Mapping[Any, dict[str, Any]]) -> Memory:

@@ -13,7 +13,13 @@ from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.replay.batch import Batch, with_subsets
 from einconv_kfac.optim.step.fallback import Fallback
-from einconv_kfac.optim.step.objective import Point, memory_of, scaler_factor, total_weight
+from einconv_kfac.optim.step.objective import (
+    Point,
+    memory_of,
+    scaler_factor,
+    settings_by_parameter,
+    total_weight,
+)
 from einconv_kfac.optim.step.step_protocol import Step, Taken
 from einconv_kfac.optim.vectors import Direction, norms
 
@@ -28,7 +34,7 @@ class StepRunner:
         fallback: How parameters without factors are trained.
         settings: Hyper-parameters.
         names: Names of the model's parameters.
-        reduction: That of the loss, ``"mean"`` or ``"sum"``.
+        sums: Whether the loss is a sum over examples, not a mean.
     """
 
     curvature: RunningCurvature
@@ -36,7 +42,7 @@ class StepRunner:
     fallback: Fallback
     settings: Hyperparameters
     names: Mapping[nn.Parameter, str]
-    reduction: str
+    sums: bool
 
     def run_(self, optimizer: Optimizer) -> tuple[Taken, Direction] | None:
         """Take a step, and return it with the norms of gradients; ``None`` if it was skipped.
@@ -46,8 +52,9 @@ class StepRunner:
         """
         curvature = self.curvature
         settings = self.settings.at(curvature.steps)
+        by_parameter = settings_by_parameter(optimizer.param_groups, self.names, settings)
         batches, divisor = self._batches(optimizer)
-        point = Point.of(optimizer.param_groups, self.names, settings, divisor)
+        point = Point.of(optimizer.param_groups, self.names, by_parameter, divisor)
         gradients = [*point.gradient.values()]
         known = norms(gradients)
         if getattr(optimizer, "found_inf", None):  # the scaler will lower its scale
@@ -72,12 +79,12 @@ class StepRunner:
         batches = recorder.take()
         divisor: Tensor | None = scale
         if batches and hasattr(optimizer, "found_inf"):
-            factor = scaler_factor(batches, scale, self.reduction)
+            factor = scaler_factor(batches, scale, self.sums)
             batches = [replace(b, weight=b.weight / factor.to(b.weight)) for b in batches]
             clipped = None if clipped is None else clipped * (1 if scale is not None else factor)
         if clipped is not None and batches:
             divisor = clipped if divisor is None else divisor * clipped
-        self.curvature.loss_weight = total_weight(batches, self.reduction)
+        self.curvature.loss_weight = total_weight(batches, self.sums)
         if (part := self.settings.curvature_fraction) == 1:
             return batches, divisor
         subsets = with_subsets(batches, part, self.curvature.seed, self.curvature.steps)

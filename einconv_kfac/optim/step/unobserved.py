@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from einconv_kfac.optim.replay.batch import Batch
@@ -13,8 +12,8 @@ from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 
 UNOBSERVED_FRACTION = 0.05
 """Fraction of the slope up to which a difference to the recorded losses counts as rounding."""
-ROUNDING_FACTOR = 3.0
-"""Factor of the root of the machine epsilon that is added to that fraction."""
+PRECISE_EPSILON = 1e-4
+"""Machine epsilon up to which slopes are compared."""
 
 
 class UnobservedTerms:
@@ -38,7 +37,7 @@ class UnobservedTerms:
             batches: The recorded batches.
         """
         fraction = model.unobserved_fraction()
-        if model.unobserved is None or not fraction > _allowed(batches):
+        if model.unobserved is None or fraction <= UNOBSERVED_FRACTION or not _is_precise(batches):
             return 0.0
         if not self._warned:
             self._warned = True
@@ -50,14 +49,13 @@ class UnobservedTerms:
                 RuntimeWarning,
                 stacklevel=8,
             )
-        return float(torch.dot(coefficients, model.unobserved))
+        return float(coefficients.dot(model.unobserved))
 
 
-def _allowed(batches: Iterable[Batch]) -> float:
-    """Return the fraction of the slope that is attributed to rounding."""
-    precisions = [
-        each.call.environment.precision(output.dtype)
+def _is_precise(batches: Iterable[Batch]) -> bool:
+    """Return whether the slopes of the recorded losses are more than rounding."""
+    return all(
+        each.call.environment.precision(output.dtype) <= PRECISE_EPSILON
         for batch in batches
         for each, output in zip(batch.forwards, batch.outputs)
-    ]
-    return UNOBSERVED_FRACTION + ROUNDING_FACTOR * max(precisions, default=0.0) ** 0.5
+    )
