@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.modules import module as torch_module
 
 from einconv_kfac.curvature.layers.layer import Layer
 
@@ -30,6 +31,9 @@ class LayerCall:
         x: The input, detached.
         y_shape: Shape of the output.
         output: Gradient edge of the output.
+        has_free_positions: See `LayerRule`.
+        is_batch: Whether the input is a batch with at least one example.
+        is_own: Whether the output is what the layer itself computed, before hooks of others.
     """
 
     layer: str
@@ -37,6 +41,9 @@ class LayerCall:
     x: Tensor
     y_shape: torch.Size
     output: GradientEdge
+    has_free_positions: bool = True
+    is_batch: bool = True
+    is_own: bool = True
 
 
 def _do_nothing(*_: object) -> None:
@@ -46,6 +53,16 @@ def _do_nothing(*_: object) -> None:
 def inactive_hook() -> Callable[..., None]:
     """Return a hook that does nothing, which copies of a model have in place of the original."""
     return _do_nothing
+
+
+def sees_own_output(module: nn.Module) -> bool:
+    """Return whether hooks that were attached first saw what the module itself computed.
+
+    A user's hook may change the output after them, but not before.
+    """
+    first = next(iter(module._forward_hooks.values()), None)
+    is_own = getattr(getattr(first, "func", first), "__module__", "").startswith("einconv_kfac.")
+    return is_own and not torch_module._global_forward_hooks
 
 
 class _CallRecorder:
@@ -67,14 +84,12 @@ class _CallRecorder:
             return
         if not (self._capture.enabled and torch.is_grad_enabled() and y.requires_grad):
             return
-        layer, module = self._layer, self._module
-        if not layer.rule.accepts(module, x) or x.shape[0] == 0:
-            raise ValueError(
-                f"The input of '{layer.name}' ({type(module).__name__}) must be a non-empty batch "
-                f"[n, ...], got shape {list(x.shape)}. Add a batch dimension with "
-                "`x.unsqueeze(0)`."
-            )
-        call = LayerCall(layer.name, module, x.detach(), y.shape, get_gradient_edge(y))
+        layer, free = self._layer, self._layer.rule.has_free_positions
+        edge = get_gradient_edge(y)
+        module = self._module
+        is_own = not module._forward_hooks or sees_own_output(module)
+        is_batch = x.shape[:1] != (0,) and layer.rule.accepts(module, x)
+        call = LayerCall(layer.name, module, x.detach(), y.shape, edge, free, is_batch, is_own)
         self._capture.calls.append(call)
 
     def __reduce__(self) -> tuple[Any, ...]:

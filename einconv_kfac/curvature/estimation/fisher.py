@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
+import torch
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.estimation.arrangement import ArrangedCall, Layouts, arrange
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
-from einconv_kfac.curvature.estimation.forward import Evaluation, Loss
+from einconv_kfac.curvature.estimation.example_layout import only
+from einconv_kfac.curvature.estimation.forward import Evaluation, Loss, loss_gradients
 from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.losses.loss_call import is_sum
+from einconv_kfac.curvature.objective.graph import reached_nodes
 
 Fisher: TypeAlias = Literal["mc", "empirical", "exact", "forward-only"]
 
@@ -39,6 +43,7 @@ class FisherEstimator:
     fisher: Fisher = "mc"
     mc_samples: int = 1
     approximation: Approximation = "expand"
+    layouts: Layouts = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, kinds in (("fisher", Fisher), ("approximation", Approximation)):
@@ -77,30 +82,80 @@ class FisherEstimator:
             generator: Draws the samples for ``"mc"``; the global random state does not change.
         """
         if self.fisher == "forward-only":
-            for name, own in _by_layer(calls).items():
-                moments[name].add_inputs_(own)
+            reached = reached_nodes(evaluation.outputs)
+            used = [call for call in calls if call.output.node in reached]
+            self._add_inputs_(moments, self._arranged(used, evaluation))
             return
         is_empirical = self.fisher == "empirical"
         sources = (evaluation.loss,) if is_empirical else evaluation.outputs
-        used: list[LayerCall] | None = None
+        arranged: list[ArrangedCall] | None = None
         for roots in self._roots(evaluation, generator):
-            found = call_gradients(sources, roots, calls if used is None else used)
-            if used is None:
+            own = calls if arranged is None else [each.call for each in arranged]
+            found = call_gradients(sources, roots, own)
+            if arranged is None:
                 used = [call for call, gradient in zip(calls, found) if gradient is not None]
-                for name, own in _by_layer(used).items():
-                    moments[name].add_inputs_(own)
-            self._add_root_(moments, used, [g for g in found if g is not None])
+                arranged = self._arranged(used, evaluation)
+                self._add_inputs_(moments, arranged)
+            single = self._single(arranged, evaluation, roots)
+            self._add_root_(moments, arranged, [g for g in found if g is not None], single)
+
+    def _arranged(self, calls: Sequence[LayerCall], evaluation: Evaluation) -> list[ArrangedCall]:
+        """Return calls with their examples in the first dimension."""
+        return arrange(
+            calls,
+            evaluation.like_outputs(),
+            evaluation.examples,
+            self.layouts,
+            lambda vectors, own: call_gradients(evaluation.outputs, vectors, own),
+            by_example=self.fisher in {"exact", "empirical"},
+        )
+
+    def _single(
+        self, arranged: Sequence[ArrangedCall], evaluation: Evaluation, roots: Sequence[Tensor]
+    ) -> dict[int, list[Tensor]]:
+        """Return the gradients of single examples, by the call, where their rows are shared."""
+        shared = [each.call for each in arranged if each.is_shared]
+        if not shared:
+            return {}
+        if self.fisher == "empirical":
+            roots = loss_gradients(evaluation)
+        found: dict[int, list[Tensor]] = {id(call): [] for call in shared}
+        for example in range(evaluation.examples):
+            masked = [only(root, example) for root in roots]
+            for call, gradient in zip(shared, call_gradients(evaluation.outputs, masked, shared)):
+                zero = torch.zeros(call.y_shape, dtype=roots[0].dtype, device=call.x.device)
+                found[id(call)].append(zero if gradient is None else gradient)
+        return found
+
+    def _add_inputs_(
+        self, moments: Mapping[str, Moments], arranged: Sequence[ArrangedCall]
+    ) -> None:
+        """Add the inputs of calls."""
+        for name, own in _by_layer(arranged).items():
+            calls = [call for each in own for call in each.calls()]
+            together = own[0].layout is None and not own[0].by_example
+            moments[name].add_inputs_(calls, own[0].examples if together else None)
 
     def _add_root_(
-        self, moments: Mapping[str, Moments], calls: Sequence[LayerCall], found: Sequence[Tensor]
+        self,
+        moments: Mapping[str, Moments],
+        arranged: Sequence[ArrangedCall],
+        found: Sequence[Tensor],
+        single: Mapping[int, Sequence[Tensor]],
     ) -> None:
         """Add the gradients of one root vector, scaled to those of the examples' own losses."""
-        gradients = {id(call): gradient for call, gradient in zip(calls, found)}
+        gradients = {id(each.call): gradient for each, gradient in zip(arranged, found)}
         mean = not is_sum(self.loss_fn)
         power = 2 if self.fisher == "empirical" else 1
-        for name, own in _by_layer(calls).items():
-            scale = float(own[0].x.shape[0] ** power) if mean else 1.0
-            moments[name].add_gradients_(own, [gradients[id(call)] for call in own], scale)
+        for name, own in _by_layer(arranged).items():
+            scale = float(own[0].examples ** power) if mean else 1.0
+            calls = [call for each in own for call in each.calls()]
+            parts = [
+                part
+                for each in own
+                for part in each.gradients(gradients[id(each.call)], single.get(id(each.call), ()))
+            ]
+            moments[name].add_gradients_(calls, parts, scale)
 
     def _roots(self, evaluation: Evaluation, generator: Generator) -> Iterator[Sequence[Tensor]]:
         """Yield the vectors that are backpropagated, from the outputs or from the loss."""
@@ -114,9 +169,9 @@ class FisherEstimator:
                 yield roots if self.mc_samples == 1 else [root * scale for root in roots]
 
 
-def _by_layer(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:
+def _by_layer(arranged: Sequence[ArrangedCall]) -> dict[str, list[ArrangedCall]]:
     """Return the calls by the name of their layer."""
-    result: dict[str, list[LayerCall]] = defaultdict(list)
-    for call in calls:
-        result[call.layer].append(call)
+    result: dict[str, list[ArrangedCall]] = defaultdict(list)
+    for each in arranged:
+        result[each.call.layer].append(each)
     return result

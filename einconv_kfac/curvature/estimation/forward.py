@@ -38,6 +38,13 @@ class Evaluation(Protocol):
     def weight(self) -> Tensor:
         """The weight of each number of the loss, shaped like it."""
 
+    @property
+    def examples(self) -> int:
+        """The number of examples, the first dimension of the outputs."""
+
+    def like_outputs(self) -> Sequence[Tensor]:
+        """Return tensors like the outputs."""
+
     def sample(self, generator: Generator) -> Sequence[Tensor]:
         """Draw a root vector for each output whose second moment is the curvature of the loss."""
 
@@ -78,6 +85,15 @@ class RuleEvaluation:
         """See `Evaluation`."""
         return torch.ones_like(self.loss.detach())
 
+    @property
+    def examples(self) -> int:
+        """See `Evaluation`."""
+        return first_size(self.like_outputs())
+
+    def like_outputs(self) -> Sequence[Tensor]:
+        """See `Evaluation`."""
+        return (self.output.detach(),)
+
     def sample(self, generator: Generator) -> Sequence[Tensor]:
         """See `Evaluation`."""
         rule = loss_rule(self.loss_fn)
@@ -115,6 +131,15 @@ class ReadEvaluation:
         """See `Evaluation`."""
         return [GradientEdge(*edge) for edge in self.reading.outputs]
 
+    @property
+    def examples(self) -> int:
+        """See `Evaluation`."""
+        return first_size(self.like_outputs())
+
+    def like_outputs(self) -> Sequence[Tensor]:
+        """See `Evaluation`."""
+        return [zeros_at(edge) for edge in self.reading.outputs]
+
     def sample(self, generator: Generator) -> Sequence[Tensor]:
         """See `Evaluation`."""
         return self._filled(self.reading.sample(generator))
@@ -127,6 +152,21 @@ class ReadEvaluation:
     def _filled(self, found: Mapping[Edge, Tensor]) -> Sequence[Tensor]:
         """Return a root vector for each output, of zeros where there is none."""
         return [found[e] if e in found else zeros_at(e) for e in self.reading.outputs]
+
+
+def first_size(outputs: Sequence[Tensor]) -> int:
+    """Return the first dimension of outputs; numbers do not count."""
+    return next((output.shape[0] for output in outputs if output.ndim), 1)
+
+
+def loss_gradients(evaluation: Evaluation) -> list[Tensor]:
+    """Return the gradient of a loss at each output of the model; the graph is kept."""
+    sources: Any = (evaluation.loss,)
+    outputs: Any = evaluation.outputs
+    weights = (evaluation.weight,)
+    found = torch.autograd.grad(sources, outputs, weights, retain_graph=True, allow_unused=True)
+    pairs = zip(found, evaluation.like_outputs())
+    return [torch.zeros_like(like) if gradient is None else gradient for gradient, like in pairs]
 
 
 def evaluation_of(

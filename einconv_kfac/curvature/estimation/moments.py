@@ -21,11 +21,13 @@ from einconv_kfac.curvature.layers.layer import Layer
 class Moments(Protocol):
     """Sums over the examples of several batches, for one layer."""
 
-    def add_inputs_(self, calls: Sequence[LayerCall]) -> None:
+    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
         """Add the inputs of one batch.
 
         Args:
             calls: All calls of the layer on which the loss of this batch depends.
+            examples: The number of examples that each call represents, if it is not the size of
+                its input.
         """
 
     def add_gradients_(
@@ -59,13 +61,7 @@ class LayerMoments:
 
     @torch.no_grad()
     def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
-        """See `Moments`.
-
-        Args:
-            calls: See `Moments`.
-            examples: The number of examples that each call represents, if it is not the size of
-                its input, since that was subsampled.
-        """
+        """See `Moments`."""
         self.examples += calls[0].x.shape[0] if examples is None else examples
         for group in self._sharing.joined(calls):
             size = batch_size(self.layer, group) if examples is None else examples

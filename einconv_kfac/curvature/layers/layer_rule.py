@@ -59,6 +59,8 @@ class LayerRule(ABC):
         preconditioned: Whether the optimizer preconditions such layers by default.
         weight: Name of the weight in the module.
         bias: Name of the bias in the module, if it has one.
+        has_free_positions: Whether positions may have any number of dimensions between those of
+            examples and features.
         revealed: Types of submodules whose calls are recorded only while this rule watches the
             module that calls them, since that module bypasses their hooks otherwise.
     """
@@ -66,6 +68,7 @@ class LayerRule(ABC):
     kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
     examples: ClassVar[tuple[LayerExample, ...]] = ()
     preconditioned = True
+    has_free_positions = False
     weight, bias = "weight", "bias"
     revealed: ClassVar[tuple[type[nn.Module], ...]] = ()
 
@@ -86,9 +89,8 @@ class LayerRule(ABC):
 
     def watch(self, module: Any, record: Record) -> Callable[[], None]:
         """Record the calls of a module from now on; return a function that ends it."""
-        handle: RemovableHandle = module.register_forward_hook(
-            partial(_record_call, record), with_kwargs=True
-        )
+        hook = partial(_record_call, record)
+        handle: RemovableHandle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
         return handle.remove
 
     @abstractmethod

@@ -71,6 +71,8 @@ class ChannelNormRule(ScaleRule):
 class TrailingNormRule(ScaleRule):
     """Inputs and outputs ``[n, *s, *c]``."""
 
+    has_free_positions = True
+
     def outputs(self, module: Any, gradient: Tensor) -> Tensor:
         """See `LayerRule`."""
         channels = prod(module.normalized_shape)

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 Edge: TypeAlias = tuple[Node, int]
 """A node and the index of one of its forward outputs: one tensor of the graph."""
@@ -153,3 +153,15 @@ def zeros_at(edge: Edge) -> Tensor:
     """Return a tensor of zeros like the one that an edge stands for."""
     metadata = metadata_of(edge)
     return torch.zeros(metadata.shape, dtype=metadata.dtype, device=metadata.device)
+
+
+def reached_nodes(outputs: Sequence[Tensor | GradientEdge]) -> set[Node]:
+    """Return the nodes of the graphs of outputs."""
+    found: set[Node] = set()
+    waiting = [o.node if isinstance(o, GradientEdge) else o.grad_fn for o in outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return found

@@ -242,7 +242,8 @@ class RunningCurvature:
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of a constructor of what owns this curvature."""
-        own = {entry.name: getattr(self.estimator, entry.name) for entry in fields(self.estimator)}
+        given = [entry.name for entry in fields(self.estimator) if entry.init]
+        own = {name: getattr(self.estimator, name) for name in given}
         return {
             **own,
             "model": self._entry,

@@ -31,9 +31,9 @@ class SampledMoments:
         self._moments = moments
         self._rows = rows
 
-    def add_inputs_(self, calls: Sequence[LayerCall]) -> None:
+    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
         """See `Moments`."""
-        size = batch_size(self._moments.layer, calls)
+        size = batch_size(self._moments.layer, calls) if examples is None else examples
         self._moments.add_inputs_(self._chosen(calls), size)
 
     def add_gradients_(

@@ -45,25 +45,30 @@ class LayerOutputs:
     """The outputs of linear layers, and the statistics of batch normalisation, by module."""
 
     def __init__(self) -> None:
-        self._outputs: dict[nn.Module, list[_Output]] = {}
+        self._outputs: dict[nn.Module, list[_Output | None]] = {}
+        self._dropped: set[nn.Module] = set()
 
     def keep_(self, module: nn.Module, output: Tensor) -> None:
-        """Keep the output of one call, unless activations are checkpointed."""
+        """Keep the output of one call; of checkpointed activations, keep that there is one."""
+        kept: _Output | None = None
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            return
-        if type(module) in LINEAR:
+            self.drop_(module)
+        elif type(module) in LINEAR:
             kept = _Output(output.detach(), output._version)
         elif (statistics := _statistics(output)) is not None:
             kept = _Output(statistics, 0)
-        else:
-            return
         self._outputs.setdefault(module, []).append(kept)
+
+    def drop_(self, module: nn.Module) -> None:
+        """Keep no output of a module, since those of different calls could be confused."""
+        self._dropped.add(module)
 
     def by_module(self) -> dict[nn.Module, list[Tensor | None]]:
         """Return the outputs in the order of calls; ``None`` for one that was changed since."""
         return {
-            module: [output.value if output.is_intact else None for output in outputs]
+            module: [o.value if o is not None and o.is_intact else None for o in outputs]
             for module, outputs in self._outputs.items()
+            if module not in self._dropped
         }
 
     def restricted(self, subset: Subset) -> LayerOutputs:
@@ -73,8 +78,10 @@ class LayerOutputs:
         """
         own = LayerOutputs()
         for module, outputs in self._outputs.items():
-            if all(o.value.shape[0] == subset.size and o.is_intact for o in outputs):
-                own._outputs[module] = [_Output(o.value[subset.rows], o.version) for o in outputs]
+            whole = [o for o in outputs if o is not None and o.is_intact]
+            if len(whole) == len(outputs) and all(o.value.shape[0] == subset.size for o in whole):
+                own._outputs[module] = [_Output(o.value[subset.rows], o.version) for o in whole]
+        own._dropped = self._dropped
         return own
 
 

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture, inactive_hook
+from einconv_kfac.curvature.estimation.capture import (
+    LayerCall,
+    LayerCapture,
+    inactive_hook,
+    sees_own_output,
+)
 from einconv_kfac.curvature.estimation.forward import Evaluation
 from einconv_kfac.curvature.objective.outputs import losses_of
 from einconv_kfac.optim.replay.batch import Batch
@@ -128,7 +133,7 @@ class Recorder:
         model, after_layer = self._entry, _Hook(self._after_layer)
         layers = [m for m in model.modules() if type(m) in (*LINEAR, *NORMALIZING)]
         handles = [
-            *(layer.register_forward_hook(after_layer) for layer in layers),
+            *(layer.register_forward_hook(after_layer, prepend=True) for layer in layers),
             model.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True),
             model.register_forward_hook(_Hook(self._after_model)),
         ]
@@ -156,7 +161,10 @@ class Recorder:
     def _after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
         """Keep the output of a layer."""
         if self._outputs is not None and self.enabled:
-            self._outputs.keep_(module, output)
+            if sees_own_output(module):
+                self._outputs.keep_(module, output)
+            else:
+                self._outputs.drop_(module)
         if self._loss_fn is None and self.enabled and torch.is_grad_enabled():
             self._pending.mark_layer_(module, output)
 

@@ -17,6 +17,7 @@ class LinearRule(LayerRule):
     """Inputs ``[n, *s, d]``, outputs ``[n, *s, co]``."""
 
     kinds = (nn.Linear,)
+    has_free_positions = True
     examples = (
         LayerExample(lambda: nn.Linear(4, 3), (5, 4)),
         LayerExample(lambda: nn.Linear(4, 3, bias=False), (3, 2, 2, 4)),

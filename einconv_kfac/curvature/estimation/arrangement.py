@@ -1,0 +1,148 @@
+"""The calls of one batch, arranged so that their first dimension is that of the examples."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.curvature.estimation.example_layout import (
+    ExampleLayout,
+    candidates,
+    found_layout,
+    parts,
+    probes,
+)
+
+Backpropagate: TypeAlias = "Callable[[Sequence[Tensor], Sequence[LayerCall]], list[Tensor | None]]"
+"""Returns the gradients at calls for vectors at the outputs of the model."""
+Signature: TypeAlias = tuple[object, ...]
+Layouts: TypeAlias = "dict[Signature, ExampleLayout | None]"
+"""Layouts that were found by probes, by the kind of call."""
+
+
+@dataclass(frozen=True)
+class ArrangedCall:
+    """A call of a layer, with its examples in the first dimension.
+
+    Args:
+        call: The call.
+        layout: Its layout, ``None`` if its rows are shared between examples.
+        by_example: Whether shared rows are given a gradient for each example, instead of one of
+            all examples together.
+        examples: The number of examples.
+    """
+
+    call: LayerCall
+    layout: ExampleLayout | None
+    by_example: bool
+    examples: int
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether gradients for single examples are needed."""
+        return self.layout is None and self.by_example
+
+    def calls(self) -> list[LayerCall]:
+        """Return the call as calls with ``[n, ...]``, or ``[1, ...]`` for all examples together."""
+        like = torch.empty(self.call.y_shape, device="meta")
+        pairs = zip(self._parts(self.call.x), self._parts(like))
+        return [replace(self.call, x=x, y_shape=y.shape) for x, y in pairs]
+
+    def gradients(self, gradient: Tensor, single: Sequence[Tensor]) -> list[Tensor]:
+        """Return gradients for each of these calls.
+
+        Args:
+            gradient: The gradient at the call.
+            single: That of each example alone, where `is_shared`.
+        """
+        if self.is_shared:
+            return self._split(torch.stack(list(single)))
+        return self._parts(gradient)
+
+    def _parts(self, tensor: Tensor) -> list[Tensor]:
+        """Return a tensor of the call for each of these calls."""
+        free = self.call.has_free_positions
+        if self.layout is not None:
+            return parts(tensor, self.layout, self.examples, has_free_positions=free)
+        count = self.examples if self.by_example else 1
+        return self._split(tensor.unsqueeze(0).expand(count, *tensor.shape))
+
+    def _split(self, tensor: Tensor) -> list[Tensor]:
+        """Return shared rows ``[n, rows, ...]`` for each of these calls."""
+        return [tensor] if self.call.has_free_positions else list(tensor.unbind(1))
+
+
+def arrange(
+    calls: Sequence[LayerCall],
+    outputs: Sequence[Tensor],
+    examples: int,
+    layouts: Layouts,
+    backpropagate: Backpropagate,
+    *,
+    by_example: bool,
+) -> list[ArrangedCall]:
+    """Return calls with their layouts; two probes find those that are not known.
+
+    Args:
+        calls: The calls.
+        outputs: Tensors like the outputs of the model, ``[n, ...]``.
+        examples: The number of examples.
+        layouts: The known layouts, which are added to.
+        backpropagate: Runs a backward pass.
+        by_example: Whether shared rows need a gradient for each example.
+
+    Raises:
+        ValueError: If a call is not a batch, or a hook may have changed its output.
+    """
+    for call in calls:
+        _check_call(call)
+    signatures = _signatures(calls, examples)
+    new = [i for i, signature in enumerate(signatures) if signature not in layouts]
+    if new and examples > 1:
+        chosen = [calls[i] for i in new]
+        passes = [backpropagate(vectors, chosen) for vectors in probes(outputs)]
+        for index, call, *gradients in zip(new, chosen, *passes):
+            known = [torch.zeros(call.y_shape) if g is None else g for g in gradients]
+            layouts[signatures[index]] = found_layout(call, known, examples)
+    for index in new if examples == 1 else ():
+        possible = candidates(calls[index].x.shape, calls[index].y_shape, 1)
+        layouts[signatures[index]] = possible[0] if possible else None
+    found = [layouts[signature] for signature in signatures]
+    mixed = {c.layer for c, e in zip(calls, found) if e is not None}
+    return [
+        ArrangedCall(call, layout, by_example or call.layer in mixed, examples)
+        for call, layout in zip(calls, found)
+    ]
+
+
+def _check_call(call: LayerCall) -> None:
+    """Raise a ``ValueError`` if a call does not show what a layer computes for a batch."""
+    kind = type(call.module).__name__
+    if not call.is_batch:
+        raise ValueError(
+            f"The input of '{call.layer}' ({kind}) must be a non-empty batch [n, ...], got shape "
+            f"{list(call.x.shape)}. Add a batch dimension with `x.unsqueeze(0)`."
+        )
+    if not call.is_own:
+        raise ValueError(
+            f"The first forward hook of '{call.layer}' ({kind}) must be the one that records its "
+            "output, got another one before it, which may change the output. Register it without "
+            f"`prepend` and not for all modules, or leave the layer out: exclude=['{call.layer}']."
+        )
+
+
+def _signatures(calls: Sequence[LayerCall], examples: int) -> list[Signature]:
+    """Return what identifies the kind of each call: layer, number, and possible layouts."""
+    counts: dict[str, int] = defaultdict(int)
+    found: list[Signature] = []
+    for call in calls:
+        possible = candidates(call.x.shape, call.y_shape, examples)
+        found.append((call.layer, counts[call.layer], call.x.ndim, examples > 1, *possible))
+        counts[call.layer] += 1
+    return found
