@@ -41,7 +41,7 @@ CASES: list[tuple[str, nn.Module, nn.Module, Any, dict[str, Any], type[Exception
      [(torch.ones(1, 3, 3), torch.ones(2, 2, 2))], {}, ValueError,
      r"input of '0' \(Conv2d\) must be a non-empty batch .*got shape \[1, 3, 3\].*unsqueeze"),
     ("empty batch", LINEAR, LOSS, [(X[:0], Y[:0])], {}, ValueError,
-     r"non-empty batch \[n, \.\.\.\], got shape \[0, 3\]"),
+     "non-empty batch"),
     ("no pairs", LINEAR, LOSS, [X], {}, ValueError,
      r"`data` must yield pairs \(x, y\), got Tensor\. Pass `forward`"),
     ("lazy", nn.LazyLinear(2), LOSS, [(X, Y)], {}, ValueError,
