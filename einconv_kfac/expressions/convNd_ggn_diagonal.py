@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.conjugation import WEIGHT_VJP_PAIR
 from einconv_kfac.expressions.signatures import input_vectors
 from einconv_kfac.geometry import Geometry
 from einconv_kfac.network import Network, Shape, cached
@@ -31,7 +32,7 @@ def bias_network(geometry: Geometry, vectors: int, batch: int, out_channels: int
     return Network((s, other), ("g", "co"), (out_channels,))
 
 
-@bound(input_vectors)
+@bound(input_vectors, conjugated=WEIGHT_VJP_PAIR)
 def einsum_expression(x: Shape, s: Shape, options: Options) -> Network:
     """Return the GGN diagonal of a convolution's kernel as an einsum expression.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.conjugation import INPUT_VJP
 from einconv_kfac.expressions.signatures import weight_vector_size
 from einconv_kfac.geometry import Geometry, per_dimension
 from einconv_kfac.network import Network, Shape, cached
@@ -21,7 +22,7 @@ def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int)
     )
 
 
-@bound(weight_vector_size, slots=(1, 0))
+@bound(weight_vector_size, slots=(1, 0), conjugated=INPUT_VJP)
 def einsum_expression(v: Shape, weight: Shape, options: Options) -> Network:
     """Return a convolution's input VJP as an einsum expression.
 

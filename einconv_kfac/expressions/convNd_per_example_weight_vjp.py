@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.conjugation import WEIGHT_VJP
 from einconv_kfac.expressions.signatures import input_vector
 from einconv_kfac.geometry import Geometry
 from einconv_kfac.network import Network, Shape, cached
@@ -27,7 +28,7 @@ def bias_network(geometry: Geometry, batch: int, out_channels: int) -> Network:
     return Network((v,), ("n", "g", "co"), (batch, out_channels))
 
 
-@bound(input_vector)
+@bound(input_vector, conjugated=WEIGHT_VJP)
 def einsum_expression(x: Shape, v: Shape, options: Options) -> Network:
     """Return a convolution's weight VJP, one per example, as an einsum expression.
 
