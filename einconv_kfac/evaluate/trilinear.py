@@ -149,9 +149,9 @@ def _mapped_as_groups(
     """Contract with the mapped dimension merged into the groups, as their outer part."""
     grouped = {}
     for name, tensor in tensors.items():
-        tensor = tensor if mapped[name] else tensor.expand(size, *tensor.shape)
+        copies = tensor if mapped[name] else tensor.expand(size, *tensor.shape)
         at = 0 if name == "w" else 1  # w: [b, (g co), ..], the others: [n, b, (g c), ..]
-        grouped[name] = tensor.movedim(0, at).flatten(at, at + 1)
+        grouped[name] = copies.movedim(0, at).flatten(at, at + 1)
     result = _contracted(replace(geometry, groups=size * geometry.groups), role, grouped)
     at = 0 if role == "w" else 1
     return torch.unflatten(result, at, (size, result.shape[at] // size)).movedim(at, 0)
@@ -162,9 +162,7 @@ def _is_batched(tensor: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
-def _with_batched_gradients(
-    geometry: Geometry, role: str, first: Tensor, second: Tensor
-) -> Tensor:
+def _with_batched_gradients(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
     """Contract the tensors of ``is_grads_batched=True``, with their batch as a dimension.
 
     The levels of nested calls are searched from the innermost. A tensor without a level gets a

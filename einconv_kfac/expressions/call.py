@@ -13,10 +13,12 @@ from torch import Tensor
 
 from einconv_kfac.expressions.conjugation import Copy, with_conjugates
 from einconv_kfac.expressions.expression import Bound, Expression
+from einconv_kfac.expressions.shapes import check_tensor
 from einconv_kfac.geometry import (
     Geometry,
     Padding,
     Sizes,
+    as_flag,
     conv_geometry,
     conv_transpose_geometry,
     hashable,
@@ -41,7 +43,8 @@ MEANING = {
 
 
 ERRORS = """Raises:
-        ValueError: If shapes and groups do not match, or the numbers describe no convolution."""
+        ValueError: If shapes and groups do not match, or the numbers describe no convolution.
+        TypeError: If an argument is of another type."""
 """The errors of all operations, shared by their docstrings."""
 
 
@@ -120,7 +123,7 @@ def bound(
                 tensors = tuple(tensors[slot] for slot in slots)
             shapes = tuple(tensor.shape for tensor in tensors)
             copies = conjugated if tensors[0].is_complex() else ()
-            found = expression(shapes, hashable(options), bool(simplify), copies)
+            found = expression(shapes, hashable(options), as_flag(simplify, "simplify"), copies)
             return found.bind(*tensors, *(tensor.conj() for tensor in tensors if copies))
 
         described: object = parameters.replace(return_annotation="Bound")
@@ -134,12 +137,13 @@ def bound(
 def check_alike(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
     """Raise an error if an argument is no tensor, or not of the first's type and device."""
     like = tensors[0]
+    check_tensor(like, names[0])
     for name, tensor in zip(names, tensors):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"`{name}` must be a tensor, got {tensor!r}.")
+        check_tensor(tensor, name)
         if tensor.device != like.device:
-            raise ValueError(f"`{name}` must be on {like.device}, as `{names[0]}`, got "
-                             f"{tensor.device}.")
+            raise ValueError(
+                f"`{name}` must be on {like.device}, as `{names[0]}`, got {tensor.device}."
+            )
         if tensor.dtype != like.dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(f"`{name}` must be {like.dtype}, as `{names[0]}`, got {tensor.dtype}.")
 

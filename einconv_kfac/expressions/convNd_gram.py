@@ -5,12 +5,13 @@ from __future__ import annotations
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.conjugation import WEIGHT_VJP_PAIR
+from einconv_kfac.expressions.construction import built
 from einconv_kfac.expressions.signatures import input_vectors
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network, Shape, cached
+from einconv_kfac.network import Network, Shape
 
 
-@cached(maxsize=1024)
+@built
 def network(
     geometry: Geometry, vectors: int, batch: int, in_channels: int, out_channels: int
 ) -> Network:
@@ -24,7 +25,7 @@ def network(
     )
 
 
-@cached(maxsize=1024)
+@built
 def bias_network(geometry: Geometry, vectors: int, batch: int, out_channels: int) -> Network:
     """Return the Gram matrix for the bias, of the vectors (0)."""
     s, other = (

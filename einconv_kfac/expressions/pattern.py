@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einconv_kfac.geometry import Axis, conv_geometry
+from einconv_kfac.geometry import Axis, as_integer, conv_geometry
 
 CPU = torch.device("cpu")
 
@@ -28,12 +28,19 @@ def index_pattern(
 
     Raises:
         ValueError: If the hyper-parameters describe no convolution.
+        TypeError: If an argument is of another type.
 
     >>> index_pattern(4, 2, stride=2, dtype=torch.int)[0]
     tensor([[1, 0, 0, 0],
             [0, 0, 1, 0]], dtype=torch.int32)
     """
-    (axis,) = conv_geometry((input_size,), kernel_size, stride, padding, dilation).axes
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`dtype` must be a torch.dtype, got {dtype!r}.")
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(f"`device` must be a torch.device, got {device!r}.")
+    (axis,) = conv_geometry(
+        (as_integer(input_size, "input_size"),), kernel_size, stride, padding, dilation
+    ).axes
     return pattern_tensor(axis, device, dtype)
 
 

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.evaluate.autocast import autocast_is_on
+from einconv_kfac.expressions.shapes import check_tensor
 
 
 def batched(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the input with a batch dimension, and the kernel."""
+    """Return the input with a batch dimension, and the kernel.
+
+    Raises:
+        TypeError: If one is no tensor.
+    """
+    check_tensor(x, "x")
+    check_tensor(weight, "weight")
     return (x.unsqueeze(0) if x.ndim == weight.ndim - 1 else x), weight
 
 
@@ -23,7 +30,10 @@ def checked(
     Raises:
         ValueError: If their devices or types differ, or the bias does not have one entry per
             output channel.
+        TypeError: If the bias is no tensor.
     """
+    if bias is not None:
+        check_tensor(bias, "bias")
     if bias is not None and tuple(bias.shape) != tuple(channels):
         raise ValueError(
             f"`bias` must have one entry per output channel, shape {list(channels)}, got "

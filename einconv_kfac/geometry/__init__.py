@@ -12,18 +12,28 @@ from einconv_kfac.geometry.parsing import cached_geometry, conv_geometry, parse_
 from einconv_kfac.geometry.spellings import (
     Padding,
     Sizes,
+    as_flag,
+    as_integer,
+    as_sizes,
     hashable,
     parse_padding,
     per_dimension,
     same_padding,
 )
-from einconv_kfac.geometry.transposed import conv_transpose_geometry, output_padding_of
+from einconv_kfac.geometry.transposed import (
+    conv_transpose_geometry,
+    output_padding_of,
+    transposed_padding,
+)
 
 __all__ = [
     "Axis",
     "Geometry",
     "Padding",
     "Sizes",
+    "as_flag",
+    "as_integer",
+    "as_sizes",
     "cached_geometry",
     "conv_geometry",
     "conv_transpose_geometry",
@@ -33,4 +43,5 @@ __all__ = [
     "parse_padding",
     "per_dimension",
     "same_padding",
+    "transposed_padding",
 ]

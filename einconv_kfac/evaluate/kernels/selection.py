@@ -52,9 +52,7 @@ def others(role: str) -> tuple[str, str]:
     return first, second
 
 
-def result_shape(
-    geometry: Geometry, role: str, first: Tensor, second: Tensor
-) -> tuple[int, ...]:
+def result_shape(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> tuple[int, ...]:
     """Return the shape of the tensor contracted from two others."""
     if role == "v":
         return first.shape[0], second.shape[0], *geometry.output_size
