@@ -36,4 +36,5 @@ def einsum_expression(z: Shape, options: Options) -> Network:
     (2, 3, 8)
     """
     geometry = options.geometry(as_sizes(options.input_size, "input_size"))
-    return network(geometry, z[0], shapes.column_channels(z, geometry))
+    channels = shapes.column_channels(z, geometry)
+    return network(geometry, z[0], channels)

@@ -36,12 +36,23 @@ def index_pattern(
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"`dtype` must be a torch.dtype, got {dtype!r}.")
-    if not isinstance(device, (torch.device, str)):
-        raise TypeError(f"`device` must be a torch.device, got {device!r}.")
+    check_device(device)
     (axis,) = conv_geometry(
         (as_integer(input_size, "input_size"),), kernel_size, stride, padding, dilation
     ).axes
     return pattern_tensor(axis, device, dtype)
+
+
+def check_device(device: object) -> None:
+    """Raise an error if an argument is neither a device nor a device's name or number."""
+    if isinstance(device, torch.device):
+        return
+    if isinstance(device, bool) or not isinstance(device, (str, int)):
+        raise TypeError(f"`device` must be a torch.device, got {device!r}.")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must be a torch.device or its name, got {device!r}.") from error
 
 
 def pattern_tensor(axis: Axis, device: torch.device, dtype: torch.dtype) -> Tensor:

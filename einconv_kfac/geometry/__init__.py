@@ -8,7 +8,7 @@ package follows from that line.
 
 from einconv_kfac.geometry.axis import Axis
 from einconv_kfac.geometry.geometry import Geometry
-from einconv_kfac.geometry.parsing import cached_geometry, conv_geometry, parse_geometry
+from einconv_kfac.geometry.parsing import conv_geometry, parse_geometry
 from einconv_kfac.geometry.spellings import (
     Padding,
     Sizes,
@@ -34,7 +34,6 @@ __all__ = [
     "as_flag",
     "as_integer",
     "as_sizes",
-    "cached_geometry",
     "conv_geometry",
     "conv_transpose_geometry",
     "hashable",

@@ -74,10 +74,13 @@ class Axis:
 
     def input_position(self, kernel: int, output: int) -> int:
         """Return ``output * S + kernel * D - p_left``; may be a position in the padding."""
+        as_integer(kernel, "kernel")
+        as_integer(output, "output")
         return output * self.stride + kernel * self.dilation - self.padding[0]
 
     def outputs(self, kernel: int) -> range:
         """Return the outputs for which kernel entry ``kernel`` meets an input, not padding."""
+        as_integer(kernel, "kernel")
         offset = kernel * self.dilation - self.padding[0]
         first = max(0, -(offset // self.stride))
         last = min(self.output_size - 1, (self.input_size - 1 - offset) // self.stride)

@@ -80,7 +80,7 @@ class Geometry:
             ValueError: If the groups do not divide the channels.
             TypeError: If the channels are not an integer.
         """
-        as_integer(channels, name)
+        as_integer(channels, name, minimum=0)
         if channels % self.groups:
             raise ValueError(f"`{name}` must be divisible by groups={self.groups}, got {channels}.")
         return channels // self.groups

@@ -58,11 +58,12 @@ def parse_geometry(
     sizes = as_sizes(input_size, "input_size")
     ndim = len(sizes)
     kernel, strides, steps = window_sizes(kernel_size, stride, dilation, ndim)
-    if padding == "same":
+    word = padding if isinstance(padding, str) else None
+    if word == "same":
         if any(s != 1 for s in strides):
             raise ValueError(f"`padding`='same' must come with stride 1, got stride {stride!r}.")
         sides = same_padding(kernel, steps, ndim)
-    elif padding == "valid":
+    elif word == "valid":
         sides = ((0, 0),) * ndim
     else:
         sides = parse_padding(padding, ndim)

@@ -75,6 +75,7 @@ def per_dimension(value: Sizes, ndim: int, name: str, minimum: int = 1) -> tuple
         TypeError: If an entry is not an integer.
     """
     as_integer(ndim, "ndim", minimum=1)
+    as_integer(minimum, "minimum")
     sizes = as_sizes(value, name, minimum)
     sizes = sizes * ndim if len(sizes) == 1 else sizes
     if len(sizes) != ndim:

@@ -18,7 +18,7 @@ from einconv_kfac.geometry import (
     per_dimension,
     same_padding,
 )
-from einconv_kfac.modules.parameters import adopt_, check_sizes
+from einconv_kfac.modules.parameters import adopt_, check_options, check_sizes
 from einconv_kfac.padding import pad_input
 
 
@@ -64,7 +64,8 @@ class ConvNd(_ConvNd):
         simplify: bool = True,
     ) -> None:  # fmt: skip
         """Check the hyper-parameters and initialise the parameters."""
-        check_sizes(N, (in_channels, out_channels), groups, padding_mode)
+        check_sizes(N, (in_channels, out_channels), groups)
+        check_options(bias, padding_mode, device, dtype)
         kernel = per_dimension(kernel_size, N, "kernel_size")
         steps = per_dimension(dilation, N, "dilation")
         sides = _sides(padding, kernel, steps)
@@ -144,9 +145,10 @@ def _sides(
 ) -> tuple[tuple[int, int], ...]:
     """Return the padding left and right, per dimension."""
     ndim = len(kernel_size)
-    if padding == "same":
+    word = padding if isinstance(padding, str) else None
+    if word == "same":
         return same_padding(kernel_size, dilation, ndim)
-    return ((0, 0),) * ndim if padding == "valid" else parse_padding(padding, ndim)
+    return ((0, 0),) * ndim if word == "valid" else parse_padding(padding, ndim)
 
 
 def _concise(sides: tuple[tuple[int, int], ...]) -> Any:

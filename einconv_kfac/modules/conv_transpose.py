@@ -18,7 +18,7 @@ from einconv_kfac.geometry import (
     transposed_padding,
 )
 from einconv_kfac.modules.output_size import output_padding_for
-from einconv_kfac.modules.parameters import adopt_, check_sizes
+from einconv_kfac.modules.parameters import adopt_, check_options, check_sizes
 
 
 class ConvTransposeNd(_ConvTransposeNd):
@@ -64,7 +64,8 @@ class ConvTransposeNd(_ConvTransposeNd):
         simplify: bool = True,
     ) -> None:  # fmt: skip
         """Check the hyper-parameters and initialise the parameters."""
-        check_sizes(N, (in_channels, out_channels), groups, padding_mode)
+        check_sizes(N, (in_channels, out_channels), groups)
+        check_options(bias, padding_mode, device, dtype, modes=("zeros",))
         sides = transposed_padding(padding, N)
         same = all(left == right for left, right in sides)
         super().__init__(
