@@ -43,6 +43,8 @@ def contract_convolution(geometry: Geometry, role: str, first: Tensor, second: T
     torch.Size([2, 5, 3, 3])
     """
     if torch.compiler.is_compiling():
+        if torch.autograd.forward_ad._current_level >= 0:
+            return _outside_of_graph(geometry, role, first, second)
         traced: Tensor = traced_convolution(role, flattened(geometry), first, second)
         return traced
     if _is_batched(first) or _is_batched(second):
@@ -56,6 +58,12 @@ def contract_convolution(geometry: Geometry, role: str, first: Tensor, second: T
         apply = base.apply
     result: Tensor = apply(geometry, role, first, second)
     return result
+
+
+@torch.compiler.disable
+def _outside_of_graph(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
+    """Contract in forward mode, for which a traced operator can have no rule."""
+    return contract_convolution(geometry, role, first, second)
 
 
 def _differentiated(first: Tensor, second: Tensor) -> bool:

@@ -75,6 +75,8 @@ def _channels_last(x: Tensor) -> torch.memory_format | None:
 
 def _is_mapped(tensor: Tensor) -> bool:
     """Return whether `torch.func.vmap` maps the tensor; its layout is not the caller's then."""
+    if torch.compiler.is_compiling():
+        return torch._C._are_functorch_transforms_active()
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
             return True

@@ -84,7 +84,7 @@ def _contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> T
 def contraction(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Contraction:
     """Return the fastest contraction for the sizes."""
     groups = geometry.groups
-    if geometry.ndim > stacked.TORCH_AXES:
+    if geometry.ndim > stacked.TORCH_AXES and first.is_floating_point():
         return STACKED[role]
     if groups == 1 or first.element_size() < 4:
         return DENSE[role]
