@@ -188,7 +188,7 @@ def test_default_device(simplify: bool) -> None:
         torch.testing.assert_close(ConvNd.from_nn_Conv(layer, simplify)(x), layer(x))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated", "ignore:Dynamo detected")
 def test_forward_mode_of_compiled_functions() -> None:
     x = torch.rand(2, 3, 6, 6, dtype=torch.float64)
     weight = torch.rand(4, 3, 3, 3, dtype=torch.float64)
