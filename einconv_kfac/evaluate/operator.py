@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate.kernels.selection import contract, others, result_shape
+from einconv_kfac.evaluate.autocast import contract_as_given
+from einconv_kfac.evaluate.kernels.selection import others, result_shape
 from einconv_kfac.geometry import Axis, Geometry
 
 
@@ -20,7 +21,7 @@ from einconv_kfac.geometry import Axis, Geometry
 )
 def traced_convolution(role: str, sizes: list[int], first: Tensor, second: Tensor) -> Tensor:
     """Contract two tensors of a convolution to the third; see `contract_convolution`."""
-    return contract(_cached_unflattened(tuple(sizes)), role, first, second)
+    return contract_as_given(_cached_unflattened(tuple(sizes)), role, first, second)
 
 
 @traced_convolution.register_fake

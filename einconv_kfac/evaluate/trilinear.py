@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate.kernels.selection import contract, others
+from einconv_kfac.evaluate.autocast import contract_as_given
+from einconv_kfac.evaluate.kernels.selection import others
 from einconv_kfac.evaluate.operator import conjugate, flattened, traced_convolution
 from einconv_kfac.geometry import Geometry
 
@@ -42,28 +43,32 @@ def contract_convolution(geometry: Geometry, role: str, first: Tensor, second: T
     >>> contract_convolution(geometry, "v", torch.rand(2, 4, 8, 8), torch.rand(5, 4, 3, 3)).shape
     torch.Size([2, 5, 3, 3])
     """
+    result: Tensor
     if torch.compiler.is_compiling():
         if torch.autograd.forward_ad._current_level >= 0:
-            return _outside_of_graph(geometry, role, first, second)
-        traced: Tensor = traced_convolution(role, flattened(geometry), first, second)
-        return traced
+            result = _outside_of_graph(geometry, role, first, second)
+        else:
+            result = traced_convolution(role, flattened(geometry), first, second)
+        return result
     if _is_batched(first) or _is_batched(second):
         return _with_batched_gradients(geometry, role, first, second)
     if not _differentiated(first, second):
-        return contract(geometry, role, first, second)
+        return contract_as_given(geometry, role, first, second)
     apply: Any = _Convolution.apply
     if not torch._C._are_functorch_transforms_active():
         # `Function.apply` ends in this call; before it, it binds a signature, which takes 0.1 ms
         base: Any = super(torch.autograd.Function, _Convolution)
         apply = base.apply
-    result: Tensor = apply(geometry, role, first, second)
+    result = apply(geometry, role, first, second)
     return result
 
 
-@torch.compiler.disable
-def _outside_of_graph(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
+def _eagerly(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
     """Contract in forward mode, for which a traced operator can have no rule."""
     return contract_convolution(geometry, role, first, second)
+
+
+_outside_of_graph: Any = torch.compiler.disable(_eagerly)  # type: ignore[no-untyped-call]
 
 
 def _differentiated(first: Tensor, second: Tensor) -> bool:
@@ -85,7 +90,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
         """Contract."""
-        return contract(geometry, role, first, second)
+        return contract_as_given(geometry, role, first, second)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -18,12 +18,12 @@ from einconv_kfac.geometry import (
     Geometry,
     Padding,
     Sizes,
-    as_flag,
     conv_geometry,
     conv_transpose_geometry,
     hashable,
     output_padding_of,
 )
+from einconv_kfac.geometry.spellings import as_flag
 from einconv_kfac.network import Network, Shape, cached, simplified
 
 Parameters = ParamSpec("Parameters")

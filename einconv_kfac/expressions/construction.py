@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
 
-from einconv_kfac.geometry import Geometry, as_integer
+from einconv_kfac.geometry import Geometry
+from einconv_kfac.geometry.spellings import as_integer
 from einconv_kfac.network import Network, cached
 
 Parameters = ParamSpec("Parameters")

@@ -6,7 +6,8 @@ from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.construction import built
 from einconv_kfac.expressions.signatures import columns
-from einconv_kfac.geometry import Geometry, as_sizes
+from einconv_kfac.geometry import Geometry
+from einconv_kfac.geometry.spellings import as_sizes
 from einconv_kfac.network import Network, Shape
 
 

@@ -7,7 +7,8 @@ from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.conjugation import INPUT_VJP
 from einconv_kfac.expressions.construction import built
 from einconv_kfac.expressions.signatures import weight_vector_size
-from einconv_kfac.geometry import Geometry, as_integer, per_dimension
+from einconv_kfac.geometry import Geometry, per_dimension
+from einconv_kfac.geometry.spellings import as_integer
 from einconv_kfac.network import Network, Shape
 
 

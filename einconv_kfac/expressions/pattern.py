@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from einconv_kfac.geometry import Axis, as_integer, conv_geometry
+from einconv_kfac.geometry import Axis, conv_geometry
+from einconv_kfac.geometry.spellings import as_integer
 
 CPU = torch.device("cpu")
 

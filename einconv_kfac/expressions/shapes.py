@@ -6,7 +6,8 @@ from math import prod
 
 from torch import Tensor
 
-from einconv_kfac.geometry import Geometry, as_integer
+from einconv_kfac.geometry import Geometry
+from einconv_kfac.geometry.spellings import as_integer
 from einconv_kfac.network import Shape
 
 

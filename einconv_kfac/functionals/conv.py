@@ -9,7 +9,14 @@ from einconv_kfac.evaluate import contract_convolution, evaluate
 from einconv_kfac.expressions import convNd_forward
 from einconv_kfac.expressions.shapes import check_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, with_bias
-from einconv_kfac.geometry import Geometry, Padding, Sizes, as_flag, hashable, parse_geometry
+from einconv_kfac.geometry import (
+    Geometry,
+    Padding,
+    Sizes,
+    hashable,
+    parse_geometry,
+)
+from einconv_kfac.geometry.spellings import as_flag
 from einconv_kfac.network import Shape, cached
 
 

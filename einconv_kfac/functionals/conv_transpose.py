@@ -13,11 +13,10 @@ from einconv_kfac.geometry import (
     Geometry,
     Padding,
     Sizes,
-    as_flag,
-    as_integer,
     conv_transpose_geometry,
     hashable,
 )
+from einconv_kfac.geometry.spellings import as_flag, as_integer
 from einconv_kfac.network import Shape, cached
 
 

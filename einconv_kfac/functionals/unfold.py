@@ -11,11 +11,10 @@ from einconv_kfac.expressions.shapes import check_tensor, column_channels, spati
 from einconv_kfac.geometry import (
     Padding,
     Sizes,
-    as_flag,
-    as_sizes,
     conv_transpose_geometry,
     parse_geometry,
 )
+from einconv_kfac.geometry.spellings import as_flag, as_sizes
 
 
 def unfoldNd(  # noqa: N802 (einconv's name)

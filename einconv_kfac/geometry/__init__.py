@@ -12,9 +12,6 @@ from einconv_kfac.geometry.parsing import conv_geometry, parse_geometry
 from einconv_kfac.geometry.spellings import (
     Padding,
     Sizes,
-    as_flag,
-    as_integer,
-    as_sizes,
     hashable,
     parse_padding,
     per_dimension,
@@ -23,7 +20,6 @@ from einconv_kfac.geometry.spellings import (
 from einconv_kfac.geometry.transposed import (
     conv_transpose_geometry,
     output_padding_of,
-    transposed_padding,
 )
 
 __all__ = [
@@ -31,9 +27,6 @@ __all__ = [
     "Geometry",
     "Padding",
     "Sizes",
-    "as_flag",
-    "as_integer",
-    "as_sizes",
     "conv_geometry",
     "conv_transpose_geometry",
     "hashable",
@@ -42,5 +35,4 @@ __all__ = [
     "parse_padding",
     "per_dimension",
     "same_padding",
-    "transposed_padding",
 ]

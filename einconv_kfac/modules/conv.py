@@ -13,11 +13,11 @@ from einconv_kfac.functionals import convNd
 from einconv_kfac.geometry import (
     Padding,
     Sizes,
-    as_flag,
     parse_padding,
     per_dimension,
     same_padding,
 )
+from einconv_kfac.geometry.spellings import as_flag
 from einconv_kfac.modules.parameters import adopt_, check_options, check_sizes
 from einconv_kfac.padding import pad_input
 

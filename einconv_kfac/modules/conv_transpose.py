@@ -10,13 +10,9 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from einconv_kfac.functionals import conv_transposeNd
-from einconv_kfac.geometry import (
-    Padding,
-    Sizes,
-    as_flag,
-    per_dimension,
-    transposed_padding,
-)
+from einconv_kfac.geometry import Padding, Sizes, per_dimension
+from einconv_kfac.geometry.spellings import as_flag
+from einconv_kfac.geometry.transposed import transposed_padding
 from einconv_kfac.modules.output_size import output_padding_for
 from einconv_kfac.modules.parameters import adopt_, check_options, check_sizes
 

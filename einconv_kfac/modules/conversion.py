@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from einconv_kfac.geometry import as_flag
+from einconv_kfac.geometry.spellings import as_flag
 from einconv_kfac.modules.conv import ConvNd
 from einconv_kfac.modules.conv_transpose import ConvTransposeNd
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from einconv_kfac.functionals import foldNd
-from einconv_kfac.geometry import Padding, Sizes, as_sizes
+from einconv_kfac.geometry import Padding, Sizes
+from einconv_kfac.geometry.spellings import as_sizes
 from einconv_kfac.modules.windows import WindowsNd
 
 

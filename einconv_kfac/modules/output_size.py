@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from einconv_kfac.expressions.shapes import check_tensor
-from einconv_kfac.geometry import as_sizes, output_padding_of
+from einconv_kfac.geometry import output_padding_of
+from einconv_kfac.geometry.spellings import as_sizes
 
 
 def output_padding_for(

@@ -7,7 +7,7 @@ from torch.nn import Parameter
 from torch.nn.modules.conv import _ConvNd
 
 from einconv_kfac.expressions.pattern import check_device
-from einconv_kfac.geometry import as_integer
+from einconv_kfac.geometry.spellings import as_integer
 from einconv_kfac.padding import PADDING_MODES
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from einconv_kfac.expressions.shapes import check_tensor, spatial_size
 from einconv_kfac.functionals import unfoldNd_transpose
-from einconv_kfac.geometry import Padding, Sizes, as_sizes, transposed_padding
+from einconv_kfac.geometry import Padding, Sizes
+from einconv_kfac.geometry.spellings import as_sizes
+from einconv_kfac.geometry.transposed import transposed_padding
 from einconv_kfac.modules.output_size import output_padding_for
 from einconv_kfac.modules.windows import WindowsNd
 

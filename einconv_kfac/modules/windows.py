@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch.nn import Module
 
-from einconv_kfac.geometry import Padding, Sizes, as_flag, as_sizes, parse_padding
+from einconv_kfac.geometry import Padding, Sizes, parse_padding
+from einconv_kfac.geometry.spellings import as_flag, as_sizes
 
 
 class WindowsNd(Module):

@@ -53,9 +53,7 @@ def pair(ndim: int, transposed: bool, options: dict[str, Any], **own: Any) -> li
 def operands(ndim: int, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(3, 2, 4, *(6, 5, 7)[:ndim], dtype=torch.float64)
-    return x, torch.randn(
-        3, 4, 4 // options.get("groups", 1), *[3] * ndim, dtype=torch.float64
-    )
+    return x, torch.randn(3, 4, 4 // options.get("groups", 1), *[3] * ndim, dtype=torch.float64)
 
 
 @DIMENSIONS

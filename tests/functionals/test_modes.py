@@ -123,9 +123,7 @@ def test_empty_batch_in_four_dimensions(simplify: bool) -> None:
 @SIMPLIFY
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("batch", [0, 2])
-def test_unfolds_of_meta_tensors_and_empty_batches(
-    device: str, batch: int, simplify: bool
-) -> None:
+def test_unfolds_of_meta_tensors_and_empty_batches(device: str, batch: int, simplify: bool) -> None:
     x = torch.ones(batch, 3, 6, 6, device=device, requires_grad=True)
     columns = unfoldNd(x, 2, simplify=simplify)
     assert columns.shape == functional.unfold(x, 2).shape

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate.autocast import autocast_is_on
 from einconv_kfac.evaluate.kernels import dense, depthwise, innermost, stacked
 from einconv_kfac.geometry import Geometry
 
@@ -64,16 +62,8 @@ def result_shape(geometry: Geometry, role: str, first: Tensor, second: Tensor) -
 def contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
     """Contract two tensors of a convolution to the third, without derivatives.
 
-    Autocast is for the caller: a backward pass has the types of its forward pass.
+    The kernels have no case for tensors without entries, of which the result is zero.
     """
-    if autocast_is_on(first.device):
-        with torch.autocast(first.device.type, enabled=False):
-            return _contract(geometry, role, first, second)
-    return _contract(geometry, role, first, second)
-
-
-def _contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
-    """Contract by the fastest kernel; no batch or no channel is no case for a kernel."""
     if 0 in (first.numel(), second.numel()):
         return first.new_zeros(result_shape(geometry, role, first, second))
     return contraction(geometry, role, first, second)(
