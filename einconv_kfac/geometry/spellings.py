@@ -27,6 +27,8 @@ def as_integer(value: Any, name: str, minimum: int | None = None) -> int:
         TypeError: If it is none.
         ValueError: If it is below ``minimum``.
     """
+    if type(value) is int and (minimum is None or value >= minimum):
+        return value  # the common case first: geometries are built for every call of `unfoldNd`
     if not is_integer(value):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if minimum is not None and value < minimum:
@@ -36,6 +38,8 @@ def as_integer(value: Any, name: str, minimum: int | None = None) -> int:
 
 def is_list(value: object) -> bool:
     """Return whether a value is a sequence, and no word."""
+    if type(value) is tuple or type(value) is list:
+        return True
     return isinstance(value, (tuple, list, Sequence)) and not isinstance(value, (str, bytes))
 
 
@@ -57,7 +61,11 @@ def as_sizes(value: Any, name: str, minimum: int = 1) -> tuple[int, ...]:
         TypeError: If the value is neither an integer nor a sequence of integers.
         ValueError: If there is no entry, or one is below ``minimum``.
     """
+    if type(value) is int and value >= minimum:
+        return (value,)
     sizes = tuple(value) if is_list(value) else (value,)
+    if sizes and all(type(size) is int and size >= minimum for size in sizes):
+        return sizes
     if not sizes:
         raise ValueError(f"`{name}` must have at least one dimension, got {value!r}.")
     if not all(map(is_integer, sizes)):
