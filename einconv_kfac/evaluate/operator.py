@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate.kernels.selection import contract, others
+from einconv_kfac.evaluate.autocast import contract_as_given
+from einconv_kfac.evaluate.kernels.selection import others, result_shape
 from einconv_kfac.geometry import Axis, Geometry
 
 
@@ -20,19 +21,17 @@ from einconv_kfac.geometry import Axis, Geometry
 )
 def traced_convolution(role: str, sizes: list[int], first: Tensor, second: Tensor) -> Tensor:
     """Contract two tensors of a convolution to the third; see `contract_convolution`."""
-    return contract(_cached_unflattened(tuple(sizes)), role, first, second)
+    return contract_as_given(_cached_unflattened(tuple(sizes)), role, first, second)
 
 
 @traced_convolution.register_fake
 def _(role: str, sizes: list[int], first: Tensor, second: Tensor) -> Tensor:
-    geometry = _unflattened(sizes)
-    if role == "v":
-        return first.new_empty(first.shape[0], second.shape[0], *geometry.output_size)
-    if role == "x":
-        channels = geometry.groups * first.shape[1]
-        return second.new_empty(second.shape[0], channels, *geometry.input_size)
-    channels = first.shape[1] // geometry.groups
-    return first.new_empty(second.shape[1], channels, *geometry.kernel_size)
+    return first.new_empty(result_shape(_unflattened(sizes), role, first, second))
+
+
+def conjugate(tensor: Tensor) -> Tensor:
+    """Return the complex conjugate, as a view; a real tensor itself."""
+    return tensor.conj() if tensor.is_complex() else tensor
 
 
 def flattened(geometry: Geometry) -> list[int]:
@@ -64,8 +63,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     """Contract the gradient, in the result's role, with the other operand."""
     gradients: list[Tensor | None] = []
     roles = others(ctx.role)
+    others_of_result = [conjugate(tensor) for tensor in ctx.saved_tensors]
     for needed, role in zip(ctx.needs_input_grad[2:], roles):
-        tensors = dict(zip(roles, ctx.saved_tensors)) | {ctx.role: gradient}
+        tensors = dict(zip(roles, others_of_result)) | {ctx.role: gradient}
         first, second = others(role)
         operands = tensors[first], tensors[second]
         gradients.append(traced_convolution(role, ctx.sizes, *operands) if needed else None)

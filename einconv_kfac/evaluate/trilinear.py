@@ -3,19 +3,22 @@
 Input ``x``, kernel ``w`` and a vector ``v`` like the output have the trilinear form
 ``t = sum x P w v``. Its derivative with respect to one of the three is an operation: the forward
 pass for ``v``, the input VJP (the transposed convolution) for ``x``, the weight VJP for ``w``.
-The derivatives of these operations are again these operations.
+The derivatives of these operations are again these operations. For complex tensors a VJP has the
+conjugates of the tensors that are given, as in torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.evaluate.kernels.selection import contract, others
-from einconv_kfac.evaluate.operator import flattened, traced_convolution
+from einconv_kfac.evaluate.autocast import contract_as_given
+from einconv_kfac.evaluate.kernels.selection import others
+from einconv_kfac.evaluate.operator import conjugate, flattened, traced_convolution
 from einconv_kfac.geometry import Geometry
 
 
@@ -40,18 +43,32 @@ def contract_convolution(geometry: Geometry, role: str, first: Tensor, second: T
     >>> contract_convolution(geometry, "v", torch.rand(2, 4, 8, 8), torch.rand(5, 4, 3, 3)).shape
     torch.Size([2, 5, 3, 3])
     """
+    result: Tensor
     if torch.compiler.is_compiling():
-        traced: Tensor = traced_convolution(role, flattened(geometry), first, second)
-        return traced
+        if torch.autograd.forward_ad._current_level >= 0:
+            result = _outside_of_graph(geometry, role, first, second)
+        else:
+            result = traced_convolution(role, flattened(geometry), first, second)
+        return result
+    if _is_batched(first) or _is_batched(second):
+        return _with_batched_gradients(geometry, role, first, second)
     if not _differentiated(first, second):
-        return contract(geometry, role, first, second)
+        return contract_as_given(geometry, role, first, second)
     apply: Any = _Convolution.apply
     if not torch._C._are_functorch_transforms_active():
         # `Function.apply` ends in this call; before it, it binds a signature, which takes 0.1 ms
         base: Any = super(torch.autograd.Function, _Convolution)
         apply = base.apply
-    result: Tensor = apply(geometry, role, first, second)
+    result = apply(geometry, role, first, second)
     return result
+
+
+def _eagerly(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
+    """Contract in forward mode, for which a traced operator can have no rule."""
+    return contract_convolution(geometry, role, first, second)
+
+
+_outside_of_graph: Any = torch.compiler.disable(_eagerly)  # type: ignore[no-untyped-call]
 
 
 def _differentiated(first: Tensor, second: Tensor) -> bool:
@@ -73,7 +90,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
         """Contract."""
-        return contract(geometry, role, first, second)
+        return contract_as_given(geometry, role, first, second)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -87,8 +104,9 @@ class _Convolution(torch.autograd.Function):
         """Contract the gradient, in the result's role, with the other operand."""
         gradients: list[Tensor | None] = []
         roles = others(ctx.role)
+        others_of_result = [conjugate(tensor) for tensor in ctx.saved_tensors]
         for needed, role in zip(ctx.needs_input_grad[2:], roles):
-            tensors = dict(zip(roles, ctx.saved_tensors)) | {ctx.role: gradient}
+            tensors = dict(zip(roles, others_of_result)) | {ctx.role: gradient}
             gradients.append(_contracted(ctx.geometry, role, tensors) if needed else None)
         return (None, None, *gradients)
 
@@ -114,30 +132,64 @@ class _Convolution(torch.autograd.Function):
         first: Tensor,
         second: Tensor,
     ) -> tuple[Tensor, int]:
-        """Merge the mapped dimension into the batch or into the groups."""
-        dims = dict(zip(others(role), in_dims[2:]))
-        tensors = dict(zip(others(role), (first, second)))
-        batch = ("x", "v")
-        free = next(r for r in batch if r != role) if role in batch else None
-        if free is not None and dims["w"] is None:
-            merged = tensors[free].movedim(dims[free], 0)
-            size, n = merged.shape[:2]
-            tensors[free] = merged.flatten(0, 1)
-            result = _contracted(geometry, role, tensors)
-            return torch.unflatten(result, 0, (size, n)), 0
-        return _mapped_as_groups(info.batch_size, geometry, role, tensors, dims), 0
+        """Contract with the mapped dimension merged into another."""
+        dims = in_dims[2:]
+        tensors = [t if dim is None else t.movedim(dim, 0) for t, dim in zip((first, second), dims)]
+        mapped = [dim is not None for dim in dims]
+        return _mapped(info.batch_size, geometry, role, tensors, mapped), 0
+
+
+def _mapped(
+    size: int, geometry: Geometry, role: str, pair: Sequence[Tensor], mapped: Sequence[bool]
+) -> Tensor:
+    """Contract tensors of which some have a mapped dimension, the first, as the result has.
+
+    It is merged into the batch or into the groups.
+    """
+    tensors, is_mapped = dict(zip(others(role), pair)), dict(zip(others(role), mapped))
+    batch = ("x", "v")
+    free = next(r for r in batch if r != role) if role in batch else None
+    if free is None or is_mapped["w"]:
+        return _mapped_as_groups(size, geometry, role, tensors, is_mapped)
+    sizes = tensors[free].shape[:2]
+    tensors[free] = tensors[free].flatten(0, 1)
+    return torch.unflatten(_contracted(geometry, role, tensors), 0, sizes)
 
 
 def _mapped_as_groups(
-    size: int, geometry: Geometry, role: str, tensors: dict[str, Tensor], dims: dict[str, Any]
+    size: int, geometry: Geometry, role: str, tensors: dict[str, Tensor], mapped: dict[str, bool]
 ) -> Tensor:
     """Contract with the mapped dimension merged into the groups, as their outer part."""
     grouped = {}
     for name, tensor in tensors.items():
-        dim = dims[name]
-        mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        copies = tensor if mapped[name] else tensor.expand(size, *tensor.shape)
         at = 0 if name == "w" else 1  # w: [b, (g co), ..], the others: [n, b, (g c), ..]
-        grouped[name] = mapped.movedim(0, at).flatten(at, at + 1)
+        grouped[name] = copies.movedim(0, at).flatten(at, at + 1)
     result = _contracted(replace(geometry, groups=size * geometry.groups), role, grouped)
     at = 0 if role == "w" else 1
-    return torch.unflatten(result, at, (size, -1)).movedim(at, 0)
+    return torch.unflatten(result, at, (size, result.shape[at] // size)).movedim(at, 0)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Return whether a tensor is one of ``is_grads_batched=True``; `torch.func.vmap` has others."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def _with_batched_gradients(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
+    """Contract the tensors of ``is_grads_batched=True``, with their batch as a dimension.
+
+    The levels of nested calls are searched from the innermost. A tensor without a level gets a
+    dimension of size one, as a batch of one does, for which both are the same.
+    """
+    depth = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    pair = [first, second]
+    for level in range(depth, 0, -1):
+        tensors = [torch._remove_batch_dim(tensor, level, 1, 0) for tensor in pair]
+        mapped = [len(tensor) != 1 for tensor in tensors]
+        pair = [tensor if is_mapped else tensor[0] for tensor, is_mapped in zip(tensors, mapped)]
+        if any(mapped):
+            size = len(pair[mapped.index(True)])
+            result = _mapped(size, geometry, role, pair, mapped)
+            return torch._add_batch_dim(result, 0, level)
+    return contract_convolution(geometry, role, *pair)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
 from typing import NamedTuple, ParamSpec
 
+import torch
 from torch import Tensor
 
+from einconv_kfac.expressions.conjugation import Copy, with_conjugates
 from einconv_kfac.expressions.expression import Bound, Expression
+from einconv_kfac.expressions.shapes import check_tensor
 from einconv_kfac.geometry import (
     Geometry,
     Padding,
@@ -20,6 +23,7 @@ from einconv_kfac.geometry import (
     hashable,
     output_padding_of,
 )
+from einconv_kfac.geometry.spellings import as_flag
 from einconv_kfac.network import Network, Shape, cached, simplified
 
 Parameters = ParamSpec("Parameters")
@@ -39,7 +43,8 @@ MEANING = {
 
 
 ERRORS = """Raises:
-        ValueError: If shapes and groups do not match, or the numbers describe no convolution."""
+        ValueError: If shapes and groups do not match, or the numbers describe no convolution.
+        TypeError: If an argument is of another type."""
 """The errors of all operations, shared by their docstrings."""
 
 
@@ -80,7 +85,9 @@ class Call(NamedTuple):
 
 
 def bound(
-    signature: Callable[Parameters, Call], slots: tuple[int, ...] | None = None
+    signature: Callable[Parameters, Call],
+    slots: tuple[int, ...] | None = None,
+    conjugated: tuple[Copy, ...] = (),
 ) -> Callable[[Callable[..., Network]], Callable[Parameters, Bound]]:
     """Return a decorator that makes ``einsum_expression`` of an operation's network.
 
@@ -88,6 +95,7 @@ def bound(
         signature: One of `signatures`; it sorts the arguments of a call.
         slots: Position among the signature's tensors of the tensor for each of the network's
             slots; all tensors in order if not given.
+        conjugated: The copies of tensors in the network that are conjugated if they are complex.
 
     Returns:
         A decorator for a function from the shapes of the slots' tensors and the `Options` to
@@ -97,26 +105,47 @@ def bound(
     def decorate(network: Callable[..., Network]) -> Callable[Parameters, Bound]:
         @cached(maxsize=1024)
         @wraps(network)
-        def expression(shapes: tuple[Shape, ...], options: Options, simplify: bool) -> Expression:
+        def expression(
+            shapes: tuple[Shape, ...], options: Options, simplify: bool, copies: tuple[Copy, ...]
+        ) -> Expression:
             found = network(*map(tuple, shapes), Options(*options))
-            found = replace(found, reshape_only=True)
+            found = replace(with_conjugates(found, copies), reshape_only=True)
             return Expression(simplified(found) if simplify else found)
+
+        parameters = inspect.signature(signature)
+        names = list(parameters.parameters)
 
         @wraps(network)
         def einsum_expression(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Bound:
             tensors, options, simplify = signature(*args, **kwargs)
+            check_alike(tensors, names)
             if slots is not None:
                 tensors = tuple(tensors[slot] for slot in slots)
             shapes = tuple(tensor.shape for tensor in tensors)
-            return expression(shapes, hashable(options), simplify).bind(*tensors)
+            copies = conjugated if tensors[0].is_complex() else ()
+            found = expression(shapes, hashable(options), as_flag(simplify, "simplify"), copies)
+            return found.bind(*tensors, *(tensor.conj() for tensor in tensors if copies))
 
-        parameters = inspect.signature(signature)
         described: object = parameters.replace(return_annotation="Bound")
         vars(einsum_expression)["__signature__"] = described
-        einsum_expression.__doc__ = _documented(network.__doc__ or "", list(parameters.parameters))
+        einsum_expression.__doc__ = _documented(network.__doc__ or "", names)
         return einsum_expression
 
     return decorate
+
+
+def check_alike(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise an error if an argument is no tensor, or not of the first's type and device."""
+    like = tensors[0]
+    check_tensor(like, names[0])
+    for name, tensor in zip(names, tensors):
+        check_tensor(tensor, name)
+        if tensor.device != like.device:
+            raise ValueError(
+                f"`{name}` must be on {like.device}, as `{names[0]}`, got {tensor.device}."
+            )
+        if tensor.dtype != like.dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(f"`{name}` must be {like.dtype}, as `{names[0]}`, got {tensor.dtype}.")
 
 
 def _documented(text: str, parameters: list[str]) -> str:

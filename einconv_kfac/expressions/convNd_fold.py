@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.construction import built
 from einconv_kfac.expressions.signatures import columns
-from einconv_kfac.geometry import Geometry, per_dimension
-from einconv_kfac.network import Network, Shape, cached
+from einconv_kfac.geometry import Geometry
+from einconv_kfac.geometry.spellings import as_sizes
+from einconv_kfac.network import Network, Shape
 
 
-@cached(maxsize=1024)
+@built
 def network(geometry: Geometry, batch: int, channels: int) -> Network:
     """Return the contraction of the columns (0)."""
     return Network(
@@ -34,6 +36,6 @@ def einsum_expression(z: Shape, options: Options) -> Network:
     >>> einsum_expression(torch.rand(2, 6, 7), input_size=(8,), kernel_size=2)[2]
     (2, 3, 8)
     """
-    ndim = 1 if isinstance(options.input_size, int) else len(options.input_size)
-    geometry = options.geometry(per_dimension(options.input_size, ndim, "input_size"))
-    return network(geometry, z[0], shapes.column_channels(z, geometry))
+    geometry = options.geometry(as_sizes(options.input_size, "input_size"))
+    channels = shapes.column_channels(z, geometry)
+    return network(geometry, z[0], channels)

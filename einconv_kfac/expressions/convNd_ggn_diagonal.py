@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.conjugation import WEIGHT_VJP_PAIR
+from einconv_kfac.expressions.construction import built
 from einconv_kfac.expressions.signatures import input_vectors
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network, Shape, cached
+from einconv_kfac.network import Network, Shape
 
 
-@cached(maxsize=1024)
+@built
 def network(
     geometry: Geometry, vectors: int, batch: int, in_channels: int, out_channels: int
 ) -> Network:
@@ -21,7 +23,7 @@ def network(
     )
 
 
-@cached(maxsize=1024)
+@built
 def bias_network(geometry: Geometry, vectors: int, batch: int, out_channels: int) -> Network:
     """Return the diagonal for the bias, ``sum_{v,n} (sum_o s)^2``, of the vectors (0)."""
     s, other = (
@@ -31,7 +33,7 @@ def bias_network(geometry: Geometry, vectors: int, batch: int, out_channels: int
     return Network((s, other), ("g", "co"), (out_channels,))
 
 
-@bound(input_vectors)
+@bound(input_vectors, conjugated=WEIGHT_VJP_PAIR)
 def einsum_expression(x: Shape, s: Shape, options: Options) -> Network:
     """Return the GGN diagonal of a convolution's kernel as an einsum expression.
 

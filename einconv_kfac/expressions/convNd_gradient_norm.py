@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.conjugation import WEIGHT_VJP_PAIR
+from einconv_kfac.expressions.construction import built
 from einconv_kfac.expressions.signatures import input_vector
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network, Shape, cached
+from einconv_kfac.network import Network, Shape
 
 
-@cached(maxsize=1024)
+@built
 def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int) -> Network:
     """Return the contraction of input (0) and vector (1), each with itself."""
     return Network(
@@ -19,7 +21,7 @@ def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int)
     )
 
 
-@bound(input_vector)
+@bound(input_vector, conjugated=WEIGHT_VJP_PAIR)
 def einsum_expression(x: Shape, v: Shape, options: Options) -> Network:
     """Return the squared norm of every example's weight VJP as an einsum expression.
 

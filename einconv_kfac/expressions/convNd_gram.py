@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.conjugation import WEIGHT_VJP_PAIR
+from einconv_kfac.expressions.construction import built
 from einconv_kfac.expressions.signatures import input_vectors
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network, Shape, cached
+from einconv_kfac.network import Network, Shape
 
 
-@cached(maxsize=1024)
+@built
 def network(
     geometry: Geometry, vectors: int, batch: int, in_channels: int, out_channels: int
 ) -> Network:
@@ -23,7 +25,7 @@ def network(
     )
 
 
-@cached(maxsize=1024)
+@built
 def bias_network(geometry: Geometry, vectors: int, batch: int, out_channels: int) -> Network:
     """Return the Gram matrix for the bias, of the vectors (0)."""
     s, other = (
@@ -35,7 +37,7 @@ def bias_network(geometry: Geometry, vectors: int, batch: int, out_channels: int
     return Network((s, other), ("v", "n", "v'", "n'"), (vectors * batch, vectors * batch))
 
 
-@bound(input_vectors)
+@bound(input_vectors, conjugated=WEIGHT_VJP_PAIR)
 def einsum_expression(x: Shape, s: Shape, options: Options) -> Network:
     """Return the Gram matrix of a convolution's weight VJPs as an einsum expression.
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.conjugation import INPUT_VJP
+from einconv_kfac.expressions.construction import built
 from einconv_kfac.expressions.signatures import weight_vector_size
 from einconv_kfac.geometry import Geometry, per_dimension
-from einconv_kfac.network import Network, Shape, cached
+from einconv_kfac.geometry.spellings import as_integer
+from einconv_kfac.network import Network, Shape
 
 
-@cached(maxsize=1024)
+@built
 def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int) -> Network:
     """Return the contraction of vector (0) and kernel (1)."""
     v = terms.output_node(geometry, batch, out_channels, slot=0)
@@ -21,7 +24,7 @@ def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int)
     )
 
 
-@bound(weight_vector_size, slots=(1, 0))
+@bound(weight_vector_size, slots=(1, 0), conjugated=INPUT_VJP)
 def einsum_expression(v: Shape, weight: Shape, options: Options) -> Network:
     """Return a convolution's input VJP as an einsum expression.
 
@@ -38,7 +41,7 @@ def einsum_expression(v: Shape, weight: Shape, options: Options) -> Network:
     >>> einsum_expression(weight, v, input_size=8, stride=2)[2]
     (2, 3, 8)
     """
-    ndim, groups = len(v) - 2, options.groups
+    ndim, groups = len(shapes.spatial_size(v, "v")), as_integer(options.groups, "groups")
     shapes.check_weight(weight, groups * (weight[1] if len(weight) > 1 else 0), ndim, groups)
     sizes = per_dimension(options.input_size, ndim, "input_size")
     geometry = options.geometry(sizes, weight[2:])

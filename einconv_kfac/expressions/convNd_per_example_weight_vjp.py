@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.conjugation import WEIGHT_VJP
+from einconv_kfac.expressions.construction import built
 from einconv_kfac.expressions.signatures import input_vector
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network, Shape, cached
+from einconv_kfac.network import Network, Shape
 
 
-@cached(maxsize=1024)
+@built
 def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int) -> Network:
     """Return the contraction of input (0) and vector (1)."""
     per_group = in_channels // geometry.groups
@@ -20,14 +22,14 @@ def network(geometry: Geometry, batch: int, in_channels: int, out_channels: int)
     )
 
 
-@cached(maxsize=1024)
+@built
 def bias_network(geometry: Geometry, batch: int, out_channels: int) -> Network:
     """Return the bias VJP per example, ``sum_o v``, of the vector (0)."""
     v = terms.output_node(geometry, batch, out_channels, slot=0)
     return Network((v,), ("n", "g", "co"), (batch, out_channels))
 
 
-@bound(input_vector)
+@bound(input_vector, conjugated=WEIGHT_VJP)
 def einsum_expression(x: Shape, v: Shape, options: Options) -> Network:
     """Return a convolution's weight VJP, one per example, as an einsum expression.
 

@@ -6,12 +6,13 @@ from math import prod
 
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.construction import built
 from einconv_kfac.expressions.signatures import weight_size
 from einconv_kfac.geometry import Geometry, per_dimension
-from einconv_kfac.network import Network, Shape, cached
+from einconv_kfac.network import Network, Shape
 
 
-@cached(maxsize=1024)
+@built
 def network(geometry: Geometry, in_channels: int, out_channels: int) -> Network:
     """Return the contraction of the kernel (0)."""
     rows = geometry.split_channels(out_channels, "channels of the output") * geometry.positions

@@ -6,12 +6,13 @@ from math import prod
 
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.construction import built
 from einconv_kfac.expressions.signatures import ungrouped_input_kernel
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network, Shape, cached
+from einconv_kfac.network import Network, Shape
 
 
-@cached(maxsize=1024)
+@built
 def network(geometry: Geometry, batch: int, channels: int) -> Network:
     """Return the contraction of the input (0)."""
     x = terms.plain_node("i", geometry.input_size, batch, channels)

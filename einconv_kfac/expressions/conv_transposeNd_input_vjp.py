@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.conjugation import INPUT_VJP
 from einconv_kfac.expressions.convNd_forward import network, network_of
 from einconv_kfac.expressions.signatures import weight_vector
 from einconv_kfac.network import Network, Shape
@@ -10,7 +11,7 @@ from einconv_kfac.network import Network, Shape
 __all__ = ["einsum_expression", "network"]
 
 
-@bound(weight_vector, slots=(1, 0))
+@bound(weight_vector, slots=(1, 0), conjugated=INPUT_VJP)
 def einsum_expression(v: Shape, weight: Shape, options: Options) -> Network:
     """Return a transposed convolution's input VJP, a convolution, as an einsum expression.
 

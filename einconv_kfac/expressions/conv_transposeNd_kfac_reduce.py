@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from einconv_kfac.expressions import shapes, terms
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.construction import built
 from einconv_kfac.expressions.signatures import transposed_input_kernel_size
 from einconv_kfac.geometry import Geometry
-from einconv_kfac.network import Network, Shape, cached
+from einconv_kfac.network import Network, Shape
 
 
-@cached(maxsize=1024)
+@built
 def network(geometry: Geometry, batch: int, channels: int) -> Network:
     """Return the contraction of the input (0) with itself."""
     return terms.transposed_input_factor(geometry, batch, channels, reduce=True)

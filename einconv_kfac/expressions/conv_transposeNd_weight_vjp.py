@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from einconv_kfac.expressions import shapes
 from einconv_kfac.expressions.call import Options, bound
+from einconv_kfac.expressions.conjugation import TRANSPOSED_WEIGHT_VJP
 from einconv_kfac.expressions.convNd_weight_vjp import network
 from einconv_kfac.expressions.signatures import input_vector
 from einconv_kfac.network import Network, Shape
@@ -11,7 +12,7 @@ from einconv_kfac.network import Network, Shape
 __all__ = ["einsum_expression", "network"]
 
 
-@bound(input_vector, slots=(1, 0))
+@bound(input_vector, slots=(1, 0), conjugated=TRANSPOSED_WEIGHT_VJP)
 def einsum_expression(v: Shape, x: Shape, options: Options) -> Network:
     """Return a transposed convolution's weight VJP as an einsum expression.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.geometry import Axis, conv_geometry
+from einconv_kfac.geometry.spellings import as_integer
 
 CPU = torch.device("cpu")
 
@@ -28,13 +29,31 @@ def index_pattern(
 
     Raises:
         ValueError: If the hyper-parameters describe no convolution.
+        TypeError: If an argument is of another type.
 
     >>> index_pattern(4, 2, stride=2, dtype=torch.int)[0]
     tensor([[1, 0, 0, 0],
             [0, 0, 1, 0]], dtype=torch.int32)
     """
-    (axis,) = conv_geometry((input_size,), kernel_size, stride, padding, dilation).axes
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`dtype` must be a torch.dtype, got {dtype!r}.")
+    check_device(device)
+    (axis,) = conv_geometry(
+        (as_integer(input_size, "input_size"),), kernel_size, stride, padding, dilation
+    ).axes
     return pattern_tensor(axis, device, dtype)
+
+
+def check_device(device: object) -> None:
+    """Raise an error if an argument is neither a device nor a device's name or number."""
+    if isinstance(device, torch.device):
+        return
+    if isinstance(device, bool) or not isinstance(device, (str, int)):
+        raise TypeError(f"`device` must be a torch.device, got {device!r}.")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must be a torch.device or its name, got {device!r}.") from error
 
 
 def pattern_tensor(axis: Axis, device: torch.device, dtype: torch.dtype) -> Tensor:

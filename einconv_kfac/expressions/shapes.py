@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from math import prod
 
+from torch import Tensor
+
 from einconv_kfac.geometry import Geometry
+from einconv_kfac.geometry.spellings import as_integer
 from einconv_kfac.network import Shape
+
+
+def check_tensor(value: object, name: str) -> None:
+    """Raise TypeError if an argument is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {value!r}.")
 
 
 def spatial_size(shape: Shape, name: str) -> Shape:
@@ -24,6 +33,7 @@ def spatial_size(shape: Shape, name: str) -> Shape:
 
 def check_kernel(weight: Shape, groups: int) -> None:
     """Raise ValueError if a kernel has no spatial dimension or does not split into groups."""
+    as_integer(groups, "groups")
     if len(weight) < 3:
         raise ValueError(
             "`weight` must have shape [out_channels, in_channels / groups, *kernel_size], got "
@@ -37,6 +47,7 @@ def check_kernel(weight: Shape, groups: int) -> None:
 
 def check_transposed_weight(weight: Shape, in_channels: int, ndim: int, groups: int) -> None:
     """Raise ValueError if the kernel of a transposed convolution does not match its input."""
+    as_integer(groups, "groups")
     if len(weight) != ndim + 2 or weight[0] != in_channels:
         raise ValueError(
             "`weight` must have shape [in_channels, out_channels / groups, *kernel_size] with "
@@ -49,6 +60,7 @@ def check_transposed_weight(weight: Shape, in_channels: int, ndim: int, groups: 
 
 def check_weight(weight: Shape, in_channels: int, ndim: int, groups: int) -> None:
     """Raise ValueError if a kernel does not match an input's channels and spatial dimensions."""
+    as_integer(groups, "groups")
     if len(weight) != ndim + 2:
         raise ValueError(
             f"`weight` must have {ndim + 2} dimensions for an input with {ndim} spatial "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from einconv_kfac.expressions.expression import Expression
 from einconv_kfac.expressions.pattern import recognized_axis
+from einconv_kfac.expressions.shapes import check_tensor
 from einconv_kfac.network import Leaf, Network, Node, Pattern, simplified
 from einconv_kfac.network.equation import parse_equation
 
@@ -27,6 +28,7 @@ def simplify(equation: str, operands: Sequence[Tensor]) -> tuple[str, list[Tenso
 
     Raises:
         ValueError: If equation and operands do not match.
+        TypeError: If the equation is no word, or an operand no tensor.
 
     >>> import torch
     >>> from einconv_kfac import index_pattern
@@ -34,6 +36,12 @@ def simplify(equation: str, operands: Sequence[Tensor]) -> tuple[str, list[Tenso
     >>> simplify("ni,koi->nko", [torch.rand(3, 8), pattern])[0]
     'abc->acb'
     """
+    if not isinstance(equation, str):
+        raise TypeError(f"`equation` must be a string, got {equation!r}.")
+    if not isinstance(operands, (list, tuple)):
+        raise TypeError(f"`operands` must be a list of tensors, got {operands!r}.")
+    for number, operand in enumerate(operands):
+        check_tensor(operand, f"operands[{number}]")
     inputs, output = parse_equation(equation)
     if len(inputs) != len(operands):
         raise ValueError(
@@ -41,7 +49,7 @@ def simplify(equation: str, operands: Sequence[Tensor]) -> tuple[str, list[Tenso
         )
     nodes = tuple(map(_node, range(len(inputs)), operands, inputs))
     sizes = {index: size for node in nodes for index, size in zip(node.indices, node.operand.shape)}
-    shape = tuple(sizes[index] for index in output)
+    shape = tuple(sizes.get(index, 0) for index in output)  # `Network` refuses unknown indices
     network = Network(nodes, output, shape, reshape_only=True)
     equation, bound, _ = Expression(simplified(network)).bind(*operands)
     return equation, bound

@@ -9,7 +9,14 @@ from einconv_kfac.evaluate import contract_convolution, evaluate
 from einconv_kfac.expressions import convNd_forward
 from einconv_kfac.expressions.shapes import check_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, with_bias
-from einconv_kfac.geometry import Geometry, Padding, Sizes, hashable, parse_geometry
+from einconv_kfac.geometry import (
+    Geometry,
+    Padding,
+    Sizes,
+    hashable,
+    parse_geometry,
+)
+from einconv_kfac.geometry.spellings import as_flag
 from einconv_kfac.network import Shape, cached
 
 
@@ -44,16 +51,17 @@ def convNd(  # noqa: N802 (einconv's name)
 
     Raises:
         ValueError: If the shapes, types or devices do not match, or as `conv_geometry`.
+        TypeError: If an argument is of another type.
 
     >>> import torch
     >>> convNd(torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3), stride=2).shape
     torch.Size([2, 4, 3, 3])
     """
     batch, weight, bias = checked(*batched(x, weight), bias, weight.shape[:1])
-    options = (hashable(stride), hashable(padding), hashable(dilation), groups)
+    options = map(hashable, (stride, padding, dilation, groups))
     geometry_of = _geometry if torch.compiler.is_compiling() else _cached_geometry
     geometry = geometry_of(batch.shape[1:], weight.shape, *options)
-    if simplify:
+    if as_flag(simplify, "simplify"):
         output = contract_convolution(geometry, "v", batch, weight)
     else:
         sizes = batch.shape[0], batch.shape[1], weight.shape[0]

@@ -9,7 +9,14 @@ from einconv_kfac.evaluate import contract_convolution, evaluate
 from einconv_kfac.expressions import convNd_input_vjp
 from einconv_kfac.expressions.shapes import check_transposed_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, with_bias
-from einconv_kfac.geometry import Geometry, Padding, Sizes, conv_transpose_geometry, hashable
+from einconv_kfac.geometry import (
+    Geometry,
+    Padding,
+    Sizes,
+    conv_transpose_geometry,
+    hashable,
+)
+from einconv_kfac.geometry.spellings import as_flag, as_integer
 from einconv_kfac.network import Shape, cached
 
 
@@ -47,17 +54,19 @@ def conv_transposeNd(  # noqa: N802 (in line with convNd)
     Raises:
         ValueError: If the shapes, types or devices do not match, or as
             `conv_transpose_geometry`.
+        TypeError: If an argument is of another type.
 
     >>> import torch
     >>> conv_transposeNd(torch.rand(2, 4, 7), torch.rand(4, 3, 2), stride=2).shape
     torch.Size([2, 3, 14])
     """
-    channels = [groups * weight.shape[1]] if weight.ndim > 1 else []
-    batch, weight, bias = checked(*batched(x, weight), bias, channels)
-    options = (*map(hashable, (stride, padding, output_padding, dilation)), groups)
+    batch, weight = batched(x, weight)
+    channels = [as_integer(groups, "groups") * weight.shape[1]] if weight.ndim > 1 else []
+    batch, weight, bias = checked(batch, weight, bias, channels)
+    options = map(hashable, (stride, padding, output_padding, dilation, groups))
     geometry_of = _geometry if torch.compiler.is_compiling() else _cached_geometry
     geometry = geometry_of(batch.shape[1:], weight.shape, *options)
-    if simplify:
+    if as_flag(simplify, "simplify"):
         output = contract_convolution(geometry, "x", weight, batch)
     else:
         network = convNd_input_vjp.network(geometry, batch.shape[0], channels[0], batch.shape[1])

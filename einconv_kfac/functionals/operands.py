@@ -7,9 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from einconv_kfac.evaluate.autocast import autocast_is_on
+from einconv_kfac.expressions.shapes import check_tensor
+
 
 def batched(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the input with a batch dimension, and the kernel."""
+    """Return the input with a batch dimension, and the kernel.
+
+    Raises:
+        TypeError: If one is no tensor.
+    """
+    check_tensor(x, "x")
+    check_tensor(weight, "weight")
     return (x.unsqueeze(0) if x.ndim == weight.ndim - 1 else x), weight
 
 
@@ -21,16 +30,17 @@ def checked(
     Raises:
         ValueError: If their devices or types differ, or the bias does not have one entry per
             output channel.
+        TypeError: If the bias is no tensor.
     """
+    if bias is not None:
+        check_tensor(bias, "bias")
     if bias is not None and tuple(bias.shape) != tuple(channels):
         raise ValueError(
             f"`bias` must have one entry per output channel, shape {list(channels)}, got "
             f"{list(bias.shape)}."
         )
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if autocast_is_on(x.device):
+        x, weight, bias = _cast(x), _cast(weight), None if bias is None else _cast(bias)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -41,19 +51,34 @@ def checked(
     return x, weight, bias
 
 
+def _cast(tensor: Tensor) -> Tensor:
+    """Cast a tensor to autocast's type, as torch does no double, complex or integer numbers."""
+    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type)) if eligible else tensor
+
+
 def with_bias(output: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
     """Add a bias per channel, and give the output the batch dimension and layout of ``like``."""
     if bias is not None:
         output = output + bias.reshape(-1, *[1] * (output.ndim - 2))
     if like.ndim < output.ndim:
         return output.squeeze(0)
-    layout = _channels_last(like)
+    layout = None if like.is_contiguous() or _is_mapped(output) else _channels_last(like)
     return output if layout is None else output.contiguous(memory_format=layout)
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:
     """Return torch's layout with the channels last if the tensor has it, else None."""
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if layout is None or x.is_contiguous():
-        return None
-    return layout if x.is_contiguous(memory_format=layout) else None
+    return layout if layout is not None and x.is_contiguous(memory_format=layout) else None
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Return whether `torch.func.vmap` maps the tensor; its layout is not the caller's then."""
+    if torch.compiler.is_compiling():
+        return torch._C._are_functorch_transforms_active()
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from einconv_kfac.evaluate import evaluate
 from einconv_kfac.evaluate.kernels import windows
 from einconv_kfac.expressions import conv_transposeNd_unfold, convNd_fold, convNd_unfold
-from einconv_kfac.expressions.shapes import column_channels, spatial_size
+from einconv_kfac.expressions.shapes import check_tensor, column_channels, spatial_size
 from einconv_kfac.geometry import (
     Padding,
     Sizes,
     conv_transpose_geometry,
     parse_geometry,
-    per_dimension,
 )
+from einconv_kfac.geometry.spellings import as_flag, as_sizes
 
 
 def unfoldNd(  # noqa: N802 (einconv's name)
@@ -40,14 +38,16 @@ def unfoldNd(  # noqa: N802 (einconv's name)
 
     Raises:
         ValueError: As `conv_geometry`.
+        TypeError: If an argument is of another type.
 
     >>> import torch
     >>> unfoldNd(torch.rand(2, 3, 8), kernel_size=3).shape
     torch.Size([2, 9, 6])
     """
+    check_tensor(x, "x")
     sizes = spatial_size(tuple(x.shape), "x")
     geometry = parse_geometry(sizes, kernel_size, stride, padding, dilation)
-    if simplify:
+    if as_flag(simplify, "simplify"):
         return windows.unfold(geometry, x)
     return evaluate(convNd_unfold.network(geometry, x.shape[0], x.shape[1]), x)
 
@@ -75,17 +75,18 @@ def foldNd(  # noqa: N802 (in line with unfoldNd)
 
     Raises:
         ValueError: If the columns do not match the sizes, or as `conv_geometry`.
+        TypeError: If an argument is of another type.
 
     >>> import torch
     >>> foldNd(torch.rand(2, 6, 7), (8,), kernel_size=2).shape
     torch.Size([2, 3, 8])
     """
-    ndim = len(output_size) if isinstance(output_size, Sequence) else 1
-    sizes = per_dimension(output_size, ndim, "output_size")
+    check_tensor(x, "x")
+    sizes = as_sizes(output_size, "output_size")
     geometry = parse_geometry(sizes, kernel_size, stride, padding, dilation)
     columns = x.unsqueeze(0) if x.ndim == 2 else x
     channels = column_channels(tuple(columns.shape), geometry)
-    if simplify:
+    if as_flag(simplify, "simplify"):
         folded = windows.fold(geometry, columns)
     else:
         folded = evaluate(convNd_fold.network(geometry, columns.shape[0], channels), columns)
@@ -116,14 +117,16 @@ def unfoldNd_transpose(  # noqa: N802 (in line with unfoldNd)
 
     Raises:
         ValueError: As `conv_transpose_geometry`.
+        TypeError: If an argument is of another type.
 
     >>> import torch
     >>> unfoldNd_transpose(torch.rand(2, 3, 7), kernel_size=2, stride=2).shape
     torch.Size([2, 6, 14])
     """
+    check_tensor(x, "x")
     sizes = spatial_size(tuple(x.shape), "x")
     options = (kernel_size, stride, padding, output_padding, dilation)
     geometry = conv_transpose_geometry(sizes, *options)
-    if simplify:
+    if as_flag(simplify, "simplify"):
         return windows.unfold_transposed(geometry, x)
     return evaluate(conv_transposeNd_unfold.network(geometry, x.shape[0], x.shape[1]), x)

@@ -8,7 +8,7 @@ package follows from that line.
 
 from einconv_kfac.geometry.axis import Axis
 from einconv_kfac.geometry.geometry import Geometry
-from einconv_kfac.geometry.parsing import cached_geometry, conv_geometry, parse_geometry
+from einconv_kfac.geometry.parsing import conv_geometry, parse_geometry
 from einconv_kfac.geometry.spellings import (
     Padding,
     Sizes,
@@ -17,14 +17,16 @@ from einconv_kfac.geometry.spellings import (
     per_dimension,
     same_padding,
 )
-from einconv_kfac.geometry.transposed import conv_transpose_geometry, output_padding_of
+from einconv_kfac.geometry.transposed import (
+    conv_transpose_geometry,
+    output_padding_of,
+)
 
 __all__ = [
     "Axis",
     "Geometry",
     "Padding",
     "Sizes",
-    "cached_geometry",
     "conv_geometry",
     "conv_transpose_geometry",
     "hashable",

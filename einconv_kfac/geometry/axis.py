@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from einconv_kfac.geometry.spellings import as_integer, is_integer
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -18,8 +20,9 @@ class Axis:
         dilation: Input positions from one kernel entry to the next.
 
     Raises:
-        ValueError: If a size is not positive, the padding is negative, or the dilated
-            kernel does not fit into the padded input.
+        ValueError: If a size is not positive, the padding is negative on the left, or the
+            dilated kernel does not fit into the padded input.
+        TypeError: If a size is not an integer, or the padding is not a pair of them.
     """
 
     input_size: int
@@ -30,8 +33,10 @@ class Axis:
 
     def __post_init__(self) -> None:
         for name in ("input_size", "kernel_size", "stride", "dilation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+            as_integer(getattr(self, name), name, minimum=1)
+        pair = self.padding
+        if not isinstance(pair, tuple) or len(pair) != 2 or not all(map(is_integer, pair)):
+            raise TypeError(f"`padding` must be two integers (left, right), got {pair!r}.")
         if self.padding[0] < 0:
             raise ValueError(f"`padding` must not be negative, got {self.padding}.")
         if self.span > self.padded_size:
@@ -69,10 +74,13 @@ class Axis:
 
     def input_position(self, kernel: int, output: int) -> int:
         """Return ``output * S + kernel * D - p_left``; may be a position in the padding."""
+        as_integer(kernel, "kernel")
+        as_integer(output, "output")
         return output * self.stride + kernel * self.dilation - self.padding[0]
 
     def outputs(self, kernel: int) -> range:
         """Return the outputs for which kernel entry ``kernel`` meets an input, not padding."""
+        as_integer(kernel, "kernel")
         offset = kernel * self.dilation - self.padding[0]
         first = max(0, -(offset // self.stride))
         last = min(self.output_size - 1, (self.input_size - 1 - offset) // self.stride)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from einconv_kfac.geometry.axis import Axis
+from einconv_kfac.geometry.spellings import as_integer
 
 
 @dataclass(frozen=True)
@@ -13,15 +14,19 @@ class Geometry:
     """A convolution: its axes, outermost first, and its number of channel groups.
 
     Raises:
-        ValueError: If ``groups`` is not positive.
+        ValueError: If ``groups`` is not positive, or there is no axis.
+        TypeError: If ``groups`` is not an integer, or ``axes`` is not a tuple of `Axis`.
     """
 
     axes: tuple[Axis, ...]
     groups: int = 1
 
     def __post_init__(self) -> None:
-        if self.groups < 1:
-            raise ValueError(f"`groups` must be at least 1, got {self.groups}.")
+        as_integer(self.groups, "groups", minimum=1)
+        if not isinstance(self.axes, tuple) or not all(isinstance(a, Axis) for a in self.axes):
+            raise TypeError(f"`axes` must be a tuple of `Axis`, got {self.axes!r}.")
+        if not self.axes:
+            raise ValueError("`axes` must have at least one dimension, got ().")
 
     @property
     def ndim(self) -> int:
@@ -73,7 +78,9 @@ class Geometry:
 
         Raises:
             ValueError: If the groups do not divide the channels.
+            TypeError: If the channels are not an integer.
         """
+        as_integer(channels, name, minimum=0)
         if channels % self.groups:
             raise ValueError(f"`{name}` must be divisible by groups={self.groups}, got {channels}.")
         return channels // self.groups

@@ -10,9 +10,9 @@ from einconv_kfac.geometry.geometry import Geometry
 from einconv_kfac.geometry.spellings import (
     Padding,
     Sizes,
+    as_sizes,
     hashable,
     parse_padding,
-    per_dimension,
     same_padding,
     window_sizes,
 )
@@ -46,9 +46,8 @@ def conv_geometry(
     >>> conv_geometry((32, 28), kernel_size=3, stride=(2, 1), padding=1).output_size
     (16, 28)
     """
-    return cached_geometry(
-        tuple(input_size), *map(hashable, (kernel_size, stride, padding, dilation)), groups
-    )
+    options = (input_size, kernel_size, stride, padding, dilation, groups)
+    return cached_geometry(*map(hashable, options))
 
 
 def parse_geometry(
@@ -56,14 +55,15 @@ def parse_geometry(
     dilation: Sizes = 1, groups: int = 1,
 ) -> Geometry:  # fmt: skip
     """Return the convolution of `conv_geometry` without a cache, as graph tracing requires."""
-    ndim = len(input_size)
-    sizes = per_dimension(tuple(input_size), ndim, "input_size")
+    sizes = as_sizes(input_size, "input_size")
+    ndim = len(sizes)
     kernel, strides, steps = window_sizes(kernel_size, stride, dilation, ndim)
-    if padding == "same":
+    word = padding if isinstance(padding, str) else None
+    if word == "same":
         if any(s != 1 for s in strides):
             raise ValueError(f"`padding`='same' must come with stride 1, got stride {stride!r}.")
         sides = same_padding(kernel, steps, ndim)
-    elif padding == "valid":
+    elif word == "valid":
         sides = ((0, 0),) * ndim
     else:
         sides = parse_padding(padding, ndim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 Sizes: TypeAlias = int | Sequence[int]
@@ -12,6 +13,68 @@ Padding: TypeAlias = int | str | Sequence[int | tuple[int, int]]
 """One number, one number or ``(left, right)`` pair per dimension, or a word."""
 
 
+def is_integer(value: object) -> bool:
+    """Return whether a value is an integer of Python, NumPy or a graph's sizes, and no truth."""
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    return isinstance(value, Integral) or type(value).__name__ == "SymInt"
+
+
+def as_integer(value: Any, name: str, minimum: int | None = None) -> int:
+    """Return a value that must be an integer.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If it is below ``minimum``.
+    """
+    if type(value) is int and (minimum is None or value >= minimum):
+        return value  # the common case first: geometries are built for every call of `unfoldNd`
+    if not is_integer(value):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+    return int(value) if isinstance(value, Integral) else value
+
+
+def is_list(value: object) -> bool:
+    """Return whether a value is a sequence, and no word."""
+    if type(value) is tuple or type(value) is list:
+        return True
+    return isinstance(value, (tuple, list, Sequence)) and not isinstance(value, (str, bytes))
+
+
+def as_flag(value: Any, name: str) -> bool:
+    """Return a value that must be true or false, and no other.
+
+    Raises:
+        TypeError: If it is another.
+    """
+    if value is True or value is False:
+        return value
+    raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+
+def as_sizes(value: Any, name: str, minimum: int = 1) -> tuple[int, ...]:
+    """Return integers, one per dimension; a number is one dimension.
+
+    Raises:
+        TypeError: If the value is neither an integer nor a sequence of integers.
+        ValueError: If there is no entry, or one is below ``minimum``.
+    """
+    if type(value) is int and value >= minimum:
+        return (value,)
+    sizes = tuple(value) if is_list(value) else (value,)
+    if sizes and all(type(size) is int and size >= minimum for size in sizes):
+        return sizes
+    if not sizes:
+        raise ValueError(f"`{name}` must have at least one dimension, got {value!r}.")
+    if not all(map(is_integer, sizes)):
+        raise TypeError(f"`{name}` must be an integer or integers, got {value!r}.")
+    if any(size < minimum for size in sizes):
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value!r}.")
+    return tuple(as_integer(size, name) for size in sizes)
+
+
 def per_dimension(value: Sizes, ndim: int, name: str, minimum: int = 1) -> tuple[int, ...]:
     """Return ``value`` as one integer per dimension.
 
@@ -19,17 +82,12 @@ def per_dimension(value: Sizes, ndim: int, name: str, minimum: int = 1) -> tuple
         ValueError: If it has another length or an entry below ``minimum``.
         TypeError: If an entry is not an integer.
     """
-    if not isinstance(value, (int, Sequence)):
-        raise TypeError(f"`{name}` must be an integer or integers, got {value!r}.")
-    sizes = (value,) * ndim if isinstance(value, int) else tuple(value)
-    if len(sizes) == 1:
-        sizes = sizes * ndim
-    if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
-        raise TypeError(f"`{name}` must be an integer or integers, got {value!r}.")
+    as_integer(ndim, "ndim", minimum=1)
+    as_integer(minimum, "minimum")
+    sizes = as_sizes(value, name, minimum)
+    sizes = sizes * ndim if len(sizes) == 1 else sizes
     if len(sizes) != ndim:
         raise ValueError(f"`{name}` must have one entry per dimension ({ndim}), got {value!r}.")
-    if any(size < minimum for size in sizes):
-        raise ValueError(f"`{name}` must be at least {minimum}, got {value!r}.")
     return sizes
 
 
@@ -62,9 +120,12 @@ def parse_padding(padding: Padding, ndim: int) -> tuple[tuple[int, int], ...]:
         ValueError: If it is a word, has another length than ``ndim``, or is negative.
         TypeError: If an entry is not an integer.
     """
+    as_integer(ndim, "ndim", minimum=1)
     if isinstance(padding, str):
         raise ValueError(f"`padding` must be 'same', 'valid' or numbers, got {padding!r}.")
-    entries: tuple[Any, ...] = (padding,) if isinstance(padding, int) else tuple(padding)
+    if not is_list(padding) and not is_integer(padding):
+        raise TypeError(f"`padding` must be 'same', 'valid' or integers, got {padding!r}.")
+    entries: tuple[Any, ...] = tuple(padding) if is_list(padding) else (padding,)  # type: ignore[arg-type]
     entries = entries * ndim if len(entries) == 1 else entries
     if len(entries) != ndim:
         raise ValueError(f"`padding` must have one entry per dimension ({ndim}), got {padding!r}.")
@@ -73,12 +134,28 @@ def parse_padding(padding: Padding, ndim: int) -> tuple[tuple[int, int], ...]:
     return tuple((left, right) for left, right in sides)
 
 
+class NoSize:
+    """A value that is no size and no word, hashed by its identity; checks name the value."""
+
+    def __init__(self, value: object) -> None:
+        """Keep the value."""
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
 def hashable(value: Any) -> Any:
-    """Turn lists into tuples, nested ones too."""
-    if not isinstance(value, (list, tuple)):
+    """Return a spelling as a key of a cache: integers and tuples of them, nested ones too.
+
+    Equal keys have equal meanings: a truth or a float does not become the integer that it equals.
+    """
+    kind = type(value)
+    if kind is int or kind is str or value is None:
         return value
-    try:
-        hash(value)
-    except TypeError:
-        return tuple(map(hashable, value))
-    return value
+    if is_list(value):
+        for entry in value:
+            if type(entry) is not int:
+                return tuple(map(hashable, value))
+        return tuple(value)
+    return as_integer(value, "value") if is_integer(value) else NoSize(value)

@@ -9,6 +9,7 @@ from einconv_kfac.geometry.geometry import Geometry
 from einconv_kfac.geometry.spellings import (
     Padding,
     Sizes,
+    as_sizes,
     parse_padding,
     per_dimension,
     window_sizes,
@@ -31,11 +32,11 @@ def conv_transpose_geometry(
     >>> conv_transpose_geometry((7,), kernel_size=3, stride=2, output_padding=1).input_size
     (16,)
     """
-    ndim = len(input_size)
-    sizes = per_dimension(tuple(input_size), ndim, "input_size")
+    sizes = as_sizes(input_size, "input_size")
+    ndim = len(sizes)
     kernel, strides, steps = window_sizes(kernel_size, stride, dilation, ndim)
     extra = per_dimension(output_padding, ndim, "output_padding", minimum=0)
-    sides = ((0, 0),) * ndim if padding == "valid" else parse_padding(padding, ndim)
+    sides = transposed_padding(padding, ndim)
     for e, s, d in zip(extra, strides, steps):
         if e >= max(s, d):
             raise ValueError(
@@ -67,17 +68,31 @@ def output_padding_of(
     >>> output_padding_of(16, (7,), kernel_size=3, stride=2)
     (1,)
     """
-    ndim = len(input_size)
+    inputs = as_sizes(input_size, "input_size")
+    ndim = len(inputs)
     sizes = per_dimension(output_size, ndim, "output_size")
     kernel, strides, steps = window_sizes(kernel_size, stride, dilation, ndim)
-    sides = parse_padding(padding, ndim)
-    least = _least_sizes(input_size, kernel, strides, sides, steps)
+    sides = transposed_padding(padding, ndim)
+    least = _least_sizes(inputs, kernel, strides, sides, steps)
     largest = tuple(low + max(s, d) - 1 for low, s, d in zip(least, strides, steps))
     if not all(low <= size <= high for low, size, high in zip(least, sizes, largest)):
         raise ValueError(
             f"`output_size` must be between {least} and {largest}, got {output_size!r}."
         )
     return tuple(size - low for size, low in zip(sizes, least))
+
+
+def transposed_padding(padding: Padding, ndim: int) -> tuple[tuple[int, int], ...]:
+    """Return the padding of a transposed convolution as ``(left, right)`` per dimension.
+
+    Raises:
+        ValueError: If it is ``"same"``, which has no meaning there; as `parse_padding`.
+    """
+    if isinstance(padding, str) and padding != "valid":
+        raise ValueError(
+            f"`padding` must be 'valid' or numbers for a transposed convolution, got {padding!r}."
+        )
+    return ((0, 0),) * ndim if isinstance(padding, str) else parse_padding(padding, ndim)
 
 
 def _least_sizes(

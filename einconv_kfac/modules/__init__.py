@@ -5,5 +5,6 @@ from einconv_kfac.modules.conv_transpose import ConvTransposeNd
 from einconv_kfac.modules.conversion import convert
 from einconv_kfac.modules.fold import FoldNd
 from einconv_kfac.modules.unfold import UnfoldNd
+from einconv_kfac.modules.unfold_transpose import UnfoldTransposeNd
 
-__all__ = ["ConvNd", "ConvTransposeNd", "FoldNd", "UnfoldNd", "convert"]
+__all__ = ["ConvNd", "ConvTransposeNd", "FoldNd", "UnfoldNd", "UnfoldTransposeNd", "convert"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
+from einconv_kfac.expressions.shapes import check_tensor, spatial_size
 from einconv_kfac.functionals import convNd
 from einconv_kfac.geometry import (
     Padding,
@@ -16,7 +17,8 @@ from einconv_kfac.geometry import (
     per_dimension,
     same_padding,
 )
-from einconv_kfac.modules.parameters import adopt_
+from einconv_kfac.geometry.spellings import as_flag
+from einconv_kfac.modules.parameters import adopt_, check_options, check_sizes
 from einconv_kfac.padding import pad_input
 
 
@@ -45,6 +47,7 @@ class ConvNd(_ConvNd):
     Raises:
         ValueError: If a hyper-parameter is out of range, or the groups do not divide the
             channels.
+        TypeError: If an argument is of another type.
 
     >>> layer = ConvNd(4, 2, 3, kernel_size=3, padding="same")
     >>> layer(torch.rand(5, 2, 4, 4, 4, 4)).shape
@@ -61,6 +64,8 @@ class ConvNd(_ConvNd):
         simplify: bool = True,
     ) -> None:  # fmt: skip
         """Check the hyper-parameters and initialise the parameters."""
+        check_sizes(N, (in_channels, out_channels), groups)
+        check_options(bias, padding_mode, device, dtype)
         kernel = per_dimension(kernel_size, N, "kernel_size")
         steps = per_dimension(dilation, N, "dilation")
         sides = _sides(padding, kernel, steps)
@@ -80,7 +85,7 @@ class ConvNd(_ConvNd):
             dtype=dtype,
         )
         self.N = N
-        self.simplify = simplify
+        self.simplify = as_flag(simplify, "simplify")
 
     @classmethod
     def from_nn_Conv(cls, conv_module: _ConvNd, simplify: bool = True) -> ConvNd:  # noqa: N802
@@ -122,6 +127,8 @@ class ConvNd(_ConvNd):
         """Convolve an input ``[n, (g ci), *i]`` into ``[n, (g co), *o]``."""
         padding: Padding = self.padding
         if self.padding_mode != "zeros":
+            check_tensor(x, "x")
+            spatial_size((1, *x.shape) if x.ndim == self.N + 1 else tuple(x.shape), "x")
             x = pad_input(x, _sides(padding, self.kernel_size, self.dilation), self.padding_mode)
             padding = 0
         options = (self.stride, padding, self.dilation, self.groups, self.simplify)
@@ -138,9 +145,10 @@ def _sides(
 ) -> tuple[tuple[int, int], ...]:
     """Return the padding left and right, per dimension."""
     ndim = len(kernel_size)
-    if padding == "same":
+    word = padding if isinstance(padding, str) else None
+    if word == "same":
         return same_padding(kernel_size, dilation, ndim)
-    return ((0, 0),) * ndim if padding == "valid" else parse_padding(padding, ndim)
+    return ((0, 0),) * ndim if word == "valid" else parse_padding(padding, ndim)
 
 
 def _concise(sides: tuple[tuple[int, int], ...]) -> Any:

@@ -10,14 +10,11 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from einconv_kfac.functionals import conv_transposeNd
-from einconv_kfac.geometry import (
-    Padding,
-    Sizes,
-    output_padding_of,
-    parse_padding,
-    per_dimension,
-)
-from einconv_kfac.modules.parameters import adopt_
+from einconv_kfac.geometry import Padding, Sizes, per_dimension
+from einconv_kfac.geometry.spellings import as_flag
+from einconv_kfac.geometry.transposed import transposed_padding
+from einconv_kfac.modules.output_size import output_padding_for
+from einconv_kfac.modules.parameters import adopt_, check_options, check_sizes
 
 
 class ConvTransposeNd(_ConvTransposeNd):
@@ -46,6 +43,7 @@ class ConvTransposeNd(_ConvTransposeNd):
     Raises:
         ValueError: If a hyper-parameter is out of range, or the groups do not divide the
             channels.
+        TypeError: If an argument is of another type.
 
     >>> layer = ConvTransposeNd(4, 2, 3, kernel_size=2, stride=2)
     >>> layer(torch.rand(5, 2, 2, 2, 2, 2)).shape
@@ -62,7 +60,9 @@ class ConvTransposeNd(_ConvTransposeNd):
         simplify: bool = True,
     ) -> None:  # fmt: skip
         """Check the hyper-parameters and initialise the parameters."""
-        sides = parse_padding(padding, N)
+        check_sizes(N, (in_channels, out_channels), groups)
+        check_options(bias, padding_mode, device, dtype, modes=("zeros",))
+        sides = transposed_padding(padding, N)
         same = all(left == right for left, right in sides)
         super().__init__(
             in_channels,
@@ -80,7 +80,7 @@ class ConvTransposeNd(_ConvTransposeNd):
             dtype=dtype,
         )
         self.N = N
-        self.simplify = simplify
+        self.simplify = as_flag(simplify, "simplify")
 
     @classmethod
     def from_nn_ConvTranspose(  # noqa: N802 (in line with from_nn_Conv)
@@ -119,12 +119,14 @@ class ConvTransposeNd(_ConvTransposeNd):
             x: The input.
             output_size: The output's positions ``i``, or its whole shape, instead of
                 ``output_padding``.
+
+        Raises:
+            ValueError: If the output cannot have that size, or as `conv_transposeNd`.
         """
         extra: Sizes = self.output_padding
         if output_size is not None:
-            sizes = tuple(output_size)[-self.N :]
             window = (self.kernel_size, self.stride, self.padding, self.dilation)
-            extra = output_padding_of(sizes, x.shape[-self.N :], *window)
+            extra = output_padding_for(output_size, x, self.N, window)
         options = (self.stride, self.padding, extra, self.groups, self.dilation, self.simplify)
         return conv_transposeNd(x, self.weight, self.bias, *options)
 

@@ -9,6 +9,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
+from einconv_kfac.geometry.spellings import as_flag
 from einconv_kfac.modules.conv import ConvNd
 from einconv_kfac.modules.conv_transpose import ConvTransposeNd
 
@@ -35,6 +36,9 @@ def convert(model: Model, simplify: bool = True) -> Model:
     Returns:
         The model.
 
+    Raises:
+        TypeError: If the model is no module, or ``simplify`` is not a truth value.
+
     >>> from torch.nn import Conv2d, ReLU, Sequential
     >>> convert(Sequential(Conv2d(1, 4, 3), ReLU()))
     Sequential(
@@ -42,6 +46,9 @@ def convert(model: Model, simplify: bool = True) -> Model:
       (1): ReLU()
     )
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {model!r}.")
+    as_flag(simplify, "simplify")
     counterparts: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

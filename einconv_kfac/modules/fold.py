@@ -6,6 +6,7 @@ from torch import Tensor
 
 from einconv_kfac.functionals import foldNd
 from einconv_kfac.geometry import Padding, Sizes
+from einconv_kfac.geometry.spellings import as_sizes
 from einconv_kfac.modules.windows import WindowsNd
 
 
@@ -20,6 +21,10 @@ class FoldNd(WindowsNd):
         stride: Input positions between windows.
         simplify: Whether to fold by views; otherwise the network is contracted as given.
 
+    Raises:
+        ValueError: If a hyper-parameter is out of range.
+        TypeError: If an argument is of another type.
+
     >>> import torch
     >>> FoldNd((5, 5, 5), 3, padding=1)(torch.rand(2, 108, 125)).shape
     torch.Size([2, 4, 5, 5, 5])
@@ -33,6 +38,7 @@ class FoldNd(WindowsNd):
     ) -> None:  # fmt: skip
         """Keep the hyper-parameters."""
         super().__init__(kernel_size, dilation, padding, stride, simplify)
+        as_sizes(output_size, "output_size")
         self.output_size = output_size
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,6 +19,10 @@ class UnfoldNd(WindowsNd):
         stride: Input positions between windows.
         simplify: Whether to unfold by views; otherwise the network is contracted as given.
 
+    Raises:
+        ValueError: If a hyper-parameter is out of range.
+        TypeError: If an argument is of another type.
+
     >>> import torch
     >>> UnfoldNd(3, padding=1)(torch.rand(2, 4, 5, 5, 5)).shape
     torch.Size([2, 108, 125])

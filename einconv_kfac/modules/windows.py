@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch.nn import Module
 
-from einconv_kfac.geometry import Padding, Sizes
+from einconv_kfac.geometry import Padding, Sizes, parse_padding
+from einconv_kfac.geometry.spellings import as_flag, as_sizes
 
 
 class WindowsNd(Module):
@@ -18,13 +19,18 @@ class WindowsNd(Module):
     def __init__(
         self, kernel_size: Sizes, dilation: Sizes, padding: Padding, stride: Sizes, simplify: bool
     ) -> None:
-        """Keep the hyper-parameters."""
+        """Check the hyper-parameters, as far as possible without an input, and keep them."""
+        sizes = {"kernel_size": kernel_size, "dilation": dilation, "stride": stride}
+        for name, value in sizes.items():
+            as_sizes(value, name)
+        if not isinstance(padding, str) or padding not in ("same", "valid"):
+            parse_padding(padding, len(padding) if isinstance(padding, (tuple, list)) else 1)
         super().__init__()
         self.kernel_size = kernel_size
         self.dilation = dilation
         self.padding = padding
         self.stride = stride
-        self.simplify = simplify
+        self.simplify = as_flag(simplify, "simplify")
 
     def extra_repr(self) -> str:
         """Return the hyper-parameters as torch's layers show them."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
-from einconv_kfac.geometry import cached_geometry
+from einconv_kfac.geometry.parsing import cached_geometry
 
 Result = TypeVar("Result")
 

@@ -31,13 +31,16 @@ def parse_equation(text: str) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """Read the indices of the operands and of the output from an equation.
 
     Raises:
-        ValueError: If the equation is not explicit, or has anything but letters as indices.
+        ValueError: If the equation is not explicit, has anything but letters as indices, or has
+            an index twice in the output.
     """
     left, arrow, right = text.replace(" ", "").partition("->")
     operands = [tuple(indices) for indices in left.split(",")]
     letters = set("".join(left.split(",")) + right)
     if not arrow or not letters <= set(ascii_letters):
         raise ValueError(f"`equation` must be like 'ij,jk->ik', got {text!r}.")
+    if len(set(right)) != len(right):
+        raise ValueError(f"`equation` must have an output index once, got {text!r}.")
     return operands, tuple(right)
 
 

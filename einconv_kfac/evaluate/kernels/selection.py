@@ -50,8 +50,22 @@ def others(role: str) -> tuple[str, str]:
     return first, second
 
 
+def result_shape(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> tuple[int, ...]:
+    """Return the shape of the tensor contracted from two others."""
+    if role == "v":
+        return first.shape[0], second.shape[0], *geometry.output_size
+    if role == "x":
+        return second.shape[0], geometry.groups * first.shape[1], *geometry.input_size
+    return second.shape[1], first.shape[1] // geometry.groups, *geometry.kernel_size
+
+
 def contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
-    """Contract two tensors of a convolution to the third, without derivatives."""
+    """Contract two tensors of a convolution to the third, without derivatives.
+
+    The kernels have no case for tensors without entries, of which the result is zero.
+    """
+    if 0 in (first.numel(), second.numel()):
+        return first.new_zeros(result_shape(geometry, role, first, second))
     return contraction(geometry, role, first, second)(
         geometry, first.contiguous(), second.contiguous()
     )
@@ -60,7 +74,7 @@ def contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Te
 def contraction(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Contraction:
     """Return the fastest contraction for the sizes."""
     groups = geometry.groups
-    if geometry.ndim > stacked.TORCH_AXES:
+    if geometry.ndim > stacked.TORCH_AXES and first.is_floating_point():
         return STACKED[role]
     if groups == 1 or first.element_size() < 4:
         return DENSE[role]

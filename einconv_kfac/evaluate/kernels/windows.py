@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import Tensor
 
 from einconv_kfac.geometry import Axis, Geometry
@@ -21,7 +23,8 @@ def unfold(geometry: Geometry, x: Tensor) -> Tensor:
 def fold(geometry: Geometry, columns: Tensor) -> Tensor:
     """Return ``z[n,(c k),(o)] P[k,o,i] -> [n,c,i]``, the adjoint of `unfold`."""
     kernel, output = geometry.kernel_size, geometry.output_size
-    z = columns.reshape(columns.shape[0], -1, *kernel, *output)
+    channels = columns.shape[1] // prod(kernel)
+    z = columns.reshape(columns.shape[0], channels, *kernel, *output)
     for remaining, axis in zip(range(geometry.ndim, 0, -1), geometry.axes):
         z = fold_axis(z, 2, 2 + remaining, axis.dilation, axis.stride)  # [n, c, k1 .., i0, o1 ..]
         z = z.movedim(1 + remaining, -1)  # [n, c, k1 .., o1 .., i0]
