@@ -14,7 +14,7 @@ from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.estimation.forward import Evaluation
 from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments
 from einconv_kfac.curvature.factors.approximation import Approximation
-from einconv_kfac.curvature.losses import check_reduction, loss_rule
+from einconv_kfac.curvature.losses import check_reduction, has_targets, loss_rule
 
 Fisher: TypeAlias = Literal["mc", "empirical", "exact", "forward-only"]
 
@@ -27,7 +27,12 @@ class FisherEstimator:
         loss_fn: The loss module.
         fisher: ``"mc"`` draws root vectors of the loss Hessian, as from targets sampled from
             the model; ``"exact"`` takes every direction of the loss Hessian; ``"empirical"``
-            takes the given targets; ``"forward-only"`` sets ``B`` to the identity.
+            takes the given targets; ``"forward-only"`` sets ``B`` to the identity. Where the
+            loss of an example is a mean over ``T`` terms (pixels, tokens or output entries),
+            ``"empirical"`` is of the order of ``1/T`` of the others: it is the outer product of
+            the example's gradient, ``1/T^2 (sum_t g_t)(sum_t g_t)^T`` for the gradients ``g_t``
+            of its terms, where the Fisher is ``1/T sum_t E[g_t g_t^T]``. A damping has to be
+            chosen accordingly. It is not rescaled, as in curvlinops.
         mc_samples: Number of samples per example for ``"mc"``.
         approximation: ``"expand"`` or ``"reduce"``.
 
@@ -71,7 +76,9 @@ class FisherEstimator:
         evaluation: Evaluation,
         generator: Generator,
     ) -> None:
-        """Add one batch to the moments.
+        """Add one batch to the moments, unless no target of it counts.
+
+        The mean over such a batch (of padding, or of classes without weight) is ``0 / 0``.
 
         Args:
             moments: By layer name.
@@ -79,6 +86,8 @@ class FisherEstimator:
             evaluation: Model output, target, and the loss of the two.
             generator: Draws the samples for ``"mc"``; the global random state does not change.
         """
+        if not has_targets(self.loss_fn, evaluation.output, evaluation.target):
+            return
         if self.fisher == "forward-only":
             for name, own in _by_layer(calls).items():
                 moments[name].add_inputs_(own)
