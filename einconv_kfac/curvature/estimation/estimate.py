@@ -51,8 +51,9 @@ def kronecker_factors(
 
     Args:
         model: The model.
-        loss_fn: The loss module, with reduction ``"mean"``, ``"batchmean"`` or ``"sum"``. If it is a submodule
-            of the model, which then computes its loss itself, it is not called again.
+        loss_fn: The loss module, with reduction ``"mean"``, ``"batchmean"`` or ``"sum"``. If it
+            is a submodule of the model, which then computes its loss itself, it is not called
+            again.
         data: Batches ``(x, y)``. An ``x`` that is a tuple, list or mapping is passed as
             positional or keyword arguments. A tuple ``y`` is passed as several targets.
         fisher: See `FisherEstimator`, as for the next two.

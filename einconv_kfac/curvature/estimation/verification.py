@@ -196,7 +196,7 @@ def _loss_scale(loss_fn: nn.Module, output: Tensor, target: Any, roots: Sequence
     generator = torch.Generator(output.device).manual_seed(0)
     signs = torch.randint(2, output.shape, generator=generator, device=output.device)
     u = (2 * signs - 1).to(output.dtype)
-    _, tangent = torch.func.jvp(link, (scores,), (u,))
+    tangent = torch.func.jvp(link, (scores,), (u,))[1]
     products = torch.stack([(root * tangent).reshape(len(u), -1).sum(1) for root in roots])
     entries = scores.detach().requires_grad_()
     value = loss_fn.forward(link(entries), *targets_of(target))

@@ -52,21 +52,20 @@ def filled(p: Tensor, weights: Tensor, dim: int = 1) -> Tensor:
     return p.masked_fill((weights == 0).unsqueeze(dim), 1 / p.shape[dim])
 
 
-def is_normalized(p: Tensor, output: Tensor, dim: int = 1) -> Tensor:
+def is_normalized(p: Tensor, output: Tensor, dim: int = 1) -> bool:
     """Return whether ``p``, computed from ``output``, sums to one along a dimension."""
     is_low = output.dtype != precise_type(output)
     error = (p.sum(dim) - 1).abs()
-    return ~(error > _NORMALIZATION[is_low]).any()  # NaN is for others to find
+    return not bool((error > _NORMALIZATION[is_low]).any())  # NaN shows in the loss
 
 
-def check_normalized(is_normalized: object) -> None:
-    """Raise a ``ValueError`` unless log-probabilities are normalised."""
-    if not is_normalized:
-        raise ValueError(
-            "The model's output must be log-probabilities, as from `log_softmax` along the "
-            "classes, got exponentials that do not sum to 1. Apply `log_softmax`; "
-            "fisher='empirical' takes any output."
-        )
+def not_normalized() -> ValueError:
+    """Return the error for an output whose exponentials are no probabilities."""
+    return ValueError(
+        "The model's output must be log-probabilities, as from `log_softmax` along the classes, "
+        "got exponentials that do not sum to 1. Apply `log_softmax`; fisher='empirical' takes "
+        "any output."
+    )
 
 
 def label_weights(
@@ -85,5 +84,5 @@ def class_weights(loss: nn.CrossEntropyLoss | nn.NLLLoss, output: Tensor) -> Ten
     """Return the weight of each class, ``[c]``, in at least float32."""
     precise, weight = precise_type(output), loss.weight
     if weight is None:
-        return output.new_ones(output.shape[1], dtype=precise)
+        return output.new_ones(output.shape[min(1, output.ndim - 1)], dtype=precise)
     return weight.detach().to(output.device, precise)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.losses.loss_call import (
     in_precision,
     precise_type,
+    targets_in_precision,
     targets_of,
 )
 from einconv_kfac.curvature.losses.loss_registry import found_rule
@@ -22,9 +23,15 @@ def curvature_products(
 ) -> list[Tensor]:
     """Return the curvature of a loss at ``output [n, *f]`` times vectors ``[n, *f]``.
 
-    It is the Hessian of the loss by autograd, or the Fisher information where the rule for the
-    loss states that: for probabilities and log-probabilities. The Hessian of the former is not
-    that by the scores, and that of the latter vanishes.
+    It is the Hessian of the loss by autograd, or the Fisher information for probabilities and
+    log-probabilities (``BCELoss``, ``NLLLoss``, ``KLDivLoss``), whose Hessian at the output is
+    not that by the scores, or vanishes. Scores of ``-inf`` have no curvature.
+
+    Args:
+        loss: The loss; no hook of it is called.
+        output: The output.
+        target: The target, or a tuple of several.
+        vectors: The vectors.
 
     Returns:
         The products ``[n, *f]``, in at least float32.
@@ -32,12 +39,14 @@ def curvature_products(
     precise, rule = precise_type(output), found_rule(loss)
     vectors = [vector.to(precise) for vector in vectors]
     if isinstance(rule, TorchLossRule):
-        found = [rule.fisher_product(loss, output.detach(), target, v) for v in vectors]
-        if None not in found:
+        found = [rule.closed_product(loss, output.detach(), target, v) for v in vectors]
+        if all(product is not None for product in found):
             return [product for product in found if product is not None]
+    targets = targets_in_precision(targets_of(target), precise)
     with torch.enable_grad():
-        entries = output.detach().to(precise).requires_grad_()
-        value = in_precision(loss, precise).forward(entries, *targets_of(target))
+        finite = output.detach().to(precise).clamp_min(torch.finfo(precise).min)
+        entries = finite.requires_grad_()
+        value = in_precision(loss, precise).forward(entries, *targets)
         (slope,) = torch.autograd.grad(value, entries, create_graph=True)
     if not slope.requires_grad:
         return [torch.zeros_like(vector) for vector in vectors]

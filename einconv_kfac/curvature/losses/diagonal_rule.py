@@ -60,11 +60,7 @@ class DiagonalRule(TorchLossRule):
         """Return the root of the diagonal in the data type of the output."""
         return self.diagonal(loss, output, target, weights).sqrt().to(output.dtype)
 
-
-class FisherRule(DiagonalRule):
-    """A likelihood whose Fisher information at the output is diagonal, but not its Hessian."""
-
-    def fisher_product(self, loss: Any, output: Tensor, target: Any, v: Tensor) -> Tensor:
+    def closed_product(self, loss: Any, output: Tensor, target: Any, v: Tensor) -> Tensor | None:
         """See `TorchLossRule`."""
         diagonal = self.diagonal(loss, output, target)
         return diagonal * v.to(diagonal)

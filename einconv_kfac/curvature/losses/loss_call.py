@@ -109,6 +109,16 @@ def in_precision(loss: nn.Module, dtype: torch.dtype) -> nn.Module:
     return result
 
 
+def targets_in_precision(targets: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return targets whose floating-point tensors have at least a type."""
+    return tuple(
+        t.to(torch.promote_types(t.dtype, dtype))
+        if isinstance(t, Tensor) and t.is_floating_point()
+        else t
+        for t in targets
+    )
+
+
 def weighted_entries(
     loss: nn.Module, values: Tensor, divisor: Tensor | int, weights: Tensor | None
 ) -> Tensor:

@@ -80,8 +80,10 @@ def has_targets(loss: object, output: Any, target: Any) -> bool:
     """
     if not isinstance(output, Tensor) or output.numel() == 0:
         return not isinstance(output, Tensor)
-    rule = found_rule(loss) if isinstance(loss, nn.Module) else None
-    if not isinstance(rule, TorchLossRule):
+    if not isinstance(loss, nn.Module):
+        return True
+    rule = found_rule(loss)
+    if not isinstance(rule, TorchLossRule) or not rule.is_own(loss):
         return True
     return bool(rule.divisor(loss, output, target) != 0)
 
@@ -108,6 +110,7 @@ def _rule(loss: nn.Module) -> LossRule:
             f"`loss_fn` must be one of {known}, got {type(loss).__name__}. fisher='empirical' "
             "takes any loss; `register_loss` adds a rule."
         )
-    if isinstance(rule, TorchLossRule):
-        rule.check(loss)
+    fault = rule.fault(loss) if isinstance(rule, TorchLossRule) else None
+    if fault is not None:
+        raise ValueError(f"{fault}; fisher='empirical' takes any loss.")
     return rule

@@ -114,12 +114,17 @@ class TorchLossRule(ABC):
     ) -> Tensor:
         """See `WeightedLossRule`."""
 
-    def fisher_product(self, loss: Any, output: Tensor, target: Any, v: Tensor) -> Tensor | None:
-        """Return the Fisher information times ``v [n, *f]``, or ``None`` for the Hessian."""
+    def closed_product(self, loss: Any, output: Tensor, target: Any, v: Tensor) -> Tensor | None:
+        """Return the curvature times ``v [n, *f]``, or ``None`` for the Hessian by autograd."""
         return None
 
-    def check(self, loss: Any) -> None:
-        """Raise a ``ValueError`` if options of a loss leave it without curvature."""
+    def fault(self, loss: Any) -> str | None:
+        """Return why the options of a loss leave it without curvature, or ``None``."""
+        return None
+
+    def is_own(self, loss: nn.Module) -> bool:
+        """Return whether the loss is torch's own, not a subclass that takes other targets."""
+        return any(type(loss).forward is kind.forward for kind in self.kinds)
 
     def divisor(self, loss: Any, output: Tensor, target: Any) -> Tensor | int:
         """Return what a mean divides the sum of the terms by; zero if no target counts."""

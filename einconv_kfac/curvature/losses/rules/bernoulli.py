@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor, nn
 
-from einconv_kfac.curvature.losses.diagonal_rule import FisherRule
+from einconv_kfac.curvature.losses.diagonal_rule import DiagonalRule
 from einconv_kfac.curvature.losses.loss_call import (
     check_batch,
     check_not_negative,
@@ -25,7 +25,7 @@ def _events(generator: Generator) -> tuple[Tensor, Tensor]:
     return scores[0], scores[1].sigmoid()
 
 
-class BernoulliRule(FisherRule):
+class BernoulliRule(DiagonalRule):
     """``torch.nn.BCELoss``: the Fisher information of a probability is ``c / (p (1 - p))``.
 
     It gives the model the same curvature as ``BCEWithLogitsLoss`` does. The Hessian by the

@@ -81,8 +81,9 @@ class CrossEntropyRule(TorchLossRule):
 
     def divisor(self, loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> Tensor | int:
         """See `TorchLossRule`."""
-        check_scores(output)
-        return _terms(loss, output, target)[1]
+        if target.is_floating_point():
+            return target.numel()
+        return label_weights(loss, output, target)[0].sum()
 
 
 def _distributions(

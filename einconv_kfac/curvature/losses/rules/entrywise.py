@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -14,6 +14,7 @@ from einconv_kfac.curvature.losses.loss_call import (
     constant_targets,
     in_precision,
     precise_type,
+    targets_in_precision,
     unreduced,
 )
 from einconv_kfac.curvature.losses.loss_rule import LossExample
@@ -41,7 +42,7 @@ class EntrywiseRule(DiagonalRule):
     weight and reduction they have.
     """
 
-    kinds = (
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (
         nn.MSELoss,
         nn.BCEWithLogitsLoss,
         nn.PoissonNLLLoss,
@@ -49,7 +50,7 @@ class EntrywiseRule(DiagonalRule):
         nn.HuberLoss,
         nn.MultiLabelSoftMarginLoss,
     )
-    examples = (
+    examples: ClassVar[tuple[LossExample, ...]] = (
         LossExample(nn.MSELoss, _regression),
         LossExample(nn.BCEWithLogitsLoss, _regression),
         LossExample(nn.PoissonNLLLoss, _regression),
@@ -66,7 +67,7 @@ class EntrywiseRule(DiagonalRule):
         check_batch(output, targets[0])
         precise = precise_type(output)
         if precise != output.dtype:
-            loss, targets = in_precision(loss, precise), _in_precision(targets, precise)
+            loss, targets = in_precision(loss, precise), targets_in_precision(targets, precise)
         with torch.enable_grad():
             entries = output.detach().to(precise).requires_grad_()
             value = _value(loss, entries, targets, weights)
@@ -79,6 +80,12 @@ class EntrywiseRule(DiagonalRule):
         (curvature,) = torch.autograd.grad(slope.sum(), entries)
         return _not_negative(curvature, slope.detach(), loss)
 
+    def closed_product(
+        self, loss: nn.Module, output: Tensor, target: Any, v: Tensor
+    ) -> Tensor | None:
+        """See `TorchLossRule`."""
+        return None
+
 
 class SmoothL1Rule(EntrywiseRule):
     """``torch.nn.SmoothL1Loss``, quadratic for errors below ``beta``."""
@@ -86,13 +93,14 @@ class SmoothL1Rule(EntrywiseRule):
     kinds = (nn.SmoothL1Loss,)
     examples = (LossExample(nn.SmoothL1Loss, _regression),)
 
-    def check(self, loss: nn.SmoothL1Loss) -> None:
+    def fault(self, loss: nn.SmoothL1Loss) -> str | None:
         """See `TorchLossRule`; with ``beta=0`` the loss is an absolute error."""
-        if loss.beta == 0:
-            raise ValueError(
-                "`loss_fn.beta` must be positive for a loss with curvature, got SmoothL1Loss with "
-                "beta=0, which is L1Loss. Pass a positive beta; fisher='empirical' takes any loss."
-            )
+        if loss.beta > 0:
+            return None
+        return (
+            "`loss_fn.beta` must be positive for a loss with curvature, got SmoothL1Loss with "
+            "beta=0, which is L1Loss. Pass a positive beta"
+        )
 
 
 def _value(
@@ -104,16 +112,6 @@ def _value(
         return value
     terms: Tensor = unreduced(loss).forward(entries, *targets)
     return (terms * checked_weights(weights, terms)).sum()
-
-
-def _in_precision(targets: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    """Return targets whose floating-point tensors have at least the type."""
-    return tuple(
-        t.to(torch.promote_types(t.dtype, dtype))
-        if isinstance(t, Tensor) and t.is_floating_point()
-        else t
-        for t in targets
-    )
 
 
 def _not_negative(curvature: Tensor, slope: Tensor, loss: nn.Module) -> Tensor:

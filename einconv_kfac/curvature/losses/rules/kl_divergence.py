@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.losses.class_scores import (
-    check_normalized,
+    check_scores,
     filled,
     is_normalized,
+    not_normalized,
 )
-from einconv_kfac.curvature.losses.diagonal_rule import FisherRule
+from einconv_kfac.curvature.losses.diagonal_rule import DiagonalRule
 from einconv_kfac.curvature.losses.loss_call import (
     check_batch,
     check_not_negative,
@@ -35,7 +36,7 @@ def _log_distributions(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return scores[0], scores[1].log_softmax(dim=-1)
 
 
-class KullbackLeiblerRule(FisherRule):
+class KullbackLeiblerRule(DiagonalRule):
     """``torch.nn.KLDivLoss`` on log-probabilities.
 
     The loss is linear in the output, like ``NLLLoss``. The Fisher information of a term with
@@ -76,6 +77,7 @@ class KullbackLeiblerRule(FisherRule):
 
 def _targets(loss: nn.KLDivLoss, output: Tensor, target: Tensor) -> Tensor:
     """Return the target distributions, ``[n, *f]``, in at least float32."""
+    check_scores(output)
     check_batch(output, target)
     target = target.to(precise_type(output))
     return target.exp() if loss.log_target else target
@@ -93,7 +95,8 @@ def _class_dim(output: Tensor, q: Tensor, entries: Tensor) -> int:
     """
     p = output.to(q).exp()
     dims = [d for d in range(1, p.ndim) if is_normalized(filled(p, entries.sum(d), d), output, d)]
-    check_normalized(dims)
+    if not dims:
+        raise not_normalized()
     if len(dims) > 1:
         dims = [d for d in dims if is_normalized(q, output, d)] or dims
     return dims[0]

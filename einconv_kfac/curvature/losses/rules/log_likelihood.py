@@ -8,14 +8,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from einconv_kfac.curvature.losses.class_scores import (
-    check_normalized,
     check_scores,
     drawn,
     filled,
     is_normalized,
     label_weights,
+    not_normalized,
 )
-from einconv_kfac.curvature.losses.diagonal_rule import FisherRule
+from einconv_kfac.curvature.losses.diagonal_rule import DiagonalRule
 from einconv_kfac.curvature.losses.loss_call import (
     check_not_negative,
     constant_targets,
@@ -31,7 +31,7 @@ def _labels(generator: Generator) -> tuple[Tensor, Tensor]:
     return scores, torch.randint(3, (6,), generator=generator)
 
 
-class LogLikelihoodRule(FisherRule):
+class LogLikelihoodRule(DiagonalRule):
     """``torch.nn.NLLLoss`` on log-probabilities.
 
     The loss is linear in the output, so its Hessian vanishes; the Fisher information of a
@@ -67,7 +67,6 @@ class LogLikelihoodRule(FisherRule):
 
     def divisor(self, loss: nn.NLLLoss, output: Tensor, target: Tensor) -> Tensor:
         """See `TorchLossRule`."""
-        check_scores(output)
         return label_weights(loss, output, target)[0].sum()
 
     def canonical(self, loss: nn.NLLLoss, output: Tensor, target: Tensor) -> tuple[Tensor, Link]:
@@ -85,5 +84,6 @@ def _distributions(
     terms = weighted_entries(loss, own, own.sum(), weights)
     check_not_negative("The class weights of `loss_fn`", terms)
     p = filled(output.to(precise_type(output)).exp(), terms)
-    check_normalized(is_normalized(p, output))
+    if not is_normalized(p, output):
+        raise not_normalized()
     return p, terms
