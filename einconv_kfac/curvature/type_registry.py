@@ -21,7 +21,7 @@ def defined_classes(package: ModuleType, kind: type[Any]) -> list[type[Any]]:
 
     >>> from einconv_kfac.curvature.losses import rules
     >>> [cls.__name__ for cls in defined_classes(rules, object)][:2]
-    ['BernoulliRule', 'CrossEntropyRule']
+    ['CrossEntropyRule', 'EntrywiseRule']
     """
     names = [file.name for file in iter_modules(package.__path__, f"{package.__name__}.")]
     return [
