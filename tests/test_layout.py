@@ -42,8 +42,8 @@ FLOORS: Mapping[str, Sequence[set[str]]] = {
     ),
     "curvature": (
         {"devices", "type_registry", "text_table"},
-        {"blocks", "factors", "losses", "objective"},
-        {"layers"},
+        {"blocks", "factors", "losses"},
+        {"layers", "objective"},
         {"estimation"},
         {"interop"},
     ),

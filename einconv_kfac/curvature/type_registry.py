@@ -20,8 +20,8 @@ def defined_classes(package: ModuleType, kind: type[Any]) -> list[type[Any]]:
     The order is that of the file names, and within a file that of the definitions.
 
     >>> from einconv_kfac.curvature.losses import rules
-    >>> [cls.__name__ for cls in defined_classes(rules, object)]
-    ['CrossEntropyRule', 'EntrywiseRule', 'LogLikelihoodRule']
+    >>> [cls.__name__ for cls in defined_classes(rules, object)][:2]
+    ['CrossEntropyRule', 'EntrywiseRule']
     """
     names = [file.name for file in iter_modules(package.__path__, f"{package.__name__}.")]
     return [

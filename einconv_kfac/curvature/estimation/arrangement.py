@@ -101,7 +101,7 @@ def arrange(
         ValueError: If a call is not a batch, or a hook may have changed its output.
     """
     for call in calls:
-        _check_call(call)
+        check_call(call)
     signatures = _signatures(calls, examples)
     new = [i for i, signature in enumerate(signatures) if signature not in layouts]
     if new and examples > 1:
@@ -121,7 +121,7 @@ def arrange(
     ]
 
 
-def _check_call(call: LayerCall) -> None:
+def check_call(call: LayerCall) -> None:
     """Raise a ``ValueError`` if a call does not show what a layer computes for a batch."""
     kind = type(call.module).__name__
     if not call.is_batch:

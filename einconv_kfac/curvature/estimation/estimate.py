@@ -43,16 +43,21 @@ def kronecker_factors(
         expand:  A = 1/N sum_{n,s} a a^T,     B = 1/(N S) sum_{n,s} g g^T
         reduce:  A = 1/N sum_n abar abar^T,   B = 1/N sum_n gsum gsum^T
 
-    (Grosse and Martens, 2016; Eschenhagen et al., 2023), times ``N`` for a sum loss. The
-    model does not change: gradients, buffers, training flags and the random state are restored.
+    (Grosse and Martens, 2016; Eschenhagen et al., 2023), times ``N`` for a sum loss. A batch in
+    which no target counts, since every label is ignored or of a class without weight, is left
+    out of all averages, as if it were not in the data. For fisher='empirical' and a mean over
+    ``T`` terms per example, the block is of the order of ``1/T`` of the others, see
+    `FisherEstimator`. The model does not change: gradients, buffers, training flags and the
+    random state are restored.
 
     Args:
         model: The model.
-        loss_fn: The loss module, with reduction ``"mean"`` or ``"sum"``. If it is a submodule
-            of the model, which then computes its loss itself, it is not called again. A function
-            of output and target, such as ``torch.nn.functional.cross_entropy``, is a mean over
-            examples; its curvature is read off the autograd graph. ``None`` stands for a loss
-            that ``forward``, or else the model, returns.
+        loss_fn: The loss module, with reduction ``"mean"``, ``"batchmean"`` or ``"sum"``. If it
+            is a submodule of the model, which then computes its loss itself, it is not called
+            again. A function of output and target, such as
+            ``torch.nn.functional.cross_entropy``, is a mean over examples; its curvature is read
+            off the autograd graph. ``None`` stands for a loss that ``forward``, or else the
+            model, returns.
         data: Batches ``(x, y)``. An ``x`` that is a tuple, list or mapping is passed as
             positional or keyword arguments. A tuple ``y`` is passed as several targets.
         fisher: See `FisherEstimator`, as for the next two.

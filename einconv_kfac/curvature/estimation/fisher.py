@@ -10,10 +10,11 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Generator, Tensor
 
-from einconv_kfac.curvature.estimation.arrangement import ArrangedCall, Layouts, arrange
+from einconv_kfac.curvature.estimation.arrangement import ArrangedCall, Layouts, arrange, check_call
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
+from einconv_kfac.curvature.estimation.evaluation import Evaluation, loss_gradients
 from einconv_kfac.curvature.estimation.example_layout import only
-from einconv_kfac.curvature.estimation.forward import Evaluation, Loss, loss_gradients
+from einconv_kfac.curvature.estimation.forward import Loss
 from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.losses.loss_call import is_sum
@@ -31,7 +32,12 @@ class FisherEstimator:
             autograd graph.
         fisher: ``"mc"`` draws root vectors of the loss Hessian, as from targets sampled from
             the model; ``"exact"`` takes every direction of the loss Hessian; ``"empirical"``
-            takes the given targets; ``"forward-only"`` sets ``B`` to the identity.
+            takes the given targets; ``"forward-only"`` sets ``B`` to the identity. Where the
+            loss of an example is a mean over ``T`` terms (pixels, tokens or output entries),
+            ``"empirical"`` is of the order of ``1/T`` of the others: it is the outer product of
+            the example's gradient, ``1/T^2 (sum_t g_t)(sum_t g_t)^T`` for the gradients ``g_t``
+            of its terms, where the Fisher is ``1/T sum_t E[g_t g_t^T]``. A damping has to be
+            chosen accordingly. It is not rescaled, as in curvlinops.
         mc_samples: Number of samples per example for ``"mc"``.
         approximation: ``"expand"`` or ``"reduce"``.
 
@@ -73,7 +79,9 @@ class FisherEstimator:
         evaluation: Evaluation,
         generator: Generator,
     ) -> None:
-        """Add one batch to the moments.
+        """Add one batch to the moments, unless no target of it counts.
+
+        The mean over such a batch (of padding, or of classes without weight) is ``0 / 0``.
 
         Args:
             moments: By layer name.
@@ -81,6 +89,10 @@ class FisherEstimator:
             evaluation: Model output, target, and the loss of the two.
             generator: Draws the samples for ``"mc"``; the global random state does not change.
         """
+        if evaluation.is_empty:
+            for call in calls:
+                check_call(call)
+            return
         if self.fisher == "forward-only":
             reached = reached_nodes(evaluation.outputs)
             used = [call for call in calls if call.output.node in reached]

@@ -18,7 +18,7 @@ from einconv_kfac.curvature.estimation.forward import Forward, evaluated, uncomp
 from einconv_kfac.curvature.estimation.preservation import undisturbed
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.coverage import Coverage, coverage
-from einconv_kfac.curvature.losses import loss_rule
+from einconv_kfac.curvature.losses import canonical_scores, loss_rule
 from einconv_kfac.curvature.losses.loss_call import targets_of
 from einconv_kfac.curvature.text_table import table
 
@@ -53,8 +53,9 @@ class Verification:
         layers: One entry per layer.
         loss_scale: The loss Hessian at the output along a random vector, from root vectors,
             divided by the same from autograd. It is 1 if the rule describes the loss, its
-            weights and its reduction; NaN for a loss that is linear in the output
-            (``NLLLoss``).
+            weights and its reduction. For probabilities and log-probabilities (``BCELoss``,
+            ``NLLLoss``, ``KLDivLoss``) both are by the scores, where the Fisher information is
+            the Hessian. NaN if autograd finds no curvature.
         gaps: Parameters that no block covers.
     """
 
@@ -187,13 +188,19 @@ def _ratio(value: Tensor, reference: Tensor) -> float:
 
 
 def _loss_scale(loss_fn: nn.Module, output: Tensor, target: Any, roots: Sequence[Tensor]) -> float:
-    """Return ``u^T H u`` from root vectors over the same from autograd, for random signs ``u``."""
+    """Return ``u^T H u`` from root vectors over the same from autograd, for random signs ``u``.
+
+    ``H`` is the Hessian by scores of which the output is a function; for most losses they are
+    the output.
+    """
+    scores, link = canonical_scores(loss_fn, output, target)
     generator = torch.Generator(output.device).manual_seed(0)
     signs = torch.randint(2, output.shape, generator=generator, device=output.device)
     u = (2 * signs - 1).to(output.dtype)
-    products = torch.stack([(root * u).reshape(len(u), -1).sum(1) for root in roots])
-    entries = output.detach().requires_grad_()
-    value = loss_fn.forward(entries, *targets_of(target))
+    tangent = torch.func.jvp(link, (scores,), (u,))[1]
+    products = torch.stack([(root * tangent).reshape(len(u), -1).sum(1) for root in roots])
+    entries = scores.detach().requires_grad_()
+    value = loss_fn.forward(link(entries), *targets_of(target))
     (slope,) = torch.autograd.grad(value, entries, create_graph=True)
     if not slope.requires_grad:
         return float("nan")

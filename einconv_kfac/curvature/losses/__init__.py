@@ -1,16 +1,34 @@
 """The curvature of losses with respect to the model's output."""
 
-from einconv_kfac.curvature.losses.loss_call import check_reduction, evaluate_loss
-from einconv_kfac.curvature.losses.loss_registry import has_rule, loss_rule, register_loss
-from einconv_kfac.curvature.losses.loss_rule import LossRule
+from einconv_kfac.curvature.losses.curvature_products import curvature_products
+from einconv_kfac.curvature.losses.loss_call import (
+    check_reduction,
+    depends_on_parameters,
+    evaluate_loss,
+)
+from einconv_kfac.curvature.losses.loss_registry import (
+    canonical_scores,
+    has_rule,
+    has_targets,
+    loss_rule,
+    register_loss,
+    weighted_loss_rule,
+)
+from einconv_kfac.curvature.losses.loss_rule import LossRule, WeightedLossRule
 from einconv_kfac.curvature.losses.rules.entrywise import EntrywiseRule
 
 __all__ = [
     "EntrywiseRule",
     "LossRule",
+    "WeightedLossRule",
+    "canonical_scores",
     "check_reduction",
+    "curvature_products",
+    "depends_on_parameters",
     "evaluate_loss",
     "has_rule",
+    "has_targets",
     "loss_rule",
     "register_loss",
+    "weighted_loss_rule",
 ]

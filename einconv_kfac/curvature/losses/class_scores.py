@@ -8,10 +8,15 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from einconv_kfac.curvature.losses.loss_call import precise_type
+
+_NORMALIZATION = 0.1, 0.3
+"""How far probabilities may be from a sum of one: in float32 and above, and below."""
+
 
 def check_scores(output: Tensor) -> None:
     """Check that the output is a batch of class scores."""
-    if output.ndim < 2 or output.numel() == 0:
+    if output.ndim < 2 or output.shape[1] == 0:
         raise ValueError(
             f"The model's output must be a non-empty batch [n, c, *d], got {tuple(output.shape)}."
         )
@@ -19,7 +24,7 @@ def check_scores(output: Tensor) -> None:
 
 def by_position(root: Tensor) -> Iterator[Tensor]:
     """Yield a root vector ``[n, c, *d]`` position by position, the other entries zero."""
-    if root[0, 0].numel() == 1:
+    if root.shape[2:].numel() == 1:
         yield root
         return
     flat = root.flatten(2)
@@ -31,22 +36,53 @@ def by_position(root: Tensor) -> Iterator[Tensor]:
 
 def drawn(p: Tensor, generator: Generator) -> Tensor:
     """Return classes drawn from ``p [n, c, *d]``, one-hot."""
+    if p.numel() == 0:
+        return torch.zeros_like(p)
     rows = p.movedim(1, -1)
     draws = torch.multinomial(rows.flatten(end_dim=-2), 1, generator=generator)
     onehot = functional.one_hot(draws[:, 0], p.shape[1]).to(p)
     return onehot.reshape(rows.shape).movedim(-1, 1)
 
 
-def target_weights(
+def filled(p: Tensor, weights: Tensor, dim: int = 1) -> Tensor:
+    """Return probabilities ``[n, c, *d]`` that are uniform where a term has no weight.
+
+    The scores of an ignored term may be anything, infinities included.
+    """
+    return p.masked_fill((weights == 0).unsqueeze(dim), 1 / p.shape[dim])
+
+
+def is_normalized(p: Tensor, output: Tensor, dim: int = 1) -> bool:
+    """Return whether ``p``, computed from ``output``, sums to one along a dimension."""
+    is_low = output.dtype != precise_type(output)
+    error = (p.sum(dim) - 1).abs()
+    return not bool((error > _NORMALIZATION[is_low]).any())  # NaN shows in the loss
+
+
+def not_normalized() -> ValueError:
+    """Return the error for an output whose exponentials are no probabilities."""
+    return ValueError(
+        "The model's output must be log-probabilities, as from `log_softmax` along the classes, "
+        "got exponentials that do not sum to 1. Apply `log_softmax`; fisher='empirical' takes "
+        "any output."
+    )
+
+
+def label_weights(
     loss: nn.CrossEntropyLoss | nn.NLLLoss, output: Tensor, target: Tensor
-) -> Tensor:
-    """Return the class weight of each term over the reduction's divisor, ``[n, *d]``."""
-    weight = class_weights(loss, output)
-    kept = target != loss.ignore_index
-    terms = weight[target.where(kept, 0)] * kept
-    return terms / terms.sum() if loss.reduction == "mean" else terms
+) -> tuple[Tensor, Tensor]:
+    """Return the class weight of each label, and whether it counts; ``[n, *d]``.
+
+    The weight of an ignored label is zero. The sum of the weights is what a mean divides by.
+    """
+    labels = target.long()
+    kept = labels != loss.ignore_index
+    return class_weights(loss, output)[labels.where(kept, 0)] * kept, kept
 
 
 def class_weights(loss: nn.CrossEntropyLoss | nn.NLLLoss, output: Tensor) -> Tensor:
-    """Return the weight of each class, ``[c]``."""
-    return output.new_ones(output.shape[1]) if loss.weight is None else loss.weight.to(output)
+    """Return the weight of each class, ``[c]``, in at least float32."""
+    precise, weight = precise_type(output), loss.weight
+    if weight is None:
+        return output.new_ones(output.shape[min(1, output.ndim - 1)], dtype=precise)
+    return weight.detach().to(output.device, precise)

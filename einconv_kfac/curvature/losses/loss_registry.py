@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from torch import nn
+from inspect import signature
+from typing import Any, cast
+
+from torch import Tensor, nn
 
 from einconv_kfac.curvature.losses import rules
 from einconv_kfac.curvature.losses.loss_call import check_reduction
-from einconv_kfac.curvature.losses.loss_rule import LossRule, TorchLossRule
+from einconv_kfac.curvature.losses.loss_rule import (
+    Link,
+    LossRule,
+    TorchLossRule,
+    WeightedLossRule,
+)
 from einconv_kfac.curvature.type_registry import TypeRegistry, defined_classes
 
 
@@ -40,19 +48,78 @@ def loss_rule(loss: nn.Module) -> LossRule:
     """Return the rule for a loss; of several, the one registered last.
 
     Raises:
-        ValueError: If no rule covers its type, or its reduction is ``"none"``.
+        ValueError: If no rule covers its type, its reduction is ``"none"``, or its options
+            leave it without curvature.
     """
-    rule = _REGISTRY.rule(loss)
+    rule = _rule(loss)
+    check_reduction(loss)
+    return rule
+
+
+def weighted_loss_rule(loss: nn.Module) -> WeightedLossRule:
+    """Return the rule for a loss whose entries have weights in place of its reduction.
+
+    Raises:
+        ValueError: If no rule covers its type, or the rule takes no weights.
+    """
+    rule = _rule(loss)
+    if any("weights" not in signature(each).parameters for each in (rule.roots, rule.sample)):
+        raise ValueError(
+            f"The rule for {type(loss).__name__} must take `weights` if the entries of the loss "
+            f"are weighted outside of it, got {type(rule).__name__}, which does not. Add the "
+            "argument to `roots` and `sample`, or reduce the loss inside its module."
+        )
+    return cast(WeightedLossRule, rule)
+
+
+def has_targets(loss: object, output: Any, target: Any) -> bool:
+    """Return whether a batch has a target that counts in the mean of a loss.
+
+    It has none if all labels are ignored, if the class weight of each is zero, or if the output
+    is empty. Such a mean is ``0 / 0``.
+    """
+    if not isinstance(output, Tensor) or output.numel() == 0:
+        return not isinstance(output, Tensor)
+    if not isinstance(loss, nn.Module):
+        return True
+    rule = found_rule(loss)
+    if not isinstance(rule, TorchLossRule) or not rule.is_own(loss):
+        return True
+    return bool(rule.divisor(loss, output, target) != 0)
+
+
+def canonical_scores(loss: nn.Module, output: Tensor, target: Any) -> tuple[Tensor, Link]:
+    """Return scores and the link to the output for which the curvature is the loss' Hessian."""
+    rule = _rule(loss)
+    if isinstance(rule, TorchLossRule):
+        return rule.canonical(loss, output, target)
+    return output, lambda scores: scores
+
+
+def found_rule(loss: nn.Module) -> LossRule | None:
+    """Return the rule for the type of a loss, or ``None``."""
+    return _REGISTRY.rule(loss)
+
+
+def _rule(loss: nn.Module) -> LossRule:
+    """Return the rule for a loss, whatever its reduction."""
+    rule = found_rule(loss)
     if rule is None:
         known = ", ".join(kind.__name__ for kind, _ in _REGISTRY)
         raise ValueError(
             f"`loss_fn` must be one of {known}, got {type(loss).__name__}. fisher='empirical' "
             "takes any loss; `register_loss` adds a rule."
         )
-    check_reduction(loss)
+    fault = rule.fault(loss) if isinstance(rule, TorchLossRule) else None
+    if fault is not None:
+        raise ValueError(f"{fault}; fisher='empirical' takes any loss.")
     return rule
 
 
 def has_rule(loss: nn.Module) -> bool:
-    """Return whether a rule covers the type of a loss."""
-    return _REGISTRY.rule(loss) is not None
+    """Return whether a rule covers a loss, with its options and its reduction."""
+    try:
+        loss_rule(loss)
+    except ValueError:
+        return False
+    return True

@@ -5,6 +5,10 @@ pixel, token or output entry) with weights ``c_j`` that contain the mean or the 
 weights and ignored targets. A rule returns *root vectors* ``s``, shaped like the output, with
 ``sum_v s_v s_v^T`` equal to the Hessian of ``L`` with respect to the output, exactly or in
 expectation. Exact root vectors touch one term of each example, so that examples do not mix.
+
+For a likelihood of probabilities or log-probabilities the Fisher information takes the place of
+the Hessian: with the map from scores to probabilities it gives the Hessian by the scores
+(Martens, 2020).
 """
 
 from __future__ import annotations
@@ -12,9 +16,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from torch import Generator, Tensor, nn
+
+Link: TypeAlias = Callable[[Tensor], Tensor]
+"""Maps scores to the output that a loss takes."""
 
 
 class LossRule(Protocol):
@@ -31,6 +38,31 @@ class LossRule(Protocol):
 
         The global random state must not change.
         """
+
+
+class WeightedLossRule(Protocol):
+    """A `LossRule` that also takes a weight for each entry of the unreduced loss.
+
+    The curvature is then that of ``sum_j weights[j] * l[j]``, where ``l`` is what the loss
+    returns for ``reduction="none"``. The weights replace the reduction. They have the shape of
+    ``l``: ``[n, *d]`` for scores of classes ``[n, c, *d]``, ``[n, *f]`` for a loss of single
+    entries. None may be negative.
+    """
+
+    def roots(
+        self, loss: Any, output: Tensor, target: Any, weights: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """See `LossRule`."""
+
+    def sample(
+        self,
+        loss: Any,
+        output: Tensor,
+        target: Any,
+        generator: Generator,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """See `LossRule`."""
 
 
 def _identity(scores: Tensor) -> Tensor:
@@ -51,11 +83,11 @@ class LossExample:
 
     build: Callable[..., nn.Module]
     batch: Callable[[Generator], tuple[Tensor, Any]]
-    link: Callable[[Tensor], Tensor] = _identity
+    link: Link = _identity
 
 
 class TorchLossRule(ABC):
-    """A `LossRule` for losses of torch, in a file of its own in ``losses/rules/``.
+    """A `WeightedLossRule` for losses of torch, in a file of its own in ``losses/rules/``.
 
     Attributes:
         kinds: The types of losses that the rule applies to, with their subclasses.
@@ -66,9 +98,42 @@ class TorchLossRule(ABC):
     examples: ClassVar[tuple[LossExample, ...]]
 
     @abstractmethod
-    def roots(self, loss: Any, output: Tensor, target: Any) -> Iterator[Tensor]:
-        """See `LossRule`."""
+    def roots(
+        self, loss: Any, output: Tensor, target: Any, weights: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """See `WeightedLossRule`."""
 
     @abstractmethod
-    def sample(self, loss: Any, output: Tensor, target: Any, generator: Generator) -> Tensor:
-        """See `LossRule`."""
+    def sample(
+        self,
+        loss: Any,
+        output: Tensor,
+        target: Any,
+        generator: Generator,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """See `WeightedLossRule`."""
+
+    def closed_product(self, loss: Any, output: Tensor, target: Any, v: Tensor) -> Tensor | None:
+        """Return the curvature times ``v [n, *f]``, or ``None`` for the Hessian by autograd."""
+        return None
+
+    def fault(self, loss: Any) -> str | None:
+        """Return why the options of a loss leave it without curvature, or ``None``."""
+        return None
+
+    def is_own(self, loss: nn.Module) -> bool:
+        """Return whether the loss is torch's own, not a subclass that takes other targets."""
+        return any(type(loss).forward is kind.forward for kind in self.kinds)
+
+    def divisor(self, loss: Any, output: Tensor, target: Any) -> Tensor | int:
+        """Return what a mean divides the sum of the terms by; zero if no target counts."""
+        return output.numel()
+
+    def canonical(self, loss: Any, output: Tensor, target: Any) -> tuple[Tensor, Link]:
+        """Return scores and the link to ``output`` for which the curvature is a Hessian.
+
+        The Hessian of the loss by the scores is the Gauss-Newton matrix of the link and of the
+        curvature at the output.
+        """
+        return output, _identity

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.losses import curvature_products
+from einconv_kfac.curvature.losses.loss_call import Targets, precise_type
+
 
 class Expansion(NamedTuple):
     """The second-order expansion of a loss along tangents of a model's outputs.
@@ -59,27 +62,17 @@ class GivenLoss:
 
     def expansion(self, tangents: Sequence[Sequence[Tensor | None]]) -> Expansion:
         """See `LossModel`."""
-        precise = torch.promote_types(self._output.dtype, torch.float32)
+        precise = precise_type(self._output)
         output = self._output.to(precise).requires_grad_()
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad(self.value([output]), output, create_graph=True)
+            (slope,) = torch.autograd.grad(self.value([output]), output)
         zero = torch.zeros_like(self._output, dtype=precise)
         own = [zero if t is None else t.to(precise) for (t,) in tangents]
-        products = [self._product(slope, output, t) for t in own]
+        target = self.targets[0] if len(self.targets) == 1 else Targets(self.targets)
+        products = curvature_products(self.loss_fn, self._output, target, own)
         left = torch.stack(own).flatten(1).double()
-        slopes = left @ slope.detach().flatten().double()
+        slopes = left @ slope.flatten().double()
         return Expansion(slopes, left @ torch.stack(products).flatten(1).double().T)
-
-    def _product(self, slope: Tensor, output: Tensor, vector: Tensor) -> Tensor:
-        """Return the Hessian of the loss times a vector, given its gradient with a graph.
-
-        A likelihood that is linear in log-probabilities has the Fisher information instead.
-        """
-        if slope.requires_grad:
-            product: Tensor = torch.autograd.grad(slope, output, vector, retain_graph=True)[0]
-            return product
-        weight = -slope.sum(1, keepdim=True)
-        return weight * output.detach().exp() * vector
 
     def unknown(self) -> Sequence[str]:
         """See `LossModel`."""

@@ -11,8 +11,9 @@ from torch import Generator, Tensor, nn
 
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
+from einconv_kfac.curvature.estimation.evaluation import Evaluation
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
-from einconv_kfac.curvature.estimation.forward import Evaluation, uncompiled
+from einconv_kfac.curvature.estimation.forward import uncompiled
 from einconv_kfac.curvature.estimation.moments import Moments
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.factors.accumulator import LayerSums

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
-from einconv_kfac.curvature.estimation.forward import Evaluation, ReadEvaluation, RuleEvaluation
+from einconv_kfac.curvature.estimation.evaluation import Evaluation, ReadEvaluation, RuleEvaluation
 from einconv_kfac.curvature.losses import has_rule
-from einconv_kfac.curvature.losses.loss_call import Targets
+from einconv_kfac.curvature.losses.loss_call import Targets, depends_on_parameters
 from einconv_kfac.curvature.objective.graph import Edge, dependents, edge_of, leaf_of
 from einconv_kfac.curvature.objective.loss_model import GivenLoss
 from einconv_kfac.curvature.objective.reading import Reading
@@ -77,7 +77,8 @@ class GivenObservation:
     ) -> GivenObservation | None:
         """Return the observation, or ``None`` if a rule for the loss or the output is missing."""
         owner = pending.owner_of(arguments[0], inside)
-        if owner is None or owner[0].call is None or not has_rule(loss_fn) or loss.ndim:
+        is_known = has_rule(loss_fn) and not depends_on_parameters(tuple(arguments[1:]))
+        if owner is None or owner[0].call is None or not is_known:
             return None
         owner[0].used = True
         own = snapshot(loss_fn)

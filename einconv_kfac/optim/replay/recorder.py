@@ -22,7 +22,7 @@ from einconv_kfac.curvature.estimation.capture import (
     inactive_hook,
     sees_own_output,
 )
-from einconv_kfac.curvature.estimation.forward import Evaluation
+from einconv_kfac.curvature.estimation.evaluation import Evaluation
 from einconv_kfac.curvature.objective.outputs import losses_of
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.buffers import ChangingBuffers

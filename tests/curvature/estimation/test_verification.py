@@ -53,6 +53,27 @@ def test_a_wrong_loss_rule_shows() -> None:
     assert verify(model, Halved(), (x, labels)).loss_scale == pytest.approx(2)
 
 
+LIKELIHOODS: list[tuple[nn.Module, nn.Module, Tensor]] = [
+    (nn.LogSoftmax(1), nn.NLLLoss(ignore_index=1), torch.tensor([0, 1, 2, 2])),
+    (nn.LogSoftmax(1), nn.KLDivLoss(reduction="batchmean"), random(4, 3).softmax(1)),
+    (nn.Sigmoid(), nn.BCELoss(reduction="sum"), random(4, 3).sigmoid()),
+    (nn.Identity(), nn.HuberLoss(delta=0.7), random(4, 3)),
+    (nn.Identity(), nn.SmoothL1Loss(beta=2.0), random(4, 3)),
+    (nn.Identity(), nn.SoftMarginLoss(), random(4, 3).sign()),
+    (nn.Identity(), nn.MultiLabelSoftMarginLoss(), random(4, 3).sigmoid()),
+]
+
+
+@pytest.mark.parametrize("case", LIKELIHOODS, ids=lambda case: type(case[1]).__name__)
+def test_scale_of_likelihoods(case: tuple[nn.Module, nn.Module, Tensor]) -> None:
+    link, loss_fn, target = case
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), link).double()
+    found = verify(model, loss_fn, (random(4, 3), target), kind="diagonal")
+    assert found.loss_scale == pytest.approx(1)
+    assert found.layers[0].trace_ratio == pytest.approx(1)
+
+
 @pytest.mark.filterwarnings("ignore")  # the models' own
 @pytest.mark.parametrize("name", MODELS)
 def test_real_models(name: str) -> None:

@@ -7,10 +7,16 @@ import torch
 from ggn import loss_hessian
 from torch import Generator, Tensor, nn
 
-from einconv_kfac.curvature.losses import evaluate_loss, loss_rule
+from einconv_kfac.curvature.losses import (
+    curvature_products,
+    evaluate_loss,
+    loss_rule,
+    weighted_loss_rule,
+)
 from einconv_kfac.curvature.losses.loss_registry import built_in_rules
 from einconv_kfac.curvature.losses.loss_rule import LossExample, TorchLossRule
 
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # KLDivLoss
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 RULES = built_in_rules()
 EXAMPLES = {
@@ -57,6 +63,47 @@ def test_roots_of_examples_reproduce_the_hessian(
     roots = separated(list(rule.roots(loss, example.link(scores), target)))
     got = second_moment(example, scores, roots)
     torch.testing.assert_close(got, curvature(loss, example, scores, target), **TOLERANCE)
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize(("rule", "example"), EXAMPLES.values(), ids=EXAMPLES)
+def test_weights_replace_the_reduction(
+    rule: TorchLossRule, example: LossExample, is_masked: bool
+) -> None:
+    loss = example.build(reduction="none")
+    scores, target = example.batch(Generator().manual_seed(0))
+    output, generator = example.link(scores), Generator().manual_seed(1)
+    entries = evaluate_loss(loss, output, target)
+    weights = torch.rand(entries.shape, generator=generator, dtype=torch.float64)
+    if is_masked:
+        weights[1:] = 0
+
+    def total(f: Tensor, y: object) -> Tensor:
+        return (weights * evaluate_loss(loss, example.link(f), y)).sum()
+
+    expected = loss_hessian(total, scores, target)
+    assert type(weighted_loss_rule(loss)) is type(rule)
+    roots = separated(list(rule.roots(loss, output, target, weights=weights)))
+    torch.testing.assert_close(second_moment(example, scores, roots), expected, **TOLERANCE)
+    draws = [rule.sample(loss, output, target, generator, weights=weights) for _ in range(1000)]
+    got = second_moment(example, scores, torch.stack(draws)) / 1000
+    assert (got - expected).abs().max() < 8 * expected.abs().max() / 1000**0.5
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("rule", "example"), EXAMPLES.values(), ids=EXAMPLES)
+def test_products_are_those_of_the_hessian(
+    rule: TorchLossRule, example: LossExample, reduction: str
+) -> None:
+    loss = example.build(reduction=reduction)
+    scores, target = example.batch(Generator().manual_seed(0))
+    link, output = example.link, example.link(scores)
+    v = torch.randn(scores.shape, generator=Generator().manual_seed(1), dtype=torch.float64)
+    _, tangent = torch.autograd.functional.jvp(link, scores, v)
+    (product,) = curvature_products(loss, output, target, [tangent])
+    _, got = torch.autograd.functional.vjp(link, scores, product)
+    expected = curvature(loss, example, scores, target) @ v.flatten()
+    torch.testing.assert_close(got.flatten(), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize(("rule", "example"), EXAMPLES.values(), ids=EXAMPLES)

@@ -72,12 +72,28 @@ CASES: list[tuple[Any, Tensor, Any]] = [
     (lambda **k: nn.PoissonNLLLoss(log_input=False, **k), positive(4, 3), positive(4, 3)),
     (nn.GaussianNLLLoss, scores(4, 3), (scores(4, 3), positive(4, 3))),
     (lambda **k: nn.GaussianNLLLoss(full=True, **k), scores(4, 3), (scores(4, 3), positive(4, 1))),
+    (nn.GaussianNLLLoss, scores(4, 3), (scores(4, 3), positive(4))),
+    (nn.HuberLoss, scores(4, 3), -scores(4, 3)),
+    (lambda **k: nn.HuberLoss(delta=0.4, **k), scores(2, 3, 2), -scores(2, 3, 2)),
+    (lambda **k: nn.SmoothL1Loss(beta=0.7, **k), scores(4, 3), -scores(4, 3)),
+    (nn.SoftMarginLoss, scores(4, 3), scores(3, 4).reshape(4, 3).sign()),
+    (nn.MultiLabelSoftMarginLoss, scores(3, 4), classes(3, 4) % 2),
+    (
+        lambda **k: nn.MultiLabelSoftMarginLoss(weight=WEIGHTS, **k),
+        scores(2, 3, 4),
+        soft(2, 3, 4),
+    ),
 ]
 
 
 class Linear(nn.Module):
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         return (output * target).sum()
+
+
+class Concave(nn.Module):
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output.cos() * target).sum()
 
 
 def hessian(loss: nn.Module, output: Tensor, target: Any) -> Tensor:
@@ -160,5 +176,9 @@ def test_errors() -> None:
         next(loss_rule(nn.MSELoss()).roots(nn.MSELoss(), scores(), scores()))
     with pytest.raises(ValueError, match=r"target must have the output's shape \(4, 1\), got"):
         next(loss_rule(nn.MSELoss()).roots(nn.MSELoss(), scores(4, 1), scores(4)))
+    with pytest.raises(ValueError, match=r"beta` must be positive.*got SmoothL1Loss with beta=0"):
+        loss_rule(nn.SmoothL1Loss(beta=0.0))
+    with pytest.raises(ValueError, match=r"must be convex in each output entry, got .* Concave"):
+        next(EntrywiseRule().roots(Concave(), scores(4, 1), scores(4, 1)))
     with pytest.raises(ValueError, match=r"must be curved in the output, got Linear"):
         next(EntrywiseRule().roots(Linear(), scores(4, 1), scores(4, 1)))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from einconv_kfac import KFAC, KFACPreconditioner
 from einconv_kfac.curvature.estimation.capture import LayerCapture
+from einconv_kfac.curvature.estimation.evaluation import RuleEvaluation
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
-from einconv_kfac.curvature.estimation.forward import RuleEvaluation
 from einconv_kfac.curvature.estimation.moments import LayerMoments
 from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.optim.factors.sampled_moments import SampledMoments

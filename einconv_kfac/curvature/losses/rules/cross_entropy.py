@@ -13,6 +13,14 @@ from einconv_kfac.curvature.losses.class_scores import (
     check_scores,
     class_weights,
     drawn,
+    filled,
+    label_weights,
+)
+from einconv_kfac.curvature.losses.loss_call import (
+    check_not_negative,
+    constant_targets,
+    precise_type,
+    weighted_entries,
 )
 from einconv_kfac.curvature.losses.loss_rule import LossExample, TorchLossRule
 
@@ -42,35 +50,65 @@ class CrossEntropyRule(TorchLossRule):
         LossExample(nn.CrossEntropyLoss, _probabilities),
     )
 
-    def roots(self, loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> Iterator[Tensor]:
+    def roots(
+        self,
+        loss: nn.CrossEntropyLoss,
+        output: Tensor,
+        target: Tensor,
+        weights: Tensor | None = None,
+    ) -> Iterator[Tensor]:
         """Yield ``sqrt(c p_v) (onehot_v - p)`` for every class and position."""
-        check_scores(output)
-        p = output.softmax(dim=1)
-        scale = (_term_weights(loss, output, target).unsqueeze(1) * p).sqrt()  # n c *d
+        p, terms = _distributions(loss, output, target, weights)
+        scale = (terms.unsqueeze(1) * p).sqrt()  # n c *d
         classes = torch.arange(output.shape[1], device=output.device)
         for v in range(output.shape[1]):
             onehot = (classes == v).reshape(-1, *[1] * (output.ndim - 2))
-            yield from by_position((onehot.to(p) - p) * scale[:, v : v + 1])
+            root = (onehot.to(p) - p) * scale[:, v : v + 1]
+            yield from by_position(root.to(output.dtype))
 
     def sample(
-        self, loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor, generator: Generator
+        self,
+        loss: nn.CrossEntropyLoss,
+        output: Tensor,
+        target: Tensor,
+        generator: Generator,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Draw classes from the model: ``sqrt(c) (p - onehot)``."""
-        check_scores(output)
-        p = output.softmax(dim=1)
-        scale = _term_weights(loss, output, target).sqrt().unsqueeze(1)
-        return (p - drawn(p, generator)) * scale
+        p, terms = _distributions(loss, output, target, weights)
+        scale = terms.sqrt().unsqueeze(1)
+        return ((p - drawn(p, generator)) * scale).to(output.dtype)
+
+    def divisor(self, loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> Tensor | int:
+        """See `TorchLossRule`."""
+        if target.is_floating_point():
+            return target.numel()
+        return label_weights(loss, output, target)[0].sum()
 
 
-def _term_weights(loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> Tensor:
-    """Return the weight ``c`` of each term, ``[n, *d]``, as torch defines it."""
-    weight, smoothing = class_weights(loss, output), loss.label_smoothing
+def _distributions(
+    loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the probabilities ``p [n, c, *d]`` and the weight ``c`` of each term, ``[n, *d]``."""
+    check_scores(output)
+    (target,) = constant_targets(target)
+    terms = weighted_entries(loss, *_terms(loss, output, target), weights)
+    check_not_negative("The weights of classes and targets of `loss_fn`", terms)
+    return filled(output.to(precise_type(output)).softmax(dim=1), terms), terms
+
+
+def _terms(
+    loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor | int]:
+    """Return the weight of each term before the reduction, ``[n, *d]``, and the mean's divisor.
+
+    Torch's mean is over terms for soft targets, and over class weights for labels.
+    """
+    smoothing = loss.label_smoothing
+    weight = class_weights(loss, output)
     smooth = smoothing * weight.mean()
     if target.is_floating_point():
         terms: Tensor = torch.tensordot(target.to(weight), weight, dims=([1], [0]))
-        terms = (1 - smoothing) * terms + smooth
-        return terms / terms.numel() if loss.reduction == "mean" else terms
-    kept = target != loss.ignore_index
-    terms = weight[target.where(kept, 0)] * kept
-    total = terms.sum() if loss.reduction == "mean" else 1
-    return ((1 - smoothing) * terms + smooth * kept) / total
+        return (1 - smoothing) * terms + smooth, terms.numel()
+    terms, kept = label_weights(loss, output, target)
+    return (1 - smoothing) * terms + smooth * kept, terms.sum()

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
-from einconv_kfac.curvature.losses.loss_call import targets_of
-from einconv_kfac.curvature.losses.loss_rule import LossExample, TorchLossRule
+from einconv_kfac.curvature.losses.diagonal_rule import DiagonalRule
+from einconv_kfac.curvature.losses.loss_call import (
+    check_batch,
+    checked_weights,
+    constant_targets,
+    in_precision,
+    precise_type,
+    targets_in_precision,
+    unreduced,
+)
+from einconv_kfac.curvature.losses.loss_rule import LossExample
+
+_ROUNDING = 32
+"""Multiple of the machine precision to which a negative curvature is taken for rounding."""
 
 
 def _regression(generator: Generator) -> tuple[Tensor, Tensor]:
@@ -24,43 +35,42 @@ def _with_variance(generator: Generator) -> tuple[Tensor, tuple[Tensor, Tensor]]
     return drawn[0], (drawn[1], drawn[2].exp())
 
 
-class EntrywiseRule(TorchLossRule):
-    """A loss ``sum_j l_j(f_j)``, whose Hessian is diagonal; autograd differentiates it twice.
+class EntrywiseRule(DiagonalRule):
+    """A convex loss ``sum_j l_j(f_j)``, whose Hessian is diagonal; autograd differentiates twice.
 
-    It serves squared errors, logistic, Poisson and Gaussian likelihoods, with every weight
-    and reduction they have. Samples are random signs times the root of the diagonal: they
-    have the second moment of sampled targets and less variance.
+    It serves squared and Huber errors, logistic, Poisson and Gaussian likelihoods, with every
+    weight and reduction they have.
     """
 
-    kinds = (nn.MSELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss)
-    examples = (
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (
+        nn.MSELoss,
+        nn.BCEWithLogitsLoss,
+        nn.PoissonNLLLoss,
+        nn.GaussianNLLLoss,
+        nn.HuberLoss,
+        nn.MultiLabelSoftMarginLoss,
+    )
+    examples: ClassVar[tuple[LossExample, ...]] = (
         LossExample(nn.MSELoss, _regression),
         LossExample(nn.BCEWithLogitsLoss, _regression),
         LossExample(nn.PoissonNLLLoss, _regression),
         LossExample(nn.GaussianNLLLoss, _with_variance),
+        LossExample(nn.HuberLoss, _regression),
+        LossExample(nn.MultiLabelSoftMarginLoss, _regression),
     )
 
-    def roots(self, loss: nn.Module, output: Tensor, target: Any) -> Iterator[Tensor]:
-        """Yield the root of the diagonal, one entry of every example at a time."""
-        root = self._root(loss, output, target).reshape(output.shape[0], -1)
-        for entry in range(root.shape[1]):
-            part = torch.zeros_like(root)
-            part[:, entry] = root[:, entry]
-            yield part.reshape(output.shape)
-
-    def sample(self, loss: nn.Module, output: Tensor, target: Any, generator: Generator) -> Tensor:
-        """Return the root of the diagonal with random signs."""
-        root = self._root(loss, output, target)
-        signs = torch.randint(2, root.shape, generator=generator, device=root.device)
-        return root * (2 * signs - 1)
-
-    def _root(self, loss: nn.Module, output: Tensor, target: Any) -> Tensor:
-        """Return the root of the Hessian's diagonal, ``[n, *f]``."""
-        targets = targets_of(target)
-        self._check(output, targets[0])
+    def diagonal(
+        self, loss: nn.Module, output: Tensor, target: Any, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return the second derivative of the loss by each entry."""
+        targets = constant_targets(target)
+        check_batch(output, targets[0])
+        precise = precise_type(output)
+        if precise != output.dtype:
+            loss, targets = in_precision(loss, precise), targets_in_precision(targets, precise)
         with torch.enable_grad():
-            entries = output.detach().requires_grad_()
-            value = loss.forward(entries, *targets)  # `forward`, so that no hook is called
+            entries = output.detach().to(precise).requires_grad_()
+            value = _value(loss, entries, targets, weights)
             (slope,) = torch.autograd.grad(value, entries, create_graph=True)
         if not slope.requires_grad:
             raise ValueError(
@@ -68,16 +78,54 @@ class EntrywiseRule(TorchLossRule):
                 "linear. fisher='empirical' takes any loss."
             )
         (curvature,) = torch.autograd.grad(slope.sum(), entries)
-        return curvature.sqrt()
+        return _not_negative(curvature, slope.detach(), loss)
 
-    def _check(self, output: Tensor, target: Any) -> None:
-        """Check that the output is a batch and that its target is not broadcast."""
-        if output.ndim == 0 or output.numel() == 0:
-            raise ValueError(
-                f"The model's output must be a non-empty batch [n, *f], got {tuple(output.shape)}."
-            )
-        if isinstance(target, Tensor) and target.shape != output.shape:
-            raise ValueError(
-                f"The target must have the output's shape {tuple(output.shape)}, got "
-                f"{tuple(target.shape)}."
-            )
+    def closed_product(
+        self, loss: nn.Module, output: Tensor, target: Any, v: Tensor
+    ) -> Tensor | None:
+        """See `TorchLossRule`."""
+        return None
+
+
+class SmoothL1Rule(EntrywiseRule):
+    """``torch.nn.SmoothL1Loss``, quadratic for errors below ``beta``."""
+
+    kinds = (nn.SmoothL1Loss,)
+    examples = (LossExample(nn.SmoothL1Loss, _regression),)
+
+    def fault(self, loss: nn.SmoothL1Loss) -> str | None:
+        """See `TorchLossRule`; with ``beta=0`` the loss is an absolute error."""
+        if loss.beta > 0:
+            return None
+        return (
+            "`loss_fn.beta` must be positive for a loss with curvature, got SmoothL1Loss with "
+            "beta=0, which is L1Loss. Pass a positive beta"
+        )
+
+
+def _value(
+    loss: nn.Module, entries: Tensor, targets: tuple[Any, ...], weights: Tensor | None
+) -> Tensor:
+    """Return the loss, or the weighted sum of its entries; no hook is called."""
+    if weights is None:
+        value: Tensor = loss.forward(entries, *targets)
+        return value
+    terms: Tensor = unreduced(loss).forward(entries, *targets)
+    return (terms * checked_weights(weights, terms)).sum()
+
+
+def _not_negative(curvature: Tensor, slope: Tensor, loss: nn.Module) -> Tensor:
+    """Return the curvature with negative rounding errors set to zero.
+
+    Raises:
+        ValueError: If the curvature is negative.
+    """
+    scale = slope.abs() + curvature.abs().amax() if curvature.numel() else slope
+    rounding = _ROUNDING * torch.finfo(curvature.dtype).eps * scale
+    if bool((curvature < -rounding).any()):
+        raise ValueError(
+            "`loss_fn` must be convex in each output entry, got a second derivative of "
+            f"{float(curvature.min()):.4g} from {type(loss).__name__}. fisher='empirical' takes "
+            "any loss."
+        )
+    return curvature.clamp_min(0)

@@ -1,0 +1,176 @@
+"""A loss on one batch, and root vectors of its curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from einconv_kfac.curvature.losses import evaluate_loss, has_targets, loss_rule
+from einconv_kfac.curvature.objective.graph import Edge, zeros_at
+from einconv_kfac.curvature.objective.reading import Reading
+
+
+class Evaluation(Protocol):
+    """A loss on one batch, and vectors at the model's outputs that describe its curvature."""
+
+    @property
+    def outputs(self) -> Sequence[Tensor | GradientEdge]:
+        """The outputs ``[n, ...]`` on which the loss depends, with their graph."""
+
+    @property
+    def loss(self) -> Tensor | GradientEdge:
+        """The loss, with its graph."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of each number of the loss, shaped like it."""
+
+    @property
+    def examples(self) -> int:
+        """The number of examples, the first dimension of the outputs."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no target enters the loss, as if all are ignored."""
+
+    def like_outputs(self) -> Sequence[Tensor]:
+        """Return tensors like the outputs."""
+
+    def sample(self, generator: Generator) -> Sequence[Tensor]:
+        """Draw a root vector for each output whose second moment is the curvature of the loss."""
+
+    def roots(self) -> Iterator[Sequence[Tensor]]:
+        """Yield root vectors for each output that reproduce the curvature of the loss."""
+
+
+@dataclass(frozen=True)
+class RuleEvaluation:
+    """A loss module on a model's output, with a rule for the module.
+
+    Args:
+        loss_fn: The loss.
+        output: The output, ``[n, ...]``.
+        target: The target, or several as a tuple.
+        given: The loss of the two, if it was computed already.
+    """
+
+    loss_fn: nn.Module
+    output: Tensor
+    target: Any
+    given: Tensor | None = None
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """See `Evaluation`."""
+        if self.given is not None:
+            return self.given
+        return evaluate_loss(self.loss_fn, self.output, self.target)
+
+    @property
+    def outputs(self) -> Sequence[Tensor]:
+        """See `Evaluation`."""
+        return (self.output,)
+
+    @property
+    def weight(self) -> Tensor:
+        """See `Evaluation`."""
+        return torch.ones_like(self.loss.detach())
+
+    @property
+    def examples(self) -> int:
+        """See `Evaluation`."""
+        return first_size(self.like_outputs())
+
+    @property
+    def is_empty(self) -> bool:
+        """See `Evaluation`."""
+        return not has_targets(self.loss_fn, self.output, self.target)
+
+    def like_outputs(self) -> Sequence[Tensor]:
+        """See `Evaluation`."""
+        return (self.output.detach(),)
+
+    def sample(self, generator: Generator) -> Sequence[Tensor]:
+        """See `Evaluation`."""
+        rule = loss_rule(self.loss_fn)
+        return (rule.sample(self.loss_fn, self.output.detach(), self.target, generator),)
+
+    def roots(self) -> Iterator[Sequence[Tensor]]:
+        """See `Evaluation`."""
+        rule = loss_rule(self.loss_fn)
+        for root in rule.roots(self.loss_fn, self.output.detach(), self.target):
+            yield (root,)
+
+
+@dataclass(frozen=True)
+class ReadEvaluation:
+    """A loss that was read off the autograd graph.
+
+    Args:
+        reading: The reading.
+    """
+
+    reading: Reading
+
+    @property
+    def loss(self) -> GradientEdge:
+        """See `Evaluation`."""
+        return GradientEdge(*self.reading.root)
+
+    @property
+    def weight(self) -> Tensor:
+        """See `Evaluation`."""
+        return self.reading.weight
+
+    @property
+    def outputs(self) -> Sequence[GradientEdge]:
+        """See `Evaluation`."""
+        return [GradientEdge(*edge) for edge in self.reading.outputs]
+
+    @property
+    def examples(self) -> int:
+        """See `Evaluation`."""
+        return first_size(self.like_outputs())
+
+    @property
+    def is_empty(self) -> bool:
+        """See `Evaluation`."""
+        return False
+
+    def like_outputs(self) -> Sequence[Tensor]:
+        """See `Evaluation`."""
+        return [zeros_at(edge) for edge in self.reading.outputs]
+
+    def sample(self, generator: Generator) -> Sequence[Tensor]:
+        """See `Evaluation`."""
+        return self._filled(self.reading.sample(generator))
+
+    def roots(self) -> Iterator[Sequence[Tensor]]:
+        """See `Evaluation`."""
+        for found in self.reading.roots():
+            yield self._filled(found)
+
+    def _filled(self, found: Mapping[Edge, Tensor]) -> Sequence[Tensor]:
+        """Return a root vector for each output, of zeros where there is none."""
+        return [found[e] if e in found else zeros_at(e) for e in self.reading.outputs]
+
+
+def first_size(outputs: Sequence[Tensor]) -> int:
+    """Return the first dimension of outputs; numbers do not count."""
+    return next((output.shape[0] for output in outputs if output.ndim), 1)
+
+
+def loss_gradients(evaluation: Evaluation) -> list[Tensor]:
+    """Return the gradient of a loss at each output of the model; the graph is kept."""
+    sources: Any = (evaluation.loss,)
+    outputs: Any = evaluation.outputs
+    weights = (evaluation.weight,)
+    found = torch.autograd.grad(sources, outputs, weights, retain_graph=True, allow_unused=True)
+    pairs = zip(found, evaluation.like_outputs())
+    return [torch.zeros_like(like) if gradient is None else gradient for gradient, like in pairs]
