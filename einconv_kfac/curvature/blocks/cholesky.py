@@ -55,8 +55,8 @@ def invert_damped(
     """Invert pairs of factors, with the damping of each pair split by trace balance.
 
     The inverses are ``(A + pi sqrt(l) I)^-1`` and ``(B + sqrt(l) / pi I)^-1`` for a damping
-    ``l``, with ``pi`` of `split_damping`. A pair with a factor whose Cholesky decomposition fails
-    is inverted in float64.
+    ``l``, with ``pi`` of `split_damping`. A pair with a factor whose Cholesky decomposition fails,
+    or whose inverse overflows, is inverted in float64.
 
     Args:
         pairs: ``A [g, d, d]`` and ``B [g, co, co]`` of each pair.
@@ -66,7 +66,8 @@ def invert_damped(
             float64 fails as well.
 
     Raises:
-        RuntimeError: If a damped factor is not positive definite at the last attempt.
+        RuntimeError: If a damped factor is not positive definite at the last attempt, or its
+            inverse is not finite in the dtype of the factors.
     """
     parts = [split_damping(pair, damping) for pair, damping in zip(pairs, dampings)]
     flat = [[own for pair in several for own in pair] for several in (pairs, parts)]
@@ -95,7 +96,7 @@ def split_damping(factors: Pair, damping: float) -> Pair:
 
 
 def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return ``(F + damping I)^-1`` for each factor, or ``None`` if Cholesky fails.
+    """Return ``(F + damping I)^-1`` for each factor, or ``None`` if Cholesky or its range fails.
 
     Args:
         factors: Factors ``[g, d, d]``.
@@ -111,7 +112,10 @@ def _in_float64(pair: Pair, damping: float, name: str, damping_increases: int) -
     for attempt in range(damping_increases + 1):
         increased = damping * DAMPING_GROWTH_AFTER_FAILURE**attempt
         dampings = split_damping((a, b), increased)
-        left, right = damped_inverses((a, b), dampings)
+        left, right = (
+            None if found is None or not bool(found.to(given).isfinite().all()) else found
+            for found, given in zip(damped_inverses((a, b), dampings), pair)
+        )
         if left is not None and right is not None:
             return DampedFactors((a, b), dampings, (left, right), increased, attempt + 1)
     letter, part = ("A", dampings[0]) if left is None else ("B", dampings[1])
@@ -122,14 +126,18 @@ def _in_float64(pair: Pair, damping: float, name: str, damping_increases: int) -
 
 
 def _damped_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(factor + damping I)^-1`` per group, and whether that failed, ``[g]``."""
+    """Return ``(factor + damping I)^-1`` per group, and whether that failed, ``[g]``.
+
+    It fails where the damped factor is not positive definite, or the inverse is not finite.
+    """
     damped = factor.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     triangle, failures = torch.linalg.cholesky_ex(damped)
     failed = failures > 0
     if bool(failed.any()):  # an unfinished triangle cannot be inverted
         triangle[failed] = torch.eye(len(factor[0]), dtype=factor.dtype, device=factor.device)
-    return torch.cholesky_inverse(triangle), failed
+    inverse = torch.cholesky_inverse(triangle)
+    return inverse, failed | ~inverse.isfinite().flatten(1).all(-1)
 
 
 def _mean_eigenvalue(factor: Tensor) -> Tensor:

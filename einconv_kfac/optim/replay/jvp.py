@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 from torch.autograd import forward_ad
 
-from einconv_kfac.optim.vectors import Direction
+from einconv_kfac.optim.vectors import Direction, entries, precise
 
 Function: TypeAlias = Callable[[Direction], Tensor]
 """Returns an output for parameters; those that are not given keep their values."""
@@ -34,10 +34,15 @@ def forward_products(
         directions: The directions.
 
     Raises:
-        NotImplementedError: If an operator has no forward mode.
+        NotImplementedError: If an operator has no forward mode, or one that fails.
     """
     _load_forward_mode()
-    return [_forward_product(function, parameters, direction) for direction in directions]
+    try:
+        return [_forward_product(function, parameters, direction) for direction in directions]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # or the function fails without tangents as well
+        raise NotImplementedError("Forward mode failed.") from error
 
 
 @cache
@@ -50,16 +55,32 @@ def _load_forward_mode() -> None:
 
 def _forward_product(function: Function, parameters: Direction, direction: Direction) -> Tensor:
     """Return ``J d`` in forward mode."""
+    tangents, scale = _in_range(direction, parameters)
     with torch.no_grad(), forward_ad.dual_level():
         duals = {
             name: forward_ad.make_dual(  # type: ignore[no-untyped-call]
                 parameters[name].detach(), tangent
             )
-            for name, tangent in direction.items()
+            for name, tangent in tangents.items()
         }
         output = function(duals)
         tangent = forward_ad.unpack_dual(output).tangent  # type: ignore[no-untyped-call]
-        return torch.zeros_like(output) if tangent is None else tangent.clone()
+        if tangent is None:
+            return torch.zeros_like(output)
+        return tangent.clone() if scale is None else tangent * scale
+
+
+def _in_range(direction: Direction, parameters: Direction) -> tuple[Direction, Tensor | None]:
+    """Return a direction in the parameters' dtypes, and the factor that it was divided by, if any.
+
+    Parameters in low precision have a narrow range, so that the largest entry becomes 1.
+    """
+    dtypes = {name: parameters[name].dtype for name in direction}
+    if all(dtype == precise(dtype) for dtype in dtypes.values()):
+        return direction, None
+    largest = torch.stack([entries(d).abs().amax() for d in direction.values() if d.numel()])
+    scale = largest.amax().clamp_min(torch.finfo(largest.dtype).tiny)
+    return {name: (d / scale).to(dtypes[name]) for name, d in direction.items()}, scale
 
 
 def backward_products(
@@ -76,6 +97,8 @@ def backward_products(
         RuntimeError: If the backward pass cannot be differentiated.
     """
     names = list(dict.fromkeys(name for d in directions for name in d))
+    scaled = [_in_range(direction, parameters) for direction in directions]
+    directions = [direction for direction, _ in scaled]
     with torch.enable_grad():
         leaves = {name: parameters[name].detach().requires_grad_() for name in names}
         output = function(leaves)
@@ -94,7 +117,7 @@ def backward_products(
             raise _refusal(str(error)) from error
     for direction, product in zip(directions, products):
         _check_adjoint(direction, product, transposed, w)
-    return products
+    return [p if scale is None else p * scale for p, (_, scale) in zip(products, scaled)]
 
 
 def _by_dual(transposed: Direction, w: Tensor, direction: Direction) -> Tensor:
@@ -128,7 +151,7 @@ def _check_adjoint(direction: Direction, product: Tensor, transposed: Direction,
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Return the inner product of two tensors, in float64."""
-    return (a.detach().double() * b.detach().double()).sum()
+    return (entries(a.detach()).double() * entries(b.detach()).double()).sum()
 
 
 def _refusal(why: str) -> RuntimeError:

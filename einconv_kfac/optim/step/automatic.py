@@ -133,6 +133,8 @@ class AutomaticStep:
         if damping is None:
             model = quadratic_model(self._replay, objective, [objective.gradient])
             curvature = float(model.curvature / model.gram)
+            value = float(objective.value())
+            if value > 0: curvature = max(curvature, float(model.gram) / (2 * value))
             if not 0 < curvature < math.inf:
                 raise RuntimeError(
                     "The first `damping` follows from the curvature along the gradient, which "

@@ -16,7 +16,7 @@ from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.objective import Memory, Objective
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
 from einconv_kfac.optim.step.step_protocol import Moved, Taken
-from einconv_kfac.optim.vectors import Direction
+from einconv_kfac.optim.vectors import Direction, precise
 
 
 class FixedStep:
@@ -117,5 +117,5 @@ def _velocities_(
     for name in names:
         if MOMENTUM_BUFFER not in memory[name]:
             first = steps[name].clone(memory_format=torch.contiguous_format)
-            memory[name][MOMENTUM_BUFFER] = first
+            memory[name][MOMENTUM_BUFFER] = first.to(precise(first.dtype))
     return [memory[name][MOMENTUM_BUFFER] for name in names]
