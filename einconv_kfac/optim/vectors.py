@@ -84,6 +84,17 @@ def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(tensors)) if tensors else []
 
 
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all entries are finite; the host waits for the device.
+
+    A tensor is finite where its norm is. Entries are looked at one by one only if a norm is not,
+    since it may overflow.
+    """
+    if not tensors or bool(torch.stack(norms(tensors)).isfinite().all()):
+        return True
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
+
 def combination(
     names: Iterable[str], coefficients: Sequence[float], directions: Sequence[Direction]
 ) -> Direction:

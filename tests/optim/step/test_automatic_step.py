@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.replay.replay import Replay
-from einconv_kfac.optim.step.automatic import BACKTRACKED_FACTOR, RELATIVE_ROUNDING
+from einconv_kfac.optim.step.reduction import BACKTRACKED_FACTOR, RELATIVE_ROUNDING
 from einconv_kfac.optim.step.backtracking import BACKTRACKING_FACTOR
 from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION
 
