@@ -19,6 +19,7 @@ from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.hyperparameters import fraction
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
 
@@ -88,8 +89,12 @@ class Collector:
     def _add_(self, output: Tensor, target: Tensor, calls: Sequence[LayerCall]) -> None:
         """Add a batch, from the graph of its output."""
         own = [call for call in calls if call.layer in self.due]
-        if not own:
-            return
+        if own:
+            with without_autocast(self._model):
+                self._add_own_(output, target, own)
+
+    def _add_own_(self, output: Tensor, target: Tensor, own: Sequence[LayerCall]) -> None:
+        """Add the calls of a batch that are due."""
         self.finite = self.finite and bool(output.isfinite().all())
         if not self.finite:
             return
