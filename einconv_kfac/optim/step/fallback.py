@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from einconv_kfac.optim.vectors import Direction, precise
 
@@ -68,6 +69,25 @@ class Fallback:
     def has_momentum(self) -> bool:
         """Whether the directions average gradients, so that no other momentum is added."""
         return self.kind == "adam"
+
+
+def restore_precision_(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Take over the state of parameters in low precision again, in the precision it is kept in.
+
+    ``torch.optim.Optimizer.load_state_dict`` has rounded it to the parameters' data type.
+
+    Args:
+        optimizer: The optimizer, which has loaded the state.
+        state: The state.
+    """
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters):
+        if (dtype := precise(parameter.dtype)) == parameter.dtype:
+            continue
+        for key, value in state["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                optimizer.state[parameter][key] = value.to(parameter.device, dtype, copy=True)
 
 
 def _moments(
