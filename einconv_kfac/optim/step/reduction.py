@@ -78,7 +78,8 @@ class Reduction:
             step: The number of steps taken.
         """
         compared = objective.settings.damping is None and (self._safeguard or self._is_due(step))
-        return Before(objective.value(), rounding_of(objective) if compared else None)
+        rounding = rounding_of(self._replay, objective) if compared else None
+        return Before(objective.value(), rounding)
 
     def adapt_(
         self, objective: Objective, update: Direction, before: Before, predicted: float, step: int
@@ -110,8 +111,11 @@ class Reduction:
         return backtrack_(objective.parameters, update, lambda: self.value(objective), allowed)
 
     def _adapt_rule_(self, change: float, predicted: float, rounding: float, step: int) -> None:
-        """Adapt the damping to the ratio, unless that is one of roundings."""
-        is_known = abs(predicted) > ROUNDING_MARGIN * rounding
+        """Adapt the damping to the ratio, unless that is one of roundings.
+
+        A loss that did not change in any bit was rounded to the same number.
+        """
+        is_known = change != 0 and abs(predicted) > ROUNDING_MARGIN * rounding
         if is_known:
             self.ratio = change / predicted
         if self._is_due(step):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.vectors import entries, precise, sum_of
 
@@ -13,34 +15,38 @@ ROUNDING_MARGIN = 4.0
 known to about a quarter."""
 
 
-def rounding_of(objective: Objective) -> Tensor:
+def rounding_of(replay: Replay, objective: Objective) -> Tensor:
     """Return an estimate of the rounding error of the objective, in float64.
 
-    It is the sum of three parts: the losses times the machine epsilon of their data type; the
-    root of ``sum (g w)^2`` times that of the forward pass, which computes with parameters ``w``
-    that are perturbed independently (``g`` is the gradient); and ``sum |g w|`` times half of
-    that of the parameters, which the rounding of a step that was added to them can amount to.
+    It is a sum over losses of `_of_batch`, and of ``sum |g w|`` over parameters ``w`` with
+    gradient ``g``, times half the machine epsilon of the parameters: what rounding takes from a
+    step that is added to them.
 
     Args:
+        replay: Evaluates the losses again.
         objective: The objective, before its parameters are moved.
     """
-    losses = [
-        (batch.weight * batch.loss).abs().double() * torch.finfo(batch.loss.dtype).eps
-        for batch in objective.batches
-    ]
-    squares, sums = [], []
+    sums = []
     for name, parameter in objective.parameters.items():
-        dtype = torch.promote_types(precise(parameter.dtype), objective.gradient[name].dtype)
-        products = entries(parameter.to(dtype)) * entries(objective.gradient[name].to(dtype))
-        squares.append(torch.dot(products, products).double())
-        sums.append(products.abs().sum().double() * torch.finfo(parameter.dtype).eps / 2)
-    return sum_of([*losses, sum_of(squares).sqrt() * _precision(objective), *sums])
+        gradient = objective.gradient[name]
+        dtype = precise(torch.promote_types(parameter.dtype, gradient.dtype))
+        products = entries(parameter.to(dtype)) * entries(gradient.to(dtype))
+        sums.append(products.abs().sum().double() * (torch.finfo(parameter.dtype).eps / 2))
+    return sum_of([*(_of_batch(replay, batch) for batch in objective.batches), *sums])
 
 
-def _precision(objective: Objective) -> float:
-    """Return the largest machine epsilon of the forward passes."""
-    found = [0.0]
-    for batch in objective.batches:
-        assert batch.forward is not None
-        found.append(batch.forward.call.environment.precision(batch.output.dtype))
-    return max(found)
+def _of_batch(replay: Replay, batch: Batch) -> Tensor:
+    """Return the rounding error of one loss, times its weight in the objective.
+
+    It is the loss times the machine epsilon of its data type, and the Euclidean norm of
+    ``dL/dy y`` over the entries of the output ``y``, times the machine epsilon of the forward
+    pass: the errors of the entries are independent.
+    """
+    assert batch.forward is not None
+    output = batch.output.detach().to(precise(batch.output.dtype)).requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(replay.loss(output, batch.target), output)
+    moved = torch.linalg.vector_norm(entries(slope).double() * entries(output.detach()).double())
+    moved = moved * batch.forward.call.environment.precision(batch.output.dtype)
+    value = batch.loss.abs().double() * torch.finfo(batch.loss.dtype).eps
+    return batch.weight.abs().double() * (value + moved)
