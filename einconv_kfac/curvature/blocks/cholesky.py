@@ -14,6 +14,8 @@ from einconv_kfac.curvature.blocks.batching import batched
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """A tensor for the factor ``A`` and one for the factor ``B``."""
 
+RANGE_FRACTION = 2.0**-10
+"""Largest damping of a factor, as a fraction of the largest number of its data type."""
 DAMPING_GROWTH_AFTER_FAILURE = 10.0
 """Factor by which the damping of a layer grows where its Cholesky decomposition fails."""
 
@@ -87,11 +89,16 @@ def split_damping(factors: Pair, damping: float) -> Pair:
     """Split a damping ``l`` between two factors by trace balance, ``[g]`` each.
 
     The parts are ``pi sqrt(l)`` for ``A`` and ``sqrt(l) / pi`` for ``B``, with
-    ``pi = sqrt((tr(A) / d) / (tr(B) / co))`` per group (Martens and Grosse, 2015).
+    ``pi = sqrt((tr(A) / d) / (tr(B) / co))`` per group (Martens and Grosse, 2015). It is bounded
+    so that neither part leaves the range of the data type, where a factor is zero or huge.
     """
     a, b = factors
     balance = _mean_eigenvalue(a).sqrt() / _mean_eigenvalue(b).sqrt()  # no overflow if B is 0
     root = damping**0.5
+    if root:
+        largest = torch.finfo(a.dtype).max * RANGE_FRACTION
+        bound = min(largest / root, largest * root)  # of both parts, and of their reciprocals
+        balance = balance.clamp(1 / bound, bound)
     return balance * root, root / balance
 
 
