@@ -20,7 +20,7 @@ from einconv_kfac.optim.parameters import Exclusion, Training, check_member, tra
 from einconv_kfac.optim.pickling import rebuilt
 from einconv_kfac.optim.schedule import Schedule
 from einconv_kfac.optim.step.damping.rule import DampingRule
-from einconv_kfac.optim.step.fallback import Fallback, FallbackKind
+from einconv_kfac.optim.step.fallback import Fallback, FallbackKind, restore_precision_
 from einconv_kfac.optim.step.modes import settings_of, step_of
 from einconv_kfac.optim.step.runner import StepRunner
 
@@ -314,7 +314,7 @@ class KFAC(Optimizer):
         self._curvature.check_state(state.get("curvature") or state)
         if state["mode"] != self._step.mode:
             raise ValueError("`state_dict` must come from an optimizer with the same `adaptive`.")
-        super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
+        super().load_state_dict(own := {k: state_dict[k] for k in ("state", "param_groups")})
+        restore_precision_(self, own)
         self._curvature.load_state_dict(state["curvature"])
-        present = {name: parameter.detach() for parameter, name in self._names.items()}
-        self._step.load_state_dict(state["step"], present)
+        self._step.load_state_dict(state["step"], {n: p.detach() for p, n in self._names.items()})

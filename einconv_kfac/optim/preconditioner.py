@@ -16,8 +16,11 @@ from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, PERIODS, Hyperpa
 from einconv_kfac.optim.inverses.protocol import Inverse
 from einconv_kfac.optim.parameters import Exclusion
 from einconv_kfac.optim.pickling import rebuilt
+from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.schedule import Schedule
-from einconv_kfac.optim.vectors import norms
+from einconv_kfac.optim.vectors import all_finite, norms
+
+NOT_APPLIED = "A preconditioned gradient was not finite; the gradients were left as they were."
 
 
 class KFACPreconditioner:
@@ -126,9 +129,14 @@ class KFACPreconditioner:
             return
         curvature.collector.check(batches)
         damping: Any = curvature.settings.own.damping
-        curvature.update_()
-        curvature.refresh_(damping or DEFAULT_DAMPING, {})
-        for name, tensor in curvature.precondition(gradient).items():
+        with without_autocast(curvature.model):
+            curvature.update_()
+            curvature.refresh_(damping or DEFAULT_DAMPING, {})
+            found = curvature.precondition(gradient)
+        if not all_finite([*found.values()]):
+            warnings.warn(NOT_APPLIED, RuntimeWarning, stacklevel=3)
+            found = {}
+        for name, tensor in found.items():
             gradient[name].copy_(tensor)
         curvature.finish_()
 

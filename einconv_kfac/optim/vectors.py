@@ -1,6 +1,7 @@
 """Directions in parameter space: tensors by parameter name, and their algebra.
 
-Inner products are taken tensor by tensor in the tensors' dtype and added in float64.
+Inner products are taken tensor by tensor in the tensors' dtype, at least float32, and added in
+float64. A complex tensor counts as its real and its imaginary part.
 """
 
 from __future__ import annotations
@@ -15,10 +16,25 @@ Direction: TypeAlias = dict[str, Tensor]
 """A tensor per parameter name."""
 
 
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """Return the data type of sums, averages and steps: at least float32.
+
+    Squares of small gradients underflow in float16, and small steps are lost in bfloat16.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def entries(tensor: Tensor) -> Tensor:
+    """Return the entries of a tensor as a vector of real numbers, at least in float32."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.flatten().to(precise(tensor.dtype))
+
+
 def inner(a: Direction, b: Direction, weights: Mapping[str, float] | None = None) -> Tensor:
     """Return the (weighted) inner product over the parameters that both have, in float64."""
     names = [name for name in a if name in b]
-    parts = [torch.dot(a[name].flatten(), b[name].flatten()).double() for name in names]
+    parts = [torch.dot(entries(a[name]), entries(b[name])).double() for name in names]
     if weights:
         parts = [part * weights[name] for part, name in zip(parts, names)]
     device = next(iter(a.values())).device
@@ -68,10 +84,21 @@ def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(tensors)) if tensors else []
 
 
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all entries are finite; the host waits for the device.
+
+    A tensor is finite where its norm is. Entries are looked at one by one only if a norm is not,
+    since it may overflow.
+    """
+    if not tensors or bool(torch.stack(norms(tensors)).isfinite().all()):
+        return True
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
+
 def combination(
     names: Iterable[str], coefficients: Sequence[float], directions: Sequence[Direction]
 ) -> Direction:
-    """Return a linear combination of directions, over the named parameters.
+    """Return a linear combination of directions, over the named parameters, at least in float32.
 
     Args:
         names: The parameters; each is part of at least one direction.
@@ -84,7 +111,7 @@ def combination(
 def _combined(name: str, coefficients: Sequence[float], directions: Sequence[Direction]) -> Tensor:
     """Return a linear combination of directions for one parameter."""
     (factor, first), *others = [(c, d[name]) for c, d in zip(coefficients, directions) if name in d]
-    total = first * factor
+    total = first.to(precise(first.dtype)) * factor
     for factor, tensor in others:
         total.add_(tensor, alpha=factor)
     return total

@@ -14,6 +14,8 @@ from einconv_kfac.curvature.blocks.batching import batched
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """A tensor for the factor ``A`` and one for the factor ``B``."""
 
+RANGE_FRACTION = 2.0**-10
+"""Largest damping of a factor, as a fraction of the largest number of its data type."""
 DAMPING_GROWTH_AFTER_FAILURE = 10.0
 """Factor by which the damping of a layer grows where its Cholesky decomposition fails."""
 
@@ -55,8 +57,8 @@ def invert_damped(
     """Invert pairs of factors, with the damping of each pair split by trace balance.
 
     The inverses are ``(A + pi sqrt(l) I)^-1`` and ``(B + sqrt(l) / pi I)^-1`` for a damping
-    ``l``, with ``pi`` of `split_damping`. A pair with a factor whose Cholesky decomposition fails
-    is inverted in float64.
+    ``l``, with ``pi`` of `split_damping`. A pair with a factor whose Cholesky decomposition fails,
+    or whose inverse overflows, is inverted in float64.
 
     Args:
         pairs: ``A [g, d, d]`` and ``B [g, co, co]`` of each pair.
@@ -66,7 +68,8 @@ def invert_damped(
             float64 fails as well.
 
     Raises:
-        RuntimeError: If a damped factor is not positive definite at the last attempt.
+        RuntimeError: If a damped factor is not positive definite at the last attempt, or its
+            inverse is not finite in the dtype of the factors.
     """
     parts = [split_damping(pair, damping) for pair, damping in zip(pairs, dampings)]
     flat = [[own for pair in several for own in pair] for several in (pairs, parts)]
@@ -86,16 +89,21 @@ def split_damping(factors: Pair, damping: float) -> Pair:
     """Split a damping ``l`` between two factors by trace balance, ``[g]`` each.
 
     The parts are ``pi sqrt(l)`` for ``A`` and ``sqrt(l) / pi`` for ``B``, with
-    ``pi = sqrt((tr(A) / d) / (tr(B) / co))`` per group (Martens and Grosse, 2015).
+    ``pi = sqrt((tr(A) / d) / (tr(B) / co))`` per group (Martens and Grosse, 2015). It is bounded
+    so that neither part leaves the range of the data type, where a factor is zero or huge.
     """
     a, b = factors
     balance = _mean_eigenvalue(a).sqrt() / _mean_eigenvalue(b).sqrt()  # no overflow if B is 0
     root = damping**0.5
+    if root:
+        largest = torch.finfo(a.dtype).max * RANGE_FRACTION
+        bound = min(largest / root, largest * root)  # of both parts, and of their reciprocals
+        balance = balance.clamp(1 / bound, bound)
     return balance * root, root / balance
 
 
 def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return ``(F + damping I)^-1`` for each factor, or ``None`` if Cholesky fails.
+    """Return ``(F + damping I)^-1`` for each factor, or ``None`` if Cholesky or its range fails.
 
     Args:
         factors: Factors ``[g, d, d]``.
@@ -111,7 +119,10 @@ def _in_float64(pair: Pair, damping: float, name: str, damping_increases: int) -
     for attempt in range(damping_increases + 1):
         increased = damping * DAMPING_GROWTH_AFTER_FAILURE**attempt
         dampings = split_damping((a, b), increased)
-        left, right = damped_inverses((a, b), dampings)
+        left, right = (
+            None if found is None or not bool(found.to(given).isfinite().all()) else found
+            for found, given in zip(damped_inverses((a, b), dampings), pair)
+        )
         if left is not None and right is not None:
             return DampedFactors((a, b), dampings, (left, right), increased, attempt + 1)
     letter, part = ("A", dampings[0]) if left is None else ("B", dampings[1])
@@ -122,14 +133,18 @@ def _in_float64(pair: Pair, damping: float, name: str, damping_increases: int) -
 
 
 def _damped_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(factor + damping I)^-1`` per group, and whether that failed, ``[g]``."""
+    """Return ``(factor + damping I)^-1`` per group, and whether that failed, ``[g]``.
+
+    It fails where the damped factor is not positive definite, or the inverse is not finite.
+    """
     damped = factor.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     triangle, failures = torch.linalg.cholesky_ex(damped)
     failed = failures > 0
     if bool(failed.any()):  # an unfinished triangle cannot be inverted
         triangle[failed] = torch.eye(len(factor[0]), dtype=factor.dtype, device=factor.device)
-    return torch.cholesky_inverse(triangle), failed
+    inverse = torch.cholesky_inverse(triangle)
+    return inverse, failed | ~inverse.isfinite().flatten(1).all(-1)
 
 
 def _mean_eigenvalue(factor: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Generator, Tensor
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product
 
+_SMALLEST_SCALE = torch.finfo(torch.float64).tiny
+
 
 @dataclass(frozen=True, eq=False)
 class EigenBlock:
@@ -158,16 +160,54 @@ def check_damping(damping: float) -> None:
         raise ValueError(f"`damping` must be a finite number >= 0, got {damping}.")
 
 
-def eigendecomposition(factor: Tensor) -> tuple[Tensor, Tensor]:
+def eigendecomposition(factor: Tensor, name: str = "a factor") -> tuple[Tensor, Tensor]:
     """Return eigenvalues ``[g, d]``, not negative, and eigenvectors ``[g, d, d]`` of a factor.
 
     The factor is positive semi-definite; eigenvalues that rounding made negative become zero.
+    The driver may fail in float32, with an error or with results that are not numbers, above all
+    for factors with rows of zeros. Those matrices are decomposed in float64.
+
+    Args:
+        factor: The factor ``[g, d, d]``.
+        name: What it is called in an error.
+
+    Raises:
+        RuntimeError: If the decomposition fails in float64 as well, or the factor is not finite.
     """
+    precise = factor.to(torch.promote_types(factor.dtype, torch.float32))
     try:
-        values, vectors = torch.linalg.eigh(factor)
-    except RuntimeError:  # float32 may fail to converge
-        values, vectors = (part.to(factor.dtype) for part in torch.linalg.eigh(factor.double()))
-    return values.clamp_min(0), vectors
+        values, vectors = torch.linalg.eigh(precise)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        values, vectors = _eigh_in_float64(precise, name)
+    failed = ~(values.isfinite().all(-1) & vectors.isfinite().flatten(1).all(-1))
+    if bool(failed.any()):
+        values[failed], vectors[failed] = _eigh_in_float64(precise[failed], name)
+    return values.clamp_min(0).to(factor.dtype), vectors.to(factor.dtype)
+
+
+def _eigh_in_float64(factor: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors, computed in float64, in the dtype of the factor.
+
+    Raises:
+        RuntimeError: If that fails, or the factor is not finite.
+    """
+    if not bool(factor.isfinite().all()):
+        raise RuntimeError(f"The entries of {name} must be finite for an eigendecomposition.")
+    scale = factor.abs().amax((-2, -1), keepdim=True).double().clamp_min(_SMALLEST_SCALE)
+    try:
+        values, vectors = torch.linalg.eigh(factor.double() / scale)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(f"The eigendecomposition of {name} failed in float64.") from error
+    values, vectors = (values * scale[..., 0]).to(factor.dtype), vectors.to(factor.dtype)
+    if not bool(values.isfinite().all() & vectors.isfinite().all()):
+        raise RuntimeError(
+            f"The eigendecomposition of {name} must be finite, but is not in float64 either."
+        )
+    return values, vectors
 
 
 def _squared_overlap(left: Tensor | None, right: Tensor | None, like: Tensor) -> Tensor:

@@ -66,9 +66,14 @@ class KroneckerBlock:
         return abs(self.scale) * (a * b).sum().sqrt()
 
     def eigh(self) -> EigenBlock:
-        """Return the eigendecomposition, by one of ``A`` and one of ``B``."""
-        a, basis_a = eigendecomposition(self.A)
-        b, basis_b = eigendecomposition(self.B)
+        """Return the eigendecomposition, by one of ``A`` and one of ``B``.
+
+        Raises:
+            RuntimeError: If a factor is not finite.
+        """
+        names = " and ".join(self.parameters)
+        a, basis_a = eigendecomposition(self.A, f"the factor A of {names}")
+        b, basis_b = eigendecomposition(self.B, f"the factor B of {names}")
         values = self.scale * b[:, :, None] * a[:, None, :]
         return EigenBlock(basis_a, basis_b, values, self.layout)
 

@@ -61,6 +61,8 @@ def refusal(name: str, module: nn.Module) -> str | None:
         return (
             f"{type(module).__name__} has a forward pass of its own; `register_layer` adds a rule"
         )
+    if any(parameter.is_complex() for parameter in own.values()):
+        return "its parameters are complex"
     if rule.weight not in own:
         return "its weight is not a parameter of its own"
     return rule.refusal(module) if own[rule.weight].requires_grad else "its weight is frozen"

@@ -30,6 +30,9 @@ class LossModel(Protocol):
     def value(self, outputs: Sequence[Tensor]) -> Tensor:
         """Return the loss for other values of the outputs, ``[n, ...]`` each."""
 
+    def slopes(self) -> Sequence[Tensor | None]:
+        """Return the derivative of the loss by each recorded output; ``None`` for zero."""
+
     def expansion(self, tangents: Sequence[Sequence[Tensor | None]]) -> Expansion:
         """Return the expansion at the recorded outputs.
 
@@ -60,13 +63,16 @@ class GivenLoss:
         loss: Tensor = self.loss_fn(outputs[0], *self.targets)
         return loss
 
+    def slopes(self) -> Sequence[Tensor]:
+        """See `LossModel`."""
+        output = self._output.to(precise_type(self._output)).requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(self.value([output]), output)
+
     def expansion(self, tangents: Sequence[Sequence[Tensor | None]]) -> Expansion:
         """See `LossModel`."""
-        precise = precise_type(self._output)
-        output = self._output.to(precise).requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(self.value([output]), output)
-        zero = torch.zeros_like(self._output, dtype=precise)
+        (slope,) = self.slopes()
+        precise, zero = slope.dtype, torch.zeros_like(slope)
         own = [zero if t is None else t.to(precise) for (t,) in tangents]
         target = self.targets[0] if len(self.targets) == 1 else Targets(self.targets)
         products = curvature_products(self.loss_fn, self._output, target, own)

@@ -87,6 +87,10 @@ class Tail:
         change = self.last(changes)
         return (self.weight * (self.loss if change is None else self.loss + change)).sum()
 
+    def slopes(self) -> Sequence[Tensor | None]:
+        """See `LossModel`."""
+        return self.gradients
+
     def expansion(self, tangents: Sequence[Sequence[Tensor | None]]) -> Expansion:
         """See `LossModel`."""
         several = [{e: t for e, t in zip(self.sources, own) if t is not None} for own in tangents]

@@ -20,6 +20,7 @@ from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.hyperparameters import fraction
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
 
@@ -97,6 +98,11 @@ class Collector:
         if not own or not bool(loss.isfinite().all()):
             return
         self._move_generator_(evaluation.weight.device)
+        with without_autocast(self._model):
+            self._add_own_(evaluation, own)
+
+    def _add_own_(self, evaluation: Evaluation, own: Sequence[LayerCall]) -> None:
+        """Add the calls of a batch that are due."""
         for name in {call.layer for call in own} - self.moments.keys():
             layer, approximation = self._layers[name], self._estimator.approximation
             self.moments[name] = LayerSums(layer, approximation, self.bases.get(name))

@@ -15,6 +15,7 @@ from einconv_kfac.optim.inverses.background import Pending
 from einconv_kfac.optim.inverses.protocol import Inverted, LayerInverse, Task
 from einconv_kfac.optim.inverses.registry import inverse_of
 from einconv_kfac.optim.moving_average import bias_corrected_weight
+from einconv_kfac.optim.vectors import precise
 
 _STATE = ("updates", "factors", "factor_step", "inverse_step", "retries", "conditions")
 
@@ -85,13 +86,13 @@ class RunningFactors:
         return torch.where(present > 0, moved / present, 0.0).sqrt()
 
     def apply(self, gradient: dict[str, Tensor], inverse: LayerInverse) -> dict[str, Tensor]:
-        """Return the preconditioned gradient of the layer's parameters."""
+        """Return the preconditioned gradient of the layer's parameters, at least in float32."""
         if not gradient.keys() >= set(self.layer.parameters):
             gradient = {**self.layer.zeros(), **gradient}
         layout = self.layer.layout
         rows = layout.to_matrix(gradient)
         result = layout.from_matrix(self._here(inverse, rows).apply(rows))
-        return {name: tensor.to(rows.dtype) for name, tensor in result.items()}
+        return {name: tensor.to(precise(rows.dtype)) for name, tensor in result.items()}
 
     def _here(self, inverse: LayerInverse, rows: Tensor) -> LayerInverse:
         """Return an inverse on the device of gradients, which may have changed."""

@@ -36,7 +36,8 @@ class EigenInverse(LayerInverse):
         assert a is not None
         assert b is not None
         rotated = product(product(b.mT, rows.to(a.dtype)), a)
-        return product(product(b, rotated.div_(self.block.values + self.damping)), a.mT)
+        damping = max(self.damping, torch.finfo(a.dtype).tiny)  # 0 / 0 where both underflow
+        return product(product(b, rotated.div_(self.block.values + damping)), a.mT)
 
     def to(self, device: torch.device) -> EigenInverse:
         """See `LayerInverse`."""
@@ -56,15 +57,36 @@ class EigenInverse(LayerInverse):
 
 
 def invert_by_eigh(inverse: type[EigenInverse], tasks: Sequence[Task]) -> list[Inverted]:
-    """Return inverses of a type, from an eigendecomposition of every factor."""
-    factors = [factor for task in tasks for factor in task.factors]
-    parts = batched(eigendecomposition, factors)
+    """Return inverses of a type, from an eigendecomposition of every factor.
+
+    Raises:
+        RuntimeError: If one cannot be decomposed.
+    """
+    parts = _decomposed(tasks)
     results = []
     for task, (a, basis_a), (b, basis_b) in zip(tasks, parts[::2], parts[1::2]):
         block = EigenBlock(basis_a, basis_b, b[:, :, None] * a[:, None, :], task.layout)
-        conditions = torch.stack([(v.amax(-1) / v.amin(-1)).amax() for v in (a, b)])
+        conditions = torch.stack([_condition(v) for v in (a, b)])
         results.append(Inverted(inverse(block, task.damping), conditions))
     return results
+
+
+def _decomposed(tasks: Sequence[Task]) -> list[tuple[Tensor, ...]]:
+    """Return eigenvalues and eigenvectors of every factor."""
+    factors = [factor for task in tasks for factor in task.factors]
+    try:
+        return batched(eigendecomposition, factors)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # again one by one, so that the error names the layer
+        names = [f"the factor {letter} of '{task.name}'" for task in tasks for letter in "AB"]
+        return [eigendecomposition(factor, name) for factor, name in zip(factors, names)]
+
+
+def _condition(values: Tensor) -> Tensor:
+    """Return the largest condition number of matrices with eigenvalues ``[g, d]``."""
+    largest, smallest = values.amax(-1), values.amin(-1)
+    return torch.where(smallest > 0, largest / smallest, torch.inf).amax()
 
 
 def load_eigen(inverse: type[EigenInverse], state: dict[str, Any], layout: Layout) -> EigenInverse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,21 @@ class Autocast:
     device_type: str
     enabled: bool
     dtype: torch.dtype
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Disable autocast inside the block, on the devices of a model.
+
+    Factors, inverses and steps are computed in the precision of their tensors, also where
+    ``backward`` or ``step`` is called inside a block of ``torch.autocast``.
+    """
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    with ExitStack() as stack:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 from torch.autograd import forward_ad
 
-from einconv_kfac.optim.vectors import Direction, sum_of
+from einconv_kfac.optim.vectors import Direction, entries, precise, sum_of
 
 Function: TypeAlias = Callable[[Direction], tuple[Tensor, ...]]
 """Returns outputs for parameters; those that are not given keep their values."""
@@ -41,13 +41,18 @@ def forward_products(
         with_gradients: Whether the function itself takes gradients.
 
     Raises:
-        NotImplementedError: If an operator has no forward mode.
+        NotImplementedError: If an operator has no forward mode, or one that fails.
     """
     _load_forward_mode()
     found = []
-    for direction in directions:
-        with torch.set_grad_enabled(with_gradients):
-            found.append(_forward_product(function, parameters, direction))
+    try:
+        for direction in directions:
+            with torch.set_grad_enabled(with_gradients):
+                found.append(_forward_product(function, parameters, direction))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # or the function fails without tangents as well
+        raise NotImplementedError("Forward mode failed.") from error
     return found[0][0], [tangents for _, tangents in found]
 
 
@@ -63,22 +68,42 @@ def _forward_product(
     function: Function, parameters: Direction, direction: Direction
 ) -> tuple[tuple[Tensor, ...], Tangents]:
     """Return the outputs and ``J d`` in forward mode."""
+    own, scale = _in_range(direction, parameters)
     with forward_ad.dual_level():
         duals = {
             name: forward_ad.make_dual(  # type: ignore[no-untyped-call]
                 parameters[name].detach(), tangent
             )
-            for name, tangent in direction.items()
+            for name, tangent in own.items()
         }
         parts = [
             forward_ad.unpack_dual(output)  # type: ignore[no-untyped-call]
             for output in function(duals)
         ]
         outputs = tuple(primal.detach() for primal, _ in parts)
-        return outputs, tuple(
+        tangents = [
             torch.zeros_like(output) if tangent is None else tangent.detach().clone()
             for output, (_, tangent) in zip(outputs, parts)
-        )
+        ]
+    return outputs, _rescaled(tangents, scale)
+
+
+def _rescaled(tangents: Sequence[Tensor], scale: Tensor | None) -> Tangents:
+    """Return tangents times the factor that `_in_range` divided their direction by."""
+    return tuple(tangents if scale is None else [tangent * scale for tangent in tangents])
+
+
+def _in_range(direction: Direction, parameters: Direction) -> tuple[Direction, Tensor | None]:
+    """Return a direction in the parameters' dtypes, and the factor that it was divided by, if any.
+
+    Parameters in low precision have a narrow range, so that the largest entry becomes 1.
+    """
+    dtypes = {name: parameters[name].dtype for name in direction}
+    if all(dtype == precise(dtype) for dtype in dtypes.values()):
+        return direction, None
+    largest = torch.stack([entries(d).abs().amax() for d in direction.values() if d.numel()])
+    scale = largest.amax().clamp_min(torch.finfo(largest.dtype).tiny)
+    return {name: (d / scale).to(dtypes[name]) for name, d in direction.items()}, scale
 
 
 def backward_products(
@@ -95,6 +120,8 @@ def backward_products(
         RuntimeError: If the backward pass cannot be differentiated.
     """
     names = list(dict.fromkeys(name for d in directions for name in d))
+    scaled = [_in_range(direction, parameters) for direction in directions]
+    directions = [direction for direction, _ in scaled]
     with torch.enable_grad():
         leaves = {name: parameters[name].detach().requires_grad_() for name in names}
         outputs = function(leaves)
@@ -114,7 +141,7 @@ def backward_products(
             raise _refusal(str(error)) from error
     for direction, product in zip(directions, products):
         _check_adjoint(direction, product, transposed, ws)
-    return [_completed(outputs, product) for product in products]
+    return [_rescaled(_completed(outputs, p), scale) for p, (_, scale) in zip(products, scaled)]
 
 
 def _completed(outputs: Sequence[Tensor], product: Sequence[Tensor]) -> Tangents:
@@ -157,7 +184,7 @@ def _check_adjoint(
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Return the inner product of two tensors, in float64."""
-    return (a.detach().double() * b.detach().double()).sum()
+    return (entries(a.detach()).double() * entries(b.detach()).double()).sum()
 
 
 def _refusal(why: str) -> RuntimeError:

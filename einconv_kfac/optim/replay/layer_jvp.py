@@ -8,7 +8,8 @@ input and parameters, the recorded forward pass has the output, so that only the
 is computed. For batch normalisation on batch statistics, whose Jacobian in the input is
 symmetric, the tangent is torch's backward kernel applied to ``dx``, plus the normalisation of
 ``x`` with scale and shift ``dW`` and ``db``; torch's own formula takes several times as many
-passes over the data. The statistics are those of the recorded forward pass.
+passes over the data. The statistics are those of the recorded forward pass. Group normalisation
+has contiguous inputs.
 """
 
 from __future__ import annotations
@@ -40,7 +41,23 @@ def layer_jvps(model: nn.Module, outputs: LayerOutputs) -> Forwards:
             forwards[module] = _linear(module, iter(known[module]))
         elif type(module) in NORMALIZING and module.training:
             forwards[module] = _normalizing(module, iter(known.get(module, ())))
+        elif isinstance(module, nn.GroupNorm):
+            forwards[module] = _contiguous(module)
     return forwards
+
+
+def _contiguous(module: Any) -> Forward:
+    """Return the forward method of a module for inputs that are made contiguous.
+
+    Torch's forward mode of group normalisation fails for images that are stored channels last.
+    """
+    ordinary = type(module).forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = ordinary(module, x.contiguous(), *args, **kwargs)
+        return output
+
+    return forward
 
 
 def _linear(module: Any, outputs: Iterator[Tensor | None]) -> Forward:

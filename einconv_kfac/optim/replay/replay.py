@@ -70,6 +70,12 @@ class Replay:
         with self._paused():
             return batch.loss_model.value(outputs).detach()
 
+    def slopes(self, batch: Batch) -> list[Tensor | None]:
+        """Return the derivative of a batch's loss by each of its recorded outputs."""
+        assert batch.loss_model is not None
+        with self._paused():
+            return list(batch.loss_model.slopes())[: len(batch.outputs)]
+
     def expansion(
         self, batch: Batch, parameters: Direction, directions: Sequence[Direction]
     ) -> Expansion:
@@ -139,14 +145,13 @@ class Replay:
 
         try:
             outputs, found = products()
+        except NotImplementedError:
+            if self.takes_gradients:
+                raise
+        else:
             if self.takes_gradients or is_repeated(batch, outputs):
                 check_repeated(batch, outputs)
                 return found
-        except NotImplementedError:
-            raise
-        except RuntimeError:
-            if self.takes_gradients:
-                raise
         self.takes_gradients = True  # kept outputs or a missing graph may have broken it
         try:
             outputs, found = products()

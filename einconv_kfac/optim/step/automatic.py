@@ -12,14 +12,12 @@ from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.refresh import Inverses
-from einconv_kfac.optim.schedule import is_due
-from einconv_kfac.optim.step.backtracking import backtrack_
-from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION_PERIOD
+from einconv_kfac.optim.step.damping.first_curvature import first_curvature
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.damping.search import DampingSearch
 from einconv_kfac.optim.step.layer_gains import mean_gain
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.quadratic_model import quadratic_model
+from einconv_kfac.optim.step.reduction import Before, Reduction
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER, Rollback, last_update, undo_
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.slow_momentum import SlowMomentum
@@ -30,10 +28,6 @@ from einconv_kfac.optim.vectors import Direction
 
 UNDONE_FACTOR = 4.0
 """Factor by which the damping and its floor grow when a step is undone."""
-BACKTRACKED_FACTOR = 2.0
-"""Factor by which the damping and its floor grow when a step is shortened."""
-RELATIVE_ROUNDING = 1e-4
-"""Growth of the objective, relative to its size, that is attributed to rounding."""
 
 
 class AutomaticStep:
@@ -58,8 +52,7 @@ class AutomaticStep:
         self._subspace = SubspaceFit(curvature, self._trust)
         self._search = DampingSearch()
         self._rollback = Rollback()
-        self._adapted: int | None = None
-        self._ratio = math.nan
+        self._reduction = Reduction(self._replay, rule, safeguard)
         self._unobserved = UnobservedTerms()
 
     def check(self, objective: Objective) -> None:
@@ -79,10 +72,12 @@ class AutomaticStep:
         objective = replace(objective, batches=self._replay.check(*at))
         momentum = _common_momentum(objective)
         if self._undone_(objective):
-            return Taken({"damping": self._damping(objective), "rejected": 1.0})
+            return Taken({"damping": self._damping(objective) or math.nan, "rejected": 1.0})
         self._trust.sample_(objective.gradient)
         damping = self._damping(objective)
         self._curvature.update_()
+        if damping is None:
+            return Taken({})
         previous = last_update(objective.memory)
         is_slow = momentum is None
         followed = Momentum(
@@ -95,11 +90,11 @@ class AutomaticStep:
         rate = max(objective.rates.values())
         update = fit.update(objective, rate)
         others = self._unobserved.change(fit.model, fit.coefficients * rate, objective.batches)
-        before = objective.value() - others
+        before = self._reduction.before(objective, self._curvature.steps, others)
         for name, tensor in update.items():
             objective.parameters[name].add_(tensor)
         predicted = fit.predicted(damping, rate)
-        rate *= self._adapt_(objective, update, before, predicted)
+        rate *= self._reduction.adapt_(objective, update, before, predicted, self._curvature.steps)
         coefficient = fit.mix[-1] * rate
         if is_slow:
             coefficient = self._add_momentum_(objective, update, before)
@@ -119,24 +114,23 @@ class AutomaticStep:
             **numbers,
             "trust": self._trust.fraction,
             "gain": mean_gain(gains),
-            "ratio": self._ratio,
+            "ratio": self._reduction.ratio,
         }
         return Taken(numbers, {name: (tensor, 1.0) for name, tensor in update.items()}, gains)
 
-    def _damping(self, objective: Objective) -> float:
-        """Return the damping: the given one, or that of the rule."""
+    def _damping(self, objective: Objective) -> float | None:
+        """Return the damping: the given one, or that of the rule.
+
+        There is none as long as every gradient was zero.
+        """
         if (given := objective.settings.damping) is not None:
             return cast("float", given)
         step = self._curvature.steps
         damping = self._rule.damping(step)
         if damping is None:
-            model = quadratic_model(self._replay, objective, [objective.gradient])
-            curvature = float(model.curvature / model.gram)
-            if not 0 < curvature < math.inf:
-                raise RuntimeError(
-                    "The first `damping` follows from the curvature along the gradient, which "
-                    f"must be positive, got {curvature}. Pass `damping`."
-                )
+            curvature = first_curvature(self._replay, objective)
+            if curvature is None:
+                return None
             self._rule.initial(curvature)
             damping = self._rule.damping(step)
             assert damping is not None
@@ -196,41 +190,7 @@ class AutomaticStep:
         self._rule.after_ratio(math.nan, 0.0)
         return Taken({"damping": damping})
 
-    def _adapt_(
-        self, objective: Objective, update: Direction, before: Tensor, predicted: float
-    ) -> float:
-        """Compare the change of the objective with the predicted one, where that is due.
-
-        Where the objective has grown instead, the step is shortened until it does not grow.
-
-        Args:
-            objective: The objective; its parameters are the new ones.
-            update: The step that was just taken; it is shortened in place.
-            before: The objective before the step.
-            predicted: The change that the model predicted.
-
-        Returns:
-            The fraction of the step that is left.
-        """
-        step = self._curvature.steps
-        due = is_due(step, self._adapted, ADAPTATION_PERIOD)
-        given = objective.settings.damping is not None
-        if given or not predicted or not (due or self._safeguard):
-            return 1.0
-        change = float(self._value_again(objective) - before)
-        self._ratio = change / predicted
-        if due:
-            self._adapted = step
-            self._rule.after_ratio(self._ratio, predicted)
-        allowed = before + RELATIVE_ROUNDING * before.abs() + max(predicted, 0.0)
-        if float(before) + change <= float(allowed):
-            return 1.0
-        self._rule.after_rejection(BACKTRACKED_FACTOR)  # also if it is not a number
-        return backtrack_(
-            objective.parameters, update, lambda: self._value_again(objective), allowed
-        )
-
-    def _add_momentum_(self, objective: Objective, update: Direction, before: Tensor) -> float:
+    def _add_momentum_(self, objective: Objective, update: Direction, before: Before) -> float:
         """Add the slow momentum to a step, and return its coefficient.
 
         With the safeguard, the momentum is dropped if the objective has grown on its own batch.
@@ -244,7 +204,7 @@ class AutomaticStep:
         coefficient = self._slow.add_(objective, update, self._trust.fraction)
         if not self._safeguard:
             return coefficient
-        if bool(self._value_again(objective) <= before + RELATIVE_ROUNDING * before.abs()):
+        if bool(self._reduction.value(objective) <= before.allowed()):
             return coefficient
         for name, tensor in own.items():
             objective.parameters[name].add_(tensor - update[name])
@@ -252,15 +212,10 @@ class AutomaticStep:
         self._slow.drop_(objective.memory)
         return 0.0
 
-    def _value_again(self, objective: Objective) -> Tensor:
-        """Evaluate the objective anew, at the present parameters."""
-        losses = [batch.weight * self._replay.batch_loss(batch) for batch in objective.batches]
-        return objective.with_decay(losses)
-
     def state_dict(self) -> dict[str, Any]:
         """See `Step`."""
         return {
-            "adapted": self._adapted,
+            "adapted": self._reduction.adapted,
             "rule": self._rule.state_dict(),
             "search": self._search.state_dict(),
             "subspace": self._subspace.state_dict(),
@@ -271,7 +226,7 @@ class AutomaticStep:
 
     def load_state_dict(self, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """See `Step`."""
-        self._adapted = state["adapted"]
+        self._reduction.adapted = state["adapted"]
         self._rule.load_state_dict(state["rule"])
         self._search.load_state_dict(state["search"])
         self._subspace.load_state_dict(state["subspace"])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from einconv_kfac.optim.vectors import Direction
+from einconv_kfac.optim.vectors import Direction, precise
 
 FallbackKind: TypeAlias = Literal["adam", "gradient"]
 ADAM_DECAYS = (0.9, 0.999)
@@ -27,7 +28,8 @@ class Fallback:
     Args:
         kind: ``"gradient"``, or ``"adam"`` for ``m / (sqrt(v) + eps)`` with the bias-corrected
             exponential moving averages ``m`` of gradients and ``v`` of their squares (Kingma
-            and Ba, 2015).
+            and Ba, 2015). They are kept in float32 at least; a complex parameter counts as its
+            real and its imaginary part.
         decays: Decays of ``m`` and ``v``. With a first of 0, the direction is one of ascent.
 
     Raises:
@@ -69,12 +71,32 @@ class Fallback:
         return self.kind == "adam"
 
 
+def restore_precision_(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Take over the state of parameters in low precision again, in the precision it is kept in.
+
+    ``torch.optim.Optimizer.load_state_dict`` has rounded it to the parameters' data type.
+
+    Args:
+        optimizer: The optimizer, which has loaded the state.
+        state: The state.
+    """
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters):
+        if (dtype := precise(parameter.dtype)) == parameter.dtype:
+            continue
+        for key, value in state["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                optimizer.state[parameter][key] = value.to(parameter.device, dtype, copy=True)
+
+
 def _moments(
     state: Mapping[str, Any], gradient: Tensor, decays: tuple[float, float]
 ) -> dict[str, Any]:
     """Return the moving averages after one more gradient."""
     new: dict[str, Any] = {"step": state.get("step", 0) + 1}
-    for name, decay, value in zip(_AVERAGES, decays, (gradient, gradient.square())):
+    gradient = gradient.to(precise(gradient.dtype))
+    for name, decay, value in zip(_AVERAGES, decays, (gradient, _by_part(_square, gradient))):
         before = state[name] if name in state else torch.zeros_like(value)
         new[name] = before.lerp(value, 1 - decay)
     return new
@@ -85,5 +107,23 @@ def _adam(moments: Mapping[str, Any], decays: tuple[float, float]) -> Tensor:
     mean, square = (
         moments[name] / (1 - decay ** moments["step"]) for name, decay in zip(_AVERAGES, decays)
     )
+    return _by_part(_normalized, mean, square)
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """Return the squares of entries."""
+    return gradient.square()
+
+
+def _normalized(mean: Tensor, square: Tensor) -> Tensor:
+    """Return ``m / (sqrt(v) + eps)``."""
     direction: Tensor = mean / (square.sqrt() + ADAM_EPSILON)
     return direction
+
+
+def _by_part(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Apply a function of real entries; to the real and the imaginary part of complex ones."""
+    if not tensors[0].is_complex():
+        return function(*tensors)
+    parts = (torch.view_as_real(tensor.resolve_conj()) for tensor in tensors)
+    return torch.view_as_complex(function(*parts))

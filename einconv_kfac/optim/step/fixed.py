@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -16,7 +17,9 @@ from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.objective import Memory, Objective
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
 from einconv_kfac.optim.step.step_protocol import Moved, Taken
-from einconv_kfac.optim.vectors import Direction
+from einconv_kfac.optim.vectors import Direction, all_finite, precise
+
+NOT_FINITE = "The preconditioned gradient was not finite; the step was skipped."
 
 
 class FixedStep:
@@ -43,6 +46,9 @@ class FixedStep:
         self._curvature.update_()
         self._curvature.refresh_(damping, objective.decay)
         direction = self._curvature.precondition(objective.gradient)
+        if not all_finite([*direction.values(), *objective.others.values()]):
+            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=7)
+            return Taken({"damping": damping})
         clip = _clip_(direction, objective)
         if settings.decoupled_weight_decay:
             _decay_(objective)
@@ -117,5 +123,5 @@ def _velocities_(
     for name in names:
         if MOMENTUM_BUFFER not in memory[name]:
             first = steps[name].clone(memory_format=torch.contiguous_format)
-            memory[name][MOMENTUM_BUFFER] = first
+            memory[name][MOMENTUM_BUFFER] = first.to(precise(first.dtype))
     return [memory[name][MOMENTUM_BUFFER] for name in names]

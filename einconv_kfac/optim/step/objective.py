@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.vectors import Direction, sum_of
+from einconv_kfac.optim.vectors import Direction, entries, precise, sum_of
 
 Memory: TypeAlias = Mapping[str, dict[str, Any]]
 """The optimizer's state, by parameter name."""
@@ -49,7 +49,7 @@ class Objective:
     def with_decay(self, losses: Sequence[Tensor]) -> Tensor:
         """Return the sum of losses and of the weight decay's part of the objective."""
         norms = [
-            0.5 * weight * self.parameters[name].double().square().sum()
+            0.5 * weight * entries(self.parameters[name]).double().square().sum()
             for name, weight in self.decay.items()
             if weight
         ]
@@ -161,6 +161,8 @@ def total_weight(batches: Sequence[Batch], sums: bool) -> Tensor | None:
 def memory_of(parameters: Direction, state: Mapping[Any, dict[str, Any]]) -> Memory:
     """Return the optimizer's state by parameter name, moved to its parameter's device and dtype.
 
+    The state of a parameter in low precision is kept in float32.
+
     Args:
         parameters: Parameters by name.
         state: The state by parameter.
@@ -169,5 +171,5 @@ def memory_of(parameters: Direction, state: Mapping[Any, dict[str, Any]]) -> Mem
     for name, own in memory.items():
         for key, value in own.items():
             if isinstance(value, Tensor):
-                own[key] = value.to(parameters[name])
+                own[key] = value.to(parameters[name].device, precise(parameters[name].dtype))
     return memory

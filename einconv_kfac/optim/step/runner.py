@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.replay.batch import Batch, with_subsets
+from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.objective import (
     Point,
@@ -64,7 +65,8 @@ class StepRunner:
             curvature.discard_()
             warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=5)
             return None
-        taken = self._take_(optimizer, point, batches, settings)
+        with without_autocast(curvature.model):
+            taken = self._take_(optimizer, point, batches, settings)
         curvature.finish_()
         return taken, dict(zip(point.gradient, known))
 

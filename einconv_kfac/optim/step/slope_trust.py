@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
-from einconv_kfac.optim.vectors import Direction, inner
+from einconv_kfac.optim.vectors import Direction, inner, precise
 
 SMALLEST_TRUST = 0.25
 """Smallest trust. The best value for one step is too small for many steps: directions of small
@@ -72,7 +72,11 @@ class SlopeTrust:
     def sample_(self, gradient: Direction) -> None:
         """Average over one more sample, from the next batch's gradient, if a direction is kept."""
         if self._direction and self._slope < 0:
-            kept = {n: d.to(gradient[n]) for n, d in self._direction.items() if n in gradient}
+            kept = {
+                n: d.to(g.device, precise(g.dtype))
+                for n, d in self._direction.items()
+                if (g := gradient.get(n)) is not None
+            }
             held = float(inner(gradient, kept)) - self._moved
             sample = min(max(held / self._slope, SAMPLE_BOUNDS[0]), SAMPLE_BOUNDS[1])
             self._average += (1 - TRUST_DECAY) * (sample - self._average)
@@ -98,6 +102,6 @@ class SlopeTrust:
         self._average, self._weight = state["average"], state["weight"]
         self._slope, self._moved = state["slope"], state["moved"]
         self._direction = {
-            name: tensor.to(parameters[name], copy=True)
+            name: tensor.to(parameters[name].device, copy=True)
             for name, tensor in state["direction"].items()
         }

@@ -60,3 +60,23 @@ def test_batches_keep_the_order(size: int) -> None:
         assert torch.equal(product, factor[:, None, None] * matrix)
         assert torch.equal(same, factor)
     assert len(calls) == (2 if size <= LARGEST_BATCHED_DIMENSION else 3)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1.0, 1e30])
+@pytest.mark.parametrize("damping", [1e-30, 1e-10, 1.0, 1e15])
+def test_parts_of_the_damping_stay_in_range(size: float, damping: float) -> None:
+    """Also where the other factor is zero."""
+    large = torch.full((1, 3), size).diag_embed()
+    for factors in ((large, torch.zeros(1, 2, 2)), (torch.zeros(1, 2, 2), large)):
+        parts = split_damping(factors, damping)
+        assert all(bool((part > 0).all() and part.isfinite().all()) for part in parts)
+        product = float(parts[0].double() * parts[1].double())
+        assert product == pytest.approx(damping, rel=1e-5)
+        (found,) = invert_damped([factors], [damping], ["a"])
+        assert all(bool(inverse.isfinite().all()) for inverse in found.inverses)
+
+
+def test_an_inverse_out_of_range_is_an_error() -> None:
+    tiny = torch.full((1, 2), 1e-42).diag_embed()
+    with pytest.raises(RuntimeError, match="damped factor A of a must be positive definite"):
+        invert_damped([(tiny, torch.eye(2)[None])], [0.0], ["a"])

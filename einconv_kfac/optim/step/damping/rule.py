@@ -24,11 +24,15 @@ class DampingRule(Protocol):
         """Set the first damping.
 
         Args:
-            curvature: ``g.(G + W).g / g.g``, the curvature along the first gradient, positive.
+            curvature: ``g.(G + W).g / g.g``, the curvature along the first gradient ``g`` that
+                is not zero; at least ``g.g / (2 f)`` for the objective ``f`` where the model
+                promises a reduction of many times ``f``. Positive.
         """
 
     def after_ratio(self, ratio: float, predicted: float) -> None:
         """Adapt the damping to a reduction ratio.
+
+        It is not called where the predicted change is within the rounding of the objective.
 
         Args:
             ratio: The true by the predicted change of the objective; may be not finite.

@@ -1,0 +1,134 @@
+"""The true by the predicted change of the objective, and what follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.optim.replay.replay import Replay
+from einconv_kfac.optim.schedule import is_due
+from einconv_kfac.optim.step.backtracking import backtrack_
+from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION_PERIOD
+from einconv_kfac.optim.step.damping.rule import DampingRule
+from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.rounding import ROUNDING_MARGIN, rounding_of
+from einconv_kfac.optim.vectors import Direction
+
+BACKTRACKED_FACTOR = 2.0
+"""Factor by which the damping and its floor grow when a step is shortened."""
+RELATIVE_ROUNDING = 1e-4
+"""Growth of the objective, relative to its size, that is attributed to rounding."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """The objective before a step.
+
+    Args:
+        value: Its value.
+        rounding: Its rounding error, if the change by the step is to be compared.
+    """
+
+    value: Tensor
+    rounding: Tensor | None
+
+    def allowed(self, predicted: float = 0.0) -> Tensor:
+        """Return the largest value after the step that does not count as growth.
+
+        Args:
+            predicted: The predicted change; it may be a growth.
+        """
+        tolerance = RELATIVE_ROUNDING * self.value.abs()
+        if self.rounding is not None:
+            tolerance = tolerance.maximum(ROUNDING_MARGIN * self.rounding)
+        return self.value + tolerance + max(predicted, 0.0)
+
+
+class Reduction:
+    """Compares the change of the objective by a step with the predicted one.
+
+    The comparison is made on the batch of the step, every `ADAPTATION_PERIOD` steps or, as a
+    safeguard, after every step.
+
+    Args:
+        replay: Runs the model again.
+        rule: The damping rule, which adapts to the ratio.
+        safeguard: Whether to compare after every step.
+
+    Attributes:
+        ratio: The last ratio of a predicted change above the rounding of the objective.
+        adapted: The step at which the damping was adapted last.
+    """
+
+    def __init__(self, replay: Replay, rule: DampingRule, safeguard: bool) -> None:
+        self._replay = replay
+        self._rule = rule
+        self._safeguard = safeguard
+        self.adapted: int | None = None
+        self.ratio = math.nan
+
+    def before(self, objective: Objective, step: int, others: float = 0.0) -> Before:
+        """Return the objective before a step, with its rounding if the step is to be compared.
+
+        Args:
+            objective: The objective.
+            step: The number of steps taken.
+            others: The change by terms that the recorded losses do not contain.
+        """
+        compared = objective.settings.damping is None and (self._safeguard or self._is_due(step))
+        rounding = rounding_of(self._replay, objective) if compared else None
+        return Before(objective.value() - others, rounding)
+
+    def adapt_(
+        self, objective: Objective, update: Direction, before: Before, predicted: float, step: int
+    ) -> float:
+        """Compare the change of the objective with the predicted one, where that is due.
+
+        A predicted change within the rounding of the objective leaves the damping alone. Where
+        the objective has grown instead, the step is shortened until it does not grow.
+
+        Args:
+            objective: The objective; its parameters are the new ones.
+            update: The step that was just taken; it is shortened in place.
+            before: The objective before the step.
+            predicted: The change that the model predicted.
+            step: The number of steps taken before.
+
+        Returns:
+            The fraction of the step that is left.
+        """
+        if before.rounding is None or not predicted:
+            return 1.0
+        difference = self.value(objective) - before.value
+        change, rounding = torch.stack([difference, before.rounding]).tolist()
+        self._adapt_rule_(change, predicted, rounding, step)
+        allowed = before.allowed(predicted)
+        if float(before.value) + change <= float(allowed):
+            return 1.0
+        self._rule.after_rejection(BACKTRACKED_FACTOR)  # also if it is not a number
+        return backtrack_(objective.parameters, update, lambda: self.value(objective), allowed)
+
+    def _adapt_rule_(self, change: float, predicted: float, rounding: float, step: int) -> None:
+        """Adapt the damping to the ratio, unless that is one of roundings.
+
+        A loss that did not change in any bit was rounded to the same number.
+        """
+        is_known = change != 0 and abs(predicted) > ROUNDING_MARGIN * rounding
+        if is_known:
+            self.ratio = change / predicted
+        if self._is_due(step):
+            self.adapted = step
+            if is_known:
+                self._rule.after_ratio(self.ratio, predicted)
+
+    def _is_due(self, step: int) -> bool:
+        """Return whether the damping adapts after a step."""
+        return is_due(step, self.adapted, ADAPTATION_PERIOD)
+
+    def value(self, objective: Objective) -> Tensor:
+        """Evaluate the objective anew, at the present parameters."""
+        losses = [batch.weight * self._replay.batch_loss(batch) for batch in objective.batches]
+        return objective.with_decay(losses)
