@@ -1,6 +1,6 @@
 """The curvature of losses with respect to the model's output."""
 
-from einconv_kfac.curvature.losses.curvature_products import curvature_products
+from einconv_kfac.curvature.losses.local_expansion import local_expansion
 from einconv_kfac.curvature.losses.loss_call import (
     check_reduction,
     depends_on_parameters,
@@ -23,11 +23,11 @@ __all__ = [
     "WeightedLossRule",
     "canonical_scores",
     "check_reduction",
-    "curvature_products",
     "depends_on_parameters",
     "evaluate_loss",
     "has_rule",
     "has_targets",
+    "local_expansion",
     "loss_rule",
     "register_loss",
     "weighted_loss_rule",

@@ -9,8 +9,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from einconv_kfac.curvature.losses import (
-    curvature_products,
     has_targets,
+    local_expansion,
     loss_rule,
     register_loss,
     weighted_loss_rule,
@@ -59,7 +59,7 @@ def test_masked_scores_are_as_absent(loss: nn.CrossEntropyLoss, target: Tensor) 
     torch.testing.assert_close(got[:, :3, :3], matrices(fewer, scores(5, 3), target))
     assert not got[:, 3].any()
     assert samples(loss, masked, full).isfinite().all()
-    (product,) = curvature_products(loss, masked, full, [torch.ones_like(masked)])
+    (product,) = local_expansion(loss, masked, full, [torch.ones_like(masked)]).products
     torch.testing.assert_close(product, got.sum(2))
 
 
@@ -176,7 +176,7 @@ def test_types_that_torch_takes(
     torch.testing.assert_close(
         matrices(loss, output, target), expected, rtol=tolerance, atol=tolerance
     )
-    (product,) = curvature_products(loss, output, target, [torch.ones_like(output)])
+    (product,) = local_expansion(loss, output, target, [torch.ones_like(output)]).products
     assert product.dtype == torch.promote_types(own, torch.float32)
     torch.testing.assert_close(product.double(), expected.sum(2), rtol=tolerance, atol=tolerance)
 
@@ -190,8 +190,8 @@ def test_class_weights_of_the_type_of_the_scores(dtype: torch.dtype) -> None:
         expected = matrices(exact, output.double(), LABELS)
         eps = 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(matrices(loss, output, LABELS), expected, rtol=eps, atol=eps)
-        (product,) = curvature_products(loss, output, LABELS, [torch.ones_like(output)])
-        (other,) = curvature_products(exact, output.double(), LABELS, [output.new_ones(5, 3)])
+        (product,) = local_expansion(loss, output, LABELS, [torch.ones_like(output)]).products
+        (other,) = local_expansion(exact, output.double(), LABELS, [output.new_ones(5, 3)]).products
         torch.testing.assert_close(product.double(), other.double(), rtol=eps, atol=eps)
 
 

@@ -10,7 +10,8 @@ from ggn import loss_hessian
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from einconv_kfac.curvature.losses import evaluate_loss, loss_rule
+from einconv_kfac.curvature import kronecker_factors
+from einconv_kfac.curvature.losses import check_reduction, evaluate_loss, loss_rule
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 WEIGHTS = torch.tensor([0.3, 1.0, 2.5, 0.7], dtype=torch.float64)
@@ -129,3 +130,35 @@ def test_what_is_not_normalised_is_refused(output: Tensor) -> None:
     divergence = nn.KLDivLoss(reduction="sum")
     with pytest.raises(ValueError, match=r"non-empty batch \[n, c, \*d\], got \(5,\)"):
         next(loss_rule(divergence).roots(divergence, output[:, 0], output[:, 0]))
+
+
+X1, X2 = scores(6, 4), scores(6, 4, seed=1)
+SIGNS = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+WITHOUT_RULE: list[tuple[nn.Module, Any]] = [
+    (nn.L1Loss(), X2),
+    (nn.SmoothL1Loss(beta=0.0), X2),
+    (nn.MultiMarginLoss(), classes(6)),
+    (nn.MultiLabelMarginLoss(), classes(6, 4)),
+    (nn.HingeEmbeddingLoss(), X2.sign()),
+    (nn.CosineEmbeddingLoss(), (X2, SIGNS)),
+    (nn.MarginRankingLoss(reduction="sum"), (X2, SIGNS[:, None])),
+    (nn.TripletMarginLoss(), (X2, scores(6, 4, seed=2))),
+]
+
+
+@pytest.mark.parametrize("case", WITHOUT_RULE, ids=lambda case: type(case[0]).__name__)
+def test_empirical_fisher_of_losses_without_rule(case: tuple[nn.Module, Any]) -> None:
+    loss, target = case
+    linear = nn.Linear(4, 4).double()
+    with pytest.raises(ValueError, match=r"`loss_fn.*got .*Loss.*fisher='empirical' takes any"):
+        kronecker_factors(linear, loss, [(X1, target)])
+    got = kronecker_factors(linear, loss, [(X1, target)], fisher="empirical", kind="diagonal")
+    expected = torch.zeros(4, 5, dtype=torch.float64)
+    for n in range(6):
+        own = [t[n : n + 1] for t in (target if isinstance(target, tuple) else (target,))]
+        total = loss(linear(X1[n : n + 1]), *own)
+        weight, bias = torch.autograd.grad(total, [linear.weight, linear.bias])
+        expected += torch.cat([weight, bias[:, None]], 1).square()
+    expected = expected / 6 if check_reduction(loss) == "mean" else expected
+    diagonal = got[""].to_dense()[0].diagonal().reshape(4, 5)
+    torch.testing.assert_close(diagonal, expected, **TOLERANCE)

@@ -8,8 +8,8 @@ from ggn import loss_hessian
 from torch import Generator, Tensor, nn
 
 from einconv_kfac.curvature.losses import (
-    curvature_products,
     evaluate_loss,
+    local_expansion,
     loss_rule,
     weighted_loss_rule,
 )
@@ -100,7 +100,10 @@ def test_products_are_those_of_the_hessian(
     link, output = example.link, example.link(scores)
     v = torch.randn(scores.shape, generator=Generator().manual_seed(1), dtype=torch.float64)
     _, tangent = torch.autograd.functional.jvp(link, scores, v)
-    (product,) = curvature_products(loss, output, target, [tangent])
+    gradient, (product,) = local_expansion(loss, output, target, [tangent])
+    leaf = output.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(evaluate_loss(loss, leaf, target), leaf)
+    torch.testing.assert_close(gradient, slope)
     _, got = torch.autograd.functional.vjp(link, scores, product)
     expected = curvature(loss, example, scores, target) @ v.flatten()
     torch.testing.assert_close(got.flatten(), expected, **TOLERANCE)
