@@ -8,8 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.losses import curvature_products
-from einconv_kfac.curvature.losses.loss_call import Targets, precise_type
+from einconv_kfac.curvature.losses import local_expansion
 
 
 class Expansion(NamedTuple):
@@ -65,17 +64,13 @@ class GivenLoss:
 
     def slopes(self) -> Sequence[Tensor]:
         """See `LossModel`."""
-        output = self._output.to(precise_type(self._output)).requires_grad_()
-        with torch.enable_grad():
-            return torch.autograd.grad(self.value([output]), output)
+        return (local_expansion(self.loss_fn, self._output, self.targets, ()).gradient,)
 
     def expansion(self, tangents: Sequence[Sequence[Tensor | None]]) -> Expansion:
         """See `LossModel`."""
-        (slope,) = self.slopes()
-        precise, zero = slope.dtype, torch.zeros_like(slope)
-        own = [zero if t is None else t.to(precise) for (t,) in tangents]
-        target = self.targets[0] if len(self.targets) == 1 else Targets(self.targets)
-        products = curvature_products(self.loss_fn, self._output, target, own)
+        zero = torch.zeros_like(self._output)
+        own = [zero if t is None else t for (t,) in tangents]
+        slope, products = local_expansion(self.loss_fn, self._output, self.targets, own)
         left = torch.stack(own).flatten(1).double()
         slopes = left @ slope.flatten().double()
         return Expansion(slopes, left @ torch.stack(products).flatten(1).double().T)
