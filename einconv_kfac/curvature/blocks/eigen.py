@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.blocks.batching import batched
+from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product
 
@@ -75,9 +78,11 @@ class EigenBlock:
         With ``Q_A = U_A^T V_A`` from this block's basis ``V`` to the other's ``U``, and ``Q_B``
         alike, it is ``Q_B^2 values (Q_A^2)^T`` with squares of entries. Its sum is the trace.
         """
-        a = _squared_overlap(other.basis_a, self.basis_a, other.values)
-        b = _squared_overlap(other.basis_b, self.basis_b, other.values.mT)
-        return b @ self.values.to(b.dtype) @ a.mT
+        a = _squared_overlap(other.basis_a, self.basis_a)
+        b = _squared_overlap(other.basis_b, self.basis_b)
+        values = self.values.to(other.values.dtype)
+        values = values if b is None else b.to(values.dtype) @ values
+        return values if a is None else values @ a.mT.to(values.dtype)
 
     def trace(self) -> Tensor:
         """Return the trace."""
@@ -170,10 +175,33 @@ def eigendecomposition(factor: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp_min(0), vectors
 
 
-def _squared_overlap(left: Tensor | None, right: Tensor | None, like: Tensor) -> Tensor:
-    """Return the squared inner products of the vectors of two bases, ``[g, d, d]``."""
-    if left is None or right is None:
-        size = like.shape[-1]
-        eye = torch.eye(size, dtype=like.dtype, device=like.device).expand(len(like), size, size)
-        left, right = eye if left is None else left, eye if right is None else right
+def decompositions(
+    factors: Sequence[Tensor], decompose: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Return eigenvalues and eigenvectors of factors; ``None`` is the basis of a diagonal one.
+
+    Args:
+        factors: Factors ``[g, d, d]``, or their diagonals ``[g, d]``.
+        decompose: Decomposes dense factors, as `eigendecomposition`.
+    """
+    found = iter(batched(decompose, [f for f in factors if not is_diagonal(f)]))
+    results: list[tuple[Tensor, Tensor | None]] = []
+    for factor in factors:
+        if is_diagonal(factor):
+            results.append((factor.clamp_min(0), None))
+        else:
+            values, basis = next(found)
+            results.append((values, basis))
+    return results
+
+
+def _squared_overlap(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Return the squared inner products of the vectors of two bases, ``[g, d, d]``.
+
+    ``None`` is the identity, as a basis and as the result.
+    """
+    if left is None:
+        return None if right is None else right.square()
+    if right is None:
+        return left.mT.square()
     return product(left.mT, right.to(left.dtype)).square_()

@@ -68,7 +68,7 @@ class _CallRecorder:
         if not (self._capture.enabled and torch.is_grad_enabled() and y.requires_grad):
             return
         layer, module = self._layer, self._module
-        if not layer.rule.accepts(module, x) or x.shape[0] == 0:
+        if not layer.use_of(module).rule.accepts(module, x) or x.shape[0] == 0:
             raise ValueError(
                 f"The input of '{layer.name}' ({type(module).__name__}) must be a non-empty batch "
                 f"[n, ...], got shape {list(x.shape)}. Add a batch dimension with "
@@ -114,7 +114,8 @@ class LayerCapture:
 
     def _watch(self, layer: Layer, module: nn.Module) -> Callable[[], None]:
         """Record a module's calls under its layer's name; return a function that ends it."""
-        return layer.rule.watch(module, _CallRecorder(self, layer, module))
+        rule = layer.use_of(module).rule
+        return rule.watch(module, _CallRecorder(self, layer, module))
 
     def take(self) -> list[LayerCall]:
         """Return the recorded calls, and remove them from `calls`."""

@@ -11,9 +11,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
+from einconv_kfac.curvature.estimation.factor_sums import (
+    DEFAULT_MAX_FACTOR_SIZE,
+    check_max_factor_size,
+)
 from einconv_kfac.curvature.estimation.forward import Evaluation
 from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments
 from einconv_kfac.curvature.factors.approximation import Approximation
+from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.losses import check_reduction, loss_rule
 
 Fisher: TypeAlias = Literal["mc", "empirical", "exact", "forward-only"]
@@ -30,6 +35,8 @@ class FisherEstimator:
             takes the given targets; ``"forward-only"`` sets ``B`` to the identity.
         mc_samples: Number of samples per example for ``"mc"``.
         approximation: ``"expand"`` or ``"reduce"``.
+        max_factor_size: Largest number of rows of a factor ``A`` or ``B``; of a larger one, only
+            the diagonal is computed.
 
     Raises:
         ValueError: If an argument is not one of these, or no rule covers the loss.
@@ -39,6 +46,7 @@ class FisherEstimator:
     fisher: Fisher = "mc"
     mc_samples: int = 1
     approximation: Approximation = "expand"
+    max_factor_size: int = DEFAULT_MAX_FACTOR_SIZE
 
     def __post_init__(self) -> None:
         for name, kinds in (("fisher", Fisher), ("approximation", Approximation)):
@@ -55,13 +63,18 @@ class FisherEstimator:
         if self.fisher in {"mc", "exact"}:
             loss_rule(self.loss_fn)
         check_reduction(self.loss_fn)
+        check_max_factor_size(self.max_factor_size)
 
     def scale(self, examples: int) -> float:
         """Return the factor of ``B (x) A``: 1 for a mean loss, ``examples`` for a sum."""
         return 1.0 if check_reduction(self.loss_fn) == "mean" else float(examples)
 
+    def shapes(self, layer: Layer) -> list[tuple[int, ...]]:
+        """Return the shapes of a layer's ``A`` and ``B``, see `LayerMoments.shapes`."""
+        return LayerMoments(layer, self.approximation, self.max_factor_size).shapes
+
     def factors(self, moments: LayerMoments) -> tuple[Tensor, Tensor]:
-        """Return a layer's ``A [g, d, d]`` and ``B [g, co, co]``."""
+        """Return a layer's ``A [g, d, d]`` and ``B [g, co, co]``, or the diagonal of either."""
         return moments.factors()
 
     def add_(

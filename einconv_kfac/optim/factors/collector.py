@@ -95,8 +95,9 @@ class Collector:
             return
         self._move_generator_(output)
         for name in {call.layer for call in own} - self.moments.keys():
-            layer, approximation = self._layers[name], self._estimator.approximation
-            self.moments[name] = LayerSums(layer, approximation, self.bases.get(name))
+            approximation, size = self._estimator.approximation, self._estimator.max_factor_size
+            basis = self.bases.get(name)
+            self.moments[name] = LayerSums(self._layers[name], approximation, basis, size)
         loss = self.replay.loss(output, target)
         moments: Mapping[str, Moments] = self.moments
         if self._part < 1:

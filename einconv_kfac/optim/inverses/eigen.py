@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.blocks.batching import batched
-from einconv_kfac.curvature.blocks.eigen import EigenBlock, eigendecomposition
+from einconv_kfac.curvature.blocks.eigen import EigenBlock, decompositions, eigendecomposition
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
@@ -32,11 +31,13 @@ class EigenInverse(LayerInverse):
 
     def apply(self, rows: Tensor) -> Tensor:
         """See `LayerInverse`."""
-        a, b = self.block.basis_a, self.block.basis_b
-        assert a is not None
-        assert b is not None
-        rotated = product(product(b.mT, rows.to(a.dtype)), a)
-        return product(product(b, rotated.div_(self.block.values + self.damping)), a.mT)
+        a, b, values = self.block.basis_a, self.block.basis_b, self.block.values
+        rows = rows.to(values.dtype if a is None else a.dtype)
+        rows = rows if b is None else product(b.mT, rows)
+        rows = rows if a is None else product(rows, a)
+        rows = rows / (values + self.damping)
+        rows = rows if b is None else product(b, rows)
+        return rows if a is None else product(rows, a.mT)
 
     def to(self, device: torch.device) -> EigenInverse:
         """See `LayerInverse`."""
@@ -58,7 +59,7 @@ class EigenInverse(LayerInverse):
 def invert_by_eigh(inverse: type[EigenInverse], tasks: Sequence[Task]) -> list[Inverted]:
     """Return inverses of a type, from an eigendecomposition of every factor."""
     factors = [factor for task in tasks for factor in task.factors]
-    parts = batched(eigendecomposition, factors)
+    parts = decompositions(factors, eigendecomposition)
     results = []
     for task, (a, basis_a), (b, basis_b) in zip(tasks, parts[::2], parts[1::2]):
         block = EigenBlock(basis_a, basis_b, b[:, :, None] * a[:, None, :], task.layout)
