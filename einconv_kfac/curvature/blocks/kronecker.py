@@ -69,8 +69,8 @@ class KroneckerBlock:
 
     def to_dense(self) -> Tensor:
         """Return the blocks as ``[g, co * d, co * d]``."""
-        pairs = zip(dense(self.A), dense(self.B))
-        return self.scale * torch.stack([torch.kron(b, a) for a, b in pairs])
+        pairs = zip(*(dense(factor).contiguous() for factor in (self.B, self.A)))  # for `kron`
+        return self.scale * torch.stack([torch.kron(b, a) for b, a in pairs])
 
     def trace(self) -> Tensor:
         """Return the trace, ``scale * sum_g tr(A) tr(B)``."""
