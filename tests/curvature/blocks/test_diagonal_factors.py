@@ -101,7 +101,7 @@ def test_sums_pools_and_states(forms: tuple[bool, bool]) -> None:
     both = KroneckerFactors({"": left}) + KroneckerFactors({"": right})
     torch.testing.assert_close(both.trace(), (one + two).trace(), **TOLERANCE)
     torch.testing.assert_close(both.frobenius_norm(), (one + two).norm(), **TOLERANCE)
-    with pytest.raises(ValueError, match="must have one form to be pooled.*max_factor_size"):
+    with pytest.raises(ValueError, match=r"must have one form to be pooled.*max_factor_size"):
         pooled([KroneckerFactors({"": left}), KroneckerFactors({"": right})], [1, 1])
     own = KroneckerFactors({"": left})
     joined = pooled([own, own], [1, 3])

@@ -67,8 +67,13 @@ def test_models_without_a_layer_that_is_covered(kind: Any, fisher: Any) -> None:
     if fisher == "forward-only" and kind != "kfac":
         return
     options: dict[str, Any] = {"kind": kind, "fisher": fisher}
-    for model, more in ((nn.PReLU(3), {}), (LINEAR, {"exclude": [""]}), (LINEAR, {"exclude": nn.Linear}),
-                        (LINEAR, {"parameters": []})):  # fmt: skip
+    cases: list[tuple[nn.Module, dict[str, Any]]] = [
+        (nn.PReLU(3), {}),
+        (LINEAR, {"exclude": [""]}),
+        (LINEAR, {"exclude": nn.Linear}),
+        (LINEAR, {"parameters": []}),
+    ]
+    for model, more in cases:
         with pytest.raises(ValueError, match=r"must have a layer that a rule covers.*`coverage"):
             kronecker_factors(model, LOSS, [(X, Y)], **options, **more)
 

@@ -100,7 +100,7 @@ def test_a_tied_embedding_has_the_partial_traces_of_both_uses(
     assert list(found) == ([name, "mid"])
     block = found[name]
     assert block.parameters == (f"{name}.weight",)
-    g, rows, columns = block.layout.shape
+    _, rows, columns = block.layout.shape
     order = torch.arange(rows * columns).reshape(columns, rows).mT.flatten()
     transposed = apart[other].to_dense()[0][order][:, order]
     total = apart[name].to_dense()[0] + transposed
@@ -145,7 +145,9 @@ def test_linear_layers_that_share_a_part_have_blocks_of_their_weights(shared: tu
         if name == "c":
             continue
         assert block.parameters == (f"{name}.weight",)
-        slopes = torch.autograd.functional.jacobian(_scores(model, f"{name}.weight"), model.get_parameter(f"{name}.weight"))  # fmt: skip
+        weight = f"{name}.weight"
+        scores, present = _scores(model, weight), model.get_parameter(weight).detach()
+        slopes = torch.autograd.functional.jacobian(scores, present)
         p = model(X).softmax(-1).detach()
         hessian = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]) / len(X)
         expected = torch.einsum("ncab,nck,nkab->ab", slopes, hessian, slopes)
