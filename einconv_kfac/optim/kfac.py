@@ -11,12 +11,13 @@ from torch.optim import Optimizer
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.factors.approximation import Approximation
+from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.curvature.losses.loss_call import is_sum
 from einconv_kfac.optim.diagnostics import Report
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Clip
 from einconv_kfac.optim.inverses.protocol import Inverse
-from einconv_kfac.optim.parameters import Exclusion, Training, check_member, training, uncovered
+from einconv_kfac.optim.parameters import Training, check_member, training, uncovered
 from einconv_kfac.optim.pickling import rebuilt
 from einconv_kfac.optim.schedule import Schedule
 from einconv_kfac.optim.step.damping.rule import DampingRule
@@ -60,6 +61,7 @@ class KFAC(Optimizer):
         fisher: ``"mc"``, ``"exact"``, ``"empirical"`` or ``"forward-only"``.
         mc_samples: Samples per example for ``fisher="mc"``.
         approximation: ``"expand"`` (KFC) or ``"reduce"``.
+        max_factor_size: Largest number of rows of a factor; of larger ones, the diagonal is used.
         factor_decay: Decay of the bias-corrected exponential moving averages of the factors.
         factor_update_period: Steps between two updates of the factors. Early in training this
             and the next period are capped at a tenth of the steps taken.
@@ -119,6 +121,7 @@ class KFAC(Optimizer):
         fisher: Fisher = "mc",
         mc_samples: int = 1,
         approximation: Approximation = "expand",
+        max_factor_size: int = 8192,
         factor_decay: Schedule = 0.95,
         factor_update_period: Schedule = 10,
         inverse_update_period: Schedule = 100,
@@ -154,7 +157,7 @@ class KFAC(Optimizer):
             decoupled_weight_decay=decoupled_weight_decay,
             safeguard=safeguard,
         )
-        estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
+        estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation, max_factor_size)
         self._fallback = Fallback.of(fallback, adaptive)
         self._curvature = RunningCurvature(
             model,

@@ -11,10 +11,10 @@ from torch import nn
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.factors.approximation import Approximation
+from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, PERIODS, Hyperparameters
 from einconv_kfac.optim.inverses.protocol import Inverse
-from einconv_kfac.optim.parameters import Exclusion
 from einconv_kfac.optim.pickling import rebuilt
 from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.schedule import Schedule
@@ -46,6 +46,7 @@ class KFACPreconditioner:
         inverse: How the damped curvature is inverted.
         inverse_in_background: Whether a thread inverts.
         factor_fraction: Fraction of each batch's examples that the factors are averaged over.
+        max_factor_size: Largest number of rows of a factor; of larger ones, the diagonal is used.
         seed: Seed of the generator for sampled targets.
 
     Raises:
@@ -77,6 +78,7 @@ class KFACPreconditioner:
         inverse: Inverse = "factored",
         inverse_in_background: bool = False,
         factor_fraction: float = 1.0,
+        max_factor_size: int = 8192,
         seed: int = 0,
     ) -> None:
         self._settings = Hyperparameters(
@@ -89,7 +91,7 @@ class KFACPreconditioner:
         self._parameters = parameters
         self._curvature = RunningCurvature(
             model,
-            FisherEstimator(loss_fn, fisher, mc_samples, approximation),
+            FisherEstimator(loss_fn, fisher, mc_samples, approximation, max_factor_size),
             self._settings,
             exclude=exclude,
             inverse=inverse,

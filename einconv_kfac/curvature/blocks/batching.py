@@ -16,19 +16,20 @@ times faster up to 32x32, 1.2 times at 64x64, and up to 2.5 times slower beyond.
 def batched(
     function: Callable[..., tuple[Tensor, ...]], matrices: Sequence[Tensor], *rest: Sequence[Tensor]
 ) -> list[tuple[Tensor, ...]]:
-    """Apply a function to each of many matrices ``[g, d, d]``, in one call to small equal shapes.
+    """Apply a function to each of many factors ``[g, d, d]`` or ``[g, d]``, small ones together.
 
     Args:
         function: A function of matrices, and of more tensors. The first dimension of all its
             results is that of the groups.
-        matrices: The matrices.
+        matrices: The factors; those of one shape that are small enough are passed in one call.
         rest: The other arguments, with the groups first.
     """
     alike: dict[object, list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
         size = matrix.shape[-1]
         small = size <= LARGEST_BATCHED_DIMENSION
-        alike[(size, matrix.dtype, matrix.device) if small else index].append(index)
+        key = (matrix.shape[1:], matrix.dtype, matrix.device)
+        alike[key if small else index].append(index)
     results: dict[int, tuple[Tensor, ...]] = {}
     for indices in alike.values():
         arguments = [[operand[index] for index in indices] for operand in (matrices, *rest)]

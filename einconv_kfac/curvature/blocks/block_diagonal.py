@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from einconv_kfac.curvature.blocks.block import Block
+from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
@@ -52,7 +53,10 @@ class KroneckerFactors(Mapping[str, Any]):
         return len(self._blocks)
 
     def __repr__(self) -> str:
-        rows = (f"  {name}: {block.layout.shape}" for name, block in self._blocks.items())
+        rows = (
+            f"  {name}: {block.layout.shape}{_diagonals(block)}"
+            for name, block in self._blocks.items()
+        )
         return "\n".join([f"{type(self).__name__}(  # [g, co, d] by layer", *rows, ")"])
 
     @property
@@ -190,6 +194,13 @@ def pooled(factors: Sequence[KroneckerFactors], weights: Sequence[float]) -> Kro
     return KroneckerFactors(
         {name: pooled_block([own[name] for own in factors], weights) for name in factors[0]}
     )
+
+
+def _diagonals(block: Block) -> str:
+    """Return which factors of a block are diagonal, as a suffix of its line."""
+    factors = {name: getattr(block, name, None) for name in "AB"}
+    found = [name for name, own in factors.items() if own is not None and is_diagonal(own)]
+    return f", {' and '.join(found)} diagonal" if found else ""
 
 
 _BLOCK_TYPES: dict[frozenset[str], Callable[..., Block]] = {

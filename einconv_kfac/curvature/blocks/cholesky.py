@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.batching import batched
+from einconv_kfac.curvature.blocks.diagonal_factor import diagonal_of, is_diagonal
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """A tensor for the factor ``A`` and one for the factor ``B``."""
@@ -25,7 +26,8 @@ class DampedFactors:
     """Two factors, the damping of each, and the inverses of the damped factors.
 
     Args:
-        factors: ``A [g, d, d]`` and ``B [g, co, co]``, in the dtype of the decompositions.
+        factors: ``A [g, d, d]`` and ``B [g, co, co]``, in the dtype of the decompositions; a
+            factor that is diagonal is ``[g, d]``, and so is its inverse.
         dampings: What is added to the diagonal of each, ``[g]``.
         inverses: ``(A + dampings[0] I)^-1`` and ``(B + dampings[1] I)^-1``.
         damping: The damping of the Kronecker product.
@@ -42,8 +44,8 @@ class DampedFactors:
         """Return the condition numbers in the 1-norm, ``[2]``, the largest of the groups."""
         found = []
         for factor, damping, inverse in zip(self.factors, self.dampings, self.inverses):
-            norm = torch.linalg.vector_norm(factor, 1, dim=-1).amax(-1) + damping
-            found.append((norm * torch.linalg.vector_norm(inverse, 1, dim=-1).amax(-1)).amax())
+            norm = _one_norm(factor) + damping
+            found.append((norm * _one_norm(inverse)).amax())
         return torch.stack(found)
 
 
@@ -61,7 +63,7 @@ def invert_damped(
     or whose inverse overflows, is inverted in float64.
 
     Args:
-        pairs: ``A [g, d, d]`` and ``B [g, co, co]`` of each pair.
+        pairs: ``A [g, d, d]`` and ``B [g, co, co]`` of each pair, or their diagonals.
         dampings: The damping ``l`` of each pair's Kronecker product.
         names: The name of each pair, for errors.
         damping_increases: How often the damping of a pair may grow, tenfold each time, where
@@ -106,7 +108,7 @@ def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> li
     """Return ``(F + damping I)^-1`` for each factor, or ``None`` if Cholesky or its range fails.
 
     Args:
-        factors: Factors ``[g, d, d]``.
+        factors: Factors ``[g, d, d]``, or their diagonals ``[g, d]``.
         dampings: Dampings ``[g]``.
     """
     found = batched(_damped_inverse, factors, dampings)
@@ -137,6 +139,9 @@ def _damped_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
     It fails where the damped factor is not positive definite, or the inverse is not finite.
     """
+    if is_diagonal(factor):
+        reciprocal = (factor + damping.unsqueeze(-1)).reciprocal()
+        return reciprocal, ~((reciprocal > 0) & reciprocal.isfinite()).all(-1)
     damped = factor.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     triangle, failures = torch.linalg.cholesky_ex(damped)
@@ -149,5 +154,13 @@ def _damped_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mean_eigenvalue(factor: Tensor) -> Tensor:
     """Return ``tr(F) / dim(F)`` per group, ``[g]``, positive."""
-    mean = factor.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    mean = diagonal_of(factor).mean(dim=-1)
     return mean.clamp_min(torch.finfo(factor.dtype).tiny)
+
+
+def _one_norm(factor: Tensor) -> Tensor:
+    """Return the 1-norm per group, ``[g]``."""
+    if is_diagonal(factor):
+        return factor.abs().amax(-1)
+    columns: Tensor = torch.linalg.vector_norm(factor, 1, dim=-1)
+    return columns.amax(-1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.blocks.batching import batched
+from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product
 
@@ -77,9 +80,11 @@ class EigenBlock:
         With ``Q_A = U_A^T V_A`` from this block's basis ``V`` to the other's ``U``, and ``Q_B``
         alike, it is ``Q_B^2 values (Q_A^2)^T`` with squares of entries. Its sum is the trace.
         """
-        a = _squared_overlap(other.basis_a, self.basis_a, other.values)
-        b = _squared_overlap(other.basis_b, self.basis_b, other.values.mT)
-        return b @ self.values.to(b.dtype) @ a.mT
+        a = _squared_overlap(other.basis_a, self.basis_a)
+        b = _squared_overlap(other.basis_b, self.basis_b)
+        values = self.values.to(other.values.dtype)
+        values = values if b is None else b.to(values.dtype) @ values
+        return values if a is None else values @ a.mT.to(values.dtype)
 
     def trace(self) -> Tensor:
         """Return the trace."""
@@ -210,10 +215,36 @@ def _eigh_in_float64(factor: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def _squared_overlap(left: Tensor | None, right: Tensor | None, like: Tensor) -> Tensor:
-    """Return the squared inner products of the vectors of two bases, ``[g, d, d]``."""
-    if left is None or right is None:
-        size = like.shape[-1]
-        eye = torch.eye(size, dtype=like.dtype, device=like.device).expand(len(like), size, size)
-        left, right = eye if left is None else left, eye if right is None else right
+def decompositions(
+    factors: Sequence[Tensor], names: Sequence[str]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Return eigenvalues and eigenvectors of factors; ``None`` is the basis of a diagonal one.
+
+    Args:
+        factors: Factors ``[g, d, d]``, or their diagonals ``[g, d]``.
+        names: What they are called in an error.
+
+    Raises:
+        RuntimeError: If one cannot be decomposed.
+    """
+    found: Iterator[Any]
+    dense = [(f, name) for f, name in zip(factors, names) if not is_diagonal(f)]
+    try:
+        found = iter(batched(eigendecomposition, [factor for factor, _ in dense]))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # again one by one, so that the error names the factor
+        found = iter([eigendecomposition(factor, name) for factor, name in dense])
+    return [(f.clamp_min(0), None) if is_diagonal(f) else next(found) for f in factors]
+
+
+def _squared_overlap(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Return the squared inner products of the vectors of two bases, ``[g, d, d]``.
+
+    ``None`` is the identity, as a basis and as the result.
+    """
+    if left is None:
+        return None if right is None else right.square()
+    if right is None:
+        return left.mT.square()
     return product(left.mT, right.to(left.dtype)).square_()

@@ -10,7 +10,18 @@ import torch
 from torch import Generator, Tensor
 
 from einconv_kfac.curvature.blocks.cholesky import invert_damped
-from einconv_kfac.curvature.blocks.eigen import EigenBlock, check_damping, eigendecomposition
+from einconv_kfac.curvature.blocks.diagonal_factor import (
+    dense,
+    inner_product,
+    times,
+    times_on_right,
+    trace_of,
+)
+from einconv_kfac.curvature.blocks.eigen import (
+    EigenBlock,
+    check_damping,
+    decompositions,
+)
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 
 
@@ -22,8 +33,11 @@ class KroneckerBlock:
     ``weight.flatten(1)`` within a group with the bias last. Blocks are immutable.
 
     Args:
-        A: Input-based factor ``[g, d, d]``, averaged over examples.
-        B: Gradient-based factor ``[g, co, co]``, averaged over examples (and positions).
+        A: Input-based factor ``[g, d, d]``, averaged over examples. A factor that is diagonal
+            is stored as its diagonal, here ``[g, d]``: that of an embedding's one-hot inputs, or
+            one larger than ``max_factor_size`` (see `kronecker_factors`).
+        B: Gradient-based factor ``[g, co, co]``, averaged over examples (and positions), or its
+            diagonal ``[g, co]``.
         layout: The parameters, and how they form matrices.
         scale: 1 for a mean loss, the number of examples for a sum.
 
@@ -50,19 +64,20 @@ class KroneckerBlock:
 
     def matmul(self, matrix: Tensor) -> Tensor:
         """Return the product with matrices ``[*v, g, co, d]``: ``scale * B V A``."""
-        return self.scale * (self.B @ matrix.to(self.A.dtype) @ self.A)
+        return self.scale * times_on_right(times(self.B, matrix.to(self.A.dtype)), self.A)
 
     def to_dense(self) -> Tensor:
         """Return the blocks as ``[g, co * d, co * d]``."""
-        return self.scale * torch.stack([torch.kron(b, a) for a, b in zip(self.A, self.B)])
+        pairs = zip(*(dense(factor).contiguous() for factor in (self.B, self.A)))  # for `kron`
+        return self.scale * torch.stack([torch.kron(b, a) for b, a in pairs])
 
     def trace(self) -> Tensor:
         """Return the trace, ``scale * sum_g tr(A) tr(B)``."""
-        return self.scale * (_trace(self.A) * _trace(self.B)).sum()
+        return self.scale * (trace_of(self.A) * trace_of(self.B)).sum()
 
     def frobenius_norm(self) -> Tensor:
         """Return the Frobenius norm."""
-        a, b = self.A.square().sum((-2, -1)), self.B.square().sum((-2, -1))
+        a, b = inner_product(self.A, self.A), inner_product(self.B, self.B)
         return abs(self.scale) * (a * b).sum().sqrt()
 
     def eigh(self) -> EigenBlock:
@@ -71,9 +86,9 @@ class KroneckerBlock:
         Raises:
             RuntimeError: If a factor is not finite.
         """
-        names = " and ".join(self.parameters)
-        a, basis_a = eigendecomposition(self.A, f"the factor A of {names}")
-        b, basis_b = eigendecomposition(self.B, f"the factor B of {names}")
+        owner = " and ".join(self.parameters)
+        names = [f"the factor {letter} of {owner}" for letter in "AB"]
+        (a, basis_a), (b, basis_b) = decompositions([self.A, self.B], names)
         values = self.scale * b[:, :, None] * a[:, None, :]
         return EigenBlock(basis_a, basis_b, values, self.layout)
 
@@ -136,8 +151,3 @@ class KroneckerBlock:
         """See `Block`."""
         layout = self.layout.state_dict()
         return {"layout": layout, "A": self.A, "B": self.B, "scale": self.scale}
-
-
-def _trace(factor: Tensor) -> Tensor:
-    """Return the trace per group, ``[g]``."""
-    return factor.diagonal(dim1=-2, dim2=-1).sum(-1)

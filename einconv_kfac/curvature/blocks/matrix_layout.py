@@ -91,6 +91,23 @@ class Layout:
             result[self.bias] = matrix[..., -1].reshape(*free, *self.bias_shape)
         return result
 
+    def is_transpose_of(self, other: Layout) -> bool:
+        """Return whether the matrices are the transposes of another layout's, of one weight.
+
+        >>> linear = Layout("weight", None, (2, 3), (1, 2, 3), (0, 1, 2))
+        >>> linear.is_transpose_of(Layout("weight", None, (2, 3), (1, 2, 3), (0, 2, 1)))
+        True
+        """
+        if self.weight != other.weight or self.split != other.split or self.bias or other.bias:
+            return False
+        g, rows, columns, *rest = self.order
+        sizes = [self.split[dim] for dim in rest]
+        return other.order == (g, columns, rows, *rest) and all(size == 1 for size in sizes)
+
+    def without_bias(self) -> Layout:
+        """Return the layout of the weight alone."""
+        return Layout(self.weight, None, self.weight_shape, self.split, self.order)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the arguments by name: strings, numbers and tuples."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from einconv_kfac.curvature.blocks.block import Block
+from einconv_kfac.curvature.blocks.diagonal_factor import inner_product
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 
@@ -117,6 +118,12 @@ def pooled_block(blocks: Sequence[KroneckerBlock], weights: Sequence[float]) -> 
     layouts = {block.layout for block in blocks}
     if len(layouts) > 1 or not all(isinstance(block, KroneckerBlock) for block in blocks):
         raise ValueError("Only Kronecker products of the same parameters can be pooled.")
+    shapes = sorted({(tuple(block.A.shape), tuple(block.B.shape)) for block in blocks})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"Factors of {' and '.join(blocks[0].parameters)} must have one form to be pooled, got "
+            f"shapes {shapes}. Compute all with the same `max_factor_size`."
+        )
     total = sum(weights)
     a = _total([block.A * (weight / total) for block, weight in zip(blocks, weights)])
     b = _total([block.B * (weight / total) for block, weight in zip(blocks, weights)])
@@ -127,7 +134,7 @@ def pooled_block(blocks: Sequence[KroneckerBlock], weights: Sequence[float]) -> 
 def _inner_product(left: Block, right: Block) -> Tensor:
     """Return the trace of the product of two blocks, summed over groups."""
     if isinstance(left, KroneckerBlock) and isinstance(right, KroneckerBlock):
-        a, b = (left.A * right.A).sum((-2, -1)), (left.B * right.B).sum((-2, -1))
+        a, b = inner_product(left.A, right.A), inner_product(left.B, right.B)
         return left.scale * right.scale * (a * b).sum()
     first, second = left.eigh(), right.eigh()
     return (first.values * second.diagonal_in(first)).sum()

@@ -84,12 +84,20 @@ class _CallRecorder:
             return
         if not (self._capture.enabled and torch.is_grad_enabled() and y.requires_grad):
             return
-        layer, free = self._layer, self._layer.rule.has_free_positions
-        edge = get_gradient_edge(y)
-        module = self._module
+        layer, module = self._layer, self._module
+        rule, edge = layer.use_of(module).rule, get_gradient_edge(y)
         is_own = not module._forward_hooks or sees_own_output(module)
-        is_batch = x.shape[:1] != (0,) and layer.rule.accepts(module, x)
-        call = LayerCall(layer.name, module, x.detach(), y.shape, edge, free, is_batch, is_own)
+        is_batch = x.shape[:1] != (0,) and rule.accepts(module, x)
+        call = LayerCall(
+            layer.name,
+            module,
+            x.detach(),
+            y.shape,
+            edge,
+            rule.has_free_positions,
+            is_batch,
+            is_own,
+        )
         self._capture.calls.append(call)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -129,7 +137,8 @@ class LayerCapture:
 
     def _watch(self, layer: Layer, module: nn.Module) -> Callable[[], None]:
         """Record a module's calls under its layer's name; return a function that ends it."""
-        return layer.rule.watch(module, _CallRecorder(self, layer, module))
+        rule = layer.use_of(module).rule
+        return rule.watch(module, _CallRecorder(self, layer, module))
 
     def take(self) -> list[LayerCall]:
         """Return the recorded calls, and remove them from `calls`."""

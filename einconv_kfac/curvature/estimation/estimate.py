@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
@@ -11,12 +11,15 @@ from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.estimation.data_pass import DataPass
+from einconv_kfac.curvature.estimation.factor_sums import DEFAULT_MAX_FACTOR_SIZE
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.estimation.forward import Forward, Loss, uncompiled
 from einconv_kfac.curvature.estimation.moments import LayerMoments
 from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.discovery import find_layers
+from einconv_kfac.curvature.layers.exclusion import Exclusion
+from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.losses import check_reduction, loss_rule
 
 Kind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]
@@ -30,6 +33,9 @@ def kronecker_factors(
     fisher: Fisher = "mc",
     mc_samples: int = 1,
     approximation: Approximation = "expand",
+    max_factor_size: int = DEFAULT_MAX_FACTOR_SIZE,
+    exclude: Exclusion = (),
+    parameters: Collection[str] | None = None,
     forward: Forward | None = None,
     kind: Kind = "kfac",
     progress: bool = False,
@@ -47,8 +53,11 @@ def kronecker_factors(
     which no target counts, since every label is ignored or of a class without weight, is left
     out of all averages, as if it were not in the data. For fisher='empirical' and a mean over
     ``T`` terms per example, the block is of the order of ``1/T`` of the others, see
-    `FisherEstimator`. The model does not change: gradients, buffers, training flags and the
-    random state are restored.
+    `FisherEstimator`. With ``"expand"`` the ``A`` of an embedding is diagonal and stored as its
+    diagonal. An embedding and a linear layer of one weight have one block: the Kronecker product
+    that has the partial traces of the sum of both layers' products, so that its trace is that of
+    the sum. The model does not change: gradients, buffers, training flags and the random state
+    are restored.
 
     Args:
         model: The model.
@@ -63,6 +72,12 @@ def kronecker_factors(
         fisher: See `FisherEstimator`, as for the next two.
         mc_samples: See `FisherEstimator`.
         approximation: See `FisherEstimator`.
+        max_factor_size: Largest number of rows of ``A`` or ``B``. A larger factor is replaced by
+            its diagonal and never formed; the printed result names such factors.
+        exclude: Modules, their types, their names or patterns of names (``"encoder.*"``), with
+            all that they contain, that get no block.
+        parameters: Names of the weights that get a block, with their layers' biases; all by
+            default.
         forward: Runs the model on a batch of another form, and returns output and target.
         kind: ``"kfac"`` for the blocks above; ``"ekfac"`` for the exact second moments of
             per-example gradients in their eigenbasis (George et al., 2018), in a second pass
@@ -71,8 +86,8 @@ def kronecker_factors(
         seed: Seed of the generator for ``"mc"``.
 
     Raises:
-        ValueError: If an argument is not one of those above, no rule covers the loss, or a
-            layer's input is not a batch.
+        ValueError: If an argument is not one of those above, no rule covers the loss, no layer
+            is left that a rule covers, or a layer's input is not a batch.
         RuntimeError: If the data is empty, or the loss does not depend on a layer.
 
     >>> import torch
@@ -84,18 +99,18 @@ def kronecker_factors(
       2: (1, 2, 17)
     )
     """
-    estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation)
+    estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation, max_factor_size)
     if isinstance(loss_fn, nn.Module):
         check_reduction(loss_fn)
         if fisher in {"mc", "exact"}:
             loss_rule(loss_fn)
     _check_kind(kind, fisher, data)
     model = uncompiled(model)
-    layers = find_layers(model, every=True)
+    layers = _chosen(model, exclude, parameters)
     data_pass = DataPass(model, layers, data, forward, seed, progress)
     if kind == "diagonal":
         return _with_squares(data_pass, estimator, {})
-    moments = {layer.name: LayerMoments(layer, approximation) for layer in layers}
+    moments = {layer.name: LayerMoments(layer, approximation, max_factor_size) for layer in layers}
     data_pass.add_to_(moments, estimator)
     factors = KroneckerFactors({n: _block(own, estimator) for n, own in moments.items()})
     return factors if kind == "kfac" else _with_squares(data_pass, estimator, factors.eigh())
@@ -123,6 +138,27 @@ def _block(moments: LayerMoments, estimator: FisherEstimator) -> KroneckerBlock:
     """Return a layer's block."""
     a, b = estimator.factors(moments)
     return KroneckerBlock(a, b, moments.layer.layout, estimator.scale(moments.examples))
+
+
+def _chosen(
+    model: nn.Module, exclude: Exclusion, parameters: Collection[str] | None
+) -> list[Layer]:
+    """Return the layers that get a block, at least one."""
+    layers = find_layers(model, every=True, exclude=exclude)
+    if parameters is not None:
+        weights = [layer.weight for layer in layers]
+        layers = [layer for layer in layers if layer.weight in parameters]
+        if unknown := set(parameters) - {name for layer in layers for name in layer.parameters}:
+            raise ValueError(
+                "`parameters` must be names of weights that a rule covers, or of biases beside "
+                f"them, got {sorted(unknown)}. The weights are {weights}."
+            )
+    if not layers:
+        raise ValueError(
+            "`model` must have a layer that a rule covers and that is not left out, got none. "
+            "`coverage(model)` lists the reasons; `register_layer` adds a rule."
+        )
+    return layers
 
 
 def _check_kind(kind: str, fisher: str, data: Iterable[Any]) -> None:

@@ -14,9 +14,14 @@ from einconv_kfac.curvature.estimation.arrangement import ArrangedCall, Layouts,
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.estimation.evaluation import Evaluation, loss_gradients
 from einconv_kfac.curvature.estimation.example_layout import only
+from einconv_kfac.curvature.estimation.factor_sums import (
+    DEFAULT_MAX_FACTOR_SIZE,
+    check_max_factor_size,
+)
 from einconv_kfac.curvature.estimation.forward import Loss
 from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments
 from einconv_kfac.curvature.factors.approximation import Approximation
+from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.losses.loss_call import is_sum
 from einconv_kfac.curvature.objective.graph import reached_nodes
 
@@ -40,6 +45,8 @@ class FisherEstimator:
             chosen accordingly. It is not rescaled, as in curvlinops.
         mc_samples: Number of samples per example for ``"mc"``.
         approximation: ``"expand"`` or ``"reduce"``.
+        max_factor_size: Largest number of rows of a factor ``A`` or ``B``; of a larger one, only
+            the diagonal is computed.
 
     Raises:
         ValueError: If an argument is not one of these, or no rule covers the loss.
@@ -49,6 +56,7 @@ class FisherEstimator:
     fisher: Fisher = "mc"
     mc_samples: int = 1
     approximation: Approximation = "expand"
+    max_factor_size: int = DEFAULT_MAX_FACTOR_SIZE
     layouts: Layouts = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -63,13 +71,18 @@ class FisherEstimator:
                 f"`mc_samples` must be 1 for fisher={self.fisher!r}, which draws no samples, got "
                 f"{self.mc_samples}. Leave it out, or pass fisher='mc'."
             )
+        check_max_factor_size(self.max_factor_size)
 
     def scale(self, examples: int) -> float:
         """Return the factor of ``B (x) A``: 1 for a mean loss, ``examples`` for a sum."""
         return float(examples) if is_sum(self.loss_fn) else 1.0
 
+    def shapes(self, layer: Layer) -> list[tuple[int, ...]]:
+        """Return the shapes of a layer's ``A`` and ``B``, see `LayerMoments.shapes`."""
+        return LayerMoments(layer, self.approximation, self.max_factor_size).shapes
+
     def factors(self, moments: LayerMoments) -> tuple[Tensor, Tensor]:
-        """Return a layer's ``A [g, d, d]`` and ``B [g, co, co]``."""
+        """Return a layer's ``A [g, d, d]`` and ``B [g, co, co]``, or the diagonal of either."""
         return moments.factors()
 
     def add_(

@@ -10,9 +10,12 @@ from torch import Tensor
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.curvature.estimation.capture import LayerCall
-from einconv_kfac.curvature.estimation.moments import batch_size, no_data
+from einconv_kfac.curvature.estimation.factor_sums import batch_size
+from einconv_kfac.curvature.estimation.moments import no_data
+from einconv_kfac.curvature.estimation.token_sums import TokenSums
 from einconv_kfac.curvature.factors.approximation import with_ones
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.curvature.layers.layer_rule import LayerRule
 
 _GRADIENT_ENTRIES = 1 << 22
 """Number of entries of the per-example gradients that are held at a time."""
@@ -26,7 +29,9 @@ class SquaredGradients:
     or GGN.
 
     ``U_A`` is applied to the inputs if these are fewer rows than the gradients, and to the
-    gradients otherwise.
+    gradients otherwise. One-hot inputs without ``U_A`` are not formed: the gradients of positions
+    with the same index are summed. A module that uses the transposed weight contributes the
+    transpose of its gradient, so that its inputs are the rows.
 
     Args:
         layer: The layer.
@@ -39,17 +44,34 @@ class SquaredGradients:
         self._basis = basis
         self.total: Tensor | None = None  # of the squares so far, [g, co, d]
         self._inputs: Tensor | None = None
+        self._tokens: TokenSums | None = None
         self._basis_is_pending = False
+        self._one_hot = all(use.rule.one_hot for use in layer.uses)
 
     @torch.no_grad()
     def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
         """See `LayerMoments.add_inputs_`."""
         size = batch_size(self.layer, calls)
         self.examples += size if examples is None else examples
+        if self.layer.is_tied:
+            return  # the gradients are needed as well
+        _, channels, columns = self.layer.layout.shape
+        if self._one_hot:
+            found = [self._rule(call).indices(call.module, call.x) for call in calls]
+            self._add_indices_(torch.cat(found, dim=-1), columns)
+            return
         a = torch.cat([self._columns(call) for call in calls], dim=-1)  # n g d s
-        _, channels, _ = self.layer.layout.shape
         self._basis_is_pending = a.shape[-1] > channels
         self._inputs = a.mT if self._basis_is_pending else self._rotated_rows(a.mT)
+
+    def _add_indices_(self, indices: Tensor, size: int) -> None:
+        """Keep one-hot inputs, given by the entries ``[n, s]`` that are 1."""
+        basis = None if self._basis is None else self._basis.basis_a
+        if basis is None:
+            self._tokens = TokenSums.of(indices, size)
+        else:  # rows of the basis
+            rows = torch.cat([basis[0], basis.new_zeros(1, size)])
+            self._inputs = rows[indices].unsqueeze(1)
 
     @torch.no_grad()
     def add_gradients_(
@@ -57,10 +79,17 @@ class SquaredGradients:
     ) -> None:
         """See `Moments`."""
         a = self._inputs  # n g s d
-        assert a is not None
-        g = torch.cat([self._rotated(c, dy) for c, dy in zip(calls, gradients)], dim=-1)
+        if self.layer.is_tied:
+            g, a = self._both(calls, gradients)
+        else:
+            g = torch.cat([self._rotated(c, dy) for c, dy in zip(calls, gradients)], dim=-1)
         if self.total is None:
-            self.total = g.new_zeros(g.shape[1], g.shape[2], a.shape[3])
+            self.total = g.new_zeros(self.layer.layout.shape)
+        if a is None:
+            assert self._tokens is not None
+            self._tokens.add_squares_(self.total, g, scale)
+            return
+        a = a.to(g.dtype)
         if a.shape[2] == 1:  # no weight sharing: squares of outer products
             left, right = g.squeeze(-1).square(), a.squeeze(2).square()
             self.total.add_(torch.einsum("nga,ngb->gab", left, right), alpha=scale)
@@ -89,7 +118,7 @@ class SquaredGradients:
 
     def _columns(self, call: LayerCall) -> Tensor:
         """Return ``a`` as ``[n, g, d, s]``."""
-        a = self.layer.rule.inputs(call.module, call.x, call.y_shape)
+        a = self._rule(call).inputs(call.module, call.x, call.y_shape)
         a = with_ones(a) if self.layer.bias is not None else a
         return a.to(torch.promote_types(a.dtype, torch.float32))
 
@@ -104,7 +133,31 @@ class SquaredGradients:
 
     def _rotated(self, call: LayerCall, gradient: Tensor) -> Tensor:
         """Return ``U_B^T g`` as ``[n, g, co, s]``."""
-        g = self.layer.rule.outputs(call.module, gradient)
-        g = g.to(torch.promote_types(g.dtype, torch.float32))
+        g = self._gradients(call, gradient)
         basis = None if self._basis is None else self._basis.basis_b
         return g if basis is None else basis.to(g).mT @ g
+
+    def _both(
+        self, calls: Sequence[LayerCall], gradients: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sides ``[n, g, co, s]`` and ``[n, g, s, d]`` of the calls of tied modules."""
+        left, right = [], []
+        for call, gradient in zip(calls, gradients):
+            columns = self._columns(call), self._gradients(call, gradient)
+            is_transposed = self.layer.use_of(call.module).transposed
+            a, g = columns[::-1] if is_transposed else columns
+            left.append(g)
+            right.append(a)
+        g, a = torch.cat(left, dim=-1), torch.cat(right, dim=-1).mT
+        basis = None if self._basis is None else self._basis.basis_b
+        g = g if basis is None else basis.to(g).mT @ g
+        return g, self._rotated_rows(a.to(g.dtype))
+
+    def _gradients(self, call: LayerCall, gradient: Tensor) -> Tensor:
+        """Return ``g`` as ``[n, g, co, s]``."""
+        g = self._rule(call).outputs(call.module, gradient)
+        return g.to(torch.promote_types(g.dtype, torch.float32))
+
+    def _rule(self, call: LayerCall) -> LayerRule:
+        """Return the rule of the module that was called."""
+        return self.layer.use_of(call.module).rule

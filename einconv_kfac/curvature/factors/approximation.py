@@ -159,6 +159,26 @@ def second_moment(
     return out.baddbmm_(a, a.mT, beta=beta, alpha=alpha / terms)
 
 
+def squares(
+    columns: Tensor,
+    terms: int,
+    *,
+    out: Tensor | None = None,
+    beta: float = 0.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Return the diagonal of `second_moment`, ``[g, d]``, without the matrices."""
+    a = columns.detach().to(torch.promote_types(columns.dtype, torch.float32))
+    return updated(a.square().sum((0, 3)), out=out, beta=beta, alpha=alpha / terms)
+
+
+def updated(
+    value: Tensor, *, out: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> Tensor:
+    """Return ``beta * out + alpha * value``, in place."""
+    return value.mul_(alpha) if out is None else out.mul_(beta).add_(value, alpha=alpha)
+
+
 def _append_ones_(columns: Columns, update: Update) -> None:
     """Update the last row and column, which are those of a constant 1.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
+from einconv_kfac.curvature.blocks.diagonal_factor import dense
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 
 try:
@@ -87,8 +88,8 @@ def to_kfac_operator(curvature: KroneckerFactors, model: nn.Module) -> Any:
         num_data=1,
     )
     state = operator.state_dict()
-    state["input_covariances"] = {name: block.A[0] for name, block in curvature.items()}
-    scaled = {name: block.B[0] * block.scale for name, block in curvature.items()}
+    state["input_covariances"] = {name: dense(block.A)[0] for name, block in curvature.items()}
+    scaled = {name: dense(block.B)[0] * block.scale for name, block in curvature.items()}
     state["gradient_covariances"] = scaled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # loading "overwrites" the parameters with themselves

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from einconv_kfac.curvature.layers.discovery import find_layers, refusal
+from einconv_kfac.curvature.layers.discovery import discovered, refusal
 from einconv_kfac.curvature.text_table import table
 
 
@@ -61,7 +61,7 @@ def coverage(model: nn.Module) -> Coverage:
     """Return the block of `kronecker_factors` that covers each parameter, or why none does.
 
     Raises:
-        ValueError: As `find_layers`.
+        ValueError: If a layer's parameters do not exist yet.
 
     >>> coverage(nn.Sequential(nn.Linear(2, 3), nn.PReLU()))
     parameter  type    block  why not
@@ -69,13 +69,14 @@ def coverage(model: nn.Module) -> Coverage:
     0.bias     Linear  0
     1.weight   PReLU   -      no rule covers PReLU; `register_layer` adds one
     """
-    owners = {
-        name: layer.name for layer in find_layers(model, every=True) for name in layer.parameters
-    }
-    return Coverage(list(_rows(model, owners)))
+    layers, reasons = discovered(model, every=True)
+    owners = {name: layer.name for layer in layers for name in layer.parameters}
+    return Coverage(list(_rows(model, owners, reasons)))
 
 
-def _rows(model: nn.Module, owners: dict[str, str]) -> Iterator[ParameterCoverage]:
+def _rows(
+    model: nn.Module, owners: dict[str, str], reasons: dict[str, str]
+) -> Iterator[ParameterCoverage]:
     """Yield the rows in the order of the model's parameters."""
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
@@ -83,7 +84,7 @@ def _rows(model: nn.Module, owners: dict[str, str]) -> Iterator[ParameterCoverag
         path = path.partition("parametrizations")[0].rstrip(".")  # torch keeps the originals there
         module, reason = modules[path], ""
         if name not in owners:
-            reason = refusal(path, module) or "another module uses it unseen"
+            reason = reasons.get(name) or refusal(path, module) or "another module uses it unseen"
             reason = reason if parameter.requires_grad else "it is frozen"
         kind = nn.utils.parametrize.type_before_parametrizations(module).__name__
         yield ParameterCoverage(name, owners.get(name), kind, reason)

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.layers.layer_registry import is_hidden, layer_rule, overrides_forward
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
+from einconv_kfac.curvature.layers.shared_weights import Candidate, joined, owners
 
 
-def find_layers(model: nn.Module, *, every: bool = False) -> list[Layer]:
+def find_layers(model: nn.Module, *, every: bool = False, exclude: Exclusion = ()) -> list[Layer]:
     """Return the layers of a model whose weight is trained and that a rule covers.
+
+    Modules that share a weight are one layer. If they have different biases, the layer has none;
+    if they have no common block, there is no layer.
 
     Args:
         model: The model.
         every: Whether to include those that the optimizer does not precondition.
+        exclude: Modules, types of modules, names of modules or patterns of names, with all that
+            they contain. A layer is left out if one of its modules is.
 
     Raises:
-        ValueError: If modules share a weight in ways that have no single block, or if a
-            layer's parameters do not exist yet.
+        ValueError: If a layer's parameters do not exist yet, or ``exclude`` matches nothing.
+    """
+    layers, _ = discovered(model, every=every)
+    excluded = excluded_modules(model, exclude)
+    return [layer for layer in layers if excluded.isdisjoint(layer.modules)]
+
+
+def discovered(model: nn.Module, *, every: bool = False) -> tuple[list[Layer], dict[str, str]]:
+    """Return the layers, and why parameters that modules share belong to none, by name.
+
+    Raises:
+        ValueError: See `find_layers`.
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    layers: dict[str, Layer] = {}
+    candidates = []
     for name, module in model.named_modules():
         rule = layer_rule(module)
         if rule is None or refusal(name, module) or not (every or rule.preconditioned):
             continue
         if is_hidden(module) and not (every and _is_revealed(model, name)):
             continue
-        layer = Layer(name, (module,), rule, _layout(module, rule, names))
-        first = layers.setdefault(layer.weight, layer)
-        if first is not layer:
-            layers[layer.weight] = _merged(first, layer)
-    _refuse_shared(list(layers.values()))
-    return list(layers.values())
+        candidates.append(Candidate(name, module, rule, _layout(module, rule, names)))
+    return joined(candidates, owners(model, names))
 
 
 def refusal(name: str, module: nn.Module) -> str | None:
@@ -82,27 +95,3 @@ def _layout(module: nn.Module, rule: LayerRule, names: Mapping[Tensor, str]) -> 
     if bias is None or not bias.requires_grad:
         return Layout(names[weight], None, tuple(weight.shape), split, order)
     return Layout(names[weight], names[bias], tuple(weight.shape), split, order, tuple(bias.shape))
-
-
-def _merged(first: Layer, second: Layer) -> Layer:
-    """Return two layers that share their parameters as one."""
-    if first.rule is not second.rule or first.layout != second.layout:
-        raise ValueError(
-            f"Modules that share a weight must be of one type and share the bias, but "
-            f"'{first.name}' ({type(first.module).__name__}) and '{second.name}' "
-            f"({type(second.module).__name__}), which share '{first.weight}', do not."
-        )
-    return Layer(first.name, (*first.modules, *second.modules), first.rule, first.layout)
-
-
-def _refuse_shared(layers: Sequence[Layer]) -> None:
-    """Raise if two layers train the same parameter."""
-    owner: dict[str, str] = {}
-    for layer in layers:
-        for parameter in layer.parameters:
-            if parameter in owner:
-                raise ValueError(
-                    f"A bias must belong to one weight, but '{layer.name}' and "
-                    f"'{owner[parameter]}' share '{parameter}'."
-                )
-            owner[parameter] = layer.name

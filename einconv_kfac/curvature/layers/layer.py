@@ -13,14 +13,31 @@ from einconv_kfac.curvature.layers.layer_rule import LayerRule
 
 
 @dataclass(frozen=True)
+class Use:
+    """A module that uses a layer's parameters.
+
+    Args:
+        module: The module.
+        rule: The rule for its type.
+        transposed: Whether it multiplies with the transposes of the layer's matrices. Its inputs
+            then belong to their rows, and its output gradients to their columns: ``B`` and ``A``.
+    """
+
+    module: nn.Module
+    rule: LayerRule
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Layer:
     """A layer with a rule, and how its parameters form its matrices.
 
     Args:
         name: Its name in the model.
         modules: The modules that use its parameters; several if they share them.
-        rule: The rule for their type.
+        rule: The rule for the type of the first.
         layout: Its parameters as matrices ``[g, co, d]``.
+        uses: One entry per module, where they differ in type: a tied embedding and output layer.
 
     Attributes:
         module: The first module.
@@ -33,6 +50,7 @@ class Layer:
     modules: tuple[nn.Module, ...]
     rule: LayerRule
     layout: Layout
+    uses: tuple[Use, ...] = ()
     # stored, since every step of an optimizer reads them for every layer
     module: nn.Module = field(init=False, repr=False, compare=False)
     weight: str = field(init=False, repr=False, compare=False)
@@ -40,10 +58,22 @@ class Layer:
     parameters: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not self.uses:
+            uses = tuple(Use(module, self.rule) for module in self.modules)
+            object.__setattr__(self, "uses", uses)
         object.__setattr__(self, "module", self.modules[0])
         object.__setattr__(self, "weight", self.layout.weight)
         object.__setattr__(self, "bias", self.layout.bias)
         object.__setattr__(self, "parameters", self.layout.parameters)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether some modules multiply with the transposed matrices, and others do not."""
+        return any(use.transposed for use in self.uses)
+
+    def use_of(self, module: nn.Module) -> Use:
+        """Return how one of the modules uses the parameters."""
+        return next(use for use in self.uses if use.module is module)
 
     def zeros(self) -> dict[str, Tensor]:
         """Return a zero tensor for each parameter, by name."""

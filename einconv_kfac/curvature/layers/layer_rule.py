@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from einconv_kfac.curvature.factors.approximation import (
     Approximation,
     second_moment,
+    squares,
     weight_sharing,
     with_ones,
 )
@@ -57,6 +58,8 @@ class LayerRule(ABC):
         kinds: The types of layers that the rule applies to, with their subclasses.
         examples: Models on which the tests compare the rule with automatic differentiation.
         preconditioned: Whether the optimizer preconditions such layers by default.
+        one_hot: Whether inputs ``a`` are one-hot; `indices` returns where they are 1. The factor
+            ``A`` of ``"expand"`` is then diagonal.
         weight: Name of the weight in the module.
         bias: Name of the bias in the module, if it has one.
         has_free_positions: Whether positions may have any number of dimensions between those of
@@ -69,6 +72,7 @@ class LayerRule(ABC):
     examples: ClassVar[tuple[LayerExample, ...]] = ()
     preconditioned = True
     has_free_positions = False
+    one_hot = False
     weight, bias = "weight", "bias"
     revealed: ClassVar[tuple[type[nn.Module], ...]] = ()
 
@@ -105,6 +109,35 @@ class LayerRule(ABC):
         """Return the number ``s`` of weight-sharing positions of an output."""
         like = torch.empty(tuple(y_shape), device="meta")
         return self.outputs(module, like).shape[-1]
+
+    def indices(self, module: Any, x: Tensor) -> Tensor:
+        """Return which entry of ``a`` is 1, ``[n, s]``, or ``d`` where none is, if `one_hot`."""
+        raise NotImplementedError
+
+    def input_sums(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Tensor:
+        """Return the sums of ``a`` over positions, ``[n, g, d, 1]``."""
+        return self.inputs(module, x, y_shape).sum(-1, keepdim=True)
+
+    def input_diagonal(
+        self,
+        module: Any,
+        x: Tensor,
+        y_shape: Sequence[int],
+        approximation: Approximation,
+        bias: bool,
+        **into: Any,
+    ) -> Tensor:
+        """Return the diagonal of ``A``, ``[g, d]``, without ``A``; see `input_factor`."""
+        a = weight_sharing(approximation).inputs(self.inputs(module, x, y_shape))
+        return squares(with_ones(a) if bias else a, a.shape[0], **into)
+
+    def output_diagonal(
+        self, module: Any, gradient: Tensor, approximation: Approximation, **into: Any
+    ) -> Tensor:
+        """Return the diagonal of ``B``, ``[g, co]``, without ``B``; see `output_factor`."""
+        g, sharing = self.outputs(module, gradient), weight_sharing(approximation)
+        count = sharing.term_count(g.shape[0], g.shape[-1])
+        return squares(sharing.gradients(g), count, **into)
 
     def input_factor(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.factors.approximation import Approximation, weight_sharing
+from einconv_kfac.curvature.factors.approximation import Approximation, updated, weight_sharing
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
 
 
@@ -44,11 +44,11 @@ class ScaleRule(LayerRule):
         a = weight_sharing(approximation).inputs(a)
         squares = _squares(a)
         if not bias:
-            return _added(squares[:, None, None] / a.shape[0], **into)
+            return updated(squares[:, None, None] / a.shape[0], **into)
         sums = a.sum((0, 2, 3))
         ones = torch.full_like(sums, a.shape[0] * a.shape[-1])
         factor = torch.stack([squares, sums, sums, ones], -1).reshape(-1, 2, 2)
-        return _added(factor.div_(a.shape[0]), **into)
+        return updated(factor.div_(a.shape[0]), **into)
 
     def output_factor(
         self, module: Any, gradient: Tensor, approximation: Approximation, **into: Any
@@ -57,7 +57,7 @@ class ScaleRule(LayerRule):
         g = self.outputs(module, gradient)  # n c 1 s
         g = g.to(torch.promote_types(g.dtype, torch.float32))
         g = weight_sharing(approximation).gradients(g)
-        return _added(_squares(g)[:, None, None] / (g.shape[0] * g.shape[-1]), **into)
+        return updated(_squares(g)[:, None, None] / (g.shape[0] * g.shape[-1]), **into)
 
 
 class ChannelNormRule(ScaleRule):
@@ -87,10 +87,3 @@ def _squares(a: Tensor) -> Tensor:
     """Return the sum of squares per channel of ``a [n, c, 1, s]``, ``[c]``."""
     norms: Tensor = torch.linalg.vector_norm(a, dim=(0, 2, 3))
     return norms.square()
-
-
-def _added(
-    factor: Tensor, *, out: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
-) -> Tensor:
-    """Return ``beta * out + alpha * factor``, in place."""
-    return factor.mul_(alpha) if out is None else out.mul_(beta).add_(factor, alpha=alpha)

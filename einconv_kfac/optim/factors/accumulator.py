@@ -7,8 +7,10 @@ from time import perf_counter
 
 from torch import Tensor
 
+from einconv_kfac.curvature.blocks.diagonal_factor import diagonal_of
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.curvature.estimation.factor_sums import DEFAULT_MAX_FACTOR_SIZE
 from einconv_kfac.curvature.estimation.moments import LayerMoments
 from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
 from einconv_kfac.curvature.factors.approximation import Approximation
@@ -23,12 +25,17 @@ class LayerSums(LayerMoments):
         approximation: ``"expand"`` or ``"reduce"``.
         basis: The eigenbasis in which squared gradients of single examples are summed, if they
             are wanted.
+        max_factor_size: Number of rows above which a factor is replaced by its diagonal.
     """
 
     def __init__(
-        self, layer: Layer, approximation: Approximation, basis: EigenBlock | None = None
+        self,
+        layer: Layer,
+        approximation: Approximation,
+        basis: EigenBlock | None = None,
+        max_factor_size: int = DEFAULT_MAX_FACTOR_SIZE,
     ) -> None:
-        super().__init__(layer, approximation)
+        super().__init__(layer, approximation, max_factor_size)
         self.squares = None if basis is None else SquaredGradients(layer, basis)
         self.seconds = 0.0
 
@@ -55,6 +62,6 @@ class LayerSums(LayerMoments):
 
         A sum of outer products is finite where its diagonal is.
         """
-        diagonals = [part.diagonal(dim1=-2, dim2=-1) for part in self.sums()]
+        diagonals = [diagonal_of(part) for part in self.sums()]
         total = None if self.squares is None else self.squares.total
         return diagonals if total is None else [*diagonals, total]

@@ -104,8 +104,9 @@ class Collector:
     def _add_own_(self, evaluation: Evaluation, own: Sequence[LayerCall]) -> None:
         """Add the calls of a batch that are due."""
         for name in {call.layer for call in own} - self.moments.keys():
-            layer, approximation = self._layers[name], self._estimator.approximation
-            self.moments[name] = LayerSums(layer, approximation, self.bases.get(name))
+            approximation, size = self._estimator.approximation, self._estimator.max_factor_size
+            basis = self.bases.get(name)
+            self.moments[name] = LayerSums(self._layers[name], approximation, basis, size)
         moments: Mapping[str, Moments] = self.moments
         if self._part < 1:
             moments = sampled(self.moments, self._part, self.generator)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.estimation.forward import uncompiled
 from einconv_kfac.curvature.layers.discovery import find_layers
+from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
 from einconv_kfac.optim.factors.collector import NEVER_SEEN, Collector
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
 from einconv_kfac.optim.factors.running import RunningFactors, check_layers
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.inverses.registry import kind_of
-from einconv_kfac.optim.parameters import Exclusion, excluded_modules
 from einconv_kfac.optim.schedule import due_names, intervals
 from einconv_kfac.optim.vectors import Direction
 
@@ -100,7 +100,7 @@ class RunningCurvature:
             if known is not None and set(layer.parameters) <= set(known.layer.parameters):
                 continue
             if self._excluded.isdisjoint(layer.modules):
-                self.layers[layer.name] = RunningFactors(layer)
+                self.layers[layer.name] = RunningFactors(layer, self.estimator.shapes(layer))
                 self.collector.watch(layer)
 
     def cover_unfrozen_(self) -> None:

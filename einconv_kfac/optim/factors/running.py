@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.cholesky import Pair
+from einconv_kfac.curvature.blocks.diagonal_factor import times_on_right
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.inverses.background import Pending
@@ -25,10 +26,12 @@ class RunningFactors:
 
     Args:
         layer: The layer.
+        shapes: The shapes of its factors ``A`` and ``B``; one that is diagonal is ``[g, d]``.
     """
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, shapes: Sequence[tuple[int, ...]]) -> None:
         self.layer = layer
+        self._shapes = [tuple(shape) for shape in shapes]
         self.updates = 0
         self.factors: Pair | None = None
         self.factor_step: int | None = None
@@ -81,7 +84,7 @@ class RunningFactors:
         for values in (update, parameters):
             known = {name: values[name] for name in self.layer.parameters if name in values}
             rows = self.layer.to_matrix({**self.layer.zeros(), **known}).to(a.dtype)
-            squares.append((product(rows, a) * rows).sum())
+            squares.append((times_on_right(rows, a, product) * rows).sum())
         moved, present = squares
         return torch.where(present > 0, moved / present, 0.0).sqrt()
 
@@ -127,13 +130,12 @@ class RunningFactors:
         """Raise a ``ValueError`` if a state belongs to a layer of another shape."""
         if state["factors"] is None:
             return
-        groups, rows, columns = self.layer.layout.shape
-        expected = [(groups, columns, columns), (groups, rows, rows)]
         found = [tuple(factor.shape) for factor in state["factors"]]
-        if found != expected:
+        if found != self._shapes:
             raise ValueError(
-                f"`state_dict` must have factors of shape {expected} for '{self.layer.name}', "
-                f"got {found}."
+                f"`state_dict` must have factors of shape {self._shapes} for '{self.layer.name}', "
+                f"got {found}: it must come from the same model, `approximation` and "
+                "`max_factor_size`."
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from dataclasses import replace
 from torch import Generator, Tensor
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
-from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments, batch_size
+from einconv_kfac.curvature.estimation.factor_sums import batch_size
+from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments
 from einconv_kfac.optim.replay.subsample import random_rows
 
 Rows = Callable[[int], Tensor]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.cholesky import invert_damped
+from einconv_kfac.curvature.blocks.diagonal_factor import times, times_on_right
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
@@ -23,8 +24,8 @@ class FactoredInverse(LayerInverse):
     """``(B + sqrt(l) / pi I)^-1 (x) (A + pi sqrt(l) I)^-1``, see `split_damping` for ``pi``.
 
     Args:
-        a: Inverse of damped ``A [g, d, d]``.
-        b: Inverse of damped ``B [g, co, co]``.
+        a: Inverse of damped ``A [g, d, d]``; its diagonal ``[g, d]`` if ``A`` is diagonal.
+        b: Inverse of damped ``B [g, co, co]``, or its diagonal.
         damping: The damping ``l``.
     """
 
@@ -35,7 +36,7 @@ class FactoredInverse(LayerInverse):
 
     def apply(self, rows: Tensor) -> Tensor:
         """See `LayerInverse`."""
-        return product(self.b, product(rows.to(self.a.dtype), self.a))
+        return times(self.b, times_on_right(rows.to(self.a.dtype), self.a, product), product)
 
     def to(self, device: torch.device) -> FactoredInverse:
         """See `LayerInverse`."""

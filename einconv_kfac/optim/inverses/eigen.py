@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.blocks.batching import batched
-from einconv_kfac.curvature.blocks.eigen import EigenBlock, eigendecomposition
+from einconv_kfac.curvature.blocks.eigen import EigenBlock, decompositions
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
@@ -32,12 +31,14 @@ class EigenInverse(LayerInverse):
 
     def apply(self, rows: Tensor) -> Tensor:
         """See `LayerInverse`."""
-        a, b = self.block.basis_a, self.block.basis_b
-        assert a is not None
-        assert b is not None
-        rotated = product(product(b.mT, rows.to(a.dtype)), a)
-        damping = max(self.damping, torch.finfo(a.dtype).tiny)  # 0 / 0 where both underflow
-        return product(product(b, rotated.div_(self.block.values + damping)), a.mT)
+        a, b, values = self.block.basis_a, self.block.basis_b, self.block.values
+        rows = rows.to(values.dtype if a is None else a.dtype)
+        rows = rows if b is None else product(b.mT, rows)
+        rows = rows if a is None else product(rows, a)
+        damping = max(self.damping, torch.finfo(rows.dtype).tiny)  # 0 / 0 where both underflow
+        rows = rows / (values + damping)
+        rows = rows if b is None else product(b, rows)
+        return rows if a is None else product(rows, a.mT)
 
     def to(self, device: torch.device) -> EigenInverse:
         """See `LayerInverse`."""
@@ -62,25 +63,15 @@ def invert_by_eigh(inverse: type[EigenInverse], tasks: Sequence[Task]) -> list[I
     Raises:
         RuntimeError: If one cannot be decomposed.
     """
-    parts = _decomposed(tasks)
+    factors = [factor for task in tasks for factor in task.factors]
+    names = [f"the factor {letter} of '{task.name}'" for task in tasks for letter in "AB"]
+    parts = decompositions(factors, names)
     results = []
     for task, (a, basis_a), (b, basis_b) in zip(tasks, parts[::2], parts[1::2]):
         block = EigenBlock(basis_a, basis_b, b[:, :, None] * a[:, None, :], task.layout)
         conditions = torch.stack([_condition(v) for v in (a, b)])
         results.append(Inverted(inverse(block, task.damping), conditions))
     return results
-
-
-def _decomposed(tasks: Sequence[Task]) -> list[tuple[Tensor, ...]]:
-    """Return eigenvalues and eigenvectors of every factor."""
-    factors = [factor for task in tasks for factor in task.factors]
-    try:
-        return batched(eigendecomposition, factors)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # again one by one, so that the error names the layer
-        names = [f"the factor {letter} of '{task.name}'" for task in tasks for letter in "AB"]
-        return [eigendecomposition(factor, name) for factor, name in zip(factors, names)]
 
 
 def _condition(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.cholesky import Pair
+from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 
@@ -74,7 +75,7 @@ class Task:
 
     Args:
         name: The layer.
-        factors: ``A [g, d, d]`` and ``B [g, co, co]``.
+        factors: ``A [g, d, d]`` and ``B [g, co, co]``; those that are diagonal as ``[g, d]``.
         damping: The damping.
         layout: The layer's parameters.
     """
@@ -87,8 +88,8 @@ class Task:
     @property
     def work(self) -> int:
         """The multiplications of its decompositions, up to a factor."""
-        groups, rows, columns = self.layout.shape
-        return groups * (rows**3 + columns**3)
+        sizes = [(own.numel(), own.shape[-1], is_diagonal(own)) for own in self.factors]
+        return sum(entries * (1 if diagonal else size) for entries, size, diagonal in sizes)
 
 
 @dataclass(frozen=True)

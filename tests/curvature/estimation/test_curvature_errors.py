@@ -14,13 +14,6 @@ X, Y = torch.ones(4, 3), torch.zeros(4, dtype=torch.long)
 LINEAR, LOSS = nn.Linear(3, 2), nn.CrossEntropyLoss()
 
 
-class Tied(nn.Module):
-    def __init__(self, kind: type[nn.Module], *args: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 3), kind(*args)
-        self.second.weight = self.first.weight
-
-
 CASES: list[tuple[str, nn.Module, nn.Module, Any, dict[str, Any], type[Exception], str]] = [
     ("fisher", LINEAR, LOSS, [(X, Y)], {"fisher": "type-2"}, ValueError,
      r"`fisher` must be one of \('mc', 'empirical', 'exact', 'forward-only'\), got 'type-2'"),
@@ -46,11 +39,18 @@ CASES: list[tuple[str, nn.Module, nn.Module, Any, dict[str, Any], type[Exception
      r"`data` must yield pairs \(x, y\), got Tensor\. Pass `forward`"),
     ("lazy", nn.LazyLinear(2), LOSS, [(X, Y)], {}, ValueError,
      r"parameters.*must exist|Parameters must exist, but those of '' \(LazyLinear\)"),
-    ("tied, other type", Tied(nn.Embedding, 3, 3), LOSS, [(X, Y)], {}, ValueError,
-     r"share a weight must be of one type and share the bias, but 'first' \(Linear\) and "
-     r"'second' \(Embedding\), which share 'first.weight'"),
-    ("tied, other bias", Tied(nn.Linear, 3, 3), LOSS, [(X, Y)], {}, ValueError,
-     r"share the bias, but 'first' \(Linear\) and 'second'"),
+    ("largest factor", LINEAR, LOSS, [(X, Y)], {"max_factor_size": 0}, ValueError,
+     r"`max_factor_size` must be a positive integer, got 0"),
+    ("largest factor, no number", LINEAR, LOSS, [(X, Y)], {"max_factor_size": True}, ValueError,
+     r"`max_factor_size` must be a positive integer, got True"),
+    ("exclude", LINEAR, LOSS, [(X, Y)], {"exclude": "head"}, ValueError,
+     r"`exclude` must name modules of `model`, got 'head'"),
+    ("exclude, type", LINEAR, LOSS, [(X, Y)], {"exclude": nn.Conv2d}, ValueError,
+     r"`exclude` must name modules of `model`, got Conv2d"),
+    ("parameters", LINEAR, LOSS, [(X, Y)], {"parameters": ["0.weight"]}, ValueError,
+     r"`parameters` must be names of weights .*got \['0.weight'\]\. The weights are \['weight'\]"),
+    ("parameters, bias alone", LINEAR, LOSS, [(X, Y)], {"parameters": ["bias"]}, ValueError,
+     r"or of biases beside them, got \['bias'\]"),
 ]  # fmt: skip
 
 
@@ -59,6 +59,23 @@ def test_bad_input(case: Any) -> None:
     _, model, loss_fn, data, options, error, message = case
     with pytest.raises(error, match=message):
         kronecker_factors(model, loss_fn, data, **options)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical", "forward-only"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal"])
+def test_models_without_a_layer_that_is_covered(kind: Any, fisher: Any) -> None:
+    if fisher == "forward-only" and kind != "kfac":
+        return
+    options: dict[str, Any] = {"kind": kind, "fisher": fisher}
+    cases: list[tuple[nn.Module, dict[str, Any]]] = [
+        (nn.PReLU(3), {}),
+        (LINEAR, {"exclude": [""]}),
+        (LINEAR, {"exclude": nn.Linear}),
+        (LINEAR, {"parameters": []}),
+    ]
+    for model, more in cases:
+        with pytest.raises(ValueError, match=r"must have a layer that a rule covers.*`coverage"):
+            kronecker_factors(model, LOSS, [(X, Y)], **options, **more)
 
 
 def test_layers_that_no_loss_depends_on() -> None:

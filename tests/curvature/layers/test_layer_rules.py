@@ -132,6 +132,21 @@ def test_factors_are_those_of_the_columns(
         factor(out=total, beta=0.5, alpha=3.0)
         torch.testing.assert_close(total, 1 + 3 * expected, **TOLERANCE)
 
+    def input_diagonal(**into: Any) -> Tensor:
+        return rule.input_diagonal(module, inputs, y.shape, approximation, bias, **into)
+
+    def output_diagonal(**into: Any) -> Tensor:
+        return rule.output_diagonal(module, y.detach(), approximation, **into)
+
+    for matrix, entries in zip(factors.values(), (input_diagonal, output_diagonal)):
+        expected = matrix.diagonal(dim1=-2, dim2=-1)
+        torch.testing.assert_close(entries(), expected, **TOLERANCE)
+        total = torch.full_like(expected, 2.0)
+        entries(out=total, beta=0.5, alpha=3.0)
+        torch.testing.assert_close(total, 1 + 3 * expected, **TOLERANCE)
+    sums = rule.inputs(module, inputs, y.shape).sum(-1, keepdim=True)
+    torch.testing.assert_close(rule.input_sums(module, inputs, y.shape), sums, **TOLERANCE)
+
 
 def diagonal(model: nn.Module, x: Tensor, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
     """The diagonal of the GGN of half the sum of squares, by the Jacobian of the whole model."""

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from einconv_kfac.curvature import factors
-from einconv_kfac.curvature.factors.approximation import Approximation
+from einconv_kfac.curvature.factors.approximation import Approximation, updated
 from einconv_kfac.curvature.factors.unfold import unfolded
 from einconv_kfac.curvature.layers.layer_rule import LayerExample, LayerRule
 from einconv_kfac.geometry import conv_geometry
 from einconv_kfac.padding import pad_input
+
+_UNFOLDED_ENTRIES = 1 << 24
+"""Number of entries of unfolded inputs that are held at a time, at most about."""
 
 
 class ConvRule(LayerRule):
@@ -73,6 +76,26 @@ class ConvRule(LayerRule):
         x, padding = _padded(module, x)
         hyper = (module.kernel_size, module.stride, padding, module.dilation, module.groups)
         return partial(factors.conv_input_factor, x, *hyper)
+
+    def input_diagonal(
+        self,
+        module: Any,
+        x: Tensor,
+        y_shape: Sequence[int],
+        approximation: Approximation,
+        bias: bool,
+        **into: Any,
+    ) -> Tensor:
+        """See `LayerRule`; inputs are unfolded a few examples at a time."""
+        entries = self.positions(module, y_shape) * module.weight.numel()
+        parts = [
+            super(ConvRule, self).input_diagonal(
+                module, part, (len(part), *y_shape[1:]), approximation, bias, alpha=len(part)
+            )
+            for part in torch.split(x, max(1, _UNFOLDED_ENTRIES // max(entries, 1)))
+        ]
+        total = torch.stack(parts).sum(0).div_(len(x))
+        return updated(total, **into)
 
     def output_factor(
         self, module: Any, gradient: Tensor, approximation: Approximation, **into: Any
