@@ -13,8 +13,8 @@ from optim_cases import conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
+from einconv_kfac.curvature.blocks import eigen
 from einconv_kfac.optim import inverses
-from einconv_kfac.optim.inverses import eigen
 from einconv_kfac.optim.inverses.registry import inverse_of, kinds
 
 IDENTITY = """
