@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from einconv_kfac.curvature.losses import loss_rule
+from einconv_kfac.optim.arguments import flag
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.step.automatic import AutomaticStep
@@ -28,10 +32,15 @@ def settings_of(
     Raises:
         ValueError: If a value is out of range or holds for the other mode only.
     """
-    if lr is None and not adaptive:
+    if lr is None and not flag("adaptive", adaptive):
         raise ValueError(
             "`lr` must be given when adaptive=False, got None. Pass `lr`, or adaptive=True, which "
             "sets the size of each step."
+        )
+    if isinstance(damping, type):
+        raise ValueError(
+            f"`damping` must be a number, a function of the step or a rule, got the class "
+            f"{damping.__name__}. Pass an instance: {damping.__name__}()."
         )
     rule = damping if isinstance(damping, DampingRule) else None
     if rule is not None and not adaptive:
@@ -57,3 +66,25 @@ def step_of(
         return FixedStep(curvature, fallback)
     rule = LevenbergMarquardt() if rule is None else rule
     return AutomaticStep(curvature, rule, settings.safeguard)
+
+
+def check_ascent(settings: Hyperparameters, loss_fn: nn.Module) -> None:
+    """Raise a ``ValueError`` if a convex loss is to be maximised by its quadratic model.
+
+    The quadratic model of a negated loss that is convex in the output has no minimum.
+
+    Args:
+        settings: The hyper-parameters.
+        loss_fn: The loss.
+    """
+    if not (settings.maximize and settings.adaptive):
+        return
+    try:
+        loss_rule(loss_fn)
+    except ValueError:  # no rule covers the loss
+        return
+    raise ValueError(
+        f"`maximize` must be False when adaptive=True for {type(loss_fn).__name__}, which is "
+        "convex in the model's output, so that the quadratic model has no maximum. Pass "
+        "adaptive=False, or a module of a concave objective with fisher='empirical'."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +14,7 @@ from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.replay.batch import Batch, with_subsets
 from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.objective import Point, memory_of, without_scaler
+from einconv_kfac.optim.step.optimizer_state import restored_on_error
 from einconv_kfac.optim.step.step_protocol import Step, Taken
 from einconv_kfac.optim.vectors import Direction, norms
 
@@ -48,6 +49,17 @@ class StepRunner:
         scale = getattr(optimizer, "grad_scale", None)  # set by torch.amp.GradScaler for a step
         settings = self.settings.at(curvature.steps)
         point = Point.of(optimizer.param_groups, self.names, settings, scale)
+        try:
+            return self._run_(optimizer, point, settings, scale)
+        except BaseException:
+            curvature.discard_()
+            raise
+
+    def _run_(
+        self, optimizer: Optimizer, point: Point, settings: Hyperparameters, scale: Tensor | None
+    ) -> tuple[Taken, Direction] | None:
+        """Take a step from a point, or skip it."""
+        curvature = self.curvature
         batches = self._batches(optimizer, scale)
         gradients = [*point.gradient.values()]
         known = norms(gradients)
@@ -56,10 +68,14 @@ class StepRunner:
             return None
         if not curvature.is_finite(gradients, [batch.loss for batch in batches], known):
             curvature.discard_()
-            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=5)
+            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=6)
             return None
-        taken = self._take_(optimizer, point, batches, settings)
-        curvature.finish_()
+        if not batches and not curvature.collector.moments and not any(point.rates.values()):
+            curvature.discard_()  # as where torch.distributed.checkpoint asks for empty states
+            return None
+        with restored_on_error(optimizer, curvature, self.step, point.parameters):
+            taken = self._take_(optimizer, point, batches, settings)
+            curvature.finish_()
         return taken, dict(zip(point.gradient, known))
 
     def _batches(self, optimizer: Optimizer, scale: Tensor | None) -> list[Batch]:
@@ -67,6 +83,8 @@ class StepRunner:
         batches = self.curvature.recorder.take()
         if hasattr(optimizer, "found_inf"):
             batches = without_scaler(batches, scale, self.reduction)
+        if self.settings.maximize:
+            batches = [replace(batch, weight=-batch.weight) for batch in batches]
         if (part := self.settings.curvature_fraction) == 1:
             return batches
         return with_subsets(batches, part, self.curvature.seed, self.curvature.steps)
