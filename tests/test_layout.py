@@ -32,12 +32,14 @@ ALLOWED: Mapping[str, set[str]] = {
 
 FLOORS: Mapping[str, Sequence[set[str]]] = {
     "optim": (
-        {"schedule", "vectors", "moving_average", "parameters", "pickling"},
+        {"arguments"},
+        {"schedule", "vectors", "moving_average", "parameters", "pickling", "state_schema"},
         {"hyperparameters"},
         {"replay", "inverses"},
         {"factors"},
         {"preconditioner", "step"},
         {"diagnostics"},
+        {"curvature_optimizer"},
         {"kfac"},
     ),
     "curvature": (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from einconv_kfac.optim.factors.running import RunningFactors
+from einconv_kfac.optim.hyperparameters import GROUP_OVERRIDES, Hyperparameters
 from einconv_kfac.optim.step.step_protocol import Taken
 from einconv_kfac.optim.vectors import Direction, layer_of, norms
 
@@ -65,6 +67,32 @@ class Report:
         if (clip := self.taken.statistics.get("clip")) is not None:
             numbers["clip"] = float(clip)
         return numbers
+
+
+def description(
+    name: str, model: nn.Module, settings: Hyperparameters, groups: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return a short text about an optimizer: its model, mode, and what was set.
+
+    Args:
+        name: Name of its class.
+        model: Its model.
+        settings: Its hyper-parameters.
+        groups: Its parameter groups.
+    """
+    automatic = [n for n in ("damping", "momentum") if getattr(settings, n) is None]
+    automatic = ["step size", *automatic] if settings.adaptive else []
+    lines = [f"model: {type(model).__name__}", f"adaptive: {settings.adaptive}"]
+    if automatic:
+        lines.append(f"automatic: {', '.join(automatic)}")
+    default = Hyperparameters(lr=settings.lr, adaptive=settings.adaptive)
+    changed = {n: v for n, v in settings.arguments().items() if v != getattr(default, n)}
+    lines += [f"{name}: {value}" for name, value in {"lr": settings.lr, **changed}.items()]
+    for index, group in enumerate(groups):
+        own = {n: group[n] for n in GROUP_OVERRIDES if group.get(n) is not None}
+        numbers = ", ".join(f"{n}={value}" for n, value in own.items())
+        lines.append(f"group {index}: {len(group['params'])} parameters, {numbers}")
+    return "\n    ".join([f"{name}(", *lines]) + "\n)"
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeAlias, cast
 
-from einconv_kfac.optim.schedule import Schedule
+from einconv_kfac.optim.arguments import flag, fraction, in_range, positive_integer
+from einconv_kfac.optim.schedule import Schedule, value_at
 
 Clip: TypeAlias = Schedule | Literal["auto"] | None
 """A bound, ``None`` for none, or ``"auto"`` for the default of the mode."""
@@ -28,6 +29,10 @@ GROUP_OVERRIDES = (
 """What a parameter group may set, as numbers."""
 _SCHEDULED = ("damping", "kl_clip", "max_step_norm", "factor_decay", "momentum")
 PERIODS = ("factor_update_period", "inverse_update_period")
+_OPTIONAL = ("damping", "kl_clip", "max_step_norm", "momentum")
+_FRACTIONS = ("factor_fraction", "curvature_fraction")
+_NUMBERS = ("lr", "weight_decay", *_SCHEDULED, *PERIODS, *_FRACTIONS)
+_FLAGS = ("adaptive", "nesterov", "decoupled_weight_decay", "safeguard", "maximize")
 _FIXED_ONLY = ("nesterov", "decoupled_weight_decay", "max_step_norm", "kl_clip")
 
 
@@ -55,34 +60,38 @@ class Hyperparameters:
     nesterov: bool = False
     decoupled_weight_decay: bool = False
     safeguard: bool = False
+    maximize: bool = False
     factor_fraction: float = 1.0
     curvature_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        in_range("lr", self.lr)
-        in_range("weight_decay", self.weight_decay)
-        for name in _SCHEDULED:
-            value = getattr(self, name)
-            if value is None or callable(value) or (name == "kl_clip" and value == "auto"):
-                continue
-            if name in ("factor_decay", "momentum"):
-                in_range(name, value, below=1.0)
-            else:
-                in_range(name, value, positive=True)
-        for name in PERIODS:
-            if not callable(value := getattr(self, name)):
-                positive_integer(name, value)
-        for name in ("factor_fraction", "curvature_fraction"):
-            fraction(name, getattr(self, name))
+        for name in _FLAGS:
+            flag(name, getattr(self, name))
+        known = {name: self._checked(name, getattr(self, name)) for name in _NUMBERS}
+        for name, value in known.items():  # tensors and other libraries' scalars become numbers
+            object.__setattr__(self, name, value)
         self._check_mode()
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """Return a number as plain Python; functions of the step, and ``None``, stay."""
+        may_be_function = name in _SCHEDULED or name in PERIODS
+        if may_be_function and callable(value):
+            return value
+        if (value is None and name in _OPTIONAL) or (name == "kl_clip" and _is_auto(value)):
+            return value
+        if name in PERIODS:
+            return positive_integer(name, value)
+        if name in _FRACTIONS:
+            return fraction(name, value)
+        below = 1.0 if name in ("factor_decay", "momentum") else math.inf
+        positive = name in ("damping", "kl_clip", "max_step_norm")
+        return in_range(name, value, below=below, positive=positive)
 
     def _check_mode(self) -> None:
         """Raise a ``ValueError`` if a value holds for the other mode only."""
-        if not isinstance(self.safeguard, bool):
-            raise ValueError(f"`safeguard` must be True or False, got {self.safeguard!r}.")
         if self.adaptive:
             for name in _FIXED_ONLY:
-                if (value := getattr(self, name)) and value != "auto":
+                if (value := getattr(self, name)) and not _is_auto(value):
                     raise ValueError(
                         f"`{name}` must not be set when adaptive=True, got {value!r}: the "
                         "quadratic model chooses momentum and size of the step, and weight decay "
@@ -103,7 +112,7 @@ class Hyperparameters:
         """Return the numbers for a step, checked again."""
         names = (*_SCHEDULED, *PERIODS)
         values = {name: getattr(self, name) for name in names}
-        numbers = {name: value(step) for name, value in values.items() if callable(value)}
+        numbers = {n: value_at(n, value, step) for n, value in values.items() if callable(value)}
         return replace(self, **numbers) if numbers else self
 
     def with_overrides(self, group: Mapping[str, Any]) -> Hyperparameters:
@@ -112,7 +121,16 @@ class Hyperparameters:
         Args:
             group: Numbers by name; ``None`` stands for the optimizer's.
         """
+        for name in sorted(_OWN & group.keys()):
+            raise ValueError(
+                f"`{name}` must be the same for all parameters, got {group[name]!r} in a parameter "
+                f"group. A group may set {', '.join(GROUP_OVERRIDES)}; pass `{name}` to the "
+                "optimizer."
+            )
         given = {name: group[name] for name in GROUP_OVERRIDES if group.get(name) is not None}
+        for name, value in given.items():
+            if callable(value):
+                raise ValueError(f"`{name}` of a parameter group must be a number, got {value!r}.")
         return replace(self, safeguard=False, **given)
 
     def group_defaults(self) -> dict[str, Any]:
@@ -126,48 +144,39 @@ class Hyperparameters:
 
     def kl_bound(self) -> float | None:
         """Return the bound that ``kl_clip`` stands for with fixed rates."""
-        return DEFAULT_KL_CLIP if self.kl_clip == "auto" else number_or_none(self.kl_clip)
+        return DEFAULT_KL_CLIP if _is_auto(self.kl_clip) else number_or_none(self.kl_clip)
 
     def norm_bound(self) -> float | None:
         """Return the bound on the norm of a step with fixed rates."""
         return number_or_none(self.max_step_norm)
 
 
+_OWN = {entry.name for entry in fields(Hyperparameters)} - set(GROUP_OVERRIDES)
+"""What the optimizer alone sets."""
+
+
+def _is_auto(value: Any) -> bool:
+    return isinstance(value, str) and value == "auto"
+
+
+@dataclass(frozen=True)
+class GroupSettings:
+    """The hyper-parameters of one step: of the optimizer, and of parameters in groups.
+
+    Args:
+        own: The optimizer's numbers.
+        by_parameter: The numbers of each parameter's group, by parameter name.
+    """
+
+    own: Hyperparameters
+    by_parameter: Mapping[str, Hyperparameters] = field(default_factory=dict)
+
+    def damping(self, weight: str, default: float) -> float:
+        """Return the damping that the group of a parameter sets, or the default."""
+        own = self.by_parameter.get(weight)
+        return default if own is None or own.damping is None else cast("float", own.damping)
+
+
 def number_or_none(value: Any) -> float | None:
     """Return a number that `Hyperparameters.at` has taken from its schedule, or ``None``."""
     return None if value is None else float(value)
-
-
-def positive_integer(name: str, value: Any) -> int:
-    """Return a positive integer.
-
-    Raises:
-        ValueError: If it is not one.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-    return value
-
-
-def fraction(name: str, value: Any) -> float:
-    """Return a number in ``(0, 1]``.
-
-    Raises:
-        ValueError: If it is not one.
-    """
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
-        raise ValueError(f"`{name}` must be a number in (0, 1], got {value!r}.")
-    return float(value)
-
-
-def in_range(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> float:
-    """Return a number in ``[0, below)``, or in ``(0, below)``.
-
-    Raises:
-        ValueError: If it is not one.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < below or (positive and value == 0):
-        rule = f"in {'(' if positive else '['}0, {below})"
-        raise ValueError(f"`{name}` must be a number {rule}, got {value!r}.")
-    return float(value)

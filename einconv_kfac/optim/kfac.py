@@ -7,26 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.curvature.losses.loss_call import is_sum
+from einconv_kfac.optim.arguments import (
+    callback,
+    check_one_process,
+    check_trainable,
+    flag,
+    plain,
+)
+from einconv_kfac.optim.curvature_optimizer import CurvatureOptimizer
 from einconv_kfac.optim.diagnostics import Report
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Clip
 from einconv_kfac.optim.inverses.protocol import Inverse
-from einconv_kfac.optim.parameters import Training, check_member, training, uncovered
+from einconv_kfac.optim.parameters import check_gaps, parameters_of
 from einconv_kfac.optim.pickling import rebuilt
 from einconv_kfac.optim.schedule import Schedule
 from einconv_kfac.optim.step.damping.rule import DampingRule
-from einconv_kfac.optim.step.fallback import Fallback, FallbackKind, restore_precision_
-from einconv_kfac.optim.step.modes import settings_of, step_of
+from einconv_kfac.optim.step.fallback import Fallback, FallbackKind
+from einconv_kfac.optim.step.modes import check_ascent, settings_of, step_of
+from einconv_kfac.optim.step.optimizer_state import OptimizerState
 from einconv_kfac.optim.step.runner import StepRunner
 
 
-class KFAC(Optimizer):
+class KFAC(CurvatureOptimizer):
     """Train a model with Kronecker-factored curvature.
 
     The gradient ``g`` (with ``weight_decay * parameter`` added) is preconditioned layer by
@@ -81,6 +89,8 @@ class KFAC(Optimizer):
         nesterov: Whether momentum is Nesterov's, as in ``torch.optim.SGD``.
         decoupled_weight_decay: Whether weight decay shrinks the parameters by ``lr`` times
             itself and leaves gradient and curvature alone (Loshchilov and Hutter, 2019).
+        maximize: Whether the loss is maximised, as in torch's optimizers; with ``adaptive=True``
+            for losses that are concave in the model's output.
         safeguard: Whether to evaluate the objective again after every step instead of every
             fifth: a step after which its own batch's loss has grown is shortened or taken back,
             and the damping grows. Needs a damping that is not given.
@@ -96,6 +106,8 @@ class KFAC(Optimizer):
     Raises:
         ValueError: If a hyper-parameter is out of range, the loss is not known, a parameter
             is not the model's, or ``strict`` finds a gap.
+        TypeError: If ``model`` or ``loss_fn`` is no module.
+        RuntimeError: If several processes train together.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> loss_fn = nn.CrossEntropyLoss()
@@ -134,12 +146,14 @@ class KFAC(Optimizer):
         nesterov: bool = False,
         decoupled_weight_decay: bool = False,
         safeguard: bool = False,
+        maximize: bool = False,
         exclude: Exclusion = (),
         fallback: FallbackKind | None = None,
         strict: bool = False,
         log_to: Callable[[int, dict[str, float]], object] | None = None,
         seed: int = 0,
     ) -> None:
+        check_trainable(model, loss_fn, "KFAC")
         settings, rule = settings_of(
             lr=lr,
             adaptive=adaptive,
@@ -156,10 +170,14 @@ class KFAC(Optimizer):
             nesterov=nesterov,
             decoupled_weight_decay=decoupled_weight_decay,
             safeguard=safeguard,
+            maximize=maximize,
         )
-        estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation, max_factor_size)
+        check_ascent(settings)
+        samples = plain(mc_samples)
+        estimator = FisherEstimator(loss_fn, fisher, samples, approximation, max_factor_size)
         self._fallback = Fallback.of(fallback, adaptive)
-        self._curvature = RunningCurvature(
+        self._strict, self._log_to = flag("strict", strict), callback("log_to", log_to)
+        self._preconditioner = RunningCurvature(
             model,
             estimator,
             settings,
@@ -168,78 +186,27 @@ class KFAC(Optimizer):
             in_background=inverse_in_background,
             seed=seed,
         )
-        self._model, self._settings = self._curvature.model, settings
-        self._rule, self._strict, self._log_to = rule, strict, log_to
+        self._model, self._settings, self._rule = self._preconditioner.model, settings, rule
         self._names = {p: name for name, p in self._model.named_parameters()}
-        self._initialize(params)
-        self._step = step_of(self._curvature, settings, rule, self._fallback)
-        own = self._fallback, settings, self._names, is_sum(loss_fn)
-        self._runner, self._report = StepRunner(self._curvature, self._step, *own), Report()
-
-    def _initialize(self, params: Iterable[Any] | None) -> None:
-        """Make the parameter groups, and cover their layers."""
         self._is_covering = False  # while torch adds the groups one by one
-        trained = (p for p in self._model.parameters() if p.requires_grad)
         try:
-            super().__init__(trained if params is None else params, self._settings.group_defaults())
+            super().__init__(parameters_of(self._model, params), settings.group_defaults())
             self._is_covering = True
-            self._curvature.cover_(self._own_names())
-            self._curvature.begin_()
-            gaps = [n for n, kind in self.coverage().items() if kind == self._fallback.kind]
-            if self._strict and gaps:
-                raise ValueError(uncovered(self._model, gaps))
-        except Exception:
+            self._preconditioner.cover_(self._own_names())
+            self._preconditioner.begin_()
+            if self._strict:
+                check_gaps(self._model, self.coverage(), self._fallback.kind)
+        except BaseException:
             self.remove_hooks()
             raise
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; its parameters must be the model's."""
-        super().add_param_group(param_group)
-        try:
-            self._settings.with_overrides(self.param_groups[-1])
-            check_member(self.param_groups[-1]["params"], self._names)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        if self._is_covering:
-            self._curvature.cover_(self._own_names())
-
-    def coverage(self) -> Training:
-        """Return how each parameter is trained; it prints as a table.
-
-        By ``"kfac"`` or the fallback, or it is ``"frozen"``, or ``"left out"`` of ``params``.
-        """
-        covered = self._curvature.covered()
-        return training(self._model, self._own_names(), covered, self._fallback.kind)
-
-    def statistics(self) -> dict[str, float]:
-        """Return numbers of the last step, for a progress bar or a log.
-
-        ``damping``; with fixed rates ``clip``; otherwise ``step_size``, ``momentum`` (its
-        coefficient), ``trust`` (fraction of a batch's slope that other batches confirm), ``gain``
-        (of the slow momentum, a mean over layers), ``predicted`` (change of the objective by the
-        quadratic model), ``ratio`` (true by predicted change, where last compared), or
-        ``rejected`` where the step before was undone, since the loss exploded or the model was
-        not finite. ``cholesky_retries`` counts decompositions that were repeated so far.
-        """
-        return self._report.numbers(self._curvature.layers)
-
-    def layer_statistics(self) -> dict[str, dict[str, float]]:
-        """Return numbers of the last step for each layer that has factors, by its name.
-
-        ``damping`` of its inverse; ``condition_a`` and ``condition_b``, condition numbers of its
-        factors when they were inverted (damped and in the 1-norm with ``inverse="factored"``,
-        else undamped and in the 2-norm); the Euclidean norms ``gradient_norm`` (weight decay
-        included), ``update_norm`` and ``parameter_norm``; ``gain`` or ``clip``;
-        ``cholesky_retries``; ``factor_seconds`` and ``inverse_seconds``, the host's time for its
-        last update and inverse. They are computed in this call; steps do not wait for them.
-        """
-        present = {name: parameter.detach() for parameter, name in self._names.items()}
-        return self._report.by_layer(self._curvature.layers, present)
+        self._step = step_of(self._preconditioner, settings, rule, self._fallback)
+        own = self._fallback, settings, self._names, is_sum(loss_fn)
+        self._runner, self._report = StepRunner(self._preconditioner, self._step, *own), Report()
+        self._state = OptimizerState(self._preconditioner, self._step, settings, self._names)
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good; no step can be taken after it."""
-        self._curvature.collector.remove_hooks()
+        self._preconditioner.collector.remove_hooks()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -252,18 +219,22 @@ class KFAC(Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: If ``loss_fn`` has not seen what the step needs, or the damped
-                factors cannot be inverted. Nothing is changed then.
+            RuntimeError: If ``loss_fn`` has not seen what the step needs, the damped factors
+                cannot be inverted, a gradient is sparse, or a parameter was replaced.
+
+        After any error, an interrupt among them, parameters and state are as they were before, and
+        the batches since the last step are dropped; an error of ``log_to`` comes after the step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._curvature.cover_unfrozen_()
+        check_one_process("KFAC")
+        self._preconditioner.cover_unfrozen_()
         if (found := self._runner.run_(self)) is not None:
             self._report = Report(*found)
             if self._log_to is not None:
-                self._log_to(self._curvature.steps - 1, self.statistics())
+                self._log_to(self._preconditioner.steps - 1, self.statistics())
         return loss
 
     def observe(self, loss: Tensor) -> Tensor:
@@ -275,25 +246,13 @@ class KFAC(Optimizer):
         Raises:
             ValueError: If the loss is not one number that depends on the model.
         """
-        if loss.numel() != 1:
-            raise ValueError(f"`loss` must be one number, got shape {list(loss.shape)}.")
-        recorder = self._curvature.recorder
-        if torch.is_grad_enabled() and not recorder.observe_(loss) and recorder.enabled:
-            raise ValueError(
-                "`loss` must depend on what the model returned or on its parameters, got a loss "
-                "that does not. Call `observe` of the optimizer whose model it trains."
-            )
-        return loss
-
-    def _own_names(self) -> list[str]:
-        """Return the names of the optimizer's parameters."""
-        return [self._names[p] for group in self.param_groups for p in group["params"]]
+        return self._preconditioner.recorder.observed(loss)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Describe how to copy it, with its model and its loss, by ``pickle`` or ``deepcopy``."""
         given = {
             **self._settings.arguments(),
-            **self._curvature.arguments(),
+            **self._preconditioner.arguments(),
             "damping": self._settings.damping if self._rule is None else self._rule,
             "params": [dict(group) for group in self.param_groups],
             "fallback": self._fallback.kind,
@@ -301,23 +260,3 @@ class KFAC(Optimizer):
             "log_to": self._log_to,
         }
         return rebuilt, (type(self), given, self.state_dict())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that continuing needs; it loads with ``weights_only=True``."""
-        own = {"mode": self._step.mode, "step": self._step.state_dict()}
-        return {**super().state_dict(), "kfac": {**own, "curvature": self._curvature.state_dict()}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of an optimizer of the same model and mode.
-
-        Raises:
-            ValueError: If it belongs to another model, mode or version. Nothing is changed then.
-        """
-        state = state_dict.get("kfac") or {}
-        self._curvature.check_state(state.get("curvature") or state)
-        if state["mode"] != self._step.mode:
-            raise ValueError("`state_dict` must come from an optimizer with the same `adaptive`.")
-        super().load_state_dict(own := {k: state_dict[k] for k in ("state", "param_groups")})
-        restore_precision_(self, own)
-        self._curvature.load_state_dict(state["curvature"])
-        self._step.load_state_dict(state["step"], {n: p.detach() for p, n in self._names.items()})

@@ -7,18 +7,21 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
+from einconv_kfac.curvature.estimation.forward import uncompiled
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.exclusion import Exclusion
+from einconv_kfac.optim.arguments import check_one_process, check_trainable, flag, plain
 from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, PERIODS, Hyperparameters
 from einconv_kfac.optim.inverses.protocol import Inverse
+from einconv_kfac.optim.parameters import check_dense, check_names
 from einconv_kfac.optim.pickling import rebuilt
 from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.schedule import Schedule
-from einconv_kfac.optim.vectors import all_finite, norms
+from einconv_kfac.optim.vectors import Direction, all_finite, norms
 
 NOT_APPLIED = "A preconditioned gradient was not finite; the gradients were left as they were."
 
@@ -33,7 +36,7 @@ class KFACPreconditioner:
 
     Args:
         model: The model.
-        loss_fn: The loss module that the training loop calls.
+        loss_fn: The loss module that the training loop calls, or none, as for `KFAC`.
         damping: Multiple of the identity added to the curvature, or a function of the step.
         parameters: Names of the parameters to cover, all by default.
         exclude: Modules, names of modules or patterns of names that are left out.
@@ -50,7 +53,10 @@ class KFACPreconditioner:
         seed: Seed of the generator for sampled targets.
 
     Raises:
-        ValueError: If a hyper-parameter is out of range or the loss is not known.
+        ValueError: If a hyper-parameter is out of range, the loss is not known, or a name is not
+            that of a parameter.
+        TypeError: If ``model`` or ``loss_fn`` is no module.
+        RuntimeError: If several processes train together.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> loss_fn = nn.CrossEntropyLoss()
@@ -64,7 +70,7 @@ class KFACPreconditioner:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: nn.Module,
+        loss_fn: nn.Module | None = None,
         *,
         damping: Schedule | None = DEFAULT_DAMPING,
         parameters: Collection[str] | None = None,
@@ -81,6 +87,7 @@ class KFACPreconditioner:
         max_factor_size: int = 8192,
         seed: int = 0,
     ) -> None:
+        check_trainable(model, loss_fn, "KFACPreconditioner")
         self._settings = Hyperparameters(
             damping=damping,
             factor_decay=factor_decay,
@@ -88,18 +95,22 @@ class KFACPreconditioner:
             inverse_update_period=inverse_update_period,
             factor_fraction=factor_fraction,
         )
-        self._parameters = parameters
+        self._parameters = check_names(parameters, uncompiled(model))
         self._curvature = RunningCurvature(
             model,
-            FisherEstimator(loss_fn, fisher, mc_samples, approximation, max_factor_size),
+            FisherEstimator(loss_fn, fisher, plain(mc_samples), approximation, max_factor_size),
             self._settings,
             exclude=exclude,
             inverse=inverse,
             in_background=inverse_in_background,
             seed=seed,
         )
-        self._curvature.cover_(parameters)
-        self._curvature.begin_()
+        try:
+            self._curvature.cover_(self._parameters)
+            self._curvature.begin_()
+        except BaseException:
+            self.remove_hooks()
+            raise
 
     @property
     def steps(self) -> int:
@@ -118,16 +129,33 @@ class KFACPreconditioner:
             RuntimeError: If ``loss_fn`` never saw a batch, or a damped factor cannot be
                 inverted. No gradient is changed then.
         """
+        check_one_process("KFACPreconditioner")
         curvature = self._curvature
         curvature.cover_unfrozen_()
         covered = curvature.covered()
         named = {n: p for n, p in curvature.model.named_parameters() if n in covered}
         gradient = {n: p.grad for n, p in named.items() if p.grad is not None}
+        for name, tensor in gradient.items():
+            check_dense(name, tensor)
+        restore = curvature.snapshot()
+        try:
+            self._step_(gradient)
+        except BaseException:
+            restore()
+            raise
+
+    def discard(self) -> None:
+        """Drop the batches since the last step, as if they had not been seen."""
+        self._curvature.discard_()
+
+    def _step_(self, gradient: Direction) -> None:
+        """Replace gradients, as the last thing that happens."""
+        curvature = self._curvature
         batches = curvature.recorder.take()
         losses = [batch.loss for batch in batches]
         if not curvature.is_finite([*gradient.values()], losses, norms(gradient.values())):
             curvature.discard_()
-            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=3)
+            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=4)
             return
         curvature.collector.check(batches)
         damping: Any = curvature.settings.own.damping
@@ -136,11 +164,18 @@ class KFACPreconditioner:
             curvature.refresh_(damping or DEFAULT_DAMPING, {})
             found = curvature.precondition(gradient)
         if not all_finite([*found.values()]):
-            warnings.warn(NOT_APPLIED, RuntimeWarning, stacklevel=3)
+            warnings.warn(NOT_APPLIED, RuntimeWarning, stacklevel=4)
             found = {}
-        for name, tensor in found.items():
-            gradient[name].copy_(tensor)
         curvature.finish_()
+        if found:
+            torch._foreach_copy_([gradient[name] for name in found], list(found.values()))
+
+    def observe(self, loss: Tensor) -> Tensor:
+        """Return a loss unchanged, and read off its graph how it depends on the model.
+
+        See `KFAC.observe`.
+        """
+        return self._curvature.recorder.observed(loss)
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good."""
@@ -153,15 +188,27 @@ class KFACPreconditioner:
         given |= {**self._curvature.arguments(), "parameters": self._parameters}
         return rebuilt, (type(self), given, self.state_dict())
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that continuing needs; it loads with ``weights_only=True``."""
-        return self._curvature.state_dict()
+    def state_dict(self, *, include_factors: bool = True) -> dict[str, Any]:
+        """Return everything that continuing needs; it loads with ``weights_only=True``.
+
+        Args:
+            include_factors: See `KFAC.state_dict`.
+        """
+        return self._curvature.state_dict(flag("include_factors", include_factors))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a preconditioner of the same model.
 
         Raises:
-            ValueError: If it belongs to other layers or another ``inverse``. Nothing is changed
-                then.
+            ValueError: If an entry is missing, or is not what it must be for this model and
+                ``inverse``. Nothing is changed then.
+            RuntimeError: If a parameter was replaced since the preconditioner was made.
         """
-        self._curvature.load_state_dict(state)
+        restore = self._curvature.snapshot()
+        self._curvature.cover_unfrozen_()
+        self._curvature.check_state(state)
+        try:
+            self._curvature.load_state_dict(state)
+        except BaseException:
+            restore()
+            raise

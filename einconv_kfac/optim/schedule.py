@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Schedule: TypeAlias = float | Callable[[int], float]
 """A number, or a function of the number of steps taken so far."""
@@ -37,3 +37,29 @@ def due_names(step: int, work: Mapping[str, tuple[int | None, int]]) -> list[str
 def intervals(step: int, periods: Mapping[str, int]) -> dict[str, int]:
     """Return the number of steps between two times by name, see `interval`."""
     return {name: interval(step, period) for name, period in periods.items()}
+
+
+def value_at(name: str, schedule: Callable[[int], Any], step: int) -> Any:
+    """Return the value of a function of the step.
+
+    Args:
+        name: The argument that the function was given as.
+        schedule: The function.
+        step: The number of steps taken.
+
+    Raises:
+        ValueError: If the function fails, or returns no value.
+    """
+    try:
+        value = schedule(step)
+    except Exception as error:
+        raise ValueError(
+            f"`{name}` must be a number or a function of the number of steps, got {schedule!r}, "
+            f"which failed at {step}: {type(error).__name__}: {error}."
+        ) from error
+    if value is None:
+        raise ValueError(
+            f"`{name}` must be a function that returns a number, got None from {schedule!r} at "
+            f"step {step}."
+        )
+    return value

@@ -47,7 +47,7 @@ def test_ordinary_steps_wait_for_one_number(nesterov: bool, inverse: Any, fallba
         model, loss_fn, lr=0.01, adaptive=False, weight_decay=0.1, inverse=inverse,
         nesterov=nesterov, fallback=fallback, max_step_norm=1.0,
     )  # fmt: skip
-    opt._curvature.steps = 10000
+    opt._preconditioner.steps = 10000
     for _ in range(2):
         train_step(model, loss_fn, opt, image_batch())
     opt.zero_grad()
@@ -56,7 +56,7 @@ def test_ordinary_steps_wait_for_one_number(nesterov: bool, inverse: Any, fallba
         assert waits.count == 0
         opt.step()
     assert waits.count == 1
-    assert not opt._curvature.collector.due  # it was an ordinary step
+    assert not opt._preconditioner.collector.due  # it was an ordinary step
     with Waits() as waits:
         opt.statistics()
     assert waits.count > 0
@@ -106,7 +106,7 @@ def test_condition_numbers_are_those_of_the_factors() -> None:
         opt = KFAC(model, loss_fn, lr=0.1, adaptive=False, damping=0.2, inverse=inverse)  # type: ignore[arg-type]
         train_step(model, loss_fn, opt, image_batch())
         for name, layer in opt.layer_statistics().items():
-            running = opt._curvature.layers[name]
+            running = opt._preconditioner.layers[name]
             for factor, letter in zip(running.factors, "ab"):
                 if inverse == "exact":
                     expected = max(torch.linalg.cond(own, 2) for own in factor)

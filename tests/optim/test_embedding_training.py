@@ -200,7 +200,7 @@ def test_the_vocabulary_of_a_language_model(inverse: str, mode: dict[str, Any]) 
     opt = KFAC(model, LOSS, inverse=inverse, **mode)
     losses = train(model, opt, 3, size=2, seen=50257)
     assert all(torch.tensor(losses).isfinite())
-    state = opt.state_dict()["kfac"]["curvature"]["layers"]["wte"]
+    state = opt.state_dict()["kfac"]["preconditioner"]["layers"]["wte"]
     assert [tuple(own.shape) for own in state["factors"]] == [(1, 50257), (1, 4, 4)]
 
 

@@ -130,7 +130,7 @@ def test_a_copied_model_records_nothing_and_trains_with_an_optimizer_of_its_own(
         batch = torch.randn(16, 3, 8), torch.randint(3, (16,))
         losses = [train_step(copy, loss_fn, own, batch) for _ in range(6)]
         assert losses[-1] < losses[0]
-    assert opt.state_dict()["kfac"]["curvature"]["layers"]["2"]["updates"] == 0
+    assert opt.state_dict()["kfac"]["preconditioner"]["layers"]["2"]["updates"] == 0
 
 
 @pytest.mark.parametrize("options", [*MODES, *INVERSES])

@@ -75,7 +75,7 @@ def test_periods_of_a_group_hold_for_its_layers() -> None:
     opt = KFAC(model, loss_fn, params=groups, factor_update_period=5)
     for _ in range(60):
         train_step(model, loss_fn, opt, image_batch(4))
-    layers = opt.state_dict()["kfac"]["curvature"]["layers"]
+    layers = opt.state_dict()["kfac"]["preconditioner"]["layers"]
     assert layers["0"]["updates"] == 60
     assert layers["2"]["updates"] == layers["5"]["updates"] < 40
 
@@ -161,7 +161,7 @@ def test_parameters_unfrozen_later_are_trained(options: dict[str, Any], added: b
         train_step(model, loss_fn, opt, image_batch(seed=seed))
     assert not torch.equal(before, first[0])
     assert opt.coverage()["0.weight"] == "kfac"
-    assert opt.state_dict()["kfac"]["curvature"]["layers"]["0"]["updates"] >= 2
+    assert opt.state_dict()["kfac"]["preconditioner"]["layers"]["0"]["updates"] >= 2
 
 
 @pytest.mark.parametrize("options", MODES)

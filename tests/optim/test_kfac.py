@@ -299,7 +299,7 @@ class TestDamping:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_gradients_that_are_not_finite_are_noticed_and_large_ones_pass(value: float) -> None:
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
-    preconditioner = KFAC(model, loss_fn)._curvature
+    preconditioner = KFAC(model, loss_fn)._preconditioner
     large = torch.full((3,), 1e308, dtype=torch.float64)  # finite, but the sum overflows
     for passes, gradients in (
         (True, [torch.ones(2), large]),

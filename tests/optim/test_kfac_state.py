@@ -81,14 +81,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     x, y = image_batch()
     loss_fn(model(x), y).backward()
     before, state = weights(model), deepcopy(opt.state_dict())
-    generator = state["kfac"]["curvature"].pop("generator")
+    generator = state["kfac"]["preconditioner"].pop("generator")
     model[0].weight.grad[0] = float("inf")
     with pytest.warns(RuntimeWarning, match="not finite"):
         opt.step()
     assert torch.equal(before, weights(model))
     after = opt.state_dict()
     fresh = torch.Generator().manual_seed(0).get_state()
-    assert torch.equal(after["kfac"]["curvature"].pop("generator"), fresh)
+    assert torch.equal(after["kfac"]["preconditioner"].pop("generator"), fresh)
     assert not torch.equal(generator, fresh)  # the backward pass drew from it
     assert_same(state, after)
 

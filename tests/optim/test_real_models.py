@@ -79,6 +79,6 @@ def test_twenty_steps_reduce_the_loss(name: str, options: dict[str, Any]) -> Non
     model, loss_fn, batch = CASES[name]()
     opt = KFAC(model, loss_fn, **options)
     losses = [train_step(model, loss_fn, opt, batch) for _ in range(20)]
-    assert opt._curvature.steps == 20
+    assert opt._preconditioner.steps == 20
     assert losses[-1] < 0.95 * losses[0]
     assert all(torch.tensor(losses).isfinite())

@@ -61,9 +61,11 @@ class FisherEstimator:
 
     def __post_init__(self) -> None:
         for name, kinds in (("fisher", Fisher), ("approximation", Approximation)):
-            if getattr(self, name) not in get_args(kinds):
-                value = getattr(self, name)
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in get_args(kinds):
                 raise ValueError(f"`{name}` must be one of {get_args(kinds)}, got {value!r}.")
+        if not isinstance(self.mc_samples, int) or isinstance(self.mc_samples, bool):
+            raise ValueError(f"`mc_samples` must be an integer, got {self.mc_samples!r}.")
         if self.mc_samples < 1:
             raise ValueError(f"`mc_samples` must be at least 1, got {self.mc_samples}.")
         if self.mc_samples > 1 and self.fisher != "mc":

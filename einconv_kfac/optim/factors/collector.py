@@ -16,9 +16,9 @@ from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.estimation.forward import uncompiled
 from einconv_kfac.curvature.estimation.moments import Moments
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.sampled_moments import sampled
-from einconv_kfac.optim.hyperparameters import fraction
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.replay.recorder import Recorder

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +13,23 @@ from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.estimation.forward import uncompiled
 from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
+from einconv_kfac.optim.arguments import flag, seed_value
 from einconv_kfac.optim.factors.collector import NEVER_SEEN, Collector
+from einconv_kfac.optim.factors.curvature_state import (
+    CURVATURE_STATE_VERSION,
+    check_curvature_state,
+    loaded_layers,
+    snapshot_of,
+)
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
-from einconv_kfac.optim.factors.running import RunningFactors, check_layers
-from einconv_kfac.optim.hyperparameters import Hyperparameters
+from einconv_kfac.optim.factors.running import RunningFactors
+from einconv_kfac.optim.hyperparameters import GroupSettings, Hyperparameters
 from einconv_kfac.optim.inverses.registry import kind_of
+from einconv_kfac.optim.parameters import check_present
 from einconv_kfac.optim.schedule import due_names, intervals
 from einconv_kfac.optim.vectors import Direction
 
 NOT_FINITE = "A gradient, loss or Kronecker factor was not finite; the step was skipped."
-CURVATURE_STATE_VERSION = 6
-"""Version of saved states, of the optimizer and of the preconditioner."""
-
-
-@dataclass(frozen=True)
-class GroupSettings:
-    """The hyper-parameters of one step: of the optimizer, and of parameters in groups.
-
-    Args:
-        own: The optimizer's numbers.
-        by_parameter: The numbers of each parameter's group, by parameter name.
-    """
-
-    own: Hyperparameters
-    by_parameter: Mapping[str, Hyperparameters] = field(default_factory=dict)
 
 
 class RunningCurvature:
@@ -74,15 +67,17 @@ class RunningCurvature:
         self.estimator = estimator
         self._schedules = settings
         self.model = uncompiled(model)
-        self.seed = seed
-        self._entry, self._exclude, self._in_background = model, exclude, in_background
+        self.seed = seed_value(seed)
+        self._entry, self._exclude = model, exclude
+        self._in_background = flag("inverse_in_background", in_background)
         self._excluded = excluded_modules(self.model, exclude)
         self._inverse = inverse
-        kind = kind_of(inverse, estimator.fisher)
-        self._refresh = Refresh(self.layers, kind, in_background)
+        self._kind = kind_of(inverse, estimator.fisher)
+        self._refresh = Refresh(self.layers, self._kind, in_background)
         self._parameters: Collection[str] | None = None
+        self._known: dict[str, nn.Parameter] = {}  # when they were covered
         self._trained: list[bool] = []
-        self.collector = Collector(model, estimator, seed, settings.factor_fraction)
+        self.collector = Collector(model, estimator, self.seed, settings.factor_fraction)
         self.recorder = self.collector.recorder
         self.replay = self.collector.replay
 
@@ -92,7 +87,8 @@ class RunningCurvature:
         The factors of a layer start anew where one of its parameters was not trained before.
         """
         self._parameters = parameters
-        self._trained = [p.requires_grad for p in self.model.parameters()]
+        present = dict(self.model.named_parameters())
+        self._trained = [p.requires_grad for p in present.values()]
         for layer in find_layers(self.model):
             known = self.layers.get(layer.name)
             if parameters is not None and layer.weight not in parameters:
@@ -102,15 +98,26 @@ class RunningCurvature:
             if self._excluded.isdisjoint(layer.modules):
                 self.layers[layer.name] = RunningFactors(layer, self.estimator.shapes(layer))
                 self.collector.watch(layer)
+        own = self.covered() if parameters is None else parameters
+        self._known = {name: present[name] for name in own if name in present} | self._known
 
     def cover_unfrozen_(self) -> None:
-        """Cover the layers that were unfrozen since the last step."""
-        if self._trained != [p.requires_grad for p in self.model.parameters()]:
+        """Cover the layers that were unfrozen since the last step.
+
+        Raises:
+            RuntimeError: If a parameter is not the one that was covered.
+        """
+        present = dict(self.model.named_parameters())
+        check_present(self._known, present)
+        if self._trained != [p.requires_grad for p in present.values()]:
             self.cover_(self._parameters)
 
     def covered(self) -> set[str]:
-        """Return the names of the parameters that factors cover."""
-        return {name for r in self.layers.values() for name in r.layer.parameters}
+        """Return the names of the parameters that factors cover: layers with a trained weight."""
+        layers = [running.layer for running in self.layers.values()]
+        present = self.model.named_parameters(remove_duplicate=False)
+        trained = {name for name, parameter in present if parameter.requires_grad}
+        return {name for own in layers if own.weight in trained for name in own.parameters}
 
     def without_factors(self, gradient: Direction) -> Direction:
         """Return the gradients that the coming step will not precondition."""
@@ -184,10 +191,7 @@ class RunningCurvature:
     def trial_inverses(self, decay: Mapping[str, float]) -> Callable[[float], Inverses]:
         """Return a function that inverts with a damping; it raises like `refresh_`.
 
-        Decompositions are shared where the kind of inverse allows it.
-
-        Args:
-            decay: Weight decay by parameter name, which adds to the damping.
+        Decompositions are shared where the kind of inverse allows it. For ``decay`` see there.
         """
         trial = self._refresh.trial()
         return lambda damping: trial(self._dampings(damping, decay))
@@ -229,12 +233,9 @@ class RunningCurvature:
 
     def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
         """Return the dampings by layer, weight decay included."""
-        found: dict[str, float] = {}
-        for name, running in self.layers.items():
-            own = self.settings.by_parameter.get(weight := running.layer.weight)
-            given = damping if own is None or own.damping is None else cast("float", own.damping)
-            found[name] = given + decay.get(weight, 0.0)
-        return found
+        weights = {name: running.layer.weight for name, running in self.layers.items()}
+        settings = self.settings
+        return {n: settings.damping(w, damping) + decay.get(w, 0.0) for n, w in weights.items()}
 
     def _of(self, running: RunningFactors) -> Any:
         """Return the numbers that hold for a layer."""
@@ -253,43 +254,46 @@ class RunningCurvature:
             "seed": self.seed,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that continuing needs; it loads with ``weights_only=True``."""
+    def snapshot(self) -> Callable[[], None]:
+        """Return a function that restores the present state, and drops what was collected."""
+        restore_layers = snapshot_of(self.layers)
+        steps, settings = self.steps, self.settings
+
+        def restore() -> None:
+            restore_layers()
+            self.steps, self.settings = steps, settings
+            self.discard_()
+
+        return restore
+
+    def state_dict(self, include_factors: bool = True) -> dict[str, Any]:
+        """Return everything that continuing needs; it loads with ``weights_only=True``.
+
+        Args:
+            include_factors: Whether factors, inverses and the random generator are part of it;
+                if not, they start anew where it is loaded.
+        """
+        layers = {name: own.state_dict() for name, own in self.layers.items() if include_factors}
+        generator = self.collector.generator.get_state()
         return {
             "version": CURVATURE_STATE_VERSION,
-            "layers": {name: running.state_dict() for name, running in self.layers.items()},
-            "generator": self.collector.generator.get_state(),
+            "layers": layers if include_factors else None,
+            "generator": generator if include_factors else None,
             "steps": self.steps,
             "inverse": self._inverse,
         }
 
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Raise a ``ValueError`` if a state belongs to another version, ``inverse`` or layers."""
-        if state.get("version") != CURVATURE_STATE_VERSION:
-            found = state.get("version", "a state without a version")
-            raise ValueError(
-                f"`state_dict` must be a KFAC state of version {CURVATURE_STATE_VERSION}, got "
-                f"{found}. States of earlier versions cannot be loaded: load the state of the "
-                "model, and start with a new optimizer."
-            )
-        if state["inverse"] != self._inverse:
-            raise ValueError(
-                f"`state_dict` must come from the same `inverse`, got {state['inverse']!r} for "
-                f"{self._inverse!r}."
-            )
-        check_layers(self.layers, state["layers"])
+    def check_state(self, state: Any) -> None:
+        """Raise a ``ValueError`` if a state is none, or of another version, kind or model."""
+        check_curvature_state(state, self.layers, self._kind, self.collector.generator)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of the curvature of the same model.
-
-        Raises:
-            ValueError: If it belongs to other layers or another ``inverse``. Nothing is changed
-                then.
-        """
-        self.cover_unfrozen_()
-        self.check_state(state)
-        for name, running in self.layers.items():
-            running.load_state_dict(state["layers"][name])
-        self.collector.generator.set_state(state["generator"].cpu())
+        """Take over a state of the curvature of the same model that `check_state` accepts."""
+        made, generator = loaded_layers(self.layers, state["layers"]), self.collector.generator
+        if (saved := state["generator"]) is None:
+            generator.manual_seed(self.seed)
+        else:
+            generator.set_state(saved.cpu())
+        self.layers.update(made)
         self.steps = state["steps"]
         self.begin_()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -13,11 +14,49 @@ from einconv_kfac.curvature.blocks.diagonal_factor import times_on_right
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.inverses.background import Pending
-from einconv_kfac.optim.inverses.protocol import Inverted, LayerInverse, Task
-from einconv_kfac.optim.inverses.registry import inverse_of
+from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
+from einconv_kfac.optim.inverses.registry import (
+    check_inverse,
+    inverse_of,
+    is_whole,
+    with_own_tensors,
+)
 from einconv_kfac.optim.moving_average import bias_corrected_weight
+from einconv_kfac.optim.state_schema import (
+    COUNT,
+    FLOATING,
+    Anything,
+    Listed,
+    Maybe,
+    Record,
+    tensor_of,
+)
 from einconv_kfac.optim.vectors import precise
 
+_CONDITIONS = tensor_of((2,))
+_SCHEMA = Record(
+    {
+        "updates": COUNT,
+        "factors": Maybe(Listed(FLOATING, 2)),
+        "factor_step": Maybe(COUNT),
+        "inverse_step": Maybe(COUNT),
+        "retries": COUNT,
+        "conditions": Maybe(_CONDITIONS),
+        "inverse": Anything(),
+        "pending": Maybe(
+            Record(
+                {
+                    "begun": COUNT,
+                    "due": COUNT,
+                    "inverse": Anything(),
+                    "conditions": _CONDITIONS,
+                    "retries": COUNT,
+                }
+            )
+        ),
+    }
+)
+"""What the state of a layer must be, but for the shapes of factors and for inverses."""
 _STATE = ("updates", "factors", "factor_step", "inverse_step", "retries", "conditions")
 
 
@@ -44,15 +83,19 @@ class RunningFactors:
         self.inverse_seconds = 0.0
 
     def update_(self, a: Tensor, b: Tensor, decay: float) -> None:
-        """Move the bias-corrected running averages towards new factors."""
+        """Move the bias-corrected running averages towards new factors, into their memory.
+
+        The previous averages are left as they are, for a step that fails.
+        """
         self.updates += 1
+        a, b = (own if is_whole(own) else own.clone() for own in (a, b))
         if self.factors is None:
             self.factors = (a, b)
             return
         weight = bias_corrected_weight(decay, self.updates)
-        self.factors = (self.factors[0].to(a), self.factors[1].to(b))
         for running, new in zip(self.factors, (a, b)):
-            running.lerp_(new, weight)
+            torch.lerp(running.to(new), new, weight, out=new)
+        self.factors = (a, b)
 
     def correct_(self, squares: Tensor, decay: float) -> None:
         """Move the inverse towards squared gradients ``[g, co, d]`` in its basis."""
@@ -67,7 +110,8 @@ class RunningFactors:
 
     def use_(self, inverted: Inverted, step: int) -> None:
         """Take over an inverse of a step's factors."""
-        self.inverse, self.conditions = inverted.inverse, inverted.conditions
+        self.inverse = with_own_tensors(inverted.inverse, self.layer.layout)
+        self.conditions = inverted.conditions
         self.retries += inverted.retries
         self.inverse_seconds = inverted.seconds
         self.inverse_step, self.pending = step, None
@@ -104,6 +148,16 @@ class RunningFactors:
             self.inverse = moved
         return moved
 
+    def snapshot(self) -> dict[str, Any]:
+        """Return everything that a step changes, for `restore_`."""
+        return dict(vars(self))
+
+    def restore_(self, snapshot: dict[str, Any]) -> None:
+        """Take back what happened since a snapshot; an inverse that failed is due again."""
+        vars(self).update(snapshot)
+        if self.pending is not None and self.pending.has_failed:
+            self.pending = None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and numbers, once a pending inverse is there."""
         return {
@@ -115,7 +169,7 @@ class RunningFactors:
     def _pending_state(self) -> dict[str, Any] | None:
         """Return the state of an inverse to come; none if it failed, for then it is due again."""
         pending = self.pending
-        if pending is None or pending.found.exception() is not None:
+        if pending is None or pending.found.exception() is not None:  # waits for the thread
             return None
         found = pending.found.result()[self.layer.name]
         return {
@@ -126,39 +180,49 @@ class RunningFactors:
             "retries": found.retries,
         }
 
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Raise a ``ValueError`` if a state belongs to a layer of another shape."""
-        if state["factors"] is None:
-            return
-        found = [tuple(factor.shape) for factor in state["factors"]]
-        if found != self._shapes:
-            raise ValueError(
-                f"`state_dict` must have factors of shape {self._shapes} for '{self.layer.name}', "
-                f"got {found}: it must come from the same model, `approximation` and "
-                "`max_factor_size`."
-            )
+    def check_state(self, state: dict[str, Any], kind: Kind) -> None:
+        """Raise a ``ValueError`` if a state is not one of this layer.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; tensors are copied to the layer's device."""
+        Args:
+            state: The state.
+            kind: The kind of inverse.
+        """
+        layout, name = self.layer.layout, f"'{self.layer.name}'"
+        _SCHEMA.check(name, state)
+        found = [tuple(factor.shape) for factor in state["factors"] or ()]
+        if found and found != self._shapes:
+            raise ValueError(
+                f"`state_dict` must have factors of shape {self._shapes} for {name}, got {found}: "
+                "it must come from the same model, `approximation` and `max_factor_size`."
+            )
+        if state["inverse"] is not None:
+            check_inverse(f"{name}.inverse", state["inverse"], kind, layout, found)
+        if state["pending"] is not None:
+            own = state["pending"]["inverse"]
+            check_inverse(f"{name}.pending.inverse", own, kind, layout, found)
+
+    def anew(self) -> RunningFactors:
+        """Return the layer without factors."""
+        made = copy(self)
+        made.updates = made.retries = 0
+        made.factors = made.factor_step = made.conditions = None
+        made.inverse = made.inverse_step = made.pending = None
+        return made
+
+    def loaded(self, state: dict[str, Any]) -> RunningFactors:
+        """Return the layer with a checked state; tensors are copied to the layer's device."""
         device = next(self.layer.module.parameters()).device
+        made = self.anew()
         for name in _STATE:
-            setattr(self, name, state[name])
-        a, b = state["factors"] or (None, None)
-        if a is not None and b is not None:
-            self.factors = a.to(device, copy=True), b.to(device, copy=True)
+            setattr(made, name, state[name])
+        if state["factors"] is not None:
+            a, b = (factor.to(device, copy=True) for factor in state["factors"])
+            made.factors = a, b
         layout, inverse, pending = self.layer.layout, state["inverse"], state["pending"]
-        self.inverse = inverse and inverse_of(inverse, layout, device)
-        self.pending = None
+        made.inverse = inverse and inverse_of(inverse, layout, device)
         if pending:
             known = inverse_of(pending["inverse"], layout, device)
             found = Inverted(known, pending["conditions"], pending["retries"])
             times = pending["begun"], pending["due"]
-            self.pending = Pending.of(*times, self.layer.name, found)
-
-
-def check_layers(layers: Mapping[str, RunningFactors], states: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` if states belong to other layers."""
-    if differ := layers.keys() ^ states.keys():
-        raise ValueError(f"`state_dict` must have the model's layers, differs in {differ}.")
-    for name, running in layers.items():
-        running.check_state(states[name])
+            made.pending = Pending.of(*times, self.layer.name, found)
+        return made

@@ -30,6 +30,11 @@ class Pending:
     due: int
     found: Future[dict[str, Inverted]]
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the thread has finished with an error."""
+        return self.found.done() and self.found.exception() is not None
+
     @staticmethod
     def of(begun: int, due: int, name: str, inverted: Inverted) -> Pending:
         """Return one that is already computed."""

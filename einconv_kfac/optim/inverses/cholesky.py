@@ -14,6 +14,7 @@ from einconv_kfac.curvature.blocks.diagonal_factor import times, times_on_right
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
+from einconv_kfac.optim.state_schema import NUMBER, Record, Schema, constant, tensor_of
 
 MOST_DAMPING_INCREASES = 6
 """How often the damping of a layer grows after failures before the failure is an error."""
@@ -71,4 +72,10 @@ def _load(state: dict[str, Any], layout: Layout) -> FactoredInverse:
     return FactoredInverse(**state)
 
 
-KIND = Kind(FactoredInverse.kind, _invert, _load, damping_needs_decomposition=True)
+def _schema(layout: Layout, shapes: Sequence[Sequence[int]]) -> Schema:
+    """Return what a state must be."""
+    a, b = (tensor_of(shape) for shape in shapes)
+    return Record({"kind": constant(FactoredInverse.kind), "a": a, "b": b, "damping": NUMBER})
+
+
+KIND = Kind(FactoredInverse.kind, _invert, _load, damping_needs_decomposition=True, schema=_schema)

@@ -14,6 +14,7 @@ from einconv_kfac.curvature.blocks.eigen import EigenBlock, decompositions
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
+from einconv_kfac.optim.state_schema import NUMBER, Record, Schema, constant, tensor_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +87,26 @@ def load_eigen(inverse: type[EigenInverse], state: dict[str, Any], layout: Layou
     return inverse(block, **state)
 
 
+def eigen_schema(
+    kind: str, layout: Layout, shapes: Sequence[Sequence[int]], **others: Schema
+) -> Schema:
+    """Return what the state of an inverse must be.
+
+    Args:
+        kind: Name of its kind.
+        layout: The layer's parameters.
+        shapes: The shapes of its factors.
+        others: Entries beside those of `EigenInverse`.
+    """
+    a, b = (tensor_of(shape) for shape in shapes)
+    own: dict[str, Schema] = {"basis_a": a, "basis_b": b, "values": tensor_of(layout.shape)}
+    return Record({"kind": constant(kind), "damping": NUMBER, **own, **others})
+
+
 KIND = Kind(
     EigenInverse.kind,
     partial(invert_by_eigh, EigenInverse),
     partial(load_eigen, EigenInverse),
     damping_needs_decomposition=False,
+    schema=partial(eigen_schema, EigenInverse.kind),
 )

@@ -9,9 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
-from einconv_kfac.optim.inverses.eigen import EigenInverse, invert_by_eigh, load_eigen
+from einconv_kfac.optim.inverses.eigen import (
+    EigenInverse,
+    eigen_schema,
+    invert_by_eigh,
+    load_eigen,
+)
 from einconv_kfac.optim.inverses.protocol import Kind, LayerInverse
 from einconv_kfac.optim.moving_average import bias_corrected_weight
+from einconv_kfac.optim.state_schema import COUNT
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,4 +68,5 @@ KIND = Kind(
     partial(load_eigen, EKFACInverse),
     damping_needs_decomposition=False,
     needs_per_example_gradients=True,
+    schema=partial(eigen_schema, EKFACInverse.kind, updates=COUNT),
 )

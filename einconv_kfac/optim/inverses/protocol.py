@@ -15,6 +15,7 @@ from einconv_kfac.curvature.blocks.cholesky import Pair
 from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.optim.state_schema import Schema
 
 Inverse: TypeAlias = str
 """Name of a kind of inverse; `registry.kind_of` checks it."""
@@ -124,6 +125,8 @@ class Kind:
         damping_needs_decomposition: Whether another damping takes a new decomposition; if not,
             `LayerInverse.with_damping` sets it.
         needs_per_example_gradients: Whether its inverses take squared per-example gradients.
+        schema: Returns what `LayerInverse.state_dict` must be, for the layer's layout and the
+            shapes of its factors; without it, a state is checked by making an inverse of it.
     """
 
     name: str
@@ -131,6 +134,7 @@ class Kind:
     load: Callable[[dict[str, Any], Layout], LayerInverse]
     damping_needs_decomposition: bool
     needs_per_example_gradients: bool = False
+    schema: Callable[[Layout, Sequence[Sequence[int]]], Schema] | None = None
 
     def timed(self, tasks: Sequence[Task]) -> list[Inverted]:
         """Invert the factors of layers, and divide the time among them by their sizes.

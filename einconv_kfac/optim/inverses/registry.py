@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.optim import inverses
+from einconv_kfac.optim.arguments import choice, shown
 from einconv_kfac.optim.inverses.protocol import Kind, LayerInverse
 
 
@@ -34,15 +36,60 @@ def kind_of(inverse: str, fisher: str) -> Kind:
     Raises:
         ValueError: If there is no such kind, or the kind needs gradients and the Fisher has none.
     """
-    if inverse not in kinds():
-        raise ValueError(f"`inverse` must be one of {tuple(kinds())}, got {inverse!r}.")
-    kind = kinds()[inverse]
+    kind = kinds()[choice("inverse", inverse, tuple(kinds()))]
     if kind.needs_per_example_gradients and fisher == "forward-only":
         raise ValueError(
             f"`fisher` must have gradients for inverse={inverse!r}, got 'forward-only'. Pass "
             "another `fisher`, or inverse='exact'."
         )
     return kind
+
+
+def check_inverse(
+    path: str, state: Any, kind: Kind, layout: Layout, shapes: Sequence[Sequence[int]]
+) -> None:
+    """Raise a ``ValueError`` if no inverse of a layer can be made of a state.
+
+    Args:
+        path: Where the state is, for the error.
+        state: A `LayerInverse.state_dict`.
+        kind: The kind of inverse.
+        layout: The layer's parameters.
+        shapes: The shapes of its factors.
+    """
+    if not shapes:
+        raise ValueError(f"`state_dict` must have factors where there is an inverse, at {path}.")
+    if kind.schema is not None:
+        kind.schema(layout, shapes).check(path, state)
+        return
+    if not isinstance(state, Mapping) or state.get("kind") != kind.name:
+        raise ValueError(f"`state_dict` must have an inverse at {path}, got {shown(state)}.")
+    try:
+        inverse_of(dict(state), layout, torch.device("cpu"))
+    except Exception as error:
+        raise ValueError(f"`state_dict` must have an inverse at {path}, got {error!r}.") from error
+
+
+def with_own_tensors(inverse: LayerInverse, layout: Layout) -> LayerInverse:
+    """Return an inverse whose tensors are views of nothing, as those of a loaded state are.
+
+    Products of equal matrices may differ in the last bits where one is aligned differently.
+
+    Args:
+        inverse: The inverse.
+        layout: The layer's parameters.
+    """
+    state = inverse.state_dict()
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    if all(is_whole(tensor) for tensor in tensors):
+        return inverse
+    return inverse_of(state, layout, tensors[0].device)
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Return whether a tensor fills its storage."""
+    size = tensor.numel() * tensor.element_size()
+    return tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == size
 
 
 def inverse_of(state: dict[str, Any], layout: Layout, device: torch.device) -> LayerInverse:

@@ -18,7 +18,7 @@ from einconv_kfac.curvature.objective.reading import Reading
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.forward import ForwardPass
 from einconv_kfac.optim.replay.loss_input import Inside, LossInput
-from einconv_kfac.optim.replay.pending import PendingCall, PendingCalls
+from einconv_kfac.optim.replay.pending import ObservedLoss, PendingCall, PendingCalls
 from einconv_kfac.optim.replay.snapshot import snapshot
 from einconv_kfac.optim.replay.versions import Versions
 
@@ -113,6 +113,9 @@ class ReadObservation:
         pending: The calls of the model.
         loss: The loss, with its graph.
         inner: Whether the model computed the loss, so that outputs of layers count as outputs.
+
+    Attributes:
+        parts: The losses that are parts of this one.
     """
 
     def __init__(
@@ -132,8 +135,11 @@ class ReadObservation:
         found: list[PendingCall] = []
         assert self._root is not None
         self._uses_parameters = False
+        self.parts: list[ObservedLoss] = []
 
         def stops(edge: Edge) -> bool:
+            if (part := self._pending.loss_at(edge)) is not None:
+                self.parts.append(part)
             owner = self._pending.source_at(edge, inner=self._inner)
             if owner is None or edge == self._root:
                 self._uses_parameters |= leaf_of(edge) in self._names
@@ -197,7 +203,9 @@ class ReadObservation:
 def _total(weight: Tensor) -> Tensor:
     """Return the weight of a loss in the objective, which several numbers share."""
     total = weight.sum()
-    return total if weight.ndim == 0 else total.where(total > 0, 1)
+    if weight.ndim == 0:
+        total = total.abs()  # a loss that is maximised has the weight -1 in itself
+    return total.where(total > 0, 1)
 
 
 def _forward(call: PendingCall, inputs: Sequence[LossInput]) -> ForwardPass:

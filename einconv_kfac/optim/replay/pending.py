@@ -34,6 +34,17 @@ class _Mark:
 
 
 @dataclass(eq=False)
+class ObservedLoss:
+    """Marks a loss that is recorded when it is backpropagated.
+
+    Args:
+        is_replaced: Whether a loss of which it is a part is recorded in its place.
+    """
+
+    is_replaced: bool = False
+
+
+@dataclass(eq=False)
 class PendingCall:
     """A call of the model, or calls of layers outside of one.
 
@@ -132,6 +143,17 @@ class PendingCalls:
         """Mark a tensor of a call, and keep its value."""
         pending.values[source] = tensor.detach()
         mark_(tensor, (id(self), isinstance(source, Returned)), _Mark(pending.number, source))
+
+    def mark_loss_(self, loss: Tensor) -> ObservedLoss:
+        """Mark a loss, and return the mark."""
+        mark = ObservedLoss()
+        mark_(loss, (id(self), "loss"), mark)
+        return mark
+
+    def loss_at(self, edge: Edge) -> ObservedLoss | None:
+        """Return the mark of a loss at an edge of the graph."""
+        found: ObservedLoss | None = mark_of(edge, (id(self), "loss"))
+        return found
 
     def source_at(
         self,

@@ -113,6 +113,23 @@ class Recorder:
         finally:
             self.enabled, capture.enabled = before
 
+    def observed(self, loss: Tensor) -> Tensor:
+        """Return a loss that is recorded when it is backpropagated, in place of its parts.
+
+        Raises:
+            ValueError: If it is not one number, or does not depend on the model.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"`loss` must be a tensor with one number, got {given}.")
+        if self.enabled and torch.is_grad_enabled() and not self.observe_(loss):
+            raise ValueError(
+                "`loss` must depend on what the model returned or on its parameters, got a loss "
+                "that does not. Call `observe` of the optimizer whose model it trains, before "
+                "`loss.backward()`."
+            )
+        return loss
+
     def observe_(self, loss: Tensor, *, inner: bool = False) -> bool:
         """Record a loss when it is backpropagated, from its graph; return whether it is one.
 
@@ -125,6 +142,8 @@ class Recorder:
         observation = ReadObservation(self._model, self._pending, loss, inner=inner)
         if observation.is_empty:
             return False
+        for part in observation.parts:
+            part.is_replaced = True
         self._record_(loss, observation)
         return True
 
@@ -197,11 +216,13 @@ class Recorder:
 
     def _record_(self, loss: Tensor, observation: Observation) -> None:
         """Record a loss when it is backpropagated."""
-        this = weakref.ref(self)
+        this, part = weakref.ref(self), self._pending.mark_loss_(loss)
 
         def begin_backward(weight: Tensor) -> None:
             recorder = this()
-            if recorder is not None and recorder.enabled and recorder.gradients.lands():
+            if recorder is None or not recorder.enabled or part.is_replaced:
+                return
+            if recorder.gradients.lands():
                 recorder._begin_backward_(observation, weight.detach())
 
         loss.register_hook(begin_backward)  # type: ignore[no-untyped-call]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.refresh import Inverses
+from einconv_kfac.optim.step.automatic_state import check_automatic_state
 from einconv_kfac.optim.step.damping.first_curvature import first_curvature
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.damping.search import DampingSearch
 from einconv_kfac.optim.step.layer_gains import mean_gain
-from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.objective import Objective, common_momentum
 from einconv_kfac.optim.step.reduction import Before, Reduction
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER, Rollback, last_update, undo_
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
@@ -70,7 +72,7 @@ class AutomaticStep:
         """See `Step`."""
         at = objective.batches, objective.parameters, objective.gradient
         objective = replace(objective, batches=self._replay.check(*at))
-        momentum = _common_momentum(objective)
+        momentum = common_momentum(objective)
         if self._undone_(objective):
             return Taken({"damping": self._damping(objective) or math.nan, "rejected": 1.0})
         self._trust.sample_(objective.gradient)
@@ -183,7 +185,7 @@ class AutomaticStep:
         Skipping alone could meet the same model for ever.
         """
         message = "The quadratic model was not finite; the step was skipped."
-        warnings.warn(message, RuntimeWarning, stacklevel=7)
+        warnings.warn(message, RuntimeWarning, stacklevel=8)
         if can_undo:
             self._undo_(objective)
             return Taken({"damping": damping, "rejected": 1.0})
@@ -224,6 +226,21 @@ class AutomaticStep:
             "trust": self._trust.state_dict(),
         }
 
+    def check_state(self, state: Any, parameters: Mapping[str, Tensor]) -> None:
+        """See `Step`."""
+        check_automatic_state(state, self._rule, parameters)
+
+    def snapshot(self, parameters: Mapping[str, Tensor]) -> Callable[[], None]:
+        """See `Step`."""
+        state, ratio = self.state_dict(), self._reduction.ratio
+        state["rule"] = deepcopy(state["rule"])
+
+        def restore() -> None:
+            self.load_state_dict(state, parameters)
+            self._reduction.ratio = ratio
+
+        return restore
+
     def load_state_dict(self, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """See `Step`."""
         self._reduction.adapted = state["adapted"]
@@ -233,19 +250,3 @@ class AutomaticStep:
         self._rollback.load_state_dict(state["rollback"])
         self._slow.load_state_dict(state["slow"])
         self._trust.load_state_dict(state["trust"], parameters)
-
-
-def _common_momentum(objective: Objective) -> float | None:
-    """Return the momentum of all parameters, or ``None`` for the slow momentum.
-
-    Raises:
-        ValueError: If parameter groups differ in it.
-    """
-    given = {objective.by_parameter[name].momentum for name in objective.parameters}
-    if len(given) > 1:
-        raise ValueError(
-            "`momentum` must be the same in every parameter group when adaptive=True, got "
-            f"{sorted(map(str, given))}. Set it for all groups, or pass adaptive=False."
-        )
-    value = given.pop() if given else None
-    return cast("float | None", value)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from einconv_kfac.optim.arguments import choice
 from einconv_kfac.optim.vectors import Direction, precise
 
 FallbackKind: TypeAlias = Literal["adam", "gradient"]
@@ -18,7 +19,7 @@ DECAYS_WITHOUT_MOMENTUM = (0.0, 0.999)
 """For the automatic step, which has a momentum of its own: along averages of old gradients its
 quadratic model let parameters run away once the gradient had become small."""
 ADAM_EPSILON = 1e-8
-_AVERAGES = ("exp_avg", "exp_avg_sq")
+AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,7 @@ class Fallback:
     decays: tuple[float, float] = ADAM_DECAYS
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(FallbackKind):
-            kinds = get_args(FallbackKind)
-            raise ValueError(f"`fallback` must be one of {kinds}, got {self.kind!r}.")
+        choice("fallback", self.kind, get_args(FallbackKind))
 
     @staticmethod
     def of(kind: FallbackKind | None, adaptive: bool) -> Fallback:
@@ -96,7 +95,7 @@ def _moments(
     """Return the moving averages after one more gradient."""
     new: dict[str, Any] = {"step": state.get("step", 0) + 1}
     gradient = gradient.to(precise(gradient.dtype))
-    for name, decay, value in zip(_AVERAGES, decays, (gradient, _by_part(_square, gradient))):
+    for name, decay, value in zip(AVERAGES, decays, (gradient, _by_part(_square, gradient))):
         before = state[name] if name in state else torch.zeros_like(value)
         new[name] = before.lerp(value, 1 - decay)
     return new
@@ -105,7 +104,7 @@ def _moments(
 def _adam(moments: Mapping[str, Any], decays: tuple[float, float]) -> Tensor:
     """Return Adam's direction."""
     mean, square = (
-        moments[name] / (1 - decay ** moments["step"]) for name, decay in zip(_AVERAGES, decays)
+        moments[name] / (1 - decay ** moments["step"]) for name, decay in zip(AVERAGES, decays)
     )
     return _by_part(_normalized, mean, square)
 

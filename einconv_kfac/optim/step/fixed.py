@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, DEFAULT_MOMENTUM
+from einconv_kfac.optim.state_schema import Record
 from einconv_kfac.optim.step.clipping import kl_clip_factor, norm_factor
 from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.objective import Memory, Objective
@@ -72,6 +73,14 @@ class FixedStep:
         """See `Step`; there is none beside the momentum, which the optimizer keeps."""
         return {}
 
+    def check_state(self, state: Any, parameters: Mapping[str, Tensor]) -> None:
+        """See `Step`."""
+        Record({}).check("'step'", state)
+
+    def snapshot(self, parameters: Mapping[str, Tensor]) -> Callable[[], None]:
+        """See `Step`."""
+        return lambda: None
+
     def load_state_dict(self, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """See `Step`."""
 
@@ -114,12 +123,14 @@ def _move_(
 def _velocities_(
     names: Sequence[str], steps: Direction, memory: Memory, momentum: float
 ) -> list[Tensor]:
-    """Return velocities after a step, and keep them in the optimizer's state."""
+    """Return velocities after a step, and keep them in the optimizer's state, as new tensors."""
     known = [name for name in names if MOMENTUM_BUFFER in memory[name]]
     buffers = [memory[name][MOMENTUM_BUFFER] for name in known]
     if buffers:
-        torch._foreach_mul_(buffers, momentum)
+        buffers = list(torch._foreach_mul(buffers, momentum))
         torch._foreach_add_(buffers, [steps[name] for name in known])
+        for name, buffer in zip(known, buffers):
+            memory[name][MOMENTUM_BUFFER] = buffer
     for name in names:
         if MOMENTUM_BUFFER not in memory[name]:
             first = steps[name].clone(memory_format=torch.contiguous_format)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
+from einconv_kfac.optim.state_schema import NUMBER, Each, Record
 from einconv_kfac.optim.vectors import Direction, by_layer, products_by_layer
 
 SMALLEST_GAIN, CONFIDENT_GAIN, LARGEST_GAIN = 0.5, 2.0, 16.0
@@ -102,6 +103,8 @@ class LayerGains:
             state.steps = (1 - weight) * (state.steps + remainder)
             remainders |= dict.fromkeys(names, remainder)
         return remainders
+
+    schema = Each(Record({entry.name: NUMBER for entry in fields(_Layer)}))
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """Return the state as numbers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from einconv_kfac.optim.arguments import flag
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.step.automatic import AutomaticStep
@@ -28,10 +29,15 @@ def settings_of(
     Raises:
         ValueError: If a value is out of range or holds for the other mode only.
     """
-    if lr is None and not adaptive:
+    if lr is None and not flag("adaptive", adaptive):
         raise ValueError(
             "`lr` must be given when adaptive=False, got None. Pass `lr`, or adaptive=True, which "
             "sets the size of each step."
+        )
+    if isinstance(damping, type):
+        raise ValueError(
+            f"`damping` must be a number, a function of the step or a rule, got the class "
+            f"{damping.__name__}. Pass an instance: {damping.__name__}()."
         )
     rule = damping if isinstance(damping, DampingRule) else None
     if rule is not None and not adaptive:
@@ -57,3 +63,16 @@ def step_of(
         return FixedStep(curvature, fallback)
     rule = LevenbergMarquardt() if rule is None else rule
     return AutomaticStep(curvature, rule, settings.safeguard)
+
+
+def check_ascent(settings: Hyperparameters) -> None:
+    """Raise a ``ValueError`` if an objective is to be maximised by its quadratic model.
+
+    The quadratic model of a negated loss that is convex in the output has no minimum.
+    """
+    if settings.maximize and settings.adaptive:
+        raise ValueError(
+            "`maximize` must be False when adaptive=True, whose quadratic model has no maximum, "
+            "got True. Minimise the negated objective, `loss = optimizer.observe(-objective)`, or "
+            "pass adaptive=False."
+        )

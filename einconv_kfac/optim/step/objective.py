@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
 from einconv_kfac.optim.hyperparameters import Hyperparameters
+from einconv_kfac.optim.parameters import check_dense
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.vectors import Direction, entries, precise, sum_of
 
@@ -96,11 +97,19 @@ class Point:
             name = names[parameter]
             own = by_parameter[name]
             weight_decay = 0.0 if own.decoupled_weight_decay else own.weight_decay
+            check_dense(name, parameter.grad)
             parameters[name], decay[name] = parameter, weight_decay
             gradient[name] = parameter.grad if divisor is None else parameter.grad / divisor
+            if own.maximize:
+                gradient[name] = -gradient[name]
             if weight_decay:
                 gradient[name] = gradient[name].add(parameter, alpha=weight_decay)
         return Point(parameters, gradient, decay, by_parameter)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates by name."""
+        return {name: self.by_parameter[name].lr for name in self.parameters}
 
     def objective(
         self,
@@ -110,9 +119,24 @@ class Point:
         memory: Memory,
     ) -> Objective:
         """Return the objective of a step from here; see `Objective` for the arguments."""
-        rates = {name: self.by_parameter[name].lr for name in self.parameters}
-        at = (self.parameters, self.gradient, self.decay, rates, settings, self.by_parameter)
+        at = (self.parameters, self.gradient, self.decay, self.rates, settings, self.by_parameter)
         return Objective(*at, batches, others, memory)
+
+
+def common_momentum(objective: Objective) -> float | None:
+    """Return the momentum of all parameters, or ``None`` for the slow momentum.
+
+    Raises:
+        ValueError: If parameter groups differ in it.
+    """
+    given = {objective.by_parameter[name].momentum for name in objective.parameters}
+    if len(given) > 1:
+        raise ValueError(
+            "`momentum` must be the same in every parameter group when adaptive=True, got "
+            f"{sorted(map(str, given))}. Set it for all groups, or pass adaptive=False."
+        )
+    value = given.pop() if given else None
+    return cast("float | None", value)
 
 
 def settings_by_parameter(

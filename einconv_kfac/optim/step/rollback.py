@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from einconv_kfac.optim.state_schema import NUMBER, Listed, Maybe, Record
+
 MOMENTUM_BUFFER = "momentum_buffer"
 """The last update of a parameter, in the optimizer's state."""
 
@@ -30,6 +32,8 @@ class Rollback:
         """Extend the range of values that did not explode."""
         lowest, highest = self._range or (value, value)
         self._range = min(lowest, value), max(highest, value)
+
+    schema = Record({"range": Maybe(Listed(NUMBER, 2))})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers."""

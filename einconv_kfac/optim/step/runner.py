@@ -21,6 +21,7 @@ from einconv_kfac.optim.step.objective import (
     settings_by_parameter,
     total_weight,
 )
+from einconv_kfac.optim.step.optimizer_state import restored_on_error
 from einconv_kfac.optim.step.step_protocol import Step, Taken
 from einconv_kfac.optim.vectors import Direction, norms
 
@@ -54,6 +55,20 @@ class StepRunner:
         curvature = self.curvature
         settings = self.settings.at(curvature.steps)
         by_parameter = settings_by_parameter(optimizer.param_groups, self.names, settings)
+        try:
+            return self._run_(optimizer, settings, by_parameter)
+        except BaseException:
+            curvature.discard_()
+            raise
+
+    def _run_(
+        self,
+        optimizer: Optimizer,
+        settings: Hyperparameters,
+        by_parameter: Mapping[str, Hyperparameters],
+    ) -> tuple[Taken, Direction] | None:
+        """Take a step from the gradients at hand, or skip it."""
+        curvature = self.curvature
         batches, divisor = self._batches(optimizer)
         point = Point.of(optimizer.param_groups, self.names, by_parameter, divisor)
         gradients = [*point.gradient.values()]
@@ -63,11 +78,15 @@ class StepRunner:
             return None
         if not curvature.is_finite(gradients, [batch.loss for batch in batches], known):
             curvature.discard_()
-            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=5)
+            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=6)
             return None
-        with without_autocast(curvature.model):
+        if not batches and not curvature.collector.moments and not any(point.rates.values()):
+            curvature.discard_()  # as where torch.distributed.checkpoint asks for empty states
+            return None
+        undone = restored_on_error(optimizer, curvature, self.step, point.parameters)
+        with undone, without_autocast(curvature.model):
             taken = self._take_(optimizer, point, batches, settings)
-        curvature.finish_()
+            curvature.finish_()
         return taken, dict(zip(point.gradient, known))
 
     def _batches(self, optimizer: Optimizer) -> tuple[list[Batch], Tensor | None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from einconv_kfac.optim.state_schema import NUMBER, Record, tensor_of
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 from einconv_kfac.optim.vectors import Direction, inner, precise
 
@@ -86,6 +87,17 @@ class SlopeTrust:
     def drop_(self) -> None:
         """Drop the direction that is kept."""
         self._direction = {}
+
+    @staticmethod
+    def schema(parameters: Mapping[str, Tensor]) -> Record:
+        """Return what a state must be.
+
+        Args:
+            parameters: The parameters by name.
+        """
+        own = {name: tensor_of(parameter.shape) for name, parameter in parameters.items()}
+        numbers = dict.fromkeys(("average", "weight", "slope", "moved"), NUMBER)
+        return Record({**numbers, "direction": Record(own, optional=True)})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and numbers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from einconv_kfac.optim.state_schema import COUNT, Record
 from einconv_kfac.optim.step.layer_gains import LayerGains
 from einconv_kfac.optim.step.objective import Memory, Objective
 from einconv_kfac.optim.vectors import Direction
@@ -74,7 +75,7 @@ class SlowMomentum:
                 continue
             tensor.add_(buffer, alpha=weight * rates[name])
             objective.parameters[name].add_(buffer, alpha=weight * rates[name])
-            buffer.mul_(1 - weight).add_(later)
+            memory[name][BUFFER] = (buffer * (1 - weight)).add_(later)
         return weight
 
     def drop_(self, memory: Memory) -> None:
@@ -82,6 +83,8 @@ class SlowMomentum:
         for state in memory.values():
             state.pop(BUFFER, None)
         self.gains = LayerGains()
+
+    schema = Record({"steps": COUNT, "gains": LayerGains.schema})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers; the momentum itself is part of the optimizer's state."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -49,6 +49,21 @@ class Step(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and numbers."""
+
+    def check_state(self, state: Any, parameters: Mapping[str, Tensor]) -> None:
+        """Raise a ``ValueError`` if a state is not one of this kind of step.
+
+        Args:
+            state: The state.
+            parameters: The parameters by name.
+        """
+
+    def snapshot(self, parameters: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Return a function that restores the present state.
+
+        Args:
+            parameters: The parameters by name.
+        """
 
     def load_state_dict(self, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """Take over a state; tensors are copied to the device of the parameters."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.schedule import is_due
+from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel, quadratic_model
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
@@ -209,6 +210,8 @@ class SubspaceFit:
             return fit
         scale = LARGEST_CHANGE / change
         return fit.scaled(scale, float(trusted.change(fit.coefficients * scale, damping)))
+
+    schema = Record({"mix": Listed(NUMBER), "fitted": Maybe(COUNT), "reach": NUMBER})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers."""

@@ -31,7 +31,7 @@ class Checkpointed(nn.Module):
 
 
 def updates(opt: KFAC) -> list[int]:
-    layers = opt.state_dict()["kfac"]["curvature"]["layers"]
+    layers = opt.state_dict()["kfac"]["preconditioner"]["layers"]
     return [layer["updates"] for layer in layers.values()]
 
 

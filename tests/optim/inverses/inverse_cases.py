@@ -29,7 +29,7 @@ def tasks(dtype: torch.dtype = torch.float64, copies: int = 1) -> list[Task]:
 
 def layer_states(optimizer: KFAC) -> dict[str, dict[str, Any]]:
     """Return the states of the layers' factors and inverses, once all threads are done."""
-    layers: dict[str, dict[str, Any]] = optimizer.state_dict()["kfac"]["curvature"]["layers"]
+    layers: dict[str, dict[str, Any]] = optimizer.state_dict()["kfac"]["preconditioner"]["layers"]
     return layers
 
 
@@ -46,7 +46,7 @@ def dampings(optimizer: KFAC) -> dict[str, float]:
 def at_step(optimizer: KFAC, step: int) -> None:
     """Set the number of steps that were taken."""
     state = optimizer.state_dict()
-    state["kfac"]["curvature"]["steps"] = step
+    state["kfac"]["preconditioner"]["steps"] = step
     optimizer.load_state_dict(state)
 
 

@@ -137,7 +137,7 @@ def test_what_cannot_be_differentiated_twice_is_refused(function: Any, damping: 
     with pytest.raises(RuntimeError, match=r"Give the custom `autograd.Function` a `jvp`"):
         train_step(model, loss_fn, opt, image_batch())
     assert torch.equal(before, weights(model))
-    assert all(r["factors"] is None for r in opt._curvature.state_dict()["layers"].values())
+    assert all(r["factors"] is None for r in opt._preconditioner.state_dict()["layers"].values())
     opt = KFAC(model, loss_fn, lr=0.1, adaptive=False)
     train_step(model, loss_fn, opt, image_batch())
 
@@ -196,7 +196,7 @@ def test_a_model_that_does_not_repeat_itself_is_refused(forward_mode: bool) -> N
 
     model, loss_fn = Private(), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn)
-    opt._curvature.replay.forward_mode = forward_mode
+    opt._preconditioner.replay.forward_mode = forward_mode
     before = weights(model)
     with pytest.raises(RuntimeError, match="must repeat its output"):
         train_step(model, loss_fn, opt, image_batch())

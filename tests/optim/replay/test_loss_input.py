@@ -129,10 +129,10 @@ def test_two_losses_of_one_forward_pass(kind: str) -> None:
         opt = KFAC(model, model.loss_fn, fisher="exact", damping=0.1)
         two_head_loss(model, model.loss_fn, x, y).backward()
         gradient = {name: p.grad for name, p in model.named_parameters()}
-        batches = opt._curvature.recorder.take()
+        batches = opt._preconditioner.recorder.take()
         parameters = dict(model.named_parameters())
         objective = objective_of(parameters, gradient=gradient, batches=batches)
-        found = quadratic_model(opt._curvature.replay, objective, [gradient])
+        found = quadratic_model(opt._preconditioner.replay, objective, [gradient])
         predicted.append(torch.stack([found.slope[0], found.curvature[0, 0]]))
     torch.testing.assert_close(*predicted, **EXACT)
 

@@ -26,7 +26,7 @@ def test_evaluation_records_nothing(
     model, loss_fn = conv_net(random_layers=True), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn, **options)
     train_step(model, loss_fn, opt, image_batch())
-    recorder = opt._curvature.recorder
+    recorder = opt._preconditioner.recorder
 
     def fail(*_: Any) -> None:
         raise AssertionError("a forward pass was recorded")

@@ -148,7 +148,7 @@ def refused(model: nn.Module, message: str, *others: Any, **options: Any) -> Non
         opt.step()
     assert torch.equal(before, weights(model))
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers()))
-    assert all(r["factors"] is None for r in opt._curvature.state_dict()["layers"].values())
+    assert all(r["factors"] is None for r in opt._preconditioner.state_dict()["layers"].values())
 
 
 def test_what_mixes_examples_is_refused() -> None:

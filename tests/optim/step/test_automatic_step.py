@@ -83,7 +83,7 @@ def test_what_is_left_of_a_step_is_a_power_of_the_shortening(
             return again(self, *rest) + (math.inf if calls[0] <= n else 0.0)
 
         monkeypatch.setattr(Replay, "batch_loss", value)
-        train_step(model, opt._curvature.estimator.loss_fn, opt, batch)
+        train_step(model, opt._preconditioner.estimator.loss_fn, opt, batch)
         assert calls == [refused + 1]
         statistics.append(opt.statistics())
     steps = [weights(model) - weights(conv_net()) for model in models]

@@ -173,7 +173,7 @@ def test_the_state_of_an_optimizer_has_it() -> None:
     opt = KFAC(model, loss_fn)
     for seed in range(3):
         train_step(model, loss_fn, opt, image_batch(seed=seed))
-    state = opt.state_dict()["kfac"]["step"]["trust"]
+    state = opt.state_dict()["kfac"]["automatic"]["trust"]
     assert state["weight"] > 0
     assert state["direction"].keys() == dict(model.named_parameters()).keys()
     again = KFAC(model, loss_fn)

@@ -54,7 +54,7 @@ def changes_of(
         }
         if "rejected" not in statistics[-1]:
             total = 0.0
-            for name, running in opt._curvature.layers.items():
+            for name, running in opt._preconditioner.layers.items():
                 a = running.factors[0][0]  # [d, d], one group
                 w, b = (before[f"{name}.{part}"] for part in ("weight", "bias"))
                 rows = torch.cat([w, b[:, None]], 1)
@@ -79,7 +79,7 @@ def test_a_given_damping_is_not_bounded() -> None:
 def test_the_change_is_that_of_the_outputs() -> None:
     """The running factors of one batch measure the outputs of the layers on it."""
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
-    machine = KFAC(model, loss_fn)._curvature
+    machine = KFAC(model, loss_fn)._preconditioner
     x, y = image_batch()
     loss_fn(model(x), y).backward()
     machine.update_()
@@ -100,7 +100,7 @@ def test_the_change_is_that_of_the_outputs() -> None:
 
 def test_what_was_not_updated_does_not_change() -> None:
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
-    machine = KFAC(model, loss_fn)._curvature
+    machine = KFAC(model, loss_fn)._preconditioner
     assert machine.relative_change({}, {}) == 0.0  # no factors yet
     x, y = image_batch()
     loss_fn(model(x), y).backward()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from einconv_kfac.optim.state_schema import NUMBER, Maybe, Record
+
 INITIAL_FRACTION = 0.1
 """First damping, as a fraction of the curvature along the first gradient."""
 FLOOR_FRACTION = 1e-1
@@ -65,5 +67,10 @@ class LevenbergMarquardt:
         return {"damping": self._damping, "floor": self._floor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `DampingRule`."""
+        """See `DampingRule`.
+
+        Raises:
+            ValueError: If it is no state of this rule. Nothing is changed then.
+        """
+        Record({"damping": Maybe(NUMBER), "floor": NUMBER}).check("'rule'", state)
         self._damping, self._floor = state["damping"], state["floor"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from einconv_kfac.optim.factors.refresh import Inverses
 from einconv_kfac.optim.schedule import is_due
+from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
 from einconv_kfac.optim.step.subspace import Fit
 
 SEARCH_PERIOD = 100
@@ -82,6 +83,8 @@ class DampingSearch:
                 break
         self.scale, self._searched = best.scale, step
         return best
+
+    schema = Record({"scale": NUMBER, "searched": Maybe(COUNT)})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers."""

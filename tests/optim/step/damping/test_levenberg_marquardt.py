@@ -93,7 +93,7 @@ def test_a_rule_of_a_user_sets_the_damping_and_is_saved() -> None:
     for each, own in ((model, opt), (again_model, again)):
         train_step(
             each,
-            again._curvature.estimator.loss_fn if own is again else loss_fn,
+            again._preconditioner.estimator.loss_fn if own is again else loss_fn,
             own,
             image_batch(32),
         )

@@ -1,0 +1,116 @@
+"""What `KFAC` shows and saves: groups, coverage, statistics and state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from einconv_kfac.optim.arguments import flag, shown
+from einconv_kfac.optim.diagnostics import Report, description
+from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.hyperparameters import Hyperparameters
+from einconv_kfac.optim.parameters import Training, check_member, training
+from einconv_kfac.optim.step.fallback import Fallback
+from einconv_kfac.optim.step.optimizer_state import OptimizerState
+
+
+class CurvatureOptimizer(Optimizer):
+    """An optimizer with running curvature; its subclass makes the parts and takes the steps."""
+
+    _model: nn.Module
+    _names: dict[nn.Parameter, str]
+    _settings: Hyperparameters
+    _fallback: Fallback
+    _preconditioner: RunningCurvature
+    _state: OptimizerState
+    _report: Report
+    _is_covering: bool
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; its parameters must be the model's, new layers' among them."""
+        super().add_param_group(param_group)
+        try:
+            self._settings.with_overrides(self.param_groups[-1])
+            check_member(self.param_groups[-1]["params"], self._model, self._names)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if self._is_covering:
+            self._preconditioner.cover_(self._own_names())
+
+    def coverage(self) -> Training:
+        """Return how each parameter is trained; it prints as a table.
+
+        By ``"kfac"`` or the fallback, or it is ``"frozen"``, or ``"left out"`` of ``params``.
+        """
+        own = {p for group in self.param_groups for p in group["params"]}
+        return training(self._model, own, self._preconditioner.covered(), self._fallback.kind)
+
+    def statistics(self) -> dict[str, float]:
+        """Return numbers of the last step, for a progress bar or a log.
+
+        ``damping``; with fixed rates ``clip``; otherwise ``step_size``, ``momentum`` (its
+        coefficient), ``trust`` (fraction of a batch's slope that other batches confirm), ``gain``
+        (of the slow momentum, a mean over layers), ``predicted`` (change of the objective by the
+        quadratic model), ``ratio`` (true by predicted change, where last compared), or
+        ``rejected`` where the step before was undone, since the loss exploded or the model was
+        not finite. ``cholesky_retries`` counts decompositions that were repeated so far.
+        """
+        return self._report.numbers(self._preconditioner.layers)
+
+    def layer_statistics(self) -> dict[str, dict[str, float]]:
+        """Return numbers of the last step for each layer that has factors, by its name.
+
+        ``damping`` of its inverse; ``condition_a`` and ``condition_b``, condition numbers of its
+        factors when they were inverted (damped and in the 1-norm with ``inverse="factored"``,
+        else undamped and in the 2-norm); the Euclidean norms ``gradient_norm`` (weight decay
+        included), ``update_norm`` and ``parameter_norm``; ``gain`` or ``clip``;
+        ``cholesky_retries``; ``factor_seconds`` and ``inverse_seconds``, the host's time for its
+        last update and inverse. They are computed in this call; steps do not wait for them.
+        """
+        present = {name: parameter.detach() for parameter, name in self._names.items()}
+        return self._report.by_layer(self._preconditioner.layers, present)
+
+    def discard(self) -> None:
+        """Drop the batches since the last step, as if they had not been seen.
+
+        For a step that is left out on purpose; call it with ``zero_grad``.
+        """
+        self._preconditioner.discard_()
+
+    def state_dict(self, *, include_factors: bool = True) -> dict[str, Any]:
+        """Return everything that continuing needs; it loads with ``weights_only=True``.
+
+        Hooks on saving and loading see all of it. Of the entries, ``"kfac"`` is there twice, also
+        in the first parameter group, for `torch.distributed.checkpoint.state_dict`, which drops
+        what is neither a state of a parameter nor in a group; ``torch.save`` writes it once.
+
+        Args:
+            include_factors: Whether the factors and their inverses, the largest part, and the
+                random generator are saved. If not, they start anew where the state is loaded.
+        """
+        with self._state.saving(self, flag("include_factors", include_factors)):
+            return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of an optimizer of the same model and mode.
+
+        Raises:
+            ValueError: If an entry is missing, or is not what it must be for this model, mode and
+                version. Nothing is changed then.
+            RuntimeError: If a parameter was replaced since the optimizer was made.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"`state_dict` must be a dictionary, got {shown(state_dict)}.")
+        with self._state.loading(self):
+            super().load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return description(type(self).__name__, self._model, self._settings, self.param_groups)
+
+    def _own_names(self) -> list[str]:
+        """Return the names of the optimizer's parameters."""
+        return [self._names[p] for group in self.param_groups for p in group["params"]]

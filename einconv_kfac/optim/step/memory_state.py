@@ -1,0 +1,94 @@
+"""What torch's part of a saved state must be: parameter groups, and a state per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from einconv_kfac.optim.arguments import shown
+from einconv_kfac.optim.hyperparameters import Hyperparameters
+from einconv_kfac.optim.state_schema import COUNT, Record, tensor_of
+from einconv_kfac.optim.step.fallback import AVERAGES
+from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
+from einconv_kfac.optim.step.slow_momentum import BUFFER
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+def check_groups(groups: Groups, state: Mapping[str, Any], settings: Hyperparameters) -> None:
+    """Raise a ``ValueError`` if saved parameter groups do not fit an optimizer's.
+
+    Args:
+        groups: The optimizer's groups.
+        state: The saved state.
+        settings: The optimizer's hyper-parameters, which groups override.
+    """
+    if missing := [name for name in ("state", "param_groups") if name not in state]:
+        raise ValueError(
+            f"`state_dict` must have the entries state and param_groups, lacks {missing}."
+        )
+    saved = state["param_groups"]
+    if not isinstance(saved, (list, tuple)) or not all(isinstance(own, Mapping) for own in saved):
+        raise ValueError(f"`state_dict` must have a list of param_groups, got {shown(saved)}.")
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"`state_dict` must have {len(groups)} param_groups, got {len(saved)}: the optimizers "
+            "have a different number of parameter groups."
+        )
+    for index, (own, group) in enumerate(zip(saved, groups)):
+        members, expected = own.get("params"), len(group["params"])
+        if not isinstance(members, (list, tuple)) or len(members) != expected:
+            raise ValueError(
+                f"`state_dict` must have {expected} params in param_groups.{index}, got "
+                f"{shown(members)}."
+            )
+        lost = settings.group_defaults().keys() - own.keys()
+        if lost:
+            raise ValueError(f"`state_dict` must have {sorted(lost)} in param_groups.{index}.")
+        settings.with_overrides(own)
+
+
+def check_memory(
+    groups: Groups, state: Mapping[str, Any], names: Mapping[nn.Parameter, str]
+) -> None:
+    """Raise a ``ValueError`` if saved states of parameters are not those of an optimizer's.
+
+    Args:
+        groups: The optimizer's groups.
+        state: The saved state.
+        names: Names of the parameters.
+    """
+    saved = state["state"]
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"`state_dict` must have a dictionary at state, got {shown(saved)}.")
+    known = dict(_pairs(groups, state["param_groups"]))
+    if differ := [key for key in saved if key not in known]:
+        raise ValueError(
+            f"`state_dict` must have states of the params in its param_groups, got one of {differ}."
+        )
+    for key, own in saved.items():
+        _schema(known[key]).check(f"state of '{names[known[key]]}'", own)
+
+
+def _pairs(groups: Groups, saved: Groups) -> Iterator[tuple[Any, nn.Parameter]]:
+    """Yield the saved key of each parameter, and the parameter.
+
+    Raises:
+        ValueError: If a key cannot be one, or is there twice.
+    """
+    seen: set[Any] = set()
+    for group, own in zip(groups, saved):
+        for parameter, key in zip(group["params"], own["params"]):
+            if not isinstance(key, (int, str)) or key in seen:
+                raise ValueError(f"`state_dict` must have params that differ, got {shown(key)}.")
+            seen.add(key)
+            yield key, parameter
+
+
+def _schema(parameter: Tensor) -> Record:
+    """Return what the state of a parameter must be."""
+    tensors = (MOMENTUM_BUFFER, BUFFER, *AVERAGES)
+    entries = dict.fromkeys(tensors, tensor_of(parameter.shape))
+    return Record({**entries, "step": COUNT}, optional=True)

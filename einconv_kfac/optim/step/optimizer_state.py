@@ -1,0 +1,186 @@
+"""The whole state of an optimizer: saved, loaded or restored, all of it or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.factors.curvature_state import CURVATURE_STATE_VERSION, check_version
+from einconv_kfac.optim.hyperparameters import Hyperparameters
+from einconv_kfac.optim.state_schema import Anything, Record
+from einconv_kfac.optim.step.memory_state import check_groups, check_memory
+from einconv_kfac.optim.step.step_protocol import Step
+from einconv_kfac.optim.vectors import Direction
+
+PART = "kfac"
+"""Key of what a saved state has beside that of torch's optimizers. The first parameter group has
+it too: `torch.distributed.checkpoint.state_dict` keeps only states of parameters and groups."""
+
+MODES = frozenset({"automatic", "fixed"})
+"""The names of the kinds of steps, under which their states are saved."""
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """The part of an optimizer's state that torch's optimizers lack.
+
+    Args:
+        curvature: Running curvature of the model.
+        step: The kind of step.
+        settings: Hyper-parameters.
+        names: Names of the model's parameters.
+    """
+
+    curvature: RunningCurvature
+    step: Step
+    settings: Hyperparameters
+    names: Mapping[nn.Parameter, str]
+
+    @contextmanager
+    def saving(self, optimizer: Optimizer, include_factors: bool) -> Iterator[None]:
+        """Add the part to a state that is saved inside the block, before hooks see it.
+
+        Args:
+            optimizer: The optimizer.
+            include_factors: See `RunningCurvature.state_dict`.
+        """
+
+        def add(_: Optimizer, state: dict[str, Any]) -> None:
+            state[PART] = {
+                "version": CURVATURE_STATE_VERSION,
+                "preconditioner": self.curvature.state_dict(include_factors),
+                self.step.mode: self.step.state_dict(),
+            }
+            state["param_groups"][0][PART] = state[PART]
+
+        handle = optimizer.register_state_dict_post_hook(add, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def loading(self, optimizer: Optimizer) -> Iterator[None]:
+        """Check a state that is loaded inside the block, after hooks have seen it, and load it.
+
+        Hooks that run after loading find all of it loaded. After an error everything is as it
+        was.
+
+        Args:
+            optimizer: The optimizer.
+        """
+        found: list[dict[str, Any]] = []
+
+        def check(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            part, others = _split(state)
+            self._check(optimizer, part, others)
+            found.append(part)
+            return others
+
+        def load(_: Optimizer) -> None:
+            self.curvature.load_state_dict(found[0]["preconditioner"])
+            self.step.load_state_dict(found[0][self.step.mode], self._present())
+
+        handles = (
+            optimizer.register_load_state_dict_pre_hook(check),
+            optimizer.register_load_state_dict_post_hook(load, prepend=True),
+        )
+        state, groups = optimizer.state, optimizer.param_groups
+        undo = self.curvature.snapshot(), self.step.snapshot(self._present())
+        try:
+            yield
+        except BaseException:
+            if optimizer.state is not state:  # torch's part was loaded
+                optimizer.state, optimizer.param_groups = state, groups
+                for restore in undo:
+                    restore()
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _present(self) -> Direction:
+        """Return the model's parameters by name."""
+        return {name: parameter.detach() for parameter, name in self.names.items()}
+
+    def _check(self, optimizer: Optimizer, part: Any, others: Mapping[str, Any]) -> None:
+        """Raise a ``ValueError`` if a state cannot be loaded; nothing is changed.
+
+        Args:
+            optimizer: The optimizer.
+            part: The part that torch's optimizers lack.
+            others: Torch's part.
+        """
+        self.curvature.cover_unfrozen_()
+        check_version(part)
+        others_mode = MODES - {self.step.mode}
+        if part.keys() & others_mode:
+            raise ValueError("`state_dict` must come from an optimizer with the same `adaptive`.")
+        names = ("version", "preconditioner", self.step.mode)
+        Record(dict.fromkeys(names, Anything())).check(repr(PART), part)
+        self.curvature.check_state(part["preconditioner"])
+        self.step.check_state(part[self.step.mode], self._present())
+        check_groups(optimizer.param_groups, others, self.settings)
+        check_memory(optimizer.param_groups, others, self.names)
+
+
+def _split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the part that torch's optimizers lack, and the others, without it."""
+    part, others = state.get(PART), {name: own for name, own in state.items() if name != PART}
+    groups = state.get("param_groups")
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(g, Mapping) for g in groups):
+        return part, others
+    if part is None and groups:
+        part = groups[0].get(PART)
+    own = [{name: value for name, value in g.items() if name != PART} for g in groups]
+    return part, {**others, "param_groups": own}
+
+
+@contextmanager
+def restored_on_error(
+    optimizer: Optimizer, curvature: RunningCurvature, step: Step, parameters: Direction
+) -> Iterator[None]:
+    """Restore parameters and state, to the bit, after an error inside the block.
+
+    Tensors of the optimizer's state are replaced, never changed in place, by what runs inside.
+
+    Args:
+        optimizer: The optimizer.
+        curvature: Running curvature of the model.
+        step: The kind of step.
+        parameters: The parameters that the step may change, by name.
+    """
+    undo = curvature.snapshot(), step.snapshot(parameters), *_memory_snapshot(optimizer, parameters)
+    try:
+        yield
+    except BaseException:
+        for restore in undo:
+            restore()
+        raise
+
+
+def _memory_snapshot(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor]
+) -> tuple[Callable[[], None], ...]:
+    """Return functions that restore parameters, and what the optimizer keeps of each."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    saved = {p: dict(optimizer.state[p]) for p in parameters.values() if p in optimizer.state}
+
+    def restore_parameters() -> None:
+        for name, parameter in parameters.items():
+            parameter.copy_(before[name])
+
+    def restore_memory() -> None:
+        for parameter in parameters.values():
+            if parameter in saved:
+                optimizer.state[parameter] = saved[parameter]
+            else:
+                optimizer.state.pop(parameter, None)
+
+    return restore_parameters, restore_memory
