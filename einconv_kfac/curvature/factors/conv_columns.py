@@ -7,8 +7,9 @@ from torch import Tensor
 
 from einconv_kfac.curvature.factors.choice import algorithm_of
 from einconv_kfac.curvature.factors.columns import Columns
+from einconv_kfac.curvature.factors.indices.runs import finest_partition
 from einconv_kfac.curvature.factors.problem import Problem
-from einconv_kfac.curvature.factors.reduce import window_sums
+from einconv_kfac.curvature.factors.reduce import window_sums, with_zeros
 from einconv_kfac.curvature.factors.symmetric.update import Update
 from einconv_kfac.geometry import Geometry
 
@@ -31,7 +32,12 @@ class ConvColumns(Columns):
 
     def add_(self, update: Update) -> None:
         """See `Columns`."""
-        algorithm_of(self._problem, self._algorithm).add(self.like, self._problem, update)
+        algorithm = algorithm_of(self._problem, self._algorithm)
+        x = self.like
+        if algorithm.reads_unmet:
+            axes = self._problem.geometry.axes
+            x = with_zeros(x, tuple(finest_partition(axis, False).entries for axis in axes))
+        algorithm.add(x, self._problem, update)
 
     def position_sums(self, dtype: torch.dtype) -> Tensor:
         """See `Columns`."""

@@ -22,6 +22,7 @@ from einconv_kfac.curvature.factors.indices.runs import (
     incidence_matrices,
     partitions,
     shares_one_product,
+    unmet,
 )
 from einconv_kfac.curvature.factors.symmetric.update import Target, prepare
 from einconv_kfac.curvature.factors.symmetric.whole_products import new_whole
@@ -117,6 +118,7 @@ def _sums(x: Tensor, cells: tuple[AxisPartition, ...], matrices: tuple[Tensor, .
     for dim, axis in enumerate(cells, start=2):
         if not axis.is_finest:
             x = _cell_sums(x, dim, axis)
+    x = with_zeros(x, tuple(axis.entries for axis in cells))
     if len(matrices) == 1:
         return _product(x.flatten(2), matrices[0]).flatten(1)
     leading, last = matrices
@@ -125,6 +127,24 @@ def _sums(x: Tensor, cells: tuple[AxisPartition, ...], matrices: tuple[Tensor, .
     sums = rows.new_empty(len(rows), leading.shape[0], last.shape[0])
     torch.bmm(leading.expand(len(rows), *leading.shape), rows, out=sums)
     return sums.reshape(x.shape[0], -1)
+
+
+def with_zeros(x: Tensor, entries: tuple[tuple[tuple[int, ...], ...], ...]) -> Tensor:
+    """Return ``x`` with zeros where no kernel entry meets it.
+
+    A convolution ignores what is there, but in products with zeros, NaN and infinite values turn
+    into NaN.
+
+    Args:
+        x: A tensor ``[n, c, *i]``.
+        entries: For each dimension, the kernel entries that meet each position.
+    """
+    parts = [(dim, part) for dim, own in enumerate(entries, start=2) for part in unmet(own)]
+    if parts:
+        x = x.clone()
+    for dim, part in parts:
+        x[(slice(None),) * dim + (part,)].zero_()
+    return x
 
 
 def _cell_sums(x: Tensor, dim: int, partition: AxisPartition) -> Tensor:

@@ -52,6 +52,9 @@ class Algorithm(ABC):
     is_always_fastest: ClassVar[bool] = False
     """Whether it is chosen wherever it applies, whatever the costs."""
 
+    reads_unmet: ClassVar[bool] = False
+    """Whether positions that no kernel entry meets enter products with zeros."""
+
     def applies(self, problem: Problem) -> bool:
         """Return whether the algorithm can compute the factor of a problem on its device."""
         return True

@@ -91,6 +91,7 @@ class Grams(Algorithm):
 
     name = "grams"
     rank = 4
+    reads_unmet = True
 
     def applies(self, problem: Problem) -> bool:
         """Return whether the image is tiny: memory grows with the square of the positions."""

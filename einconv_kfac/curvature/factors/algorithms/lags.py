@@ -168,6 +168,7 @@ class LagReuse(Algorithm):
 
     name = "lags"
     rank = 0
+    reads_unmet = True
 
     def cost(self, problem: Problem) -> Cost:
         """Return the work of `add`."""

@@ -169,6 +169,7 @@ class Rows(Algorithm):
 
     name = "rows"
     rank = 3
+    reads_unmet = True
 
     def applies(self, problem: Problem) -> bool:
         """Return whether the input is a line or an image, in one group, and products are cached."""

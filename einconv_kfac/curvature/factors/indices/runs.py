@@ -76,6 +76,26 @@ class AxisPartition:
         return len(self.runs) == 1 and self.runs[0].is_complete and not self.runs[0].is_summed
 
 
+@lru_cache(maxsize=1024)
+def unmet(entries: tuple[tuple[int, ...], ...]) -> tuple[slice, ...]:
+    """Return slices of the positions or cells that no kernel entry meets.
+
+    Args:
+        entries: The kernel entries that meet each of them.
+
+    >>> unmet(((0,), (), (0,), (), ()))
+    (slice(1, 4, 2), slice(4, 5, 1))
+    """
+    found: list[slice] = []
+    left = [i for i, met in enumerate(entries) if not met]
+    while left:
+        step = left[1] - left[0] if len(left) > 1 else 1
+        count = next((n for n, i in enumerate(left) if i != left[0] + n * step), len(left))
+        found.append(slice(left[0], left[count - 1] + 1, step))
+        left = left[count:]
+    return tuple(found)
+
+
 def met_entries(axis: Axis, transposed: bool) -> tuple[tuple[int, ...], ...]:
     """Return the kernel entries that meet each position.
 
