@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.modules import module as torch_module
 
 from einconv_kfac.curvature.layers.layer import Layer
@@ -34,6 +34,7 @@ class LayerCall:
         has_free_positions: See `LayerRule`.
         is_batch: Whether the input is a batch with at least one example.
         is_own: Whether the output is what the layer itself computed, before hooks of others.
+        source: Node of the input in the autograd graph, if it has one.
     """
 
     layer: str
@@ -44,6 +45,7 @@ class LayerCall:
     has_free_positions: bool = True
     is_batch: bool = True
     is_own: bool = True
+    source: Node | None = None
 
 
 def _do_nothing(*_: object) -> None:
@@ -97,6 +99,7 @@ class _CallRecorder:
             rule.has_free_positions,
             is_batch,
             is_own,
+            get_gradient_edge(x).node if x.requires_grad else None,
         )
         self._capture.calls.append(call)
 

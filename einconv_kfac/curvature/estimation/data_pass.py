@@ -14,6 +14,7 @@ from einconv_kfac.curvature.estimation.capture import LayerCapture
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.estimation.forward import Forward, evaluation_of
 from einconv_kfac.curvature.estimation.moments import Moments
+from einconv_kfac.curvature.estimation.other_uses import used_past_calls
 from einconv_kfac.curvature.estimation.preservation import undisturbed
 from einconv_kfac.curvature.layers.layer import Layer
 
@@ -54,7 +55,13 @@ class DataPass:
                     generators[device] = Generator(device).manual_seed(self.seed)
                 calls = capture.take()
                 with capture.paused():  # checkpointed layers run again in backward passes
-                    estimator.add_(moments, calls, evaluation, generators[device])
+                    past = used_past_calls(evaluation.outputs, calls, self.layers)
+                    own = [call for call in calls if call.layer not in past]
+                    if own or not past:
+                        estimator.add_(moments, own, evaluation, generators[device])
+                    if past:
+                        layers = [layer for layer in self.layers if layer.name in past]
+                        estimator.add_weights_(moments, layers, evaluation, generators[device])
 
     def _batches(self) -> Iterator[Any]:
         """Iterate over the batches, and show a progress bar if `progress`."""

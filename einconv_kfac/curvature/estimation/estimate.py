@@ -59,6 +59,16 @@ def kronecker_factors(
     the sum. The model does not change: gradients, buffers, training flags and the random state
     are restored.
 
+    A weight may be used past the calls of its layer: transposed, in a function, or in a
+    derivative of the network that the forward pass takes. The calls do not describe its gradients
+    then. With the gradients ``G[n] [co, d]`` of the weight itself its block is::
+
+        A = sum_n G^T G / sum_n |G|^2,   B = 1/N sum_n G G^T
+
+    It has the trace and the partial traces of the exact block, and it is the exact block where
+    ``co`` or ``d`` is 1, or where that is a Kronecker product. It takes a backward pass for each
+    example and each root vector.
+
     Args:
         model: The model.
         loss_fn: The loss module, with reduction ``"mean"``, ``"batchmean"`` or ``"sum"``. If it
@@ -87,7 +97,9 @@ def kronecker_factors(
 
     Raises:
         ValueError: If an argument is not one of those above, no rule covers the loss, no layer
-            is left that a rule covers, or a layer's input is not a batch.
+            is left that a rule covers, a layer's input is not a batch, or a weight is used past
+            the calls of its layer in some batches only, or without gradients
+            (``fisher="forward-only"``).
         RuntimeError: If the data is empty, or the loss does not depend on a layer.
 
     >>> import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
@@ -20,11 +20,14 @@ from einconv_kfac.curvature.estimation.factor_sums import (
 )
 from einconv_kfac.curvature.estimation.forward import Loss
 from einconv_kfac.curvature.estimation.moments import LayerMoments, Moments
+from einconv_kfac.curvature.estimation.weight_gradients import weight_gradients
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.losses.loss_call import is_sum
 from einconv_kfac.curvature.objective.graph import reached_nodes
 
+WEIGHT_SAMPLES = 8
+"""Number of samples for a weight that is used past the calls of its layer, while training."""
 Fisher: TypeAlias = Literal["mc", "empirical", "exact", "forward-only"]
 
 
@@ -162,6 +165,54 @@ class FisherEstimator:
             calls = [call for each in own for call in each.calls()]
             together = own[0].layout is None and not own[0].by_example
             moments[name].add_inputs_(calls, own[0].examples if together else None)
+
+    def add_weights_(
+        self,
+        moments: Mapping[str, Moments],
+        layers: Sequence[Layer],
+        evaluation: Evaluation,
+        generator: Generator,
+        *,
+        together: bool = False,
+    ) -> None:
+        """Add one batch to the moments of layers whose weights are used past their calls.
+
+        The gradients of the weights are taken, in a backward pass for each example and each root
+        vector, or of all examples together for `WEIGHT_SAMPLES` samples of ``"mc"``, which are
+        independent between examples.
+
+        Args:
+            moments: By layer name.
+            layers: The layers.
+            evaluation: See `add_`.
+            generator: See `add_`.
+            together: Whether samples of all examples are backpropagated together.
+
+        Raises:
+            ValueError: If the Fisher takes no gradients.
+        """
+        if self.fisher == "forward-only":
+            names = [layer.name for layer in layers]
+            raise ValueError(
+                f"`fisher` must have gradients for weights that are used past the calls of their "
+                f"layers, as those of {names}, got 'forward-only'. Leave them out: exclude={names}."
+            )
+        examples, is_empirical = evaluation.examples, self.fisher == "empirical"
+        scale = 1.0 if is_sum(self.loss_fn) else float(examples ** (2 if is_empirical else 1))
+        for layer in layers:
+            moments[layer.name].add_examples_(examples)
+        roots: Iterable[Sequence[Tensor]] = self._roots(evaluation, generator)
+        if is_empirical:
+            roots = [loss_gradients(evaluation)]
+        together = together and self.fisher == "mc"
+        if together:
+            roots = (evaluation.sample(generator) for _ in range(WEIGHT_SAMPLES))
+            scale /= WEIGHT_SAMPLES
+        for root in roots:
+            count = None if together else examples
+            for gradients in weight_gradients(evaluation.outputs, root, layers, count):
+                for name, gradient in gradients.items():
+                    moments[name].add_weight_gradient_(gradient, scale)
 
     def _add_root_(
         self,

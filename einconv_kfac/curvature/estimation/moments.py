@@ -14,6 +14,7 @@ from einconv_kfac.curvature.estimation.factor_sums import (
     FactorSums,
     united,
 )
+from einconv_kfac.curvature.estimation.weight_gradients import WeightSums
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.layer import Layer
 
@@ -39,6 +40,17 @@ class Moments(Protocol):
             calls: See `add_inputs_`.
             gradients: For each call, the gradient at its output.
             scale: Factor of the outer products of the gradients.
+        """
+
+    def add_examples_(self, examples: int) -> None:
+        """Add the number of examples of one batch, instead of `add_inputs_`."""
+
+    def add_weight_gradient_(self, gradient: Tensor, scale: float) -> None:
+        """Add a gradient of the weight itself, for weights that are used past the calls.
+
+        Args:
+            gradient: The gradient ``[g, co, d]`` of one example.
+            scale: Factor of its outer product.
         """
 
 
@@ -67,11 +79,13 @@ class LayerMoments:
             transposed: FactorSums(layer, approximation, max_factor_size, transposed)
             for transposed in ((False, True) if layer.is_tied else (False,))
         }
+        self._weight: WeightSums | None = None
+        self._weight_examples = 0
 
     @property
     def examples(self) -> int:
         """The number of examples so far."""
-        return max(own.examples for own in self._sums.values())
+        return max(self._weight_examples, *(own.examples for own in self._sums.values()))
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -93,10 +107,21 @@ class LayerMoments:
         for sums, own, their in self._by_use(calls, gradients):
             sums.add_gradients_(own, their, scale)
 
+    def add_examples_(self, examples: int) -> None:
+        """See `Moments`."""
+        self._weight_examples += examples
+
+    @torch.no_grad()
+    def add_weight_gradient_(self, gradient: Tensor, scale: float) -> None:
+        """See `Moments`."""
+        self._weight = WeightSums.zeros(gradient) if self._weight is None else self._weight
+        self._weight.add_(gradient, scale)
+
     def sums(self) -> list[Tensor]:
         """Return the sums of the factors that were added."""
         totals = [total for own in self._sums.values() for total in (own.inputs, own.outputs)]
-        return [total for total in totals if total is not None]
+        own = [] if self._weight is None else [self._weight.columns, self._weight.rows]
+        return [*own, *(total for total in totals if total is not None)]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return ``A [g, d, d]`` and ``B [g, co, co]``, averaged over what was added.
@@ -106,12 +131,17 @@ class LayerMoments:
 
         Raises:
             RuntimeError: If nothing was added.
+            ValueError: If the weight is used past the calls of its layer in some batches only.
         """
         pairs = []
         for transposed, own in self._sums.items():
             if own.inputs is not None:
                 inputs, outputs = own.moments()
                 pairs.append((outputs, inputs) if transposed else (inputs, outputs))
+        if self._weight is not None:
+            if pairs:
+                raise mixed_uses(self.layer)
+            pairs = [self._weight.factors(self.examples)]
         if not pairs:
             raise no_data(self.layer)
         a, b = (_in_form(part, shape) for part, shape in zip(united(pairs), self.shapes))
@@ -132,7 +162,9 @@ class LayerMoments:
 
 
 def _in_form(factor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a factor as matrices where the layer's factors are; one use alone may be diagonal."""
+    """Return a factor in the form of the layer's, as matrices or as their diagonals."""
+    if factor.ndim > len(shape):
+        return factor.diagonal(dim1=-2, dim2=-1)
     return torch.diag_embed(factor) if factor.ndim < len(shape) else factor
 
 
@@ -141,4 +173,12 @@ def no_data(layer: Layer) -> RuntimeError:
     return RuntimeError(
         f"Factors of '{layer.name}' need data, got none: there was no batch with a target that "
         "counts, or the loss of none depends on it through calls that record gradients."
+    )
+
+
+def mixed_uses(layer: Layer) -> ValueError:
+    """Return the error for a weight that is used past the calls in some batches only."""
+    return ValueError(
+        f"The weight of '{layer.name}' must be used in the same way for all batches, got uses past "
+        f"the layer's own calls for some only. Leave the layer out: exclude=['{layer.name}']."
     )

@@ -103,6 +103,20 @@ class SquaredGradients:
             else:
                 self.total.add_(outer.square_().sum(0), alpha=scale)
 
+    def add_examples_(self, examples: int) -> None:
+        """See `Moments`."""
+        self.examples += examples
+
+    @torch.no_grad()
+    def add_weight_gradient_(self, gradient: Tensor, scale: float) -> None:
+        """See `Moments`."""
+        g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if self._basis is not None and self._basis.basis_b is not None:
+            g = self._basis.basis_b.to(g).mT @ g
+        rotated = self._rotated_rows(g.unsqueeze(0)).squeeze(0)
+        self.total = torch.zeros_like(rotated) if self.total is None else self.total
+        self.total.addcmul_(rotated, rotated, value=scale)
+
     def block(self, scale: float) -> EigenBlock:
         """Return the block with the averages as eigenvalues.
 

@@ -75,11 +75,15 @@ class Layer:
         """Return how one of the modules uses the parameters."""
         return next(use for use in self.uses if use.module is module)
 
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Return the parameters by name."""
+        own = dict(self.module.named_parameters(recurse=False))
+        found = [own[self.rule.weight]] + ([own[self.rule.bias]] if self.bias else [])
+        return dict(zip(self.parameters, found))
+
     def zeros(self) -> dict[str, Tensor]:
         """Return a zero tensor for each parameter, by name."""
-        own = dict(self.module.named_parameters(recurse=False))
-        tensors = [own[self.rule.weight]] + ([own[self.rule.bias]] if self.bias else [])
-        return {name: torch.zeros_like(t) for name, t in zip(self.parameters, tensors)}
+        return {name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()}
 
     def to_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return tensors by parameter name as one matrix per group, ``[g, co, d]``."""

@@ -57,6 +57,18 @@ class LayerSums(LayerMoments):
             self.squares.add_gradients_(calls, gradients, scale)
         self.seconds += perf_counter() - start
 
+    def add_examples_(self, examples: int) -> None:
+        """See `Moments`."""
+        super().add_examples_(examples)
+        if self.squares is not None:
+            self.squares.add_examples_(examples)
+
+    def add_weight_gradient_(self, gradient: Tensor, scale: float) -> None:
+        """See `Moments`."""
+        super().add_weight_gradient_(gradient, scale)
+        if self.squares is not None:
+            self.squares.add_weight_gradient_(gradient, scale)
+
     def checked(self) -> list[Tensor]:
         """Return tensors that are finite exactly if what was gathered is.
 

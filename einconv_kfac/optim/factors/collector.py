@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from einconv_kfac.curvature.estimation.evaluation import Evaluation
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.estimation.forward import uncompiled
 from einconv_kfac.curvature.estimation.moments import Moments
+from einconv_kfac.curvature.estimation.other_uses import used_past_calls
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
@@ -53,6 +55,7 @@ class Collector:
         self.bases: dict[str, EigenBlock] = {}  # in which squared gradients are summed
         self.due: set[str] = set()
         self._capture = LayerCapture([])
+        self._past: dict[tuple[Any, ...], list[str]] = {}
         compiled, loss_fn = model is not self._model, estimator.loss_fn
         assert loss_fn is None or isinstance(loss_fn, nn.Module)
         hooks = self._add_, self._forget_
@@ -110,9 +113,30 @@ class Collector:
         moments: Mapping[str, Moments] = self.moments
         if self._part < 1:
             moments = sampled(self.moments, self._part, self.generator)
+        past = self._used_past_calls(evaluation, own)
+        generator = self.generator
         with self._capture.paused():  # checkpointed layers run again
-            self._estimator.add_(moments, own, evaluation, self.generator)
+            others = [call for call in own if call.layer not in past]
+            if others:
+                self._estimator.add_(moments, others, evaluation, generator)
+            if past:
+                layers = [self._layers[name] for name in past]
+                self._estimator.add_weights_(moments, layers, evaluation, generator, together=True)
         self.moments = {name: m for name, m in self.moments.items() if m.examples}
+
+    def _used_past_calls(self, evaluation: Evaluation, calls: Sequence[LayerCall]) -> list[str]:
+        """Return the layers whose weights are used past their calls; the graph is walked once.
+
+        Args:
+            evaluation: The batch.
+            calls: The calls of all layers that are due.
+        """
+        counts = Counter(call.layer for call in calls)
+        kind = len(evaluation.outputs), *sorted(counts.items())
+        if kind not in self._past:
+            layers = [self._layers[name] for name in counts]
+            self._past[kind] = sorted(used_past_calls(evaluation.outputs, calls, layers))
+        return self._past[kind]
 
     def _move_generator_(self, device: torch.device) -> None:
         """Seed the generator anew where the model has moved to another device."""

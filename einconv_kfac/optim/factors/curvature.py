@@ -217,6 +217,11 @@ class RunningCurvature:
                 result.update(running.apply(gradient, inverse))
         return {name: tensor for name, tensor in result.items() if name in gradient}
 
+    @property
+    def has_new_inverses(self) -> bool:
+        """Whether an inverse was computed in this step."""
+        return any(own.inverse_step == self.steps for own in self.layers.values())
+
     def relative_change(self, update: Direction, parameters: Direction) -> float:
         """Return by how much an update changes the outputs of layers, summed over the layers.
 

@@ -45,6 +45,14 @@ class SampledMoments:
         chosen = [gradient[rows] for gradient in gradients]
         self._moments.add_gradients_(self._chosen(calls), chosen, scale * size / len(rows))
 
+    def add_examples_(self, examples: int) -> None:
+        """See `Moments`."""
+        self._moments.add_examples_(examples)
+
+    def add_weight_gradient_(self, gradient: Tensor, scale: float) -> None:
+        """See `Moments`; nothing is sampled, since it takes no product over examples."""
+        self._moments.add_weight_gradient_(gradient, scale)
+
     def _chosen(self, calls: Sequence[LayerCall]) -> list[LayerCall]:
         """Return calls with the inputs of the chosen examples."""
         return [replace(call, x=call.x[self._rows(call.x.shape[0])]) for call in calls]

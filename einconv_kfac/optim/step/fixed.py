@@ -47,7 +47,7 @@ class FixedStep:
         self._curvature.update_()
         self._curvature.refresh_(damping, objective.decay)
         direction = self._curvature.precondition(objective.gradient)
-        if not all_finite([*direction.values(), *objective.others.values()]):
+        if self._curvature.has_new_inverses and not all_finite([*direction.values()]):
             warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=7)
             return Taken({"damping": damping})
         clip = _clip_(direction, objective)
