@@ -53,6 +53,9 @@ FLOATING = Leaf(
 )
 
 
+NOTHING = Leaf("None", lambda v: v is None)
+
+
 def tensor_of(shape: Sequence[int]) -> Leaf:
     """Return the schema of a tensor of real or complex numbers with a shape."""
 

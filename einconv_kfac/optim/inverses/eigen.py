@@ -14,7 +14,10 @@ from einconv_kfac.curvature.blocks.eigen import EigenBlock, decompositions
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
-from einconv_kfac.optim.state_schema import NUMBER, Record, Schema, constant, tensor_of
+from einconv_kfac.optim.state_schema import NOTHING, NUMBER, Record, Schema, constant, tensor_of
+
+DENSE_DIMS = 3
+"""Number of dimensions of a factor ``[g, d, d]``; a diagonal ``[g, d]`` has no eigenbasis."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +101,7 @@ def eigen_schema(
         shapes: The shapes of its factors.
         others: Entries beside those of `EigenInverse`.
     """
-    a, b = (tensor_of(shape) for shape in shapes)
+    a, b = (tensor_of(s) if len(s) == DENSE_DIMS else NOTHING for s in shapes)
     own: dict[str, Schema] = {"basis_a": a, "basis_b": b, "values": tensor_of(layout.shape)}
     return Record({"kind": constant(kind), "damping": NUMBER, **own, **others})
 
