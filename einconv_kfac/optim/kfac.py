@@ -183,9 +183,17 @@ class KFAC(CurvatureOptimizer):
         )
         self._model, self._settings, self._rule = self._curvature.model, settings, rule
         self._names = {p: name for name, p in self._model.named_parameters()}
+        self._begin(params)
+        self._step = step_of(self._curvature, settings, rule, self._fallback)
+        own = self._fallback, settings, self._names, check_reduction(loss_fn)
+        self._runner, self._report = StepRunner(self._curvature, self._step, *own), Report()
+        self._state = OptimizerState(self._curvature, self._step, settings, self._names)
+
+    def _begin(self, params: Iterable[Any] | None) -> None:
+        """Make the parameter groups, and cover their layers."""
         self._is_covering = False  # while torch adds the groups one by one
         try:
-            super().__init__(parameters_of(self._model, params), settings.group_defaults())
+            super().__init__(parameters_of(self._model, params), self._settings.group_defaults())
             self._is_covering = True
             self._curvature.cover_(self._own_names())
             self._curvature.begin_()
@@ -194,10 +202,6 @@ class KFAC(CurvatureOptimizer):
         except BaseException:
             self.remove_hooks()
             raise
-        self._step = step_of(self._curvature, settings, rule, self._fallback)
-        own = self._fallback, settings, self._names, check_reduction(loss_fn)
-        self._runner, self._report = StepRunner(self._curvature, self._step, *own), Report()
-        self._state = OptimizerState(self._curvature, self._step, settings, self._names)
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good; no step can be taken after it."""
