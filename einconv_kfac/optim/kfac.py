@@ -24,7 +24,7 @@ from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Clip
 from einconv_kfac.optim.inverses.protocol import Inverse
 from einconv_kfac.optim.parameters import Exclusion, check_gaps, parameters_of
-from einconv_kfac.optim.pickling import rebuilt
+from einconv_kfac.optim.pickling import rebuilt, temporary_tensors
 from einconv_kfac.optim.schedule import Schedule
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.fallback import Fallback, FallbackKind
@@ -247,4 +247,6 @@ class KFAC(CurvatureOptimizer):
             "strict": self._strict,
             "log_to": self._log_to,
         }
-        return rebuilt, (type(self), given, self.state_dict())
+        state = self.state_dict()
+        self._sent = temporary_tensors(state)  # kept, see there
+        return rebuilt, (type(self), given, state)

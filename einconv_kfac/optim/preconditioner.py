@@ -17,7 +17,7 @@ from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, PERIODS, Hyperparameters
 from einconv_kfac.optim.inverses.protocol import Inverse
 from einconv_kfac.optim.parameters import Exclusion, check_dense, check_names
-from einconv_kfac.optim.pickling import rebuilt
+from einconv_kfac.optim.pickling import rebuilt, temporary_tensors
 from einconv_kfac.optim.schedule import Schedule
 from einconv_kfac.optim.vectors import Direction, norms
 
@@ -169,7 +169,9 @@ class KFACPreconditioner:
         names = ("damping", "factor_decay", *PERIODS, "factor_fraction")
         given = {name: getattr(self._settings, name) for name in names}
         given |= {**self._curvature.arguments(), "parameters": self._parameters}
-        return rebuilt, (type(self), given, self.state_dict())
+        state = self.state_dict()
+        self._sent = temporary_tensors(state)  # kept, see there
+        return rebuilt, (type(self), given, state)
 
     def state_dict(self, *, include_factors: bool = True) -> dict[str, Any]:
         """Return everything that continuing needs; it loads with ``weights_only=True``.

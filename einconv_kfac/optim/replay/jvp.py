@@ -8,7 +8,6 @@ forward mode): the gradient ``J^T w`` is linear in ``w``, so that ``J d`` is the
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -18,12 +17,11 @@ import torch
 from torch import Generator, Tensor
 from torch.autograd import forward_ad
 
+from einconv_kfac.optim.replay.environment import ONE_THREAD
 from einconv_kfac.optim.vectors import Direction
 
 Function: TypeAlias = Callable[[Direction], Tensor]
 """Returns an output for parameters; those that are not given keep their values."""
-_FORWARD_MODE = threading.RLock()
-"""Held while forward mode is on, which torch has once for all threads."""
 
 
 def forward_products(
@@ -46,14 +44,14 @@ def forward_products(
 @cache
 def _load_forward_mode() -> None:
     """Make torch compile its forward-mode formulas, and hide its warning about the compiler."""
-    with _FORWARD_MODE, warnings.catch_warnings(), forward_ad.dual_level():
+    with ONE_THREAD, warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
 
 
 def _forward_product(function: Function, parameters: Direction, direction: Direction) -> Tensor:
     """Return ``J d`` in forward mode."""
-    with _FORWARD_MODE, torch.no_grad(), forward_ad.dual_level():
+    with ONE_THREAD, torch.no_grad(), forward_ad.dual_level():
         duals = {
             name: forward_ad.make_dual(  # type: ignore[no-untyped-call]
                 parameters[name].detach(), tangent
