@@ -252,12 +252,13 @@ class RunningCurvature:
     def snapshot(self) -> Callable[[], None]:
         """Return a function that restores the present state, and drops what was collected."""
         restore_layers = snapshot_of(self.layers)
-        steps, settings = self.steps, self.settings
+        steps, settings, start = self.steps, self.settings, self.collector.start
 
         def restore() -> None:
             restore_layers()
             self.steps, self.settings = steps, settings
-            self.discard_()
+            self.collector.rewind_(start)
+            self.begin_()
 
         return restore
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
-from einconv_kfac.optim.state_schema import Anything, Record
+from einconv_kfac.optim.state_schema import TEXT, Anything, Record
 from einconv_kfac.optim.step.carried_state import carry_, taken_out
 from einconv_kfac.optim.step.memory_state import check_groups, check_memory
 from einconv_kfac.optim.step.step_protocol import Step
@@ -115,7 +115,7 @@ class OptimizerState:
         """
         self.curvature.cover_unfrozen_()
         known = part if isinstance(part, Mapping) else {}
-        self.curvature.check_state(known.get("curvature") or known)
+        self.curvature.check_state(known.get("curvature", known))
         _PART.check(repr(PART), part)
         if part["mode"] != self.step.mode:
             raise ValueError("`state_dict` must come from an optimizer with the same `adaptive`.")
@@ -124,7 +124,7 @@ class OptimizerState:
         check_memory(optimizer.param_groups, others, self.names)
 
 
-_PART = Record({"mode": Anything(), "step": Anything(), "curvature": Anything()})
+_PART = Record({"mode": TEXT, "step": Anything(), "curvature": Anything()})
 
 
 def _split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
