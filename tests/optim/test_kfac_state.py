@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step, weights
+from optim_cases import assert_same, conv_net, image_batch, train_step, weights
 from torch import nn
 
 from einconv_kfac import KFAC, KFACPreconditioner
@@ -91,23 +91,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert torch.equal(after["kfac"]["curvature"].pop("generator"), fresh)
     assert not torch.equal(generator, fresh)  # the backward pass drew from it
     assert_same(state, after)
-
-
-def assert_same(a: Any, b: Any) -> None:
-    """Compare nested containers of tensors bit by bit."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for left, right in zip(a, b):
-            assert_same(left, right)
-    else:
-        assert a == b
 
 
 def test_loading_a_state_of_other_shapes_names_the_layer_and_changes_nothing() -> None:

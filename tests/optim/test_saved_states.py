@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step, weights
-from test_kfac_state import assert_same
+from optim_cases import assert_same, conv_net, image_batch, train_step, weights
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
