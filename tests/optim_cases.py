@@ -71,3 +71,20 @@ def objective_of(parameters: dict[str, Tensor], **others: Any) -> Objective:
 def with_kl_clip(options: dict[str, Any], bound: float | None) -> dict[str, Any]:
     """Return a mode's options, with a bound where rates are fixed."""
     return options if options.get("adaptive", True) else {**options, "kl_clip": bound}
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Compare nested containers of tensors bit by bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for left, right in zip(a, b):
+            assert_same(left, right)
+    else:
+        assert a == b

@@ -84,9 +84,11 @@ class CurvatureOptimizer(Optimizer):
     def state_dict(self, *, include_factors: bool = True) -> dict[str, Any]:
         """Return everything that continuing needs; it loads with ``weights_only=True``.
 
-        Hooks on saving and loading see all of it. Of the entries, ``"kfac"`` is there twice, also
-        in the first parameter group, for `torch.distributed.checkpoint.state_dict`, which drops
-        what is neither a state of a parameter nor in a group; ``torch.save`` writes it once.
+        Hooks on saving and loading see all of it. The contents of the entry ``"kfac"`` are also
+        in the state of the first parameter that has one, as tensors, since
+        `torch.distributed.checkpoint.state_dict` drops what is neither a state of a parameter
+        nor a group; ``torch.save`` writes shared tensors once. Before the first step no
+        parameter has a state: save this one itself then.
 
         Args:
             include_factors: Whether the factors and their inverses, the largest part, and the

@@ -80,19 +80,20 @@ def description(
         settings: Its hyper-parameters.
         groups: Its parameter groups.
     """
-    automatic = [n for n in ("damping", "momentum") if getattr(settings, n) is None]
-    automatic = ["step size", *automatic] if settings.adaptive else []
-    lines = [f"model: {type(model).__name__}", f"adaptive: {settings.adaptive}"]
-    if automatic:
-        lines.append(f"automatic: {', '.join(automatic)}")
-    default = Hyperparameters(lr=settings.lr, adaptive=settings.adaptive)
-    changed = {n: v for n, v in settings.arguments().items() if v != getattr(default, n)}
-    lines += [f"{name}: {value}" for name, value in {"lr": settings.lr, **changed}.items()]
+    lines = []
     for index, group in enumerate(groups):
         own = {n: group[n] for n in GROUP_OVERRIDES if group.get(n) is not None}
-        numbers = ", ".join(f"{n}={value}" for n, value in own.items())
-        lines.append(f"group {index}: {len(group['params'])} parameters, {numbers}")
-    return "\n    ".join([f"{name}(", *lines]) + "\n)"
+        lines.append(f"Parameter Group {index}")
+        lines += [f"    {n}: {value}" for n, value in own.items()]
+        lines.append(f"    parameters: {len(group['params'])}")
+    lines += [f"model: {type(model).__name__}", f"adaptive: {settings.adaptive}"]
+    if settings.adaptive:
+        given = [n for n in ("damping", "momentum") if getattr(settings, n) is None]
+        lines.append(f"automatic: {', '.join(['step size', *given])}")
+    default = Hyperparameters(lr=settings.lr, adaptive=settings.adaptive)
+    changed = {n: v for n, v in settings.arguments().items() if v != getattr(default, n)}
+    lines += [f"{n}: {value}" for n, value in changed.items()]
+    return "\n".join([f"{name} (", *lines, ")"])
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

@@ -25,7 +25,7 @@ from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Clip
 from einconv_kfac.optim.inverses.protocol import Inverse
 from einconv_kfac.optim.parameters import check_gaps, parameters_of
-from einconv_kfac.optim.pickling import rebuilt
+from einconv_kfac.optim.pickling import rebuilt, temporary_tensors
 from einconv_kfac.optim.schedule import Schedule
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.fallback import Fallback, FallbackKind
@@ -188,9 +188,17 @@ class KFAC(CurvatureOptimizer):
         )
         self._model, self._settings, self._rule = self._preconditioner.model, settings, rule
         self._names = {p: name for name, p in self._model.named_parameters()}
+        self._begin(params)
+        self._step = step_of(self._preconditioner, settings, rule, self._fallback)
+        own = self._fallback, settings, self._names, is_sum(loss_fn)
+        self._runner, self._report = StepRunner(self._preconditioner, self._step, *own), Report()
+        self._state = OptimizerState(self._preconditioner, self._step, settings, self._names)
+
+    def _begin(self, params: Iterable[Any] | None) -> None:
+        """Make the parameter groups, and cover their layers."""
         self._is_covering = False  # while torch adds the groups one by one
         try:
-            super().__init__(parameters_of(self._model, params), settings.group_defaults())
+            super().__init__(parameters_of(self._model, params), self._settings.group_defaults())
             self._is_covering = True
             self._preconditioner.cover_(self._own_names())
             self._preconditioner.begin_()
@@ -199,10 +207,6 @@ class KFAC(CurvatureOptimizer):
         except BaseException:
             self.remove_hooks()
             raise
-        self._step = step_of(self._preconditioner, settings, rule, self._fallback)
-        own = self._fallback, settings, self._names, is_sum(loss_fn)
-        self._runner, self._report = StepRunner(self._preconditioner, self._step, *own), Report()
-        self._state = OptimizerState(self._preconditioner, self._step, settings, self._names)
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good; no step can be taken after it."""
@@ -259,4 +263,6 @@ class KFAC(CurvatureOptimizer):
             "strict": self._strict,
             "log_to": self._log_to,
         }
-        return rebuilt, (type(self), given, self.state_dict())
+        state = self.state_dict()
+        self._sent = temporary_tensors(state)  # kept, see there
+        return rebuilt, (type(self), given, state)

@@ -50,7 +50,7 @@ def parameters_of(model: nn.Module, params: Any) -> Any:
     """
     if params is None:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if isinstance(params, (str, Tensor)) or not isinstance(params, Iterable):
+    if not isinstance(params, (Iterable, Tensor)):  # torch refuses a tensor, and wrong entries
         raise ValueError(
             f"`params` must be an iterable of parameters or of groups, got {shown(params)}."
         )

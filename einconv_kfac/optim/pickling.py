@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
 
 def rebuilt(kind: Callable[..., Any], given: dict[str, Any], state: dict[str, Any]) -> Any:
     """Return a copy, from the arguments of its constructor and its state."""
     made = kind(**given)
     made.load_state_dict(state)
     return made
+
+
+def temporary_tensors(state: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors of a state that nothing else holds: the bytes among them.
+
+    `torch.multiprocessing` sends file descriptors of tensors to a process that is spawned. Of a
+    tensor that is gone before it has started, the descriptor is closed and used for another file.
+    """
+    leaves = _pytree.tree_leaves(state)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dtype == torch.uint8]

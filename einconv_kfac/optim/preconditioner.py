@@ -18,7 +18,7 @@ from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, PERIODS, Hyperparameters
 from einconv_kfac.optim.inverses.protocol import Inverse
 from einconv_kfac.optim.parameters import check_dense, check_names
-from einconv_kfac.optim.pickling import rebuilt
+from einconv_kfac.optim.pickling import rebuilt, temporary_tensors
 from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.schedule import Schedule
 from einconv_kfac.optim.vectors import Direction, all_finite, norms
@@ -153,7 +153,9 @@ class KFACPreconditioner:
         curvature = self._curvature
         batches = curvature.recorder.take()
         losses = [batch.loss for batch in batches]
-        if not curvature.is_finite([*gradient.values()], losses, norms(gradient.values())):
+        if not curvature.collector.is_finite(
+            [*gradient.values()], losses, norms(gradient.values())
+        ):
             curvature.discard_()
             warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=4)
             return
@@ -186,7 +188,9 @@ class KFACPreconditioner:
         names = ("damping", "factor_decay", *PERIODS, "factor_fraction")
         given = {name: getattr(self._settings, name) for name in names}
         given |= {**self._curvature.arguments(), "parameters": self._parameters}
-        return rebuilt, (type(self), given, self.state_dict())
+        state = self.state_dict()
+        self._sent = temporary_tensors(state)  # kept, see there
+        return rebuilt, (type(self), given, state)
 
     def state_dict(self, *, include_factors: bool = True) -> dict[str, Any]:
         """Return everything that continuing needs; it loads with ``weights_only=True``.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step, weights
+from optim_cases import assert_same, conv_net, image_batch, train_step, weights
 from torch import nn
 
 from einconv_kfac import KFAC, KFACPreconditioner
@@ -93,23 +93,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert_same(state, after)
 
 
-def assert_same(a: Any, b: Any) -> None:
-    """Compare nested containers of tensors bit by bit."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for left, right in zip(a, b):
-            assert_same(left, right)
-    else:
-        assert a == b
-
-
 def test_loading_a_state_of_other_shapes_names_the_layer_and_changes_nothing() -> None:
     loss_fn = nn.CrossEntropyLoss()
     small, large = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(4, 3))
@@ -129,9 +112,9 @@ def test_loading_a_state_of_other_layers_or_modes_is_refused() -> None:
     with pytest.raises(ValueError, match="same `adaptive`"):
         KFAC(one, loss_fn).load_state_dict(KFAC(one, loss_fn, 0.1, adaptive=False).state_dict())
     previous = {**KFAC(one, loss_fn).state_dict(), "kfac": {"version": 5, "automatic": {}}}
-    with pytest.raises(ValueError, match="must be a KFAC state of version 6, got 5"):
+    with pytest.raises(ValueError, match="must be a KFAC state of version 7, got 5"):
         KFAC(one, loss_fn).load_state_dict(previous)
-    with pytest.raises(ValueError, match="must be a KFAC state of version 6, got a state without"):
+    with pytest.raises(ValueError, match="must be a KFAC state of version 7, got a state without"):
         KFACPreconditioner(one, loss_fn).load_state_dict({"layers": {}, "inverse": "factored"})
     with pytest.raises(ValueError, match="must be a KFAC state of version"):
         KFAC(one, loss_fn).load_state_dict(torch.optim.SGD(one.parameters(), 0.1).state_dict())

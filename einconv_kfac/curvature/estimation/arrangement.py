@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.example_layout import (
@@ -17,8 +18,9 @@ from einconv_kfac.curvature.estimation.example_layout import (
     found_layout,
     parts,
     probes,
-)
+)from einconv_kfac.curvature.objective.graph import kind_of_node, reached_nodes
 
+_BATCH_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 Backpropagate: TypeAlias = "Callable[[Sequence[Tensor], Sequence[LayerCall]], list[Tensor | None]]"
 """Returns the gradients at calls for vectors at the outputs of the model."""
 Signature: TypeAlias = tuple[object, ...]
@@ -81,6 +83,7 @@ class ArrangedCall:
 def arrange(
     calls: Sequence[LayerCall],
     outputs: Sequence[Tensor],
+    graph: Sequence[Tensor | GradientEdge],
     examples: int,
     layouts: Layouts,
     backpropagate: Backpropagate,
@@ -92,6 +95,7 @@ def arrange(
     Args:
         calls: The calls.
         outputs: Tensors like the outputs of the model, ``[n, ...]``.
+        graph: The outputs with their graph.
         examples: The number of examples.
         layouts: The known layouts, which are added to.
         backpropagate: Runs a backward pass.
@@ -106,10 +110,11 @@ def arrange(
     new = [i for i, signature in enumerate(signatures) if signature not in layouts]
     if new and examples > 1:
         chosen = [calls[i] for i in new]
+        mixes = normalises_batches(graph)
         passes = [backpropagate(vectors, chosen) for vectors in probes(outputs)]
         for index, call, *gradients in zip(new, chosen, *passes):
             known = [torch.zeros(call.y_shape) if g is None else g for g in gradients]
-            layouts[signatures[index]] = found_layout(call, known, examples)
+            layouts[signatures[index]] = found_layout(call, known, examples, mixes=mixes)
     for index in new if examples == 1 else ():
         possible = candidates(calls[index].x.shape, calls[index].y_shape, 1)
         layouts[signatures[index]] = possible[0] if possible else None
@@ -135,6 +140,13 @@ def check_call(call: LayerCall) -> None:
             "output, got another one before it, which may change the output. Register it without "
             f"`prepend` and not for all modules, or leave the layer out: exclude=['{call.layer}']."
         )
+
+
+def normalises_batches(outputs: Sequence[Tensor | GradientEdge]) -> bool:
+    """Return whether batch normalisation on batch statistics lies in the graph of outputs."""
+    nodes: set[Any] = set(reached_nodes(outputs))
+    norms = [node for node in nodes if kind_of_node(node) in _BATCH_NORMS]
+    return any(getattr(node, "_saved_training", True) for node in norms)
 
 
 def _signatures(calls: Sequence[LayerCall], examples: int) -> list[Signature]:

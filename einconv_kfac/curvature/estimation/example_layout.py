@@ -111,7 +111,7 @@ def only(vector: Tensor, example: int) -> Tensor:
 
 
 def found_layout(
-    call: LayerCall, gradients: Sequence[Tensor], examples: int
+    call: LayerCall, gradients: Sequence[Tensor], examples: int, *, mixes: bool
 ) -> ExampleLayout | None:
     """Return the layout of a call, or ``None`` if its rows are shared between examples.
 
@@ -119,6 +119,8 @@ def found_layout(
         call: The call.
         gradients: The gradients at its output for the two `probes`.
         examples: The number of examples.
+        mixes: Whether the model normalises over the batch, so that rows of other examples have
+            gradients as well.
     """
     possible = candidates(call.x.shape, call.y_shape, examples)
     for layout in possible:
@@ -126,11 +128,11 @@ def found_layout(
         others = [total - float(own[i]) for i, (total, own) in enumerate(shares)]
         if all(other <= 0 for other in others):
             return layout
-    if FIRST not in possible:
-        return None
+    if FIRST not in possible or mixes:
+        return FIRST if FIRST in possible else None
     (_, first), (_, second) = [_shares(FIRST, gradient, examples) for gradient in gradients]
-    mixes = first[0] > MIXING_RATIO * second[0] and second[1] > MIXING_RATIO * first[1]
-    return FIRST if bool(mixes) else None
+    is_own = first[0] > MIXING_RATIO * second[0] and second[1] > MIXING_RATIO * first[1]
+    return FIRST if bool(is_own) else None
 
 
 def _shares(layout: ExampleLayout, gradient: Tensor, examples: int) -> tuple[float, Tensor]:

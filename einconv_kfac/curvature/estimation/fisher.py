@@ -134,6 +134,7 @@ class FisherEstimator:
         return arrange(
             calls,
             evaluation.like_outputs(),
+            evaluation.outputs,
             evaluation.examples,
             self.layouts,
             lambda vectors, own: call_gradients(evaluation.outputs, vectors, own),

@@ -87,8 +87,14 @@ class Collector:
         self.due = set(due)
         self._capture.enabled = bool(self.due)
 
-    def rewind_(self) -> None:
-        """Restore the random generator as it was at the beginning of the step."""
+    @property
+    def start(self) -> tuple[Generator, Tensor]:
+        """The random generator, and its state at the beginning of the step."""
+        return self.generator, self._before
+
+    def rewind_(self, start: tuple[Generator, Tensor] | None = None) -> None:
+        """Restore the random generator as it was at the beginning of a step, of this one."""
+        self.generator, self._before = self.start if start is None else start
         self.generator.set_state(self._before)
 
     def _forget_(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -230,12 +230,6 @@ class RunningCurvature:
         changes = [r.change(update, parameters) for r in self.layers.values() if r.factors]
         return float(torch.stack(changes).sum()) if changes else 0.0
 
-    def is_finite(
-        self, gradients: Sequence[Tensor], losses: Sequence[Tensor], known: Sequence[Tensor]
-    ) -> bool:
-        """See `Collector.is_finite`."""
-        return self.collector.is_finite(gradients, losses, known)
-
     def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
         """Return the dampings by layer, weight decay included."""
         weights = {name: running.layer.weight for name, running in self.layers.items()}
@@ -262,12 +256,13 @@ class RunningCurvature:
     def snapshot(self) -> Callable[[], None]:
         """Return a function that restores the present state, and drops what was collected."""
         restore_layers = snapshot_of(self.layers)
-        steps, settings = self.steps, self.settings
+        steps, settings, start = self.steps, self.settings, self.collector.start
 
         def restore() -> None:
             restore_layers()
             self.steps, self.settings = steps, settings
-            self.discard_()
+            self.collector.rewind_(start)
+            self.begin_()
 
         return restore
 

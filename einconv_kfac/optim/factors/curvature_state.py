@@ -53,7 +53,7 @@ def check_curvature_state(
 def check_version(state: Any) -> None:
     """Raise a ``ValueError`` if a state is none, or of another version."""
     version = state.get("version") if isinstance(state, Mapping) else None
-    if version != CURVATURE_STATE_VERSION:
+    if not isinstance(version, int) or version != CURVATURE_STATE_VERSION:
         found = "a state without a version" if version is None else shown(version)
         raise ValueError(
             f"`state_dict` must be a KFAC state of version {CURVATURE_STATE_VERSION}, got "

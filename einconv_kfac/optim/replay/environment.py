@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+ONE_THREAD = threading.RLock()
+"""Held while something is changed that torch has once for all threads: the random state, the
+choice of attention kernels, forward mode."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Environment:
             cache_enabled=False,
         )
         random = torch.random.fork_rng(devices=list(self.cuda_random))
-        with random, autocast, self._modes_restored(model):
+        with ONE_THREAD, random, autocast, self._modes_restored(model):
             torch.set_rng_state(self.cpu_random)
             for index, state in self.cuda_random.items():
                 torch.cuda.set_rng_state(state, index)

@@ -8,7 +8,6 @@ forward mode): the gradient ``J^T w`` is linear in ``w``, so that ``J d`` is the
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -18,14 +17,13 @@ import torch
 from torch import Generator, Tensor
 from torch.autograd import forward_ad
 
+from einconv_kfac.optim.replay.environment import ONE_THREAD
 from einconv_kfac.optim.vectors import Direction, entries, precise, sum_of
 
 Function: TypeAlias = Callable[[Direction], tuple[Tensor, ...]]
 """Returns outputs for parameters; those that are not given keep their values."""
 Tangents: TypeAlias = tuple[Tensor, ...]
 """``J d`` for each output, shaped like it."""
-_FORWARD_MODE = threading.RLock()
-"""Held while forward mode is on, which torch has once for all threads."""
 
 
 def forward_products(
@@ -62,7 +60,7 @@ def forward_products(
 @cache
 def _load_forward_mode() -> None:
     """Make torch compile its forward-mode formulas, and hide its warning about the compiler."""
-    with _FORWARD_MODE, warnings.catch_warnings(), forward_ad.dual_level():
+    with ONE_THREAD, warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
 
@@ -72,7 +70,7 @@ def _forward_product(
 ) -> tuple[tuple[Tensor, ...], Tangents]:
     """Return the outputs and ``J d`` in forward mode."""
     own, scale = _in_range(direction, parameters)
-    with _FORWARD_MODE, forward_ad.dual_level():
+    with ONE_THREAD, forward_ad.dual_level():
         duals = {
             name: forward_ad.make_dual(  # type: ignore[no-untyped-call]
                 parameters[name].detach(), tangent

@@ -41,8 +41,8 @@ def check_groups(groups: Groups, state: Mapping[str, Any], settings: Hyperparame
         members, expected = own.get("params"), len(group["params"])
         if not isinstance(members, (list, tuple)) or len(members) != expected:
             raise ValueError(
-                f"`state_dict` must have {expected} params in param_groups.{index}, got "
-                f"{shown(members)}."
+                f"`state_dict` must have {expected} params in param_groups.{index}, got a group "
+                f"that doesn't match the size of optimizer's group: {shown(members)}."
             )
         lost = settings.group_defaults().keys() - own.keys()
         if lost:

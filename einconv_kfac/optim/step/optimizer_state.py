@@ -14,13 +14,13 @@ from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.curvature_state import CURVATURE_STATE_VERSION, check_version
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.state_schema import Anything, Record
+from einconv_kfac.optim.step.carried_state import carry_, taken_out
 from einconv_kfac.optim.step.memory_state import check_groups, check_memory
 from einconv_kfac.optim.step.step_protocol import Step
 from einconv_kfac.optim.vectors import Direction
 
 PART = "kfac"
-"""Key of what a saved state has beside that of torch's optimizers. The first parameter group has
-it too: `torch.distributed.checkpoint.state_dict` keeps only states of parameters and groups."""
+"""Key of what a saved state has beside that of torch's optimizers."""
 
 MODES = frozenset({"automatic", "fixed"})
 """The names of the kinds of steps, under which their states are saved."""
@@ -57,7 +57,7 @@ class OptimizerState:
                 "preconditioner": self.curvature.state_dict(include_factors),
                 self.step.mode: self.step.state_dict(),
             }
-            state["param_groups"][0][PART] = state[PART]
+            carry_(state["state"], state[PART])
 
         handle = optimizer.register_state_dict_post_hook(add, prepend=True)
         try:
@@ -132,14 +132,9 @@ class OptimizerState:
 
 def _split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the part that torch's optimizers lack, and the others, without it."""
-    part, others = state.get(PART), {name: own for name, own in state.items() if name != PART}
-    groups = state.get("param_groups")
-    if not isinstance(groups, (list, tuple)) or not all(isinstance(g, Mapping) for g in groups):
-        return part, others
-    if part is None and groups:
-        part = groups[0].get(PART)
-    own = [{name: value for name, value in g.items() if name != PART} for g in groups]
-    return part, {**others, "param_groups": own}
+    carried, memory = taken_out(state.get("state"))
+    others = {name: own for name, own in state.items() if name != PART}
+    return state.get(PART, carried), {**others, "state": memory} if "state" in state else others
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class StepRunner:
         if getattr(optimizer, "found_inf", None):  # the scaler will lower its scale
             curvature.discard_()
             return None
-        if not curvature.is_finite(gradients, [batch.loss for batch in batches], known):
+        if not curvature.collector.is_finite(gradients, [batch.loss for batch in batches], known):
             curvature.discard_()
             warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=6)
             return None
