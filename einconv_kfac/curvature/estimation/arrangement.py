@@ -18,7 +18,8 @@ from einconv_kfac.curvature.estimation.example_layout import (
     found_layout,
     parts,
     probes,
-)from einconv_kfac.curvature.objective.graph import kind_of_node, reached_nodes
+)
+from einconv_kfac.curvature.objective.graph import kind_of_node, reached_nodes
 
 _BATCH_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 Backpropagate: TypeAlias = "Callable[[Sequence[Tensor], Sequence[LayerCall]], list[Tensor | None]]"
