@@ -27,8 +27,10 @@ def excluded_modules(model: nn.Module, exclude: Exclusion) -> set[nn.Module]:
         ValueError: If an entry is not a module of the model and matches none.
     """
     entries = [exclude] if isinstance(exclude, (str, nn.Module)) else exclude
-    if not isinstance(entries, Collection) or not all(
-        isinstance(entry, (str, nn.Module)) for entry in entries
+    if (
+        isinstance(entries, Tensor)
+        or not isinstance(entries, Collection)
+        or not all(isinstance(entry, (str, nn.Module)) for entry in entries)
     ):
         raise ValueError(
             f"`exclude` must be modules of `model`, their names or patterns, got {shown(exclude)}."
