@@ -7,11 +7,13 @@ import reprlib
 from collections.abc import Sequence
 from numbers import Integral, Real
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+LARGEST_INTEGER = 2**63
+"""Integers from here on do not fit a tensor's operations."""
 SEED_BOUNDS = (-(2**63), 2**64)
 """Bounds of a seed, of `torch.Generator.manual_seed`."""
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
@@ -38,8 +40,7 @@ def in_range(name: str, value: Any, *, below: float = math.inf, positive: bool =
     if not _is_number(number) or not 0 <= number < below or (positive and number == 0):
         rule = f"in {'(' if positive else '['}0, {below})"
         raise ValueError(f"`{name}` must be a number {rule}, got {shown(value)}.")
-    result: float = number
-    return result
+    return float(number) if abs(number) >= LARGEST_INTEGER else number
 
 
 def fraction(name: str, value: Any) -> float:
@@ -201,9 +202,9 @@ def _described(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

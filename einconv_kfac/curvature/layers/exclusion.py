@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 Entry: TypeAlias = str | nn.Module | type[nn.Module]
 Exclusion: TypeAlias = Entry | Collection[Entry]
@@ -25,6 +26,14 @@ def excluded_modules(model: nn.Module, exclude: Exclusion) -> set[nn.Module]:
         ValueError: If an entry is not a module of the model and matches none.
     """
     entries = [exclude] if isinstance(exclude, (str, nn.Module, type)) else exclude
+    if isinstance(entries, Tensor) or not (
+        isinstance(entries, Collection)
+        and all(isinstance(entry, (str, nn.Module, type)) for entry in entries)
+    ):
+        raise ValueError(
+            "`exclude` must be modules of `model`, their types, their names or patterns, got "
+            f"{reprlib.repr(exclude)}."
+        )
     named = dict(model.named_modules(remove_duplicate=False))
     chosen: set[nn.Module] = set()
     for entry in entries:
