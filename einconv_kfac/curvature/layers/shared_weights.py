@@ -37,16 +37,22 @@ class Candidate:
 def owners(model: nn.Module, names: Mapping[Tensor, str]) -> dict[str, dict[nn.Module, str]]:
     """Return the modules that use each parameter, with their names, by the parameter's name.
 
-    A module counts if a rule covers its type, or if it contains no others. Other modules hold
-    parameters of those that they contain under a second name.
+    A module counts if a rule covers its type, or if it can be called and contains no others.
+    Other modules hold parameters of those that they contain under a second name.
     """
     found: dict[str, dict[nn.Module, str]] = defaultdict(dict)
     for name, module in model.named_modules():
-        if layer_rule(module) is None and any(True for _ in module.children()):
+        is_container = any(True for _ in module.children()) or not _can_be_called(module)
+        if layer_rule(module) is None and is_container:
             continue
         for parameter in module.parameters(recurse=False):
             found[names[parameter]][module] = name
     return found
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    """Return whether a module has a forward pass, which lists of parameters do not."""
+    return type(module).forward is not nn.Module.forward
 
 
 def joined(

@@ -14,7 +14,7 @@ from einconv_kfac.curvature import kronecker_factors
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
 VOCABULARY = 7
-TOKENS = torch.tensor([[0, 3, 1], [2, 2, 0], [4, 1, 1], [1, 1, 1]])  # 5 and 6 never occur
+TOKENS = torch.tensor([[0, 3, 1], [2, 2, 0], [6, 1, 1], [1, 1, 1]])  # 4 and 5 never occur
 TARGETS = torch.tensor([0, 2, 1, 1])
 
 

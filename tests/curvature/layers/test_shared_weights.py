@@ -223,5 +223,6 @@ def test_a_head_with_a_bias_is_tied_by_its_weight() -> None:
 def test_a_parameter_with_a_second_name_stays_covered() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
     model.weight_of_the_first = model[0].weight
+    model.listed = nn.ParameterList([model[2].weight])
     names = [name for layer in find_layers(model) for name in layer.parameters]
     assert names == ["weight_of_the_first", "0.bias", "2.weight", "2.bias"]
