@@ -1,0 +1,140 @@
+"""Losses read off the autograd graph, against autograd's Hessians of the same losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from einconv_kfac.curvature.objective.graph import edge_of, mark_, mark_of
+from einconv_kfac.curvature.objective.reading import Reading
+
+EXAMPLES, POSITIONS, CLASSES = 4, 5, 3
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(EXAMPLES, POSITIONS, 4, generator=GENERATOR, dtype=torch.float64)
+Y = torch.randint(CLASSES, (EXAMPLES, POSITIONS), generator=GENERATOR)
+T = torch.rand(EXAMPLES, POSITIONS, CLASSES, generator=GENERATOR, dtype=torch.float64)
+WEIGHTS = torch.arange(EXAMPLES * POSITIONS, dtype=torch.float64)
+
+CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
+    "shift": lambda o: functional.cross_entropy(
+        o[:, :-1].reshape(-1, CLASSES), Y[:, 1:].reshape(-1), label_smoothing=0.1
+    ),
+    "transpose": lambda o: functional.cross_entropy(o.transpose(1, 2), Y),
+    "mask": lambda o: functional.cross_entropy(o[Y > 0], Y[Y > 0]),
+    "last": lambda o: functional.cross_entropy(o[:, -1], Y[:, -1]),
+    "scaled": lambda o: 3 * functional.cross_entropy(o.transpose(1, 2) / 0.7, Y),
+    "weights": lambda o: (
+        (functional.cross_entropy(o.reshape(-1, CLASSES), Y.reshape(-1), reduction="none"))
+        @ WEIGHTS
+    ),
+    "soft targets": lambda o: functional.cross_entropy(o.transpose(1, 2), T.transpose(1, 2)),
+    "likelihood": lambda o: functional.nll_loss(o.log_softmax(-1).view(-1, CLASSES), Y.view(-1)),
+    "divergence": lambda o: functional.kl_div(
+        o.log_softmax(-1), T.softmax(-1), reduction="batchmean"
+    ),
+    "log density": lambda o: -torch.distributions.Categorical(logits=o).log_prob(Y).mean(),
+    "power": lambda o: ((o - T) ** 2).mean(),
+    "squares": lambda o: functional.mse_loss(o, T, reduction="sum") / EXAMPLES,
+    "logistic": lambda o: functional.binary_cross_entropy_with_logits(
+        o, T, pos_weight=torch.tensor([1.0, 2, 3]).double()
+    ),
+    "Huber": lambda o: functional.huber_loss(o, T, delta=10.0),
+    "counts": lambda o: functional.poisson_nll_loss(o, T),
+    "soft margin": lambda o: functional.soft_margin_loss(o, 2 * (T > 0.5).double() - 1),
+    "variational": lambda o: (
+        functional.mse_loss(o[..., 0], T[..., 0])
+        - 0.5 * (1 + o[..., 1] - o[..., 2] ** 2 - o[..., 1].exp()).sum()
+    ),
+}
+OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "absolute": lambda o: functional.l1_loss(o, T),
+    "root": lambda o: ((o - T) ** 2).mean().sqrt(),
+    "overlap": lambda o: 1 - 2 * (o.sigmoid() * T).sum() / (o.sigmoid().sum() + T.sum()),
+    "margin": lambda o: functional.multi_margin_loss(o[:, 0], Y[:, 0]),
+    "cosine": lambda o: 1 - functional.cosine_similarity(o, T, dim=-1).mean(),
+    "gate": lambda o: (o.tanh() * o[..., :1].sigmoid() - T).pow(2).mean(),
+}
+NAME = "test"
+
+
+def read(loss: Callable[[Tensor], Tensor]) -> tuple[Reading, Tensor, Tensor]:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, CLASSES).double()
+    output = layer(X)
+    mark_(output, NAME, output.detach())
+    value = loss(output)
+    names: dict[Tensor, str] = {p: n for n, p in layer.named_parameters()}
+    weight = torch.ones_like(value)
+    reading = Reading(edge_of(value), value.detach(), weight, lambda e: mark_of(e, NAME), names)
+    return reading, output, value
+
+
+def hessian(loss: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
+    found = torch.autograd.functional.hessian(loss, output.detach())
+    return found.reshape(output.numel(), output.numel())
+
+
+@pytest.mark.parametrize("name", CONVEX)
+def test_curvature_is_the_hessian(name: str) -> None:
+    reading, output, value = read(CONVEX[name])
+    expected = hessian(CONVEX[name], output)
+    tail = reading.tail(reading.sources)
+    value.backward()  # frees the graph
+    u = torch.randn(2, *output.shape, generator=GENERATOR, dtype=torch.float64)
+    found = tail.expansion([[each] for each in u])
+    flat = u.flatten(1)
+    torch.testing.assert_close(found.curvature, flat @ expected @ flat.T, rtol=1e-9, atol=1e-12)
+    slope = torch.autograd.functional.jacobian(CONVEX[name], output.detach()).flatten()
+    torch.testing.assert_close(found.slope, flat @ slope, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONVEX)
+def test_roots_give_the_hessian_of_every_example(name: str) -> None:
+    reading, output, _ = read(CONVEX[name])
+    expected = hessian(CONVEX[name], output).reshape(EXAMPLES, -1, EXAMPLES, output[0].numel())
+    roots = torch.stack([next(iter(found.values())) for found in reading.roots()]).flatten(2)
+    for n in range(EXAMPLES):
+        own = roots[:, n]
+        torch.testing.assert_close(own.T @ own, expected[n, :, n], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["shift", "logistic", "variational"])
+def test_samples_have_the_second_moment(name: str) -> None:
+    reading, output, _ = read(CONVEX[name])
+    expected = hessian(CONVEX[name], output)
+    generator, total = torch.Generator().manual_seed(1), torch.zeros_like(expected)
+    for _ in range(4000):
+        (root,) = reading.sample(generator).values()
+        total += torch.outer(root.flatten(), root.flatten())
+    assert (total / 4000 - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.parametrize("name", [*CONVEX, *OTHERS])
+def test_values_at_other_outputs(name: str) -> None:
+    loss = {**CONVEX, **OTHERS}[name]
+    reading, output, value = read(loss)
+    tail = reading.tail(reading.sources)
+    value.backward()
+    assert not tail.unknown()
+    other = output.detach() + 0.3 * torch.randn(output.shape, generator=GENERATOR).double()
+    torch.testing.assert_close(tail.value([other]), loss(other), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["absolute", "overlap", "margin", "cosine"])
+def test_losses_without_curvature_have_the_empirical_fisher(name: str) -> None:
+    reading, output, _ = read(OTHERS[name])
+    tail = reading.tail(reading.sources)
+    gradient = torch.autograd.functional.jacobian(OTHERS[name], output.detach())
+    u = torch.randn(output.shape, generator=GENERATOR, dtype=torch.float64)
+    along = (gradient * u).flatten(1).sum(1)
+    found = tail.expansion([[u]]).curvature[0, 0]
+    torch.testing.assert_close(found, EXAMPLES * along @ along, rtol=1e-9, atol=1e-12)
+
+
+def test_an_unknown_operation_is_named() -> None:
+    reading, _, _ = read(lambda o: (o - T).relu().mean())
+    assert reading.tail(reading.sources).unknown() == ["Relu"]
