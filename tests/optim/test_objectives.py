@@ -14,7 +14,7 @@ from torch.nn import functional
 from einconv_kfac import KFAC
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
-N, S, V = 8, 5, 3
+N, S, V = 5, 4, 3
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(N, S, 4, generator=GENERATOR, dtype=torch.float64)
 Y = torch.randint(V, (N, S), generator=GENERATOR)
@@ -79,20 +79,7 @@ def same(found: tuple[Tensor, list[float]], wanted: tuple[Tensor, list[float]]) 
 def test_ways_between_model_and_loss(way: str, observed: bool) -> None:
     """A loss module on a tensor that follows from the output, or a functional loss."""
     then, target = WAYS[way]
-    loss_fn, options = nn.CrossEntropyLoss(), {"damping": None}
-    plain = Then(net(), then)
-    wanted = trained(plain, KFAC(plain, loss_fn, **options), lambda o: loss_fn(o, target))
-    model = net()
-    if observed:
-        opt = KFAC(model)
-        found = trained(
-            model, opt, lambda o: functional.cross_entropy(then(o), target), observed=True
-        )
-    else:
-        opt = KFAC(model, loss_fn)
-        found = trained(model, opt, lambda o: loss_fn(then(o), target))
-    # Monte Carlo samples are those of the same generator only where the rows are the same
-    assert found[1][-1] < 0.9 * found[1][0]
+    loss_fn = nn.CrossEntropyLoss()
     exact = Then(net(), then), net()
     wanted = trained(
         exact[0], KFAC(exact[0], loss_fn, fisher="exact"), lambda o: loss_fn(o, target)
@@ -105,10 +92,7 @@ def test_ways_between_model_and_loss(way: str, observed: bool) -> None:
     else:
         own = KFAC(exact[1], loss_fn, fisher="exact")
         found = trained(exact[1], own, lambda o: loss_fn(then(o), target))
-    if way in ("transpose", "temperature", "last", "clone", "float", "squeeze"):
-        same(found, wanted)  # both have one row, or the same rows, for each example
-    else:
-        assert found[1] == pytest.approx(wanted[1], rel=0.05)
+    same(found, wanted)
 
 
 def test_a_loss_in_the_output() -> None:

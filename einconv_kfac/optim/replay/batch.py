@@ -28,6 +28,8 @@ class Batch:
         versions: The versions of the targets.
         refusal: Why the batch cannot be replayed, or ``None``.
         subset: The examples that its curvature is computed from, if not all.
+        has_moved: Whether parameters were changed after the passes, and outputs and loss are those
+            of the present ones.
     """
 
     forwards: tuple[ForwardPass, ...]
@@ -39,6 +41,7 @@ class Batch:
     versions: Versions = field(default_factory=lambda: Versions(()))
     refusal: str | None = None
     subset: Subset | None = None
+    has_moved: bool = False
 
     def curvature_forwards(self) -> list[ForwardPass]:
         """Return the forward passes that the curvature is computed from, those of the subset.

@@ -196,7 +196,7 @@ class Replay:
         loss, model = self.batch_loss(batch), batch.loss_model
         if isinstance(model, GivenLoss):
             model = GivenLoss(model.loss_fn, outputs[0], model.targets)
-        return replace(batch, outputs=outputs, loss=loss, loss_model=model)
+        return replace(batch, outputs=outputs, loss=loss, loss_model=model, has_moved=True)
 
     def _evaluated(self, forward: ForwardPass) -> Outputs:
         """Return the tensors of a forward pass for the present parameters."""

@@ -100,6 +100,6 @@ def quadratic_model(
         curvature = curvature + gram_matrix(directions, objective.decay)
         decay = [inner(d, objective.parameters, objective.decay) for d in directions]
         observed = observed + torch.stack(decay)
-    is_whole = all(batch.subset is None for batch in objective.batches)
+    is_whole = all(b.subset is None and not b.has_moved for b in objective.batches)
     unobserved = slope - observed if is_whole else None
     return QuadraticModel(slope, curvature, gram_matrix(directions), unobserved)
