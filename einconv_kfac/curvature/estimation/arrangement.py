@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.example_layout import (
+    SCATTERED,
     ExampleLayout,
     candidates,
     found_layout,
@@ -50,6 +51,11 @@ class ArrangedCall:
     def is_shared(self) -> bool:
         """Whether gradients for single examples are needed."""
         return self.layout is None and self.by_example
+
+    @property
+    def is_together(self) -> bool:
+        """Whether one row of calls stands for all examples together."""
+        return self.layout == SCATTERED or (self.layout is None and not self.by_example)
 
     def calls(self) -> list[LayerCall]:
         """Return the call as calls with ``[n, ...]``, or ``[1, ...]`` for all examples together."""
@@ -115,16 +121,47 @@ def arrange(
         passes = [backpropagate(vectors, chosen) for vectors in probes(outputs)]
         for index, call, *gradients in zip(new, chosen, *passes):
             known = [torch.zeros(call.y_shape) if g is None else g for g in gradients]
-            layouts[signatures[index]] = found_layout(call, known, examples, mixes=mixes)
+            if any(bool(gradient.any()) for gradient in known):
+                layouts[signatures[index]] = found_layout(call, known, examples, mixes=mixes)
     for index in new if examples == 1 else ():
         possible = candidates(calls[index].x.shape, calls[index].y_shape, 1)
         layouts[signatures[index]] = possible[0] if possible else None
-    found = [layouts[signature] for signature in signatures]
+    scattered = {c.layer for c, s in zip(calls, signatures) if layouts.get(s) == SCATTERED}
+    found = [
+        layouts[signature] if signature in layouts else _guessed(call, examples, scattered)
+        for call, signature in zip(calls, signatures)
+    ]
+    _check_scattered(calls, found, scattered)
     mixed = {c.layer for c, e in zip(calls, found) if e is not None}
     return [
         ArrangedCall(call, layout, by_example or call.layer in mixed, examples)
         for call, layout in zip(calls, found)
     ]
+
+
+def _guessed(call: LayerCall, examples: int, scattered: set[str]) -> ExampleLayout:
+    """Return the layout of a call that no probe reached, as those of examples that it lacks."""
+    possible = candidates(call.x.shape, call.y_shape, examples)
+    return possible[0] if possible and call.layer not in scattered else SCATTERED
+
+
+def _check_scattered(
+    calls: Sequence[LayerCall], layouts: Sequence[ExampleLayout | None], scattered: set[str]
+) -> None:
+    """Raise a ``ValueError`` if a layer has calls of scattered rows, and others."""
+    for call, layout in zip(calls, layouts):
+        if call.layer in scattered and layout != SCATTERED:
+            raise scattered_rows(call.layer)
+
+
+def scattered_rows(layer: str) -> ValueError:
+    """Return the error for rows that are not known to belong to certain examples."""
+    return ValueError(
+        f"The calls of '{layer}' must each have rows of all examples in the same order, got calls "
+        "of some examples, or rows in no regular order. Use approximation='expand' without "
+        "squared gradients or a fraction of the examples, or leave the layer out: "
+        f"exclude=['{layer}']."
+    )
 
 
 def check_call(call: LayerCall) -> None:

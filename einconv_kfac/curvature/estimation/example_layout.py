@@ -16,6 +16,9 @@ from torch import Generator, Tensor
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
 
+SHARED_PART = 0.25
+"""Least part of the gradients of two examples that meets in the same rows, if they share these."""
+
 MIXING_RATIO = 2.0
 """Least ratio of the gradient in an example's own row to that in the row of another, for layers
 that mix examples, such as batch normalisation."""
@@ -71,7 +74,21 @@ class Flattened:
         return tensor.reshape(-1, examples, *tensor.shape[1:]).movedim(1, 0)
 
 
+@dataclass(frozen=True)
+class Scattered:
+    """Each row belongs to one example, but in no regular order, or only some have rows here."""
+
+    def fits(self, shape: Sequence[int], examples: int) -> bool:
+        """See `ExampleLayout`; it is taken where no other one fits."""
+        return False
+
+    def by_example(self, tensor: Tensor, examples: int) -> Tensor:
+        """See `ExampleLayout`; all rows together stand for one example."""
+        return tensor.unsqueeze(0)
+
+
 FIRST = Dimension(0)
+SCATTERED = Scattered()
 
 
 def candidates(
@@ -128,11 +145,22 @@ def found_layout(
         others = [total - float(own[i]) for i, (total, own) in enumerate(shares)]
         if all(other <= 0 for other in others):
             return layout
-    if FIRST not in possible or mixes:
-        return FIRST if FIRST in possible else None
-    (_, first), (_, second) = [_shares(FIRST, gradient, examples) for gradient in gradients]
-    is_own = first[0] > MIXING_RATIO * second[0] and second[1] > MIXING_RATIO * first[1]
-    return FIRST if bool(is_own) else None
+    if FIRST in possible:
+        if mixes:
+            return FIRST
+        (_, first), (_, second) = [_shares(FIRST, gradient, examples) for gradient in gradients]
+        if first[0] > MIXING_RATIO * second[0] and second[1] > MIXING_RATIO * first[1]:
+            return FIRST
+    rows = -1 if call.has_free_positions else 1
+    first, second = [_row_shares(gradient, rows) for gradient in gradients]
+    return None if float(torch.minimum(first, second).sum()) >= SHARED_PART else SCATTERED
+
+
+def _row_shares(gradient: Tensor, end: int) -> Tensor:
+    """Return the part of each row, ``shape[:end]``, in a squared gradient."""
+    squares = gradient.detach().double().abs().square()
+    rows = squares.reshape(*squares.shape[:end], -1).sum(-1).flatten()
+    return rows / rows.sum().clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def _shares(layout: ExampleLayout, gradient: Tensor, examples: int) -> tuple[float, Tensor]:

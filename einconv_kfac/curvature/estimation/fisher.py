@@ -10,10 +10,16 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Generator, Tensor
 
-from einconv_kfac.curvature.estimation.arrangement import ArrangedCall, Layouts, arrange, check_call
+from einconv_kfac.curvature.estimation.arrangement import (
+    ArrangedCall,
+    Layouts,
+    arrange,
+    check_call,
+    scattered_rows,
+)
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.estimation.evaluation import Evaluation, loss_gradients
-from einconv_kfac.curvature.estimation.example_layout import only
+from einconv_kfac.curvature.estimation.example_layout import SCATTERED, only
 from einconv_kfac.curvature.estimation.factor_sums import (
     DEFAULT_MAX_FACTOR_SIZE,
     check_max_factor_size,
@@ -164,7 +170,10 @@ class FisherEstimator:
         """Add the inputs of calls."""
         for name, own in _by_layer(arranged).items():
             calls = [call for each in own for call in each.calls()]
-            together = own[0].layout is None and not own[0].by_example
+            needs_examples = moments[name].needs_examples or self.fisher == "forward-only"
+            if needs_examples and any(each.layout == SCATTERED for each in own):
+                raise scattered_rows(name)
+            together = own[0].is_together
             moments[name].add_inputs_(calls, own[0].examples if together else None)
 
     def add_weights_(

@@ -22,6 +22,10 @@ from einconv_kfac.curvature.layers.layer import Layer
 class Moments(Protocol):
     """Sums over the examples of several batches, for one layer."""
 
+    @property
+    def needs_examples(self) -> bool:
+        """Whether it matters which rows belong to which example, beyond sums over all rows."""
+
     def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
         """Add the inputs of one batch.
 
@@ -81,6 +85,11 @@ class LayerMoments:
         }
         self._weight: WeightSums | None = None
         self._weight_examples = 0
+
+    @property
+    def needs_examples(self) -> bool:
+        """See `Moments`."""
+        return self.approximation == "reduce"
 
     @property
     def examples(self) -> int:

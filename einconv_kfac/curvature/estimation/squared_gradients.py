@@ -48,6 +48,11 @@ class SquaredGradients:
         self._basis_is_pending = False
         self._one_hot = all(use.rule.one_hot for use in layer.uses)
 
+    @property
+    def needs_examples(self) -> bool:
+        """See `Moments`."""
+        return True
+
     @torch.no_grad()
     def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
         """See `LayerMoments.add_inputs_`."""

@@ -59,7 +59,8 @@ def leaf_of(edge: Edge) -> Tensor | None:
 
 def kind_of_node(node: Node) -> str:
     """Return the name of a node's operation, without ``Backward`` and what follows it."""
-    return node.name().rpartition("::")[2].partition("Backward")[0] or node.name()
+    name = node.name().rpartition("::")[2]
+    return name.partition("Backward")[0] or name.rpartition("Backward")[0] or node.name()
 
 
 def inputs_of(node: Node) -> list[Edge | None]:

@@ -39,6 +39,11 @@ class LayerSums(LayerMoments):
         self.squares = None if basis is None else SquaredGradients(layer, basis)
         self.seconds = 0.0
 
+    @property
+    def needs_examples(self) -> bool:
+        """See `Moments`."""
+        return super().needs_examples or self.squares is not None
+
     def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
         """See `LayerMoments`."""
         start = perf_counter()

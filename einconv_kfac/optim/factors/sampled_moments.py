@@ -32,6 +32,11 @@ class SampledMoments:
         self._moments = moments
         self._rows = rows
 
+    @property
+    def needs_examples(self) -> bool:
+        """See `Moments`."""
+        return True
+
     def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
         """See `Moments`."""
         size = batch_size(self._moments.layer, calls) if examples is None else examples

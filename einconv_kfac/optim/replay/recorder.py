@@ -151,10 +151,12 @@ class Recorder:
         """Attach the hooks, and return their handles."""
         model, after_layer = self._entry, _Hook(self._after_layer)
         layers = [m for m in model.modules() if type(m) in (*LINEAR, *NORMALIZING)]
+        before = _Hook(self._before_model)
+        self._last = model.register_forward_hook(_Hook(self._after_model))
         handles = [
             *(layer.register_forward_hook(after_layer, prepend=True) for layer in layers),
-            model.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True),
-            model.register_forward_hook(_Hook(self._after_model)),
+            model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            self._last,
         ]
         if self._loss_fn is not None:
             hook = _Hook(self._after_loss)
@@ -166,6 +168,9 @@ class Recorder:
     ) -> None:
         """Record the arguments and the environment of a call of the model."""
         if self._is_recording(model):
+            hooks: Any = model._forward_hooks
+            if self._last.id in hooks:
+                hooks.move_to_end(self._last.id)  # behind hooks that came later
             keeps = self.keeps_outputs
             call = ModelCall(
                 args,

@@ -1,0 +1,71 @@
+"""Layers whose calls have rows of some examples, or rows in no regular order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from einconv_kfac.curvature import kronecker_factors
+
+
+class Pooled(nn.Module):
+    """A layer on all positions of all examples, whose features are averaged per example.
+
+    Args:
+        mode: How the layer is called.
+    """
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head, self.mode = nn.Linear(4, 5), nn.Linear(5, 3), mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, positions, _ = x.shape
+        if self.mode == "one by one":
+            return torch.stack([self.head(self.layer(each).tanh().mean(0)[None])[0] for each in x])
+        if self.mode == "two by two":
+            return torch.cat([self.head(self.layer(p).tanh().mean(1)) for p in x.split(2)])
+        if self.mode == "shuffled":
+            order = torch.randperm(n * positions, generator=torch.Generator().manual_seed(0))
+            rows = self.layer(x.flatten(0, 1)[order]).tanh() / positions
+            sums = rows.new_zeros(n, 5).index_add(0, order // positions, rows)
+            return self.head(sums)
+        return self.head(self.layer(x).tanh().mean(1))
+
+
+def blocks(mode: str, shape: tuple[int, ...], **options: Any) -> list[Tensor]:
+    """The blocks of a model, on fixed data."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(shape, generator=generator).double()
+    y = torch.randint(3, shape[:1], generator=generator)
+    found = kronecker_factors(Pooled(mode).double(), nn.CrossEntropyLoss(), [(x, y)], **options)
+    return [block.to_dense() for block in found.values()]
+
+
+@pytest.mark.parametrize("mode", ["one by one", "two by two", "shuffled"])
+@pytest.mark.parametrize("shape", [(6, 4, 4), (4, 4, 4), (3, 2, 4)])
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "mc"])
+def test_blocks_are_those_of_one_call(mode: str, shape: tuple[int, ...], fisher: str) -> None:
+    for got, want in zip(blocks(mode, shape, fisher=fisher), blocks("whole", shape, fisher=fisher)):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("mode", ["one by one", "two by two", "shuffled"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fisher": "exact", "approximation": "reduce"},
+        {"fisher": "exact", "kind": "ekfac"},
+        {"fisher": "empirical", "kind": "diagonal"},
+        {"fisher": "forward-only"},
+    ],
+)
+def test_what_needs_single_examples_is_refused(mode: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"The calls of '(layer|head)' must.*exclude="):
+        blocks(mode, (6, 4, 4), **options)
+    if mode == "shuffled":
+        assert blocks(mode, (6, 4, 4), **options, exclude=["layer"])
