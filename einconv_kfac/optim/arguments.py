@@ -23,7 +23,7 @@ def plain(value: Any) -> Any:
     """Return a tensor with one element, or another library's scalar, as a Python number."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
         return value.item()
-    if isinstance(value, (bool, int, float)):
+    if isinstance(value, bool):
         return value
     if isinstance(value, Integral):
         return int(value)

@@ -92,6 +92,8 @@ def test_wrong_arguments_are_refused_by_name_or_harmless(
             modules = [*model.modules(), loss_fn]
             assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
             continue
+        if name in ("log_to", "model"):
+            continue  # a function's errors are its own, and it may be another model
         x, y = image_batch()
         for _ in range(2):
             model.zero_grad()
@@ -100,8 +102,7 @@ def test_wrong_arguments_are_refused_by_name_or_harmless(
                 opt.step()
             except (ValueError, TypeError) as error:  # of a function that fails later
                 refused_late.append(value)
-                if name != "log_to":  # its errors are its own
-                    refusal(error, name, value)
+                refusal(error, name, value)
         assert value is HUGE or weights(model).isfinite().all(), f"{name}={value!r}"
     assert all(callable(value) for value in refused_late)
 

@@ -1,0 +1,103 @@
+"""Optimizers in other processes and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import conv_net, image_batch, train_step, weights
+from torch import Tensor, multiprocessing, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from einconv_kfac import KFAC, KFACPreconditioner
+
+MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}, {"inverse": "ekfac"}]
+
+
+def trained(options: dict[str, Any], seed: int = 0) -> tuple[nn.Module, nn.Module, KFAC]:
+    """A model that has taken steps."""
+    model, loss_fn = conv_net(seed), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, **options)
+    for step in range(3):
+        train_step(model, loss_fn, opt, image_batch(seed=step))
+    opt.zero_grad()
+    return model, loss_fn, opt
+
+
+def train_on(model: nn.Module, loss_fn: nn.Module, opt: KFAC, queue: Any) -> None:
+    """Take steps in another process."""
+    for step in range(3, 6):
+        train_step(model, loss_fn, opt, image_batch(seed=step))
+    queue.put(weights(model).tolist())
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_an_optimizer_is_sent_to_a_spawned_process(options: dict[str, Any]) -> None:
+    model, loss_fn, opt = trained(options)
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=train_on, args=(model, loss_fn, opt, queue))
+    process.start()
+    found = queue.get()
+    process.join()
+    assert process.exitcode == 0
+    expected = trained(options)
+    for step in range(3, 6):
+        train_step(*expected, image_batch(seed=step))
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), weights(expected[0]))
+
+
+def test_threads_train_as_one_after_the_other() -> None:
+    flags = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    models = [conv_net(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(run_trained, models))
+    apart = [run_trained(conv_net(seed)) for seed in range(4)]
+    assert all(torch.equal(a, b) for a, b in zip(together, apart))
+    assert flags == (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+    )
+
+
+def run_trained(model: nn.Module) -> Tensor:
+    """The parameters of a model that takes steps."""
+    loss_fn = nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn)
+    for step in range(8):
+        train_step(model, loss_fn, opt, image_batch(seed=step))
+    return weights(model)
+
+
+@pytest.fixture
+def two_processes() -> Iterator[None]:
+    """A process group of two, of which the other does not exist."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [KFAC, KFACPreconditioner])
+def test_several_processes_are_refused(kind: Any, two_processes: None) -> None:
+    with pytest.raises(RuntimeError, match=f"{kind.__name__} must be used in one process"):
+        kind(conv_net(), nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize("kind", [KFAC, KFACPreconditioner])
+def test_several_processes_are_refused_by_a_step(kind: Any) -> None:
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    opt = kind(model, loss_fn)
+    x, y = image_batch()
+    loss_fn(model(x), y).backward()
+    before = weights(model)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(RuntimeError, match="must be used in one process"):
+            opt.step()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(before, weights(model))
+    opt.step()  # the remedy
