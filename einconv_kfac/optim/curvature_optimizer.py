@@ -113,6 +113,18 @@ class CurvatureOptimizer(Optimizer):
     def __repr__(self) -> str:
         return description(type(self).__name__, self._model, self._settings, self.param_groups)
 
+    def _accept_assigned_(self) -> None:
+        """Train parameters that were assigned in place of others, with the state of the others."""
+        for name, new in self._preconditioner.assigned_().items():
+            old = next(p for p, own in self._names.items() if own == name)
+            names = {new if p is old else p: own for p, own in self._names.items()}
+            self._names.clear()  # others have this dictionary
+            self._names.update(names)
+            for group in self.param_groups:
+                group["params"] = [new if p is old else p for p in group["params"]]
+            if old in self.state:
+                self.state[new] = self.state.pop(old)
+
     def _own_names(self) -> list[str]:
         """Return the names of the optimizer's parameters."""
         return [self._names[p] for group in self.param_groups for p in group["params"]]

@@ -234,6 +234,7 @@ class KFAC(CurvatureOptimizer):
             with torch.enable_grad():
                 loss = closure()
         check_one_process("KFAC")
+        self._accept_assigned_()
         self._preconditioner.cover_unfrozen_()
         if (found := self._runner.run_(self)) is not None:
             self._report = Report(*found)

@@ -96,6 +96,37 @@ def check_member(
         names.setdefault(parameter, name)
 
 
+def owners_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the module that has each parameter of a model, by the parameter's name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: module
+        for prefix, module in model.named_modules()
+        for name in module._parameters
+    }
+
+
+def assigned_parameters(
+    known: Mapping[str, nn.Parameter], owners: Mapping[str, nn.Module], model: nn.Module
+) -> dict[str, nn.Parameter]:
+    """Return parameters that were assigned to the modules that had others, by name.
+
+    As by ``load_state_dict(assign=True)``. Those of other modules, shapes or types do not count.
+
+    Args:
+        known: Parameters by name, as they were.
+        owners: The modules that had them.
+        model: The model.
+    """
+    present, modules = dict(model.named_parameters()), set(model.modules())
+    changed = {n: present[n] for n, p in known.items() if n in present and present[n] is not p}
+    return {
+        name: new
+        for name, new in changed.items()
+        if owners.get(name) in modules
+        and (new.shape, new.dtype) == (known[name].shape, known[name].dtype)
+    }
+
+
 def check_present(known: Mapping[str, nn.Parameter], present: Mapping[str, nn.Parameter]) -> None:
     """Raise a ``RuntimeError`` if a model's parameters were replaced, renamed or removed.
 

@@ -49,7 +49,7 @@ def parametrize(model: nn.Sequential) -> None:
     nn.utils.parametrizations.weight_norm(model[5])
 
 
-REPLACEMENTS = [assign, new_layer, adapter, parametrize]
+REPLACEMENTS = [new_layer, adapter, parametrize]
 
 
 @pytest.mark.parametrize("options", MODES)
@@ -67,7 +67,7 @@ def test_replaced_parameters_are_refused_and_a_new_optimizer_trains_them(
     with pytest.raises(RuntimeError, match=r"for '[05].weight'. Make a new optimizer"):
         opt.step()
     assert torch.equal(before, weights(model))
-    assert_same(state["kfac"]["step"], opt.state_dict()["kfac"]["step"])
+    assert_same(state["kfac"], opt.state_dict()["kfac"])
     with pytest.raises(RuntimeError, match="Make a new optimizer"):
         opt.load_state_dict(state)
     assert "kfac" not in [kind for n, kind in opt.coverage().items() if n.startswith("5.up")]
@@ -90,6 +90,20 @@ def test_replaced_parameters_of_a_preconditioner(
     with pytest.raises(RuntimeError, match="Make a new optimizer"):
         preconditioner.step()
     assert all(torch.equal(p.grad, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_assigned_parameters_are_trained_in_place_of_the_others(options: dict[str, Any]) -> None:
+    found = []
+    for assigned in (False, True):
+        model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+        opt = KFAC(model, loss_fn, **options)
+        for step in range(4):
+            if assigned and step in (0, 2):
+                assign(model)
+            train_step(model, loss_fn, opt, image_batch(seed=step))
+        found.append(weights(model))
+    assert torch.equal(*found)
 
 
 def test_conversions_that_keep_parameters_are_no_replacement() -> None:

@@ -140,7 +140,8 @@ class Collector:
         counts = Counter(call.layer for call in calls)
         kind = len(evaluation.outputs), *sorted(counts.items())
         if kind not in self._past:
-            layers = [self._layers[name] for name in counts]
+            known = [self._layers[name] for name in counts]
+            layers = [own for own in known if own.rule.weight in own.module._parameters]
             self._past[kind] = sorted(used_past_calls(evaluation.outputs, calls, layers))
         return self._past[kind]
 

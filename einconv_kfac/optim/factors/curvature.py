@@ -25,7 +25,7 @@ from einconv_kfac.optim.factors.refresh import Inverses, Refresh
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.hyperparameters import GroupSettings, Hyperparameters
 from einconv_kfac.optim.inverses.registry import kind_of
-from einconv_kfac.optim.parameters import check_present
+from einconv_kfac.optim.parameters import assigned_parameters, check_present, owners_of
 from einconv_kfac.optim.schedule import due_names, intervals
 from einconv_kfac.optim.vectors import Direction
 
@@ -65,10 +65,8 @@ class RunningCurvature:
         self.settings = GroupSettings(settings)
         self.loss_weight: Tensor | None = None  # of the averaged curvature, for the coming update
         self.estimator = estimator
-        self._schedules = settings
-        self.model = uncompiled(model)
-        self.seed = seed_value(seed)
-        self._entry, self._exclude = model, exclude
+        self._schedules, self.model = settings, uncompiled(model)
+        self.seed, self._entry, self._exclude = seed_value(seed), model, exclude
         self._in_background = flag("inverse_in_background", in_background)
         self._excluded = excluded_modules(self.model, exclude)
         self._inverse = inverse
@@ -76,6 +74,7 @@ class RunningCurvature:
         self._refresh = Refresh(self.layers, self._kind, in_background)
         self._parameters: Collection[str] | None = None
         self._known: dict[str, nn.Parameter] = {}  # when they were covered
+        self._owners = owners_of(self.model)
         self._trained: list[bool] = []
         self.collector = Collector(model, estimator, self.seed, settings.factor_fraction)
         self.recorder = self.collector.recorder
@@ -101,12 +100,19 @@ class RunningCurvature:
         own = self.covered() if parameters is None else parameters
         self._known = {name: present[name] for name in own if name in present} | self._known
 
+    def assigned_(self) -> dict[str, nn.Parameter]:
+        """Return parameters that were assigned in place of covered ones, and accept them."""
+        found = assigned_parameters(self._known, self._owners, self.model)
+        self._known |= found
+        return found
+
     def cover_unfrozen_(self) -> None:
         """Cover the layers that were unfrozen since the last step.
 
         Raises:
             RuntimeError: If a parameter is not the one that was covered.
         """
+        self.assigned_()
         present = dict(self.model.named_parameters())
         check_present(self._known, present)
         if self._trained != [p.requires_grad for p in present.values()]:
@@ -135,7 +141,7 @@ class RunningCurvature:
         self.settings = GroupSettings(own, groups)
 
     def begin_(self) -> None:
-        """Drop what was collected, and decide for which layers to collect in the next step."""
+        """Drop what was collected, and decide which layers the next step collects for."""
         self.settings = GroupSettings(self._schedules.at(self.steps), self.settings.by_parameter)
         work = {
             name: (running.factor_step, self._of(running).factor_update_period)
@@ -216,11 +222,6 @@ class RunningCurvature:
             if inverse is not None and running.layer.weight in gradient:
                 result.update(running.apply(gradient, inverse))
         return {name: tensor for name, tensor in result.items() if name in gradient}
-
-    @property
-    def has_new_inverses(self) -> bool:
-        """Whether an inverse was computed in this step."""
-        return any(own.inverse_step == self.steps for own in self.layers.values())
 
     def relative_change(self, update: Direction, parameters: Direction) -> float:
         """Return by how much an update changes the outputs of layers, summed over the layers.

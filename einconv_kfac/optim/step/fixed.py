@@ -47,7 +47,7 @@ class FixedStep:
         self._curvature.update_()
         self._curvature.refresh_(damping, objective.decay)
         direction = self._curvature.precondition(objective.gradient)
-        if self._curvature.has_new_inverses and not all_finite([*direction.values()]):
+        if self._has_new_inverses() and not all_finite([*direction.values()]):
             warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=7)
             return Taken({"damping": damping})
         clip = _clip_(direction, objective)
@@ -61,6 +61,11 @@ class FixedStep:
         for (rate, momentum), names in alike.items():
             moved |= _move_(objective, names, steps, rate, momentum)
         return Taken({"damping": damping, "clip": clip}, moved)
+
+    def _has_new_inverses(self) -> bool:
+        """Return whether an inverse was computed in this step."""
+        step = self._curvature.steps
+        return any(own.inverse_step == step for own in self._curvature.layers.values())
 
     def _momentum(self, objective: Objective, name: str) -> float:
         """Return a parameter's momentum; Adam's direction has its own."""
