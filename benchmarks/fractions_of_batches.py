@@ -46,7 +46,7 @@ def optimizer(model: nn.Module, loss_fn: nn.Module, period: int, parts: Sequence
         curvature_fraction=parts[1],
     )
     state = opt.state_dict()
-    state["kfac"]["curvature"]["steps"] = _LATE
+    state["kfac"]["preconditioner"]["steps"] = _LATE
     opt.load_state_dict(state)
     return opt
 

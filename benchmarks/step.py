@@ -55,7 +55,7 @@ def _kfac(model: nn.Module, task: Task, periods: tuple[int, int], adaptive: bool
         inverse_update_period=periods[1],
     )
     state = opt.state_dict()
-    state["kfac"]["curvature"]["steps"] = _LATE * max(periods)
+    state["kfac"]["preconditioner"]["steps"] = _LATE * max(periods)
     opt.load_state_dict(state)
     return torch_trainer([opt], model, loss_fn, task)
 

@@ -81,6 +81,8 @@ def test_wrong_arguments_are_refused_by_name_or_harmless(
 ) -> None:
     refused_late: list[Any] = []
     for value in ODD:
+        if name == "loss_fn" and value is None:
+            continue  # losses that the model returns
         if name == "mc_samples" and value is HUGE:
             continue  # it is taken at its word
         model, loss_fn = conv_net(), nn.CrossEntropyLoss()

@@ -306,13 +306,13 @@ def test_gradients_that_are_not_finite_are_noticed_and_large_ones_pass(value: fl
         (False, [torch.ones(2), torch.tensor([1.0, value])]),
         (False, [torch.tensor([value, -value])]),
     ):
-        assert preconditioner.is_finite(gradients, [], norms(gradients)) is passes
+        assert preconditioner.collector.is_finite(gradients, [], norms(gradients)) is passes
     x, y = image_batch()
     loss_fn(model(x), y).backward()
-    assert preconditioner.is_finite([], [], [])
+    assert preconditioner.collector.is_finite([], [], [])
     moments = preconditioner.collector.moments["2"]
     moments.sums()[0].fill_(value)
-    assert not preconditioner.is_finite([], [], [])
+    assert not preconditioner.collector.is_finite([], [], [])
 
 
 class TestRejection:

@@ -54,6 +54,7 @@ class Collector:
         self.moments: dict[str, LayerSums] = {}
         self.bases: dict[str, EigenBlock] = {}  # in which squared gradients are summed
         self.due: set[str] = set()
+        self.has_seen_loss = False  # since the optimizer was made
         self._capture = LayerCapture([])
         self._past: dict[tuple[Any, ...], list[str]] = {}
         compiled, loss_fn = model is not self._model, estimator.loss_fn
@@ -103,6 +104,7 @@ class Collector:
 
     def _add_(self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor) -> None:
         """Add a batch, from the graph of its outputs, unless its loss is not finite."""
+        self.has_seen_loss = True
         own = [call for call in calls if call.layer in self.due]
         if not own or not bool(loss.isfinite().all()):
             return

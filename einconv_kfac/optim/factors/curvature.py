@@ -69,8 +69,7 @@ class RunningCurvature:
         self.seed, self._entry, self._exclude = seed_value(seed), model, exclude
         self._in_background = flag("inverse_in_background", in_background)
         self._excluded = excluded_modules(self.model, exclude)
-        self._inverse = inverse
-        self._kind = kind_of(inverse, estimator.fisher)
+        self._inverse, self._kind = inverse, kind_of(inverse, estimator.fisher)
         self._refresh = Refresh(self.layers, self._kind, in_background)
         self._parameters: Collection[str] | None = None
         self._known: dict[str, nn.Parameter] = {}  # when they were covered
@@ -177,7 +176,8 @@ class RunningCurvature:
                 running.correct_(moments.squares.block(scale).values, factor_decay)
             running.factor_step = self.steps
             running.factor_seconds = moments.seconds
-        if self.layers and all(r.factor_step is None for r in self.layers.values()):
+        known = [own for own in self.layers.values() if own.factor_step is not None]
+        if self.layers and not known and not self.collector.has_seen_loss:
             raise RuntimeError(NEVER_SEEN)
 
     def refresh_(self, damping: float, decay: Mapping[str, float]) -> None:

@@ -178,7 +178,7 @@ def total_weight(batches: Sequence[Batch], sums: bool) -> Tensor | None:
     """
     if not batches:
         return None
-    total = sum_of([batch.weight for batch in batches])
+    total = sum_of([batch.weight.abs() for batch in batches])
     return total / len(batches) if sums else total
 
 

@@ -15,6 +15,7 @@ from einconv_kfac.optim.factors.curvature_state import CURVATURE_STATE_VERSION, 
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.state_schema import Anything, Record
 from einconv_kfac.optim.step.carried_state import carry_, taken_out
+from einconv_kfac.optim.step.fallback import restore_precision_
 from einconv_kfac.optim.step.memory_state import check_groups, check_memory
 from einconv_kfac.optim.step.step_protocol import Step
 from einconv_kfac.optim.vectors import Direction
@@ -76,14 +77,17 @@ class OptimizerState:
             optimizer: The optimizer.
         """
         found: list[dict[str, Any]] = []
+        whole: list[dict[str, Any]] = []
 
         def check(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
             part, others = _split(state)
             self._check(optimizer, part, others)
             found.append(part)
+            whole.append(others)
             return others
 
         def load(_: Optimizer) -> None:
+            restore_precision_(optimizer, whole[0])
             self.curvature.load_state_dict(found[0]["preconditioner"])
             self.step.load_state_dict(found[0][self.step.mode], self._present())
 

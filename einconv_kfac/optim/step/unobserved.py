@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -12,6 +12,8 @@ from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 
 UNOBSERVED_FRACTION = 0.05
 """Fraction of the slope up to which a difference to the recorded losses counts as rounding."""
+ROUNDING = 1e-5
+"""Slope, relative to the objective, up to which it is attributed to rounding."""
 PRECISE_EPSILON = 1e-4
 """Machine epsilon up to which slopes are compared."""
 
@@ -27,7 +29,7 @@ class UnobservedTerms:
         self._warned = False
 
     def change(
-        self, model: QuadraticModel, coefficients: Tensor, batches: Iterable[Batch]
+        self, model: QuadraticModel, coefficients: Tensor, batches: Sequence[Batch]
     ) -> float:
         """Return the change of the objective by these terms, for a step.
 
@@ -38,6 +40,9 @@ class UnobservedTerms:
         """
         fraction = model.unobserved_fraction()
         if model.unobserved is None or fraction <= UNOBSERVED_FRACTION or not _is_precise(batches):
+            return 0.0
+        size = sum(float((batch.weight * batch.loss).abs()) for batch in batches)
+        if not float(model.slope[0].abs()) > ROUNDING * size:
             return 0.0
         if not self._warned:
             self._warned = True
@@ -52,7 +57,7 @@ class UnobservedTerms:
         return float(coefficients.dot(model.unobserved))
 
 
-def _is_precise(batches: Iterable[Batch]) -> bool:
+def _is_precise(batches: Sequence[Batch]) -> bool:
     """Return whether the slopes of the recorded losses are more than rounding."""
     return all(
         each.call.environment.precision(output.dtype) <= PRECISE_EPSILON
