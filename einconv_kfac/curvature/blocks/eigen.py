@@ -235,7 +235,11 @@ def decompositions(
         raise
     except RuntimeError:  # again one by one, so that the error names the factor
         found = iter([eigendecomposition(factor, name) for factor, name in dense])
-    return [(f.clamp_min(0), None) if is_diagonal(f) else next(found) for f in factors]
+    results: list[tuple[Tensor, Tensor | None]] = []
+    for factor in factors:
+        values, basis = (factor.clamp_min(0), None) if is_diagonal(factor) else next(found)
+        results.append((values, basis))
+    return results
 
 
 def _squared_overlap(left: Tensor | None, right: Tensor | None) -> Tensor | None:
