@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from inspect import isabstract
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from torch import nn
 
 T = TypeVar("T")
+Kind: TypeAlias = "type[nn.Module] | str"
+"""A type of module, or its module and name, so that its library need not be imported."""
 
 
 def defined_classes(package: ModuleType, kind: type[Any]) -> list[type[Any]]:
@@ -40,11 +42,11 @@ class TypeRegistry(Generic[T]):
     come before them, the one registered last first.
 
     Args:
-        rules: The first rules, by type of module.
+        rules: The first rules, by type of module or by its name (``"library.file.Type"``).
     """
 
-    def __init__(self, rules: dict[type[nn.Module], T]) -> None:
-        self._first = dict(rules)
+    def __init__(self, rules: Mapping[Any, T]) -> None:
+        self._first: dict[Kind, T] = dict(rules)
         self._later: list[tuple[type[nn.Module], T]] = []
 
     def register(self, kind: type[nn.Module], rule: T) -> None:
@@ -57,13 +59,13 @@ class TypeRegistry(Generic[T]):
             if isinstance(module, kind):
                 yield kind, rule
         for base in type(module).__mro__:
-            if base in self._first:
-                yield base, self._first[base]
+            kinds: tuple[Kind, ...] = base, f"{base.__module__}.{base.__qualname__}"
+            yield from ((base, self._first[own]) for own in kinds if own in self._first)
 
     def rule(self, module: nn.Module) -> T | None:
         """Return the rule that applies to a module, or ``None``."""
         return next((rule for _, rule in self.fitting(module)), None)
 
-    def __iter__(self) -> Iterator[tuple[type[nn.Module], T]]:
+    def __iter__(self) -> Iterator[tuple[Kind, T]]:
         yield from self._first.items()
         yield from self._later

@@ -6,10 +6,10 @@ from torch import nn
 
 from einconv_kfac.curvature.layers import rules
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
-from einconv_kfac.curvature.type_registry import TypeRegistry, defined_classes
+from einconv_kfac.curvature.type_registry import Kind, TypeRegistry, defined_classes
 
 
-def built_in_rules() -> dict[type[nn.Module], LayerRule]:
+def built_in_rules() -> dict[Kind, LayerRule]:
     """Return the rules that the files of ``layers/rules/`` define, by type of layer."""
     found: list[type[LayerRule]] = defined_classes(rules, LayerRule)
     return {kind: rule() for rule in found for kind in rule.kinds}

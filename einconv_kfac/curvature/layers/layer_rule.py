@@ -19,6 +19,7 @@ from einconv_kfac.curvature.factors.approximation import (
     weight_sharing,
     with_ones,
 )
+from einconv_kfac.curvature.type_registry import Kind
 
 Record: TypeAlias = Callable[[Tensor, Tensor], None]
 """Takes the input and the output of a call."""
@@ -55,7 +56,8 @@ class LayerRule(ABC):
     if it has `kinds` and `examples`. Other rules are given to `register_layer`.
 
     Attributes:
-        kinds: The types of layers that the rule applies to, with their subclasses.
+        kinds: The types of layers that the rule applies to, with their subclasses. Those of other
+            libraries are strings: ``"library.file.Type"``.
         examples: Models on which the tests compare the rule with automatic differentiation.
         preconditioned: Whether the optimizer preconditions such layers by default.
         one_hot: Whether inputs ``a`` are one-hot; `indices` returns where they are 1. The factor
@@ -68,7 +70,7 @@ class LayerRule(ABC):
             module that calls them, since that module bypasses their hooks otherwise.
     """
 
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
+    kinds: ClassVar[tuple[Kind, ...]] = ()
     examples: ClassVar[tuple[LayerExample, ...]] = ()
     preconditioned = True
     has_free_positions = False

@@ -75,12 +75,16 @@ class TrailingNormRule(ScaleRule):
 
     def outputs(self, module: Any, gradient: Tensor) -> Tensor:
         """See `LayerRule`."""
-        channels = prod(module.normalized_shape)
+        channels = prod(self.shape(module))
         return gradient.reshape(gradient.shape[0], -1, channels).mT.unsqueeze(2)
 
     def accepts(self, module: Any, x: Tensor) -> bool:
         """See `LayerRule`."""
-        return x.ndim > len(module.normalized_shape)
+        return x.ndim > len(self.shape(module))
+
+    def shape(self, module: Any) -> tuple[int, ...]:
+        """Return the shape ``[*c]`` of the weight."""
+        return tuple(module.normalized_shape)
 
 
 def _squares(a: Tensor) -> Tensor:

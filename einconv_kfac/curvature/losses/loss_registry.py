@@ -105,7 +105,7 @@ def _rule(loss: nn.Module) -> LossRule:
     """Return the rule for a loss, whatever its reduction."""
     rule = found_rule(loss)
     if rule is None:
-        known = ", ".join(kind.__name__ for kind, _ in _REGISTRY)
+        known = ", ".join(getattr(kind, "__name__", str(kind)) for kind, _ in _REGISTRY)
         raise ValueError(
             f"`loss_fn` must be one of {known}, got {type(loss).__name__}. fisher='empirical' "
             "takes any loss; `register_loss` adds a rule."

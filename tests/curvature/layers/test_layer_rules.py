@@ -55,7 +55,7 @@ def recorded(model: nn.Module, x: Tensor, layer: Layer) -> tuple[Tensor, Tensor,
 
 def test_every_rule_has_examples() -> None:
     for kind, rule in RULES.items():
-        assert rule.examples, type(rule)
+        assert rule.examples or rule.refusal(nn.Identity()), type(rule)
         assert kind in rule.kinds
     for rule, example in EXAMPLES.values():
         covered = [layer_rule(module) for module in example.build().modules()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from einconv_kfac.curvature import factors
 from einconv_kfac.curvature.factors.approximation import Approximation, updated
 from einconv_kfac.curvature.factors.unfold import unfolded
 from einconv_kfac.curvature.layers.layer_rule import LayerExample, LayerRule
+from einconv_kfac.curvature.type_registry import Kind
 from einconv_kfac.geometry import conv_geometry
 from einconv_kfac.padding import pad_input
 
@@ -25,8 +26,8 @@ _UNFOLDED_ENTRIES = 1 << 24
 class ConvRule(LayerRule):
     """Outputs ``[n, (g co), *s]``; ``a`` is a column of the unfolded, padded input."""
 
-    kinds = (_ConvNd,)
-    examples = (
+    kinds: ClassVar[tuple[Kind, ...]] = (_ConvNd,)
+    examples: ClassVar[tuple[LayerExample, ...]] = (
         LayerExample(lambda: nn.Conv2d(4, 6, (3, 2), 2, (1, 0), 2, 2), (3, 4, 6, 5)),
         LayerExample(lambda: nn.Conv1d(4, 2, 3, padding=2, padding_mode="circular"), (3, 4, 5)),
     )
@@ -40,7 +41,7 @@ class ConvRule(LayerRule):
 
     def inputs(self, module: _ConvNd, x: Tensor, y_shape: Sequence[int]) -> Tensor:
         """See `LayerRule`."""
-        x, padding = _padded(module, x)
+        x, padding = self.padded(module, x)
         geometry = conv_geometry(
             x.shape[2:], module.kernel_size, module.stride, padding, module.dilation, module.groups
         )
@@ -73,7 +74,7 @@ class ConvRule(LayerRule):
 
     def factor_of(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Callable[..., Tensor]:
         """Return the function of approximation and bias that returns ``A`` for a call."""
-        x, padding = _padded(module, x)
+        x, padding = self.padded(module, x)
         hyper = (module.kernel_size, module.stride, padding, module.dilation, module.groups)
         return partial(factors.conv_input_factor, x, *hyper)
 
@@ -105,13 +106,12 @@ class ConvRule(LayerRule):
             gradient.unsqueeze(0), module.groups, approximation, **into
         )
 
-
-def _padded(module: _ConvNd, x: Tensor) -> tuple[Tensor, Any]:
-    """Return an input with the module's padding mode applied, and the padding that remains."""
-    if module.padding_mode == "zeros":
-        return x, module.padding
-    padding: Any = module.padding
-    geometry = conv_geometry(
-        x.shape[2:], module.kernel_size, module.stride, padding, module.dilation
-    )
-    return pad_input(x, geometry.padding, module.padding_mode), 0
+    def padded(self, module: Any, x: Tensor) -> tuple[Tensor, Any]:
+        """Return an input with the module's padding mode applied, and the padding that remains."""
+        if module.padding_mode == "zeros":
+            return x, module.padding
+        padding: Any = module.padding
+        geometry = conv_geometry(
+            x.shape[2:], module.kernel_size, module.stride, padding, module.dilation
+        )
+        return pad_input(x, geometry.padding, module.padding_mode), 0

@@ -14,7 +14,7 @@ from einconv_kfac.curvature.layers.scale_rule import TrailingNormRule
 class LayerNormRule(TrailingNormRule):
     """Normalised per example and position, over the last dimensions."""
 
-    kinds = (nn.LayerNorm,)
+    kinds = (nn.LayerNorm, "timm.layers.norm.LayerNorm")
     examples = (
         LayerExample(lambda: nn.LayerNorm(4), (3, 2, 4)),
         LayerExample(lambda: nn.LayerNorm([2, 3]), (4, 2, 3)),

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from einconv_kfac.curvature import factors
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.layer_rule import LayerExample, LayerRule
+from einconv_kfac.curvature.type_registry import Kind
 
 
 class LinearRule(LayerRule):
     """Inputs ``[n, *s, d]``, outputs ``[n, *s, co]``."""
 
-    kinds = (nn.Linear,)
+    kinds: ClassVar[tuple[Kind, ...]] = (nn.Linear,)
     has_free_positions = True
-    examples = (
+    examples: ClassVar[tuple[LayerExample, ...]] = (
         LayerExample(lambda: nn.Linear(4, 3), (5, 4)),
         LayerExample(lambda: nn.Linear(4, 3, bias=False), (3, 2, 2, 4)),
     )
