@@ -217,7 +217,7 @@ def test_accelerate() -> None:
 
 
 def test_peft() -> None:
-    library, base = pytest.importorskip("peft"), transformers()
+    base, library = transformers(), pytest.importorskip("peft")
     config = library.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
     model = library.get_peft_model(gpt2(base), config)
     opt, losses, text = KFAC(model), [], tokens(8)
