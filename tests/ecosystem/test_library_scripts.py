@@ -149,7 +149,7 @@ def test_transformers_trainer(options: dict[str, Any], tmp_path: Path) -> None:
     trainer = library.Trainer(model, arguments, train_dataset=Texts(), optimizers=(opt, scheduler))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def table() -> tuple[Tensor, Tensor]:
