@@ -202,8 +202,7 @@ class KFAC(CurvatureOptimizer):
             self._is_covering = True
             self._preconditioner.cover_(self._own_names())
             self._preconditioner.begin_()
-            if self._strict:
-                check_gaps(self._model, self.coverage(), self._fallback.kind)
+            check_gaps(self._model, self.coverage(), self._fallback.kind, self._strict)
         except BaseException:
             self.remove_hooks()
             raise

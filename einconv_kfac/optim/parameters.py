@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
+from einconv_kfac.curvature.layers.coverage import coverage
+from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.curvature.text_table import table
 from einconv_kfac.optim.arguments import shown
 
 
 class Training(dict[str, str]):
-    """How each parameter is trained, by its name; prints as a table.
+    """How each parameter is trained, by its name; prints as a table, with the reasons.
 
     ``"kfac"``, the name of the fallback, ``"frozen"``, or ``"left out"`` if the optimizer does
     not have the parameter.
+
+    Attributes:
+        reasons: Why the fallback trains a parameter, by its name.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: dict[str, str] = {}
+
     def __str__(self) -> str:
-        return table(("parameter", "trained by"), list(self.items()))
+        rows = [(name, self._shown(name)) for name in self]
+        return table(("parameter", "trained by"), rows)
+
+    def _shown(self, name: str) -> str:
+        """Return how a parameter is trained, and the reason."""
+        return f"{self[name]}: {self.reasons[name]}" if name in self.reasons else self[name]
 
 
 def training(
@@ -39,7 +56,24 @@ def training(
         kind = "kfac" if name in covered else fallback
         kind = kind if parameter in own else "left out"
         kinds[name] = kind if parameter.requires_grad else "frozen"
+    gaps = [name for name, kind in kinds.items() if kind == fallback]
+    if gaps:
+        known = _reasons(model)
+        kinds.reasons = {name: known[name] for name in gaps if name in known}
     return kinds
+
+
+EXCLUDED = "its layer is left out by `exclude`, or has no weight in `params`"
+
+
+def _reasons(model: nn.Module) -> dict[str, str]:
+    """Return why parameters that are not covered are not, by name."""
+    reasons = {row.parameter: row.reason or EXCLUDED for row in coverage(model)}
+    preconditioned = {name for layer in find_layers(model) for name in layer.parameters}
+    for name, reason in reasons.items():
+        if reason == EXCLUDED and name not in preconditioned:
+            reasons[name] = "layers of its type are not preconditioned by default"
+    return reasons
 
 
 def parameters_of(model: nn.Module, params: Any) -> Any:
@@ -159,17 +193,49 @@ def check_dense(name: str, gradient: Tensor) -> None:
         )
 
 
-def check_gaps(model: nn.Module, coverage: Training, fallback: str) -> None:
-    """Raise a ``ValueError`` if the fallback trains a parameter.
+def check_gaps(model: nn.Module, coverage: Training, fallback: str, strict: bool) -> None:
+    """Refuse parameters that the fallback trains, or warn if they are most of the entries.
+
+    Layers that are left out on purpose do not count for the warning.
 
     Args:
         model: The model.
         coverage: How each parameter is trained.
         fallback: Name of the fallback.
+        strict: Whether to refuse any.
+
+    Raises:
+        ValueError: If ``strict`` and there is one.
     """
-    names = [name for name, kind in coverage.items() if kind == fallback]
-    if not names:
-        return
+    gaps = [name for name, kind in coverage.items() if kind == fallback]
+    if strict and gaps:
+        raise ValueError(_uncovered(model, gaps))
+    entries = {name: model.get_parameter(name).numel() for name in coverage}
+    unseen = Counter[str]()
+    for name in gaps:
+        if coverage.reasons.get(name) != EXCLUDED:
+            unseen[_kind(model, name)] += entries[name]
+    missing = unseen.total()
+    covered = sum(entries[name] for name, kind in coverage.items() if kind == "kfac")
+    if missing > covered:
+        listed = ", ".join(f"{kind} ({count:,})" for kind, count in unseen.most_common(3))
+        warnings.warn(
+            f"Kronecker factors cover {covered:,} of {covered + missing:,} trained numbers; the "
+            f"fallback ({fallback}) trains the others, most of them in {listed}. `coverage()` has "
+            "the reasons; `einconv_kfac.curvature.register_layer` adds a rule.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _kind(model: nn.Module, name: str) -> str:
+    """Return the type of the module that owns a parameter."""
+    module = model.get_submodule(name.rpartition(".")[0].partition(".parametrizations")[0])
+    return type_before_parametrizations(module).__name__
+
+
+def _uncovered(model: nn.Module, names: Collection[str]) -> str:
+    """Return what to say about parameters without Kronecker factors."""
     modules = dict(model.named_modules())
     kinds = {name: type(modules[name.rpartition(".")[0]]).__name__ for name in names}
     listed = ", ".join(f"'{name}' ({kind})" for name, kind in kinds.items())

@@ -81,6 +81,11 @@ class _CallRecorder:
         self._layer = layer
         self._module = module
 
+    @property
+    def is_active(self) -> bool:
+        """Whether calls are recorded at present."""
+        return self._capture.enabled and torch.is_grad_enabled()
+
     def __call__(self, x: Tensor, y: Tensor) -> None:
         if torch.compiler.is_compiling():
             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from einconv_kfac.curvature.layers.discovery import discovered, refusal
+from einconv_kfac.curvature.layers.layer_registry import layer_rule
 from einconv_kfac.curvature.text_table import table
 
 
@@ -60,9 +61,6 @@ class Coverage(Sequence[ParameterCoverage]):
 def coverage(model: nn.Module) -> Coverage:
     """Return the block of `kronecker_factors` that covers each parameter, or why none does.
 
-    Raises:
-        ValueError: If a layer's parameters do not exist yet.
-
     >>> coverage(nn.Sequential(nn.Linear(2, 3), nn.PReLU()))
     parameter  type    block  why not
     0.weight   Linear  0
@@ -80,11 +78,36 @@ def _rows(
     """Yield the rows in the order of the model's parameters."""
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
-        path = name.rpartition(".")[0]
-        path = path.partition("parametrizations")[0].rstrip(".")  # torch keeps the originals there
+        path, own = _owner(name, modules)
         module, reason = modules[path], ""
         if name not in owners:
-            reason = reasons.get(name) or refusal(path, module) or "another module uses it unseen"
+            reason = reasons.get(name) or _refusal(path, module, own)
             reason = reason if parameter.requires_grad else "it is frozen"
         kind = nn.utils.parametrize.type_before_parametrizations(module).__name__
         yield ParameterCoverage(name, owners.get(name), kind, reason)
+
+
+def _owner(name: str, modules: dict[str, nn.Module]) -> tuple[str, str]:
+    """Return the name of the module that owns a parameter, and the parameter's name in it."""
+    path, _, own = name.rpartition(".")
+    outer, inside, _ = f".{path}".rpartition(".parametrizations.")  # torch keeps originals there
+    is_original = inside and nn.utils.parametrize.is_parametrized(modules[outer[1:]])
+    return (outer[1:], own) if is_original else (path, own)
+
+
+def _refusal(path: str, module: nn.Module, own: str) -> str:
+    """Return the reason why a parameter that no module shares is not covered.
+
+    Args:
+        path: Name of the module that owns it.
+        module: That module.
+        own: The parameter's name in it.
+    """
+    rule = layer_rule(module)
+    if rule is None:
+        return str(refusal(path, module))
+    parts = rule.parts(module)
+    found = [part for part in parts if own in (part.weight, part.bias)]
+    reason = refusal(path, module, (found or parts)[0])
+    unseen = "another module uses it unseen" if found else None
+    return reason or unseen or f"the rule of {type(module).__name__} leaves it out"

@@ -31,13 +31,20 @@ def find_layers(model: nn.Module, *, every: bool = False, exclude: Exclusion = (
     Raises:
         ValueError: If a layer's parameters do not exist yet, or ``exclude`` matches nothing.
     """
-    layers, _ = discovered(model, every=every)
+    layers, _ = discovered(model, every=every, strict=True)
     excluded = excluded_modules(model, exclude)
     return [layer for layer in layers if excluded.isdisjoint(layer.modules)]
 
 
-def discovered(model: nn.Module, *, every: bool = False) -> tuple[list[Layer], dict[str, str]]:
+def discovered(
+    model: nn.Module, *, every: bool = False, strict: bool = False
+) -> tuple[list[Layer], dict[str, str]]:
     """Return the layers, and why parameters that modules share belong to none, by name.
+
+    Args:
+        model: See `find_layers`.
+        every: See `find_layers`.
+        strict: Whether to raise if a layer's parameters do not exist yet.
 
     Raises:
         ValueError: See `find_layers`.
@@ -46,45 +53,63 @@ def discovered(model: nn.Module, *, every: bool = False) -> tuple[list[Layer], d
     candidates = []
     for name, module in model.named_modules():
         rule = layer_rule(module)
-        if rule is None or refusal(name, module) or not (every or rule.preconditioned):
+        if rule is not None and is_hidden(module):
+            rule = _revealed(model, name, module)
+        if rule is None or not (every or rule.preconditioned):
             continue
-        if is_hidden(module) and not (every and _is_revealed(model, name)):
-            continue
-        candidates.append(Candidate(name, module, rule, _layout(module, rule, names)))
+        if strict:
+            _check_initialized(name, module)
+        parts = rule.parts(module)
+        for part in parts:
+            if not refusal(name, module, part):
+                own = name if len(parts) == 1 else f"{name}.{part.weight}".lstrip(".")
+                candidates.append(Candidate(own, module, part, _layout(module, part, names)))
     return joined(candidates, owners(model, names))
 
 
-def refusal(name: str, module: nn.Module) -> str | None:
+def refusal(name: str, module: nn.Module, part: LayerRule | None = None) -> str | None:
     """Return the reason why a module's parameters are not covered, or ``None`` if they are.
 
-    Raises:
-        ValueError: If they do not exist yet.
+    Args:
+        name: Its name in the model.
+        module: The module.
+        part: The rule of one of its weights; its own rule by default.
     """
-    rule, own = layer_rule(module), dict(module.named_parameters(recurse=False))
+    rule, own = part or layer_rule(module), dict(module.named_parameters(recurse=False))
     if rule is None:
         return f"no rule covers {type(module).__name__}; `register_layer` adds one"
     if is_parametrized(module):
         return "its weight is parametrized; remove the parametrization first"
     if any(is_lazy(parameter) for parameter in own.values()):
+        return "its parameters are not initialized; run the model on a batch first"
+    is_complex = any(parameter.is_complex() for parameter in own.values())
+    reason = "its parameters are complex" if is_complex else rule.refusal(module)
+    if reason is None and overrides_forward(module):
+        kind = type(module).__name__
+        is_own = "forward" not in vars(module)
+        own_pass = f"{kind} has a forward pass of its own; `register_layer` adds a rule"
+        return own_pass if is_own else "its forward pass was replaced"
+    if rule.weight not in own:
+        return "its weight is not a parameter of its own"
+    return reason if own[rule.weight].requires_grad else "its weight is frozen"
+
+
+def _check_initialized(name: str, module: nn.Module) -> None:
+    """Raise a ``ValueError`` if a layer's parameters do not exist yet."""
+    if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
         raise ValueError(
             f"Parameters must exist, but those of '{name}' ({type(module).__name__}) are not "
             "initialized. Run the model on a batch first."
         )
-    if overrides_forward(module):
-        return (
-            f"{type(module).__name__} has a forward pass of its own; `register_layer` adds a rule"
-        )
-    if any(parameter.is_complex() for parameter in own.values()):
-        return "its parameters are complex"
-    if rule.weight not in own:
-        return "its weight is not a parameter of its own"
-    return rule.refusal(module) if own[rule.weight].requires_grad else "its weight is frozen"
 
 
-def _is_revealed(model: nn.Module, name: str) -> bool:
-    """Return whether a rule covers the parent of a hidden module, and so reveals its calls."""
-    parent = name.rpartition(".")[0]
-    return refusal(parent, model.get_submodule(parent)) is None
+def _revealed(model: nn.Module, name: str, module: nn.Module) -> LayerRule | None:
+    """Return the rule of a hidden module, if a rule covers the parent that bypasses its hooks."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    rule = layer_rule(parent)
+    if rule is None or not isinstance(module, rule.revealed) or overrides_forward(parent):
+        return None
+    return rule.reveal(parent, module) or layer_rule(module)
 
 
 def _layout(module: nn.Module, rule: LayerRule, names: Mapping[Tensor, str]) -> Layout:

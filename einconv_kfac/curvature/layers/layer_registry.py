@@ -49,8 +49,11 @@ def layer_rule(module: nn.Module) -> LayerRule | None:
 def overrides_forward(module: nn.Module) -> bool:
     """Return whether a layer's forward pass may differ from the one that its rule describes.
 
-    It may if a subclass of the rule's type overrides it, outside of torch and this package.
+    It may if a subclass of the rule's type overrides it, outside of torch and this package, or if
+    it was replaced in the layer itself.
     """
+    if "forward" in vars(module):
+        return True
     kinds = [kind for kind, _ in _REGISTRY.fitting(module)]
     author = next(base for base in type(module).__mro__ if "forward" in vars(base))
     trusted = author.__module__.startswith(("torch.nn.", "einconv_kfac."))

@@ -22,7 +22,7 @@ from einconv_kfac.curvature.factors.approximation import (
 from einconv_kfac.curvature.type_registry import Kind
 
 Record: TypeAlias = Callable[[Tensor, Tensor], None]
-"""Takes the input and the output of a call."""
+"""Takes the input and the output of a call; it may have an attribute ``is_active``."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class LayerRule(ABC):
         bias: Name of the bias in the module, if it has one.
         has_free_positions: Whether positions may have any number of dimensions between those of
             examples and features.
-        revealed: Types of submodules whose calls are recorded only while this rule watches the
-            module that calls them, since that module bypasses their hooks otherwise.
+        revealed: Types of submodules whose hooks the module bypasses unless it is watched.
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ()
@@ -83,10 +82,22 @@ class LayerRule(ABC):
 
         The default is for a weight ``[co, *d]`` without groups.
         """
-        return (1, *module.weight.shape), tuple(range(1 + module.weight.ndim))
+        shape = getattr(module, self.weight).shape
+        return (1, *shape), tuple(range(1 + len(shape)))
 
     def refusal(self, module: Any) -> str | None:
         """Return the reason why this instance cannot be covered, or ``None`` if it can."""
+        return None
+
+    def parts(self, module: Any) -> tuple[LayerRule, ...]:
+        """Return the rules of a module with several weights, each of which is a layer.
+
+        A part is an equal object for all modules of a type. The default is the rule itself.
+        """
+        return (self,)
+
+    def reveal(self, module: Any, inner: nn.Module) -> LayerRule | None:
+        """Return the rule of a `revealed` submodule, or ``None`` for that of its type."""
         return None
 
     def accepts(self, module: Any, x: Tensor) -> bool:
@@ -120,6 +131,18 @@ class LayerRule(ABC):
         """Return the sums of ``a`` over positions, ``[n, g, d, 1]``."""
         return self.inputs(module, x, y_shape).sum(-1, keepdim=True)
 
+    def columns(
+        self,
+        module: Any,
+        x: Tensor,
+        y_shape: Sequence[int],
+        approximation: Approximation,
+        bias: bool,
+    ) -> Tensor:
+        """Return the columns ``[n, g, d, s]`` whose second moment is ``A``, see `input_factor`."""
+        a = weight_sharing(approximation).inputs(self.inputs(module, x, y_shape))
+        return with_ones(a) if bias else a
+
     def input_diagonal(
         self,
         module: Any,
@@ -130,8 +153,8 @@ class LayerRule(ABC):
         **into: Any,
     ) -> Tensor:
         """Return the diagonal of ``A``, ``[g, d]``, without ``A``; see `input_factor`."""
-        a = weight_sharing(approximation).inputs(self.inputs(module, x, y_shape))
-        return squares(with_ones(a) if bias else a, a.shape[0], **into)
+        a = self.columns(module, x, y_shape, approximation, bias)
+        return squares(a, a.shape[0], **into)
 
     def output_diagonal(
         self, module: Any, gradient: Tensor, approximation: Approximation, **into: Any
@@ -160,8 +183,8 @@ class LayerRule(ABC):
             bias: Whether ``a`` ends with a constant 1.
             into: ``out``, ``beta``, ``alpha``: the result is ``beta * out + alpha * A``.
         """
-        a = weight_sharing(approximation).inputs(self.inputs(module, x, y_shape))
-        return second_moment(with_ones(a) if bias else a, a.shape[0], **into)
+        a = self.columns(module, x, y_shape, approximation, bias)
+        return second_moment(a, a.shape[0], **into)
 
     def output_factor(
         self, module: Any, gradient: Tensor, approximation: Approximation, **into: Any

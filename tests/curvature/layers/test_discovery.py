@@ -49,7 +49,8 @@ def test_a_copy_of_a_layer_refers_to_the_copied_module() -> None:
 
 def test_the_output_projection_of_attention_needs_the_rule_of_attention() -> None:
     model = nn.MultiheadAttention(4, 2)
-    assert [layer.name for layer in find_layers(model, every=True)] == ["", "out_proj"]
-    assert not find_layers(model)  # the optimizer does not replace forward passes
+    assert [layer.name for layer in find_layers(model)] == ["", "out_proj"]
     model.in_proj_weight.requires_grad_(False)
-    assert not find_layers(model, every=True)
+    assert [layer.name for layer in find_layers(model)] == ["out_proj"]
+    model.forward = lambda *args: args  # type: ignore[method-assign]
+    assert not find_layers(model)

@@ -50,17 +50,28 @@ class Twice(nn.Module):
         return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
 
 
+class Unknown(nn.Module):
+    """A module without a rule."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight.T)
+
+
 class Mixed(nn.Module):
     """A weight that a linear layer and a module without a rule use."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.b, self.c = nn.Linear(3, 3), nn.RNN(3, 3, batch_first=True), nn.Linear(3, 3)
-        self.b.weight_ih_l0 = self.a.weight
+        self.a, self.c = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.b = Unknown(self.a.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(self.b(torch.tanh(self.a(x))[:, None])[0][:, 0])
+        return self.c(self.b(torch.tanh(self.a(x))))
 
 
 class Autoencoder(nn.Module):

@@ -1,22 +1,27 @@
-"""The input projections of ``torch.nn.MultiheadAttention``: queries, keys and values.
-
-Torch applies them inside a function, where module hooks are not called. While a module is
-watched, its forward pass is therefore replaced by one of the same value that records the input
-projections and calls the output projection as a module.
-"""
+"""``torch.nn.MultiheadAttention``: the projections of queries, keys and values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from einconv_kfac.curvature.factors.approximation import Approximation, weight_sharing
+from einconv_kfac.curvature.layers.attention_projections import (
+    BIAS,
+    OUTPUT,
+    PACKED,
+    REPLACEMENTS,
+    SEPARATE,
+)
+from einconv_kfac.curvature.layers.interception import intercepted
 from einconv_kfac.curvature.layers.layer_rule import LayerExample, LayerRule, Record
+from einconv_kfac.curvature.layers.rules.linear import LinearRule
 
 
 class _SelfAttention(nn.Module):
@@ -31,37 +36,16 @@ class _SelfAttention(nn.Module):
         return result
 
 
-class AttentionRule(LayerRule):
-    """Three channel groups: queries, keys and values. The output projection is a layer itself.
+class _Projections(LayerRule):
+    """Queries, keys and values as channel groups.
 
-    A call's input is ``[n, 3, l, d]``, its output ``[n, l, (3 co)]``.
+    A call's output is ``[n, l, (3 co)]``; if there are other numbers of keys than of queries, the
+    shorter ones end with zeros.
     """
-
-    kinds = (nn.MultiheadAttention,)
-    examples = (
-        LayerExample(_SelfAttention, (3, 5, 4)),
-        LayerExample(lambda: _SelfAttention(bias=False), (3, 2, 4)),
-    )
-    preconditioned = False  # the optimizer does not replace forward passes
-    weight, bias = "in_proj_weight", "in_proj_bias"
-    revealed = (NonDynamicallyQuantizableLinear,)  # the type of the output projection
-
-    def split(self, module: nn.MultiheadAttention) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """See `LayerRule`."""
-        return (3, module.embed_dim, module.embed_dim), (0, 1, 2)
-
-    def refusal(self, module: nn.MultiheadAttention) -> str | None:
-        """See `LayerRule`."""
-        extended = module.bias_k is not None or module.add_zero_attn
-        return "attention with bias_k or add_zero_attn is not supported" if extended else None
 
     def accepts(self, module: nn.MultiheadAttention, x: Tensor) -> bool:
         """See `LayerRule`."""
         return x.ndim == 4
-
-    def inputs(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Tensor:
-        """See `LayerRule`."""
-        return x.mT
 
     def outputs(self, module: Any, gradient: Tensor) -> Tensor:
         """See `LayerRule`."""
@@ -69,62 +53,127 @@ class AttentionRule(LayerRule):
 
     def watch(self, module: Any, record: Record) -> Callable[[], None]:
         """See `LayerRule`."""
-        module.forward = partial(_attend, module, record)
-        return partial(delattr, module, "forward")
+        return intercepted(module, self.weight, record, REPLACEMENTS)
 
 
-def _attend(
-    module: nn.MultiheadAttention,
-    record: Record,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Return what the module's own forward pass returns, and record the projections."""
-    swap = not module.batch_first and query.ndim == 3
-    inputs = [x.transpose(0, 1) if swap else x for x in (query, key, value)]
-    if query.ndim != 3 or inputs[0].shape != inputs[1].shape:
-        raise ValueError(
-            f"Curvature of MultiheadAttention takes batches of queries and keys of one length, got "
-            f"{list(query.shape)} and {list(key.shape)}. Freeze its in_proj_weight to leave it out."
-        )
-    y = _projected(module, inputs)
-    record(torch.stack(inputs, dim=1), y)
-    heads = [torch.unflatten(part, -1, (module.num_heads, -1)) for part in y.chunk(3, dim=-1)]
-    q, k, v = (part.transpose(1, 2) for part in heads)  # n h l d
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    for mask in _masks(module, attn_mask, key_padding_mask, len(q)):
-        scores = scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = functional.dropout(scores.softmax(dim=-1), module.dropout, module.training)
-    result: Tensor = module.out_proj((weights @ v).transpose(1, 2).flatten(2))
-    shown = weights.mean(dim=1) if average_attn_weights else weights
-    return result.transpose(0, 1) if swap else result, shown if need_weights else None
+class AttentionRule(_Projections):
+    """Three channel groups: queries, keys and values. The output projection is a layer itself.
+
+    A call's input is ``[n, 3, l, d]``. If there are other numbers of keys than of queries, it is
+    ``[n, 3, l, (d 1)]``, whose last entry is 1 for the ``l_g`` positions of a group and 0 for the
+    others. With ``"expand"``, ``A`` is then multiplied and ``B`` divided by ``l / l_g``, so that
+    their product is that of a layer with ``l_g`` positions; several calls are weighted by ``l``.
+
+    Weights for other numbers of features are three layers, and their bias is a fourth.
+    """
+
+    kinds = (nn.MultiheadAttention,)
+    examples = (
+        LayerExample(_SelfAttention, (3, 5, 4)),
+        LayerExample(lambda: _SelfAttention(bias=False), (3, 2, 4)),
+    )
+    weight, bias = PACKED, BIAS
+    revealed = (NonDynamicallyQuantizableLinear,)  # the type of the output projection
+
+    def parts(self, module: nn.MultiheadAttention) -> tuple[LayerRule, ...]:
+        """See `LayerRule`."""
+        if module._qkv_same_embed_dim:
+            return (self,)
+        bias = () if module.in_proj_bias is None else (_bias_rule(),)
+        return (*map(_projection_rule, SEPARATE), *bias)
+
+    def reveal(self, module: nn.MultiheadAttention, inner: nn.Module) -> LayerRule:
+        """See `LayerRule`."""
+        return _OutputProjectionRule(module)
+
+    def split(self, module: nn.MultiheadAttention) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """See `LayerRule`."""
+        return (3, module.embed_dim, module.embed_dim), (0, 1, 2)
+
+    def inputs(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Tensor:
+        """See `LayerRule`."""
+        return x[..., : module.embed_dim].mT
+
+    def input_sums(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Tensor:
+        """See `LayerRule`; with other numbers of keys, ``l / l_g`` times the sums."""
+        sums = self.inputs(module, x, y_shape).sum(-1, keepdim=True)
+        return sums if _has_one_length(module, x) else sums * _ratios(x)
+
+    def columns(
+        self,
+        module: Any,
+        x: Tensor,
+        y_shape: Sequence[int],
+        approximation: Approximation,
+        bias: bool,
+    ) -> Tensor:
+        """See `LayerRule`."""
+        if _has_one_length(module, x):
+            return super().columns(module, x, y_shape, approximation, bias)
+        a = (x if bias else x[..., :-1]).mT
+        weight = _ratios(x) if approximation == "reduce" else _ratios(x).sqrt()
+        return weight_sharing(approximation).inputs(a * weight)
 
 
-def _projected(module: nn.MultiheadAttention, inputs: Sequence[Tensor]) -> Tensor:
-    """Return queries, keys and values side by side, ``[n, l, (3 d)]``."""
-    weight, bias = module.in_proj_weight, module.in_proj_bias
-    if all(x is inputs[0] for x in inputs):
-        return functional.linear(inputs[0], weight, bias)
-    weights = weight.chunk(3)
-    biases = [None] * 3 if bias is None else bias.chunk(3)
-    return torch.cat([functional.linear(*parts) for parts in zip(inputs, weights, biases)], dim=-1)
+class _ProjectionRule(LinearRule):
+    """A weight for another number of features; the bias is a layer of its own.
+
+    Args:
+        weight: Its name.
+    """
+
+    kinds = ()
+
+    def __init__(self, weight: str) -> None:
+        self.weight, self.bias = weight, ""
+
+    def watch(self, module: Any, record: Record) -> Callable[[], None]:
+        """See `LayerRule`."""
+        return intercepted(module, self.weight, record, REPLACEMENTS)
 
 
-def _masks(
-    module: nn.MultiheadAttention, mask: Tensor | None, padding: Tensor | None, batch: int
-) -> list[Tensor]:
-    """Return masks that broadcast to scores ``[n, h, l, l']``."""
-    masks = []
-    if mask is not None:
-        masks.append(
-            mask if mask.ndim == 2 else mask.reshape(batch, module.num_heads, *mask.shape[1:])
-        )
-    if padding is not None:
-        masks.append(padding[:, None, None, :])
-    return masks
+class _BiasRule(_Projections):
+    """The bias of three weights, as the weight of a constant 1 in three channel groups."""
+
+    weight, bias = BIAS, ""
+
+    def split(self, module: nn.MultiheadAttention) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """See `LayerRule`."""
+        return (3, module.embed_dim, 1), (0, 1, 2)
+
+    def inputs(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Tensor:
+        """See `LayerRule`."""
+        return x.mT
+
+
+class _OutputProjectionRule(LinearRule):
+    """The output projection, whose calls are those of the attention.
+
+    Args:
+        attention: The attention, to which no reference is kept.
+    """
+
+    kinds = ()
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        self._attention = ref(attention)
+
+    def watch(self, module: Any, record: Record) -> Callable[[], None]:
+        """See `LayerRule`."""
+        attention = self._attention()
+        assert attention is not None
+        return intercepted(attention, OUTPUT, record, REPLACEMENTS)
+
+
+_projection_rule = cache(_ProjectionRule)  # one object for each, since layers compare them
+_bias_rule = cache(_BiasRule)
+
+
+def _has_one_length(module: Any, x: Tensor) -> bool:
+    """Return whether there are as many keys as queries."""
+    return x.shape[-1] == int(module.embed_dim)
+
+
+def _ratios(x: Tensor) -> Tensor:
+    """Return ``l / l_g`` of an input ``[n, 3, l, (d 1)]``, ``[3, 1, 1]``."""
+    return x.shape[2] / x[0, :, :, -1].sum(-1).clamp(min=1)[:, None, None]
