@@ -43,13 +43,20 @@ def entries(tensor: Tensor) -> Tensor:
 
 def inner(a: Direction, b: Direction, weights: Mapping[str, float] | None = None) -> Tensor:
     """Return the (weighted) inner product over the parameters that both have, in float64."""
-    parts = []
+    sums = []
     for weight, names in _by_weight([name for name in a if name in b], weights).items():
-        for chunk in _chunks(names, a):
-            part = torch.dot(_joined(a, chunk), _joined(b, chunk)).double()
-            parts.append(part if weight is None else part * weight)
+        parts = [torch.dot(_joined(a, own), _joined(b, own)) for own in _chunks(names, a)]
+        total = _sum_in_float64(parts)
+        sums.append(total if weight is None else total * weight)
     device = next(iter(a.values())).device
-    return sum_of(parts) if parts else torch.zeros((), dtype=torch.float64, device=device)
+    return sum_of(sums) if sums else torch.zeros((), dtype=torch.float64, device=device)
+
+
+def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the squared entries of tensors, in float64 from the squares on."""
+    direction = {str(index): tensor for index, tensor in enumerate(tensors)}
+    vectors = [_joined(direction, chunk).double() for chunk in _chunks(direction, direction)]
+    return sum_of([torch.dot(vector, vector) for vector in vectors])
 
 
 def inner_products(a: Direction, several: Sequence[Direction]) -> Tensor:
@@ -62,21 +69,24 @@ def gram_matrix(
 ) -> Tensor:
     """Return the (weighted) inner products of all pairs of directions, ``[m, m]``, in float64."""
     count = len(directions)
-    parts: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    sums: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     names = dict.fromkeys(name for direction in directions for name in direction)
     holders = {n: tuple(i for i in range(count) if n in directions[i]) for n in names}
     for own, alike in _grouped(holders).items():
         for weight, weighted in _by_weight(alike, weights).items():
+            products: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
             for chunk in _chunks(weighted, directions[own[0]]):
                 vectors = {i: _joined(directions[i], chunk) for i in own}
                 for i, j in combinations_with_replacement(own, 2):
-                    part = torch.dot(vectors[i], vectors[j]).double()
-                    parts[i, j].append(part if weight is None else part * weight)
+                    products[i, j].append(torch.dot(vectors[i], vectors[j]))
+            for pair, parts in products.items():
+                total = _sum_in_float64(parts)
+                sums[pair].append(total if weight is None else total * weight)
     device = next(tensor.device for direction in directions for tensor in direction.values())
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    sums = {pair: sum_of(found) for pair, found in parts.items()}
+    totals = {pair: sum_of(found) for pair, found in sums.items()}
     pairs = [(min(i, j), max(i, j)) for i in range(count) for j in range(count)]
-    return torch.stack([sums.get(pair, zero) for pair in pairs]).reshape(count, count)
+    return torch.stack([totals.get(pair, zero) for pair in pairs]).reshape(count, count)
 
 
 def products_by_layer(
@@ -161,6 +171,14 @@ def _grouped(keys: Mapping[str, Key]) -> dict[Key, list[str]]:
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of tensors of one shape."""
     return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).sum(dim=0)
+
+
+def _sum_in_float64(numbers: Sequence[Tensor]) -> Tensor:
+    """Return the sum of numbers, of each data type at once."""
+    alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for number in numbers:
+        alike[number.dtype].append(number)
+    return sum_of([torch.stack(own).sum(dtype=torch.float64) for own in alike.values()])
 
 
 def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
