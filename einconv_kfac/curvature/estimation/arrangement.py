@@ -131,7 +131,7 @@ def arrange(
         layouts[signature] if signature in layouts else _guessed(call, examples, scattered)
         for call, signature in zip(calls, signatures)
     ]
-    _check_scattered(calls, found, scattered)
+    found = _all_scattered(calls, found, scattered)
     mixed = {c.layer for c, e in zip(calls, found) if e is not None}
     return [
         ArrangedCall(call, layout, by_example or call.layer in mixed, examples)
@@ -145,22 +145,30 @@ def _guessed(call: LayerCall, examples: int, scattered: set[str]) -> ExampleLayo
     return possible[0] if possible and call.layer not in scattered else SCATTERED
 
 
-def _check_scattered(
+def _all_scattered(
     calls: Sequence[LayerCall], layouts: Sequence[ExampleLayout | None], scattered: set[str]
-) -> None:
-    """Raise a ``ValueError`` if a layer has calls of scattered rows, and others."""
+) -> list[ExampleLayout | None]:
+    """Return layouts that are scattered in all calls of a layer if they are in one.
+
+    Calls with examples of their own, as of a labelled and of an unlabelled batch, have rows of
+    single examples as well.
+
+    Raises:
+        ValueError: If rows of another call are shared between examples.
+    """
     for call, layout in zip(calls, layouts):
-        if call.layer in scattered and layout != SCATTERED:
+        if call.layer in scattered and layout is None:
             raise scattered_rows(call.layer)
+    return [SCATTERED if c.layer in scattered else e for c, e in zip(calls, layouts)]
 
 
 def scattered_rows(layer: str) -> ValueError:
     """Return the error for rows that are not known to belong to certain examples."""
     return ValueError(
         f"The calls of '{layer}' must each have rows of all examples in the same order, got calls "
-        "of some examples, or rows in no regular order. Use approximation='expand' without "
-        "squared gradients or a fraction of the examples, or leave the layer out: "
-        f"exclude=['{layer}']."
+        "of some examples, or rows in no regular order. Use approximation='expand', a `fisher` "
+        "with gradients, factor_fraction=1, and no squared gradients of examples ('ekfac', "
+        f"'diagonal'), or leave the layer out: exclude=['{layer}']."
     )
 
 

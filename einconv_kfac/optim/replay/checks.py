@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.loss_input import Returned
 from einconv_kfac.optim.replay.subsample import check_separate
+from einconv_kfac.optim.replay.unknown_operations import refusal_of
 
 REPEATED_ERROR = 0.1
 """Largest relative difference between an output and its repetition, in low precision."""
@@ -43,11 +44,7 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
             "part before the loss and pass that here, or pass adaptive=False."
         )
     if unknown := batch.loss_model.unknown():
-        raise RuntimeError(
-            "The operations between the model's output and the loss must be known when "
-            f"adaptive=True, got {', '.join(unknown)}. Move them into the model, so that the loss "
-            "is computed from what it returns, or pass adaptive=False."
-        )
+        raise RuntimeError(refusal_of(unknown))
     for versions in (*(each.call.versions for each in batch.forwards), batch.versions):
         if (changed := versions.changed()) is not None:
             raise RuntimeError(
@@ -77,9 +74,9 @@ def check_repeated(batch: Batch, outputs: Sequence[Tensor]) -> None:
         )
     raise RuntimeError(
         "The model must repeat its output when a recorded batch is replayed for adaptive=True, "
-        "got a different one. Draw random numbers from torch's global generator, keep state "
-        "between calls only in buffers, change no output in place, run attention without cuDNN, "
-        "or pass adaptive=False."
+        "got a different one. Draw random numbers from torch's global generator or from "
+        "`random`, keep state between calls only in buffers, run attention without cuDNN, or pass "
+        "adaptive=False."
     )
 
 

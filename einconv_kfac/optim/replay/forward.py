@@ -42,6 +42,10 @@ class ModelCall:
     parameters: State
     outputs: LayerOutputs = field(default_factory=LayerOutputs)
 
+    def ended(self) -> ModelCall:
+        """Return the call after it has ended."""
+        return replace(self, environment=self.environment.after_call())
+
     def has_moved(self, model: nn.Module) -> bool:
         """Return whether parameters of the model were changed after the call."""
         return state_of(model.parameters()) != self.parameters
