@@ -48,6 +48,10 @@ class ModelCall:
     chained: tuple[ChainedArgument, ...] = ()
     module: str = ""
 
+    def ended(self) -> ModelCall:
+        """Return the call after it has ended."""
+        return replace(self, environment=self.environment.after_call())
+
     def has_moved(self, model: nn.Module) -> bool:
         """Return whether parameters of the model were changed after the call."""
         return state_of(model.parameters()) != self.parameters

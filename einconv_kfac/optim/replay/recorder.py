@@ -22,6 +22,7 @@ from einconv_kfac.curvature.estimation.capture import (
     sees_own_output,
 )
 from einconv_kfac.curvature.estimation.evaluation import Evaluation
+from einconv_kfac.curvature.losses.loss_registry import is_built_in
 from einconv_kfac.curvature.objective.outputs import losses_of
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.buffers import ChangingBuffers
@@ -218,6 +219,8 @@ class Recorder:
             return
         arguments = loss_arguments(loss_fn, args, kwargs)
         observation = GivenObservation.of(loss_fn, arguments, loss, self._pending, inside)
+        if not is_built_in(loss_fn):
+            self._pending.mark_call_(loss_fn, arguments, loss)
         if observation is None:
             self.observe_(loss)
         else:

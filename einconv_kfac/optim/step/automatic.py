@@ -56,7 +56,7 @@ class AutomaticStep:
         self._search = DampingSearch()
         self._rollback = Rollback()
         self._reduction = Reduction(self._replay, rule, safeguard)
-        self._unobserved = UnobservedTerms()
+        self._unobserved = UnobservedTerms(self._replay)
 
     def check(self, objective: Objective) -> None:
         """See `Step`."""
