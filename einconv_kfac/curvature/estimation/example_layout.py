@@ -133,6 +133,9 @@ def _of_bit(vectors: Sequence[Tensor], bit: int, value: int) -> list[Tensor]:
     """Return vectors ``[n, ...]`` that are zero for examples with another bit in their number."""
     own = []
     for vector in vectors:
+        if not vector.ndim:  # of all examples
+            own.append(vector)
+            continue
         numbers = torch.arange(len(vector), device=vector.device)
         mask = ((numbers >> bit) & 1 == value).reshape(-1, *[1] * (vector.ndim - 1))
         own.append(torch.where(mask, vector, torch.zeros_like(vector)))
