@@ -25,6 +25,7 @@ from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
+from einconv_kfac.optim.vectors import totals
 
 NEVER_SEEN = (
     "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
@@ -202,7 +203,7 @@ class Collector:
             known: The norms of the gradients.
         """
         others = [*losses, *(part for own in self.moments.values() for part in own.checked())]
-        short = [*known, *(tensor.sum() for tensor in others)]
+        short = [*known, *totals(others)]
         if not short or bool(torch.stack(short).isfinite().all()):
             return True
         return bool(torch.stack([t.isfinite().all() for t in [*gradients, *others]]).all())
