@@ -42,8 +42,9 @@ class ScaleRule(LayerRule):
         a = self.inputs(module, x, y_shape)  # n c 1 s
         a = a.to(torch.promote_types(a.dtype, torch.float32))
         a = weight_sharing(approximation).inputs(a)
-        sums = a.sum((0, 2, 3)) if bias else None
-        return updated(moment_matrices(_squares(a), sums, a.shape[0], a.shape[-1]), **into)
+        examples, positions = a.shape[0], a.shape[-1]
+        sums = a.sum((0, 2, 3)) / examples if bias else None
+        return updated(moment_matrices(_squares(a) / examples, sums, positions), **into)
 
     def output_factor(
         self, module: Any, gradient: Tensor, approximation: Approximation, **into: Any
@@ -55,19 +56,16 @@ class ScaleRule(LayerRule):
         return updated(_squares(g)[:, None, None] / (g.shape[0] * g.shape[-1]), **into)
 
 
-def moment_matrices(squares: Tensor, sums: Tensor | None, examples: int, positions: int) -> Tensor:
+def moment_matrices(squares: Tensor, sums: Tensor | None, positions: int) -> Tensor:
     """Return the second moments of ``[a, 1]`` per channel, averaged over examples, ``[c, 2, 2]``.
 
     Args:
-        squares: Sum of the squares of ``a`` over examples and positions, ``[c]``.
-        sums: Sum of ``a``, ``[c]``; for ``None`` the moments ``[c, 1, 1]`` of ``a`` alone.
-        examples: Number of examples.
-        positions: Number of positions of each.
+        squares: Sum of the squares of ``a`` over positions, averaged over examples, ``[c]``.
+        sums: Sum of ``a``, likewise; for ``None`` the moments ``[c, 1, 1]`` of ``a`` alone.
+        positions: Number of positions of each example.
     """
-    squares = squares / examples
     if sums is None:
         return squares[:, None, None]
-    sums = sums / examples
     ones = torch.full_like(sums, positions)
     return torch.stack([squares, sums, sums, ones], -1).reshape(-1, 2, 2)
 

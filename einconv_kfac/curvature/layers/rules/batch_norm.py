@@ -33,25 +33,22 @@ class BatchNormRule(ChannelNormRule):
         bias: bool,
         **into: Any,
     ) -> Tensor:
-        """See `LayerRule`; with "expand" the sums of normalised inputs follow from those of inputs.
+        """See `LayerRule`; with "expand", nothing is normalised by statistics of the batch.
 
-        In training the sum of the squares is ``N var / (var + eps)``, and the sum is zero.
+        The mean of the normalised inputs is zero, and that of their squares ``var / (var + eps)``.
         """
-        if approximation != "expand":
+        uses_batch = module.training or module.running_mean is None
+        if approximation != "expand" or not uses_batch:
             return super().input_factor(module, x, y_shape, approximation, bias, **into)
         x = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(*x.shape[:2], -1)  # n c s
         examples, _, positions = x.shape
-        total, count = x.sum(2).sum(0), examples * positions
-        if module.training or module.running_mean is None:
-            center, variance = total / count, None
-        else:
-            center, variance = module.running_mean.to(x), module.running_var.to(x)
+        count = examples * positions
+        center = x.sum(2).sum(0) / count
         norms: Tensor = torch.linalg.vector_norm(x - center[:, None], dim=2)
         squares = norms.square().sum(0)
-        scale = ((squares / count if variance is None else variance) + module.eps).reciprocal()
-        sums = (total - count * center) * scale.sqrt() if bias else None
-        factor = moment_matrices(squares * scale, sums, examples, positions)
-        return updated(factor, **into)
+        share = squares / (squares + count * module.eps)
+        sums = torch.zeros_like(share) if bias else None
+        return updated(moment_matrices(share * positions, sums, positions), **into)
 
     def normalized(self, module: Any, x: Tensor) -> Tensor:
         """See `ScaleRule`."""
