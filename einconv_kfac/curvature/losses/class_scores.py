@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional
 
 from einconv_kfac.curvature.losses.loss_call import precise_type
 
@@ -36,12 +35,19 @@ def by_position(root: Tensor) -> Iterator[Tensor]:
 
 def drawn(p: Tensor, generator: Generator) -> Tensor:
     """Return classes drawn from ``p [n, c, *d]``, one-hot."""
-    if p.numel() == 0:
-        return torch.zeros_like(p)
     rows = p.movedim(1, -1)
-    draws = torch.multinomial(rows.flatten(end_dim=-2), 1, generator=generator)
-    onehot = functional.one_hot(draws[:, 0], p.shape[1]).to(p)
-    return onehot.reshape(rows.shape).movedim(-1, 1)
+    draws = random_classes(rows.reshape(-1, p.shape[1]), generator)
+    onehot = torch.zeros_like(rows).scatter_(-1, draws.reshape(*rows.shape[:-1], 1), 1)
+    return onehot.movedim(-1, 1)
+
+
+def random_classes(p: Tensor, generator: Generator) -> Tensor:
+    """Return a class drawn from each row of ``p [n, c]``, ``[n]``.
+
+    It is the first of exponential variables with the rates ``p``, as in ``torch.multinomial``. That
+    waits for the device to check ``p``; here the class is any one where ``p`` is not finite.
+    """
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 
 def filled(p: Tensor, weights: Tensor, dim: int = 1) -> Tensor:
