@@ -13,7 +13,7 @@ FLOOR_FRACTION = 1e-1
 for a step that fits noise."""
 ADAPTATION_PERIOD = 10
 """Steps between two adaptations of the damping."""
-ADAPTATION = (19 / 20) ** ADAPTATION_PERIOD
+ADAPTATION = (19 / 20) ** 5
 """Factor of one adaptation (Martens and Grosse, 2015)."""
 
 
