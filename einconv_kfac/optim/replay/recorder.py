@@ -76,7 +76,7 @@ class Recorder:
         self._on_backward, self._on_cleared = on_backward, on_cleared
         self._entry = model if entry is None else entry
         self._capture = LayerCapture([]) if capture is None else capture
-        self._pending = PendingCalls(self._capture)
+        self._pending = PendingCalls(self._capture, self._named)
         self._buffers = ChangingBuffers()
         self._outputs: LayerOutputs | None = None  # of the call that is running
         self.gradients = GradientWatch(model.parameters)
@@ -178,6 +178,7 @@ class Recorder:
                 Environment.now(self._model, self._buffers.copied_(self._model) if keeps else {}),
                 Versions(_arguments(args, kwargs) if keeps else ()),
                 state_of(self._model.parameters()) if keeps else (),
+                chained=self._pending.chained(args, kwargs) if keeps else (),
             )
             self._outputs = call.outputs if keeps else None
             self._pending.begin_(call)
@@ -248,6 +249,10 @@ class Recorder:
             self._batches = []
             self.gradients.forget_()
             self._on_cleared()
+
+    def _named(self) -> dict[Tensor, str]:
+        """Return the parameters of the model with their names."""
+        return {parameter: name for name, parameter in self._model.named_parameters()}
 
     def _is_recording(self, model: nn.Module) -> bool:
         """Return whether a call is one of the model that is to be recorded."""
