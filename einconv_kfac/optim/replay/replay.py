@@ -162,6 +162,11 @@ class Replay:
             raise
         return found
 
+    def check_recorded(self, batches: Sequence[Batch]) -> None:
+        """Raise a ``RuntimeError`` if a batch cannot be replayed, without running the model."""
+        for batch in batches:
+            check_batch(self._model, batch, compiled=self._compiled)
+
     def check(
         self, batches: Sequence[Batch], parameters: Direction, direction: Direction
     ) -> list[Batch]:
@@ -178,8 +183,7 @@ class Replay:
         Raises:
             RuntimeError: If one of them cannot be replayed.
         """
-        for batch in batches:
-            check_batch(self._model, batch, compiled=self._compiled)
+        self.check_recorded(batches)
         batches = [self._moved(self._restored(batch)) for batch in batches]
         if not self._checked:
             with self._paused(), torch.enable_grad():
