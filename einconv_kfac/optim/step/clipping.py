@@ -31,6 +31,7 @@ def _factor(
 ) -> Tensor:
     """Return the square root, at most 1, of a bound by ``sum lr^2 a.b``."""
     if bound is None or not pair[0]:
-        return torch.ones(())
+        like = next(iter(pair[0].values()), None)
+        return torch.ones((), device=None if like is None else like.device)
     size = inner(*pair, {name: rate**2 for name, rate in rates.items()})
     return (bound / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt().clamp_max(1.0)
