@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional
 
 from einconv_kfac.curvature.losses.loss_call import precise_type
 
@@ -35,13 +34,21 @@ def by_position(root: Tensor) -> Iterator[Tensor]:
 
 
 def drawn(p: Tensor, generator: Generator) -> Tensor:
-    """Return classes drawn from ``p [n, c, *d]``, one-hot."""
+    """Return classes drawn from ``p [n, c, *d]``, one-hot.
+
+    The class with the smallest ``e / p`` is drawn, for ``e`` from the exponential distribution:
+    ``e / p`` has the rate ``p``, and is the smallest with probability ``p``. It is what
+    ``torch.multinomial`` draws, without its check of the values, for which the host would wait
+    and which ends the use of a GPU where one is not finite. For such values the class is any.
+    """
     if p.numel() == 0:
         return torch.zeros_like(p)
     rows = p.movedim(1, -1)
-    draws = torch.multinomial(rows.flatten(end_dim=-2), 1, generator=generator)
-    onehot = functional.one_hot(draws[:, 0], p.shape[1]).to(p)
-    return onehot.reshape(rows.shape).movedim(-1, 1)
+    waiting = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    waiting.exponential_(generator=generator).clamp_(min=torch.finfo(p.dtype).tiny)
+    draws = (rows / waiting).argmax(-1, keepdim=True)
+    onehot = torch.zeros_like(waiting).scatter_(-1, draws, 1.0)
+    return onehot.movedim(-1, 1)
 
 
 def filled(p: Tensor, weights: Tensor, dim: int = 1) -> Tensor:

@@ -37,7 +37,7 @@ BUDGETS = {  # launches, waits
     ("automatic", "factors"): (920, 31),
     ("automatic", "inverses"): (1140, 46),
 }
-"""What a step of a model with four layers may ask of the device, forward and backward pass included.
+"""What a step of a model with four layers may ask of the device, with both passes.
 
 Lower these numbers when they are undercut.
 """

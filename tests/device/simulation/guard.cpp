@@ -3,8 +3,11 @@
 // It registers the device guard, the hooks and the generator that autograd and operators ask for, so
 // that wrapper tensors whose device is "cuda" work on the processor. No memory and no kernel is behind it.
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+
+#include <vector>
 
 namespace c10::impl {
 
@@ -29,8 +32,29 @@ C10_REGISTER_GUARD_IMPL(CUDA, SimulatedGuard)
 
 namespace at {
 
+// The processor's generator, with states of the size that CUDA's have: 64 bits of a seed and 64 of an
+// offset, which is here the number of a saved engine.
 struct SimulatedGenerator : public CPUGeneratorImpl {
   SimulatedGenerator() : CPUGeneratorImpl(default_rng_seed_val) { device_ = Device(kCUDA, 0); }
+  static constexpr int64_t bytes = 16;
+  static std::vector<mt19937>& saved() {
+    static std::vector<mt19937> engines;
+    return engines;
+  }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
+    auto state = at::detail::empty_cpu({bytes}, at::kByte);
+    auto* numbers = static_cast<uint64_t*>(state.mutable_data_ptr());
+    numbers[0] = const_cast<SimulatedGenerator*>(this)->current_seed();
+    numbers[1] = saved().size();
+    saved().push_back(const_cast<SimulatedGenerator*>(this)->engine());
+    return state.getIntrusivePtr();
+  }
+  void set_state(const c10::TensorImpl& given) override {
+    TORCH_CHECK(given.numel() == bytes, "RNG state is wrong size");
+    const auto* numbers = static_cast<const uint64_t*>(given.data());
+    set_current_seed(numbers[0]);
+    if (numbers[1] < saved().size()) set_engine(saved()[numbers[1]]);
+  }
 };
 
 static const Generator& default_generator() {
@@ -70,3 +94,8 @@ struct CUDAHooks : public CUDAHooksInterface {
 REGISTER_CUDA_HOOKS(CUDAHooks)
 
 }  // namespace at
+
+// Copy the engine of one generator, given by its address, to another.
+extern "C" void copy_engine(at::CPUGeneratorImpl* from, at::CPUGeneratorImpl* to) {
+  to->set_engine(from->engine());
+}

@@ -49,10 +49,13 @@ def built() -> Path:
     return library
 
 
-def load() -> None:
-    """Register the simulated device in this process."""
+def load() -> ctypes.CDLL:
+    """Register the simulated device in this process, and return the library."""
     assert "torch" not in sys.modules, "the guard must be loaded before torch"
-    ctypes.CDLL(str(built()), ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(built()), ctypes.RTLD_GLOBAL)
+    library.copy_engine.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.copy_engine.restype = None
+    return library
 
 
 def _torch() -> Path:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import guard
 
-guard.load()
+LIBRARY = guard.load()
 
 from collections.abc import Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
@@ -167,7 +167,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _note_launch(func, name, (args, inner_args, inner_kwargs), there, result)
     for generator in (leaf for leaf in leaves if isinstance(leaf, Generator)):
         if generator.device.type == "cuda":
-            generator.set_state(_twins[id(generator)][1].get_state())
+            LIBRARY.copy_engine(_twins[id(generator)][1]._cdata, generator._cdata)
     if torch.Tag.inplace_view in func.tags:
         with no_dispatch():
             func(*args, **kwargs)
@@ -197,16 +197,16 @@ def _inner(value: Any) -> Any:
 
 
 def _twin(generator: Generator) -> Generator:
-    """Return a generator of the host with the state of one of the device."""
+    """Return a generator of the host with the engine of one of the device."""
     if generator.device.type != "cuda":
         return generator
     _, twin = _twins.setdefault(id(generator), (generator, Generator()))
-    twin.set_state(generator.get_state())
+    LIBRARY.copy_engine(generator._cdata, twin._cdata)
     return twin
 
 
 def _compute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator on the host; cuDNN's batch norm is torch's own."""
+    """Run an operator on the host; batch norm of cuDNN and mixed products by torch's own."""
     if name == "cudnn_batch_norm":
         y, mean, scale = torch.ops.aten.native_batch_norm(*args, **kwargs)
         return y, mean, scale, torch.empty(0, dtype=torch.uint8, device=y.device)
@@ -214,7 +214,20 @@ def _compute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         x, g, weight, running_mean, running_var, mean, scale, eps, _ = args
         saved = (weight, running_mean, running_var, mean, scale, True, eps, [True] * 3)
         return torch.ops.aten.native_batch_norm_backward(g, x, *saved)
+    if func._overloadname == "dtype_out" and name in ("addmm", "baddbmm"):
+        return _mixed_product(name, *args, **kwargs)
     return func(*args, **kwargs)
+
+
+def _mixed_product(
+    name: str, start: Tensor, left: Tensor, right: Tensor, dtype: Any, *, out: Tensor, **scales: Any
+) -> Tensor:
+    """Add a product of low precision to a target in float32, as only GPUs do."""
+    assert left.dtype == right.dtype
+    assert left.dtype in (torch.bfloat16, torch.float16)
+    assert start.dtype == out.dtype == dtype == torch.float32
+    add = getattr(torch, name)
+    return out.copy_(add(start, left.float(), right.float(), **scales))
 
 
 def _note_launch(
@@ -259,6 +272,7 @@ def _announce() -> None:
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.cuda.get_rng_state = lambda device=CUDA: _default_generator.get_state()
     torch.cuda.set_rng_state = lambda state, device=CUDA: _default_generator.set_state(state)
+    torch.backends.cudnn.is_acceptable = lambda tensor: False  # its RNNs have no simulation
     torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore
     torch.cuda.stream = lambda stream: stream or _Stream()  # type: ignore
 

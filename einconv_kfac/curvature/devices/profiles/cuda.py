@@ -5,6 +5,8 @@ Weight gradients are not exact: cuDNN may round to TF32, and add in any order.
 
 from __future__ import annotations
 
+import torch
+
 from einconv_kfac.curvature.devices.profile import DeviceProfile, Prices
 
 PROFILE = DeviceProfile(
@@ -14,4 +16,5 @@ PROFILE = DeviceProfile(
     largest_chunk_elements=1 << 24,
     panel_rows=1024,
     strip_rows=1024,
+    has_mixed_products=hasattr(torch.ops.aten.addmm, "dtype_out"),
 )
