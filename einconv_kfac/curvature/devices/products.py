@@ -41,6 +41,19 @@ def operand_dtype(x: Tensor, result: torch.dtype) -> torch.dtype:
     return x.dtype if low and profile_of(x.device.type).has_mixed_products else result
 
 
+def rounds_to_tf32(x: Tensor) -> bool:
+    """Return whether products of a tensor in float32 are rounded to TF32 where it is.
+
+    They follow torch's own setting: ``torch.backends.cuda.matmul``.
+    """
+    if profile_of(x.device.type).tf32_mac_price == 1.0:
+        return False
+    setting = torch.backends.cuda.matmul
+    if hasattr(torch.backends, "fp32_precision"):  # torch 2.9; the older name may then raise
+        return bool(setting.fp32_precision == "tf32")
+    return bool(setting.allow_tf32)
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return the matrix products ``[g, m, k] @ [g, k, n]``."""
     multiply = _one_dnn_for(left, right)

@@ -10,22 +10,22 @@ from simulated_device import held, simulated, to_device
 
 from einconv_kfac.curvature import conv_input_factor, linear_input_factor
 from einconv_kfac.curvature.factors import conv_output_factor
-from einconv_kfac.curvature.factors.choice import ALGORITHMS, applicable, choose
+from einconv_kfac.curvature.factors.choice import applicable, choose
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.geometry import conv_geometry
 
 TYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 
 BUDGETS = {  # input channels, size, kernel, stride, padding, groups: launches
-    "stem": ((3, 224, 7, 2, 3, 1), 9999),
-    "3x3": ((64, 56, 3, 1, 1, 1), 9999),
-    "3x3-wide": ((512, 7, 3, 1, 1, 1), 9999),
-    "3x3-strided": ((128, 56, 3, 2, 1, 1), 9999),
-    "1x1": ((256, 14, 1, 1, 0, 1), 9999),
-    "1x1-strided": ((256, 56, 1, 2, 0, 1), 9999),
-    "depthwise": ((144, 56, 3, 1, 1, 144), 9999),
-    "grouped": ((128, 56, 3, 1, 1, 32), 9999),
-    "patches": ((3, 224, 16, 16, 0, 1), 9999),
+    "stem": ((3, 224, 7, 2, 3, 1), 100),
+    "3x3": ((64, 56, 3, 1, 1, 1), 104),
+    "3x3-wide": ((512, 7, 3, 1, 1, 1), 54),
+    "3x3-strided": ((128, 56, 3, 2, 1, 1), 232),
+    "1x1": ((256, 14, 1, 1, 0, 1), 4),
+    "1x1-strided": ((256, 56, 1, 2, 0, 1), 4),
+    "depthwise": ((144, 56, 3, 1, 1, 144), 124),
+    "grouped": ((128, 56, 3, 1, 1, 32), 214),
+    "patches": ((3, 224, 16, 16, 0, 1), 6),
 }
 """Launches of a factor of layers of real networks, batch 64; lower them when they are undercut."""
 
@@ -62,21 +62,14 @@ def test_factors_stay_within_their_budgets(layer: str) -> None:
     (channels, size, kernel, stride, padding, groups), most = BUDGETS[layer]
     geometry = conv_geometry((size, size), kernel, stride, padding, groups=groups)
     problem = Problem(geometry, 64, channels // groups, torch.float32, "cuda")
-    found = {}
+    name = choose(problem)
     with simulated(shapes_only=True) as record:
         x = to_device(torch.empty(64, channels, size, size))
-        for algorithm in applicable(problem):
-            record.reset()
-            conv_input_factor(x, kernel, stride, padding, groups=groups, algorithm=algorithm)
-            found[algorithm] = (
-                record.launches,
-                record.waited,
-                ALGORITHMS[algorithm].cost(problem).calls,
-            )
-    name = choose(problem)
-    print(layer, name, found)
-    assert found[name][1] == 0
-    assert found[name][0] <= most, (name, found[name])
+        record.reset()
+        conv_input_factor(x, kernel, stride, padding, groups=groups)
+        found = record.launches, record.waited
+    assert found[1] == 0
+    assert found[0] <= most, (name, found)
 
 
 def test_other_factors() -> None:
@@ -99,5 +92,4 @@ def test_other_factors() -> None:
     ]
     for ours, theirs in zip(expected, found):
         torch.testing.assert_close(held(theirs), ours, rtol=1e-12, atol=1e-12)
-    print(launches)
-    assert launches <= 60
+    assert launches <= 26

@@ -237,8 +237,13 @@ def _note_launch(
     args, inner_args, inner_kwargs = arguments
     old = {id(tensor.held) for tensor in there}
     new = [t for t in tree_leaves(result) if isinstance(t, Tensor) and id(t) not in old]
-    moved = sum(t.numel() * t.element_size() for t in (*there, *new))
+    moved = sum(_bytes(t) for t in (*(tensor.held for tensor in there), *new))
     RECORD.note_launch(name, args, moved, _operations(func, name, inner_args, inner_kwargs, result))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Return the bytes of memory that a tensor views, each counted once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _operations(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:

@@ -59,7 +59,8 @@ class Im2col(Algorithm):
             * short
             * (GROUPED_COPY_PRICE if problem.geometry.groups > 1 else 1.0)
         )
-        return Cost(pairs * columns, problem.size, copied, 1.2 * problem.outputs, calls)
+        written = 1.2 * problem.outputs
+        return Cost(pairs * columns, problem.size, copied, written, calls, is_mixed=True)
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, with ``a`` the columns of the unfolded input."""
