@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import pi
 
 import torch
@@ -85,6 +86,11 @@ def train(seed: int, steps: int, build: Callable[[nn.Module], Optimizer]) -> flo
     return model.error()
 
 
+def adam(rate: float, model: nn.Module) -> Optimizer:
+    """Return Adam with the learning rate."""
+    return Adam(model.parameters(), lr=rate)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Train with KFAC and with Adam; print and return the errors."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -97,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     print(f"{'KFAC':12} {options.steps:5} steps: relative error {errors['KFAC']:.2e}", flush=True)
     for rate in options.rates:
         name, steps = f"Adam {rate:g}", options.multiple * options.steps
-        errors[name] = train(options.seed, steps, lambda m, lr=rate: Adam(m.parameters(), lr=lr))
+        errors[name] = train(options.seed, steps, partial(adam, rate))
         print(f"{name:12} {steps:5} steps: relative error {errors[name]:.2e}", flush=True)
     return errors
 
