@@ -95,6 +95,10 @@ class AutomaticStep:
             fit = self._best_fit_(objective, followed, damping)
         if not math.isfinite(fit.expected):
             return self._skipped_(objective, damping, bool(previous))
+        return self._moved_(objective, fit, followed, damping)
+
+    def _moved_(self, objective: Objective, fit: Fit, followed: Momentum, damping: float) -> Taken:
+        """Move the parameters by a step, adapt to what it does, and return it."""
         rate = max(objective.rates.values())
         update = fit.update(objective, rate)
         others = self._unobserved.change(fit.model, fit.coefficients * rate, objective.batches)
@@ -105,6 +109,7 @@ class AutomaticStep:
         if left < 1:
             self._subspace.drop_()
         rate *= left
+        is_slow = followed.coefficient is None
         coefficient = fit.mix[-1] * rate
         if is_slow:
             known = fit.own_products(rate) if all(objective.rates.values()) else None
