@@ -44,10 +44,16 @@ def drawn(p: Tensor, generator: Generator) -> Tensor:
 def random_classes(p: Tensor, generator: Generator) -> Tensor:
     """Return a class drawn from each row of ``p [n, c]``, ``[n]``.
 
-    It is the first of exponential variables with the rates ``p``, as in ``torch.multinomial``. That
-    waits for the device to check ``p``; here the class is any one where ``p`` is not finite.
+    The class with the smallest ``e / p`` is drawn, for ``e`` from the exponential distribution:
+    ``e / p`` has the rate ``p``, and is the smallest with probability ``p``. It is what
+    ``torch.multinomial`` draws, without its check of the values, for which the host would wait
+    and which ends the use of a GPU where one is not finite. For such values the class is any.
     """
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+    if p.numel() == 0:
+        return torch.zeros(len(p), dtype=torch.long, device=p.device)
+    waiting = torch.empty_like(p, memory_format=torch.contiguous_format)
+    waiting.exponential_(generator=generator).clamp_(min=torch.finfo(p.dtype).tiny)
+    return (p / waiting).argmax(-1)
 
 
 def filled(p: Tensor, weights: Tensor, dim: int = 1) -> Tensor:
