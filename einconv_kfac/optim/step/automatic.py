@@ -57,7 +57,7 @@ class AutomaticStep:
         self._subspace = SubspaceFit(curvature, self._trust)
         self._search = DampingSearch()
         self._rollback = Rollback()
-        self._reduction = Reduction(self._replay, rule, safeguard)
+        self._reduction = Reduction(self._replay, rule, self._trust, safeguard)
         self._unobserved = UnobservedTerms(self._replay)
 
     def check(self, objective: Objective) -> None:
@@ -229,7 +229,7 @@ class AutomaticStep:
         if can_undo:
             self._undo_(objective)
             return Taken({"damping": damping, "rejected": 1.0})
-        self._rule.after_ratio(math.nan, 0.0)
+        self._rule.after_ratio(math.nan, 0.0, self._trust.noise)
         return Taken({"damping": damping})
 
     def _add_momentum_(
