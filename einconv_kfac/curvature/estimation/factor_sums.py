@@ -38,7 +38,8 @@ def batch_size(layer: Layer, calls: Sequence[LayerCall]) -> int:
     sizes = sorted({call.x.shape[0] for call in calls})
     if len(sizes) > 1:
         raise ValueError(
-            f"All calls of '{layer.name}' must have the same number of examples, got {sizes}."
+            f"All calls of '{layer.name}' must have the same number of examples, got {sizes}. "
+            f"Leave it out: exclude=['{layer.name}']."
         )
     return sizes[0]
 

@@ -17,7 +17,8 @@ def check_scores(output: Tensor) -> None:
     """Check that the output is a batch of class scores."""
     if output.ndim < 2 or output.shape[1] == 0:
         raise ValueError(
-            f"The model's output must be a non-empty batch [n, c, *d], got {tuple(output.shape)}."
+            f"The model's output must be a non-empty batch [n, c, *d], got {tuple(output.shape)}. "
+            "Add a batch dimension with `x.unsqueeze(0)`."
         )
 
 

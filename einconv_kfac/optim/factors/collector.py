@@ -20,6 +20,7 @@ from einconv_kfac.curvature.estimation.other_uses import used_past_calls
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
+from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import without_autocast
@@ -29,7 +30,14 @@ from einconv_kfac.optim.vectors import totals
 
 NEVER_SEEN = (
     "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
-    "loss as `loss_fn(model(x), y)` with the module given here and backpropagate it."
+    "loss as `loss_fn(model(x), y)` with the module given here, outside of compiled functions, and "
+    "call `loss.backward()`; gradients by torch.func or autograd.grad have no recorded loss."
+)
+
+UNSEEN = (
+    "Compiled models: pass `torch.compile(model)` itself here and call that. Checkpointed layers: "
+    "pass use_reentrant=False. Layers that are not called as modules, or only reached by another "
+    "loss: name them in `exclude`."
 )
 
 
@@ -117,8 +125,13 @@ class Collector:
             return
         self._seen = kind
         self._move_generator_(evaluation.weight.device)
-        with without_autocast(self._model):
-            self._add_own_(evaluation, own)
+        try:
+            with without_autocast(self._model):
+                self._add_own_(evaluation, own)
+        except BaseException:
+            self._forget_()
+            self.rewind_()
+            raise
 
     def _add_own_(self, evaluation: Evaluation, own: Sequence[LayerCall]) -> None:
         """Add the calls of a batch that are due."""
@@ -176,11 +189,10 @@ class Collector:
             raise RuntimeError(NEVER_SEEN)
         if missing:
             names = ", ".join(f"'{name}'" for name in sorted(missing))
+            parts = compiled_parts(self._model, missing)
             raise RuntimeError(
                 f"The factors of {names} need calls that the loss depends on, got none, though "
-                "there is a gradient. Compiled models: pass `torch.compile(model)` itself here "
-                "and call that. Checkpointed layers: pass use_reentrant=False. Layers that are "
-                "not called as modules, or only reached by another loss: name them in `exclude`."
+                f"there is a gradient. {advice(parts) if parts else UNSEEN}"
             )
 
     def _is_trained(self, name: str) -> bool:

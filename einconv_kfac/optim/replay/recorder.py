@@ -242,11 +242,15 @@ class Recorder:
     def _begin_backward_(self, observation: Observation, weight: Tensor) -> None:
         """Record a batch, whose backward pass begins."""
         self._drop_cleared_()
-        with self.paused(), torch.enable_grad():
-            evaluation, calls = observation.evaluation(weight)
-            batch = observation.batch(evaluation, weight, replayed=self.keeps_outputs)
-            self._on_backward(evaluation, calls, batch.loss)
-            self._batches.append(batch)
+        try:
+            with self.paused(), torch.enable_grad():
+                evaluation, calls = observation.evaluation(weight)
+                batch = observation.batch(evaluation, weight, replayed=self.keeps_outputs)
+                self._on_backward(evaluation, calls, batch.loss)
+                self._batches.append(batch)
+        except BaseException:
+            self.take()  # and what was collected from earlier losses
+            raise
         self.gradients.look_after_pass_()
 
     def _drop_cleared_(self) -> None:

@@ -67,8 +67,9 @@ class AutomaticStep:
         if not objective.batches:
             raise RuntimeError(
                 "`step` needs the loss it steps on, but saw none whose gradient is in `.grad`. "
-                "Compute it as `loss_fn(model(x), y)` with the module given to KFAC, or write "
-                "`loss = optimizer.observe(loss)` before `loss.backward()`."
+                "Compute it as `loss_fn(model(x), y)` with the module given to KFAC, outside of "
+                "compiled functions, or write `loss = optimizer.observe(loss)` before "
+                "`loss.backward()`; gradients by torch.func or autograd.grad have no recorded loss."
             )
 
     def take_(self, objective: Objective) -> Taken:
