@@ -81,7 +81,8 @@ class LevenbergMarquardt:
         if damping <= floor:
             return min(damping / ADAPTATION, floor)
         unused = min(max(ratio - 1, 0.0), 1.0) * (1 - noise)
-        return max(damping * ADAPTATION ** (1 + (UNUSED_POWER - 1) * unused), floor)
+        power: float = ADAPTATION ** (1 + (UNUSED_POWER - 1) * unused)
+        return max(damping * power, floor)
 
     def after_rejection(self, factor: float) -> None:
         """See `DampingRule`."""
