@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import accumulate, combinations_with_replacement
 from typing import TypeAlias, TypeVar
 
@@ -26,6 +27,7 @@ JOINED_ENTRIES = 1 << 20
 """Entries of a vector of several tensors: what is copied at a time."""
 
 
+@cache
 def precise(dtype: torch.dtype) -> torch.dtype:
     """Return the data type of sums, averages and steps: at least float32.
 

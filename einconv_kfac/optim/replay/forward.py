@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, replaced
 from einconv_kfac.optim.replay.dropout import batch_masks
 from einconv_kfac.optim.replay.environment import Environment
-from einconv_kfac.optim.replay.layer_jvp import layer_jvps
+from einconv_kfac.optim.replay.layer_jvp import batch_norms, layer_jvps
 from einconv_kfac.optim.replay.layer_outputs import LayerOutputs
 from einconv_kfac.optim.replay.loss_input import LossInput, found_inputs
 from einconv_kfac.optim.replay.recurrence import native_recurrences
@@ -111,14 +111,15 @@ class ForwardPass:
                 them tangents, so that outputs of layers need not be computed again.
         """
         call = self.call
-        values = _values(model, parameters, call.environment.buffers)
         given = {each.index: each.value(model, parameters, earlier) for each in call.chained}
         args, kwargs = replaced(call.args, call.kwargs, given)
 
         def run() -> Any:
             return functional_call(model, values, args, kwargs, tie_weights=False)
 
-        forwards = native_recurrences(model)
+        norms = batch_norms(model)
+        values = _values(model, parameters, call.environment.buffers, norms)
+        forwards = native_recurrences(model) | norms
         if self.subset is not None:
             forwards |= batch_masks(model, self.subset)
         if tangents:
@@ -155,7 +156,12 @@ def run_all(
     return tuple(outputs)
 
 
-def _values(model: nn.Module, parameters: Direction, buffers: dict[str, Tensor]) -> Direction:
+def _values(
+    model: nn.Module,
+    parameters: Direction,
+    buffers: dict[str, Tensor],
+    constant: Collection[nn.Module],
+) -> Direction:
     """Return other parameters and copies of the buffers, by name in each module that has them.
 
     Each module comes once: `functional_call` does not restore a module that it finds under
@@ -165,6 +171,7 @@ def _values(model: nn.Module, parameters: Direction, buffers: dict[str, Tensor])
         model: The model.
         parameters: The parameters that take other values.
         buffers: The values of buffers; the others keep theirs.
+        constant: Modules that do not change their buffers, of which no copies are needed.
     """
     copies: dict[Tensor, Tensor] = {}
     values: Direction = {}
@@ -175,7 +182,7 @@ def _values(model: nn.Module, parameters: Direction, buffers: dict[str, Tensor])
                 own = parameters.get(start + name, parameter)
                 values[start + name] = copies.setdefault(parameter, own)
         for name, buffer in module._buffers.items():
-            if buffer is not None:
+            if buffer is not None and (module not in constant or start + name in buffers):
                 if buffer not in copies:
                     copies[buffer] = buffers.get(start + name, buffer).clone()
                 values[start + name] = copies[buffer]

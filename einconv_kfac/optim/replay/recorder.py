@@ -56,6 +56,7 @@ class Recorder:
         enabled: Whether calls are recorded.
         keeps_outputs: Whether what a replay needs is kept: buffers, outputs of layers, losses as
             functions of outputs.
+        keeps_layers: Whether outputs of layers are kept as well, which makes products cheaper.
         gradients: Watches the gradients between backward passes and steps.
     """
 
@@ -70,6 +71,7 @@ class Recorder:
     ) -> None:
         self.enabled = True
         self.keeps_outputs = False
+        self.keeps_layers = True
         self._batches: list[Batch] = []
         self._model = model
         self._loss_fn = loss_fn
@@ -180,7 +182,7 @@ class Recorder:
                 state_of(self._model.parameters()) if keeps else (),
                 chained=self._pending.chained(args, kwargs) if keeps else (),
             )
-            self._outputs = call.outputs if keeps else None
+            self._outputs = call.outputs if keeps and self.keeps_layers else None
             self._pending.begin_(call)
 
     def _after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
