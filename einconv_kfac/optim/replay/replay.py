@@ -78,7 +78,7 @@ class Replay:
             return list(batch.loss_model.slopes())[: len(batch.outputs)]
 
     def expansion(
-        self, batch: Batch, parameters: Direction, directions: Sequence[Direction]
+        self, batch: Batch, directions: Sequence[Direction], tangents: Sequence[Tangents]
     ) -> Expansion:
         """Return slope and curvature of a batch's loss along directions, from its subset.
 
@@ -86,11 +86,10 @@ class Replay:
 
         Args:
             batch: The batch.
-            parameters: The present parameters by name.
             directions: The directions.
+            tangents: Their `jacobian_products`.
         """
         assert batch.loss_model is not None
-        tangents = self.jacobian_products(batch, parameters, directions)
         own = [[d.get(name) for name in batch.parameters] for d in directions]
         if batch.subset is not None:
             tangents = [tuple(batch.subset.scattered(t) for t in each) for each in tangents]
@@ -170,7 +169,7 @@ class Replay:
     def check(
         self, batches: Sequence[Batch], parameters: Direction, direction: Direction
     ) -> list[Batch]:
-        """Check that batches can be replayed, and return them as they are at the present point.
+        """Return batches that passed `check_recorded` as they are at the present point.
 
         Where parameters were changed after a forward pass, its outputs and loss are evaluated
         again. That the model repeats its output is checked once, and in every product.
@@ -183,7 +182,6 @@ class Replay:
         Raises:
             RuntimeError: If one of them cannot be replayed.
         """
-        self.check_recorded(batches)
         batches = [self._moved(self._restored(batch)) for batch in batches]
         if not self._checked:
             with self._paused(), torch.enable_grad():
