@@ -14,6 +14,7 @@ from einconv_kfac.curvature.objective.loss_model import Expansion, GivenLoss
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.checks import check_batch, check_repeated, is_repeated
 from einconv_kfac.optim.replay.forward import ForwardPass, run_all
+from einconv_kfac.optim.replay.joint import joined
 from einconv_kfac.optim.replay.jvp import Tangents, backward_products, forward_products
 from einconv_kfac.optim.replay.versions import Versions
 from einconv_kfac.optim.vectors import Direction
@@ -172,7 +173,8 @@ class Replay:
         """Return batches that passed `check_recorded` as they are at the present point.
 
         Where parameters were changed after a forward pass, its outputs and loss are evaluated
-        again. That the model repeats its output is checked once, and in every product.
+        again, and those that depend on the same calls are joined. That the model repeats its
+        output is checked once, and in every product.
 
         Args:
             batches: The batches, at least one.
@@ -189,7 +191,7 @@ class Replay:
                 check_repeated(batches[0], run_all(forwards, self._model, {}))
             self.jacobian_products(batches[0], parameters, [direction])
             self._checked = True
-        return batches
+        return joined(batches)
 
     def check_outputs(self, batches: Sequence[Batch]) -> None:
         """Raise a ``RuntimeError`` if the model, run as a whole, does not repeat its outputs."""
