@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
+from einconv_kfac.curvature.estimation.one_process import check_one_process
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.curvature.losses.loss_call import is_sum
 from einconv_kfac.optim.arguments import (
     callback,
-    check_one_process,
     check_trainable,
     flag,
     plain,

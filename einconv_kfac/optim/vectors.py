@@ -189,6 +189,16 @@ def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(tensors)) if tensors else []
 
 
+def totals(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return sums of entries, together of all of them: one number for each data type."""
+    direction = {str(index): tensor for index, tensor in enumerate(tensors)}
+    sums: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for chunk in _chunks(direction, direction):
+        vector = _joined(direction, chunk)
+        sums[vector.dtype].append(vector.sum())
+    return [torch.stack(own).sum() for own in sums.values()]
+
+
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Return whether all entries are finite; the host waits for the device.
 

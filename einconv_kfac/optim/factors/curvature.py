@@ -19,6 +19,7 @@ from einconv_kfac.optim.factors.curvature_state import (
     CURVATURE_STATE_VERSION,
     check_curvature_state,
     loaded_layers,
+    restore_generator_,
     snapshot_of,
 )
 from einconv_kfac.optim.factors.output_change import relative_change
@@ -284,10 +285,7 @@ class RunningCurvature:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state of the curvature of the same model that `check_state` accepts."""
         made, generator = loaded_layers(self.layers, state["layers"]), self.collector.generator
-        if (saved := state["generator"]) is None:
-            generator.manual_seed(self.seed)
-        else:
-            generator.set_state(saved.cpu())
+        restore_generator_(generator, state["generator"], self.seed, state["steps"])
         self.layers.update(made)
         self.steps = state["steps"]
         self.begin_()

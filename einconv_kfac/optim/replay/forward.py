@@ -36,6 +36,7 @@ class ModelCall:
         parameters: The state of the model's parameters.
         outputs: The outputs of layers, as far as they were kept.
         chained: The arguments that depend on earlier calls.
+        module: The name of the part of the model that was called, if not all of it.
     """
 
     args: tuple[Any, ...]
@@ -45,6 +46,11 @@ class ModelCall:
     parameters: State
     outputs: LayerOutputs = field(default_factory=LayerOutputs)
     chained: tuple[ChainedArgument, ...] = ()
+    module: str = ""
+
+    def ended(self) -> ModelCall:
+        """Return the call after it has ended."""
+        return replace(self, environment=self.environment.after_call())
 
     def has_moved(self, model: nn.Module) -> bool:
         """Return whether parameters of the model were changed after the call."""
@@ -111,14 +117,15 @@ class ForwardPass:
                 them tangents, so that outputs of layers need not be computed again.
         """
         call = self.call
+        called = model.get_submodule(call.module)
         given = {each.index: each.value(model, parameters, earlier) for each in call.chained}
         args, kwargs = replaced(call.args, call.kwargs, given)
 
         def run() -> Any:
-            return functional_call(model, values, args, kwargs, tie_weights=False)
+            return functional_call(called, values, args, kwargs, tie_weights=False)
 
         norms = batch_norms(model)
-        values = _values(model, parameters, call.environment.buffers, norms)
+        values = _values(model, called, parameters, call.environment.buffers, norms)
         forwards = native_recurrences(model) | norms
         if self.subset is not None:
             forwards |= batch_masks(model, self.subset)
@@ -158,6 +165,7 @@ def run_all(
 
 def _values(
     model: nn.Module,
+    part: nn.Module,
     parameters: Direction,
     buffers: dict[str, Tensor],
     constant: Collection[nn.Module],
@@ -169,21 +177,26 @@ def _values(
 
     Args:
         model: The model.
-        parameters: The parameters that take other values.
-        buffers: The values of buffers; the others keep theirs.
+        part: The part of the model to which the names are relative.
+        parameters: The parameters that take other values, by name in the model.
+        buffers: The values of buffers, by name in the model; the others keep theirs.
         constant: Modules that do not change their buffers, of which no copies are needed.
     """
-    copies: dict[Tensor, Tensor] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    others = {tensor: parameters[name] for name, tensor in named if name in parameters}
+    known = model.named_buffers(remove_duplicate=False)
+    copies = {tensor: buffers[name] for name, tensor in known if name in buffers}
+    copies = {tensor: value.clone() for tensor, value in copies.items()}
     values: Direction = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in part.named_modules():
         start = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
-            if parameter is not None and (start + name in parameters or parameter in copies):
-                own = parameters.get(start + name, parameter)
-                values[start + name] = copies.setdefault(parameter, own)
+            if parameter is not None and parameter in others:
+                values[start + name] = others[parameter]
         for name, buffer in module._buffers.items():
-            if buffer is not None and (module not in constant or start + name in buffers):
-                if buffer not in copies:
-                    copies[buffer] = buffers.get(start + name, buffer).clone()
-                values[start + name] = copies[buffer]
+            if buffer is None or (module in constant and buffer not in copies):
+                continue
+            if buffer not in copies:
+                copies[buffer] = buffer.clone()
+            values[start + name] = copies[buffer]
     return values

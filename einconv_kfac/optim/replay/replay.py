@@ -15,6 +15,7 @@ from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.checks import check_batch, check_repeated, is_repeated
 from einconv_kfac.optim.replay.forward import ForwardPass, run_all
 from einconv_kfac.optim.replay.jvp import Tangents, backward_products, forward_products
+from einconv_kfac.optim.replay.versions import Versions
 from einconv_kfac.optim.vectors import Direction
 
 Outputs: TypeAlias = tuple[Tensor, ...]
@@ -182,7 +183,7 @@ class Replay:
         Raises:
             RuntimeError: If one of them cannot be replayed.
         """
-        batches = [self._moved(batch) for batch in batches]
+        batches = [self._moved(self._restored(batch)) for batch in batches]
         if not self._checked:
             with self._paused(), torch.enable_grad():
                 forwards = batches[0].curvature_forwards()
@@ -191,14 +192,39 @@ class Replay:
             self._checked = True
         return batches
 
+    def check_outputs(self, batches: Sequence[Batch]) -> None:
+        """Raise a ``RuntimeError`` if the model, run as a whole, does not repeat its outputs."""
+        for batch in batches:
+            check_repeated(replace(batch, subset=None), self.outputs(batch)[: len(batch.outputs)])
+
+    def _restored(self, batch: Batch) -> Batch:
+        """Return a batch with the outputs of the model, if a script changed them in place since.
+
+        Raises:
+            RuntimeError: If parameters were changed as well.
+        """
+        if (written := batch.written.changed()) is None:
+            return batch
+        if any(each.call.has_moved(self._model) for each in batch.forwards):
+            raise RuntimeError(
+                "Outputs of the model must not be changed in place when parameters change before "
+                f"the step and adaptive=True, got {written}. Write `out = out / t` in place of "
+                "`out /= t`, or `out = out.masked_fill(mask, 0)` in place of `out[mask] = 0`."
+            )
+        assert batch.loss_model is not None
+        outputs = tuple(self.outputs(batch)[: len(batch.outputs)])
+        loss_model = batch.loss_model.at(outputs)
+        return replace(batch, outputs=outputs, loss_model=loss_model, written=Versions(()))
+
     def _moved(self, batch: Batch) -> Batch:
         """Return a batch whose outputs are those of the present parameters."""
         if not any(each.call.has_moved(self._model) for each in batch.forwards):
             return batch
         outputs = tuple(self.outputs(batch)[: len(batch.outputs)])
         loss, model = self.batch_loss(batch), batch.loss_model
+        assert model is not None
         if isinstance(model, GivenLoss):
-            model = GivenLoss(model.loss_fn, outputs[0], model.targets)
+            model = model.at(outputs)
         return replace(batch, outputs=outputs, loss=loss, loss_model=model, has_moved=True)
 
     def _evaluated(self, forwards: Sequence[ForwardPass]) -> Outputs:

@@ -55,8 +55,8 @@ class AutomaticStep:
         self._slow = SlowMomentum()
         self._fit = StepFit(curvature, self._trust)
         self._rollback = Rollback()
-        self._reduction = Reduction(self._replay, rule, safeguard)
-        self._unobserved = UnobservedTerms()
+        self._reduction = Reduction(self._replay, rule, self._trust, safeguard)
+        self._unobserved = UnobservedTerms(self._replay)
 
     def check(self, objective: Objective) -> None:
         """See `Step`."""
@@ -65,8 +65,9 @@ class AutomaticStep:
         if not objective.batches:
             raise RuntimeError(
                 "`step` needs the loss it steps on, but saw none whose gradient is in `.grad`. "
-                "Compute it as `loss_fn(model(x), y)` with the module given to KFAC, or write "
-                "`loss = optimizer.observe(loss)` before `loss.backward()`."
+                "Compute it as `loss_fn(model(x), y)` with the module given to KFAC, outside of "
+                "compiled functions, or write `loss = optimizer.observe(loss)` before "
+                "`loss.backward()`; gradients by torch.func or autograd.grad have no recorded loss."
             )
 
     def take_(self, objective: Objective) -> Taken:
@@ -184,8 +185,8 @@ class AutomaticStep:
         Raises:
             RuntimeError: If the weight of a loss is negative.
         """
-        weights = [batch.weight.double() for batch in objective.batches]
-        value, *own = torch.stack([objective.value(), *weights]).tolist()
+        weights = [batch.weight.double().reshape(()) for batch in objective.batches]
+        value, *own = torch.stack([objective.value().reshape(()), *weights]).tolist()
         check_weights(own)
         steps = self._curvature.steps
         can_undo = self._rule.damping(steps) is not None and last_update(objective.memory)
@@ -213,7 +214,7 @@ class AutomaticStep:
         if can_undo:
             self._undo_(objective)
             return Taken({"damping": damping, "rejected": 1.0})
-        self._rule.after_ratio(math.nan, 0.0)
+        self._rule.after_ratio(math.nan, 0.0, self._trust.noise)
         return Taken({"damping": damping})
 
     def _add_momentum_(

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.fit import Fit
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.vectors import sum_of
@@ -23,9 +24,14 @@ class UnobservedTerms:
 
     Such are penalties that are added by hand to the loss that ``loss_fn`` computes, and changes
     of the gradient other than scaling. The first of them is reported by a warning.
+
+    Args:
+        replay: Runs the model again, to exclude that it does not repeat its outputs. Products
+            with kept outputs of layers do not show it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
         self._warned = False
 
     def change(self, fit: Fit, rate: float, objective: Objective) -> float:
@@ -35,6 +41,9 @@ class UnobservedTerms:
             fit: The step.
             rate: The learning rate.
             objective: The objective.
+
+        Raises:
+            RuntimeError: If the model does not repeat its outputs.
         """
         slope = fit.along.first_slope
         if not (fit.unobserved and slope):
@@ -45,6 +54,7 @@ class UnobservedTerms:
         sizes = [(batch.weight * batch.loss).abs().double() for batch in objective.batches]
         if not abs(slope) > ROUNDING * float(sum_of(sizes)):
             return 0.0
+        self._replay.check_outputs(objective.batches)
         if not self._warned:
             self._warned = True
             warnings.warn(
