@@ -57,7 +57,7 @@ class AutomaticStep:
         self._subspace = SubspaceFit(curvature, self._trust)
         self._search = DampingSearch()
         self._rollback = Rollback()
-        self._reduction = Reduction(self._replay, rule, safeguard)
+        self._reduction = Reduction(self._replay, rule, self._trust, safeguard)
         self._unobserved = UnobservedTerms(self._replay)
 
     def check(self, objective: Objective) -> None:
@@ -96,6 +96,10 @@ class AutomaticStep:
             fit = self._best_fit_(objective, followed, damping)
         if not math.isfinite(fit.expected):
             return self._skipped_(objective, damping, bool(previous))
+        return self._moved_(objective, fit, followed, damping)
+
+    def _moved_(self, objective: Objective, fit: Fit, followed: Momentum, damping: float) -> Taken:
+        """Move the parameters by a step, adapt to what it does, and return it."""
         rate = max(objective.rates.values())
         update = fit.update(objective, rate)
         others = self._unobserved.change(fit.model, fit.coefficients * rate, objective.batches)
@@ -106,6 +110,7 @@ class AutomaticStep:
         if left < 1:
             self._subspace.drop_()
         rate *= left
+        is_slow = followed.coefficient is None
         coefficient = fit.mix[-1] * rate
         if is_slow:
             known = fit.own_products(rate) if all(objective.rates.values()) else None
@@ -225,7 +230,7 @@ class AutomaticStep:
         if can_undo:
             self._undo_(objective)
             return Taken({"damping": damping, "rejected": 1.0})
-        self._rule.after_ratio(math.nan, 0.0)
+        self._rule.after_ratio(math.nan, 0.0, self._trust.noise)
         return Taken({"damping": damping})
 
     def _add_momentum_(

@@ -15,6 +15,7 @@ from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION_PERIO
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.rounding import ROUNDING_MARGIN, rounding_of
+from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.vectors import Direction
 
 BACKTRACKED_FACTOR = 2.0
@@ -56,6 +57,7 @@ class Reduction:
     Args:
         replay: Runs the model again.
         rule: The damping rule, which adapts to the ratio.
+        trust: The trust in slopes; what it lacks is noise.
         safeguard: Whether to compare after every step.
 
     Attributes:
@@ -63,9 +65,12 @@ class Reduction:
         adapted: The step at which the damping was adapted last.
     """
 
-    def __init__(self, replay: Replay, rule: DampingRule, safeguard: bool) -> None:
+    def __init__(
+        self, replay: Replay, rule: DampingRule, trust: SlopeTrust, safeguard: bool
+    ) -> None:
         self._replay = replay
         self._rule = rule
+        self._trust = trust
         self._safeguard = safeguard
         self.adapted: int | None = None
         self.ratio = math.nan
@@ -122,7 +127,7 @@ class Reduction:
         if self.is_due(step):
             self.adapted = step
             if is_known:
-                self._rule.after_ratio(self.ratio, predicted)
+                self._rule.after_ratio(self.ratio, predicted, self._trust.noise)
 
     def is_due(self, step: int) -> bool:
         """Return whether the damping adapts after a step."""
