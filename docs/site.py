@@ -76,4 +76,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return match.group(1) + convert(match.group(2), display="block").replace("\n", " ")
 
     markdown = DISPLAY.sub(display, LINK.sub(link, markdown))
-    return INLINE.sub(lambda match: convert(match.group(1)), markdown)
+    return INLINE.sub(inline, markdown)
+
+
+def inline(match: re.Match[str]) -> str:
+    """Return an equation inside of a line; in a span, since Markdown takes ``math`` for a block."""
+    return f"<span>{convert(match.group(1))}</span>"
