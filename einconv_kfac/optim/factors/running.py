@@ -10,18 +10,14 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.cholesky import Pair
-from einconv_kfac.curvature.blocks.diagonal_factor import times_on_right
-from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.inverses.background import Pending
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
 from einconv_kfac.optim.inverses.registry import (
     check_inverse,
     inverse_of,
-    is_whole,
     with_own_tensors,
 )
-from einconv_kfac.optim.moving_average import bias_corrected_weight
 from einconv_kfac.optim.state_schema import (
     COUNT,
     FLOATING,
@@ -31,7 +27,6 @@ from einconv_kfac.optim.state_schema import (
     Record,
     tensor_of,
 )
-from einconv_kfac.optim.vectors import precise
 
 _CONDITIONS = tensor_of((2,))
 _SCHEMA = Record(
@@ -82,21 +77,6 @@ class RunningFactors:
         self.factor_seconds = 0.0
         self.inverse_seconds = 0.0
 
-    def update_(self, a: Tensor, b: Tensor, decay: float) -> None:
-        """Move the bias-corrected running averages towards new factors, into their memory.
-
-        The previous averages are left as they are, for a step that fails.
-        """
-        self.updates += 1
-        a, b = (own if is_whole(own) else own.clone() for own in (a, b))
-        if self.factors is None:
-            self.factors = (a, b)
-            return
-        weight = bias_corrected_weight(decay, self.updates)
-        for running, new in zip(self.factors, (a, b)):
-            torch.lerp(running.to(new), new, weight, out=new)
-        self.factors = (a, b)
-
     def correct_(self, squares: Tensor, decay: float) -> None:
         """Move the inverse towards squared gradients ``[g, co, d]`` in its basis."""
         assert self.inverse is not None
@@ -116,34 +96,9 @@ class RunningFactors:
         self.inverse_seconds = inverted.seconds
         self.inverse_step, self.pending = step, None
 
-    def change(self, update: dict[str, Tensor], parameters: dict[str, Tensor]) -> Tensor:
-        """Return ``sqrt(tr(U A U^T) / tr(W A W^T))`` for an update ``U`` of parameters ``W``.
-
-        It is zero where the layer's output is: nothing is small relative to that, and a layer
-        that starts at zero, as heads and residual branches often do, could never leave it.
-        """
-        assert self.factors is not None
-        a, _ = self.factors
-        squares = []
-        for values in (update, parameters):
-            known = {name: values[name] for name in self.layer.parameters if name in values}
-            rows = self.layer.to_matrix({**self.layer.zeros(), **known}).to(a.dtype)
-            squares.append((times_on_right(rows, a, product) * rows).sum())
-        moved, present = squares
-        return torch.where(present > 0, moved / present, 0.0).sqrt()
-
-    def apply(self, gradient: dict[str, Tensor], inverse: LayerInverse) -> dict[str, Tensor]:
-        """Return the preconditioned gradient of the layer's parameters, at least in float32."""
-        if not gradient.keys() >= set(self.layer.parameters):
-            gradient = {**self.layer.zeros(), **gradient}
-        layout = self.layer.layout
-        rows = layout.to_matrix(gradient)
-        result = layout.from_matrix(self._here(inverse, rows).apply(rows))
-        return {name: tensor.to(precise(rows.dtype)) for name, tensor in result.items()}
-
-    def _here(self, inverse: LayerInverse, rows: Tensor) -> LayerInverse:
-        """Return an inverse on the device of gradients, which may have changed."""
-        moved = inverse.to(rows.device)
+    def on_device(self, inverse: LayerInverse, device: torch.device) -> LayerInverse:
+        """Return an inverse of the layer on the device of its gradients, which may have changed."""
+        moved = inverse.to(device)
         if inverse is self.inverse:
             self.inverse = moved
         return moved
