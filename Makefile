@@ -3,7 +3,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 $(PYTHON)
 .DEFAULT_GOAL := help
 .PHONY: help install test format lint types surface dist smoke example ci clean \
 	bench-digits bench-training bench-step bench-fractions bench-growth bench-trace \
-	bench-factors bench-profile bench-operations bench-curvature
+	bench-factors bench-profile bench-operations bench-curvature gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ bench-operations: ## time convolutions against torch and einconv
 
 bench-curvature: ## time the factors of whole models against other libraries
 	$(ONE_THREAD) benchmarks/curvature.py
+
+gpu: ## measure and test on a GPU, within ten minutes a call; call it again until nothing is new
+	$(PYTHON) -m pytest -q -n 0 tests/cuda
+	$(PYTHON) benchmarks/gpu.py
 
 ci: ## run everything that must pass, in fresh environments
 	bash .ci/run

@@ -143,16 +143,31 @@ def test_a_state_of_another_mode_or_kind_changes_nothing() -> None:
                 assert_same(before, opt.state_dict())
 
 
-def test_a_generator_of_another_device_is_refused_and_the_remedy_works() -> None:
+def test_bytes_that_are_no_generator_are_refused_and_the_remedy_works() -> None:
     _, opt = trained(2)
     state = deepcopy(opt.state_dict())
-    state["kfac"]["preconditioner"]["generator"] = torch.zeros(16, dtype=torch.uint8)
+    state["kfac"]["preconditioner"]["generator"] = torch.zeros(17, dtype=torch.uint8)
     before = deepcopy(opt.state_dict())
     with pytest.raises(ValueError, match=r"random generator on cpu.*set it to None"):
         opt.load_state_dict(state)
     assert_same(before, opt.state_dict())
     state["kfac"]["preconditioner"]["generator"] = None
     opt.load_state_dict(state)
+
+
+def test_a_generator_of_a_gpu_starts_anew_from_seed_and_step() -> None:
+    """A CUDA generator's state has 16 bytes, which a processor's cannot take."""
+    drawn = {}
+    for seed, steps in ((0, 2), (0, 2), (0, 3), (1, 2)):
+        _, opt = trained(steps, seed=seed)
+        state = deepcopy(opt.state_dict())
+        state["kfac"]["preconditioner"]["generator"] = torch.arange(16, dtype=torch.uint8)
+        opt.load_state_dict(state)
+        own = opt.state_dict()["kfac"]["preconditioner"]
+        assert torch.equal(drawn.setdefault((seed, steps), own["generator"]), own["generator"])
+        assert own["steps"] == steps
+    states = [*drawn.values()]
+    assert not any(torch.equal(a, b) for i, a in enumerate(states) for b in states[:i])
 
 
 class FailingRule:

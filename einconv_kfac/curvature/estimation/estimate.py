@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
@@ -97,9 +98,9 @@ def kronecker_factors(
 
     Raises:
         ValueError: If an argument is not one of those above, no rule covers the loss, no layer
-            is left that a rule covers, a layer's input is not a batch, or a weight is used past
-            the calls of its layer in some batches only, or without gradients
-            (``fisher="forward-only"``).
+            is left that a rule covers, a layer's input is not a batch, a block is not finite, or
+            a weight is used past the calls of its layer in some batches only, or without
+            gradients (``fisher="forward-only"``).
         RuntimeError: If the data is empty, or the loss does not depend on a layer.
 
     >>> import torch
@@ -124,7 +125,7 @@ def kronecker_factors(
         return _with_squares(data_pass, estimator, {})
     moments = {layer.name: LayerMoments(layer, approximation, max_factor_size) for layer in layers}
     data_pass.add_to_(moments, estimator)
-    factors = KroneckerFactors({n: _block(own, estimator) for n, own in moments.items()})
+    factors = _finite(KroneckerFactors({n: _block(own, estimator) for n, own in moments.items()}))
     return factors if kind == "kfac" else _with_squares(data_pass, estimator, factors.eigh())
 
 
@@ -143,7 +144,24 @@ def _with_squares(
     }
     data_pass.add_to_(squares, estimator)
     blocks = {name: own.block(estimator.scale(own.examples)) for name, own in squares.items()}
-    return KroneckerFactors(blocks)
+    return _finite(KroneckerFactors(blocks))
+
+
+def _finite(factors: KroneckerFactors) -> KroneckerFactors:
+    """Return the blocks, all of whose entries must be finite; the host waits once."""
+    parts = [
+        (name, part)
+        for name, block in factors.items()
+        for part in block.state_dict().values()
+        if isinstance(part, Tensor)
+    ]
+    finite = torch.stack([part.isfinite().all() for _, part in parts]).tolist()
+    if wrong := sorted({name for (name, _), is_finite in zip(parts, finite) if not is_finite}):
+        raise ValueError(
+            "`data` must give finite inputs, outputs and gradients, got a block with NaN or "
+            f"infinity for {wrong}. Leave out the batches whose loss is not finite."
+        )
+    return factors
 
 
 def _block(moments: LayerMoments, estimator: FisherEstimator) -> KroneckerBlock:

@@ -19,7 +19,7 @@ from einconv_kfac.curvature.estimation.arrangement import (
 )
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.estimation.evaluation import Evaluation, loss_gradients
-from einconv_kfac.curvature.estimation.example_layout import SCATTERED, only
+from einconv_kfac.curvature.estimation.example_layout import only
 from einconv_kfac.curvature.estimation.factor_sums import (
     DEFAULT_MAX_FACTOR_SIZE,
     check_max_factor_size,
@@ -102,6 +102,8 @@ class FisherEstimator:
         calls: Sequence[LayerCall],
         evaluation: Evaluation,
         generator: Generator,
+        *,
+        may_be_empty: bool = True,
     ) -> None:
         """Add one batch to the moments, unless no target of it counts.
 
@@ -112,8 +114,9 @@ class FisherEstimator:
             calls: The calls of the layers in the forward pass.
             evaluation: Model output, target, and the loss of the two.
             generator: Draws the samples for ``"mc"``; the global random state does not change.
+            may_be_empty: Whether to look for targets that count, for which the host waits.
         """
-        if evaluation.is_empty:
+        if may_be_empty and evaluation.is_empty:
             for call in calls:
                 check_call(call)
             return
@@ -171,7 +174,7 @@ class FisherEstimator:
         for name, own in _by_layer(arranged).items():
             calls = [call for each in own for call in each.calls()]
             needs_examples = moments[name].needs_examples or self.fisher == "forward-only"
-            if needs_examples and any(each.layout == SCATTERED for each in own):
+            if needs_examples and own[0].is_scattered:
                 raise scattered_rows(name)
             together = own[0].is_together
             moments[name].add_inputs_(calls, own[0].examples if together else None)

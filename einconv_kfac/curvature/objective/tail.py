@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.objective.graph import Edge
 from einconv_kfac.curvature.objective.linear_map import LinearMap
+from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.loss_model import Expansion
 from einconv_kfac.curvature.objective.node_rule import Function
 from einconv_kfac.curvature.objective.terms import Term
@@ -74,18 +76,36 @@ class Tail:
     operations: tuple[Operation, ...]
     last: LinearMap
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors of the script that operations are evaluated from again."""
+        for operation in self.operations:
+            function = operation.function
+            options = function.keywords.values() if isinstance(function, partial) else ()
+            given = function.targets if isinstance(function, LossCall) else ()
+            for each in (*(value for value, _ in operation.inputs), *options, *given):
+                if isinstance(each, Tensor):
+                    yield each
+
+    def at(self, outputs: Sequence[Tensor]) -> Tail:
+        """See `LossModel`."""
+        return replace(self, values=(*outputs, *self.values[len(outputs) :]))
+
     def unknown(self) -> Sequence[str]:
         """See `LossModel`."""
         return sorted({each.kind for each in self.operations if not each.is_known})
 
     def value(self, outputs: Sequence[Tensor]) -> Tensor:
         """See `LossModel`."""
+        return (self.weight * self.result(outputs)).sum()
+
+    def result(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return each number of the loss."""
         changes = {e: _difference(*pair) for e, *pair in zip(self.sources, outputs, self.values)}
         with torch.no_grad():
             for operation in self.operations:
                 changes[operation.output] = operation.change(changes)
         change = self.last(changes)
-        return (self.weight * (self.loss if change is None else self.loss + change)).sum()
+        return self.loss if change is None else self.loss + change
 
     def slopes(self) -> Sequence[Tensor | None]:
         """See `LossModel`."""

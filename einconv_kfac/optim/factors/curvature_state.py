@@ -15,6 +15,13 @@ from einconv_kfac.optim.state_schema import COUNT, TEXT, Anything, Each, Record
 
 CURVATURE_STATE_VERSION = 7
 """Version of saved states, of the optimizer and of the preconditioner."""
+
+CUDA_STATE_BYTES = 16
+"""Bytes of the state of a CUDA generator: a seed and an offset, of 64 bits each."""
+
+SEED_STRIDE = 1_000_003
+"""How far apart the seeds are that are made of a seed and a number of steps."""
+
 _SCHEMA = Record(
     {
         "version": COUNT,
@@ -100,14 +107,15 @@ def _check_layers(layers: Mapping[str, RunningFactors], states: Any, kind: Kind)
 
 
 def _check_generator(state: Any, generator: Generator) -> None:
-    """Raise a ``ValueError`` if a state is not one of a generator of this kind of device.
+    """Raise a ``ValueError`` if a state is neither of this generator nor of another device's.
 
     Args:
         state: The state.
         generator: The generator.
     """
-    fits = isinstance(state, Tensor) and state.dtype == torch.uint8 and not state.is_meta
-    if fits and state.shape == generator.get_state().shape:
+    if is_of_another_device(state, generator):
+        return
+    if _is_bytes(state) and state.shape == generator.get_state().shape:
         try:
             Generator(generator.device).set_state(state.cpu())
             return
@@ -115,6 +123,38 @@ def _check_generator(state: Any, generator: Generator) -> None:
             pass
     raise ValueError(
         f"`state_dict` must have the state of a random generator on {generator.device} at "
-        f"'preconditioner'.generator, got {shown(state)}. To start with a new one, as after "
-        "training on another device, set it to None."
+        f"'preconditioner'.generator, got {shown(state)}. To start with a new one, set it to None."
     )
+
+
+def is_of_another_device(state: Any, generator: Generator) -> bool:
+    """Return whether a state has the size of one that a generator of another device has.
+
+    Such a state cannot go on here: the same numbers are not drawn on both devices.
+    """
+    own = len(generator.get_state())
+    known = {CUDA_STATE_BYTES, len(Generator().get_state())}
+    return _is_bytes(state) and state.ndim == 1 and len(state) in known - {own}
+
+
+def _is_bytes(state: Any) -> bool:
+    """Return whether a state is a tensor of bytes with values."""
+    return isinstance(state, Tensor) and state.dtype == torch.uint8 and not state.is_meta
+
+
+def restore_generator_(generator: Generator, state: Tensor | None, seed: int, steps: int) -> None:
+    """Have a generator go on from a checked state, or from anew.
+
+    Args:
+        generator: The generator.
+        state: Its state, that of a generator of another device, or None.
+        seed: The seed of a generator that starts anew.
+        steps: The number of steps taken, which then is part of the seed, if the state is another
+            device's: the targets of the first steps are not drawn a second time.
+    """
+    if state is None:
+        generator.manual_seed(seed)
+    elif is_of_another_device(state, generator):
+        generator.manual_seed((seed * SEED_STRIDE + steps) % (1 << 63))
+    else:
+        generator.set_state(state.cpu())

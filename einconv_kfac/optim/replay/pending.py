@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
 from einconv_kfac.curvature.objective.graph import Edge, mark_, mark_of
+from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.outputs import tensors_of
-from einconv_kfac.optim.replay.forward import ModelCall
+from einconv_kfac.optim.replay.chain import ChainedArgument, Source, chained_arguments, needed
+from einconv_kfac.optim.replay.forward import ForwardPass, ModelCall
 from einconv_kfac.optim.replay.loss_input import Inside, LayerOutput, LossInput, Returned
 
 CALLS_WITHOUT_LOSS = 8
@@ -53,18 +55,22 @@ class PendingCall:
         call: The call of the model; ``None`` outside of one.
         layer_calls: The calls of layers.
         values: The tensors that it returned or computed inside, detached.
+        versions: The versions of these tensors when they were computed.
         outputs: Weak references to the tensors of the output; ``None`` while the call runs.
         losses: Number of losses that the model has computed so far.
         used: Whether a loss was computed from the output.
+        earlier: The calls that its arguments depend on, by number.
     """
 
     number: int
     call: ModelCall | None = None
     layer_calls: list[LayerCall] = field(default_factory=list)
     values: dict[LossInput, Tensor] = field(default_factory=dict)
+    versions: dict[LossInput, int] = field(default_factory=dict)
     outputs: list[weakref.ref[Tensor]] | None = None
     losses: int = 0
     used: bool = False
+    earlier: dict[int, PendingCall] = field(default_factory=dict)
 
     @property
     def is_running(self) -> bool:
@@ -75,6 +81,10 @@ class PendingCall:
     def is_alive(self) -> bool:
         """Whether a tensor of the output exists."""
         return any(reference() is not None for reference in self.outputs or [])
+
+    def is_intact(self, source: LossInput) -> bool:
+        """Return whether no operation has changed a tensor in place."""
+        return self.values[source]._version == self.versions[source]
 
     def input_of(self, argument: Tensor) -> LossInput | None:
         """Return which tensor of the output an argument is, or ``None``."""
@@ -93,10 +103,11 @@ class PendingCalls:
 
     Args:
         capture: Records the calls of layers.
+        names: Returns the parameters of the model with their names.
     """
 
-    def __init__(self, capture: LayerCapture) -> None:
-        self._capture = capture
+    def __init__(self, capture: LayerCapture, names: Callable[[], dict[Tensor, str]]) -> None:
+        self._capture, self._names = capture, names
         self._pending: list[PendingCall] = []
         self._numbers = itertools.count()
 
@@ -111,7 +122,26 @@ class PendingCalls:
         unused = [p for p in self._pending if not p.is_alive and not p.used]
         unused = unused[-CALLS_WITHOUT_LOSS:]
         kept = [p for p in self._pending if p.is_alive or p in unused]
-        self._pending = [*kept, PendingCall(next(self._numbers), call)]
+        numbers = {number for number, _ in needed(call.chained)}
+        earlier = {p.number: p for p in self._pending if p.number in numbers}
+        for each in earlier.values():
+            each.used = True
+        new = PendingCall(next(self._numbers), call, earlier=earlier)
+        self._pending = [*kept, new]
+
+    def chained(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ChainedArgument, ...]:
+        """Return the arguments of a call that depend on earlier calls of the model.
+
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+        """
+
+        def source_at(edge: Edge) -> tuple[Source, Tensor] | None:
+            own = self.source_at(edge)
+            return None if own is None else ((own[0].number, own[1]), own[0].values[own[1]])
+
+        return chained_arguments(args, kwargs, source_at, self._names())
 
     def inside_(self, loss_fn: nn.Module) -> Inside | None:
         """Count a loss that is being computed; return its input if that is inside the model."""
@@ -134,6 +164,7 @@ class PendingCalls:
             return
         pending = self._pending[-1]
         tensors = list(tensors_of(output))
+        pending.call = None if pending.call is None else pending.call.ended()
         pending.outputs = [weakref.ref(tensor) for tensor in tensors]
         for index, tensor in enumerate(tensors):
             if tensor.requires_grad:
@@ -142,6 +173,7 @@ class PendingCalls:
     def _mark_(self, pending: PendingCall, source: LossInput, tensor: Tensor) -> None:
         """Mark a tensor of a call, and keep its value."""
         pending.values[source] = tensor.detach()
+        pending.versions[source] = tensor._version
         mark_(tensor, (id(self), isinstance(source, Returned)), _Mark(pending.number, source))
 
     def mark_loss_(self, loss: Tensor) -> ObservedLoss:
@@ -149,6 +181,17 @@ class PendingCalls:
         mark = ObservedLoss()
         mark_(loss, (id(self), "loss"), mark)
         return mark
+
+    def mark_call_(self, loss_fn: nn.Module, arguments: Sequence[Any], loss: Tensor) -> None:
+        """Mark a loss as the result of a call of a loss module."""
+        call = LossCall.of(loss_fn, arguments, loss)
+        if call is not None:
+            mark_(loss, (id(self), "call"), call)
+
+    def call_at(self, edge: Edge) -> LossCall | None:
+        """Return the call of a loss module whose result is at an edge of the graph."""
+        found: LossCall | None = mark_of(edge, (id(self), "call"))
+        return found
 
     def loss_at(self, edge: Edge) -> ObservedLoss | None:
         """Return the mark of a loss at an edge of the graph."""
@@ -209,3 +252,30 @@ class PendingCalls:
             self._pending = [PendingCall(next(self._numbers))]
         if layer_calls:
             self._pending[-1].layer_calls += layer_calls
+
+
+def forward_passes(
+    given: Sequence[tuple[PendingCall, Sequence[LossInput]]],
+) -> tuple[ForwardPass, ...]:
+    """Return the passes of calls and of all calls that they depend on, in their order.
+
+    Args:
+        given: Calls, with the tensors that a loss depends on.
+    """
+    calls: dict[int, PendingCall] = {}
+    waiting = [pending for pending, _ in given]
+    while waiting:
+        pending = waiting.pop()
+        if pending.number not in calls:
+            calls[pending.number] = pending
+            waiting += pending.earlier.values()
+    inputs = {pending.number: tuple(own) for pending, own in given}
+    found: list[ForwardPass] = []
+    passed = {
+        source for p in calls.values() if p.call is not None for source in needed(p.call.chained)
+    }
+    for number, pending in sorted(calls.items()):
+        assert pending.call is not None
+        later = tuple(source for at, source in passed if at == number)
+        found.append(ForwardPass(pending.call, inputs.get(number, ()), number, later))
+    return tuple(found)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.objective.loss_model import Expansion, GivenLoss
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.checks import check_batch, check_repeated, is_repeated
-from einconv_kfac.optim.replay.forward import ForwardPass
+from einconv_kfac.optim.replay.forward import ForwardPass, run_all
 from einconv_kfac.optim.replay.jvp import Tangents, backward_products, forward_products
+from einconv_kfac.optim.replay.versions import Versions
 from einconv_kfac.optim.vectors import Direction
 
 Outputs: TypeAlias = tuple[Tensor, ...]
@@ -60,7 +61,7 @@ class Replay:
         """
         forwards = batch.curvature_forwards() if subset else batch.forwards
         with self._paused():
-            outputs = [o for each in forwards for o in self._evaluated(each)]
+            outputs = self._evaluated(forwards)
         return [*outputs, *(self._model.get_parameter(name).detach() for name in batch.parameters)]
 
     def batch_loss(self, batch: Batch) -> Tensor:
@@ -122,7 +123,7 @@ class Replay:
             forwards = batch.curvature_forwards()
 
             def repeated(given: Direction) -> Outputs:
-                outputs = tuple(o for each in forwards for o in each.run(self._model, given))
+                outputs = run_all(forwards, self._model, given)
                 check_repeated(batch, outputs)
                 return outputs
 
@@ -136,7 +137,7 @@ class Replay:
 
         def run(given: Direction) -> Outputs:
             kept = not self.takes_gradients
-            return tuple(o for f in forwards for o in f.run(self._model, given, tangents=kept))
+            return run_all(forwards, self._model, given, tangents=kept)
 
         def products() -> tuple[Outputs, list[Tangents]]:
             return forward_products(
@@ -161,6 +162,11 @@ class Replay:
             raise
         return found
 
+    def check_recorded(self, batches: Sequence[Batch]) -> None:
+        """Raise a ``RuntimeError`` if a batch cannot be replayed, without running the model."""
+        for batch in batches:
+            check_batch(self._model, batch, compiled=self._compiled)
+
     def check(
         self, batches: Sequence[Batch], parameters: Direction, direction: Direction
     ) -> list[Batch]:
@@ -177,16 +183,39 @@ class Replay:
         Raises:
             RuntimeError: If one of them cannot be replayed.
         """
-        for batch in batches:
-            check_batch(self._model, batch, compiled=self._compiled)
-        batches = [self._moved(batch) for batch in batches]
+        self.check_recorded(batches)
+        batches = [self._moved(self._restored(batch)) for batch in batches]
         if not self._checked:
             with self._paused(), torch.enable_grad():
                 forwards = batches[0].curvature_forwards()
-                check_repeated(batches[0], [o for f in forwards for o in f.run(self._model, {})])
+                check_repeated(batches[0], run_all(forwards, self._model, {}))
             self.jacobian_products(batches[0], parameters, [direction])
             self._checked = True
         return batches
+
+    def check_outputs(self, batches: Sequence[Batch]) -> None:
+        """Raise a ``RuntimeError`` if the model, run as a whole, does not repeat its outputs."""
+        for batch in batches:
+            check_repeated(replace(batch, subset=None), self.outputs(batch)[: len(batch.outputs)])
+
+    def _restored(self, batch: Batch) -> Batch:
+        """Return a batch with the outputs of the model, if a script changed them in place since.
+
+        Raises:
+            RuntimeError: If parameters were changed as well.
+        """
+        if (written := batch.written.changed()) is None:
+            return batch
+        if any(each.call.has_moved(self._model) for each in batch.forwards):
+            raise RuntimeError(
+                "Outputs of the model must not be changed in place when parameters change before "
+                f"the step and adaptive=True, got {written}. Write `out = out / t` in place of "
+                "`out /= t`, or `out = out.masked_fill(mask, 0)` in place of `out[mask] = 0`."
+            )
+        assert batch.loss_model is not None
+        outputs = tuple(self.outputs(batch)[: len(batch.outputs)])
+        loss_model = batch.loss_model.at(outputs)
+        return replace(batch, outputs=outputs, loss_model=loss_model, written=Versions(()))
 
     def _moved(self, batch: Batch) -> Batch:
         """Return a batch whose outputs are those of the present parameters."""
@@ -194,18 +223,19 @@ class Replay:
             return batch
         outputs = tuple(self.outputs(batch)[: len(batch.outputs)])
         loss, model = self.batch_loss(batch), batch.loss_model
+        assert model is not None
         if isinstance(model, GivenLoss):
-            model = GivenLoss(model.loss_fn, outputs[0], model.targets)
+            model = model.at(outputs)
         return replace(batch, outputs=outputs, loss=loss, loss_model=model, has_moved=True)
 
-    def _evaluated(self, forward: ForwardPass) -> Outputs:
-        """Return the tensors of a forward pass for the present parameters."""
+    def _evaluated(self, forwards: Sequence[ForwardPass]) -> Outputs:
+        """Return the tensors of forward passes for the present parameters."""
         if not self.takes_gradients:
             try:
                 with torch.no_grad():
-                    return tuple(o.detach() for o in forward.run(self._model, {}))
+                    return tuple(o.detach() for o in run_all(forwards, self._model, {}))
             except RuntimeError as error:
                 if "grad" not in str(error):
                     raise
         with torch.enable_grad():
-            return tuple(o.detach() for o in forward.run(self._model, {}))
+            return tuple(o.detach() for o in run_all(forwards, self._model, {}))

@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
@@ -18,6 +19,7 @@ from einconv_kfac.optim.step.damping.first_curvature import first_curvature
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.damping.search import DampingSearch
 from einconv_kfac.optim.step.layer_gains import mean_gain
+from einconv_kfac.optim.step.layer_products import LayerProducts
 from einconv_kfac.optim.step.objective import Objective, common_momentum
 from einconv_kfac.optim.step.reduction import Before, Reduction
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER, Rollback, last_update, undo_
@@ -42,6 +44,7 @@ class AutomaticStep:
     """
 
     mode = "automatic"
+    moves_parameters = True
 
     def __init__(self, curvature: RunningCurvature, rule: DampingRule, safeguard: bool) -> None:
         self._curvature = curvature
@@ -55,7 +58,7 @@ class AutomaticStep:
         self._search = DampingSearch()
         self._rollback = Rollback()
         self._reduction = Reduction(self._replay, rule, safeguard)
-        self._unobserved = UnobservedTerms()
+        self._unobserved = UnobservedTerms(self._replay)
 
     def check(self, objective: Objective) -> None:
         """See `Step`."""
@@ -70,9 +73,9 @@ class AutomaticStep:
 
     def take_(self, objective: Objective) -> Taken:
         """See `Step`."""
-        at = objective.batches, objective.parameters, objective.gradient
-        objective = replace(objective, batches=self._replay.check(*at))
         momentum = common_momentum(objective)
+        is_due = self._is_due(objective) or momentum is not None
+        objective = self._checked(objective) if is_due else objective
         if self._undone_(objective):
             return Taken({"damping": self._damping(objective) or math.nan, "rejected": 1.0})
         self._trust.sample_(objective.gradient)
@@ -86,28 +89,49 @@ class AutomaticStep:
             self._slow.direction(objective.memory, objective.rates) if is_slow else previous,
             momentum,
         )
-        fit = self._best_fit_(objective, followed, damping)
+        fit = None if is_due else self._carried_(objective, followed.direction, damping)
+        if fit is None:
+            objective = objective if is_due else self._checked(objective)
+            fit = self._best_fit_(objective, followed, damping)
         if not math.isfinite(fit.expected):
             return self._skipped_(objective, damping, bool(previous))
         rate = max(objective.rates.values())
         update = fit.update(objective, rate)
         others = self._unobserved.change(fit.model, fit.coefficients * rate, objective.batches)
         before = self._reduction.before(objective, self._curvature.steps, others)
-        for name, tensor in update.items():
-            objective.parameters[name].add_(tensor)
+        torch._foreach_add_([objective.parameters[name] for name in update], [*update.values()])
         predicted = fit.predicted(damping, rate)
-        rate *= self._reduction.adapt_(objective, update, before, predicted, self._curvature.steps)
+        left = self._reduction.adapt_(objective, update, before, predicted, self._curvature.steps)
+        if left < 1:
+            self._subspace.drop_()
+        rate *= left
         coefficient = fit.mix[-1] * rate
         if is_slow:
-            coefficient = self._add_momentum_(objective, update, before)
+            known = fit.own_products(rate) if all(objective.rates.values()) else None
+            coefficient = self._add_momentum_(objective, update, before, known)
         coefficient = coefficient if followed.direction else 0.0
         for name, tensor in update.items():
             objective.memory[name][MOMENTUM_BUFFER] = tensor
-        if fit.is_full:
+        if fit.is_exact:
             moved = fit.moved(rate, coefficient if is_slow else 0.0)
             self._trust.predict_(fit.directions[0], float(fit.model.slope[0]), moved)
         numbers = {"damping": damping, "step_size": fit.mix[0] * rate, "momentum": coefficient}
         return self._taken(update, {**numbers, "predicted": predicted})
+
+    def _is_due(self, objective: Objective) -> bool:
+        """Return whether the coefficients are to be fitted to the batch of the coming step."""
+        step = self._curvature.steps
+        if self._subspace.is_due(step):
+            return True
+        if objective.settings.damping is not None:
+            return False
+        is_new = self._rule.damping(step) is None
+        return is_new or self._search.is_due(step) or self._reduction.is_due(step)
+
+    def _checked(self, objective: Objective) -> Objective:
+        """Return the objective with batches that can be replayed at the present point."""
+        at = objective.batches, objective.parameters, objective.gradient
+        return replace(objective, batches=self._replay.check(*at))
 
     def _taken(self, update: Direction, numbers: Statistics) -> Taken:
         """Return a step with its statistics."""
@@ -159,7 +183,17 @@ class AutomaticStep:
         invert = curvature.trial_inverses(objective.decay)
         best = search.best_(curvature.steps, lambda scale: invert(damping * scale), fit)
         curvature.use_(best.inverses)
-        return self._subspace.keep_(best.fit, momentum)
+        return self._subspace.keep_(objective, best.fit, momentum, damping)
+
+    def _carried_(self, objective: Objective, followed: Direction, damping: float) -> Fit | None:
+        """Return the step with the coefficients of the last fit, or ``None`` if they do not hold.
+
+        Inverses that are due are computed.
+        """
+        self._replay.check_recorded(objective.batches)
+        self._curvature.refresh_(damping * self._search.scale, objective.decay)
+        covered = self._curvature.precondition(objective.gradient)
+        return self._subspace.carried(objective, covered, followed, damping)
 
     def _undone_(self, objective: Objective) -> bool:
         """Undo the last step if the objective exploded, and return whether it did."""
@@ -177,6 +211,7 @@ class AutomaticStep:
         self._slow.drop_(objective.memory)
         undo_(objective.parameters, objective.memory)
         self._trust.drop_()
+        self._subspace.drop_()
         self._rule.after_rejection(UNDONE_FACTOR)
 
     def _skipped_(self, objective: Objective, damping: float, can_undo: bool) -> Taken:
@@ -192,7 +227,13 @@ class AutomaticStep:
         self._rule.after_ratio(math.nan, 0.0)
         return Taken({"damping": damping})
 
-    def _add_momentum_(self, objective: Objective, update: Direction, before: Before) -> float:
+    def _add_momentum_(
+        self,
+        objective: Objective,
+        update: Direction,
+        before: Before,
+        known: Mapping[str, LayerProducts] | None,
+    ) -> float:
         """Add the slow momentum to a step, and return its coefficient.
 
         With the safeguard, the momentum is dropped if the objective has grown on its own batch.
@@ -201,9 +242,10 @@ class AutomaticStep:
             objective: The objective; its parameters are those after the step on the batch.
             update: That step; the momentum's part is added to it.
             before: The objective before the step.
+            known: Inner products of the step by layer, if they are known.
         """
         own = {name: tensor.clone() for name, tensor in update.items() if self._safeguard}
-        coefficient = self._slow.add_(objective, update, self._trust.fraction)
+        coefficient = self._slow.add_(objective, update, self._trust.fraction, known)
         if not self._safeguard:
             return coefficient
         if bool(self._reduction.value(objective) <= before.allowed()):

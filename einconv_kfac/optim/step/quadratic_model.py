@@ -64,9 +64,13 @@ class QuadraticModel:
 
     def change(self, coefficients: Tensor, damping: float) -> Tensor:
         """Return ``M(u)``, the predicted change of the damped objective."""
+        return self.slope @ coefficients + self.bend(coefficients, damping) / 2
+
+    def bend(self, coefficients: Tensor, damping: float) -> Tensor:
+        """Return ``u.(G + W + damping I).u``, the damped curvature along a step."""
         matrix = self.curvature + damping * self.gram
-        change: Tensor = self.slope @ coefficients + coefficients @ matrix @ coefficients / 2
-        return change
+        bend: Tensor = coefficients @ matrix @ coefficients
+        return bend
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

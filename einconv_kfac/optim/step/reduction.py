@@ -78,7 +78,7 @@ class Reduction:
             step: The number of steps taken.
             others: The change by terms that the recorded losses do not contain.
         """
-        compared = objective.settings.damping is None and (self._safeguard or self._is_due(step))
+        compared = objective.settings.damping is None and (self._safeguard or self.is_due(step))
         rounding = rounding_of(self._replay, objective) if compared else None
         return Before(objective.value() - others, rounding)
 
@@ -119,12 +119,12 @@ class Reduction:
         is_known = change != 0 and abs(predicted) > ROUNDING_MARGIN * rounding
         if is_known:
             self.ratio = change / predicted
-        if self._is_due(step):
+        if self.is_due(step):
             self.adapted = step
             if is_known:
                 self._rule.after_ratio(self.ratio, predicted)
 
-    def _is_due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Return whether the damping adapts after a step."""
         return is_due(step, self.adapted, ADAPTATION_PERIOD)
 

@@ -84,10 +84,11 @@ class StepRunner:
             curvature.discard_()  # as where torch.distributed.checkpoint asks for empty states
             return None
         undone = restored_on_error(optimizer, curvature, self.step, point.parameters)
-        with undone, without_autocast(curvature.model):
+        with undone as last, without_autocast(curvature.model):
             taken = self._take_(optimizer, point, batches, settings)
             curvature.finish_()
-        return taken, dict(zip(point.gradient, known))
+            last.apply_(taken.changes)
+        return replace(taken, changes=()), dict(zip(point.gradient, known))
 
     def _batches(self, optimizer: Optimizer) -> tuple[list[Batch], Tensor | None]:
         """Return the batches of this step, and the factor in the gradients that is none of theirs.

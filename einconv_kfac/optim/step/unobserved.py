@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 
 UNOBSERVED_FRACTION = 0.05
@@ -23,9 +24,14 @@ class UnobservedTerms:
 
     Such are penalties that are added by hand to the loss that ``loss_fn`` computes, and changes
     of the gradient other than scaling. The first of them is reported by a warning.
+
+    Args:
+        replay: Runs the model again, to exclude that it does not repeat its outputs. Products
+            with kept outputs of layers do not show it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
         self._warned = False
 
     def change(
@@ -37,6 +43,9 @@ class UnobservedTerms:
             model: The quadratic model.
             coefficients: The coefficients of the step, ``[m]``.
             batches: The recorded batches.
+
+        Raises:
+            RuntimeError: If the model does not repeat its outputs.
         """
         fraction = model.unobserved_fraction()
         if model.unobserved is None or fraction <= UNOBSERVED_FRACTION or not _is_precise(batches):
@@ -44,6 +53,7 @@ class UnobservedTerms:
         size = sum(float((batch.weight * batch.loss).abs()) for batch in batches)
         if not float(model.slope[0].abs()) > ROUNDING * size:
             return 0.0
+        self._replay.check_outputs(batches)
         if not self._warned:
             self._warned = True
             warnings.warn(

@@ -11,9 +11,9 @@ INITIAL_FRACTION = 0.1
 FLOOR_FRACTION = 1e-1
 """Smallest damping, as a fraction of the first: on its own batch the loss falls as predicted even
 for a step that fits noise."""
-ADAPTATION_PERIOD = 5
+ADAPTATION_PERIOD = 10
 """Steps between two adaptations of the damping."""
-ADAPTATION = (19 / 20) ** ADAPTATION_PERIOD
+ADAPTATION = (19 / 20) ** 5
 """Factor of one adaptation (Martens and Grosse, 2015)."""
 
 
