@@ -61,6 +61,8 @@ class Poisson(Family):
     rates: ClassVar[Mapping[str, tuple[float, float]]] = {
         "SGD": (1e-3, 1e-1),
         "AdamW": (4.37e-3, 0.175),
+        "SOAP": (9.56e-3, 0.478),
+        "Muon": (4.37e-3, 0.175),
     }
 
     @property
