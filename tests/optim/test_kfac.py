@@ -285,7 +285,7 @@ class TestDamping:
         opt = KFAC(model, loss_fn, fisher="exact")
         for _ in range(3):
             train_step(model, loss_fn, opt, (x, y))
-        assert opt._step._search.scale < 0.5
+        assert opt._step._fit.search.scale < 0.5
 
     def test_that_is_given_is_used_as_given(self) -> None:
         model, loss_fn = conv_net(), nn.CrossEntropyLoss()
@@ -293,7 +293,7 @@ class TestDamping:
         for seed in range(4):
             train_step(model, loss_fn, opt, image_batch(seed=seed))
         assert opt.statistics()["damping"] == 0.3
-        assert opt._step._search.scale == 1.0
+        assert opt._step._fit.search.scale == 1.0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -337,12 +337,10 @@ class TestRejection:
         model, loss_fn = conv_net(), nn.CrossEntropyLoss()
         opt = KFAC(model, loss_fn, damping=damping)
         train_step(model, loss_fn, opt, image_batch())
-        before, change = weights(model), QuadraticModel.change
+        before, change = weights(model), QuadraticModel.bend
         train_step(model, loss_fn, opt, image_batch())
         with monkeypatch.context() as patch:
-            patch.setattr(
-                QuadraticModel, "change", lambda *arguments: change(*arguments) * math.inf
-            )
+            patch.setattr(QuadraticModel, "bend", lambda *arguments: change(*arguments) * math.inf)
             for _ in range(3):  # the first has a step to undo
                 with pytest.warns(RuntimeWarning, match="quadratic model was not finite"):
                     train_step(model, loss_fn, opt, image_batch())
