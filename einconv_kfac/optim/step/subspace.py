@@ -111,6 +111,17 @@ class Fit:
         return rate * float(curvature @ self.coefficients) + last * float(curvature[-1])
 
     @property
+    def is_failure(self) -> bool:
+        """Whether the model is not finite, or its step has no length though there is a slope.
+
+        Directions whose squares underflow are none: the gradient is then as good as zero.
+        """
+        if not math.isfinite(self.expected):
+            return True
+        moves = (self.model.slope != 0) & (self.model.gram.diagonal() > 0)
+        return not any(self.mix) and bool(moves[0])
+
+    @property
     def rank(self) -> float:
         """Return the expected change, or infinity if that is not a number."""
         return math.inf if math.isnan(self.expected) else self.expected
@@ -194,8 +205,7 @@ class SubspaceFit:
         expected = float(trusted.change(scale, damping))
         mix = tuple(float(scale) * c for c in self._carried.mix)
         fit = Fit([mixed], model, scale, expected, mix, products)
-        is_bounded = objective.settings.damping is None
-        if is_bounded and self.reach * fit.length > CERTAIN_FRACTION * LARGEST_CHANGE:
+        if self.reach * fit.length > CERTAIN_FRACTION * LARGEST_CHANGE:
             return self._bounded(objective, fit, trusted, damping)
         return fit
 
@@ -208,8 +218,7 @@ class SubspaceFit:
     ) -> Fit:
         """Return the best combination of descent directions and of the momentum.
 
-        The change of the layers' outputs is kept within `LARGEST_CHANGE`, unless the damping is
-        given by the user.
+        The change of the layers' outputs is kept within `LARGEST_CHANGE`.
 
         Args:
             objective: The objective.
@@ -227,8 +236,7 @@ class SubspaceFit:
         coefficients = trusted.minimum(damping, fixed)
         expected = float(trusted.change(coefficients, damping))
         fit = Fit(spanned, model, coefficients, expected, tuple(coefficients.tolist()))
-        bounded = objective.settings.damping is None
-        return self._bounded(objective, fit, trusted, damping) if bounded else fit
+        return self._bounded(objective, fit, trusted, damping)
 
     def _bounded(
         self, objective: Objective, fit: Fit, trusted: QuadraticModel, damping: float
@@ -241,6 +249,8 @@ class SubspaceFit:
         self.reach = change / length if (length := fit.length) else math.inf
         if change <= LARGEST_CHANGE:
             return fit
+        if not math.isfinite(change):
+            return replace(fit, expected=math.nan)
         scale = LARGEST_CHANGE / change
         return fit.scaled(scale, float(trusted.change(fit.coefficients * scale, damping)))
 
