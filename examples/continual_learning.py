@@ -95,6 +95,7 @@ def draw(results: dict[str, list[list[float]]], path: Path) -> None:
     for name, rows in results.items():
         means = [fmean(row) for row in rows]
         axes.plot(range(1, len(rows) + 1), means, marker="o", label=f"penalty: {name}")
+    axes.set_xticks(range(1, len(results["none"]) + 1))
     axes.set(xlabel="tasks learned", ylabel="mean test accuracy on these tasks")
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -84,7 +84,7 @@ def draw(values: Tensor, measured: Tensor, predicted: Tensor, path: Path) -> Non
     for index, color in zip((0, 1, 3, 9, 29), ("C0", "C1", "C2", "C3", "C4")):
         right.plot(measured[:, index].abs().tolist(), color=color, label=f"eigenvector {index + 1}")
         right.plot(predicted[:, index].abs().tolist(), color=color, linestyle="--", linewidth=1)
-    right.set(yscale="log", xlabel="step", ylabel="residual")
+    right.set(yscale="log", xlabel="step", ylabel="residual", ylim=(0.01, None))
     right.set(title="measured, and predicted (dashed)")
     right.legend(fontsize="small")
     figure.savefig(path, dpi=120)

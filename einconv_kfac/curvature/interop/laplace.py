@@ -129,11 +129,11 @@ def _factors_of(name: str, block: Any, share: float) -> list[Tensor]:
         raise ValueError(_no_block(name))
     a, b, layout = dense(block.A), block.scale * dense(block.B), block.layout
     if name == layout.bias:
-        return [torch.block_diag(*(b * a[:, -1:, -1:]))]
+        return [torch.block_diag(*(b * a[:, -1:, -1:]))]  # type: ignore[no-untyped-call]
     if layout.bias is not None:
         a = a[:, :-1, :-1]
     if a.shape[-1] == b.shape[-1] == 1:  # a scale per channel
-        return [torch.block_diag(*(b * a))]
+        return [torch.block_diag(*(b * a))]  # type: ignore[no-untyped-call]
     if len(a) > 1:
         raise ValueError(
             f"The layer of '{name}' must have one channel group for Kronecker factors in "

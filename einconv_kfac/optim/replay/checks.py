@@ -31,12 +31,6 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
     if batch.refusal is not None:
         raise RuntimeError(batch.refusal)
     assert batch.loss_model is not None
-    if bool(batch.weight < 0):
-        raise RuntimeError(
-            "The loss that `loss_fn` computes must be minimised when adaptive=True, got one with a "
-            "negative weight. Write `loss = optimizer.observe(loss)` with the negated loss before "
-            "`loss.backward()`, or pass adaptive=False."
-        )
     inner = [i for f in batch.forwards for i in f.inputs if not isinstance(i, Returned)]
     if inner and compiled:
         raise RuntimeError(
@@ -57,6 +51,16 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
     if batch.subset is not None:
         check_separate(model)
         batch.curvature_forwards()
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Raise a ``RuntimeError`` if the weight of a loss in the objective is negative."""
+    if any(weight < 0 for weight in weights):
+        raise RuntimeError(
+            "The loss that `loss_fn` computes must be minimised when adaptive=True, got one with a "
+            "negative weight. Write `loss = optimizer.observe(loss)` with the negated loss before "
+            "`loss.backward()`, or pass adaptive=False."
+        )
 
 
 def _check_chained(model: nn.Module, forwards: Sequence[ForwardPass]) -> None:

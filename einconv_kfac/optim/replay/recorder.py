@@ -57,6 +57,7 @@ class Recorder:
         enabled: Whether calls are recorded.
         keeps_outputs: Whether what a replay needs is kept: buffers, outputs of layers, losses as
             functions of outputs.
+        keeps_layers: Whether outputs of layers are kept as well, which makes products cheaper.
         gradients: Watches the gradients between backward passes and steps.
     """
 
@@ -71,6 +72,7 @@ class Recorder:
     ) -> None:
         self.enabled = True
         self.keeps_outputs = False
+        self.keeps_layers = True
         self._batches: list[Batch] = []
         self._model = model
         self._loss_fn = loss_fn
@@ -184,7 +186,7 @@ class Recorder:
                 chained=self._pending.chained(args, kwargs) if keeps else (),
                 module=self._calls.name_of(model),
             )
-            self._outputs = call.outputs if keeps else None
+            self._outputs = call.outputs if keeps and self.keeps_layers else None
             self._pending.begin_(call)
 
     def _after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:

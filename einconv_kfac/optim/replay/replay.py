@@ -14,6 +14,7 @@ from einconv_kfac.curvature.objective.loss_model import Expansion, GivenLoss
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.checks import check_batch, check_repeated, is_repeated
 from einconv_kfac.optim.replay.forward import ForwardPass, run_all
+from einconv_kfac.optim.replay.joint import joined
 from einconv_kfac.optim.replay.jvp import Tangents, backward_products, forward_products
 from einconv_kfac.optim.replay.versions import Versions
 from einconv_kfac.optim.vectors import Direction
@@ -78,7 +79,7 @@ class Replay:
             return list(batch.loss_model.slopes())[: len(batch.outputs)]
 
     def expansion(
-        self, batch: Batch, parameters: Direction, directions: Sequence[Direction]
+        self, batch: Batch, directions: Sequence[Direction], tangents: Sequence[Tangents]
     ) -> Expansion:
         """Return slope and curvature of a batch's loss along directions, from its subset.
 
@@ -86,11 +87,10 @@ class Replay:
 
         Args:
             batch: The batch.
-            parameters: The present parameters by name.
             directions: The directions.
+            tangents: Their `jacobian_products`.
         """
         assert batch.loss_model is not None
-        tangents = self.jacobian_products(batch, parameters, directions)
         own = [[d.get(name) for name in batch.parameters] for d in directions]
         if batch.subset is not None:
             tangents = [tuple(batch.subset.scattered(t) for t in each) for each in tangents]
@@ -150,9 +150,10 @@ class Replay:
             if self.takes_gradients:
                 raise
         else:
-            if self.takes_gradients or is_repeated(batch, outputs):
-                check_repeated(batch, outputs)
+            if is_repeated(batch, outputs):
                 return found
+            if self.takes_gradients:
+                check_repeated(batch, outputs)
         self.takes_gradients = True  # kept outputs or a missing graph may have broken it
         try:
             outputs, found = products()
@@ -170,10 +171,11 @@ class Replay:
     def check(
         self, batches: Sequence[Batch], parameters: Direction, direction: Direction
     ) -> list[Batch]:
-        """Check that batches can be replayed, and return them as they are at the present point.
+        """Return batches that passed `check_recorded` as they are at the present point.
 
         Where parameters were changed after a forward pass, its outputs and loss are evaluated
-        again. That the model repeats its output is checked once, and in every product.
+        again, and those that depend on the same calls are joined. That the model repeats its
+        output is checked once, and in every product.
 
         Args:
             batches: The batches, at least one.
@@ -183,7 +185,6 @@ class Replay:
         Raises:
             RuntimeError: If one of them cannot be replayed.
         """
-        self.check_recorded(batches)
         batches = [self._moved(self._restored(batch)) for batch in batches]
         if not self._checked:
             with self._paused(), torch.enable_grad():
@@ -191,7 +192,7 @@ class Replay:
                 check_repeated(batches[0], run_all(forwards, self._model, {}))
             self.jacobian_products(batches[0], parameters, [direction])
             self._checked = True
-        return batches
+        return joined(batches)
 
     def check_outputs(self, batches: Sequence[Batch]) -> None:
         """Raise a ``RuntimeError`` if the model, run as a whole, does not repeat its outputs."""

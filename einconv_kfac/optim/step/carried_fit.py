@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 from zlib import crc32
 
-import torch
 from torch import Tensor
 
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
-from einconv_kfac.optim.step.layer_products import LayerProducts
+from einconv_kfac.optim.step.fit import Along, Fit
+from einconv_kfac.optim.step.layer_products import layer_products
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.quadratic_model import QuadraticModel
+from einconv_kfac.optim.vectors import Direction, combination
 
 LARGEST_GROWTH = 4.0
 """Growth of the slope along the mix, relative to the last fit, above which coefficients are fitted
@@ -55,28 +55,41 @@ class CarriedFit:
         self._ratio = -bend / slope if slope else math.nan
         self._kind, self._size = kind_of(objective), size_of(objective.batches)
 
-    def is_for(self, objective: Objective, count: int) -> bool:
+    def fit(
+        self,
+        objective: Objective,
+        directions: Sequence[Direction],
+        followed: Direction,
+        trust: float,
+    ) -> Fit | None:
+        """Return the step with the kept coefficients, or ``None`` where they do not hold.
+
+        Args:
+            objective: The objective.
+            directions: The descent directions.
+            followed: The slow momentum, times learning rates.
+            trust: The fraction of the slope that later batches confirm.
+        """
+        if not self._is_for(objective, len(directions)):
+            return None
+        mixed = combination(objective.parameters, self.mix, directions)
+        point = objective.parameters, objective.gradient
+        products = layer_products(point, followed, mixed)
+        slope = sum(own.own for own in products.values())
+        square = sum(own.update for own in products.values())
+        if not (LARGEST_GROWTH * self._slope <= slope < 0 and square < math.inf):
+            return None
+        along = Along(slope, trust * slope, -self._ratio * slope, square)
+        whole = Fit([mixed], (1.0,), along, self.mix, products=products)
+        return whole.scaled(trust / self._ratio)
+
+    def _is_for(self, objective: Objective, count: int) -> bool:
         """Return whether the coefficients hold for an objective with a number of directions."""
         if not (len(self.mix) == count and self._slope < 0 and 0 < self._ratio < math.inf):
             return False
         size = size_of(objective.batches)
         is_alike = size <= LARGEST_SHARE * self._size and self._size <= LARGEST_SHARE * size
         return is_alike and kind_of(objective) == self._kind
-
-    def model(self, products: Sequence[LayerProducts], damping: float) -> QuadraticModel | None:
-        """Return the quadratic model along a mix, or ``None`` where it has to be computed.
-
-        Args:
-            products: The products of the mix in each layer.
-            damping: The damping, which is part of the curvature that is carried.
-        """
-        slope, gram = sum(own.own for own in products), sum(own.update for own in products)
-        if not LARGEST_GROWTH * self._slope <= slope < 0:
-            return None
-        numbers = torch.tensor(
-            [slope, -self._ratio * slope - damping * gram, gram], dtype=torch.float64
-        )
-        return QuadraticModel(numbers[0:1], numbers[1:2, None], numbers[2:3, None])
 
     schema = Record(
         {

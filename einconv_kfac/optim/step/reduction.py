@@ -107,11 +107,11 @@ class Reduction:
         """
         if before.rounding is None or not predicted:
             return 1.0
-        difference = self.value(objective) - before.value
-        change, rounding = torch.stack([difference, before.rounding]).tolist()
+        difference, allowed = self.value(objective) - before.value, before.allowed(predicted)
+        numbers = [difference, before.rounding, allowed - before.value]
+        change, rounding, growth = torch.stack(numbers).tolist()
         self._adapt_rule_(change, predicted, rounding, step)
-        allowed = before.allowed(predicted)
-        if float(before.value) + change <= float(allowed):
+        if change <= growth:
             return 1.0
         self._rule.after_rejection(BACKTRACKED_FACTOR)  # also if it is not a number
         return backtrack_(objective.parameters, update, lambda: self.value(objective), allowed)
