@@ -2,8 +2,8 @@ PYTHON ?= python
 ONE_THREAD = OMP_NUM_THREADS=1 $(PYTHON)
 .DEFAULT_GOAL := help
 .PHONY: help install test format lint types surface dist smoke example ci clean \
-	bench-digits bench-training bench-step bench-fractions bench-growth bench-trace \
-	bench-factors bench-profile bench-operations bench-curvature gpu
+	bench-digits bench-training bench-step bench-step-operations bench-fractions \
+	bench-growth bench-trace bench-factors bench-profile bench-operations bench-curvature gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench-training: ## compare KFAC with tuned peers on Fashion-MNIST; takes hours, 
 
 bench-step: ## time a training step on ResNet-18
 	$(ONE_THREAD) benchmarks/step.py
+
+bench-step-operations: ## count the operations that a step on ResNet-50 starts
+	$(ONE_THREAD) benchmarks/step_operations.py
 
 bench-fractions: ## time a step whose curvature comes from a part of the examples
 	$(ONE_THREAD) benchmarks/fractions_of_batches.py

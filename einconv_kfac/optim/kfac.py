@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
+from einconv_kfac.curvature.estimation.one_process import check_one_process
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.curvature.losses.loss_call import is_sum
 from einconv_kfac.optim.arguments import (
     callback,
-    check_one_process,
     check_trainable,
     flag,
     plain,
@@ -72,7 +72,7 @@ class KFAC(CurvatureOptimizer):
         max_factor_size: Largest number of rows of a factor; of larger ones, the diagonal is used.
         factor_decay: Decay of the bias-corrected exponential moving averages of the factors.
         factor_update_period: Steps between two updates of the factors. Early in training this
-            and the next period are capped at a tenth of the steps taken.
+            and the next period are capped at a fifth of the steps taken.
         inverse_update_period: Steps between two inversions of the factors.
         inverse: ``"factored"`` splits the damping between the factors by trace balance (Martens
             and Grosse, 2015), for Cholesky decompositions; ``"exact"`` adds it to their Kronecker

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.estimation.forward import uncompiled
+from einconv_kfac.curvature.estimation.one_process import check_one_process
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.exclusion import Exclusion
-from einconv_kfac.optim.arguments import check_one_process, check_trainable, flag, plain
+from einconv_kfac.optim.arguments import check_trainable, flag, plain
 from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, PERIODS, Hyperparameters
 from einconv_kfac.optim.inverses.protocol import Inverse

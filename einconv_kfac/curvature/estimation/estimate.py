@@ -16,6 +16,7 @@ from einconv_kfac.curvature.estimation.factor_sums import DEFAULT_MAX_FACTOR_SIZ
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.estimation.forward import Forward, Loss, uncompiled
 from einconv_kfac.curvature.estimation.moments import LayerMoments
+from einconv_kfac.curvature.estimation.one_process import check_one_process, check_whole
 from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.discovery import find_layers
@@ -101,7 +102,8 @@ def kronecker_factors(
             is left that a rule covers, a layer's input is not a batch, a block is not finite, or
             a weight is used past the calls of its layer in some batches only, or without
             gradients (``fisher="forward-only"``).
-        RuntimeError: If the data is empty, or the loss does not depend on a layer.
+        RuntimeError: If several processes work together, the data is empty, or the loss does not
+            depend on a layer.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -112,6 +114,8 @@ def kronecker_factors(
       2: (1, 2, 17)
     )
     """
+    check_one_process("kronecker_factors")
+    check_whole(model, "kronecker_factors")
     estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation, max_factor_size)
     if isinstance(loss_fn, nn.Module):
         check_reduction(loss_fn)
@@ -196,7 +200,10 @@ def _check_kind(kind: str, fisher: str, data: Iterable[Any]) -> None:
     if kind not in get_args(Kind):
         raise ValueError(f"`kind` must be one of {get_args(Kind)}, got {kind!r}.")
     if kind != "kfac" and fisher == "forward-only":
-        raise ValueError(f"`fisher` must have gradients for kind={kind!r}, got 'forward-only'.")
+        raise ValueError(
+            f"`fisher` must have gradients for kind={kind!r}, got 'forward-only'. Pass another "
+            "`fisher`, or kind='kfac'."
+        )
     if kind == "ekfac" and iter(data) is data:
         raise ValueError(
             "`data` must be iterable twice for kind='ekfac', got an iterator. Pass a list or a "

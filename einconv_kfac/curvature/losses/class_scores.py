@@ -17,7 +17,8 @@ def check_scores(output: Tensor) -> None:
     """Check that the output is a batch of class scores."""
     if output.ndim < 2 or output.shape[1] == 0:
         raise ValueError(
-            f"The model's output must be a non-empty batch [n, c, *d], got {tuple(output.shape)}."
+            f"The model's output must be a non-empty batch [n, c, *d], got {tuple(output.shape)}. "
+            "Add a batch dimension with `x.unsqueeze(0)`."
         )
 
 
@@ -34,7 +35,15 @@ def by_position(root: Tensor) -> Iterator[Tensor]:
 
 
 def drawn(p: Tensor, generator: Generator) -> Tensor:
-    """Return classes drawn from ``p [n, c, *d]``, one-hot.
+    """Return classes drawn from ``p [n, c, *d]``, one-hot."""
+    rows = p.movedim(1, -1)
+    draws = random_classes(rows.reshape(-1, p.shape[1]), generator)
+    onehot = torch.zeros_like(rows).scatter_(-1, draws.reshape(*rows.shape[:-1], 1), 1)
+    return onehot.movedim(-1, 1)
+
+
+def random_classes(p: Tensor, generator: Generator) -> Tensor:
+    """Return a class drawn from each row of ``p [n, c]``, ``[n]``.
 
     The class with the smallest ``e / p`` is drawn, for ``e`` from the exponential distribution:
     ``e / p`` has the rate ``p``, and is the smallest with probability ``p``. It is what
@@ -42,13 +51,10 @@ def drawn(p: Tensor, generator: Generator) -> Tensor:
     and which ends the use of a GPU where one is not finite. For such values the class is any.
     """
     if p.numel() == 0:
-        return torch.zeros_like(p)
-    rows = p.movedim(1, -1)
-    waiting = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        return torch.zeros(len(p), dtype=torch.long, device=p.device)
+    waiting = torch.empty_like(p, memory_format=torch.contiguous_format)
     waiting.exponential_(generator=generator).clamp_(min=torch.finfo(p.dtype).tiny)
-    draws = (rows / waiting).argmax(-1, keepdim=True)
-    onehot = torch.zeros_like(waiting).scatter_(-1, draws, 1.0)
-    return onehot.movedim(-1, 1)
+    return (p / waiting).argmax(-1)
 
 
 def filled(p: Tensor, weights: Tensor, dim: int = 1) -> Tensor:

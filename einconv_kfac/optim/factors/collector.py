@@ -20,15 +20,24 @@ from einconv_kfac.curvature.estimation.other_uses import used_past_calls
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
+from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
+from einconv_kfac.optim.vectors import totals
 
 NEVER_SEEN = (
     "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
-    "loss as `loss_fn(model(x), y)` with the module given here and backpropagate it."
+    "loss as `loss_fn(model(x), y)` with the module given here, outside of compiled functions, and "
+    "call `loss.backward()`; gradients by torch.func or autograd.grad have no recorded loss."
+)
+
+UNSEEN = (
+    "Compiled models: pass `torch.compile(model)` itself here and call that. Checkpointed layers: "
+    "pass use_reentrant=False. Layers that are not called as modules, or only reached by another "
+    "loss: name them in `exclude`."
 )
 
 
@@ -57,6 +66,7 @@ class Collector:
         self.has_seen_loss = False  # since the optimizer was made
         self._capture = LayerCapture([])
         self._past: dict[tuple[Any, ...], list[str]] = {}
+        self._seen: tuple[Any, ...] = ()
         compiled, loss_fn = model is not self._model, estimator.loss_fn
         assert loss_fn is None or isinstance(loss_fn, nn.Module)
         hooks = self._add_, self._forget_
@@ -103,14 +113,25 @@ class Collector:
         self.moments = {}
 
     def _add_(self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor) -> None:
-        """Add a batch, from the graph of its outputs, unless its loss is not finite."""
+        """Add a batch, from the graph of its outputs, unless its loss is not finite.
+
+        The host waits for that only with calls that were not seen before, of which more is found
+        out from numbers: a step whose loss is not finite is skipped anyway.
+        """
         self.has_seen_loss = True
         own = [call for call in calls if call.layer in self.due]
-        if not own or not bool(loss.isfinite().all()):
+        kind = tuple((call.layer, call.x.shape) for call in own)
+        if not own or (kind != self._seen and not bool(loss.isfinite().all())):
             return
+        self._seen = kind
         self._move_generator_(evaluation.weight.device)
-        with without_autocast(self._model):
-            self._add_own_(evaluation, own)
+        try:
+            with without_autocast(self._model):
+                self._add_own_(evaluation, own)
+        except BaseException:
+            self._forget_()
+            self.rewind_()
+            raise
 
     def _add_own_(self, evaluation: Evaluation, own: Sequence[LayerCall]) -> None:
         """Add the calls of a batch that are due."""
@@ -126,7 +147,10 @@ class Collector:
         with self._capture.paused():  # checkpointed layers run again
             others = [call for call in own if call.layer not in past]
             if others:
-                self._estimator.add_(moments, others, evaluation, generator)
+                # the mean over no target is not finite, so that its step is skipped
+                is_mean = getattr(self._estimator.loss_fn, "reduction", "") == "mean"
+                batch = moments, others, evaluation, generator
+                self._estimator.add_(*batch, may_be_empty=not is_mean)
             if past:
                 layers = [self._layers[name] for name in past]
                 self._estimator.add_weights_(moments, layers, evaluation, generator, together=True)
@@ -165,11 +189,10 @@ class Collector:
             raise RuntimeError(NEVER_SEEN)
         if missing:
             names = ", ".join(f"'{name}'" for name in sorted(missing))
+            parts = compiled_parts(self._model, missing)
             raise RuntimeError(
                 f"The factors of {names} need calls that the loss depends on, got none, though "
-                "there is a gradient. Compiled models: pass `torch.compile(model)` itself here "
-                "and call that. Checkpointed layers: pass use_reentrant=False. Layers that are "
-                "not called as modules, or only reached by another loss: name them in `exclude`."
+                f"there is a gradient. {advice(parts) if parts else UNSEEN}"
             )
 
     def _is_trained(self, name: str) -> bool:
@@ -192,7 +215,7 @@ class Collector:
             known: The norms of the gradients.
         """
         others = [*losses, *(part for own in self.moments.values() for part in own.checked())]
-        short = [*known, *(tensor.sum() for tensor in others)]
+        short = [*known, *totals(others)]
         if not short or bool(torch.stack(short).isfinite().all()):
             return True
         return bool(torch.stack([t.isfinite().all() for t in [*gradients, *others]]).all())

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.step.quadratic_model import QuadraticModel
+from einconv_kfac.optim.replay.replay import Replay
+from einconv_kfac.optim.step.fit import Fit
+from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.vectors import sum_of
 
 UNOBSERVED_FRACTION = 0.05
 """Fraction of the slope up to which a difference to the recorded losses counts as rounding."""
@@ -23,27 +24,37 @@ class UnobservedTerms:
 
     Such are penalties that are added by hand to the loss that ``loss_fn`` computes, and changes
     of the gradient other than scaling. The first of them is reported by a warning.
+
+    Args:
+        replay: Runs the model again, to exclude that it does not repeat its outputs. Products
+            with kept outputs of layers do not show it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
         self._warned = False
 
-    def change(
-        self, model: QuadraticModel, coefficients: Tensor, batches: Sequence[Batch]
-    ) -> float:
+    def change(self, fit: Fit, rate: float, objective: Objective) -> float:
         """Return the change of the objective by these terms, for a step.
 
         Args:
-            model: The quadratic model.
-            coefficients: The coefficients of the step, ``[m]``.
-            batches: The recorded batches.
+            fit: The step.
+            rate: The learning rate.
+            objective: The objective.
+
+        Raises:
+            RuntimeError: If the model does not repeat its outputs.
         """
-        fraction = model.unobserved_fraction()
-        if model.unobserved is None or fraction <= UNOBSERVED_FRACTION or not _is_precise(batches):
+        slope = fit.along.first_slope
+        if not (fit.unobserved and slope):
             return 0.0
-        size = sum(float((batch.weight * batch.loss).abs()) for batch in batches)
-        if not float(model.slope[0].abs()) > ROUNDING * size:
+        fraction = abs(fit.unobserved[0] / slope)
+        if fraction <= UNOBSERVED_FRACTION or not _is_precise(objective.batches):
             return 0.0
+        sizes = [(batch.weight * batch.loss).abs().double() for batch in objective.batches]
+        if not abs(slope) > ROUNDING * float(sum_of(sizes)):
+            return 0.0
+        self._replay.check_outputs(objective.batches)
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -54,7 +65,7 @@ class UnobservedTerms:
                 RuntimeWarning,
                 stacklevel=8,
             )
-        return float(coefficients.dot(model.unobserved))
+        return rate * sum(c * slope for c, slope in zip(fit.coefficients, fit.unobserved))
 
 
 def _is_precise(batches: Sequence[Batch]) -> bool:
