@@ -1,7 +1,7 @@
 PYTHON ?= python
 ONE_THREAD = OMP_NUM_THREADS=1 $(PYTHON)
 .DEFAULT_GOAL := help
-.PHONY: help install test format lint types surface dist smoke example ci clean \
+.PHONY: help install test format lint types surface docs dist smoke example ci clean \
 	bench-digits bench-training bench-step bench-step-operations bench-fractions \
 	bench-growth bench-trace bench-factors bench-profile bench-operations bench-curvature gpu
 
@@ -28,6 +28,9 @@ types: ## check types, with two checkers
 
 surface: ## rewrite the list of public names and signatures
 	$(PYTHON) tests/test_public_surface.py --write
+
+docs: ## build the documentation site into build/site, strictly; needs the extra `docs`
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 dist: ## build wheel and sdist, and check which files they hold
 	rm -rf build dist
