@@ -32,10 +32,11 @@ surface: ## rewrite the list of public names and signatures
 docs: ## build the documentation site into build/site, strictly; needs the extra `docs`
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
-dist: ## build wheel and sdist, and check which files they hold
+dist: ## build wheel and sdist, and check their metadata and files
 	rm -rf build dist
-	$(PYTHON) -m pip install build
+	$(PYTHON) -m pip install build twine
 	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
 	$(PYTHON) .ci/check_dist.py dist
 
 smoke: dist ## use the wheel in a fresh environment, away from the checkout
