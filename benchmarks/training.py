@@ -11,7 +11,8 @@ The missing runs of a seed take turns in one process. Only seconds of such runs 
 
     python training.py --repeat KFAC                 # steps and losses of a new version
     python training.py --repeat KFAC,SOAP,AdamW      # times as well
-    python training.py --held-out                    # seeds that no constant was chosen on
+    python training.py --held-out                    # seeds that are kept for the end
+    python training.py --recorded                    # table and picture of what is on record
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Protocol:
         seeds: Seeds of the runs that count.
         trials: Trials per optimizer, all on seed 0.
         repeated: Optimizers whose runs that count are trained though they are on record.
+        trains: Whether missing runs are trained; without them they are left out.
     """
 
     size: str
@@ -59,6 +61,7 @@ class Protocol:
     seeds: Sequence[int]
     trials: int
     repeated: Sequence[str] = ()
+    trains: bool = True
 
     def trial(self, task: Task, optimizer: str) -> list[Run]:
         """Return the trials of an optimizer, untrained; none if it has a single setting."""
@@ -91,7 +94,8 @@ class Comparison:
         """Return the finished runs, training those that are not on record, in turns."""
         known = [None if r.optimizer in repeated else self._records.find(r) for r in runs]
         missing = [run for run, found in zip(runs, known) if found is None]
-        for run in train(task, self._examples(task), missing) if missing else ():
+        trained = missing and self._protocol.trains
+        for run in train(task, self._examples(task), missing) if trained else ():
             self._records.add(run)
             print(
                 f"({run.task}) {run.optimizer}, seed {run.seed}, {run.setting}: "
@@ -105,10 +109,11 @@ class Comparison:
         chosen: dict[str, dict[str, Any]] = {}
         failures: dict[str, str] = {}
         for name in self._protocol.optimizers:
-            trials = [self.finished(task, [run])[0] for run in self._protocol.trial(task, name)]
+            tried = self._protocol.trial(task, name)
+            trials = [found for run in tried for found in self.finished(task, [run])]
             if trials and all(run.error for run in trials):
                 failures[name] = trials[0].error
-            else:
+            elif trials or not tried:
                 chosen[name] = min(trials, key=lambda run: run.final).setting if trials else {}
         runs: dict[str, list[Run]] = {name: [] for name in chosen}
         for seed in self._protocol.seeds:
@@ -155,6 +160,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizer", default=",".join(OPTIMIZERS), help="names, separated by commas")
     add("--seeds", default=",".join(map(str, SEEDS)), help="seeds of the runs that count")
     add("--held-out", action="store_true", help=f"seeds {HELD_OUT} in their place")
+    add("--recorded", action="store_true", help="train nothing, and leave out missing runs")
     add("--repeat", default="", help="optimizers that are trained again on the seeds that count")
     add("--steps", type=int, help="steps of every run")
     add("--fraction", type=float, default=1.0, help="fraction of the steps of every run")
@@ -192,11 +198,12 @@ def _protocol(options: argparse.Namespace) -> Protocol:
         chosen = [replace(task, steps=options.steps) for task in chosen]
     chosen = [replace(t, steps=round(options.fraction * t.steps)) for t in chosen]
     optimizers = _chosen(options.optimizer, list(OPTIMIZERS), "optimizer")
+    trains = not options.recorded
     repeated = _chosen(options.repeat, optimizers, "repeat") if options.repeat else []
     seeds = HELD_OUT if options.held_out else tuple(map(int, options.seeds.split(",")))
     if options.quick:
-        return Protocol(size, chosen, optimizers, (1,), 2, repeated)
-    return Protocol(size, chosen, optimizers, seeds, options.trials, repeated)
+        return Protocol(size, chosen, optimizers, (1,), 2, repeated, trains)
+    return Protocol(size, chosen, optimizers, seeds, options.trials, repeated, trains)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -50,6 +50,8 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
 def _curves(outcome: Outcome, axis: Any, clock: str) -> None:
     """Draw the losses of one task, by steps or by seconds."""
     for name, runs in outcome.runs.items():
+        if not runs:
+            continue
         times, lowest, middle, highest = bands(runs, clock)
         width = 2 if name == OWN else 1
         axis.plot(times, middle, color=_COLORS[name], label=name, lw=width)

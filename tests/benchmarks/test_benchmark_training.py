@@ -157,6 +157,17 @@ def test_repeated_runs_replace_the_recorded_ones(tmp_path: Path) -> None:
     assert "different clocks" in (tmp_path / "training-quick.txt").read_text()
 
 
+def test_missing_runs_are_left_out_on_demand(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    chosen = ["--quick", "--output", str(tmp_path)]
+    training.main([*chosen, "--task", "a", "--optimizer", "SGD"])
+    training.main([*chosen, "--task", "a,b", "--optimizer", "SGD,AdamW,KFAC", "--recorded"])
+    lines = (tmp_path / "training-quick.txt").read_text().splitlines()
+    rows = [line.split()[0] for line in lines if line.startswith("    ")]
+    assert [row for row in rows if row in {"SGD", "AdamW", "KFAC"}] == ["SGD"]
+    assert (tmp_path / "training-quick.png").stat().st_size > 0
+
+
 def test_recorded_runs_are_read() -> None:
     path = Path(training.__file__).parent / "results" / "training.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]

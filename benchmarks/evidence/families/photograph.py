@@ -51,7 +51,10 @@ class Photograph(Family):
 
     factor: int = 4
     metric: ClassVar[str] = "PSNR dB"
-    rates: ClassVar[Mapping[str, tuple[float, float]]] = {"SGD": (1e-2, 3.0)}
+    rates: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "SGD": (1e-2, 3.0),
+        "AdamW": (4.37e-3, 0.175),
+    }
 
     @property
     def description(self) -> str:

@@ -58,7 +58,12 @@ class Poisson(Family):
 
     points: int = 600
     metric: ClassVar[str] = "L2 error"
-    rates: ClassVar[Mapping[str, tuple[float, float]]] = {"SGD": (1e-4, 1e-2)}
+    rates: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "SGD": (1e-3, 1e-1),
+        "AdamW": (4.37e-3, 0.175),
+        "SOAP": (9.56e-3, 0.478),
+        "Muon": (4.37e-3, 0.175),
+    }
 
     @property
     def description(self) -> str:

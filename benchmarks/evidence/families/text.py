@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -32,6 +33,10 @@ class Text(Family):
     length: int = 32
     files: int = 8
     metric: ClassVar[str] = "test nats"
+    rates: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "SGD": (2.32e-2, 3.87),
+        "AdamW": (4.37e-3, 0.175),
+    }
     evaluated: ClassVar[int] = 256
 
     @property

@@ -53,6 +53,16 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
         batch.curvature_forwards()
 
 
+def check_weights(weights: Sequence[float]) -> None:
+    """Raise a ``RuntimeError`` if the weight of a loss in the objective is negative."""
+    if any(weight < 0 for weight in weights):
+        raise RuntimeError(
+            "The loss that `loss_fn` computes must be minimised when adaptive=True, got one with a "
+            "negative weight. Write `loss = optimizer.observe(loss)` with the negated loss before "
+            "`loss.backward()`, or pass adaptive=False."
+        )
+
+
 def _check_chained(model: nn.Module, forwards: Sequence[ForwardPass]) -> None:
     """Raise a ``RuntimeError`` if what stands between calls of the model cannot be replayed."""
     links = [each.link for f in forwards for each in f.call.chained if each.link is not None]
@@ -66,16 +76,6 @@ def _check_chained(model: nn.Module, forwards: Sequence[ForwardPass]) -> None:
             "Parameters must not change between the forward pass and the step when adaptive=True "
             "and a call of the model depends on an earlier one through other operations. Take the "
             "step of this optimizer first, or pass adaptive=False."
-        )
-
-
-def check_weights(weights: Sequence[float]) -> None:
-    """Raise a ``RuntimeError`` if the weight of a loss in the objective is negative."""
-    if any(weight < 0 for weight in weights):
-        raise RuntimeError(
-            "The loss that `loss_fn` computes must be minimised when adaptive=True, got one with a "
-            "negative weight. Write `loss = optimizer.observe(loss)` with the negated loss before "
-            "`loss.backward()`, or pass adaptive=False."
         )
 
 

@@ -194,6 +194,9 @@ def _values(
             if parameter is not None and parameter in others:
                 values[start + name] = others[parameter]
         for name, buffer in module._buffers.items():
-            if buffer is not None and (module not in constant or buffer in copies):
-                values[start + name] = copies.setdefault(buffer, buffer.clone())
+            if buffer is None or (module in constant and buffer not in copies):
+                continue
+            if buffer not in copies:
+                copies[buffer] = buffer.clone()
+            values[start + name] = copies[buffer]
     return values

@@ -150,9 +150,10 @@ class Replay:
             if self.takes_gradients:
                 raise
         else:
-            if self.takes_gradients or is_repeated(batch, outputs):
-                check_repeated(batch, outputs)
+            if is_repeated(batch, outputs):
                 return found
+            if self.takes_gradients:
+                check_repeated(batch, outputs)
         self.takes_gradients = True  # kept outputs or a missing graph may have broken it
         try:
             outputs, found = products()

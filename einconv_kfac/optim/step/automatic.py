@@ -185,8 +185,8 @@ class AutomaticStep:
         Raises:
             RuntimeError: If the weight of a loss is negative.
         """
-        weights = [batch.weight.double() for batch in objective.batches]
-        value, *own = torch.stack([objective.value(), *weights]).tolist()
+        weights = [batch.weight.double().reshape(()) for batch in objective.batches]
+        value, *own = torch.stack([objective.value().reshape(()), *weights]).tolist()
         check_weights(own)
         steps = self._curvature.steps
         can_undo = self._rule.damping(steps) is not None and last_update(objective.memory)

@@ -54,8 +54,8 @@ class Along:
     @staticmethod
     def of(
         model: QuadraticModel, trusted: QuadraticModel, coefficients: Tensor, damping: float
-    ) -> Along:
-        """Return it for coefficients ``[m]`` of the directions of a model.
+    ) -> Tensor:
+        """Return its numbers for coefficients ``[m]`` of the directions of a model, ``[7]``.
 
         Args:
             model: The model.
@@ -63,7 +63,7 @@ class Along:
             coefficients: The coefficients.
             damping: The damping.
         """
-        numbers = torch.stack(
+        return torch.stack(
             [
                 model.slope @ coefficients,
                 trusted.slope @ coefficients,
@@ -74,7 +74,6 @@ class Along:
                 model.curvature[0, -1],
             ]
         )
-        return Along(*numbers.tolist())
 
     def scaled(self, factor: float) -> Along:
         """Return it for a multiple of the step."""
@@ -99,7 +98,7 @@ class Fit:
         mix: The coefficients of the preconditioned gradient, of the direction of parameters
             without factors if there is one, and of a momentum if there is one.
         unobserved: The part of the slope along each direction that the recorded losses do not
-            explain, if it is known.
+            explain; empty if it is not known.
         products: For a step with the coefficients of an earlier fit, its inner products by layer.
     """
 
@@ -107,7 +106,7 @@ class Fit:
     coefficients: tuple[float, ...]
     along: Along
     mix: tuple[float, ...]
-    unobserved: tuple[float, ...] | None = None
+    unobserved: tuple[float, ...] = ()
     products: dict[str, LayerProducts] | None = None
 
     @property

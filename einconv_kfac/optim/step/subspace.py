@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
@@ -113,10 +115,14 @@ class SubspaceFit:
         model = quadratic_model(self._curvature.replay, objective, spanned, products)
         trusted = self._trust.corrected(model, descents)
         coefficients = trusted.minimum(damping, fixed)
-        own = tuple(coefficients.tolist())
-        unobserved = None if model.unobserved is None else tuple(model.unobserved.tolist())
         along = Along.of(model, trusted, coefficients, damping)
-        fit = Fit(spanned, own, along, own, unobserved)
+        unknown = coefficients[:0] if model.unobserved is None else model.unobserved
+        numbers = torch.cat([along, coefficients, unknown]).tolist()
+        own, rest = (
+            tuple(numbers[len(along) :][: len(spanned)]),
+            numbers[len(along) + len(spanned) :],
+        )
+        fit = Fit(spanned, own, Along(*numbers[: len(along)]), own, tuple(rest))
         return fit if objective.settings.damping is not None else self._bounded(objective, fit)
 
     def _bounded(self, objective: Objective, fit: Fit) -> Fit:

@@ -46,7 +46,7 @@ class UnobservedTerms:
             RuntimeError: If the model does not repeat its outputs.
         """
         slope = fit.along.first_slope
-        if fit.unobserved is None or not slope:
+        if not (fit.unobserved and slope):
             return 0.0
         fraction = abs(fit.unobserved[0] / slope)
         if fraction <= UNOBSERVED_FRACTION or not _is_precise(objective.batches):

@@ -133,7 +133,7 @@ def test_a_scaled_step_is_that_multiple() -> None:
     model = QuadraticModel(torch.tensor([-1.0, 0.5]).double(), 2 * gram, gram)
     coefficients = torch.tensor([0.5, 0.25]).double()
     trusted = replace(model, slope=model.slope * 0.5)
-    along = Along.of(model, trusted, coefficients, 0.1)
+    along = Along(*Along.of(model, trusted, coefficients, 0.1).tolist())
     fit = Fit([a, b], (0.5, 0.25), along, (0.5, 0.25))
     step = 0.5 * a["w"] + 0.25 * b["w"]
     slope, curved = -0.5 + 0.125, 2.1 * float(step.square().sum())
