@@ -9,7 +9,6 @@ from numbers import Integral, Real
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor, nn
 
 LARGEST_INTEGER = 2**63
@@ -113,7 +112,7 @@ def callback(name: str, value: Any) -> Any:
 
 
 def check_trainable(model: Any, loss_fn: Any, owner: str) -> None:
-    """Raise an error if a model cannot be trained with a loss in this process.
+    """Raise an error if a model cannot be trained with a loss.
 
     Args:
         model: The argument ``model``.
@@ -123,7 +122,6 @@ def check_trainable(model: Any, loss_fn: Any, owner: str) -> None:
     check_model(model, owner)
     if loss_fn is not None:
         check_loss_module(loss_fn, owner)
-    check_one_process(owner)
 
 
 def check_model(model: Any, owner: str) -> None:
@@ -162,26 +160,6 @@ def check_loss_module(loss_fn: Any, owner: str) -> None:
     raise TypeError(
         f"`loss_fn` must be a loss module, an instance, got {_described(loss_fn)}. {line}."
     )
-
-
-def check_one_process(owner: str) -> None:
-    """Raise a ``RuntimeError`` if several processes train together.
-
-    Each would have factors, random samples and step sizes of its own batches, and their
-    parameters would drift apart.
-
-    Args:
-        owner: Name of the class.
-    """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    if (size := distributed.get_world_size()) > 1:
-        raise RuntimeError(
-            f"{owner} must be used in one process, got a process group of {size}: its factors and "
-            "step sizes are not shared between processes. Train in one process, without "
-            "`init_process_group`."
-        )
 
 
 def shown(value: Any) -> str:

@@ -91,8 +91,8 @@ class CurvatureOptimizer(Optimizer):
         parameter has a state: save this one itself then.
 
         Args:
-            include_factors: Whether the factors and their inverses, the largest part, and the
-                random generator are saved. If not, they start anew where the state is loaded.
+            include_factors: Whether the factors and their inverses, the largest part, are saved.
+                If not, they start anew where the state is loaded.
         """
         with self._state.saving(self, flag("include_factors", include_factors)):
             return super().state_dict()

@@ -13,7 +13,7 @@ from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.estimation.data_pass import DataPass
 from einconv_kfac.curvature.estimation.factor_sums import DEFAULT_MAX_FACTOR_SIZE
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
-from einconv_kfac.curvature.estimation.forward import Forward, Loss, uncompiled
+from einconv_kfac.curvature.estimation.forward import Forward, Loss
 from einconv_kfac.curvature.estimation.moments import LayerMoments
 from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
 from einconv_kfac.curvature.factors.approximation import Approximation
@@ -21,6 +21,9 @@ from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.losses import check_reduction, loss_rule
+from einconv_kfac.distributed.detection import workers_of
+from einconv_kfac.distributed.workers import ALONE
+from einconv_kfac.distributed.wrappers import parallel_wrapper, unwrapped
 
 Kind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]
 
@@ -70,7 +73,8 @@ def kronecker_factors(
     example and each root vector.
 
     Args:
-        model: The model.
+        model: The model. With `DistributedDataParallel`, each worker passes its part of the data,
+            and all of them have the average over the whole.
         loss_fn: The loss module, with reduction ``"mean"``, ``"batchmean"`` or ``"sum"``. If it
             is a submodule of the model, which then computes its loss itself, it is not called
             again. A function of output and target, such as
@@ -93,7 +97,8 @@ def kronecker_factors(
             per-example gradients in their eigenbasis (George et al., 2018), in a second pass
             over the data; ``"diagonal"`` for the exact diagonal of the Fisher or GGN.
         progress: Whether to show a progress bar.
-        seed: Seed of the generator for ``"mc"``.
+        seed: Seed of the samples for ``"mc"``, which also depend on the number of the batch: of
+            ``N`` workers, the ``i``-th batch of worker ``r`` has the number ``i N + r``.
 
     Raises:
         ValueError: If an argument is not one of those above, no rule covers the loss, no layer
@@ -117,9 +122,10 @@ def kronecker_factors(
         if fisher in {"mc", "exact"}:
             loss_rule(loss_fn)
     _check_kind(kind, fisher, data)
-    model = uncompiled(model)
+    workers = ALONE if parallel_wrapper(model) is None else workers_of(model)
+    model = unwrapped(model)
     layers = _chosen(model, exclude, parameters)
-    data_pass = DataPass(model, layers, data, forward, seed, progress)
+    data_pass = DataPass(model, layers, data, forward, seed, progress, workers)
     if kind == "diagonal":
         return _with_squares(data_pass, estimator, {})
     moments = {layer.name: LayerMoments(layer, approximation, max_factor_size) for layer in layers}

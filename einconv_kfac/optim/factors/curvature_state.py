@@ -5,37 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Generator, Tensor
-
 from einconv_kfac.optim.arguments import shown
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.protocol import Kind
 from einconv_kfac.optim.state_schema import COUNT, TEXT, Anything, Each, Record
 
-CURVATURE_STATE_VERSION = 7
+CURVATURE_STATE_VERSION = 8
 """Version of saved states, of the optimizer and of the preconditioner."""
 _SCHEMA = Record(
     {
         "version": COUNT,
         "layers": Anything(),
-        "generator": Anything(),
         "steps": COUNT,
         "inverse": TEXT,
     }
 )
 
 
-def check_curvature_state(
-    state: Any, layers: Mapping[str, RunningFactors], kind: Kind, generator: Generator
-) -> None:
+def check_curvature_state(state: Any, layers: Mapping[str, RunningFactors], kind: Kind) -> None:
     """Raise a ``ValueError`` if a state is none, or of another version, kind or model.
 
     Args:
         state: The state.
         layers: The layers it is for.
         kind: The kind of inverse it is for.
-        generator: The random generator it is for.
     """
     check_version(state)
     _SCHEMA.check("'preconditioner'", state)
@@ -44,8 +37,6 @@ def check_curvature_state(
             f"`state_dict` must come from the same `inverse`, got {state['inverse']!r} for "
             f"{kind.name!r}."
         )
-    if state["generator"] is not None:
-        _check_generator(state["generator"], generator)
     if state["layers"] is not None:
         _check_layers(layers, state["layers"], kind)
 
@@ -97,24 +88,3 @@ def _check_layers(layers: Mapping[str, RunningFactors], states: Any, kind: Kind)
         raise ValueError(f"`state_dict` must have the model's layers, differs in {differ}.")
     for name, running in layers.items():
         running.check_state(states[name], kind)
-
-
-def _check_generator(state: Any, generator: Generator) -> None:
-    """Raise a ``ValueError`` if a state is not one of a generator of this kind of device.
-
-    Args:
-        state: The state.
-        generator: The generator.
-    """
-    fits = isinstance(state, Tensor) and state.dtype == torch.uint8 and not state.is_meta
-    if fits and state.shape == generator.get_state().shape:
-        try:
-            Generator(generator.device).set_state(state.cpu())
-            return
-        except RuntimeError:  # the numbers are no state
-            pass
-    raise ValueError(
-        f"`state_dict` must have the state of a random generator on {generator.device} at "
-        f"'preconditioner'.generator, got {shown(state)}. To start with a new one, as after "
-        "training on another device, set it to None."
-    )

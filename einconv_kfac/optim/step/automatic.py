@@ -91,7 +91,7 @@ class AutomaticStep:
             return self._skipped_(objective, damping, bool(previous))
         rate = max(objective.rates.values())
         update = fit.update(objective, rate)
-        others = self._unobserved.change(fit.model, fit.coefficients * rate, objective.batches)
+        others = self._unobserved.change(fit.model, fit.coefficients * rate, objective)
         before = self._reduction.before(objective, self._curvature.steps, others)
         for name, tensor in update.items():
             objective.parameters[name].add_(tensor)

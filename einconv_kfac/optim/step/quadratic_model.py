@@ -100,6 +100,7 @@ def quadratic_model(
         curvature = curvature + gram_matrix(directions, objective.decay)
         decay = [inner(d, objective.parameters, objective.decay) for d in directions]
         observed = observed + torch.stack(decay)
-    is_whole = all(b.subset is None and not b.has_moved for b in objective.batches)
-    unobserved = slope - observed if is_whole else None
-    return QuadraticModel(slope, curvature, gram_matrix(directions), unobserved)
+    is_part = any(b.subset is not None or b.has_moved for b in objective.batches)
+    own = [slope, curvature, gram_matrix(directions), observed, float(is_part)]
+    slope, curvature, gram, observed, part = objective.workers.means(own, "quadratic model")
+    return QuadraticModel(slope, curvature, gram, None if part else slope - observed)

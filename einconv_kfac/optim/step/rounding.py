@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,8 @@ def rounding_of(replay: Replay, objective: Objective) -> Tensor:
         dtype = precise(torch.promote_types(parameter.dtype, gradient.dtype))
         products = entries(parameter.to(dtype)) * entries(gradient.to(dtype))
         sums.append(products.abs().sum().double() * (torch.finfo(parameter.dtype).eps / 2))
-    return sum_of([*(_of_batch(replay, batch) for batch in objective.batches), *sums])
+    own = sum_of([*(_of_batch(replay, batch) for batch in objective.batches), *sums])
+    return cast("Tensor", objective.workers.means([own], "rounding")[0])
 
 
 def _of_batch(replay: Replay, batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 
 UNOBSERVED_FRACTION = 0.05
@@ -28,20 +29,21 @@ class UnobservedTerms:
     def __init__(self) -> None:
         self._warned = False
 
-    def change(
-        self, model: QuadraticModel, coefficients: Tensor, batches: Sequence[Batch]
-    ) -> float:
+    def change(self, model: QuadraticModel, coefficients: Tensor, objective: Objective) -> float:
         """Return the change of the objective by these terms, for a step.
 
         Args:
             model: The quadratic model.
             coefficients: The coefficients of the step, ``[m]``.
-            batches: The recorded batches.
+            objective: The objective.
         """
         fraction = model.unobserved_fraction()
-        if model.unobserved is None or fraction <= UNOBSERVED_FRACTION or not _is_precise(batches):
+        if model.unobserved is None or fraction <= UNOBSERVED_FRACTION:
             return 0.0
-        size = sum(float((batch.weight * batch.loss).abs()) for batch in batches)
+        own = [_size(objective.batches), float(_is_precise(objective.batches))]
+        size, precise = objective.workers.means(own, "size of the losses")
+        if precise < 1:
+            return 0.0
         if not float(model.slope[0].abs()) > ROUNDING * size:
             return 0.0
         if not self._warned:
@@ -55,6 +57,11 @@ class UnobservedTerms:
                 stacklevel=8,
             )
         return float(coefficients.dot(model.unobserved))
+
+
+def _size(batches: Sequence[Batch]) -> float:
+    """Return the sum of the sizes of losses."""
+    return sum(float((batch.weight * batch.loss).abs()) for batch in batches)
 
 
 def _is_precise(batches: Sequence[Batch]) -> bool:
