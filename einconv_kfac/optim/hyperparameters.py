@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias, cast
 
 from einconv_kfac.optim.arguments import flag, fraction, in_range, positive_integer
@@ -131,6 +132,9 @@ class Hyperparameters:
         for name, value in given.items():
             if callable(value):
                 raise ValueError(f"`{name}` of a parameter group must be a number, got {value!r}.")
+        numbers = (*given.values(), *vars(self).values())
+        if all(type(number) in _PLAIN for number in numbers):
+            return _overridden(self, **given)
         return replace(self, safeguard=False, **given)
 
     def group_defaults(self) -> dict[str, Any]:
@@ -153,6 +157,15 @@ class Hyperparameters:
 
 _OWN = {entry.name for entry in fields(Hyperparameters)} - set(GROUP_OVERRIDES)
 """What the optimizer alone sets."""
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None)})
+
+
+@lru_cache(maxsize=64, typed=True)
+def _overridden(settings: Hyperparameters, **given: Any) -> Hyperparameters:
+    """Return settings with other numbers, which most steps share with the step before."""
+    return replace(settings, safeguard=False, **given)
 
 
 def _is_auto(value: Any) -> bool:

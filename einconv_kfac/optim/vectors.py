@@ -1,19 +1,29 @@
 """Directions in parameter space: tensors by parameter name, and their algebra.
 
-Inner products are taken tensor by tensor in the tensors' dtype, at least float32, and added in
-float64. A complex tensor counts as its real and its imaginary part.
+Inner products are taken in the tensors' dtype, at least float32, of large tensors one by one and of
+small ones joined to vectors, and added in float64. A complex tensor counts as its real and its
+imaginary part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, combinations_with_replacement
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+Key = TypeVar("Key", bound=Hashable)
 Direction: TypeAlias = dict[str, Tensor]
 """A tensor per parameter name."""
+
+LARGEST_JOINED_ENTRIES = 1 << 14
+"""Entries of a tensor up to which copying it costs less than starting an operation for it."""
+JOINED_ENTRIES = 1 << 20
+"""Entries of a vector of several tensors: what is copied at a time."""
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
@@ -33,12 +43,20 @@ def entries(tensor: Tensor) -> Tensor:
 
 def inner(a: Direction, b: Direction, weights: Mapping[str, float] | None = None) -> Tensor:
     """Return the (weighted) inner product over the parameters that both have, in float64."""
-    names = [name for name in a if name in b]
-    parts = [torch.dot(entries(a[name]), entries(b[name])).double() for name in names]
-    if weights:
-        parts = [part * weights[name] for part, name in zip(parts, names)]
+    sums = []
+    for weight, names in _by_weight([name for name in a if name in b], weights).items():
+        parts = [torch.dot(_joined(a, own), _joined(b, own)) for own in _chunks(names, a)]
+        total = _sum_in_float64(parts)
+        sums.append(total if weight is None else total * weight)
     device = next(iter(a.values())).device
-    return sum_of(parts) if parts else torch.zeros((), dtype=torch.float64, device=device)
+    return sum_of(sums) if sums else torch.zeros((), dtype=torch.float64, device=device)
+
+
+def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the squared entries of tensors, in float64 from the squares on."""
+    direction = {str(index): tensor for index, tensor in enumerate(tensors)}
+    vectors = [_joined(direction, chunk).double() for chunk in _chunks(direction, direction)]
+    return sum_of([torch.dot(vector, vector) for vector in vectors])
 
 
 def inner_products(a: Direction, several: Sequence[Direction]) -> Tensor:
@@ -49,9 +67,26 @@ def inner_products(a: Direction, several: Sequence[Direction]) -> Tensor:
 def gram_matrix(
     directions: Sequence[Direction], weights: Mapping[str, float] | None = None
 ) -> Tensor:
-    """Return the (weighted) inner products of all pairs of directions, ``[m, m]``."""
-    rows = [torch.stack([inner(a, b, weights) for b in directions]) for a in directions]
-    return torch.stack(rows)
+    """Return the (weighted) inner products of all pairs of directions, ``[m, m]``, in float64."""
+    count = len(directions)
+    sums: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    names = dict.fromkeys(name for direction in directions for name in direction)
+    holders = {n: tuple(i for i in range(count) if n in directions[i]) for n in names}
+    for own, alike in _grouped(holders).items():
+        for weight, weighted in _by_weight(alike, weights).items():
+            products: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+            for chunk in _chunks(weighted, directions[own[0]]):
+                vectors = {i: _joined(directions[i], chunk) for i in own}
+                for i, j in combinations_with_replacement(own, 2):
+                    products[i, j].append(torch.dot(vectors[i], vectors[j]))
+            for pair, parts in products.items():
+                total = _sum_in_float64(parts)
+                sums[pair].append(total if weight is None else total * weight)
+    device = next(tensor.device for direction in directions for tensor in direction.values())
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    totals = {pair: sum_of(found) for pair, found in sums.items()}
+    pairs = [(min(i, j), max(i, j)) for i in range(count) for j in range(count)]
+    return torch.stack([totals.get(pair, zero) for pair in pairs]).reshape(count, count)
 
 
 def products_by_layer(
@@ -65,17 +100,85 @@ def products_by_layer(
         layers: Names of the parameters of each layer.
         pairs: The pairs of directions.
     """
-    rows = [
-        torch.stack([inner({n: a[n] for n in names if n in a}, b) for a, b in pairs])
-        for names in layers
+    layers = list(layers)
+    known = dict.fromkeys(name for own in layers for name in own)
+    parts = [
+        (pair, names, values)
+        for pair, (a, b) in enumerate(pairs)
+        for names, values in _products([name for name in known if name in a and name in b], a, b)
     ]
-    found: list[list[float]] = torch.stack(rows).tolist() if rows else []
-    return found
+    found = iter(torch.cat([values for _, _, values in parts]).tolist() if parts else ())
+    table = {(pair, name): next(found) for pair, names, _ in parts for name in names}
+    return [[sum(table.get((i, n), 0.0) for n in own) for i in range(len(pairs))] for own in layers]
+
+
+def _products(
+    names: Iterable[str], a: Direction, b: Direction
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield inner products tensor by tensor, several names at a time, in float64."""
+    for chunk in _chunks(names, a):
+        left, right = _joined(a, chunk), _joined(b, chunk)
+        if len(chunk) == 1:
+            yield chunk, torch.dot(left, right).double().unsqueeze(0)
+        else:
+            sums = pad((left.double() * right).cumsum(0), (1, 0))
+            ends = accumulate((entries(a[name]).numel() for name in chunk), initial=0)
+            yield chunk, torch.stack([sums[end] for end in ends]).diff()
+
+
+def _by_weight(
+    names: Iterable[str], weights: Mapping[str, float] | None
+) -> dict[float | None, list[str]]:
+    """Return names by their weight, all by ``None`` without weights."""
+    return _grouped({name: weights[name] if weights else None for name in names})
+
+
+def _chunks(names: Iterable[str], direction: Direction) -> Iterator[list[str]]:
+    """Yield names of tensors that are joined: a large one, or small ones of one type."""
+    small: dict[str, tuple[torch.dtype, torch.device]] = {}
+    for name in names:
+        tensor = direction[name]
+        if tensor.numel() > LARGEST_JOINED_ENTRIES:
+            yield [name]
+        else:
+            small[name] = tensor.dtype, tensor.device
+    for alike in _grouped(small).values():
+        chunk: list[str] = []
+        size = 0
+        for name in alike:
+            if size >= JOINED_ENTRIES:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(name)
+            size += direction[name].numel()
+        yield chunk
+
+
+def _joined(direction: Direction, names: Sequence[str]) -> Tensor:
+    """Return the entries of tensors as one vector."""
+    vectors = [entries(direction[name]) for name in names]
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+
+def _grouped(keys: Mapping[str, Key]) -> dict[Key, list[str]]:
+    """Return names by their keys."""
+    groups: dict[Key, list[str]] = defaultdict(list)
+    for name, key in keys.items():
+        groups[key].append(name)
+    return groups
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of tensors of one shape."""
-    return torch.stack(list(tensors)).sum(dim=0)
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).sum(dim=0)
+
+
+def _sum_in_float64(numbers: Sequence[Tensor]) -> Tensor:
+    """Return the sum of numbers, of each data type at once."""
+    alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for number in numbers:
+        alike[number.dtype].append(number)
+    return sum_of([torch.stack(own).sum(dtype=torch.float64) for own in alike.values()])
 
 
 def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -105,21 +208,25 @@ def combination(
         coefficients: A coefficient for each direction.
         directions: The directions.
     """
-    return {name: _combined(name, coefficients, directions) for name in names}
-
-
-def _combined(name: str, coefficients: Sequence[float], directions: Sequence[Direction]) -> Tensor:
-    """Return a linear combination of directions for one parameter."""
-    (factor, first), *others = [(c, d[name]) for c, d in zip(coefficients, directions) if name in d]
-    total = first.to(precise(first.dtype)) * factor
-    for factor, tensor in others:
-        total.add_(tensor, alpha=factor)
-    return total
+    names, count = list(names), len(directions)
+    result: Direction = {}
+    holders = {n: tuple(i for i in range(count) if n in directions[i]) for n in names}
+    for (first, *others), own in _grouped(holders).items():
+        terms = [directions[first][name] for name in own]
+        terms = [term.to(precise(term.dtype)) for term in terms]
+        totals = list(torch._foreach_mul(terms, coefficients[first]))
+        for i in others:
+            torch._foreach_add_(totals, [directions[i][n] for n in own], alpha=coefficients[i])
+        result.update(zip(own, totals))
+    return {name: result[name] for name in names}
 
 
 def scaled(direction: Direction, factors: Mapping[str, float]) -> Direction:
     """Return a direction times a factor per parameter."""
-    return {name: tensor * factors[name] for name, tensor in direction.items()}
+    if not direction:
+        return {}
+    numbers = [factors[name] for name in direction]
+    return dict(zip(direction, torch._foreach_mul(list(direction.values()), numbers)))
 
 
 def layer_of(name: str) -> str:
@@ -129,7 +236,4 @@ def layer_of(name: str) -> str:
 
 def by_layer(names: Iterable[str]) -> dict[str, list[str]]:
     """Return parameter names by the name of their module."""
-    layers: dict[str, list[str]] = {}
-    for name in names:
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
-    return layers
+    return _grouped({name: layer_of(name) for name in names})

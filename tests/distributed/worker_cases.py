@@ -142,6 +142,9 @@ CASES: dict[str, Case] = {
     "compiled inside": Case(compiled="inside"),
     "compiled outside": Case(compiled="outside"),
     "preconditioner": Case({"fisher": "exact"}, preconditions=True, whole=True),
+    "preconditioner, sum": Case(
+        {"fisher": "exact"}, loss=lambda: nn.CrossEntropyLoss(reduction="sum"), preconditions=True
+    ),
     "preconditioner, ekfac": Case({"inverse": "ekfac"}, sizes=MANY, preconditions=True),
 }
 

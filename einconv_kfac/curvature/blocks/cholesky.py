@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.blocks.batching import batched
+from einconv_kfac.curvature.blocks.batching import LARGEST_BATCHED_DIMENSION
 from einconv_kfac.curvature.blocks.diagonal_factor import diagonal_of, is_diagonal
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """A tensor for the factor ``A`` and one for the factor ``B``."""
 
+PLANE = 2
+"""Dimension of matrices that have a short closed form of the inverse."""
 RANGE_FRACTION = 2.0**-10
 """Largest damping of a factor, as a fraction of the largest number of its data type."""
 DAMPING_GROWTH_AFTER_FAILURE = 10.0
@@ -42,11 +46,36 @@ class DampedFactors:
 
     def conditions(self) -> Tensor:
         """Return the condition numbers in the 1-norm, ``[2]``, the largest of the groups."""
+        return self._by_group.amax(-1)
+
+    @cached_property
+    def _by_group(self) -> Tensor:
+        """The condition numbers of each group, ``[2, g]``."""
         found = []
         for factor, damping, inverse in zip(self.factors, self.dampings, self.inverses):
             norm = _one_norm(factor) + damping
-            found.append((norm * _one_norm(inverse)).amax())
+            found.append(norm * _one_norm(inverse))
         return torch.stack(found)
+
+    def split(self, sizes: Sequence[int]) -> list[DampedFactors]:
+        """Return the factors of several layers, whose groups follow each other here.
+
+        Args:
+            sizes: Number of groups of each layer.
+        """
+        if len(sizes) == 1:
+            return [self]
+        factors, dampings, inverses = (
+            [(a, b) for a, b in zip(*(torch.split(own, list(sizes)) for own in pair))]
+            for pair in (self.factors, self.dampings, self.inverses)
+        )
+        found = [
+            DampedFactors(*own, damping=self.damping, retries=self.retries)
+            for own in zip(factors, dampings, inverses)
+        ]
+        for own, conditions in zip(found, torch.split(self._by_group, list(sizes), dim=-1)):
+            vars(own)["_by_group"] = conditions
+        return found
 
 
 def invert_damped(
@@ -73,18 +102,53 @@ def invert_damped(
         RuntimeError: If a damped factor is not positive definite at the last attempt, or its
             inverse is not finite in the dtype of the factors.
     """
-    parts = [split_damping(pair, damping) for pair, damping in zip(pairs, dampings)]
-    flat = [[own for pair in several for own in pair] for several in (pairs, parts)]
+    results: list[DampedFactors | None] = [None] * len(pairs)
+    stacks = _stacks(pairs, dampings)
+    for indices, found in zip(stacks, _inverted(pairs, dampings, stacks)):
+        parts: Sequence[DampedFactors | None] = [None]
+        if found is not None:
+            parts = found.split([len(pairs[index][0]) for index in indices])
+        elif len(indices) > 1:
+            parts = _inverted(pairs, dampings, [[index] for index in indices])
+        for index, part in zip(indices, parts):
+            results[index] = part
+    return [
+        _in_float64(pair, damping, name, damping_increases) if own is None else own
+        for pair, damping, name, own in zip(pairs, dampings, names, results)
+    ]
+
+
+def _stacks(pairs: Sequence[Pair], dampings: Sequence[float]) -> list[list[int]]:
+    """Return the indices of pairs that are inverted together: small ones of one form."""
+    alike: dict[Hashable, list[int]] = defaultdict(list)
+    for index, (pair, damping) in enumerate(zip(pairs, dampings)):
+        is_small = all(own.shape[-1] <= LARGEST_BATCHED_DIMENSION for own in pair)
+        form = tuple((own.shape[1:], own.dtype, own.device) for own in pair)
+        alike[(form, damping) if is_small else index].append(index)
+    return list(alike.values())
+
+
+def _inverted(
+    pairs: Sequence[Pair], dampings: Sequence[float], stacks: Sequence[Sequence[int]]
+) -> list[DampedFactors | None]:
+    """Return the inverses of each stack, as those of one pair, or ``None`` where one fails."""
+    joined = [_joined([pairs[index] for index in indices]) for indices in stacks]
+    own = [dampings[indices[0]] for indices in stacks]
+    parts = [split_damping(pair, damping) for pair, damping in zip(joined, own)]
+    flat = [[each for pair in several for each in pair] for several in (joined, parts)]
     found = damped_inverses(*flat)
-    results = []
-    for pair, part, damping, name, a, b in zip(
-        pairs, parts, dampings, names, found[::2], found[1::2]
-    ):
-        if a is None or b is None:
-            results.append(_in_float64(pair, damping, name, damping_increases))
-        else:
-            results.append(DampedFactors(pair, part, (a, b), damping))
-    return results
+    return [
+        None if a is None or b is None else DampedFactors(pair, part, (a, b), damping)
+        for pair, part, damping, a, b in zip(joined, parts, own, found[::2], found[1::2])
+    ]
+
+
+def _joined(pairs: Sequence[Pair]) -> Pair:
+    """Return pairs of one form as one, group after group."""
+    if len(pairs) == 1:
+        return pairs[0]
+    a, b = (torch.cat(own) for own in zip(*pairs))
+    return a, b
 
 
 def split_damping(factors: Pair, damping: float) -> Pair:
@@ -107,12 +171,17 @@ def split_damping(factors: Pair, damping: float) -> Pair:
 def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Tensor | None]:
     """Return ``(F + damping I)^-1`` for each factor, or ``None`` if Cholesky or its range fails.
 
+    The host waits for the device once.
+
     Args:
         factors: Factors ``[g, d, d]``, or their diagonals ``[g, d]``.
         dampings: Dampings ``[g]``.
     """
-    found = batched(_damped_inverse, factors, dampings)
-    return [None if bool(failures.any()) else inverse for inverse, failures in found]
+    found = [_damped_inverse(factor, damping) for factor, damping in zip(factors, dampings)]
+    failures = [failed for _, failed in found]
+    if not failures or not bool(torch.cat(failures).any()):
+        return [inverse for inverse, _ in found]
+    return [None if bool(failed.any()) else inverse for inverse, failed in found]
 
 
 def _in_float64(pair: Pair, damping: float, name: str, damping_increases: int) -> DampedFactors:
@@ -137,19 +206,36 @@ def _in_float64(pair: Pair, damping: float, name: str, damping_increases: int) -
 def _damped_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(factor + damping I)^-1`` per group, and whether that failed, ``[g]``.
 
-    It fails where the damped factor is not positive definite, or the inverse is not finite.
+    It fails where the damped factor is not positive definite, or the inverse is not finite. The
+    host does not wait for it.
     """
-    if is_diagonal(factor):
-        reciprocal = (factor + damping.unsqueeze(-1)).reciprocal()
-        return reciprocal, ~((reciprocal > 0) & reciprocal.isfinite()).all(-1)
-    damped = factor.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
-    triangle, failures = torch.linalg.cholesky_ex(damped)
-    failed = failures > 0
-    if bool(failed.any()):  # an unfinished triangle cannot be inverted
-        triangle[failed] = torch.eye(len(factor[0]), dtype=factor.dtype, device=factor.device)
-    inverse = torch.cholesky_inverse(triangle)
-    return inverse, failed | ~inverse.isfinite().flatten(1).all(-1)
+    size = factor.shape[-1]
+    if is_diagonal(factor) or size == 1:
+        damped = factor + damping.reshape(-1, *(1,) * (factor.ndim - 1))
+        inverse = damped.reciprocal()
+        positive = (inverse > 0).flatten(1).all(-1)
+    elif size == PLANE:
+        inverse, positive = _inverse_in_plane(factor, damping)
+    else:
+        damped = factor.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
+        triangle, failures = torch.linalg.cholesky_ex(damped)
+        positive = failures == 0
+        # an unfinished triangle may have a zero on its diagonal, and cannot be inverted
+        triangle.diagonal(dim1=-2, dim2=-1).masked_fill_(~positive.unsqueeze(-1), 1)
+        inverse = torch.cholesky_inverse(triangle)
+    return inverse, ~(positive & inverse.isfinite().flatten(1).all(-1))
+
+
+def _inverse_in_plane(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `_damped_inverse` of 2x2 matrices by their Schur complements, and what is positive."""
+    first, last = factor[:, 0, 0] + damping, factor[:, 1, 1] + damping
+    slope = factor[:, 1, 0] / first
+    complement = last - slope * factor[:, 1, 0]
+    corner = complement.reciprocal()
+    side = -slope * corner
+    inverse = torch.stack([first.reciprocal() - slope * side, side, side, corner], -1)
+    return inverse.reshape(-1, PLANE, PLANE), (first > 0) & (complement > 0)
 
 
 def _mean_eigenvalue(factor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any
@@ -71,25 +71,12 @@ class Layout:
         Raises:
             ValueError: If a parameter is missing, or its tensor has another shape.
         """
-        weight = self._checked(tensors, self.weight, self.weight_shape)
-        free = weight.shape[: weight.ndim - len(self.weight_shape)]
-        split = weight.reshape(*free, *self.split)
-        rows = split.permute(*range(len(free)), *self._order_from_end).flatten(len(free) + 2)
-        if self.bias is None:
-            return rows
-        bias = self._checked(tensors, self.bias, self.bias_shape)
-        return torch.cat([rows, bias.reshape(*rows.shape[:-1], 1)], dim=-1)
+        rows, column = self._columns(tensors)
+        return rows if column is None else torch.cat([rows, column], dim=-1)
 
     def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
         """Return matrices ``[*v, g, co, d]`` as tensors ``[*v, *shape]`` by parameter name."""
-        free = matrix.shape[:-3]
-        rows = matrix if self.bias is None else matrix[..., :-1]
-        split = rows.reshape(*free, *self._permuted)
-        split = split.permute(*range(len(free)), *self._inverse_from_end)
-        result = {self.weight: split.reshape(*free, *self.weight_shape)}
-        if self.bias is not None:
-            result[self.bias] = matrix[..., -1].reshape(*free, *self.bias_shape)
-        return result
+        return self._tensors(matrix if self.bias is None else matrix[..., :-1], matrix[..., -1])
 
     def is_transpose_of(self, other: Layout) -> bool:
         """Return whether the matrices are the transposes of another layout's, of one weight.
@@ -112,6 +99,27 @@ class Layout:
         """Return the arguments by name: strings, numbers and tuples."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
 
+    def _columns(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return the weight as ``[*v, g, co, d]`` and the bias as ``[*v, g, co, 1]``."""
+        weight = self._checked(tensors, self.weight, self.weight_shape)
+        free = weight.shape[: weight.ndim - len(self.weight_shape)]
+        split = weight.reshape(*free, *self.split)
+        rows = split.permute(*range(len(free)), *self._order_from_end).flatten(len(free) + 2)
+        if self.bias is None:
+            return rows, None
+        bias = self._checked(tensors, self.bias, self.bias_shape)
+        return rows, bias.reshape(*rows.shape[:-1], 1)
+
+    def _tensors(self, rows: Tensor, column: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of a weight ``[*v, g, co, d]`` and a bias ``[*v, g, co]``."""
+        free = rows.shape[:-3]
+        split = rows.reshape(*free, *self._permuted)
+        split = split.permute(*range(len(free)), *self._inverse_from_end)
+        result = {self.weight: split.reshape(*free, *self.weight_shape)}
+        if self.bias is not None:
+            result[self.bias] = column.reshape(*free, *self.bias_shape)
+        return result
+
     def _checked(self, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
         """Return the tensor of a parameter, whose trailing dimensions must be its shape."""
         if name not in tensors:
@@ -123,3 +131,27 @@ class Layout:
                 f"{list(tensor.shape)}."
             )
         return tensor
+
+
+def joined_matrices(layouts: Sequence[Layout], tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the matrices of several layouts ``[g, co, d]`` that differ in ``g`` alone, as one.
+
+    All have a bias, or none has.
+    """
+    parts = [layout._columns(tensors) for layout in layouts]
+    rows = torch.cat([weight for weight, _ in parts])
+    columns = [column for _, column in parts if column is not None]
+    return torch.cat([rows, torch.cat(columns)], dim=-1) if columns else rows
+
+
+def divided_matrices(layouts: Sequence[Layout], matrices: Tensor) -> dict[str, Tensor]:
+    """Return tensors by parameter name, of matrices as `joined_matrices` returns them."""
+    rows, columns = matrices, matrices[..., -1]
+    if layouts[0].bias is not None:
+        rows, columns = matrices[..., :-1].contiguous(), columns.contiguous()
+    sizes = [layout.shape[0] for layout in layouts]
+    result: dict[str, Tensor] = {}
+    parts = torch.split(rows, sizes), torch.split(columns, sizes)
+    for layout, own, column in zip(layouts, *parts):
+        result.update(layout._tensors(own, column))
+    return result

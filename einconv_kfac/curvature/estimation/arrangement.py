@@ -15,8 +15,10 @@ from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.example_layout import (
     SCATTERED,
     ExampleLayout,
+    bit_probes,
     candidates,
     found_layout,
+    meets,
     parts,
     probes,
 )
@@ -40,12 +42,15 @@ class ArrangedCall:
         by_example: Whether shared rows are given a gradient for each example, instead of one of
             all examples together.
         examples: The number of examples.
+        is_scattered: Whether rows belong to unknown examples, in this call or in another one of
+            its layer.
     """
 
     call: LayerCall
     layout: ExampleLayout | None
     by_example: bool
     examples: int
+    is_scattered: bool = False
 
     @property
     def is_shared(self) -> bool:
@@ -108,6 +113,9 @@ def arrange(
         backpropagate: Runs a backward pass.
         by_example: Whether shared rows need a gradient for each example.
 
+    Layers some of whose calls alone have rows in no regular order are treated as layers whose rows
+    are shared.
+
     Raises:
         ValueError: If a call is not a batch, or a hook may have changed its output.
     """
@@ -123,6 +131,10 @@ def arrange(
             known = [torch.zeros(call.y_shape) if g is None else g for g in gradients]
             if any(bool(gradient.any()) for gradient in known):
                 layouts[signatures[index]] = found_layout(call, known, examples, mixes=mixes)
+        if by_example:
+            scattered_now = [i for i in new if layouts.get(signatures[i]) == SCATTERED]
+            shared = _shared(calls, scattered_now, outputs, examples, backpropagate)
+            layouts.update(dict.fromkeys((signatures[i] for i in shared), None))
     for index in new if examples == 1 else ():
         possible = candidates(calls[index].x.shape, calls[index].y_shape, 1)
         layouts[signatures[index]] = possible[0] if possible else None
@@ -131,27 +143,40 @@ def arrange(
         layouts[signature] if signature in layouts else _guessed(call, examples, scattered)
         for call, signature in zip(calls, signatures)
     ]
-    _check_scattered(calls, found, scattered)
+    uneven = {c.layer for c, e in zip(calls, found) if c.layer in scattered and e != SCATTERED}
+    found = [None if c.layer in uneven else e for c, e in zip(calls, found)]
     mixed = {c.layer for c, e in zip(calls, found) if e is not None}
     return [
-        ArrangedCall(call, layout, by_example or call.layer in mixed, examples)
-        for call, layout in zip(calls, found)
+        ArrangedCall(call, e, by_example or call.layer in mixed, examples, call.layer in scattered)
+        for call, e in zip(calls, found)
     ]
+
+
+def _shared(
+    calls: Sequence[LayerCall],
+    indices: Sequence[int],
+    outputs: Sequence[Tensor],
+    examples: int,
+    backpropagate: Backpropagate,
+) -> set[int]:
+    """Return which of some calls have rows that several examples share.
+
+    Any two examples differ in a bit of their numbers, so for each bit the gradients of the examples
+    that have it and of those that lack it are compared.
+    """
+    chosen, shared = [calls[i] for i in indices], set()
+    for pair in bit_probes(outputs, examples) if indices else ():
+        passes = [backpropagate(vectors, chosen) for vectors in pair]
+        for index, call, one, other in zip(indices, chosen, *passes):
+            if one is not None and other is not None and meets(call, one, other):
+                shared.add(index)
+    return shared
 
 
 def _guessed(call: LayerCall, examples: int, scattered: set[str]) -> ExampleLayout:
     """Return the layout of a call that no probe reached, as those of examples that it lacks."""
     possible = candidates(call.x.shape, call.y_shape, examples)
     return possible[0] if possible and call.layer not in scattered else SCATTERED
-
-
-def _check_scattered(
-    calls: Sequence[LayerCall], layouts: Sequence[ExampleLayout | None], scattered: set[str]
-) -> None:
-    """Raise a ``ValueError`` if a layer has calls of scattered rows, and others."""
-    for call, layout in zip(calls, layouts):
-        if call.layer in scattered and layout != SCATTERED:
-            raise scattered_rows(call.layer)
 
 
 def scattered_rows(layer: str) -> ValueError:

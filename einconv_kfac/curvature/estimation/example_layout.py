@@ -119,6 +119,26 @@ def probes(outputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield [only(vector, example) for vector in drawn]
 
 
+def bit_probes(
+    outputs: Sequence[Tensor], examples: int
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield, for each bit of the examples' numbers, vectors of those with and without it."""
+    generator = Generator().manual_seed(1)
+    drawn = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+    numbers = torch.arange(examples)
+    for bit in range((examples - 1).bit_length()):
+        has_bit = (numbers >> bit & 1).bool()
+        yield _masked(drawn, has_bit), _masked(drawn, ~has_bit)
+
+
+def _masked(vectors: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
+    """Return vectors ``[n, ...]`` that are zero where a mask ``[n]`` is."""
+    return [
+        torch.where(mask.to(v.device).reshape(-1, *[1] * (v.ndim - 1)), v, torch.zeros_like(v))
+        for v in vectors
+    ]
+
+
 def only(vector: Tensor, example: int) -> Tensor:
     """Return a vector that is zero for all examples but one."""
     result = torch.zeros_like(vector)
@@ -154,6 +174,12 @@ def found_layout(
     rows = -1 if call.has_free_positions else 1
     first, second = [_row_shares(gradient, rows) for gradient in gradients]
     return None if float(torch.minimum(first, second).sum()) >= SHARED_PART else SCATTERED
+
+
+def meets(call: LayerCall, one: Tensor, other: Tensor) -> bool:
+    """Return whether two gradients at a call are nonzero in the same rows."""
+    rows = -1 if call.has_free_positions else 1
+    return bool(torch.minimum(_row_shares(one, rows), _row_shares(other, rows)).any())
 
 
 def _row_shares(gradient: Tensor, end: int) -> Tensor:

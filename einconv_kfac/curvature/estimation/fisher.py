@@ -19,7 +19,7 @@ from einconv_kfac.curvature.estimation.arrangement import (
 )
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.estimation.evaluation import Evaluation, empirical_roots, loss_gradients
-from einconv_kfac.curvature.estimation.example_layout import SCATTERED, only
+from einconv_kfac.curvature.estimation.example_layout import only
 from einconv_kfac.curvature.estimation.factor_sums import (
     DEFAULT_MAX_FACTOR_SIZE,
     check_max_factor_size,
@@ -173,7 +173,7 @@ class FisherEstimator:
         for name, own in _by_layer(arranged).items():
             calls = [call for each in own for call in each.calls()]
             needs_examples = moments[name].needs_examples or self.fisher == "forward-only"
-            if needs_examples and any(each.layout == SCATTERED for each in own):
+            if needs_examples and own[0].is_scattered:
                 raise scattered_rows(name)
             together = own[0].is_together
             moments[name].add_inputs_(calls, own[0].examples if together else None)

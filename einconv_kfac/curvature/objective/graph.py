@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 Edge: TypeAlias = tuple[Node, int]
@@ -75,9 +76,15 @@ def leaf_of(edge: Edge) -> Tensor | None:
 
 
 def kind_of_node(node: Node) -> str:
-    """Return the name of a node's operation, without ``Backward`` and what follows it."""
+    """Return the name of a node's operation, without the last ``Backward`` and its number.
+
+    The derivative of an operation is another one. Functions that are written in Python have a
+    prefix, so that they are not taken for operations of torch.
+    """
     name = node.name().rpartition("::")[2]
-    return name.partition("Backward")[0] or name.rpartition("Backward")[0] or node.name()
+    kind = name.rpartition("Backward")[0] or node.name()
+    is_own = isinstance(node, BackwardCFunction) and kind not in _IDENTITIES
+    return f"autograd.Function {kind}" if is_own else kind
 
 
 def inputs_of(node: Node) -> list[Edge | None]:
@@ -146,9 +153,20 @@ def _called(node: Node, gradients: Sequence[Tensor | None]) -> Sequence[Tensor |
     """Return what a node passes on for gradients at its outputs."""
     if kind_of_node(node) in _IDENTITIES:
         return gradients
+    if isinstance(node, BackwardCFunction):
+        return _called_function(node, gradients)
     call: Any = node
     results = call(*gradients)
     return results if isinstance(results, tuple) else (results,)
+
+
+def _called_function(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return what a function that is written in Python passes on to the edges of its inputs."""
+    given = [zeros_at((node, i)) if g is None else g for i, g in enumerate(gradients)]
+    results = node.apply(*given)
+    results = results if isinstance(results, tuple) else (results,)
+    needed = iter([r for r, need in zip(results, node.needs_input_grad) if need])
+    return [None if edge is None else next(needed, None) for edge in inputs_of(node)]
 
 
 def _fitted(gradient: Tensor, edge: Edge) -> Tensor:

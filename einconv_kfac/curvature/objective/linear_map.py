@@ -37,11 +37,14 @@ class LinearMap:
             self._transposed = {e: t for e, t in found.items() if t.requires_grad}
             self.sources = list(self._transposed)
 
-    def __call__(self, vectors: Mapping[Edge, Tensor]) -> Tensor | None:
+    def __call__(
+        self, vectors: Mapping[Edge, Tensor], *, create_graph: bool = False
+    ) -> Tensor | None:
         """Return ``J v``, or ``None`` if it is zero.
 
         Args:
             vectors: The parts of ``v`` by source; those that are not given are zero.
+            create_graph: Whether the result has a graph to ``v``.
         """
         if self._transposed is None:
             return vectors.get(self.sources[0])
@@ -50,6 +53,11 @@ class LinearMap:
             return None
         outputs, parts = zip(*own)
         (product,) = torch.autograd.grad(
-            outputs, self._w, parts, retain_graph=True, allow_unused=True
+            outputs,
+            self._w,
+            parts,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
         )
-        return None if product is None else product.detach()
+        return product if product is None or create_graph else product.detach()

@@ -143,7 +143,7 @@ class Empirical:
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """See `LocalCurvature`."""
         (root,) = self.roots()
-        by_example = [(root * v).double().flatten(1).sum(1) for v in vectors]
+        by_example = [(root * v).double().reshape(len(root), -1).sum(1) for v in vectors]
         left = torch.stack(by_example)
         return left @ left.mT
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from einconv_kfac.curvature.objective.node_rule import NodeRule
-from einconv_kfac.curvature.objective.nodes import bilinear, elementary, reductions, softmax
+from einconv_kfac.curvature.objective.nodes import (
+    bilinear,
+    elementary,
+    reductions,
+    softmax,
+    triangular,
+)
 
 _RULES: tuple[NodeRule, ...] = (
     *elementary.RULES,
     *softmax.RULES,
     *bilinear.RULES,
     *reductions.RULES,
+    *triangular.RULES,
 )
 NODE_RULES = {rule.kind: rule for rule in _RULES}
 """The rules, by the name of the operation."""

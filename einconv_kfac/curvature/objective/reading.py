@@ -86,6 +86,10 @@ class Reading:
             LinearMap(self.root, self._nodes, stops),
         )
 
+    def derivative(self) -> LinearMap:
+        """Return the derivative of the loss by its sources."""
+        return LinearMap(self.root, self._nodes, self._is_source)
+
     def sample(self, generator: Generator) -> dict[Edge, Tensor]:
         """Draw gradients at the outputs whose second moment is the curvature of the loss."""
         start: dict[Edge, Tensor] = {}

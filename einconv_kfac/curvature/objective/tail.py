@@ -80,12 +80,16 @@ class Tail:
 
     def value(self, outputs: Sequence[Tensor]) -> Tensor:
         """See `LossModel`."""
+        return (self.weight * self.result(outputs)).sum()
+
+    def result(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return each number of the loss."""
         changes = {e: _difference(*pair) for e, *pair in zip(self.sources, outputs, self.values)}
         with torch.no_grad():
             for operation in self.operations:
                 changes[operation.output] = operation.change(changes)
         change = self.last(changes)
-        return (self.weight * (self.loss if change is None else self.loss + change)).sum()
+        return self.loss if change is None else self.loss + change
 
     def slopes(self) -> Sequence[Tensor | None]:
         """See `LossModel`."""

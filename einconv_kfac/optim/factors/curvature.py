@@ -15,6 +15,7 @@ from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
 from einconv_kfac.distributed.detection import workers_of
 from einconv_kfac.distributed.wrappers import unwrapped
 from einconv_kfac.optim.arguments import flag, seed_value
+from einconv_kfac.optim.factors.averages import Contribution, move_averages_
 from einconv_kfac.optim.factors.collector import NEVER_SEEN, Collector
 from einconv_kfac.optim.factors.curvature_state import (
     CURVATURE_STATE_VERSION,
@@ -22,6 +23,7 @@ from einconv_kfac.optim.factors.curvature_state import (
     loaded_layers,
     snapshot_of,
 )
+from einconv_kfac.optim.factors.preconditioning import preconditioned
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.hyperparameters import GroupSettings, Hyperparameters
@@ -167,21 +169,12 @@ class RunningCurvature:
         Raises:
             RuntimeError: If nothing was ever collected.
         """
-        for name, moments in self.collector.moments.items():
-            a, b = self.estimator.factors(moments)
-            count, weight = moments.examples, self.loss_weight
-            scale: Any = self.estimator.scale(
-                count if weight is not None else count / self.workers.size
-            )
-            if weight is not None:
-                scale = weight.to(b) * scale
-            running = self.layers[name]
-            factor_decay = self._of(running).factor_decay
-            running.update_(a, b.mul_(scale), factor_decay)
-            if moments.squares is not None:
-                running.correct_(moments.squares.block(scale).values, factor_decay)
-            running.factor_step = self.steps
-            running.factor_seconds = moments.seconds
+        found = [
+            Contribution(running := self.layers[name], moments, self._of(running).factor_decay)
+            for name, moments in self.collector.moments.items()
+        ]
+        workers = self.workers.size if self.loss_weight is None else 1
+        move_averages_(found, self.estimator, self.loss_weight, self.steps, workers)
         known = [own for own in self.layers.values() if own.factor_step is not None]
         if self.layers and not known and not self.collector.has_seen_loss:
             raise RuntimeError(NEVER_SEEN)
@@ -219,15 +212,14 @@ class RunningCurvature:
             gradient: Gradients by parameter name.
             inverses: Inverses to use instead of the present ones.
         """
-        result: Direction = {}
+        known = []
         for name, running in self.layers.items():
-            if inverses is None:
-                inverse = running.inverse
-            else:
+            inverse, own = running.inverse, gradient.get(running.layer.weight)
+            if inverses is not None:
                 inverse = inverses[name].inverse if name in inverses else None
-            if inverse is not None and running.layer.weight in gradient:
-                result.update(running.apply(gradient, inverse))
-        return {name: tensor for name, tensor in result.items() if name in gradient}
+            if inverse is not None and own is not None:
+                known.append((running.layer, running.on_device(inverse, own.device)))
+        return preconditioned(known, gradient)
 
     def relative_change(self, update: Direction, parameters: Direction) -> float:
         """Return by how much an update changes the outputs of layers, summed over the layers.

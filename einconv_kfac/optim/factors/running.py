@@ -18,10 +18,8 @@ from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, T
 from einconv_kfac.optim.inverses.registry import (
     check_inverse,
     inverse_of,
-    is_whole,
     with_own_tensors,
 )
-from einconv_kfac.optim.moving_average import bias_corrected_weight
 from einconv_kfac.optim.state_schema import (
     COUNT,
     FLOATING,
@@ -31,7 +29,6 @@ from einconv_kfac.optim.state_schema import (
     Record,
     tensor_of,
 )
-from einconv_kfac.optim.vectors import precise
 
 _CONDITIONS = tensor_of((2,))
 _SCHEMA = Record(
@@ -82,21 +79,6 @@ class RunningFactors:
         self.factor_seconds = 0.0
         self.inverse_seconds = 0.0
 
-    def update_(self, a: Tensor, b: Tensor, decay: float) -> None:
-        """Move the bias-corrected running averages towards new factors, into their memory.
-
-        The previous averages are left as they are, for a step that fails.
-        """
-        self.updates += 1
-        a, b = (own if is_whole(own) else own.clone() for own in (a, b))
-        if self.factors is None:
-            self.factors = (a, b)
-            return
-        weight = bias_corrected_weight(decay, self.updates)
-        for running, new in zip(self.factors, (a, b)):
-            torch.lerp(running.to(new), new, weight, out=new)
-        self.factors = (a, b)
-
     def correct_(self, squares: Tensor, decay: float) -> None:
         """Move the inverse towards squared gradients ``[g, co, d]`` in its basis."""
         assert self.inverse is not None
@@ -132,18 +114,9 @@ class RunningFactors:
         moved, present = squares
         return torch.where(present > 0, moved / present, 0.0).sqrt()
 
-    def apply(self, gradient: dict[str, Tensor], inverse: LayerInverse) -> dict[str, Tensor]:
-        """Return the preconditioned gradient of the layer's parameters, at least in float32."""
-        if not gradient.keys() >= set(self.layer.parameters):
-            gradient = {**self.layer.zeros(), **gradient}
-        layout = self.layer.layout
-        rows = layout.to_matrix(gradient)
-        result = layout.from_matrix(self._here(inverse, rows).apply(rows))
-        return {name: tensor.to(precise(rows.dtype)) for name, tensor in result.items()}
-
-    def _here(self, inverse: LayerInverse, rows: Tensor) -> LayerInverse:
-        """Return an inverse on the device of gradients, which may have changed."""
-        moved = inverse.to(rows.device)
+    def on_device(self, inverse: LayerInverse, device: torch.device) -> LayerInverse:
+        """Return an inverse of the layer on the device of its gradients, which may have changed."""
+        moved = inverse.to(device)
         if inverse is self.inverse:
             self.inverse = moved
         return moved

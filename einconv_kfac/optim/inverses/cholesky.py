@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,17 @@ class FactoredInverse(LayerInverse):
     def apply(self, rows: Tensor) -> Tensor:
         """See `LayerInverse`."""
         return times(self.b, times_on_right(rows.to(self.a.dtype), self.a, product), product)
+
+    @property
+    def form(self) -> Hashable:
+        """See `LayerInverse`."""
+        return self.kind, self.a.shape[1:], self.b.shape[1:], self.a.dtype, self.b.dtype
+
+    def joined(self, others: Sequence[LayerInverse]) -> FactoredInverse:
+        """See `LayerInverse`."""
+        every = [self, *(other for other in others if isinstance(other, FactoredInverse))]
+        a, b = torch.cat([own.a for own in every]), torch.cat([own.b for own in every])
+        return replace(self, a=a, b=b)
 
     def to(self, device: torch.device) -> FactoredInverse:
         """See `LayerInverse`."""

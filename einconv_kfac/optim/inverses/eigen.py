@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -44,6 +44,24 @@ class EigenInverse(LayerInverse):
         rows = rows if b is None else product(b, rows)
         return rows if a is None else product(rows, a.mT)
 
+    @property
+    def form(self) -> Hashable:
+        """See `LayerInverse`."""
+        parts = self._parts()
+        shapes = [None if part is None else (part.shape[1:], part.dtype) for part in parts]
+        return self.kind, self.damping, *shapes
+
+    def joined(self, others: Sequence[LayerInverse]) -> EigenInverse:
+        """See `LayerInverse`; the layout of the block stays that of the first."""
+        every = [self, *(other for other in others if isinstance(other, EigenInverse))]
+        a, b, values = (_joined(parts) for parts in zip(*(own._parts() for own in every)))
+        assert values is not None
+        return replace(self, block=EigenBlock(a, b, values, self.block.layout))
+
+    def _parts(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Return the bases and the eigenvalues."""
+        return self.block.basis_a, self.block.basis_b, self.block.values
+
     def to(self, device: torch.device) -> EigenInverse:
         """See `LayerInverse`."""
         if self.block.values.device == device:
@@ -59,6 +77,12 @@ class EigenInverse(LayerInverse):
         names = ("basis_a", "basis_b", "values")  # the layout is the layer's
         tensors = {name: getattr(self.block, name) for name in names}
         return {"kind": self.kind, "damping": self.damping, **tensors}
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return tensors as one, group after group; ``None`` if there are none."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if known else None
 
 
 def invert_by_eigh(inverse: type[EigenInverse], tasks: Sequence[Task]) -> list[Inverted]:

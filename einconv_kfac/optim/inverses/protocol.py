@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -50,6 +50,15 @@ class LayerInverse(Protocol):
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return ``"kind"``, and tensors and numbers from which `inverse_of` makes a copy."""
+
+    @property
+    def form(self) -> Hashable | None:
+        """What inverses share that `joined` makes one of; ``None`` if there is no such method."""
+        return None
+
+    def joined(self, others: Sequence[LayerInverse]) -> LayerInverse:
+        """Return the inverse with the channel groups of others of the same form after its own."""
+        raise NotImplementedError
 
     def with_damping(self, damping: float) -> LayerInverse:
         """Return the inverse with another damping; itself if that needs a decomposition."""

@@ -48,6 +48,18 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
             f"adaptive=True, got {', '.join(unknown)}. Move them into the model, so that the loss "
             "is computed from what it returns, or pass adaptive=False."
         )
+    chained = [each for f in batch.forwards for each in f.call.chained]
+    if later := sorted({kind for each in chained if each.link for kind in each.link.unknown}):
+        raise RuntimeError(
+            "The operations between two calls of the model must be known when adaptive=True, got "
+            f"{', '.join(later)}. Move them into the model, or pass adaptive=False."
+        )
+    if any(e.link for e in chained) and any(f.call.has_moved(model) for f in batch.forwards):
+        raise RuntimeError(
+            "Parameters must not change between the forward pass and the step when adaptive=True "
+            "and a call of the model depends on an earlier one through other operations. Take the "
+            "step of this optimizer first, or pass adaptive=False."
+        )
     for versions in (*(each.call.versions for each in batch.forwards), batch.versions):
         if (changed := versions.changed()) is not None:
             raise RuntimeError(

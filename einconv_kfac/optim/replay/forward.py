@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from einconv_kfac.optim.replay.chain import ChainedArgument, Source, replaced
 from einconv_kfac.optim.replay.dropout import batch_masks
 from einconv_kfac.optim.replay.environment import Environment
 from einconv_kfac.optim.replay.layer_jvp import layer_jvps
@@ -33,6 +35,8 @@ class ModelCall:
         versions: The versions of the arguments.
         parameters: The state of the model's parameters.
         outputs: The outputs of layers, as far as they were kept.
+        chained: The arguments that depend on earlier calls.
+        module: The name of the part of the model that was called, if not all of it.
     """
 
     args: tuple[Any, ...]
@@ -41,6 +45,8 @@ class ModelCall:
     versions: Versions
     parameters: State
     outputs: LayerOutputs = field(default_factory=LayerOutputs)
+    chained: tuple[ChainedArgument, ...] = ()
+    module: str = ""
 
     def has_moved(self, model: nn.Module) -> bool:
         """Return whether parameters of the model were changed after the call."""
@@ -49,16 +55,20 @@ class ModelCall:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """The call of a model on which a loss depends.
+    """A call of a model on which a loss depends, by its outputs or through later calls.
 
     Args:
         call: The call.
         inputs: The tensors of the call on which the loss depends.
+        number: The number of the call.
+        passed: The tensors on which arguments of later calls depend.
         subset: The examples that the call is restricted to, if not all.
     """
 
     call: ModelCall
     inputs: tuple[LossInput, ...]
+    number: int = 0
+    passed: tuple[LossInput, ...] = ()
     subset: Subset | None = None
 
     def restricted(self, subset: Subset | None) -> ForwardPass:
@@ -66,35 +76,50 @@ class ForwardPass:
 
         Raises:
             RuntimeError: If the first dimension of a tensor that the model is called with is
-                not that of the examples.
+                not that of the examples, or an argument depends on an earlier call.
         """
         if subset is None:
             return self
+        if self.call.chained:
+            raise RuntimeError(
+                "Arguments of the model must not depend on its earlier outputs when "
+                "`curvature_fraction` is below 1, got one that does. Pass curvature_fraction=1."
+            )
         args, kwargs = subset.arguments(self.call.args, self.call.kwargs)
         outputs = self.call.outputs.restricted(subset)
         call = replace(self.call, args=args, kwargs=kwargs, outputs=outputs)
         return replace(self, call=call, subset=subset)
 
     def run(
-        self, model: nn.Module, parameters: Direction, *, tangents: bool = False
+        self,
+        model: nn.Module,
+        parameters: Direction,
+        earlier: Mapping[Source, Tensor],
+        *,
+        tangents: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Return the tensors on which the loss depends, ``[n, ...]``, or ``[k, ...]`` each.
+        """Return the tensors on which the loss depends, then those on which later calls depend.
 
-        Random layers draw the numbers that they drew; buffers such as running statistics are
-        left as they are. Attention and recurrent layers use the one implementation that has a
-        forward mode and a differentiable backward pass.
+        They are ``[n, ...]``, or ``[k, ...]`` for a subset. Random layers draw the numbers that
+        they drew; buffers such as running statistics are left as they are. Attention and recurrent
+        layers use the one implementation that has a forward mode and a differentiable backward
+        pass.
 
         Args:
             model: The model.
             parameters: The parameters that take other values, or the same with tangents.
+            earlier: The outputs of earlier calls.
             tangents: Whether all parameters have the values of the recorded pass, and some of
                 them tangents, so that outputs of layers need not be computed again.
         """
         call = self.call
-        values = _values(model, parameters, call.environment.buffers)
+        called = model.get_submodule(call.module)
+        values = _values(model, called, parameters, call.environment.buffers)
+        given = {each.index: each.value(model, parameters, earlier) for each in call.chained}
+        args, kwargs = replaced(call.args, call.kwargs, given)
 
         def run() -> Any:
-            return functional_call(model, values, call.args, call.kwargs, tie_weights=False)
+            return functional_call(called, values, args, kwargs, tie_weights=False)
 
         forwards = native_recurrences(model)
         if self.subset is not None:
@@ -105,10 +130,37 @@ class ForwardPass:
             stack.enter_context(call.environment.restored(model))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(substituted(forwards))
-            return found_inputs(self.inputs, run)
+            return found_inputs((*self.inputs, *self.passed), run)
 
 
-def _values(model: nn.Module, parameters: Direction, buffers: dict[str, Tensor]) -> Direction:
+def run_all(
+    forwards: Sequence[ForwardPass],
+    model: nn.Module,
+    parameters: Direction,
+    *,
+    tangents: bool = False,
+) -> tuple[Tensor, ...]:
+    """Return the tensors of several passes on which the loss depends, in order.
+
+    Args:
+        forwards: The passes in the order of their calls, with all that they depend on.
+        model: See `ForwardPass.run`.
+        parameters: See `ForwardPass.run`.
+        tangents: See `ForwardPass.run`.
+    """
+    earlier: dict[Source, Tensor] = {}
+    outputs: list[Tensor] = []
+    for each in forwards:
+        found = each.run(model, parameters, earlier, tangents=tangents)
+        count = len(each.inputs)
+        outputs += found[:count]
+        earlier |= {(each.number, own): t for own, t in zip(each.passed, found[count:])}
+    return tuple(outputs)
+
+
+def _values(
+    model: nn.Module, part: nn.Module, parameters: Direction, buffers: dict[str, Tensor]
+) -> Direction:
     """Return other parameters and copies of the buffers, by name in each module that has them.
 
     Each module comes once: `functional_call` does not restore a module that it finds under
@@ -116,20 +168,22 @@ def _values(model: nn.Module, parameters: Direction, buffers: dict[str, Tensor])
 
     Args:
         model: The model.
-        parameters: The parameters that take other values.
-        buffers: The values of buffers; the others keep theirs.
+        part: The part of the model to which the names are relative.
+        parameters: The parameters that take other values, by name in the model.
+        buffers: The values of buffers, by name in the model; the others keep theirs.
     """
-    copies: dict[Tensor, Tensor] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    others = {tensor: parameters[name] for name, tensor in named if name in parameters}
+    known = model.named_buffers(remove_duplicate=False)
+    copies = {tensor: buffers[name] for name, tensor in known if name in buffers}
+    copies = {tensor: value.clone() for tensor, value in copies.items()}
     values: Direction = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in part.named_modules():
         start = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
-            if parameter is not None and (start + name in parameters or parameter in copies):
-                own = parameters.get(start + name, parameter)
-                values[start + name] = copies.setdefault(parameter, own)
+            if parameter is not None and parameter in others:
+                values[start + name] = others[parameter]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                if buffer not in copies:
-                    copies[buffer] = buffers.get(start + name, buffer).clone()
-                values[start + name] = copies[buffer]
+                values[start + name] = copies.setdefault(buffer, buffer.clone())
     return values

@@ -16,9 +16,13 @@ from einconv_kfac.curvature.objective.graph import Edge, dependents, edge_of, le
 from einconv_kfac.curvature.objective.loss_model import GivenLoss
 from einconv_kfac.curvature.objective.reading import Reading
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.replay.forward import ForwardPass
 from einconv_kfac.optim.replay.loss_input import Inside, LossInput
-from einconv_kfac.optim.replay.pending import ObservedLoss, PendingCall, PendingCalls
+from einconv_kfac.optim.replay.pending import (
+    ObservedLoss,
+    PendingCall,
+    PendingCalls,
+    forward_passes,
+)
 from einconv_kfac.optim.replay.snapshot import snapshot
 from einconv_kfac.optim.replay.versions import Versions
 
@@ -64,7 +68,7 @@ class GivenObservation:
     ) -> None:
         self._loss_fn, self._loss, self._layer_calls = loss_fn, loss, layer_calls
         self._output, *self._targets = arguments
-        self._call, self._input = owner[0].call, owner[1]
+        self._owner = owner
         self._versions = Versions(("a target of the loss", target) for target in self._targets)
 
     @staticmethod
@@ -92,10 +96,9 @@ class GivenObservation:
 
     def batch(self, evaluation: Evaluation, weight: Tensor, *, replayed: bool) -> Batch:
         """See `Observation`."""
-        assert self._call is not None
         output = self._output.detach()
         return Batch(
-            (ForwardPass(self._call, (self._input,)),),
+            forward_passes([(self._owner[0], [self._owner[1]])]),
             (output,),
             (),
             GivenLoss(self._loss_fn, output, self._targets) if replayed else None,
@@ -187,11 +190,11 @@ class ReadObservation:
             owner = self._source(edge)
             assert owner is not None
             by_call.setdefault(owner[0].number, []).append((owner[1], edge))
-        forwards = [(self._calls[number], inputs) for number, inputs in by_call.items()]
+        forwards = [(self._calls[number], inputs) for number, inputs in sorted(by_call.items())]
         outputs = [edge for _, inputs in forwards for _, edge in inputs]
         parameters = [edge for edge in reading.sources if edge not in outputs]
         return Batch(
-            tuple(_forward(call, [each for each, _ in inputs]) for call, inputs in forwards),
+            forward_passes([(call, [each for each, _ in inputs]) for call, inputs in forwards]),
             tuple(call.values[each] for call, inputs in forwards for each, _ in inputs),
             tuple(self._names[leaf] for e in parameters if (leaf := leaf_of(e)) is not None),
             reading.tail([*outputs, *parameters]),
@@ -206,9 +209,3 @@ def _total(weight: Tensor) -> Tensor:
     if weight.ndim == 0:
         total = total.abs()  # a loss that is maximised has the weight -1 in itself
     return total.where(total > 0, 1)
-
-
-def _forward(call: PendingCall, inputs: Sequence[LossInput]) -> ForwardPass:
-    """Return the forward pass of a call."""
-    assert call.call is not None
-    return ForwardPass(call.call, tuple(inputs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of, within
 from einconv_kfac.curvature.objective.outputs import tensors_of
-from einconv_kfac.optim.replay.forward import ModelCall
+from einconv_kfac.optim.replay.chain import ChainedArgument, Source, chained_arguments, needed
+from einconv_kfac.optim.replay.forward import ForwardPass, ModelCall
 from einconv_kfac.optim.replay.loss_input import Inside, LayerOutput, LossInput, Returned
 
 CALLS_WITHOUT_LOSS = 8
@@ -56,6 +57,7 @@ class PendingCall:
         outputs: Weak references to the tensors of the output; ``None`` while the call runs.
         losses: Number of losses that the model has computed so far.
         used: Whether a loss was computed from the output.
+        earlier: The calls that its arguments depend on, by number.
     """
 
     number: int
@@ -65,6 +67,7 @@ class PendingCall:
     outputs: list[weakref.ref[Tensor]] | None = None
     losses: int = 0
     used: bool = False
+    earlier: dict[int, PendingCall] = field(default_factory=dict)
 
     @property
     def is_running(self) -> bool:
@@ -93,10 +96,11 @@ class PendingCalls:
 
     Args:
         capture: Records the calls of layers.
+        names: Returns the parameters of the model with their names.
     """
 
-    def __init__(self, capture: LayerCapture) -> None:
-        self._capture = capture
+    def __init__(self, capture: LayerCapture, names: Callable[[], dict[Tensor, str]]) -> None:
+        self._capture, self._names = capture, names
         self._pending: list[PendingCall] = []
         self._numbers = itertools.count()
 
@@ -111,7 +115,26 @@ class PendingCalls:
         unused = [p for p in self._pending if not p.is_alive and not p.used]
         unused = unused[-CALLS_WITHOUT_LOSS:]
         kept = [p for p in self._pending if p.is_alive or p in unused]
-        self._pending = [*kept, PendingCall(next(self._numbers), call)]
+        numbers = {number for number, _ in needed(call.chained)}
+        earlier = {p.number: p for p in self._pending if p.number in numbers}
+        for each in earlier.values():
+            each.used = True
+        new = PendingCall(next(self._numbers), call, earlier=earlier)
+        self._pending = [*kept, new]
+
+    def chained(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ChainedArgument, ...]:
+        """Return the arguments of a call that depend on earlier calls of the model.
+
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+        """
+
+        def source_at(edge: Edge) -> tuple[Source, Tensor] | None:
+            own = self.source_at(edge)
+            return None if own is None else ((own[0].number, own[1]), own[0].values[own[1]])
+
+        return chained_arguments(args, kwargs, source_at, self._names())
 
     def inside_(self, loss_fn: nn.Module) -> Inside | None:
         """Count a loss that is being computed; return its input if that is inside the model."""
@@ -216,3 +239,30 @@ class PendingCalls:
             self._pending = [PendingCall(next(self._numbers))]
         if layer_calls:
             self._pending[-1].layer_calls += layer_calls
+
+
+def forward_passes(
+    given: Sequence[tuple[PendingCall, Sequence[LossInput]]],
+) -> tuple[ForwardPass, ...]:
+    """Return the passes of calls and of all calls that they depend on, in their order.
+
+    Args:
+        given: Calls, with the tensors that a loss depends on.
+    """
+    calls: dict[int, PendingCall] = {}
+    waiting = [pending for pending, _ in given]
+    while waiting:
+        pending = waiting.pop()
+        if pending.number not in calls:
+            calls[pending.number] = pending
+            waiting += pending.earlier.values()
+    inputs = {pending.number: tuple(own) for pending, own in given}
+    found: list[ForwardPass] = []
+    passed = {
+        source for p in calls.values() if p.call is not None for source in needed(p.call.chained)
+    }
+    for number, pending in sorted(calls.items()):
+        assert pending.call is not None
+        later = tuple(source for at, source in passed if at == number)
+        found.append(ForwardPass(pending.call, inputs.get(number, ()), number, later))
+    return tuple(found)

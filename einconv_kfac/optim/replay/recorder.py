@@ -19,13 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from einconv_kfac.curvature.estimation.capture import (
     LayerCall,
     LayerCapture,
-    inactive_hook,
     sees_own_output,
 )
 from einconv_kfac.curvature.estimation.evaluation import Evaluation
 from einconv_kfac.curvature.objective.outputs import losses_of
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.buffers import ChangingBuffers
+from einconv_kfac.optim.replay.call_hooks import CallHooks, Hook, detach
 from einconv_kfac.optim.replay.environment import Environment
 from einconv_kfac.optim.replay.forward import ModelCall
 from einconv_kfac.optim.replay.gradients import GradientWatch
@@ -76,12 +76,13 @@ class Recorder:
         self._on_backward, self._on_cleared = on_backward, on_cleared
         self._entry = model if entry is None else entry
         self._capture = LayerCapture([]) if capture is None else capture
-        self._pending = PendingCalls(self._capture)
+        self._pending = PendingCalls(self._capture, self._named)
         self._buffers = ChangingBuffers()
         self._outputs: LayerOutputs | None = None  # of the call that is running
+        self._running: nn.Module | None = None  # the module of that call
         self.gradients = GradientWatch(model.parameters)
         self._handles = self._attached()
-        weakref.finalize(self, _detach, self._handles)
+        weakref.finalize(self, detach, self._handles)
 
     @property
     def is_empty(self) -> bool:
@@ -99,7 +100,7 @@ class Recorder:
 
     def remove(self) -> None:
         """Remove every hook, and drop everything recorded."""
-        _detach(self._handles)
+        detach(self._handles)
         self.take()
 
     @contextmanager
@@ -149,28 +150,29 @@ class Recorder:
 
     def _attached(self) -> list[RemovableHandle]:
         """Attach the hooks, and return their handles."""
-        model, after_layer = self._entry, _Hook(self._after_layer)
-        layers = [m for m in model.modules() if type(m) in (*LINEAR, *NORMALIZING)]
-        before = _Hook(self._before_model)
-        self._last = model.register_forward_hook(_Hook(self._after_model))
-        handles = [
-            *(layer.register_forward_hook(after_layer, prepend=True) for layer in layers),
-            model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-            self._last,
-        ]
+        after_layer = Hook(self._after_layer)
+        layers = [m for m in self._entry.modules() if type(m) in (*LINEAR, *NORMALIZING)]
+        handles = [m.register_forward_hook(after_layer, prepend=True) for m in layers]
+        before, after = Hook(self._before_model), Hook(self._after_model)
+        self._calls = CallHooks(self._entry, before, after)
+        if self._entry is self._model:
+            self._calls.watch_parts_([] if self._loss_fn is None else self._loss_fn.modules())
+        handles += self._calls.handles
         if self._loss_fn is not None:
-            hook = _Hook(self._after_loss)
+            hook = Hook(self._after_loss)
             handles.append(self._loss_fn.register_forward_hook(hook, with_kwargs=True))
         return handles
 
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Record the arguments and the environment of a call of the model."""
-        if self._is_recording(model):
-            hooks: Any = model._forward_hooks
-            if self._last.id in hooks:
-                hooks.move_to_end(self._last.id)  # behind hooks that came later
+        """Record the arguments and the environment of a call of the model, or of a part of it.
+
+        Parts are watched until the first call of the whole model, which most scripts call alone.
+        """
+        if self._running is None and self._is_recording():
+            self._running = model
+            self._calls.begin_(model)
             keeps = self.keeps_outputs
             call = ModelCall(
                 args,
@@ -178,6 +180,8 @@ class Recorder:
                 Environment.now(self._model, self._buffers.copied_(self._model) if keeps else {}),
                 Versions(_arguments(args, kwargs) if keeps else ()),
                 state_of(self._model.parameters()) if keeps else (),
+                chained=self._pending.chained(args, kwargs) if keeps else (),
+                module=self._calls.name_of(model),
             )
             self._outputs = call.outputs if keeps else None
             self._pending.begin_(call)
@@ -193,9 +197,9 @@ class Recorder:
             self._pending.mark_layer_(module, output)
 
     def _after_model(self, model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-        """Record the output of a call of the model."""
-        if self._is_recording(model):
-            self._outputs = None
+        """Record the output of a call of the model or of a part of it."""
+        if self._running is model:
+            self._running = self._outputs = None
             self._pending.end_(output)
             if self.keeps_outputs:
                 self._buffers.compare_(self._model)
@@ -249,31 +253,15 @@ class Recorder:
             self.gradients.forget_()
             self._on_cleared()
 
-    def _is_recording(self, model: nn.Module) -> bool:
-        """Return whether a call is one of the model that is to be recorded."""
-        if not (self.enabled and torch.is_grad_enabled() and model is self._entry):
+    def _named(self) -> dict[Tensor, str]:
+        """Return the parameters of the model with their names."""
+        return {parameter: name for name, parameter in self._model.named_parameters()}
+
+    def _is_recording(self) -> bool:
+        """Return whether calls are recorded."""
+        if not (self.enabled and torch.is_grad_enabled()):
             return False
         return torch._C._functorch.peek_interpreter_stack() is None  # not inside `torch.func`
-
-
-class _Hook:
-    """Calls a method of an object while the object exists; copies of the hook do nothing.
-
-    Args:
-        method: The method, bound to the object.
-    """
-
-    def __init__(self, method: Callable[..., None]) -> None:
-        self._method = weakref.WeakMethod(method)
-
-    def __call__(self, *args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if (method := self._method()) is not None:
-            method(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return inactive_hook, ()
 
 
 def _arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[str, object]]:
@@ -282,9 +270,3 @@ def _arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[st
         yield f"argument {index} of the model", value
     for name, value in kwargs.items():
         yield f"argument `{name}` of the model", value
-
-
-def _detach(handles: list[RemovableHandle]) -> None:
-    """Remove hooks."""
-    for handle in handles:
-        handle.remove()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.objective.loss_model import Expansion, GivenLoss
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.checks import check_batch, check_repeated, is_repeated
-from einconv_kfac.optim.replay.forward import ForwardPass
+from einconv_kfac.optim.replay.forward import ForwardPass, run_all
 from einconv_kfac.optim.replay.jvp import Tangents, backward_products, forward_products
 from einconv_kfac.optim.vectors import Direction
 
@@ -60,7 +60,7 @@ class Replay:
         """
         forwards = batch.curvature_forwards() if subset else batch.forwards
         with self._paused():
-            outputs = [o for each in forwards for o in self._evaluated(each)]
+            outputs = self._evaluated(forwards)
         return [*outputs, *(self._model.get_parameter(name).detach() for name in batch.parameters)]
 
     def batch_loss(self, batch: Batch) -> Tensor:
@@ -122,7 +122,7 @@ class Replay:
             forwards = batch.curvature_forwards()
 
             def repeated(given: Direction) -> Outputs:
-                outputs = tuple(o for each in forwards for o in each.run(self._model, given))
+                outputs = run_all(forwards, self._model, given)
                 check_repeated(batch, outputs)
                 return outputs
 
@@ -136,7 +136,7 @@ class Replay:
 
         def run(given: Direction) -> Outputs:
             kept = not self.takes_gradients
-            return tuple(o for f in forwards for o in f.run(self._model, given, tangents=kept))
+            return run_all(forwards, self._model, given, tangents=kept)
 
         def products() -> tuple[Outputs, list[Tangents]]:
             return forward_products(
@@ -183,7 +183,7 @@ class Replay:
         if not self._checked:
             with self._paused(), torch.enable_grad():
                 forwards = batches[0].curvature_forwards()
-                check_repeated(batches[0], [o for f in forwards for o in f.run(self._model, {})])
+                check_repeated(batches[0], run_all(forwards, self._model, {}))
             self.jacobian_products(batches[0], parameters, [direction])
             self._checked = True
         return batches
@@ -198,14 +198,14 @@ class Replay:
             model = GivenLoss(model.loss_fn, outputs[0], model.targets)
         return replace(batch, outputs=outputs, loss=loss, loss_model=model, has_moved=True)
 
-    def _evaluated(self, forward: ForwardPass) -> Outputs:
-        """Return the tensors of a forward pass for the present parameters."""
+    def _evaluated(self, forwards: Sequence[ForwardPass]) -> Outputs:
+        """Return the tensors of forward passes for the present parameters."""
         if not self.takes_gradients:
             try:
                 with torch.no_grad():
-                    return tuple(o.detach() for o in forward.run(self._model, {}))
+                    return tuple(o.detach() for o in run_all(forwards, self._model, {}))
             except RuntimeError as error:
                 if "grad" not in str(error):
                     raise
         with torch.enable_grad():
-            return tuple(o.detach() for o in forward.run(self._model, {}))
+            return tuple(o.detach() for o in run_all(forwards, self._model, {}))

@@ -42,6 +42,7 @@ class AutomaticStep:
     """
 
     mode = "automatic"
+    moves_parameters = True
 
     def __init__(self, curvature: RunningCurvature, rule: DampingRule, safeguard: bool) -> None:
         self._curvature = curvature

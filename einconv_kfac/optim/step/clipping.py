@@ -11,7 +11,7 @@ from einconv_kfac.optim.vectors import Direction, inner
 
 
 def kl_clip_factor(
-    direction: Direction, gradient: Direction, rates: Mapping[str, float], bound: float | None
+    direction: Direction, gradient: Direction, rates: Mapping[str, float], bound: float
 ) -> Tensor:
     """Return the factor, at most 1, that keeps ``sum lr^2 d.g`` at most at the bound.
 
@@ -21,16 +21,12 @@ def kl_clip_factor(
     return _factor((direction, gradient), rates, bound)
 
 
-def norm_factor(direction: Direction, rates: Mapping[str, float], bound: float | None) -> Tensor:
+def norm_factor(direction: Direction, rates: Mapping[str, float], bound: float) -> Tensor:
     """Return the factor, at most 1, that keeps the Euclidean norm of ``lr d`` within the bound."""
-    return _factor((direction, direction), rates, None if bound is None else bound**2)
+    return _factor((direction, direction), rates, bound**2)
 
 
-def _factor(
-    pair: tuple[Direction, Direction], rates: Mapping[str, float], bound: float | None
-) -> Tensor:
+def _factor(pair: tuple[Direction, Direction], rates: Mapping[str, float], bound: float) -> Tensor:
     """Return the square root, at most 1, of a bound by ``sum lr^2 a.b``."""
-    if bound is None or not pair[0]:
-        return torch.ones(())
     size = inner(*pair, {name: rate**2 for name, rate in rates.items()})
     return (bound / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt().clamp_max(1.0)

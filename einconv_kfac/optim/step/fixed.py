@@ -15,9 +15,10 @@ from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, DEFAULT_MOMENTUM
 from einconv_kfac.optim.state_schema import Record
 from einconv_kfac.optim.step.clipping import kl_clip_factor, norm_factor
 from einconv_kfac.optim.step.fallback import Fallback
-from einconv_kfac.optim.step.objective import Memory, Objective
+from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.parameter_change import ParameterChange
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
-from einconv_kfac.optim.step.step_protocol import Moved, Taken
+from einconv_kfac.optim.step.step_protocol import Taken
 from einconv_kfac.optim.vectors import Direction, all_finite, precise
 
 NOT_FINITE = "The preconditioned gradient was not finite; the step was skipped."
@@ -32,6 +33,7 @@ class FixedStep:
     """
 
     mode = "fixed"
+    moves_parameters = False
 
     def __init__(self, curvature: RunningCurvature, fallback: Fallback) -> None:
         self._curvature = curvature
@@ -51,16 +53,17 @@ class FixedStep:
             warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=7)
             return Taken({"damping": damping})
         clip = _clip_(direction, objective)
-        if settings.decoupled_weight_decay:
-            _decay_(objective)
         steps = {**direction, **objective.others}
         alike: dict[tuple[float, float], list[str]] = defaultdict(list)
         for name in objective.parameters:
             alike[objective.rates[name], self._momentum(objective, name)].append(name)
         moved: dict[str, tuple[Tensor, float]] = {}
+        changes = []
         for (rate, momentum), names in alike.items():
-            moved |= _move_(objective, names, steps, rate, momentum)
-        return Taken({"damping": damping, "clip": clip}, moved)
+            velocities = _velocities_(objective, names, steps, momentum)
+            moved.update({name: (own, -rate) for name, own in zip(names, velocities)})
+            changes.append(_change(objective, names, velocities, rate))
+        return Taken({"damping": damping, "clip": clip}, moved, changes=changes)
 
     def _has_new_inverses(self) -> bool:
         """Return whether an inverse was computed in this step."""
@@ -94,50 +97,54 @@ def _clip_(direction: Direction, objective: Objective) -> Tensor:
     """Clip a direction in place, and return the factor."""
     gradient, rates, settings = objective.gradient, objective.rates, objective.settings
     kl_bound, norm_bound = settings.kl_bound(), settings.norm_bound()
-    factor = kl_clip_factor(direction, gradient, rates, kl_bound)
-    factor = factor.minimum(norm_factor(direction, rates, norm_bound).to(factor))
-    if kl_bound is not None or norm_bound is not None:
-        alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-        for tensor in direction.values():
-            alike[tensor.dtype].append(tensor)
-        for tensors in alike.values():
-            torch._foreach_mul_(tensors, factor.to(tensors[0]))
+    if not direction or (kl_bound is None and norm_bound is None):
+        return torch.ones(())
+    factors = []
+    if kl_bound is not None:
+        factors.append(kl_clip_factor(direction, gradient, rates, kl_bound))
+    if norm_bound is not None:
+        factors.append(norm_factor(direction, rates, norm_bound))
+    factor = factors[0].minimum(factors[-1])
+    alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for tensor in direction.values():
+        alike[tensor.dtype].append(tensor)
+    for tensors in alike.values():
+        torch._foreach_mul_(tensors, factor.to(tensors[0]))
     return factor
 
 
-def _decay_(objective: Objective) -> None:
-    """Shrink the parameters by the rate times the weight decay."""
-    rates, own = objective.rates, objective.by_parameter
-    factors = [1 - rates[name] * own[name].weight_decay for name in objective.parameters]
-    torch._foreach_mul_(list(objective.parameters.values()), factors)
-
-
-def _move_(
-    objective: Objective, names: Sequence[str], steps: Direction, rate: float, momentum: float
-) -> Moved:
-    """Move parameters that share a rate and a momentum, and return their updates."""
-    velocities = _velocities_(names, steps, objective.memory, momentum)
-    if objective.settings.nesterov:
-        own = [steps[name] for name in names]
-        velocities = list(torch._foreach_add(own, velocities, alpha=momentum))
+def _change(
+    objective: Objective, names: Sequence[str], velocities: list[Tensor], rate: float
+) -> ParameterChange:
+    """Return the change of parameters that share a rate."""
     parameters = [objective.parameters[name] for name in names]
-    torch._foreach_add_(parameters, velocities, alpha=-rate)
-    return {name: (velocity, -rate) for name, velocity in zip(names, velocities)}
+    if not objective.settings.decoupled_weight_decay:
+        return ParameterChange.adding(parameters, velocities, -rate)
+    own = objective.by_parameter
+    values = list(torch._foreach_mul(parameters, [1 - rate * own[n].weight_decay for n in names]))
+    torch._foreach_add_(values, velocities, alpha=-rate)
+    return ParameterChange.replacing(parameters, values)
 
 
 def _velocities_(
-    names: Sequence[str], steps: Direction, memory: Memory, momentum: float
+    objective: Objective, names: Sequence[str], steps: Direction, momentum: float
 ) -> list[Tensor]:
-    """Return velocities after a step, and keep them in the optimizer's state, as new tensors."""
+    """Return the velocities of parameters that share a momentum, Nesterov's if they are asked for.
+
+    The optimizer's state gets the velocities without Nesterov's term, as new tensors.
+    """
+    memory, own = objective.memory, [steps[name] for name in names]
     known = [name for name in names if MOMENTUM_BUFFER in memory[name]]
-    buffers = [memory[name][MOMENTUM_BUFFER] for name in known]
-    if buffers:
-        buffers = list(torch._foreach_mul(buffers, momentum))
-        torch._foreach_add_(buffers, [steps[name] for name in known])
-        for name, buffer in zip(known, buffers):
+    if known:
+        buffers = [memory[name][MOMENTUM_BUFFER] for name in known]
+        moved = torch._foreach_add([steps[name] for name in known], buffers, alpha=momentum)
+        for name, buffer in zip(known, moved):
             memory[name][MOMENTUM_BUFFER] = buffer
     for name in names:
         if MOMENTUM_BUFFER not in memory[name]:
             first = steps[name].clone(memory_format=torch.contiguous_format)
             memory[name][MOMENTUM_BUFFER] = first.to(precise(first.dtype))
-    return [memory[name][MOMENTUM_BUFFER] for name in names]
+    velocities = [memory[name][MOMENTUM_BUFFER] for name in names]
+    if objective.settings.nesterov:
+        velocities = list(torch._foreach_add(own, velocities, alpha=momentum))
+    return velocities

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 
 from einconv_kfac.distributed.workers import ALONE, Workers
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.parameters import check_dense
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.vectors import Direction, entries, precise, sum_of
+from einconv_kfac.optim.vectors import Direction, precise, squared_norm, sum_of
 
 Memory: TypeAlias = Mapping[str, dict[str, Any]]
 """The optimizer's state, by parameter name."""
@@ -53,8 +55,8 @@ class Objective:
     def with_decay(self, losses: Sequence[Tensor]) -> Tensor:
         """Return the sum of losses and of the weight decay's part of the objective."""
         norms = [
-            0.5 * weight * entries(self.parameters[name]).double().square().sum()
-            for name, weight in self.decay.items()
+            0.5 * weight * squared_norm([self.parameters[name] for name in names])
+            for weight, names in _names_by_number(self.decay).items()
             if weight
         ]
         own = sum_of([*(loss.double() for loss in losses), *norms])
@@ -92,22 +94,25 @@ class Point:
             by_parameter: Hyper-parameters of each parameter's group, by name.
             divisor: What the gradients are divided by, or ``None``.
         """
-        parameters: Direction = {}
-        gradient: Direction = {}
-        decay: dict[str, float] = {}
-        for parameter in (p for group in groups for p in group["params"]):
-            if parameter.grad is None:
-                continue
-            name = names[parameter]
-            own = by_parameter[name]
-            weight_decay = 0.0 if own.decoupled_weight_decay else own.weight_decay
-            check_dense(name, parameter.grad)
-            parameters[name], decay[name] = parameter, weight_decay
-            gradient[name] = parameter.grad if divisor is None else parameter.grad / divisor
-            if own.maximize:
-                gradient[name] = -gradient[name]
-            if weight_decay:
-                gradient[name] = gradient[name].add(parameter, alpha=weight_decay)
+        every = (p for group in groups for p in group["params"])
+        parameters: Direction = {names[p]: p for p in every if p.grad is not None}
+        gradients: list[Tensor] = [p.grad for p in parameters.values() if p.grad is not None]
+        for name, tensor in zip(parameters, gradients):
+            check_dense(name, tensor)
+        own = [by_parameter[name] for name in parameters]
+        if divisor is not None and gradients:
+            gradients = list(torch._foreach_div(gradients, divisor.to(gradients[0].device)))
+        if any(each.maximize for each in own):
+            gradients = list(torch._foreach_neg(gradients))
+        gradient = dict(zip(parameters, gradients))
+        decay = {
+            name: 0.0 if each.decoupled_weight_decay else each.weight_decay
+            for name, each in zip(parameters, own)
+        }
+        for weight, alike in _names_by_number(decay).items():
+            if weight:
+                ours, theirs = ([own[name] for name in alike] for own in (gradient, parameters))
+                gradient.update(zip(alike, torch._foreach_add(ours, theirs, alpha=weight)))
         return Point(parameters, gradient, decay, by_parameter)
 
     @property
@@ -126,6 +131,14 @@ class Point:
         """Return the objective of a step from here; see `Objective` for the arguments."""
         at = (self.parameters, self.gradient, self.decay, self.rates, settings, self.by_parameter)
         return Objective(*at, batches, others, memory, workers)
+
+
+def _names_by_number(numbers: Mapping[str, float]) -> dict[float, list[str]]:
+    """Return names by their number."""
+    groups: dict[float, list[str]] = defaultdict(list)
+    for name, number in numbers.items():
+        groups[number].append(name)
+    return groups
 
 
 def common_momentum(objective: Objective) -> float | None:

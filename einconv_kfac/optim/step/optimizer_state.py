@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +18,7 @@ from einconv_kfac.optim.state_schema import Anything, Record
 from einconv_kfac.optim.step.carried_state import carry_, taken_out
 from einconv_kfac.optim.step.fallback import restore_precision_
 from einconv_kfac.optim.step.memory_state import check_groups, check_memory
+from einconv_kfac.optim.step.parameter_change import ParameterChange
 from einconv_kfac.optim.step.step_protocol import Step
 from einconv_kfac.optim.vectors import Direction
 
@@ -141,13 +143,28 @@ def _split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return state.get(PART, carried), {**others, "state": memory} if "state" in state else others
 
 
+@dataclass
+class LastChange:
+    """The changes of the parameters that end a step; none until then."""
+
+    changes: Sequence[ParameterChange] = ()
+
+    def apply_(self, changes: Sequence[ParameterChange]) -> None:
+        """Change the parameters, as the last thing that happens."""
+        self.changes = changes
+        for change in changes:
+            change.apply_()
+
+
 @contextmanager
 def restored_on_error(
     optimizer: Optimizer, curvature: RunningCurvature, step: Step, parameters: Direction
-) -> Iterator[None]:
+) -> Iterator[LastChange]:
     """Restore parameters and state, to the bit, after an error inside the block.
 
     Tensors of the optimizer's state are replaced, never changed in place, by what runs inside.
+    Parameters are copied only for steps that change them before the end. Otherwise an interrupt
+    that comes while they change comes after the step, which is then completed.
 
     Args:
         optimizer: The optimizer.
@@ -155,31 +172,45 @@ def restored_on_error(
         step: The kind of step.
         parameters: The parameters that the step may change, by name.
     """
-    undo = curvature.snapshot(), step.snapshot(parameters), *_memory_snapshot(optimizer, parameters)
+    own = [*parameters.values()]
+    undo = [curvature.snapshot(), step.snapshot(parameters), _memory_snapshot(optimizer, own)]
+    if step.moves_parameters:
+        undo.append(_parameter_snapshot(own))
+    last = LastChange()
     try:
-        yield
+        yield last
     except BaseException:
-        for restore in undo:
-            restore()
+        if any(change.has_begun for change in last.changes):
+            for change in last.changes:
+                change.finish_()
+        else:
+            for restore in undo:
+                restore()
         raise
 
 
-def _memory_snapshot(
-    optimizer: Optimizer, parameters: Mapping[str, Tensor]
-) -> tuple[Callable[[], None], ...]:
-    """Return functions that restore parameters, and what the optimizer keeps of each."""
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    saved = {p: dict(optimizer.state[p]) for p in parameters.values() if p in optimizer.state}
+def _parameter_snapshot(parameters: list[Tensor]) -> Callable[[], None]:
+    """Return a function that restores parameters."""
+    before = [torch.empty_like(parameter) for parameter in parameters]
+    if before:
+        torch._foreach_copy_(before, parameters)
 
-    def restore_parameters() -> None:
-        for name, parameter in parameters.items():
-            parameter.copy_(before[name])
+    def restore() -> None:
+        if before:
+            torch._foreach_copy_(parameters, before)
 
-    def restore_memory() -> None:
-        for parameter in parameters.values():
+    return restore
+
+
+def _memory_snapshot(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Callable[[], None]:
+    """Return a function that restores what the optimizer keeps of each parameter."""
+    saved = {p: dict(optimizer.state[p]) for p in parameters if p in optimizer.state}
+
+    def restore() -> None:
+        for parameter in parameters:
             if parameter in saved:
                 optimizer.state[parameter] = saved[parameter]
             else:
                 optimizer.state.pop(parameter, None)
 
-    return restore_parameters, restore_memory
+    return restore

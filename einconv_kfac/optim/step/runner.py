@@ -88,10 +88,11 @@ class StepRunner:
             curvature.discard_()  # as where torch.distributed.checkpoint asks for empty states
             return None
         undone = restored_on_error(optimizer, curvature, self.step, point.parameters)
-        with undone, without_autocast(curvature.model):
+        with undone as last, without_autocast(curvature.model):
             taken = self._take_(optimizer, point, batches, settings)
             curvature.finish_()
-        return taken, dict(zip(point.gradient, known))
+            last.apply_(taken.changes)
+        return replace(taken, changes=()), dict(zip(point.gradient, known))
 
     def _found_inf(self, optimizer: Optimizer) -> bool:
         """Return whether a gradient scaler has found a gradient that is not finite."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
 from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.parameter_change import ParameterChange
 
 Statistics: TypeAlias = Mapping[str, float | Tensor]
 """Numbers of a step by name; a tensor is a number on the device that was not read yet."""
@@ -24,11 +25,13 @@ class Taken:
         statistics: Numbers of the whole model.
         moved: The update.
         gains: Gain of the slow momentum by layer, if there is one.
+        changes: What is left to do to the parameters.
     """
 
     statistics: Statistics
     moved: Moved = field(default_factory=dict)
     gains: Mapping[str, float] = field(default_factory=dict)
+    changes: Sequence[ParameterChange] = ()
 
 
 class Step(Protocol):
@@ -36,12 +39,14 @@ class Step(Protocol):
 
     mode: str
     """Name of the kind of step, which a saved state must share."""
+    moves_parameters: bool
+    """Whether `take_` changes the parameters itself; if not, it returns the changes."""
 
     def check(self, objective: Objective) -> None:
         """Raise a ``RuntimeError`` if a step on the objective is impossible."""
 
     def take_(self, objective: Objective) -> Taken:
-        """Update the parameters.
+        """Update the parameters, or return how they are to be updated.
 
         Raises:
             RuntimeError: If the damped factors cannot be inverted. Nothing is changed then.

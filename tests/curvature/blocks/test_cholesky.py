@@ -80,3 +80,38 @@ def test_an_inverse_out_of_range_is_an_error() -> None:
     tiny = torch.full((1, 2), 1e-42).diag_embed()
     with pytest.raises(RuntimeError, match="damped factor A of a must be positive definite"):
         invert_damped([(tiny, torch.eye(2)[None])], [0.0], ["a"])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_matrices_in_many_layers(size: int, dtype: torch.dtype) -> None:
+    """Also ill-conditioned ones, and layers with different dampings."""
+    torch.manual_seed(0)
+    pairs = [pair(groups, size, 2, torch.float64) for groups in (3, 1, 4, 2)]
+    pairs[2][0][1] = torch.tensor([[1.0, 1 - 1e-4], [1 - 1e-4, 1.0]])
+    pairs = [(a.to(dtype), b.to(dtype)) for a, b in pairs]
+    dampings = [1e-3, 0.2, 1e-3, 1e-3]
+    close = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {}
+    for own, damping, found in zip(pairs, dampings, invert_damped(pairs, dampings, list("abcd"))):
+        assert found.retries == 0
+        parts = split_damping(own, damping)
+        conditions = []
+        for factor, part, inverse in zip(own, parts, found.inverses):
+            damped = factor.double() + part[:, None, None] * torch.eye(factor.shape[-1])
+            torch.testing.assert_close(inverse.double(), torch.linalg.inv(damped), **close)
+            conditions.append(torch.linalg.cond(damped, 1).amax())
+        torch.testing.assert_close(found.conditions().double(), torch.stack(conditions), **close)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_failure_in_a_stack_concerns_its_pair_alone(size: int, position: int) -> None:
+    torch.manual_seed(0)
+    pairs = [list(pair(2, size, size)) for _ in range(3)]
+    indefinite = torch.tensor([4.0, -1.0, 1.0][:size], dtype=torch.float64).diag_embed()
+    pairs[1][position] = indefinite.repeat(2, 1, 1)
+    known: list[Pair] = [(a, b) for a, b in pairs]
+    found = invert_damped(known, [0.5] * 3, list("abc"), damping_increases=12)
+    assert [own.retries > 0 for own in found] == [False, True, False]
+    (alone,) = invert_damped(known[:1], [0.5], ["a"])
+    torch.testing.assert_close(found[0].inverses, alone.inverses)

@@ -69,3 +69,54 @@ def test_what_needs_single_examples_is_refused(mode: str, options: dict[str, Any
         blocks(mode, (6, 4, 4), **options)
     if mode == "shuffled":
         assert blocks(mode, (6, 4, 4), **options, exclude=["layer"])
+
+
+class Decoder(nn.Module):
+    """Every position adds a call on its own rows to one on rows that all positions share.
+
+    Args:
+        time_first: Whether the outputs of a position, or of a sequence, are next to each other.
+    """
+
+    def __init__(self, time_first: bool) -> None:
+        super().__init__()
+        self.time_first = time_first
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.rows: list[Tensor] = []
+        self.made: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows, self.made = [x], [self.layer(x)]
+        outputs = []
+        for _ in range(3):
+            self.rows.append(self.made[-1].tanh().detach())
+            self.made.append(self.layer(self.rows[-1]))
+            outputs.append(self.head((self.made[0] + self.made[-1]).tanh()))
+        return torch.stack(outputs, 0 if self.time_first else 1).flatten(0, 1)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("time_first", [True, False])
+def test_a_layer_with_shared_and_with_scattered_rows(fisher: Any, time_first: bool) -> None:
+    model, loss_fn = Decoder(time_first).double(), nn.CrossEntropyLoss()
+    x, y = torch.randn(5, 4).double(), torch.randint(3, (15,))
+    block = kronecker_factors(model, loss_fn, [(x, y)], fisher=fisher, exclude=["head"])[
+        "layer"
+    ].to_dense()
+    outputs = model(x)
+    probabilities = outputs.detach().softmax(-1)
+    squares = torch.zeros(4, 4).double()
+    for example, p in enumerate(probabilities):
+        roots = p.sqrt()[:, None] * (torch.eye(3).double() - p)  # sum of squares: the Hessian
+        if fisher == "empirical":
+            roots = (p - torch.eye(3).double()[y[example]])[None]
+        for root in roots:
+            found = torch.autograd.grad(
+                outputs[example], model.made, root, retain_graph=True, materialize_grads=True
+            )
+            squares += torch.cat(found).T @ torch.cat(found)
+    rows = torch.cat(model.rows)
+    rows = torch.cat([rows, torch.ones(len(rows), 1).double()], 1)
+    want = torch.kron(squares, rows.T @ rows) / (len(y) * len(rows))
+    torch.testing.assert_close(block[0], want)

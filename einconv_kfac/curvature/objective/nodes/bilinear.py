@@ -67,6 +67,11 @@ RULES = (
     Product("Dot", torch.dot, ("self", "tensor"), _EITHER),
     Product("Addmm", None, (None, "mat1", "mat2"), (frozenset({0, 1}), frozenset({0, 2}))),
     Product("Convolution", None, ("input", "weight", None), (frozenset({0}), frozenset({1, 2}))),
+    Product("GridSampler2D", None, ("input", "grid"), (frozenset({0}),)),
+    Product("Xlogy", torch.xlogy, ("self", "other"), (frozenset({0}),)),
+    Product("Atan2", torch.atan2, ("self", "other"), ()),
+    Product("Logaddexp", torch.logaddexp, ("self", "other"), ()),
+    Product("Cdist", torch.cdist, ("x1", "x2"), (), ("p",)),
     Product("Maximum", torch.maximum, ("self", "other"), ()),
     Product("Minimum", torch.minimum, ("self", "other"), ()),
 )

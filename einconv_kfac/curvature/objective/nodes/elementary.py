@@ -80,7 +80,12 @@ class Difference(Entrywise):
 
 
 def diagonal(function: Function, x: Tensor, weight: Tensor) -> Diagonal | None:
-    """Return the diagonal Hessian of ``<weight, f(x)>``, if it is curved and not negative."""
+    """Return the diagonal Hessian of ``<weight, f(x)>``, if it is curved and not negative.
+
+    A function of complex numbers, such as their absolute value, has none.
+    """
+    if x.is_complex():
+        return None
     precise = torch.promote_types(x.dtype, torch.float32)
     with torch.enable_grad():
         entries = x.detach().to(precise).requires_grad_()
@@ -135,9 +140,19 @@ RULES = (
     Entrywise("Tanh", torch.tanh, inverse=torch.atanh),
     Entrywise("Sin", torch.sin),
     Entrywise("Cos", torch.cos),
+    Entrywise("Tan", torch.tan, inverse=torch.atan),
+    Entrywise("Asin", torch.asin),
+    Entrywise("Acos", torch.acos),
+    Entrywise("Atan", torch.atan),
     Entrywise("Cosh", torch.cosh),
     Entrywise("Sinh", torch.sinh),
     Entrywise("Erf", torch.erf),
+    Entrywise("Erfc", torch.erfc),
+    Entrywise("Lgamma", torch.lgamma),
+    Entrywise("Digamma", torch.digamma),
+    Entrywise("Sinc", torch.sinc),
+    Entrywise("SpecialEntr", torch.special.entr),
+    Entrywise("NanToNum", torch.nan_to_num),
     Entrywise("Abs", torch.abs),
     Entrywise("Softplus", functional.softplus, ("beta", "threshold")),
     Entrywise("LogSigmoid", functional.logsigmoid),
@@ -146,6 +161,7 @@ RULES = (
     Entrywise("Mish", functional.mish),
     Entrywise("LeakyRelu", functional.leaky_relu, ("negative_slope",)),
     Entrywise("Elu", torch.ops.aten.elu, ("alpha", "scale", "input_scale")),
+    Entrywise("Hardswish", functional.hardswish),
     Entrywise("Hardtanh", functional.hardtanh, ("min_val", "max_val")),
     Entrywise("Clamp", torch.clamp, ("min", "max")),
     Entrywise("ClampMin", torch.clamp_min, ("min",)),

@@ -38,7 +38,8 @@ class Reduction:
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`."""
-        return [getattr(node, f"_saved_{self.saved}").detach()]
+        value = getattr(node, f"_saved_{self.saved}", None)  # Max along a dimension keeps none
+        return [None if value is None else value.detach()]
 
     def function(self, node: Any) -> Function | None:
         """See `NodeRule`."""
@@ -51,6 +52,12 @@ class Reduction:
         return None
 
 
+def _ctc_losses(*args: Any, **kwargs: Any) -> Tensor:
+    """Return the losses of sequences, without the intermediate results that torch returns."""
+    losses: Tensor = torch.ops.aten._ctc_loss(*args, **kwargs)[0]
+    return losses
+
+
 RULES = (
     Reduction("LinalgVectorNorm", torch.linalg.vector_norm, ("ord", "dim", "keepdim")),
     Reduction("Norm", torch.norm, ("p", "dim", "keepdim")),
@@ -58,7 +65,16 @@ RULES = (
     Reduction("Std", torch.std, ("dim", "correction", "keepdim")),
     Reduction("Amax", torch.amax, ("dim", "keepdim")),
     Reduction("Amin", torch.amin, ("dim", "keepdim")),
+    Reduction("Max", torch.amax),
+    Reduction("Min", torch.amin),
     Reduction("Prod", torch.prod),
+    Reduction("Cumprod", torch.cumprod, ("dim",)),
+    Reduction("Glu", functional.glu, ("dim",)),
+    Reduction(
+        "MaxPool2DWithIndices",
+        functional.max_pool2d,
+        ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    ),
     Reduction("Logcumsumexp", torch.logcumsumexp, ("dim",)),
     Reduction(
         "MultiMarginLoss",
@@ -68,7 +84,7 @@ RULES = (
     Reduction("MultilabelMarginLoss", functional.multilabel_margin_loss, ("target", "reduction")),
     Reduction(
         "CtcLoss",
-        torch.ops.aten._ctc_loss,
+        _ctc_losses,
         ("targets", "input_lengths", "target_lengths", "blank", "zero_infinity"),
         saved="log_probs",
     ),

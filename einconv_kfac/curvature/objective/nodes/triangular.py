@@ -1,0 +1,75 @@
+"""Triangular systems and Cholesky factors, as in the density of a Gaussian vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
+from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.nodes.elementary import saved_options
+
+
+@dataclass(frozen=True)
+class TriangularSolve:
+    """The solution ``x`` of ``a x = b`` for a triangular ``a``; the node saves ``a`` and ``x``."""
+
+    kind: str = "LinalgSolveTriangular"
+
+    def is_linear(self, dependent: Sequence[bool]) -> bool:
+        """See `NodeRule`; in ``b`` alone."""
+        return not dependent[0]
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`."""
+        a, x = node._saved_self.detach(), node._saved_result.detach()
+        triangle = a.triu() if node._saved_upper else a.tril()
+        if node._saved_unitriangular:
+            triangle = triangle - triangle.diagonal(dim1=-2, dim2=-1).diag_embed()
+            triangle = triangle + torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        return [a, triangle @ x if node._saved_left else x @ triangle]
+
+    def function(self, node: Any) -> Function | None:
+        """See `NodeRule`."""
+        options = saved_options(node, ("upper", "left", "unitriangular"))
+        return partial(torch.linalg.solve_triangular, **options)
+
+    def curvature(
+        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
+    ) -> LocalCurvature | None:
+        """See `NodeRule`; it is indefinite."""
+        return None
+
+
+@dataclass(frozen=True)
+class CholeskyFactor:
+    """The Cholesky factor ``l`` of a matrix ``l l^T``; the node saves ``l``."""
+
+    kind: str = "LinalgCholeskyEx"
+
+    def is_linear(self, dependent: Sequence[bool]) -> bool:
+        """See `NodeRule`."""
+        return False
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`."""
+        factor = node._saved_L.detach()
+        return [factor.mH @ factor if node._saved_upper else factor @ factor.mH]
+
+    def function(self, node: Any) -> Function | None:
+        """See `NodeRule`."""
+        return partial(torch.linalg.cholesky, **saved_options(node, ("upper",)))
+
+    def curvature(
+        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
+    ) -> LocalCurvature | None:
+        """See `NodeRule`; it is indefinite."""
+        return None
+
+
+RULES = (TriangularSolve(), CholeskyFactor())

@@ -1,0 +1,92 @@
+"""Running averages of the factors of many layers, moved by multi-tensor operations."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.blocks.cholesky import Pair
+from einconv_kfac.curvature.estimation.fisher import FisherEstimator
+from einconv_kfac.optim.factors.accumulator import LayerSums
+from einconv_kfac.optim.factors.running import RunningFactors
+from einconv_kfac.optim.inverses.registry import is_whole
+from einconv_kfac.optim.moving_average import bias_corrected_weight
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What the batches of a step contribute to a layer's averages.
+
+    Args:
+        running: The averages.
+        moments: The contribution.
+        decay: Decay of the averages.
+    """
+
+    running: RunningFactors
+    moments: LayerSums
+    decay: float
+
+
+def move_averages_(
+    contributions: Sequence[Contribution],
+    estimator: FisherEstimator,
+    weight: Tensor | None,
+    step: int,
+    workers: int = 1,
+) -> None:
+    """Move the bias-corrected running averages of layers, into the memory of new factors.
+
+    The previous averages are left as they are, for a step that fails.
+
+    Args:
+        contributions: What is averaged, by layer.
+        estimator: Makes factors of moments.
+        weight: Weight in the objective of the loss that the factors are of; 1 for ``None``.
+        step: The step.
+        workers: The number of workers, by which a sum of losses is divided if the weight is not
+            known.
+    """
+    found = [estimator.factors(own.moments) for own in contributions]
+    scales = [estimator.scale(own.moments.examples / workers) for own in contributions]
+    _scale_([b for _, b in found], scales, weight)
+    _move_(contributions, found)
+    for own, scale in zip(contributions, scales):
+        if own.moments.squares is not None:
+            total: Any = scale if weight is None else weight * scale
+            squares = own.moments.squares.block(total)
+            own.running.correct_(squares.values, own.decay)
+        own.running.factor_step = step
+        own.running.factor_seconds = own.moments.seconds
+
+
+def _scale_(factors: list[Tensor], scales: list[float], weight: Tensor | None) -> None:
+    """Multiply each factor by its number, and all by a weight."""
+    if any(scale != 1 for scale in scales):
+        torch._foreach_mul_(factors, scales)
+    if weight is not None and factors:
+        torch._foreach_mul_(factors, weight.to(factors[0]))
+
+
+def _move_(contributions: Sequence[Contribution], factors: Sequence[Pair]) -> None:
+    """Move the averages towards new factors."""
+    moved: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for own, (a, b) in zip(contributions, factors):
+        running, new = own.running, (_own(a), _own(b))
+        running.updates += 1
+        if running.factors is not None:
+            moved[bias_corrected_weight(own.decay, running.updates)] += zip(new, running.factors)
+        running.factors = new
+    for weight, pairs in moved.items():
+        present = [new for new, _ in pairs]
+        torch._foreach_lerp_(present, [old.to(new) for new, old in pairs], 1 - weight)
+
+
+def _own(factor: Tensor) -> Tensor:
+    """Return a factor as a tensor that is a view of nothing."""
+    return factor if is_whole(factor) else factor.clone()

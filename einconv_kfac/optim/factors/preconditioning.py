@@ -1,0 +1,70 @@
+"""Inverses applied to gradients: those of small layers of one form together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+
+from einconv_kfac.curvature.blocks.batching import LARGEST_BATCHED_DIMENSION
+from einconv_kfac.curvature.blocks.matrix_layout import divided_matrices, joined_matrices
+from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.optim.inverses.protocol import LayerInverse
+from einconv_kfac.optim.vectors import Direction, precise
+
+Inverted: TypeAlias = tuple[Layer, LayerInverse]
+"""A layer, and its inverse on the device of the gradients."""
+
+
+def preconditioned(layers: Sequence[Inverted], gradient: Direction) -> Direction:
+    """Return inverses times gradients, at least in float32, in the order of the gradients.
+
+    Args:
+        layers: Layers whose weights have gradients, and their inverses.
+        gradient: Gradients by parameter name. Where a layer's bias has none, zero stands for it.
+    """
+    stacks: dict[Hashable, list[Inverted]] = defaultdict(list)
+    for layer, inverse in layers:
+        stacks[_form(layer, inverse, gradient)].append((layer, inverse))
+    result: Direction = {}
+    for stack in stacks.values():
+        apply = _applied if len(stack) == 1 else _applied_together
+        result.update(apply(stack, gradient))
+    return {name: result[name] for name in gradient if name in result}
+
+
+def _form(layer: Layer, inverse: LayerInverse, gradient: Direction) -> Hashable:
+    """Return what layers share that are preconditioned together, or a layer's name."""
+    layout, form = layer.layout, inverse.form
+    _, rows, columns = layout.shape
+    is_small = max(rows, columns) <= LARGEST_BATCHED_DIMENSION
+    if form is None or not is_small or not gradient.keys() >= set(layer.parameters):
+        return layer.name
+    own = [(gradient[name].dtype, gradient[name].device) for name in layer.parameters]
+    return form, rows, columns, *own
+
+
+def _applied(layers: Sequence[Inverted], gradient: Direction) -> Direction:
+    """Return the preconditioned gradient of a layer's parameters."""
+    ((layer, inverse),) = layers
+    if not gradient.keys() >= set(layer.parameters):
+        gradient = {**layer.zeros(), **gradient}
+    rows = layer.to_matrix(gradient)
+    return _precise(layer.from_matrix(inverse.apply(rows)), rows)
+
+
+def _applied_together(layers: Sequence[Inverted], gradient: Direction) -> Direction:
+    """Return the preconditioned gradients of several layers of one form."""
+    layouts = [layer.layout for layer, _ in layers]
+    (_, first), *others = layers
+    rows = joined_matrices(layouts, gradient)
+    found = first.joined([inverse for _, inverse in others]).apply(rows)
+    return _precise(divided_matrices(layouts, found), rows)
+
+
+def _precise(direction: Direction, rows: Tensor) -> Direction:
+    """Return a direction in the data type of steps for gradients like some."""
+    dtype = precise(rows.dtype)
+    return {name: tensor.to(dtype) for name, tensor in direction.items()}

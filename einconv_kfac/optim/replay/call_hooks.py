@@ -1,0 +1,95 @@
+"""Hooks on the calls of a model, or of its parts where a script calls these."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from einconv_kfac.curvature.estimation.capture import inactive_hook
+
+
+class Hook:
+    """Calls a method of an object while the object exists; copies of the hook do nothing.
+
+    Args:
+        method: The method, bound to the object.
+    """
+
+    def __init__(self, method: Callable[..., None]) -> None:
+        self._method = weakref.WeakMethod(method)
+
+    def __call__(self, *args: Any) -> None:
+        """Call the method, unless torch is compiling."""
+        if torch.compiler.is_compiling():
+            return
+        if (method := self._method()) is not None:
+            method(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return inactive_hook, ()
+
+
+class CallHooks:
+    """The hooks before and after calls of a model.
+
+    Most scripts call the whole model. Some call parts of it, such as an encoder and a decoder;
+    these are watched until a call of the whole model comes first.
+
+    Args:
+        model: The model.
+        before: The hook before a call, which also takes keyword arguments.
+        after: The hook after it.
+
+    Attributes:
+        handles: The handles of all hooks.
+    """
+
+    def __init__(self, model: nn.Module, before: Hook, after: Hook) -> None:
+        self._model, self._before, self._after = model, before, after
+        self._last: dict[nn.Module, RemovableHandle] = {}
+        self._names = {model: ""}
+        self._parts: list[RemovableHandle] = []
+        self.handles = self._attached(model)
+
+    def watch_parts_(self, losses: Iterable[nn.Module]) -> None:
+        """Watch the parts of the model that have parameters.
+
+        Args:
+            losses: Modules that are no parts of it.
+        """
+        left_out = set(losses)
+        for name, part in self._model.named_modules():
+            if name and part not in left_out and any(True for _ in part.parameters()):
+                self._names[part] = name
+                self._parts += self._attached(part)
+        self.handles += self._parts
+
+    def _attached(self, module: nn.Module) -> list[RemovableHandle]:
+        """Attach the hooks of a module, and return their handles."""
+        self._last[module] = module.register_forward_hook(self._after, always_call=True)
+        first = module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+        return [first, self._last[module]]
+
+    def begin_(self, module: nn.Module) -> None:
+        """Begin the outermost call of a module: the hook after it becomes the last one."""
+        if module is self._model:
+            detach(self._parts)
+        self._parts = []
+        hooks: Any = module._forward_hooks
+        if self._last[module].id in hooks:
+            hooks.move_to_end(self._last[module].id)  # behind hooks that came later
+
+    def name_of(self, module: nn.Module) -> str:
+        """Return the name of a part; the whole model has none."""
+        return self._names[module]
+
+
+def detach(handles: Iterable[RemovableHandle]) -> None:
+    """Remove hooks."""
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,146 @@
+"""Operations between outputs and a loss, each against the same operation by torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from einconv_kfac.curvature.objective.graph import edge_of, mark_, mark_of
+from einconv_kfac.curvature.objective.reading import Reading
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(4, 6, 3, generator=GENERATOR, dtype=torch.float64)
+T = torch.rand(4, 6, 3, generator=GENERATOR, dtype=torch.float64)
+WINDOW = torch.hann_window(4, dtype=torch.float64)
+
+
+def square(o: Tensor) -> Tensor:
+    """Positive definite matrices, ``[4, 3, 3]``."""
+    return o.mT @ o + torch.eye(3, dtype=o.dtype)
+
+
+def spectrum(o: Tensor) -> Tensor:
+    """The magnitudes of a short-time Fourier transform."""
+    return torch.stft(o.flatten(1), 4, 2, window=WINDOW, return_complex=True).abs()
+
+
+def connectionist(o: Tensor) -> Tensor:
+    """The CTC loss of four sequences."""
+    targets, lengths = torch.ones(4, 2, dtype=torch.long), torch.full((4,), 2)
+    inputs = o.log_softmax(2).transpose(0, 1)
+    return functional.ctc_loss(inputs, 1 + targets.cumsum(1) % 2, torch.full((4,), 6), lengths)
+
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "gamma": lambda o: torch.distributions.Beta(o.exp(), (0.5 * o).exp()).log_prob(T).mean(),
+    "digamma": lambda o: o.exp().digamma().mean(),
+    "x log y": lambda o: torch.xlogy(o.exp(), 1 + o.square()).mean(),
+    "divergence of both": lambda o: functional.kl_div(
+        o.log_softmax(2), (o * T).softmax(2), reduction="batchmean"
+    ),
+    "entropy": lambda o: torch.special.entr(o.sigmoid()).sum(),
+    "angles": lambda o: torch.atan2(o[..., 0], o[..., 1]).mean() + o[..., 2].atan().mean(),
+    "cosines": lambda o: (0.9 * o.tanh()).acos().mean() + (0.9 * o.tanh()).asin().square().mean(),
+    "tangents": lambda o: (0.3 * o).tan().mean() + o.erfc().mean() + o.sinc().mean(),
+    "hard": lambda o: (functional.hardswish(o) * functional.relu6(o)).mean(),
+    "log of exponentials": lambda o: torch.logaddexp(o, o.flip(0)).mean(),
+    "distances": lambda o: torch.cdist(o, o.flip(0) + 1).mean(),
+    "maximum": lambda o: o.max() - (o.min() - T.min()).square(),
+    "product": lambda o: (1 + 0.1 * o).cumprod(1).mean(),
+    "gate": lambda o: functional.glu(o, dim=1).mean(),
+    "pooling": lambda o: functional.max_pool2d(o, (2, 1), stride=1).square().mean(),
+    "grid": lambda o: (
+        functional.grid_sample(o[:, None], T[:, :2, :2].unsqueeze(1)[..., :2], align_corners=False)
+        .square()
+        .mean()
+    ),
+    "not a number": lambda o: o.nan_to_num(1.0).square().mean(),
+    "Gaussian": lambda o: (
+        torch.distributions.MultivariateNormal(o[:, 0], scale_tril=square(o).tril())
+        .log_prob(T[:, 0])
+        .mean()
+    ),
+    "precision": lambda o: (
+        torch.distributions.MultivariateNormal(o[:, 0], square(o)).log_prob(T[:, 0]).mean()
+    ),
+    "triangular": lambda o: torch.linalg.solve_triangular(
+        square(o).triu(), o, upper=True, left=False, unitriangular=True
+    ).mean(),
+    "spectrum": lambda o: functional.mse_loss(spectrum(o), spectrum(T)),
+    "Fourier": lambda o: torch.fft.fft(torch.fft.rfft(o, dim=1), dim=2).abs().square().mean(),
+    "inverse Fourier": lambda o: torch.fft.irfft(torch.fft.rfft(o, dim=1), dim=1).square().mean(),
+    "connectionist": connectionist,
+}
+
+
+def read(loss: Callable[[Tensor], Tensor]) -> tuple[Reading, Tensor, Tensor]:
+    """Read a loss of an output ``[4, 6, 3]``."""
+    output = X.clone().requires_grad_() * 1.0
+    mark_(output, "test", output.detach())
+    value = loss(output)
+    one = torch.ones_like(value)
+    edge = edge_of(value)
+    return Reading(edge, value.detach(), one, lambda e: mark_of(e, "test"), {}), output, value
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_values_and_slopes_at_other_outputs(name: str) -> None:
+    reading, output, value = read(LOSSES[name])
+    tail = reading.tail(reading.sources)
+    value.backward()  # frees the graph
+    assert not tail.unknown()
+    other = output.detach() + 0.3 * torch.randn(output.shape, generator=GENERATOR).double()
+    torch.testing.assert_close(tail.value([other]), LOSSES[name](other), rtol=1e-9, atol=1e-12)
+    (slope,) = tail.slopes()
+    expected = torch.autograd.functional.jacobian(LOSSES[name], output.detach())
+    torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_curvature_is_not_negative(name: str) -> None:
+    reading, output, _ = read(LOSSES[name])
+    u = torch.randn(3, *output.shape, generator=GENERATOR, dtype=torch.float64)
+    found = reading.tail(reading.sources).expansion([[each] for each in u]).curvature
+    assert float(torch.linalg.eigvalsh(found).min()) > -1e-9 * float(found.trace())
+
+
+class Sub(torch.autograd.Function):
+    """A function of a user with the name of an operation of torch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradients[0]
+
+
+def derivative(o: Tensor) -> Tensor:
+    """The derivative of a hyperbolic tangent, as in a gradient penalty."""
+    y = o.tanh()
+    (slope,) = torch.autograd.grad(y.sum(), o, create_graph=True)
+    return slope.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [
+        (lambda o: Sub.apply(o).mean(), "autograd.Function Sub"),
+        (derivative, "TanhBackward"),
+        (lambda o: o.topk(2).values.mean(), "Topk"),
+        (lambda o: o.max(1).values.mean(), "Max"),
+    ],
+)
+def test_operations_that_cannot_be_evaluated_again_are_named(
+    loss: Callable[[Tensor], Tensor], kind: str
+) -> None:
+    reading, _, _ = read(loss)
+    assert kind in reading.tail(reading.sources).unknown()

@@ -1,0 +1,137 @@
+"""Calls of a model whose arguments depend on its earlier calls, beside one call that holds all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from einconv_kfac.optim import KFAC
+
+Loss = Callable[[nn.Module, Any, Tensor, Tensor], Tensor]
+"""Returns the loss of a batch for a model and the function that calls it."""
+
+
+class Cell(nn.Module):
+    """A recurrent cell with an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.GRUCell(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = self.cell(x, state)
+        return self.out(state), state
+
+
+class Long(Cell):
+    """The same with torch's function for a long short-term memory, which has no forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(4, 6)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = self.cell(x[None], state)
+        return self.out(y[0]), state
+
+
+class Mixer(nn.Module):
+    """A network from four features to four, and a parameter that scripts use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
+        self.shift = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+def loop(model: Any, call: Any, x: Tensor, y: Tensor) -> Tensor:
+    """One loss over all steps of a recurrent loop."""
+    state, outputs = torch.zeros(len(x), 6).to(x), []
+    for step in range(3):
+        out, state = call(x + step, state)
+        outputs.append(out)
+    return functional.cross_entropy(torch.stack(outputs).mean(0), y % 3)
+
+
+def long_loop(model: Any, call: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The same with a nested state."""
+    state, total = (torch.zeros(1, len(x), 6).to(x), torch.zeros(1, len(x), 6).to(x)), 0.0
+    for step in range(3):
+        out, state = call(x + step, state)
+        total = total + functional.cross_entropy(out, y % 3)
+    return torch.as_tensor(total)
+
+
+def twice(model: Any, call: Any, x: Tensor, y: Tensor) -> Tensor:
+    """A network that is applied to its own output."""
+    return functional.mse_loss(call(call(x)), x.flip(0))
+
+
+def bent(model: Any, call: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Operations between the calls, and an output that is used in two ways."""
+    first = call(x + model.shift)
+    second = call(torch.cat([first[:, :2].sigmoid(), (first[:, 2:] * first[:, :2]).exp()], 1) * 0.5)
+    return functional.mse_loss(second, x.flip(0)) + 0.1 * first.square().mean()
+
+
+def trained(kind: type[nn.Module], loss: Loss, *, whole: bool, **options: Any) -> list[Tensor]:
+    """Train, and return the parameters.
+
+    Args:
+        kind: The model.
+        loss: The loss.
+        whole: Whether one call of a module holds all.
+    """
+    torch.manual_seed(0)
+    model = kind().double()
+
+    class Whole(nn.Module):
+        """The model and the script."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return {"loss": loss(model, model.__call__, x, y)}
+
+    opt = KFAC(Whole() if whole else model, **options)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(8, 4, generator=generator).double()
+        y = torch.randint(3, (8,), generator=generator)
+        opt.zero_grad()
+        if whole:
+            opt._preconditioner.model(x, y)["loss"].backward()
+        else:
+            opt.observe(loss(model, model, x, y)).backward()
+        opt.step()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+CASES: list[tuple[type[nn.Module], Loss]] = [
+    (Cell, loop),
+    (Long, long_loop),
+    (Mixer, twice),
+    (Mixer, bent),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Kronecker factors cover")
+@pytest.mark.parametrize(("kind", "loss"), CASES)
+@pytest.mark.parametrize("options", [{}, {"safeguard": True}])
+def test_steps_are_those_of_one_call(
+    kind: type[nn.Module], loss: Loss, options: dict[str, Any]
+) -> None:
+    got = trained(kind, loss, whole=False, fisher="exact", **options)
+    for one, other in zip(got, trained(kind, loss, whole=True, fisher="exact", **options)):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
