@@ -26,7 +26,7 @@ def workers_of(model: nn.Module) -> Workers:
     group = distributed.group.WORLD if wrapper is None else wrapper.process_group
     assert group is not None
     if distributed.get_world_size(group) == 1:
-        return Workers()
+        return Workers(in_group=True)
     _check_layers(model)
     from einconv_kfac.distributed.process_group import ProcessGroup  # noqa: PLC0415
 

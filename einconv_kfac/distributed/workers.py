@@ -51,6 +51,9 @@ class Workers:
     A question is a short text that says what is asked, the same on all workers. Those that ask
     different questions raise a `WorkersError` instead of mixing up their numbers.
 
+    Args:
+        in_group: Whether the worker is alone in a process group.
+
     Attributes:
         rank: The worker's number.
         size: The number of workers.
@@ -58,6 +61,9 @@ class Workers:
 
     rank = 0
     size = 1
+
+    def __init__(self, *, in_group: bool = False) -> None:
+        self._in_group = in_group
 
     def together(self) -> AbstractContextManager[None]:
         """Return a context for a step of all workers; an error of one is one of all."""
@@ -131,7 +137,8 @@ class Workers:
             owner: Name of the class that trains.
         """
         distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
+        is_joined = distributed.is_available() and distributed.is_initialized()
+        if self._in_group or not is_joined:
             return
         if (size := distributed.get_world_size()) > 1:
             raise RuntimeError(

@@ -159,11 +159,11 @@ def batches(case: Case, step: int) -> list[tuple[Tensor, Tensor]]:
     return [image_batch(size, 100 * step + part) for part, size in enumerate(case.sizes)]
 
 
-def wrapped(case: Case, model: nn.Module) -> nn.Module:
+def wrapped(case: Case, model: nn.Module, group: Any = None) -> nn.Module:
     """A model that several workers train."""
     if case.compiled == "inside":
         model = torch.compile(model, backend="eager")
-    model = DistributedDataParallel(model, **(case.wrapper or {}))
+    model = DistributedDataParallel(model, process_group=group, **(case.wrapper or {}))
     return torch.compile(model, backend="eager") if case.compiled == "outside" else model
 
 
@@ -174,12 +174,14 @@ class Training:
         case: What is trained.
         rank: The worker's number.
         size: The number of workers.
+        group: Their process group, if it is not the default one.
     """
 
-    def __init__(self, case: Case, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, case: Case, rank: int = 0, size: int = 1, group: Any = None) -> None:
         self.case, self.rank, self.size = case, rank, size
         self.module, self.loss_fn = case.model(), case.loss()
-        self.model = wrapped(case, self.module) if size > 1 else self.module
+        is_alone = size == 1 and group is None
+        self.model = self.module if is_alone else wrapped(case, self.module, group)
         given = self.module if case.wrapper is None else self.model
         options = dict(case.options)
         if case.groups is not None:

@@ -80,7 +80,7 @@ def replace_by(wrong: Any) -> Callable[[Any, Any], None]:
 
 def is_carried(path: tuple[Any, ...]) -> bool:
     """Whether an entry repeats the part "kfac" in the state of a parameter."""
-    return path[0] == "state" and str(path[-1]).startswith("kfac")
+    return path[0] == "state" and "kfac" in path
 
 
 @pytest.mark.parametrize("options", MODES)
@@ -183,10 +183,10 @@ def test_hooks_see_the_whole_state(options: dict[str, Any]) -> None:
 
     def migrate(_: Any, found: dict[str, Any]) -> dict[str, Any]:
         own = found["kfac"]
-        return {**found, "kfac": {**own, "version": 7}}
+        return {**found, "kfac": {**own, "version": 8}}
 
     old = changed(state, ("kfac", "version"), replace_by(-1))
-    with pytest.raises(ValueError, match="of version 7, got -1"):
+    with pytest.raises(ValueError, match="of version 8, got -1"):
         other.load_state_dict(old)
     other.register_load_state_dict_pre_hook(migrate)
     loaded: list[Any] = []
