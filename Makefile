@@ -2,8 +2,8 @@ PYTHON ?= python
 ONE_THREAD = OMP_NUM_THREADS=1 $(PYTHON)
 .DEFAULT_GOAL := help
 .PHONY: help install test format lint types surface dist smoke example ci clean \
-	bench-digits bench-training bench-step bench-fractions bench-growth bench-trace \
-	bench-factors bench-profile bench-operations bench-curvature
+	bench-digits bench-training bench-step bench-step-operations bench-fractions \
+	bench-growth bench-trace bench-factors bench-profile bench-operations bench-curvature gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench-training: ## compare KFAC with tuned peers on Fashion-MNIST; takes hours, 
 bench-step: ## time a training step on ResNet-18
 	$(ONE_THREAD) benchmarks/step.py
 
+bench-step-operations: ## count the operations that a step on ResNet-50 starts
+	$(ONE_THREAD) benchmarks/step_operations.py
+
 bench-fractions: ## time a step whose curvature comes from a part of the examples
 	$(ONE_THREAD) benchmarks/fractions_of_batches.py
 
@@ -70,6 +73,10 @@ bench-operations: ## time convolutions against torch and einconv
 
 bench-curvature: ## time the factors of whole models against other libraries
 	$(ONE_THREAD) benchmarks/curvature.py
+
+gpu: ## measure and test on a GPU, within ten minutes a call; call it again until nothing is new
+	$(PYTHON) -m pytest -q -n 0 tests/cuda
+	$(PYTHON) benchmarks/gpu.py
 
 ci: ## run everything that must pass, in fresh environments
 	bash .ci/run

@@ -41,6 +41,8 @@ has a function among the callers of the operation."""
 ALLOCATIONS = frozenset(
     {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "lift_fresh", "lift"}
 )
+QUESTIONS = frozenset({"promote_types", "result_type", "can_cast", "is_same_size"})
+"""Operations on the host about data types and shapes."""
 REINTERPRETATIONS = frozenset({"_unsafe_view", "_reshape_alias", "detach", "alias", "_make_dual"})
 WAITING = frozenset({"_local_scalar_dense", "is_nonzero", "equal", "_linalg_check_errors"})
 WAITING_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -125,7 +127,7 @@ class OperationCount(TorchDispatchMode):
 def _is_free(func: Any) -> bool:
     """Return whether an operation starts nothing on the device."""
     name = func._schema.name.removeprefix("aten::")
-    if name in ALLOCATIONS or name in REINTERPRETATIONS:
+    if name in ALLOCATIONS | QUESTIONS | REINTERPRETATIONS or name.startswith("profiler::"):
         return True
     returned = [each.alias_info for each in func._schema.returns]
     return bool(returned) and all(info is not None and not info.is_write for info in returned)

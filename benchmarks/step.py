@@ -19,9 +19,10 @@ from statistics import median
 from time import perf_counter, process_time
 
 import torch
+from evidence.families.images import Classification
 from evidence.models import resnet20
 from evidence.optimizers import Trainer, asdl_trainer, library, torch_trainer, with_rest
-from evidence.tasks import Task
+from evidence.task import Task
 from evidence.vision import resnet18
 from tables import RESULTS, command_line, heading, publish
 from torch import Tensor, nn
@@ -40,12 +41,12 @@ Build = Callable[[nn.Module, Task, tuple[int, int]], Trainer]
 def sgd(model: nn.Module, task: Task, periods: tuple[int, int]) -> Trainer:
     """SGD with Nesterov momentum."""
     opt = torch.optim.SGD(model.parameters(), lr=_LR, momentum=0.9, nesterov=True)
-    return torch_trainer([opt], model, task.loss_fn(), task)
+    return torch_trainer([opt], model, task.family.loss_fn(), task)
 
 
 def _kfac(model: nn.Module, task: Task, periods: tuple[int, int], adaptive: bool) -> Trainer:
     """KFAC, with its step count set late in training."""
-    loss_fn = task.loss_fn()
+    loss_fn = task.family.loss_fn()
     opt = KFAC(
         model,
         loss_fn,
@@ -80,7 +81,7 @@ def singd(model: nn.Module, task: Task, periods: tuple[int, int]) -> Trainer:
     opt = library("singd.optim.optimizer").SINGD(
         model, lr=_LR, damping=_DAMPING, T=periods[0], warn_unsupported=False
     )
-    return torch_trainer(with_rest(model, opt), model, task.loss_fn(), task)
+    return torch_trainer(with_rest(model, opt), model, task.family.loss_fn(), task)
 
 
 BUILDS: dict[str, Build] = {
@@ -169,10 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     factors, inverses = (2, 4) if options.quick else map(int, options.periods.split(","))
-    task = Task("step", "ResNet-18", resnet18, options.batch, inverses)
+    task = Task("step", "ResNet-18", resnet18, options.batch, inverses, Classification())
     shape = (3, 32, 32)
     if options.quick:
-        task = Task("step", "a tiny ResNet", partial(resnet20, 2, 1), 4, inverses)
+        task = Task("step", "a tiny ResNet", partial(resnet20, 2, 1), 4, inverses, Classification())
         shape = (1, 8, 8)
     details = (
         f"{task.title}, {shape[1]}x{shape[2]}, batch {task.batch_size}",

@@ -118,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         columns[f"{mode}: operations"], columns["waits" + " " * len(columns)] = map(
             column, (operations, waits)
         )
-    title = f"ResNet of {sum(blocks)} bottlenecks, {width} channels, periods 10 and 100, per step"
+    details = f"{width} channels, periods {PERIODS[0]} and {PERIODS[1]}, counts per step"
+    title = f"ResNet of {sum(blocks)} bottlenecks, {details}"
     name = "step_operations-quick.txt" if options.quick else "step_operations.txt"
     publish([title, "", *table(columns)], options.output / name)
 

@@ -1,10 +1,18 @@
-"""Train on Fashion-MNIST with KFAC on its defaults and with tuned peers, in steps and in seconds.
+"""Train on thirteen tasks with KFAC on its defaults and with tuned peers, in steps and in seconds.
 
 Each peer gets the same number of trials (seed 0), a linear warm-up over 5 % of the run and a cosine
 to zero; the setting with the smallest final training loss then runs on other seeds. KFAC's
-defaults have no schedule. The training loss is that on 2,000 fixed training images in evaluation
-mode; evaluations are not part of the times. Finished runs are appended to a file of JSON lines and
-never repeated, so an interrupted comparison can be continued. Table and picture are made from it.
+defaults have no schedule. The training loss is that on the same training examples (2,000 images,
+256 texts) in evaluation mode; evaluations are not part of the times. Finished runs are appended to
+a file of JSON lines and repeated only on demand, so an interrupted comparison can be continued.
+Table and picture are made from it.
+
+The missing runs of a seed take turns in one process. Only seconds of such runs are compared:
+
+    python training.py --repeat KFAC                 # steps and losses of a new version
+    python training.py --repeat KFAC,SOAP,AdamW      # times as well
+    python training.py --held-out                    # seeds that are kept for the end
+    python training.py --recorded                    # table and picture of what is on record
 """
 
 from __future__ import annotations
@@ -15,14 +23,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evidence.data import DIRECTORY, Split, fashion_mnist, synthetic
+from evidence.data import DIRECTORY, Sources
+from evidence.examples import Split
 from evidence.optimizers import OPTIMIZERS
-from evidence.report import Outcome, draw, table
-from evidence.runs import Records, Run, train
+from evidence.picture import draw
+from evidence.report import Outcome, table
+from evidence.rounds import train
+from evidence.runs import Records, Run
 from evidence.search import settings
-from evidence.tasks import Task, tasks
+from evidence.task import Task
+from evidence.tasks import TASKS, tasks
 from tables import RESULTS, command_line, heading
 
+SEEDS = (1, 2, 3)
+HELD_OUT = (11, 12, 13)
+"""Seeds that are kept for the end."""
 _PROBED = 16  # steps; the second half of them gives the estimated time of a run
 
 
@@ -36,6 +51,8 @@ class Protocol:
         optimizers: Names of optimizers.
         seeds: Seeds of the runs that count.
         trials: Trials per optimizer, all on seed 0.
+        repeated: Optimizers whose runs that count are trained though they are on record.
+        trains: Whether missing runs are trained; without them they are left out.
     """
 
     size: str
@@ -43,6 +60,8 @@ class Protocol:
     optimizers: Sequence[str]
     seeds: Sequence[int]
     trials: int
+    repeated: Sequence[str] = ()
+    trains: bool = True
 
     def trial(self, task: Task, optimizer: str) -> list[Run]:
         """Return the trials of an optimizer, untrained; none if it has a single setting."""
@@ -61,44 +80,46 @@ class Comparison:
 
     Args:
         protocol: Tasks, optimizers and seeds.
-        split: The images.
+        sources: Where images come from.
         records: The finished runs.
     """
 
-    def __init__(self, protocol: Protocol, split: Split, records: Records) -> None:
+    def __init__(self, protocol: Protocol, sources: Sources, records: Records) -> None:
         self._protocol = protocol
-        self._split = split
+        self._sources = sources
         self._records = records
         self._data: dict[str, Split] = {}
 
-    def finished(self, task: Task, run: Run) -> Run:
-        """Return the finished run, training if it is not on record."""
-        found = self._records.find(run)
-        if found is None:
-            found = train(task, self._images(task), run)
-            self._records.add(found)
+    def finished(self, task: Task, runs: Sequence[Run], repeated: Sequence[str] = ()) -> list[Run]:
+        """Return the finished runs, training those that are not on record, in turns."""
+        known = [None if r.optimizer in repeated else self._records.find(r) for r in runs]
+        missing = [run for run, found in zip(runs, known) if found is None]
+        trained = missing and self._protocol.trains
+        for run in train(task, self._examples(task), missing) if trained else ():
+            self._records.add(run)
             print(
                 f"({run.task}) {run.optimizer}, seed {run.seed}, {run.setting}: "
-                f"{found.error or f'{found.final:.4f} in {found.seconds[-1]:.1f} s'}",
+                f"{run.error or f'{run.final:.5g} in {run.cpu_seconds[-1]:.1f} s'}",
                 flush=True,
             )
-        return found
+        return [found for run in runs if (found := self._records.find(run)) is not None]
 
     def outcome(self, task: Task) -> Outcome:
-        """Run all optimizers on a task, seed by seed, so that other load affects all alike."""
+        """Run all optimizers on a task, seed by seed."""
         chosen: dict[str, dict[str, Any]] = {}
         failures: dict[str, str] = {}
         for name in self._protocol.optimizers:
-            trials = [self.finished(task, run) for run in self._protocol.trial(task, name)]
+            tried = self._protocol.trial(task, name)
+            trials = [found for run in tried for found in self.finished(task, [run])]
             if trials and all(run.error for run in trials):
                 failures[name] = trials[0].error
-            else:
+            elif trials or not tried:
                 chosen[name] = min(trials, key=lambda run: run.final).setting if trials else {}
         runs: dict[str, list[Run]] = {name: [] for name in chosen}
         for seed in self._protocol.seeds:
-            for name, setting in chosen.items():
-                run = self._protocol.run(task, name, seed, setting)
-                runs[name].append(self.finished(task, run))
+            of_seed = [self._protocol.run(task, name, seed, chosen[name]) for name in chosen]
+            for run in self.finished(task, of_seed, self._protocol.repeated):
+                runs[run.optimizer].append(run)
         return Outcome(task, runs, failures)
 
     def plan(self) -> Iterator[str]:
@@ -117,16 +138,16 @@ class Comparison:
         missing = sum(not self._records.find(run) for run in protocol.trial(task, optimizer))
         missing += len(protocol.seeds)
         short = replace(task, steps=_PROBED, evaluations=2)
-        done = train(short, self._images(task), protocol.run(short, optimizer, 0, setting))
+        [done] = train(short, self._examples(task), [protocol.run(short, optimizer, 0, setting)])
         if done.error:
             return 0.0
         half = done.seconds[1] - done.seconds[0]
         return missing * task.steps * half / (_PROBED // 2) / 60
 
-    def _images(self, task: Task) -> Split:
-        """Return a task's images."""
+    def _examples(self, task: Task) -> Split:
+        """Return a task's examples."""
         if task.name not in self._data:
-            self._data = {task.name: task.data(self._split)}
+            self._data = {task.name: task.family.data(self._sources)}
         return self._data[task.name]
 
 
@@ -135,9 +156,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__)
     add = parser.add_argument
     add("--data-dir", type=Path, default=DIRECTORY, help="folder of the four .gz files")
-    add("--task", default="a,b,c,d,e,f", help="letters, separated by commas")
+    add("--task", default=",".join(TASKS), help="letters, separated by commas")
     add("--optimizer", default=",".join(OPTIMIZERS), help="names, separated by commas")
-    add("--seeds", default="1,2,3", help="seeds of the runs that count, separated by commas")
+    add("--seeds", default=",".join(map(str, SEEDS)), help="seeds of the runs that count")
+    add("--held-out", action="store_true", help=f"seeds {HELD_OUT} in their place")
+    add("--recorded", action="store_true", help="train nothing, and leave out missing runs")
+    add("--repeat", default="", help="optimizers that are trained again on the seeds that count")
     add("--steps", type=int, help="steps of every run")
     add("--fraction", type=float, default=1.0, help="fraction of the steps of every run")
     add("--trials", type=int, default=5, help="trials per optimizer")
@@ -174,18 +198,12 @@ def _protocol(options: argparse.Namespace) -> Protocol:
         chosen = [replace(task, steps=options.steps) for task in chosen]
     chosen = [replace(t, steps=round(options.fraction * t.steps)) for t in chosen]
     optimizers = _chosen(options.optimizer, list(OPTIMIZERS), "optimizer")
-    seeds = (1,) if options.quick else tuple(map(int, options.seeds.split(",")))
-    return Protocol(size, chosen, optimizers, seeds, 2 if options.quick else options.trials)
-
-
-def _split(options: argparse.Namespace) -> Split:
-    """Return the images; those of the quick comparison are synthetic."""
+    trains = not options.recorded
+    repeated = _chosen(options.repeat, optimizers, "repeat") if options.repeat else []
+    seeds = HELD_OUT if options.held_out else tuple(map(int, options.seeds.split(",")))
     if options.quick:
-        return synthetic()
-    try:
-        return fashion_mnist(options.data_dir)
-    except FileNotFoundError as error:
-        raise SystemExit(str(error)) from error
+        return Protocol(size, chosen, optimizers, (1,), 2, repeated, trains)
+    return Protocol(size, chosen, optimizers, seeds, options.trials, repeated, trains)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -194,16 +212,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     protocol = _protocol(options)
     stem = "training-quick" if options.quick else "training"
     records = Records(options.output / f"{stem}.jsonl")
-    comparison = Comparison(protocol, _split(options), records)
-    if options.plan:
-        for line in comparison.plan():
-            print(line, flush=True)
-        return
-    outcomes = []
-    for task in protocol.tasks:
-        outcomes.append(comparison.outcome(task))
-        lines = [_heading(protocol), "", *table(outcomes)]
-        (options.output / f"{stem}.txt").write_text("\n".join(lines))
+    sources = Sources(None if options.quick else options.data_dir)
+    comparison = Comparison(protocol, sources, records)
+    try:
+        if options.plan:
+            for line in comparison.plan():
+                print(line, flush=True)
+            return
+        outcomes = []
+        for task in protocol.tasks:
+            outcomes.append(comparison.outcome(task))
+            lines = [_heading(protocol), "", *table(outcomes)]
+            (options.output / f"{stem}.txt").write_text("\n".join(lines))
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from error
     print("\n".join(lines))
     try:
         draw(outcomes, options.output / f"{stem}.png")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
+
+from evidence.examples import Examples, Split
 
 DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
 REMEDY = (
@@ -21,36 +24,25 @@ _MAGIC = {1: 2049, 3: 2051}  # by number of dimensions
 
 
 @dataclass(frozen=True)
-class Images:
-    """Images ``[n, 1, h, w]`` between 0 and 1 with their classes ``[n]``."""
+class Sources:
+    """Where the images of the tasks come from; they are read when a task first needs them.
 
-    x: Tensor
-    y: Tensor
+    Args:
+        directory: The folder of the four files, or ``None`` for synthetic images.
+    """
 
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.x)
+    directory: Path | None = None
 
-    def first(self, count: int) -> Images:
-        """Return the first images."""
-        return Images(self.x[:count], self.y[:count])
-
-    def at_size(self, size: int) -> Images:
-        """Return images of ``size`` x ``size``, averaged over squares; ``size`` divides theirs."""
-        factor = self.x.shape[-1] // size
-        return Images(avg_pool2d(self.x, factor), self.y) if factor > 1 else self
+    @cached_property
+    def images(self) -> Split:
+        """Images ``[n, 1, 28, 28]`` between 0 and 1 with their classes ``[n]``."""
+        return synthetic() if self.directory is None else fashion_mnist(self.directory)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Images to train on and images to test on."""
-
-    train: Images
-    test: Images
-
-    def at_size(self, size: int) -> Split:
-        """Return the split with averaged-down images."""
-        return Split(self.train.at_size(size), self.test.at_size(size))
+def at_size(images: Examples, size: int) -> Examples:
+    """Return images of ``size`` x ``size``, averaged over squares; ``size`` divides theirs."""
+    factor = images.x.shape[-1] // size
+    return Examples(avg_pool2d(images.x, factor), images.y) if factor > 1 else images
 
 
 def fashion_mnist(directory: Path = DIRECTORY) -> Split:
@@ -71,13 +63,13 @@ def synthetic(train: int = 1024, test: int = 256, seed: int = 0) -> Split:
     y = torch.randint(10, (train + test,), generator=generator)
     noise = torch.randn(train + test, 1, 28, 28, generator=generator)
     x = (prototypes[y] + 0.3 * noise).clamp(0, 1)
-    return Split(Images(x[:train], y[:train]), Images(x[train:], y[train:]))
+    return Split(Examples(x[:train], y[:train]), Examples(x[train:], y[train:]))
 
 
-def _images(directory: Path, part: str) -> Images:
+def _images(directory: Path, part: str) -> Examples:
     """Return images and classes of one part."""
     pixels = _read(directory / f"{part}-images-idx3-ubyte.gz", 3)
-    return Images(
+    return Examples(
         pixels.unsqueeze(1).float() / 255, _read(directory / f"{part}-labels-idx1-ubyte.gz", 1)
     )
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from einconv_kfac.optim import KFAC
-from evidence.tasks import Task
+from evidence.task import Task
 
 Setting = Mapping[str, Any]
 PERIODS = (10, 100)
@@ -86,7 +85,7 @@ def torch_trainer(
     """Return a trainer that backpropagates by torch."""
 
     def backward(x: Tensor, y: Tensor) -> Tensor:
-        loss = task.loss(loss_fn, model(x), x, y)
+        loss = task.family.loss(loss_fn, model(x), x, y)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -96,13 +95,13 @@ def torch_trainer(
 def sgd(model: nn.Module, task: Task, setting: Setting) -> Trainer:
     """SGD with Nesterov momentum 0.9."""
     opt = torch.optim.SGD(model.parameters(), lr=setting["lr"], momentum=0.9, nesterov=True)
-    return torch_trainer([opt], model, task.loss_fn(), task)
+    return torch_trainer([opt], model, task.family.loss_fn(), task)
 
 
 def adamw(model: nn.Module, task: Task, setting: Setting) -> Trainer:
     """AdamW with weight decay 0.01."""
     opt = torch.optim.AdamW(model.parameters(), lr=setting["lr"], weight_decay=0.01)
-    return torch_trainer([opt], model, task.loss_fn(), task)
+    return torch_trainer([opt], model, task.family.loss_fn(), task)
 
 
 def soap(model: nn.Module, task: Task, setting: Setting) -> Trainer:
@@ -110,7 +109,26 @@ def soap(model: nn.Module, task: Task, setting: Setting) -> Trainer:
     opt = library("pytorch_optimizer").SOAP(
         model.parameters(), lr=setting["lr"], precondition_frequency=PERIODS[0]
     )
-    return torch_trainer([opt], model, task.loss_fn(), task)
+    return torch_trainer([opt], model, task.family.loss_fn(), task)
+
+
+def muon(model: nn.Module, task: Task, setting: Setting) -> Trainer:
+    """Muon of pytorch_optimizer for inner matrices, and AdamW for the rest, at the same rate.
+
+    Updates of matrices have the root mean square of AdamW's (Liu et al., 2025), so that one rate
+    serves both. Vectors, the last matrix, and parameters of embeddings are the rest.
+    """
+    leaves = [m for m in model.modules() if not [*m.children()] and not isinstance(m, nn.Embedding)]
+    matrices = [p for m in leaves for p in m.parameters() if p.ndim >= 2][:-1]
+    rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    groups = [
+        {"params": matrices, "use_muon": True},
+        {"params": rest, "use_muon": False, "betas": (0.9, 0.999), "weight_decay": 0.01},
+    ]
+    common = {"lr": setting["lr"], "weight_decay": 0.01}
+    groups = [{**common, **group} for group in groups if group["params"]]
+    opt = library("pytorch_optimizer").Muon(groups, use_adjusted_lr=True)
+    return torch_trainer([opt], model, task.family.loss_fn(), task)
 
 
 def singd(model: nn.Module, task: Task, setting: Setting) -> Trainer:
@@ -124,7 +142,7 @@ def singd(model: nn.Module, task: Task, setting: Setting) -> Trainer:
         lr_cov=0.1,
         warn_unsupported=False,
     )
-    return torch_trainer(with_rest(model, opt), model, task.loss_fn(), task)
+    return torch_trainer(with_rest(model, opt), model, task.family.loss_fn(), task)
 
 
 def with_rest(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
@@ -135,7 +153,7 @@ def with_rest(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.
 
 
 class _AsdlLoss(nn.Module):
-    """A task's loss with the ``reduction`` that asdl sets: over images, or their sum."""
+    """A task's loss with the ``reduction`` that asdl sets: over examples, or their sum."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -143,19 +161,16 @@ class _AsdlLoss(nn.Module):
         self.reduction = "mean"
 
     def forward(self, output: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Return the loss of images ``x`` with classes ``y``."""
-        if self.task.autoencoder:
-            flat = functional.binary_cross_entropy_with_logits
-            total = flat(output, x.flatten(1), reduction="sum")
-        else:
-            total = functional.cross_entropy(output, y, reduction="sum")
-        return total / len(x) if self.reduction == "mean" else total
+        """Return the loss of inputs ``x`` with targets ``y``."""
+        family = self.task.family
+        loss = family.loss(family.loss_fn(), output, x, y)
+        return loss if self.reduction == "mean" else loss * len(x)
 
 
 def _asdl_maker(
     model: nn.Module, task: Task, damping: float, periods: tuple[int, int], warm_up: int
 ) -> Any:
-    """Return asdl's K-FAC: Monte-Carlo Fisher, the empirical one for autoencoders."""
+    """Return asdl's K-FAC: Monte-Carlo Fisher for classes, else the empirical one."""
     asdl = library("asdl")
     if not torch.cuda.is_available():  # its markers for NVIDIA's profiler need CUDA
         marked = import_module("asdl.precondition.natural_gradient")
@@ -170,7 +185,8 @@ def _asdl_maker(
         curvature_warmup_steps=warm_up,
         ignore_modules=[nn.ConvTranspose2d],
     )
-    fisher = asdl.FISHER_EMP if task.autoencoder else asdl.FISHER_MC
+    has_classes = isinstance(task.family.loss_fn(), nn.CrossEntropyLoss)
+    fisher = asdl.FISHER_MC if has_classes else asdl.FISHER_EMP
     return asdl.KfacGradientMaker(model, config, fisher_type=fisher)
 
 
@@ -219,14 +235,14 @@ def asdl_kfac(model: nn.Module, task: Task, setting: Setting) -> Trainer:
 
 def kfac_fixed(model: nn.Module, task: Task, setting: Setting) -> Trainer:
     """KFAC with fixed rates."""
-    loss_fn = task.loss_fn()
+    loss_fn = task.family.loss_fn()
     opt = KFAC(model, loss_fn, adaptive=False, **setting)
     return torch_trainer([opt], model, loss_fn, task)
 
 
 def kfac(model: nn.Module, task: Task, setting: Setting) -> Trainer:
     """KFAC with the automatic step, on its defaults except for the setting."""
-    loss_fn, changes = task.loss_fn(), dict(setting)
+    loss_fn, changes = task.family.loss_fn(), dict(setting)
     scheduled = bool(changes.pop("scheduled", False))
     opt = KFAC(model, loss_fn, **changes)
     return replace(torch_trainer([opt], model, loss_fn, task), scheduled=scheduled)
@@ -236,11 +252,12 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, Task, Setting], Trainer]] = {
     "SGD": sgd,
     "AdamW": adamw,
     "SOAP": soap,
+    "Muon": muon,
     "SINGD": singd,
     "asdl K-FAC": asdl_kfac,
     "KFAC fixed": kfac_fixed,
     "KFAC": kfac,
     "KFAC tuned": kfac,
 }
-PEERS = ("SGD", "AdamW", "SOAP", "SINGD", "asdl K-FAC")
+PEERS = ("SGD", "AdamW", "SOAP", "Muon", "SINGD", "asdl K-FAC")
 """The tuned optimizers that KFAC is compared with."""

@@ -1,18 +1,15 @@
-"""The table and the picture of finished runs."""
+"""The table of finished runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from math import inf, isfinite
-from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from evidence.optimizers import PEERS
 from evidence.runs import Run
-from evidence.tasks import Task
+from evidence.task import Task
 
 OWN = "KFAC"
 
@@ -51,14 +48,14 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
         task = outcome.task
         lines += [
             f"({task.name}) {task.title}: batch {task.batch_size}, {task.steps} steps, "
-            f"{task.image_size}x{task.image_size}, {task.train_size} images",
-            f"    target: {target:.4f}, the final training loss of {peer}"
+            f"{task.family.description}",
+            f"    target: {_loss(target)}, the final training loss of {peer}"
             if peer
             else "    no peer",
-            f"    {'':12}{'loss':>9}{'steps to':>10}{'seconds':>9}{'cpu s':>8}{'ms/step':>9}"
-            f"{'test %':>8}{'at half':>8}   per seed: loss, steps, seconds; setting",
+            f"    {'':12}{'loss':>10}{'steps to':>10}{'seconds':>9}{'cpu s':>8}{'ms/step':>9}"
+            f"{task.family.metric:>11}{'at half':>9}   per seed: loss, steps, cpu s; setting",
         ]
-        lines += [_row(name, runs, target) for name, runs in outcome.runs.items() if runs]
+        lines += [_row(task, name, runs, target) for name, runs in outcome.runs.items() if runs]
         lines += [f"    {name:12} failed: {why}" for name, why in outcome.failures.items()]
         if peer and outcome.runs.get(OWN):
             lines.append(_ratios(outcome, peer, target))
@@ -66,21 +63,22 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
-def _row(name: str, runs: Sequence[Run], target: float) -> str:
+def _row(task: Task, name: str, runs: Sequence[Run], target: float) -> str:
     """Return the line of one optimizer: means over seeds, then each seed."""
     reached = [_reached(run, target) for run in runs]
     means = [mean(column) for column in zip(*reached)]
     per_step = mean(1000 * r.cpu_seconds[-1] / r.steps[-1] if r.steps else inf for r in runs)
-    accuracies = [r.accuracies for r in runs if len(r.accuracies) == 2]
-    halves, ends = zip(*accuracies) if accuracies else ((inf,), (inf,))
+    tests = [r.metrics for r in runs if len(r.metrics) == 2]
+    halves, ends = zip(*tests) if tests else ((inf,), (inf,))
     seeds = "; ".join(
-        f"{r.final:.4f} {_show(s[0], 'd')} {_show(s[1], '.2f')}" for r, s in zip(runs, reached)
+        f"{_loss(r.final)} {_show(s[0], 'd')} {_show(s[2], '.2f')}" for r, s in zip(runs, reached)
     )
     setting = " ".join(f"{k}={v}" for k, v in runs[0].setting.items()) or "defaults"
+    scale = task.family.scale
     return (
-        f"    {name:12}{_show(mean(r.final for r in runs), '.4f'):>9}{_show(means[0], '.0f'):>10}"
+        f"    {name:12}{_loss(mean(r.final for r in runs)):>10}{_show(means[0], '.0f'):>10}"
         f"{_show(means[1], '.2f'):>9}{_show(means[2], '.2f'):>8}{_show(per_step, '.1f'):>9}"
-        f"{_show(100 * mean(ends), '.2f'):>8}{_show(100 * mean(halves), '.2f'):>8}"
+        f"{_show(scale * mean(ends), '.4g'):>11}{_show(scale * mean(halves), '.4g'):>9}"
         f"   {seeds}; {setting}"
     )
 
@@ -91,6 +89,11 @@ def _reached(run: Run, target: float) -> tuple[float, float, float]:
     if index is None:
         return inf, inf, inf
     return run.steps[index], run.seconds[index], run.cpu_seconds[index]
+
+
+def _loss(value: float) -> str:
+    """Format a loss to four decimals, a small one to four digits."""
+    return _show(value, ".4f" if abs(value) >= 0.1 else ".4g")
 
 
 def _show(value: float, style: str) -> str:
@@ -110,41 +113,17 @@ def _ratios(outcome: Outcome, peer: str, target: float) -> str:
         mean(r.cpu_seconds[-1] for r in rivals),
     )
     steps, seconds, cpu = (_show(a / b, ".2f") for a, b in zip(own, whole))
-    line = f"    KFAC by {peer}: {steps} of its steps, {seconds} of its time ({cpu} processor)"
+    line = f"    KFAC by {peer}: {steps} of its steps, "
+    if comparable(outcome.runs[OWN], rivals):
+        line += f"{seconds} of its time ({cpu} processor)"
+    else:
+        line += "times are from different clocks"
     tuned = outcome.runs.get("KFAC tuned")
     if tuned and isfinite(best := min(outcome.final("KFAC tuned"), outcome.final(OWN))):
         line += f"; loss by the best tuned K-FAC's: {_show(outcome.final(OWN) / best, '.3f')}"
     return line
 
 
-def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draw the training loss by step and by processor second, one curve per seed.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
-    matplotlib = import_module("matplotlib")
-    matplotlib.use("Agg")
-    plt = import_module("matplotlib.pyplot")
-    figure, axes = plt.subplots(
-        len(outcomes), 2, figsize=(10, 3 * len(outcomes)), squeeze=False, layout="constrained"
-    )
-    for outcome, (by_step, by_second) in zip(outcomes, axes):
-        _curves(outcome, by_step, "steps")
-        _curves(outcome, by_second, "cpu_seconds")
-        by_step.set_ylabel("training loss")
-        by_step.set_title(f"({outcome.task.name}) {outcome.task.title}")
-    axes[0][0].legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def _curves(outcome: Outcome, axis: Any, clock: str) -> None:
-    """Draw the losses of one task, by steps or by seconds."""
-    for color, (name, runs) in enumerate(outcome.runs.items()):
-        for index, run in enumerate(runs):
-            label = name if index == 0 else None
-            axis.plot(getattr(run, clock), run.losses, color=f"C{color}", label=label, lw=1)
-    axis.set_yscale("log")
-    axis.set_xlabel(clock.replace("cpu_seconds", "seconds of the processor"))
+def comparable(first: Sequence[Run], second: Sequence[Run]) -> bool:
+    """Return whether the runs of each seed took turns on one machine; older files do not say."""
+    return all((a.machine, a.clock) == (b.machine, b.clock) for a, b in zip(first, second))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from evidence.tasks import Task
+from evidence.task import Task
 
 LEARNING_RATES = {
     "SGD": (3e-3, 0.5),
     "AdamW": (1e-3, 4e-2),
     "SOAP": (2e-3, 0.1),
+    "Muon": (1e-3, 4e-2),
     "SINGD": (1e-3, 0.1),
     "asdl K-FAC": (0.01, 1.0),
     "KFAC fixed": (0.01, 0.3),
 }
-"""Smallest and largest learning rates for classification."""
-AUTOENCODER_LEARNING_RATES = {**LEARNING_RATES, "SGD": (1e-4, 1e-2)}
-"""The same for losses that sum over pixels."""
+"""Smallest and largest learning rates, where the family of the task has no others."""
 DAMPINGS = {"SINGD": (1e-4, 1e-1), "asdl K-FAC": (1e-3, 1.0), "KFAC fixed": (1e-3, 1.0)}
 """Smallest and largest damping."""
 KFAC_SETTINGS: tuple[dict[str, Any], ...] = (
@@ -43,8 +42,7 @@ def settings(optimizer: str, task: Task, trials: int) -> list[dict[str, Any]]:
         return [{}]
     if optimizer == "KFAC tuned":
         return [dict(setting) for setting in KFAC_SETTINGS[:trials]]
-    rates = AUTOENCODER_LEARNING_RATES if task.autoencoder else LEARNING_RATES
-    low, high = rates[optimizer]
+    low, high = {**LEARNING_RATES, **task.family.rates}[optimizer]
     tried: list[dict[str, Any]] = [
         {"lr": _between(low, high, (index + 0.5) / trials)} for index in range(trials)
     ]

@@ -1,128 +1,84 @@
-"""The tasks (a) to (f), each in three sizes."""
+"""The tasks (a) to (m), each in three sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch.nn import Linear
 
-from evidence.data import Split
+from evidence.families.images import Classification, Reconstruction
+from evidence.families.linear_models import CANCER, DIABETES, LinearRegression, LogisticRegression
+from evidence.families.photograph import NeuralField, Photograph
+from evidence.families.physics import Poisson, PoissonResidual
+from evidence.families.text import Text
 from evidence.models import conv_autoencoder, deep_autoencoder, plain_cnn, resnet20, small_cnn
-
-
-@dataclass(frozen=True)
-class Task:
-    """A network, its loss, its images, and the length of its training.
-
-    Args:
-        name: The letter of the task.
-        title: Title in the table.
-        model: Returns a new network; the caller has set the seed.
-        batch_size: Examples per step.
-        steps: Steps of a run.
-        image_size: Height and width of the images.
-        train_size: Number of training images that are used.
-        autoencoder: Whether the targets are the images, one Bernoulli loss per pixel.
-        evaluations: Number of evaluations in a run; the last one follows the last step.
-    """
-
-    name: str
-    title: str
-    model: Callable[[], nn.Module]
-    batch_size: int
-    steps: int
-    image_size: int = 28
-    train_size: int = 60_000
-    autoencoder: bool = False
-    evaluations: int = 30
-
-    def loss_fn(self) -> nn.Module:
-        """Return the loss module; that of autoencoders sums over pixels and images."""
-        return nn.BCEWithLogitsLoss(reduction="sum") if self.autoencoder else nn.CrossEntropyLoss()
-
-    def loss(self, loss_fn: nn.Module, output: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Return the loss, averaged over images; for autoencoders summed over pixels."""
-        if not self.autoencoder:
-            loss: Tensor = loss_fn(output, y)
-            return loss
-        total: Tensor = loss_fn(output, x.flatten(1))
-        return total / len(x)
-
-    def due(self, step: int) -> bool:
-        """Return whether to evaluate after ``step`` steps."""
-        return step * self.evaluations // self.steps > (step - 1) * self.evaluations // self.steps
-
-    def data(self, split: Split) -> Split:
-        """Return the images of this task."""
-        return Split(split.train.first(self.train_size), split.test).at_size(self.image_size)
-
+from evidence.sequence_models import CharacterTransformer, RowsLSTM, VisionTransformer
+from evidence.task import Task
 
 SIZES = (784, 1000, 500, 250, 30)
+_CNN = partial(small_cnn, 14, (16, 32), 64)
+_AUTOENCODER = partial(conv_autoencoder, 28, 8, 30)
+_FEW = Classification(28, 20_000)
+_TINY = Classification(14, 256)
 
 TASKS = {
     task.name: task
     for task in (
-        Task("a", "CNN, batch 128", partial(small_cnn, 14, (16, 32), 64), 128, 1500, 14),
-        Task("b", "CNN, batch 2048", partial(small_cnn, 14, (16, 32), 64), 2048, 150, 14),
-        Task("c", "20 plain layers", partial(plain_cnn, 8), 128, 450),
-        Task("d", "ResNet-20", partial(resnet20, 8), 128, 480, 14, 20_000),
-        Task(
-            "e",
-            "convolutional autoencoder",
-            partial(conv_autoencoder, 28, 8, 30),
-            500,
-            240,
-            autoencoder=True,
-        ),
-        Task("f", "deep autoencoder", partial(deep_autoencoder, SIZES), 500, 160, autoencoder=True),
+        Task("a", "CNN, batch 128", _CNN, 128, 1500, Classification(14)),
+        Task("b", "CNN, batch 2048", _CNN, 2048, 150, Classification(14)),
+        Task("c", "20 plain layers", partial(plain_cnn, 8), 128, 450, Classification()),
+        Task("d", "ResNet-20", partial(resnet20, 8), 128, 480, Classification(14, 20_000)),
+        Task("e", "convolutional autoencoder", _AUTOENCODER, 500, 240, Reconstruction()),
+        Task("f", "deep autoencoder", partial(deep_autoencoder, SIZES), 500, 160, Reconstruction()),
+        Task("g", "linear regression", partial(Linear, 20, 1), DIABETES, 300, LinearRegression()),
+        Task("h", "logistic regression", partial(Linear, 30, 2), CANCER, 300, LogisticRegression()),
+        Task("i", "LSTM over rows", partial(RowsLSTM, 28, 48), 128, 250, _FEW),
+        Task("j", "Poisson problem", partial(PoissonResidual, 32), 600, 250, Poisson()),
+        Task("k", "character transformer", partial(CharacterTransformer, 32, 48), 32, 300, Text()),
+        Task("l", "photograph as a neural field", NeuralField, 1024, 300, Photograph()),
+        Task("m", "vision transformer", partial(VisionTransformer, 28, 7, 48), 128, 250, _FEW),
     )
 }
-"""The standard tasks; all runs of a comparison together take two hours of processor time."""
+"""The standard tasks."""
 
 _FULL: dict[str, dict[str, Any]] = {
-    "a": {"model": partial(small_cnn, 28, (32, 64), 128), "steps": 2350, "image_size": 28},
-    "b": {"model": partial(small_cnn, 28, (32, 64), 128), "steps": 300, "image_size": 28},
+    "a": {"model": partial(small_cnn, 28, (32, 64), 128), "steps": 2350},
+    "b": {"model": partial(small_cnn, 28, (32, 64), 128), "steps": 300},
     "c": {"model": partial(plain_cnn, 32), "steps": 2350},
-    "d": {"model": partial(resnet20, 16), "steps": 2350, "image_size": 28},
+    "d": {"model": partial(resnet20, 16), "steps": 2350, "family": _FEW},
     "e": {"model": partial(conv_autoencoder, 28, 32, 30), "steps": 1200},
     "f": {"steps": 1200},
+    "i": {"model": partial(RowsLSTM, 28, 128), "steps": 2350},
+    "j": {"model": partial(PoissonResidual, 64), "steps": 1000},
+    "k": {"model": partial(CharacterTransformer, 64, 128, 4), "steps": 2000, "family": Text(64)},
+    "l": {"steps": 2000, "family": Photograph(2)},
+    "m": {"model": partial(VisionTransformer, 28, 4, 96, 6), "steps": 2350},
 }
+_FULL |= {name: {**_FULL[name], "family": Classification()} for name in "abim"}
 _QUICK: dict[str, dict[str, Any]] = {
     "a": {"model": partial(small_cnn, 14, (2, 4), 8), "batch_size": 32},
     "b": {"model": partial(small_cnn, 14, (2, 4), 8), "batch_size": 64},
-    "c": {"model": partial(plain_cnn, 2, 6), "batch_size": 16, "image_size": 14},
-    "d": {"model": partial(resnet20, 2, 1), "batch_size": 16, "train_size": 256},
+    "c": {"model": partial(plain_cnn, 2, 6), "batch_size": 16, "family": Classification(14)},
+    "d": {"model": partial(resnet20, 2, 1), "batch_size": 16, "family": _TINY},
     "e": {"model": partial(conv_autoencoder, 28, 2, 4), "batch_size": 32},
     "f": {"model": partial(deep_autoencoder, (784, 16, 8, 4)), "batch_size": 32},
+    "i": {"model": partial(RowsLSTM, 14, 4), "batch_size": 16, "family": _TINY},
+    "j": {"model": partial(PoissonResidual, 4), "batch_size": 32, "family": Poisson(32)},
+    "k": {"model": partial(CharacterTransformer, 16, 8, 1), "batch_size": 8, "family": Text(16, 2)},
+    "l": {"model": partial(NeuralField, 4, 8), "batch_size": 32, "family": Photograph(32)},
+    "m": {"model": partial(VisionTransformer, 14, 7, 8, 1), "batch_size": 16, "family": _TINY},
 }
 
 
 def tasks(size: str = "standard") -> dict[str, Task]:
     """Return the tasks by letter; ``size`` is ``"standard"``, ``"full"`` or ``"quick"``."""
     if size == "full":
-        return {name: replace(task, **_FULL[name]) for name, task in TASKS.items()}
+        return {name: replace(task, **_FULL.get(name, {})) for name, task in TASKS.items()}
     if size == "quick":
         return {
-            name: replace(task, steps=6, evaluations=3, **_QUICK[name])
+            name: replace(task, steps=6, evaluations=3, **_QUICK.get(name, {}))
             for name, task in TASKS.items()
         }
     return dict(TASKS)
-
-
-def batches(task: Task, count: int, seed: int) -> Callable[[int], Tensor]:
-    """Return a function from a step to the indices of its examples, shuffled in each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    orders: list[Tensor] = []
-    per_epoch = max(count // task.batch_size, 1)
-
-    def indices(step: int) -> Tensor:
-        epoch, position = divmod(step, per_epoch)
-        while len(orders) <= epoch:
-            orders.append(torch.randperm(count, generator=generator))
-        return orders[epoch][position * task.batch_size :][: task.batch_size]
-
-    return indices

@@ -66,6 +66,10 @@ class TypeRegistry(Generic[T]):
         """Return the rule that applies to a module, or ``None``."""
         return next((rule for _, rule in self.fitting(module)), None)
 
+    def is_registered(self, module: nn.Module) -> bool:
+        """Return whether a rule that was registered later applies to a module."""
+        return any(isinstance(module, kind) for kind, _ in self._later)
+
     def __iter__(self) -> Iterator[tuple[Kind, T]]:
         yield from self._first.items()
         yield from self._later

@@ -33,6 +33,41 @@ def workers_of(model: nn.Module) -> Workers:
     return ProcessGroup(group, next(model.parameters()).device)
 
 
+def parallel_workers_of(model: nn.Module, owner: str) -> Workers:
+    """Return the workers of a `DistributedDataParallel`, or one worker if there are no others.
+
+    Args:
+        model: The model.
+        owner: Name of the function that has it.
+
+    Raises:
+        RuntimeError: If there are others and the model is not wrapped.
+    """
+    workers = workers_of(model)
+    if workers.size > 1 and parallel_wrapper(model) is None:
+        raise RuntimeError(
+            f"{owner} must have the DistributedDataParallel of a model, got the model and a "
+            f"process group of {workers.size}. Pass the wrapper, and on each worker its data."
+        )
+    return workers
+
+
+def check_whole(model: nn.Module, owner: str) -> None:
+    """Raise a ``ValueError`` if a parameter is a part of one that is split between devices.
+
+    Args:
+        model: The model.
+        owner: Name of the class or the function that has it.
+    """
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor":
+            raise ValueError(
+                f"The parameters of a model for {owner} must be whole tensors, got a DTensor for "
+                f"'{name}'. Pass the model before it is distributed (`distribute_module`, "
+                "`fully_shard`), or its torch.nn.parallel.DistributedDataParallel."
+            )
+
+
 def _check_parallel(model: nn.Module) -> None:
     """Raise a ``ValueError`` if a model is neither whole on each worker nor alone."""
     for module in model.modules():
@@ -42,13 +77,6 @@ def _check_parallel(model: nn.Module) -> None:
                 f"`model` must be a module or its DistributedDataParallel, got {name}. Wrap it in "
                 "torch.nn.parallel.DistributedDataParallel, with one process for each device."
             )
-    sharded = [n for n, p in model.named_parameters() if hasattr(p, "device_mesh")]
-    if sharded:
-        raise ValueError(
-            f"`model` must have whole parameters on each worker, got the DTensor '{sharded[0]}', "
-            "as after `fully_shard` or `parallelize_module`. Wrap the model in "
-            "torch.nn.parallel.DistributedDataParallel instead."
-        )
 
 
 def _check_layers(model: nn.Module) -> None:

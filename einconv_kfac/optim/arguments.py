@@ -11,6 +11,8 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from einconv_kfac.distributed.detection import check_whole
+
 LARGEST_INTEGER = 2**63
 """Integers from here on do not fit a tensor's operations."""
 SEED_BOUNDS = (-(2**63), 2**64)
@@ -122,6 +124,7 @@ def check_trainable(model: Any, loss_fn: Any, owner: str) -> None:
     check_model(model, owner)
     if loss_fn is not None:
         check_loss_module(loss_fn, owner)
+    check_whole(model, owner)
 
 
 def check_model(model: Any, owner: str) -> None:

@@ -156,9 +156,13 @@ def assigned_parameters(
     return {
         name: new
         for name, new in changed.items()
-        if owners.get(name) in modules
-        and (new.shape, new.dtype) == (known[name].shape, known[name].dtype)
+        if owners.get(name) in modules and _form(new) == _form(known[name])
     }
+
+
+def _form(parameter: nn.Parameter) -> tuple[object, ...]:
+    """Return what a parameter and one that is assigned in its place must have in common."""
+    return parameter.shape, parameter.dtype, type(parameter.data)
 
 
 def check_present(known: Mapping[str, nn.Parameter], present: Mapping[str, nn.Parameter]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import accumulate, combinations_with_replacement
 from typing import TypeAlias, TypeVar
 
@@ -26,6 +27,7 @@ JOINED_ENTRIES = 1 << 20
 """Entries of a vector of several tensors: what is copied at a time."""
 
 
+@cache
 def precise(dtype: torch.dtype) -> torch.dtype:
     """Return the data type of sums, averages and steps: at least float32.
 
@@ -185,6 +187,16 @@ def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the Euclidean norm of each of many tensors."""
     tensors = list(tensors)
     return list(torch._foreach_norm(tensors)) if tensors else []
+
+
+def totals(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return sums of entries, together of all of them: one number for each data type."""
+    direction = {str(index): tensor for index, tensor in enumerate(tensors)}
+    sums: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for chunk in _chunks(direction, direction):
+        vector = _joined(direction, chunk)
+        sums[vector.dtype].append(vector.sum())
+    return [torch.stack(own).sum() for own in sums.values()]
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -45,6 +45,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 def test_workers_train_as_one(name: str, size: int, found: dict[int, list[Any]]) -> None:
     own = [parameters(result[name]) for result in found[size]]
     assert all(torch.equal(own[0], other) for other in own[1:])
+    if CASES[name].whole_options is not None:
+        return
     expected = parameters(found[1][0]["accumulated"][name])
     assert error(own[0], expected) < TOLERANCE
 

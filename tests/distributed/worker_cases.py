@@ -42,6 +42,8 @@ class Case:
         preconditions: Whether another optimizer takes the steps.
         whole: Whether one worker with the whole batch must do the same.
         workers: The numbers of workers.
+        whole_options: Other options of the one worker with the whole batch; it is then the only
+            one to compare with.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Case:
     preconditions: bool = False
     whole: bool = False
     workers: Sequence[int] = (2, 4)
+    whole_options: dict[str, Any] | None = None
 
 
 class Branches(nn.Module):
@@ -142,8 +145,14 @@ CASES: dict[str, Case] = {
     "compiled inside": Case(compiled="inside"),
     "compiled outside": Case(compiled="outside"),
     "preconditioner": Case({"fisher": "exact"}, preconditions=True, whole=True),
+    # the gradient and the curvature are those of the sum over examples, by the number of workers
     "preconditioner, sum": Case(
-        {"fisher": "exact"}, loss=lambda: nn.CrossEntropyLoss(reduction="sum"), preconditions=True
+        {"fisher": "exact", "damping": 0.1},
+        loss=lambda: nn.CrossEntropyLoss(reduction="sum"),
+        preconditions=True,
+        whole=True,
+        workers=(4,),
+        whole_options={"damping": 0.4},
     ),
     "preconditioner, ekfac": Case({"inverse": "ekfac"}, sizes=MANY, preconditions=True),
 }
@@ -234,7 +243,8 @@ def trained(case: Case, rank: int = 0, size: int = 1) -> Tensor:
 
 def trained_whole(case: Case) -> Tensor:
     """The same by one worker with the whole batch of each step."""
-    whole = Case(**{**vars(case), "sizes": (sum(case.sizes),)})
+    options = {**case.options, **(case.whole_options or {})}
+    whole = Case(**{**vars(case), "sizes": (sum(case.sizes),), "options": options})
     training, found = Training(whole), []
     for number in range(STEPS):
         training.opt.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +254,17 @@ def test_pytorch_geometric() -> None:
         opt.step()
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reached"),
+    [
+        ("with_accelerate", (3,), 0.9),
+        ("with_lightning", (4,), 0.9),
+        ("with_transformers", (["--steps", "25", "--sums", "500"],), 0.3),
+    ],
+)
+def test_an_example(name: str, arguments: tuple[Any, ...], reached: float) -> None:
+    transformers()
+    pytest.importorskip(name.removeprefix("with_"))
+    assert import_module(name).main(*arguments) > reached

@@ -196,7 +196,7 @@ def test_an_unknown_operation_is_refused_with_a_remedy() -> None:
     opt = KFAC(model)
     before = weights(model)
     opt.observe((1 - model(X)).relu().mean()).backward()
-    with pytest.raises(RuntimeError, match=r"must be known.*got Relu.*Move them into the model"):
+    with pytest.raises(RuntimeError, match=r"must be known.*got Relu.*Write `x.clamp"):
         opt.step()
     assert torch.equal(before, weights(model))
     moved = Then(net(), lambda o: (1 - o).relu())

@@ -9,9 +9,11 @@ import pytest
 import torch
 from optim_cases import conv_net, image_batch, train_step, weights
 from torch import Tensor, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from einconv_kfac import KFAC, KFACPreconditioner
+from einconv_kfac import KFAC, KFACPreconditioner, kronecker_factors
 
 MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}, {"inverse": "ekfac"}]
 
@@ -86,3 +88,45 @@ def test_a_process_group_that_came_later_is_refused_by_a_step(kind: Any) -> None
         torch.distributed.destroy_process_group()
     assert torch.equal(before, weights(model))
     opt.step()  # the remedy
+
+
+def test_factors_in_several_processes_are_refused() -> None:
+    model, loss_fn, data = conv_net(), nn.CrossEntropyLoss(), [image_batch()]
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(RuntimeError, match="must have the DistributedDataParallel of a model"):
+            kronecker_factors(model, loss_fn, data)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(kronecker_factors(model, loss_fn, data)) == 3  # the remedy
+
+
+def split_(model: nn.Module) -> None:
+    """Split the parameters of a model between two devices."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        distribute_module(model, init_device_mesh("cpu", (2,)))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [KFAC, KFACPreconditioner])
+def test_split_parameters_are_refused(kind: Any) -> None:
+    model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    split_(model)
+    with pytest.raises(ValueError, match="must be whole tensors, got a DTensor for 'weight'"):
+        kind(model, loss_fn)
+    kind(nn.Linear(4, 3), loss_fn)  # the remedy
+    data = [(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(ValueError, match="must be whole tensors, got a DTensor for 'weight'"):
+        kronecker_factors(model, loss_fn, data)
+
+
+@pytest.mark.parametrize("kind", [KFAC, KFACPreconditioner])
+def test_parameters_that_are_split_later_are_refused(kind: Any) -> None:
+    model, loss_fn = nn.Linear(4, 3), nn.CrossEntropyLoss()
+    opt = kind(model, loss_fn)
+    loss_fn(model(torch.ones(2, 4)), torch.zeros(2, dtype=torch.long)).backward()
+    split_(model)
+    with pytest.raises(RuntimeError, match=r"got another one for '(weight|bias)'. Make a new"):
+        opt.step()

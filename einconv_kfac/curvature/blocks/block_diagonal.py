@@ -150,7 +150,8 @@ class KroneckerFactors(Mapping[str, Any]):
         """
         if state.get("version") != CURVATURE_STATE_VERSION:
             raise ValueError(
-                f"`state` must be of version {CURVATURE_STATE_VERSION}, got {state.get('version')}."
+                f"`state` must be of version {CURVATURE_STATE_VERSION}, got "
+                f"{state.get('version')}. Compute the factors anew."
             )
         return KroneckerFactors({n: _block_of(block) for n, block in state["blocks"].items()})
 
@@ -158,7 +159,10 @@ class KroneckerFactors(Mapping[str, Any]):
         """Raise a ``ValueError`` if another operator covers other layers."""
         if self.keys() != other.keys():
             differ = sorted(self.keys() ^ other.keys())
-            raise ValueError(f"Both sides must cover the same layers, they differ in {differ}.")
+            raise ValueError(
+                f"Both sides must cover the same layers, they differ in {differ}. Compute both "
+                "with the same `exclude` and `parameters`."
+            )
 
     def _mapped(self, change: Callable[[Block], Block]) -> KroneckerFactors:
         """Return the operator with every block changed."""

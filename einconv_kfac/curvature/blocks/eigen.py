@@ -199,7 +199,10 @@ def _eigh_in_float64(factor: Tensor, name: str) -> tuple[Tensor, Tensor]:
         RuntimeError: If that fails, or the factor is not finite.
     """
     if not bool(factor.isfinite().all()):
-        raise RuntimeError(f"The entries of {name} must be finite for an eigendecomposition.")
+        raise RuntimeError(
+            f"The entries of {name} must be finite for an eigendecomposition, got NaN or infinity. "
+            "Leave out the batches or the layer that they come from."
+        )
     scale = factor.abs().amax((-2, -1), keepdim=True).double().clamp_min(_SMALLEST_SCALE)
     try:
         values, vectors = torch.linalg.eigh(factor.double() / scale)

@@ -117,7 +117,11 @@ def pooled_block(blocks: Sequence[KroneckerBlock], weights: Sequence[float]) -> 
     """
     layouts = {block.layout for block in blocks}
     if len(layouts) > 1 or not all(isinstance(block, KroneckerBlock) for block in blocks):
-        raise ValueError("Only Kronecker products of the same parameters can be pooled.")
+        kinds = sorted({type(block).__name__ for block in blocks})
+        raise ValueError(
+            "Blocks must be Kronecker products of the same parameters to be pooled, got "
+            f"{', '.join(kinds)} of {len(layouts)} layouts. Add them with `+` instead."
+        )
     shapes = sorted({(tuple(block.A.shape), tuple(block.B.shape)) for block in blocks})
     if len(shapes) > 1:
         raise ValueError(

@@ -4,6 +4,9 @@ torch multiplies float32 matrices on x86 with Intel's MKL, which uses the full w
 vector units on Intel's processors only. oneDNN, the library of torch's convolutions, uses it on
 all processors: on others than Intel's, large products take half the time. oneDNN reads its
 operands without a copy, unless one has gaps between its rows.
+
+Where the device multiplies bfloat16 or float16 matrices with sums in float32, operands of these
+types stay as they are. Their products are exact in float32, so that the result is the same.
 """
 
 from __future__ import annotations
@@ -25,6 +28,32 @@ SHORT_SUM_TERMS = 64
 """Terms of a product's sums up to which it costs no more than writing its result."""
 
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+"""Types whose products are exact in float32."""
+
+
+def operand_dtype(x: Tensor, result: torch.dtype) -> torch.dtype:
+    """Return the type in which a tensor enters products whose sums have a type.
+
+    It is the tensor's own where the device multiplies it without a copy in the result's type.
+    """
+    low = x.dtype in LOW_PRECISION and result == torch.float32
+    return x.dtype if low and profile_of(x.device.type).has_mixed_products else result
+
+
+def rounds_to_tf32(x: Tensor) -> bool:
+    """Return whether products of a tensor in float32 are rounded to TF32 where it is.
+
+    They follow torch's own setting: ``torch.backends.cuda.matmul``.
+    """
+    if profile_of(x.device.type).tf32_mac_price == 1.0:
+        return False
+    setting = torch.backends.cuda.matmul
+    if hasattr(torch.backends, "fp32_precision"):  # torch 2.9; the older name may then raise
+        return bool(setting.fp32_precision == "tf32")
+    return bool(setting.allow_tf32)
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return the matrix products ``[g, m, k] @ [g, k, n]``."""
     multiply = _one_dnn_for(left, right)
@@ -44,6 +73,9 @@ def add_matmul_(
     Operands are not copied to be multiplied faster, nor results of short sums, unless these are
     a part that fits a cache of a product with more ``rows``; all parts are then alike.
     """
+    if left.dtype != target.dtype:
+        _add_mixed_(target, left, right, beta, alpha)
+        return
     if len(target) > 1:
         target.baddbmm_(left, right, beta=beta, alpha=alpha)
         return
@@ -55,6 +87,17 @@ def add_matmul_(
         target[0].mul_(beta).add_(multiply(left[0], right[0].mT), alpha=alpha)
     else:
         torch.mul(multiply(left[0], right[0].mT), alpha, out=target[0])
+
+
+def _add_mixed_(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> None:
+    """Add products of matrices in a low precision to a target in float32."""
+    scales = {"beta": beta, "alpha": alpha}
+    if len(target) > 1:
+        add = torch.ops.aten.baddbmm.dtype_out
+        add(target, left, right, target.dtype, **scales, out=target)
+    else:
+        add = torch.ops.aten.addmm.dtype_out
+        add(target[0], left[0], right[0], target.dtype, **scales, out=target[0])
 
 
 def _one_dnn_for(

@@ -47,6 +47,11 @@ class DeviceProfile:
         is_host: Whether tensors are in the memory of the host, and can view its arrays.
         has_exact_weight_gradients: Whether weight gradients of convolutions have the full
             precision of their dtype, and add in the same order each time.
+        has_mixed_products: Whether matrices in bfloat16 and float16 are multiplied with sums and
+            results in float32.
+        mixed_mac_price: Price of a multiplication in these products, relative to float32.
+        tf32_mac_price: Price of a multiplication of float32 matrices that torch's settings allow to
+            round to TF32, relative to float32; 1 on devices that never do.
         multiplies_by_onednn: Whether oneDNN multiplies large float32 matrices faster than
             torch's ordinary routine.
         mkl_half_speed_width: Rows and columns of a large product at half of the full speed by
@@ -62,6 +67,9 @@ class DeviceProfile:
     is_cached: bool = False
     is_host: bool = False
     has_exact_weight_gradients: bool = False
+    has_mixed_products: bool = False
+    mixed_mac_price: float = 1.0
+    tf32_mac_price: float = 1.0
     multiplies_by_onednn: bool = False
     mkl_half_speed_width: int = 0
 

@@ -133,8 +133,8 @@ def arrange(
                 layouts[signatures[index]] = found_layout(call, known, examples, mixes=mixes)
         if by_example:
             scattered_now = [i for i in new if layouts.get(signatures[i]) == SCATTERED]
-            shared = _shared(calls, scattered_now, outputs, examples, backpropagate)
-            layouts.update(dict.fromkeys((signatures[i] for i in shared), None))
+            several = _shared(calls, scattered_now, outputs, examples, backpropagate)
+            layouts.update(dict.fromkeys((signatures[i] for i in several), None))
     for index in new if examples == 1 else ():
         possible = candidates(calls[index].x.shape, calls[index].y_shape, 1)
         layouts[signatures[index]] = possible[0] if possible else None
@@ -143,8 +143,11 @@ def arrange(
         layouts[signature] if signature in layouts else _guessed(call, examples, scattered)
         for call, signature in zip(calls, signatures)
     ]
-    uneven = {c.layer for c, e in zip(calls, found) if c.layer in scattered and e != SCATTERED}
-    found = [None if c.layer in uneven else e for c, e in zip(calls, found)]
+    shared = {c.layer for c, e in zip(calls, found) if c.layer in scattered and e is None}
+    found = [
+        None if c.layer in shared else SCATTERED if c.layer in scattered else e
+        for c, e in zip(calls, found)
+    ]
     mixed = {c.layer for c, e in zip(calls, found) if e is not None}
     return [
         ArrangedCall(call, e, by_example or call.layer in mixed, examples, call.layer in scattered)
@@ -183,9 +186,9 @@ def scattered_rows(layer: str) -> ValueError:
     """Return the error for rows that are not known to belong to certain examples."""
     return ValueError(
         f"The calls of '{layer}' must each have rows of all examples in the same order, got calls "
-        "of some examples, or rows in no regular order. Use approximation='expand' without "
-        "squared gradients or a fraction of the examples, or leave the layer out: "
-        f"exclude=['{layer}']."
+        "of some examples, or rows in no regular order. Use approximation='expand', a `fisher` "
+        "with gradients, factor_fraction=1, and no squared gradients of examples ('ekfac', "
+        f"'diagonal'), or leave the layer out: exclude=['{layer}']."
     )
 
 

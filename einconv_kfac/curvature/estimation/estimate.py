@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
@@ -21,9 +22,8 @@ from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.losses import check_reduction, loss_rule
-from einconv_kfac.distributed.detection import workers_of
-from einconv_kfac.distributed.workers import ALONE
-from einconv_kfac.distributed.wrappers import parallel_wrapper, unwrapped
+from einconv_kfac.distributed.detection import check_whole, parallel_workers_of
+from einconv_kfac.distributed.wrappers import unwrapped
 
 Kind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]
 
@@ -102,10 +102,11 @@ def kronecker_factors(
 
     Raises:
         ValueError: If an argument is not one of those above, no rule covers the loss, no layer
-            is left that a rule covers, a layer's input is not a batch, or a weight is used past
-            the calls of its layer in some batches only, or without gradients
-            (``fisher="forward-only"``).
-        RuntimeError: If the data is empty, or the loss does not depend on a layer.
+            is left that a rule covers, a layer's input is not a batch, a block is not finite, or
+            a weight is used past the calls of its layer in some batches only, or without
+            gradients (``fisher="forward-only"``).
+        RuntimeError: If several processes work together, the data is empty, or the loss does not
+            depend on a layer.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -116,13 +117,14 @@ def kronecker_factors(
       2: (1, 2, 17)
     )
     """
+    check_whole(model, "kronecker_factors")
+    workers = parallel_workers_of(model, "kronecker_factors")
     estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation, max_factor_size)
     if isinstance(loss_fn, nn.Module):
         check_reduction(loss_fn)
         if fisher in {"mc", "exact"}:
             loss_rule(loss_fn)
     _check_kind(kind, fisher, data)
-    workers = ALONE if parallel_wrapper(model) is None else workers_of(model)
     model = unwrapped(model)
     layers = _chosen(model, exclude, parameters)
     data_pass = DataPass(model, layers, data, forward, seed, progress, workers)
@@ -130,7 +132,7 @@ def kronecker_factors(
         return _with_squares(data_pass, estimator, {})
     moments = {layer.name: LayerMoments(layer, approximation, max_factor_size) for layer in layers}
     data_pass.add_to_(moments, estimator)
-    factors = KroneckerFactors({n: _block(own, estimator) for n, own in moments.items()})
+    factors = _finite(KroneckerFactors({n: _block(own, estimator) for n, own in moments.items()}))
     return factors if kind == "kfac" else _with_squares(data_pass, estimator, factors.eigh())
 
 
@@ -149,7 +151,24 @@ def _with_squares(
     }
     data_pass.add_to_(squares, estimator)
     blocks = {name: own.block(estimator.scale(own.examples)) for name, own in squares.items()}
-    return KroneckerFactors(blocks)
+    return _finite(KroneckerFactors(blocks))
+
+
+def _finite(factors: KroneckerFactors) -> KroneckerFactors:
+    """Return the blocks, all of whose entries must be finite; the host waits once."""
+    parts = [
+        (name, part)
+        for name, block in factors.items()
+        for part in block.state_dict().values()
+        if isinstance(part, Tensor)
+    ]
+    finite = torch.stack([part.isfinite().all() for _, part in parts]).tolist()
+    if wrong := sorted({name for (name, _), is_finite in zip(parts, finite) if not is_finite}):
+        raise ValueError(
+            "`data` must give finite inputs, outputs and gradients, got a block with NaN or "
+            f"infinity for {wrong}. Leave out the batches whose loss is not finite."
+        )
+    return factors
 
 
 def _block(moments: LayerMoments, estimator: FisherEstimator) -> KroneckerBlock:
@@ -184,7 +203,10 @@ def _check_kind(kind: str, fisher: str, data: Iterable[Any]) -> None:
     if kind not in get_args(Kind):
         raise ValueError(f"`kind` must be one of {get_args(Kind)}, got {kind!r}.")
     if kind != "kfac" and fisher == "forward-only":
-        raise ValueError(f"`fisher` must have gradients for kind={kind!r}, got 'forward-only'.")
+        raise ValueError(
+            f"`fisher` must have gradients for kind={kind!r}, got 'forward-only'. Pass another "
+            "`fisher`, or kind='kfac'."
+        )
     if kind == "ekfac" and iter(data) is data:
         raise ValueError(
             "`data` must be iterable twice for kind='ekfac', got an iterator. Pass a list or a "

@@ -125,18 +125,21 @@ def bit_probes(
     """Yield, for each bit of the examples' numbers, vectors of those with and without it."""
     generator = Generator().manual_seed(1)
     drawn = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
-    numbers = torch.arange(examples)
     for bit in range((examples - 1).bit_length()):
-        has_bit = (numbers >> bit & 1).bool()
-        yield _masked(drawn, has_bit), _masked(drawn, ~has_bit)
+        yield _of_bit(drawn, bit, 1), _of_bit(drawn, bit, 0)
 
 
-def _masked(vectors: Sequence[Tensor], mask: Tensor) -> list[Tensor]:
-    """Return vectors ``[n, ...]`` that are zero where a mask ``[n]`` is."""
-    return [
-        torch.where(mask.to(v.device).reshape(-1, *[1] * (v.ndim - 1)), v, torch.zeros_like(v))
-        for v in vectors
-    ]
+def _of_bit(vectors: Sequence[Tensor], bit: int, value: int) -> list[Tensor]:
+    """Return vectors ``[n, ...]`` that are zero for examples with another bit in their number."""
+    own = []
+    for vector in vectors:
+        if not vector.ndim:  # of all examples
+            own.append(vector)
+            continue
+        numbers = torch.arange(len(vector), device=vector.device)
+        mask = ((numbers >> bit) & 1 == value).reshape(-1, *[1] * (vector.ndim - 1))
+        own.append(torch.where(mask, vector, torch.zeros_like(vector)))
+    return own
 
 
 def only(vector: Tensor, example: int) -> Tensor:

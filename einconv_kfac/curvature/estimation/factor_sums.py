@@ -39,7 +39,8 @@ def batch_size(layer: Layer, calls: Sequence[LayerCall]) -> int:
     sizes = sorted({call.x.shape[0] for call in calls})
     if len(sizes) > 1:
         raise ValueError(
-            f"All calls of '{layer.name}' must have the same number of examples, got {sizes}."
+            f"All calls of '{layer.name}' must have the same number of examples, got {sizes}. "
+            f"Leave it out: exclude=['{layer.name}']."
         )
     return sizes[0]
 
@@ -105,12 +106,18 @@ class FactorSums:
         They are matrices ``[g, d, d]``, or diagonals ``[g, d]``. Without gradients, as for a
         forward-only Fisher, the second is the identity.
         """
-        assert self.inputs is not None
-        inputs = self.inputs / self.examples
-        if self.outputs is not None:
-            return inputs, self.outputs / self._terms
+        (inputs, examples), *outputs = self.totals()
+        if outputs:
+            ((total, terms),) = outputs
+            return inputs / examples, total / terms
         identity = inputs.new_ones(self.shapes[1][:2])
-        return inputs, identity if self._is_diagonal[1] else torch.diag_embed(identity)
+        identity = identity if self._is_diagonal[1] else torch.diag_embed(identity)
+        return inputs / examples, identity
+
+    def totals(self) -> list[tuple[Tensor, int]]:
+        """Return the sums that were added, inputs first, and what the means divide them by."""
+        parts = ((self.inputs, self.examples), (self.outputs, self._terms))
+        return [(total, count) for total, count in parts if total is not None]
 
     def parts(self) -> list[SumPart]:
         """See `Summable`."""

@@ -102,6 +102,8 @@ class FisherEstimator:
         calls: Sequence[LayerCall],
         evaluation: Evaluation,
         generator: Generator,
+        *,
+        may_be_empty: bool = True,
     ) -> None:
         """Add one batch to the moments, unless no target of it counts.
 
@@ -112,8 +114,9 @@ class FisherEstimator:
             calls: The calls of the layers in the forward pass.
             evaluation: Model output, target, and the loss of the two.
             generator: Draws the samples for ``"mc"``; the global random state does not change.
+            may_be_empty: Whether to look for targets that count, for which the host waits.
         """
-        if evaluation.is_empty:
+        if may_be_empty and evaluation.is_empty:
             for call in calls:
                 check_call(call)
             return

@@ -14,6 +14,7 @@ from einconv_kfac.curvature.estimation.evaluation import (
     RuleEvaluation,
 )
 from einconv_kfac.curvature.losses.loss_call import targets_of
+from einconv_kfac.curvature.losses.loss_registry import is_overridden
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of
 from einconv_kfac.curvature.objective.outputs import losses_of, tensors_of
 from einconv_kfac.curvature.objective.reading import Reading
@@ -39,7 +40,7 @@ def evaluation_of(
     Raises:
         ValueError: If there is no loss that depends on the model.
     """
-    if isinstance(loss_fn, nn.Module):
+    if isinstance(loss_fn, nn.Module) and not is_overridden(loss_fn):
         return evaluated(model, loss_fn, batch, forward)
     values: list[Tensor] = []
 
@@ -123,7 +124,7 @@ def _evaluated_inside(
     if len(seen) != 1:
         raise RuntimeError(
             f"A model that computes its loss must call `loss_fn` once per batch, got {len(seen)} "
-            "calls."
+            "calls. Pass loss_fn=None and return the whole loss from `forward`."
         )
     return seen[0]
 

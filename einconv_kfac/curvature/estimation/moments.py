@@ -178,6 +178,13 @@ class LayerMoments:
         a, b = (_in_form(part, shape) for part, shape in zip(united(pairs), self.shapes))
         return a, b
 
+    def totals(self) -> list[tuple[Tensor, int]]:
+        """Return sums and what the means divide them by, of ``A`` and ``B`` where that is all."""
+        own = [*self._sums.values()]
+        is_plain = len(own) == 1 and self._weight is None and own[0].shapes == self.shapes
+        found = own[0].totals() if is_plain else []
+        return found if len(found) == len(self.shapes) else []
+
     def _by_use(
         self, calls: Sequence[LayerCall], others: Sequence[Any]
     ) -> Iterator[tuple[FactorSums, list[LayerCall], list[Any]]]:
@@ -192,6 +199,18 @@ class LayerMoments:
                 yield sums, [call for call, _ in chosen], [other for _, other in chosen]
 
 
+def averaged(several: Sequence[LayerMoments]) -> list[tuple[Tensor, Tensor]]:
+    """Return the factors of many layers, see `LayerMoments.factors`; most by one operation."""
+    totals = [moments.totals() for moments in several]
+    flat = [each for own in totals for each in own]
+    means: list[Tensor] = []
+    if flat:
+        counts = [float(count) for _, count in flat]
+        means = list(torch._foreach_div([total for total, _ in flat], counts))
+    pairs = iter(zip(means[::2], means[1::2]))
+    return [next(pairs) if own else each.factors() for own, each in zip(totals, several)]
+
+
 def _in_form(factor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return a factor in the form of the layer's, as matrices or as their diagonals."""
     if factor.ndim > len(shape):
@@ -203,7 +222,8 @@ def no_data(layer: Layer) -> RuntimeError:
     """Return the error for a layer on which no loss depended."""
     return RuntimeError(
         f"Factors of '{layer.name}' need data, got none: there was no batch with a target that "
-        "counts, or the loss of none depends on it through calls that record gradients."
+        "counts, or the loss of none depends on it through calls that record gradients. Leave it "
+        f"out: exclude=['{layer.name}']."
     )
 
 

@@ -33,8 +33,11 @@ def seconds(cost: Cost, problem: Problem) -> float:
     prices = problem.profile.prices
     slow = 1 + prices.half_speed_width / cost.width
     double = 2.0 if problem.dtype == torch.float64 else 1.0
+    rate = problem.mixed_price() if cost.is_mixed else problem.tf32_price()
     return (
-        prices.mac * cost.macs * slow + prices.copied * cost.copied + prices.written * cost.written
+        prices.mac * cost.macs * rate * slow
+        + prices.copied * cost.copied
+        + prices.written * cost.written
     ) * double + prices.call * cost.calls
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.products import rounds_to_tf32
 from einconv_kfac.curvature.factors.choice import algorithm_of
 from einconv_kfac.curvature.factors.columns import Columns
 from einconv_kfac.curvature.factors.indices.runs import finest_partition
@@ -25,7 +26,9 @@ class ConvColumns(Columns):
 
     def __init__(self, x: Tensor, geometry: Geometry, algorithm: str | None) -> None:
         channels = geometry.split_channels(x.shape[1])
-        self._problem = Problem(geometry, x.shape[0], channels, x.dtype, x.device.type)
+        self._problem = Problem(
+            geometry, x.shape[0], channels, x.dtype, x.device.type, rounds_to_tf32(x)
+        )
         shape = (x.shape[0], geometry.groups, self._problem.size, geometry.positions)
         super().__init__(x, shape)
         self._algorithm = algorithm

@@ -10,6 +10,7 @@ from torch import Tensor
 from einconv_kfac.curvature.factors.approximation import WeightSharing, weight_sharing
 from einconv_kfac.curvature.factors.columns import Columns, FeatureColumns
 from einconv_kfac.curvature.factors.conv_columns import ConvColumns
+from einconv_kfac.curvature.factors.precision import Precision, rounded
 from einconv_kfac.curvature.factors.symmetric.update import Target
 from einconv_kfac.curvature.factors.transposed_conv_columns import TransposedConvColumns
 from einconv_kfac.geometry import Padding, Sizes, conv_geometry, conv_transpose_geometry
@@ -27,6 +28,7 @@ def conv_input_factor(
     bias: bool = False,
     *,
     algorithm: str | None = None,
+    precision: Precision = "full",
     out: Tensor | None = None,
     beta: float = 0.0,
     alpha: float = 1.0,
@@ -49,6 +51,10 @@ def conv_input_factor(
         approximation: ``"expand"`` or ``"reduce"``.
         bias: Whether the layer has a bias; its row and column are the last.
         algorithm: Name of the algorithm for ``"expand"``; by default the cheapest.
+        precision: ``"full"``, or ``"bfloat16"`` to round the input to 8 bits, a relative error of
+            at most 2^-9. Products of rounded numbers are exact and added in float32, so that the
+            factor is that of the rounded input: symmetric and positive semi-definite. Products
+            in TF32 follow ``torch.backends.cuda.matmul.allow_tf32``, which is off by default.
         out: Symmetric tensor to update and return: ``out <- beta * out + alpha * A``.
         beta: Multiplier of the old values of ``out``.
         alpha: Multiplier of the factor.
@@ -58,8 +64,8 @@ def conv_input_factor(
         order of ``weight.flatten(1)``; of the input's dtype, float32 if that is smaller.
 
     Raises:
-        ValueError: If a hyper-parameter, the approximation, the algorithm or ``out`` is invalid,
-            or if the batch is empty.
+        ValueError: If a hyper-parameter, the approximation, the algorithm, the precision or
+            ``out`` is invalid, or if the batch is empty.
 
     >>> x = torch.ones(2, 1, 3)
     >>> conv_input_factor(x, kernel_size=2, padding=(1,), bias=True)
@@ -69,7 +75,7 @@ def conv_input_factor(
     """
     geometry = conv_geometry(x.shape[2:], kernel_size, stride, padding, dilation, groups)
     sharing = weight_sharing(approximation, algorithm)
-    columns = ConvColumns(_checked(x, 3), geometry, algorithm)
+    columns = ConvColumns(_checked(x, 3, precision), geometry, algorithm)
     return _factor(sharing, columns, Target(out, beta, alpha), bias)
 
 
@@ -86,6 +92,7 @@ def conv_transpose_input_factor(
     bias: bool = False,
     *,
     algorithm: str | None = None,
+    precision: Precision = "full",
     out: Tensor | None = None,
     beta: float = 0.0,
     alpha: float = 1.0,
@@ -106,6 +113,7 @@ def conv_transpose_input_factor(
         approximation: See `conv_input_factor`, as for the arguments that follow.
         bias: See `conv_input_factor`.
         algorithm: See `conv_input_factor`.
+        precision: See `conv_input_factor`.
         out: See `conv_input_factor`.
         beta: See `conv_input_factor`.
         alpha: See `conv_input_factor`.
@@ -125,7 +133,7 @@ def conv_transpose_input_factor(
         x.shape[2:], kernel_size, stride, padding, output_padding, dilation, groups
     )
     sharing = weight_sharing(approximation, algorithm)
-    columns = TransposedConvColumns(_checked(x, 3), geometry, algorithm)
+    columns = TransposedConvColumns(_checked(x, 3, precision), geometry, algorithm)
     return _factor(sharing, columns, Target(out, beta, alpha), bias)
 
 
@@ -135,6 +143,7 @@ def linear_input_factor(
     approximation: str = "expand",
     bias: bool = False,
     *,
+    precision: Precision = "full",
     out: Tensor | None = None,
     beta: float = 0.0,
     alpha: float = 1.0,
@@ -147,6 +156,7 @@ def linear_input_factor(
         a: Input of shape ``[N, *s, D]``; ``s`` are the weight-sharing positions, if any.
         approximation: See `conv_input_factor`, as for the arguments that follow.
         bias: See `conv_input_factor`.
+        precision: See `conv_input_factor`.
         out: See `conv_input_factor`.
         beta: See `conv_input_factor`.
         alpha: See `conv_input_factor`.
@@ -155,25 +165,26 @@ def linear_input_factor(
         Factor of shape ``[1, D (+ 1), D (+ 1)]``.
 
     Raises:
-        ValueError: If the approximation or ``out`` is invalid, or if the batch is empty.
+        ValueError: If the approximation, the precision or ``out`` is invalid, or if the batch is
+            empty.
 
     >>> linear_input_factor(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
     tensor([[[5., 1.],
              [1., 2.]]])
     """
     sharing = weight_sharing(approximation)
-    rows = _checked(a, 2).reshape(a.shape[0], prod(a.shape[1:-1]), a.shape[-1])
+    rows = _checked(a, 2, precision).reshape(a.shape[0], prod(a.shape[1:-1]), a.shape[-1])
     return _factor(sharing, FeatureColumns(rows), Target(out, beta, alpha), bias)
 
 
-def _checked(x: Tensor, ndim: int) -> Tensor:
-    """Return ``x``, which must have examples and at least ``ndim`` dimensions."""
+def _checked(x: Tensor, ndim: int, precision: str) -> Tensor:
+    """Return ``x`` in a precision; it must have examples and at least ``ndim`` dimensions."""
     if x.ndim < ndim or x.shape[0] == 0:
         raise ValueError(
             f"The input must be a non-empty batch with at least {ndim} dimensions, got shape "
             f"{tuple(x.shape)}."
         )
-    return x
+    return rounded(x, precision)
 
 
 def _factor(sharing: WeightSharing, columns: Columns, target: Target, bias: bool) -> Tensor:

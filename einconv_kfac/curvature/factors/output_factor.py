@@ -7,6 +7,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.factors.approximation import weight_sharing
 from einconv_kfac.curvature.factors.columns import ChannelColumns
+from einconv_kfac.curvature.factors.precision import Precision, rounded
 from einconv_kfac.curvature.factors.symmetric.update import Target
 
 
@@ -15,6 +16,7 @@ def output_factor(
     groups: int = 1,
     approximation: str = "expand",
     *,
+    precision: Precision = "full",
     out: Tensor | None = None,
     beta: float = 0.0,
     alpha: float = 1.0,
@@ -30,6 +32,7 @@ def output_factor(
             ``1 / sqrt(V)``.
         groups: Number of channel groups.
         approximation: ``"expand"`` or ``"reduce"``.
+        precision: As in `conv_input_factor`, for the gradients.
         out: Tensor to update and return: ``out <- beta * out + alpha * B``.
         beta: Multiplier of the old values of ``out``.
         alpha: Multiplier of the factor.
@@ -40,7 +43,7 @@ def output_factor(
 
     Raises:
         ValueError: If ``g`` has another number of dimensions or is empty, if the groups do not
-            divide the channels, or if the approximation or ``out`` is invalid.
+            divide the channels, or if the approximation, the precision or ``out`` is invalid.
 
     >>> output_factor(torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]]))
     tensor([[[5., 1.],
@@ -49,7 +52,13 @@ def output_factor(
     if g.ndim != 4:
         raise ValueError(f"`g` must have shape [V, N, S, C_out], got {tuple(g.shape)}.")
     return conv_output_factor(
-        g.movedim(3, 2), groups, approximation, out=out, beta=beta, alpha=alpha
+        g.movedim(3, 2),
+        groups,
+        approximation,
+        precision=precision,
+        out=out,
+        beta=beta,
+        alpha=alpha,
     )
 
 
@@ -59,6 +68,7 @@ def conv_output_factor(
     groups: int = 1,
     approximation: str = "expand",
     *,
+    precision: Precision = "full",
     out: Tensor | None = None,
     beta: float = 0.0,
     alpha: float = 1.0,
@@ -69,6 +79,7 @@ def conv_output_factor(
         g: As in `output_factor`, of shape ``[V, N, C_out, *o]``.
         groups: See `output_factor`, as for the arguments that follow.
         approximation: See `output_factor`.
+        precision: See `output_factor`.
         out: See `output_factor`.
         beta: See `output_factor`.
         alpha: See `output_factor`.
@@ -88,6 +99,6 @@ def conv_output_factor(
     n, channels = g.shape[1:3]
     if channels % groups:
         raise ValueError(f"`g`'s channels must be divisible by groups={groups}, got {channels}.")
-    columns = ChannelColumns(g.flatten(0, 1), groups)  # (v n) (g c) *o
+    columns = ChannelColumns(rounded(g, precision).flatten(0, 1), groups)  # (v n) (g c) *o
     terms = sharing.term_count(n, columns.positions)
     return sharing.factor(columns, Target(out, beta, alpha).averaged(terms))

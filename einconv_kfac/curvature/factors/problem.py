@@ -8,6 +8,7 @@ from math import prod
 import torch
 
 from einconv_kfac.curvature.devices.device_registry import profile_of
+from einconv_kfac.curvature.devices.products import LOW_PRECISION
 from einconv_kfac.curvature.devices.profile import DeviceProfile
 from einconv_kfac.geometry import Geometry
 
@@ -22,6 +23,7 @@ class Problem:
         channels: Input channels per group.
         dtype: The input's dtype.
         device: The input's device type.
+        tf32: Whether products in float32 are rounded to TF32.
     """
 
     geometry: Geometry
@@ -29,6 +31,7 @@ class Problem:
     channels: int
     dtype: torch.dtype
     device: str
+    tf32: bool = False
 
     @property
     def entries(self) -> int:
@@ -54,6 +57,15 @@ class Problem:
     def profile(self) -> DeviceProfile:
         """The profile of the device."""
         return profile_of(self.device)
+
+    def mixed_price(self) -> float:
+        """Return the relative price of a multiplication of operands in the input's own type."""
+        low = self.dtype in LOW_PRECISION and self.profile.has_mixed_products
+        return self.profile.mixed_mac_price if low else self.tf32_price()
+
+    def tf32_price(self) -> float:
+        """Return the relative price of a multiplication of operands in the factor's type."""
+        return self.profile.tf32_mac_price if self.tf32 and self.dtype != torch.float64 else 1.0
 
     def matmul_price(self, width: float | None = None) -> float:
         """Return the relative price of a multiplication; see `DeviceProfile.matmul_price`."""

@@ -42,13 +42,9 @@ class ScaleRule(LayerRule):
         a = self.inputs(module, x, y_shape)  # n c 1 s
         a = a.to(torch.promote_types(a.dtype, torch.float32))
         a = weight_sharing(approximation).inputs(a)
-        squares = _squares(a)
-        if not bias:
-            return updated(squares[:, None, None] / a.shape[0], **into)
-        sums = a.sum((0, 2, 3))
-        ones = torch.full_like(sums, a.shape[0] * a.shape[-1])
-        factor = torch.stack([squares, sums, sums, ones], -1).reshape(-1, 2, 2)
-        return updated(factor.div_(a.shape[0]), **into)
+        examples, positions = a.shape[0], a.shape[-1]
+        sums = a.sum((0, 2, 3)) / examples if bias else None
+        return updated(moment_matrices(_squares(a) / examples, sums, positions), **into)
 
     def output_factor(
         self, module: Any, gradient: Tensor, approximation: Approximation, **into: Any
@@ -58,6 +54,20 @@ class ScaleRule(LayerRule):
         g = g.to(torch.promote_types(g.dtype, torch.float32))
         g = weight_sharing(approximation).gradients(g)
         return updated(_squares(g)[:, None, None] / (g.shape[0] * g.shape[-1]), **into)
+
+
+def moment_matrices(squares: Tensor, sums: Tensor | None, positions: int) -> Tensor:
+    """Return the second moments of ``[a, 1]`` per channel, averaged over examples, ``[c, 2, 2]``.
+
+    Args:
+        squares: Sum of the squares of ``a`` over positions, averaged over examples, ``[c]``.
+        sums: Sum of ``a``, likewise; for ``None`` the moments ``[c, 1, 1]`` of ``a`` alone.
+        positions: Number of positions of each example.
+    """
+    if sums is None:
+        return squares[:, None, None]
+    ones = torch.full_like(sums, positions)
+    return torch.stack([squares, sums, sums, ones], -1).reshape(-1, 2, 2)
 
 
 class ChannelNormRule(ScaleRule):

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional
 
 from einconv_kfac.curvature.losses.loss_call import precise_type
 
@@ -18,7 +17,8 @@ def check_scores(output: Tensor) -> None:
     """Check that the output is a batch of class scores."""
     if output.ndim < 2 or output.shape[1] == 0:
         raise ValueError(
-            f"The model's output must be a non-empty batch [n, c, *d], got {tuple(output.shape)}."
+            f"The model's output must be a non-empty batch [n, c, *d], got {tuple(output.shape)}. "
+            "Add a batch dimension with `x.unsqueeze(0)`."
         )
 
 
@@ -36,12 +36,25 @@ def by_position(root: Tensor) -> Iterator[Tensor]:
 
 def drawn(p: Tensor, generator: Generator) -> Tensor:
     """Return classes drawn from ``p [n, c, *d]``, one-hot."""
-    if p.numel() == 0:
-        return torch.zeros_like(p)
     rows = p.movedim(1, -1)
-    draws = torch.multinomial(rows.flatten(end_dim=-2), 1, generator=generator)
-    onehot = functional.one_hot(draws[:, 0], p.shape[1]).to(p)
-    return onehot.reshape(rows.shape).movedim(-1, 1)
+    draws = random_classes(rows.reshape(-1, p.shape[1]), generator)
+    onehot = torch.zeros_like(rows).scatter_(-1, draws.reshape(*rows.shape[:-1], 1), 1)
+    return onehot.movedim(-1, 1)
+
+
+def random_classes(p: Tensor, generator: Generator) -> Tensor:
+    """Return a class drawn from each row of ``p [n, c]``, ``[n]``.
+
+    The class with the smallest ``e / p`` is drawn, for ``e`` from the exponential distribution:
+    ``e / p`` has the rate ``p``, and is the smallest with probability ``p``. It is what
+    ``torch.multinomial`` draws, without its check of the values, for which the host would wait
+    and which ends the use of a GPU where one is not finite. For such values the class is any.
+    """
+    if p.numel() == 0:
+        return torch.zeros(len(p), dtype=torch.long, device=p.device)
+    waiting = torch.empty_like(p, memory_format=torch.contiguous_format)
+    waiting.exponential_(generator=generator).clamp_(min=torch.finfo(p.dtype).tiny)
+    return (p / waiting).argmax(-1)
 
 
 def filled(p: Tensor, weights: Tensor, dim: int = 1) -> Tensor:

@@ -33,7 +33,10 @@ def check_reduction(loss: object) -> str:
     if reduction == "batchmean":
         return "mean"
     if reduction not in {"mean", "sum"}:
-        raise ValueError(f"`loss_fn.reduction` must be 'mean' or 'sum', got {reduction!r}.")
+        raise ValueError(
+            f"`loss_fn.reduction` must be 'mean' or 'sum', got {reduction!r}. Pass such a loss, or "
+            "in place of the module a function of output and target that returns one number."
+        )
     return str(reduction)
 
 
@@ -179,7 +182,8 @@ def check_batch(output: Tensor, target: Any) -> None:
     """Check that the output is a batch and that its target is not broadcast."""
     if output.ndim == 0:
         raise ValueError(
-            f"The model's output must be a non-empty batch [n, *f], got {tuple(output.shape)}."
+            f"The model's output must be a non-empty batch [n, *f], got {tuple(output.shape)}. Add "
+            "a batch dimension with `x.unsqueeze(0)`."
         )
     if isinstance(target, Tensor) and target.shape != output.shape:
         raise ValueError(

@@ -116,6 +116,23 @@ def _rule(loss: nn.Module) -> LossRule:
     return rule
 
 
+def is_overridden(loss: nn.Module) -> bool:
+    """Return whether a loss is a subclass of one of torch's that computes something else."""
+    rule = None if is_registered(loss) else found_rule(loss)
+    return isinstance(rule, TorchLossRule) and not rule.is_own(loss)
+
+
+def is_built_in(loss: nn.Module) -> bool:
+    """Return whether a loss is torch's own, with a rule of this package."""
+    rule = None if is_registered(loss) else found_rule(loss)
+    return isinstance(rule, TorchLossRule) and rule.is_own(loss)
+
+
+def is_registered(loss: nn.Module) -> bool:
+    """Return whether a user registered a rule for a loss."""
+    return _REGISTRY.is_registered(loss)
+
+
 def has_rule(loss: nn.Module) -> bool:
     """Return whether a rule covers a loss, with its options and its reduction."""
     try:

@@ -82,7 +82,7 @@ def kind_of_node(node: Node) -> str:
     prefix, so that they are not taken for operations of torch.
     """
     name = node.name().rpartition("::")[2]
-    kind = name.rpartition("Backward")[0] or node.name()
+    kind = name.rpartition("Backward")[0] or name
     is_own = isinstance(node, BackwardCFunction) and kind not in _IDENTITIES
     return f"autograd.Function {kind}" if is_own else kind
 

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.losses.class_scores import random_classes
+
 
 class LocalCurvature(Protocol):
     """A positive semi-definite matrix ``H`` over the entries of an argument ``[*a]``."""
@@ -86,7 +88,7 @@ class Categorical:
         """See `LocalCurvature`; ``sqrt(w) (p - onehot)`` for classes drawn from ``p``."""
         last = self.p.movedim(self.dim, -1)
         rows = last.reshape(-1, last.shape[-1])
-        drawn = torch.multinomial(rows.double(), 1, generator=generator)
+        drawn = random_classes(rows.double(), generator).unsqueeze(1)
         onehot = torch.zeros_like(rows).scatter_(1, drawn, 1.0)
         onehot = onehot.reshape(last.shape).movedim(-1, self.dim)
         return (self.p - onehot) * self.weight.sqrt()

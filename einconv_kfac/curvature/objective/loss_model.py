@@ -39,6 +39,9 @@ class LossModel(Protocol):
             tangents: For each direction, the tangent of each output; ``None`` for zero.
         """
 
+    def at(self, outputs: Sequence[Tensor]) -> LossModel:
+        """Return the same with the outputs of the recorded pass, where those at hand changed."""
+
     def unknown(self) -> Sequence[str]:
         """Return the names of operations because of which `value` cannot be computed."""
 
@@ -74,6 +77,10 @@ class GivenLoss:
         left = torch.stack(own).flatten(1).double()
         slopes = left @ slope.flatten().double()
         return Expansion(slopes, left @ torch.stack(products).flatten(1).double().T)
+
+    def at(self, outputs: Sequence[Tensor]) -> GivenLoss:
+        """See `LossModel`."""
+        return GivenLoss(self.loss_fn, outputs[0], self.targets)
 
     def unknown(self) -> Sequence[str]:
         """See `LossModel`."""

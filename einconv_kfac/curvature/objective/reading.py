@@ -9,6 +9,12 @@ import torch
 from torch import Generator, Tensor
 from torch.autograd.graph import Node
 
+from einconv_kfac.curvature.objective.enclosed_calls import (
+    CallAt,
+    EnclosedCall,
+    enclosed_calls,
+    no_call,
+)
 from einconv_kfac.curvature.objective.graph import (
     Edge,
     backpropagated,
@@ -21,6 +27,7 @@ from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Empirical, LocalCurvature
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
+from einconv_kfac.curvature.objective.nodes.slices import is_assignment
 from einconv_kfac.curvature.objective.tail import Operation, Tail
 from einconv_kfac.curvature.objective.terms import Term
 
@@ -37,6 +44,7 @@ class Reading:
         weight: The weight of each number in the loss.
         output: Returns the value of a model's output at an edge, ``None`` elsewhere.
         parameters: The parameters of the model, whose values a loss may use itself.
+        call_at: Returns the call of a loss module whose result is at an edge.
 
     Attributes:
         root: The edge of the loss.
@@ -53,6 +61,7 @@ class Reading:
         weight: Tensor,
         output: Values,
         parameters: Mapping[Tensor, str],
+        call_at: CallAt = no_call,
     ) -> None:
         self.loss, self.weight, self.root = loss, weight, root
         self._output, self._parameters = output, parameters
@@ -64,7 +73,9 @@ class Reading:
         self.sources = list(self._gradients)
         self.outputs = [edge for edge in self.sources if output(edge) is not None]
         self._nonlinear = [node for node in self._nodes if not self._is_linear(node)]
-        self._terms = [*self._curved_terms()]
+        self._calls = enclosed_calls(self._nodes, call_at, self._is_source)
+        self._terms = [*self._registered_terms()]
+        self._terms += [*self._curved_terms()]
         self._terms += [*self._empirical_terms()]
 
     def tail(self, sources: Sequence[Edge]) -> Tail:
@@ -73,8 +84,26 @@ class Reading:
         Args:
             sources: All sources in the order in which the tail takes them.
         """
-        stops = self._stops_at_operation
-        operations = [self._operation(node, stops) for node in self._nonlinear]
+        calls = [
+            call
+            for call in self._calls
+            if call in self._registered or call.needs_module(self._nonlinear)
+        ]
+        results = {call.edge: call for call in calls}
+        hidden = {node for call in calls for node in call.nodes}
+        single = {node for node in self._nonlinear if node not in hidden}
+
+        def stops(edge: Edge) -> bool:
+            return edge[0] in single or edge in results or self._is_source(edge)
+
+        operations = [
+            result
+            for node in self._nodes
+            for result in (
+                *([self._operation(node, stops)] if node in single else ()),
+                *(c.operation(self._nodes, stops) for c in calls if c.edge[0] is node),
+            )
+        ]
         return Tail(
             tuple(sources),
             tuple(self._value(edge) for edge in sources),
@@ -125,10 +154,6 @@ class Reading:
         leaf = leaf_of(edge)
         return self._output(edge) is not None if leaf is None else leaf in self._parameters
 
-    def _stops_at_operation(self, edge: Edge) -> bool:
-        """Return whether an edge is a source or the output of a nonlinear operation."""
-        return edge[0] in self._nonlinear or self._is_source(edge)
-
     def _depends(self, edge: Edge | None) -> bool:
         """Return whether a tensor depends on the model."""
         return edge is not None and (edge[0] in self._nodes or self._is_source(edge))
@@ -137,7 +162,7 @@ class Reading:
         """Return whether an operation is linear in what depends on the model."""
         kind = kind_of_node(node)
         if kind in LINEAR:
-            return True
+            return kind != "CopySlices" or is_assignment(node)
         dependent = [self._depends(edge) for edge in inputs_of(node)]
         return kind in NODE_RULES and NODE_RULES[kind].is_linear(dependent)
 
@@ -164,9 +189,21 @@ class Reading:
         maps += [None] * (len(values) - len(maps))
         return Operation(kind, (node, 0), tuple(zip(values, maps)), rule.function(node))
 
+    def _registered_terms(self) -> Iterator[Term]:
+        """Yield the terms of loss modules with a rule that a user registered."""
+        self._registered: list[EnclosedCall] = []
+        for each in self._calls:
+            curvature = each.call.curvature(self._seen[each.edge])
+            if curvature is not None:
+                self._registered.append(each)
+                argument = each.call.argument
+                jacobian = LinearMap(argument, self._nodes, self._is_source)
+                yield Term((argument,), (jacobian,), curvature)
+
     def _curved_terms(self) -> Iterator[Term]:
         """Yield the terms whose curvature is positive semi-definite."""
-        for node in self._nonlinear:
+        hidden = {node for call in self._registered for node in call.nodes}
+        for node in (each for each in self._nonlinear if each not in hidden):
             rule, weight = NODE_RULES.get(kind_of_node(node)), self._seen.get((node, 0))
             if rule is None or weight is None:
                 continue

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.objective.graph import Edge
 from einconv_kfac.curvature.objective.linear_map import LinearMap
+from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.loss_model import Expansion
 from einconv_kfac.curvature.objective.node_rule import Function
 from einconv_kfac.curvature.objective.terms import Term
@@ -73,6 +75,20 @@ class Tail:
     terms: tuple[Term, ...]
     operations: tuple[Operation, ...]
     last: LinearMap
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors of the script that operations are evaluated from again."""
+        for operation in self.operations:
+            function = operation.function
+            options = function.keywords.values() if isinstance(function, partial) else ()
+            given = function.targets if isinstance(function, LossCall) else ()
+            for each in (*(value for value, _ in operation.inputs), *options, *given):
+                if isinstance(each, Tensor):
+                    yield each
+
+    def at(self, outputs: Sequence[Tensor]) -> Tail:
+        """See `LossModel`."""
+        return replace(self, values=(*outputs, *self.values[len(outputs) :]))
 
     def unknown(self) -> Sequence[str]:
         """See `LossModel`."""

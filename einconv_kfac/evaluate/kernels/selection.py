@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
-from einconv_kfac.evaluate.kernels import dense, depthwise, innermost, stacked
+from einconv_kfac.evaluate.kernels import dense, depthwise, innermost, library, stacked
 from einconv_kfac.geometry import Geometry
 
 TENSOR_ROLES = ("x", "w", "v")
@@ -42,6 +42,7 @@ def by_role(kernel: Kernel) -> dict[str, Contraction]:
 
 
 DENSE, DEPTHWISE, INNERMOST, STACKED = map(by_role, (dense, depthwise, innermost, stacked))
+LIBRARY = by_role(library)
 
 
 def others(role: str) -> tuple[str, str]:
@@ -66,6 +67,8 @@ def contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Te
     """
     if 0 in (first.numel(), second.numel()):
         return first.new_zeros(result_shape(geometry, role, first, second))
+    if library.applies(geometry, first):
+        return LIBRARY[role](geometry, first, second)  # operands of any layout
     return contraction(geometry, role, first, second)(
         geometry, first.contiguous(), second.contiguous()
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.blocks.cholesky import Pair
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
+from einconv_kfac.curvature.estimation.moments import averaged
 from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.registry import is_whole
@@ -52,7 +53,7 @@ def move_averages_(
         workers: The number of workers, by which a sum of losses is divided if the weight is not
             known.
     """
-    found = [estimator.factors(own.moments) for own in contributions]
+    found = averaged([own.moments for own in contributions])
     scales = [estimator.scale(own.moments.examples / workers) for own in contributions]
     _scale_([b for _, b in found], scales, weight)
     _move_(contributions, found)

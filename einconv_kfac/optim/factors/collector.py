@@ -27,16 +27,25 @@ from einconv_kfac.distributed.wrappers import (
 )
 from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
+from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.replay.passing import PassedOutputs
 from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
+from einconv_kfac.optim.vectors import totals
 
 NEVER_SEEN = (
     "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
-    "loss as `loss_fn(model(x), y)` with the module given here and backpropagate it."
+    "loss as `loss_fn(model(x), y)` with the module given here, outside of compiled functions, and "
+    "call `loss.backward()`; gradients by torch.func or autograd.grad have no recorded loss."
+)
+
+UNSEEN = (
+    "Compiled models: pass `torch.compile(model)` itself here and call that. Checkpointed layers: "
+    "pass use_reentrant=False. Layers that are not called as modules, or only reached by another "
+    "loss: name them in `exclude`."
 )
 
 
@@ -72,6 +81,7 @@ class Collector:
         self.has_seen_loss = False  # since the optimizer was made
         self._capture = LayerCapture([])
         self._past: dict[tuple[Any, ...], list[str]] = {}
+        self._seen: tuple[Any, ...] = ()
         compiled, loss_fn = compiled_wrappers(model), estimator.loss_fn
         assert loss_fn is None or isinstance(loss_fn, nn.Module)
         hooks, entry = (self._add_, self._forget_), recorded_module(model)
@@ -123,16 +133,25 @@ class Collector:
         self.moments, self._count = {}, 0
 
     def _add_(self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor) -> None:
-        """Add a batch, from the graph of its outputs, unless its loss is not finite."""
+        """Add a batch, from the graph of its outputs, unless its loss is not finite.
+
+        The host waits for that only with calls that were not seen before, of which more is found
+        out from numbers: a step whose loss is not finite is skipped anyway.
+        """
         self.has_seen_loss = True
         number, self._count = self.workers.number(self._count), self._count + 1
         own = [call for call in calls if call.layer in self.due]
-        if not own or not bool(loss.isfinite().all()):
+        kind = tuple((call.layer, call.x.shape) for call in own)
+        if not own or (kind != self._seen and not bool(loss.isfinite().all())):
             return
-        device = evaluation.weight.device
-        generator = stream(device, "factors", self._seed, self._step, number)
-        with without_autocast(self._model):
-            self._add_own_(evaluation, own, generator)
+        self._seen = kind
+        generator = stream(evaluation.weight.device, "factors", self._seed, self._step, number)
+        try:
+            with without_autocast(self._model):
+                self._add_own_(evaluation, own, generator)
+        except BaseException:
+            self._forget_()
+            raise
 
     def _add_own_(
         self, evaluation: Evaluation, own: Sequence[LayerCall], generator: Generator
@@ -147,7 +166,10 @@ class Collector:
         with self._capture.paused():  # checkpointed layers run again
             others = [call for call in own if call.layer not in past]
             if others:
-                self._estimator.add_(moments, others, evaluation, generator)
+                # the mean over no target is not finite, so that its step is skipped
+                is_mean = getattr(self._estimator.loss_fn, "reduction", "") == "mean"
+                batch = moments, others, evaluation, generator
+                self._estimator.add_(*batch, may_be_empty=not is_mean)
             if past:
                 layers = [self._layers[name] for name in past]
                 self._estimator.add_weights_(moments, layers, evaluation, generator, together=True)
@@ -179,11 +201,10 @@ class Collector:
             raise RuntimeError(NEVER_SEEN)
         if missing:
             names = ", ".join(f"'{name}'" for name in sorted(missing))
+            parts = compiled_parts(self._model, missing)
             raise RuntimeError(
                 f"The factors of {names} need calls that the loss depends on, got none, though "
-                "there is a gradient. Compiled models: pass `torch.compile(model)` itself here "
-                "and call that. Checkpointed layers: pass use_reentrant=False. Layers that are "
-                "not called as modules, or only reached by another loss: name them in `exclude`."
+                f"there is a gradient. {advice(parts) if parts else UNSEEN}"
             )
 
     def _is_trained(self, name: str) -> bool:
@@ -211,7 +232,7 @@ class Collector:
             same: Returns what must be the same on all workers.
         """
         others = [*losses, *(part for own in self.moments.values() for part in own.checked())]
-        short = [*known, *(tensor.sum() for tensor in others)]
+        short = [*known, *totals(others)]
         flags = torch.stack(short).isfinite() if short else torch.ones(1, dtype=torch.bool)
         if self.workers.agree(flags.all(), "are all numbers finite", same):
             return True

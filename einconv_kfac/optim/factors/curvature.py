@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
@@ -23,6 +22,7 @@ from einconv_kfac.optim.factors.curvature_state import (
     loaded_layers,
     snapshot_of,
 )
+from einconv_kfac.optim.factors.output_change import relative_change
 from einconv_kfac.optim.factors.preconditioning import preconditioned
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
 from einconv_kfac.optim.factors.running import RunningFactors
@@ -226,8 +226,7 @@ class RunningCurvature:
 
         Each change is root mean square, relative to that of the layer's output.
         """
-        changes = [r.change(update, parameters) for r in self.layers.values() if r.factors]
-        return float(torch.stack(changes).sum()) if changes else 0.0
+        return float(relative_change(self.layers.values(), update, parameters))
 
     def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
         """Return the dampings by layer, weight decay included."""

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.cholesky import Pair
-from einconv_kfac.curvature.blocks.diagonal_factor import times_on_right
-from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.inverses.background import Pending
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
@@ -97,22 +95,6 @@ class RunningFactors:
         self.retries += inverted.retries
         self.inverse_seconds = inverted.seconds
         self.inverse_step, self.pending = step, None
-
-    def change(self, update: dict[str, Tensor], parameters: dict[str, Tensor]) -> Tensor:
-        """Return ``sqrt(tr(U A U^T) / tr(W A W^T))`` for an update ``U`` of parameters ``W``.
-
-        It is zero where the layer's output is: nothing is small relative to that, and a layer
-        that starts at zero, as heads and residual branches often do, could never leave it.
-        """
-        assert self.factors is not None
-        a, _ = self.factors
-        squares = []
-        for values in (update, parameters):
-            known = {name: values[name] for name in self.layer.parameters if name in values}
-            rows = self.layer.to_matrix({**self.layer.zeros(), **known}).to(a.dtype)
-            squares.append((times_on_right(rows, a, product) * rows).sum())
-        moved, present = squares
-        return torch.where(present > 0, moved / present, 0.0).sqrt()
 
     def on_device(self, inverse: LayerInverse, device: torch.device) -> LayerInverse:
         """Return an inverse of the layer on the device of its gradients, which may have changed."""

@@ -28,6 +28,7 @@ class Batch:
         loss: The loss, detached.
         weight: The derivative of the objective with respect to this loss.
         versions: The versions of the targets.
+        written: The versions of the outputs, which a script may change in place.
         refusal: Why the batch cannot be replayed, or ``None``.
         subset: The examples that its curvature is computed from, if not all.
         has_moved: Whether parameters were changed after the passes, and outputs and loss are those
@@ -41,6 +42,7 @@ class Batch:
     loss: Tensor
     weight: Tensor
     versions: Versions = field(default_factory=lambda: Versions(()))
+    written: Versions = field(default_factory=lambda: Versions(()))
     refusal: str | None = None
     subset: Subset | None = None
     has_moved: bool = False

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.forward import ForwardPass
 from einconv_kfac.optim.replay.loss_input import Returned
 from einconv_kfac.optim.replay.subsample import check_separate
+from einconv_kfac.optim.replay.unknown_operations import refusal_of
 
 REPEATED_ERROR = 0.1
 """Largest relative difference between an output and its repetition, in low precision."""
@@ -29,12 +31,6 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
     if batch.refusal is not None:
         raise RuntimeError(batch.refusal)
     assert batch.loss_model is not None
-    if bool(batch.weight < 0):
-        raise RuntimeError(
-            "The loss that `loss_fn` computes must be minimised when adaptive=True, got one with a "
-            "negative weight. Write `loss = optimizer.observe(loss)` with the negated loss before "
-            "`loss.backward()`, or pass adaptive=False."
-        )
     inner = [i for f in batch.forwards for i in f.inputs if not isinstance(i, Returned)]
     if inner and compiled:
         raise RuntimeError(
@@ -43,23 +39,8 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
             "part before the loss and pass that here, or pass adaptive=False."
         )
     if unknown := batch.loss_model.unknown():
-        raise RuntimeError(
-            "The operations between the model's output and the loss must be known when "
-            f"adaptive=True, got {', '.join(unknown)}. Move them into the model, so that the loss "
-            "is computed from what it returns, or pass adaptive=False."
-        )
-    chained = [each for f in batch.forwards for each in f.call.chained]
-    if later := sorted({kind for each in chained if each.link for kind in each.link.unknown}):
-        raise RuntimeError(
-            "The operations between two calls of the model must be known when adaptive=True, got "
-            f"{', '.join(later)}. Move them into the model, or pass adaptive=False."
-        )
-    if any(e.link for e in chained) and any(f.call.has_moved(model) for f in batch.forwards):
-        raise RuntimeError(
-            "Parameters must not change between the forward pass and the step when adaptive=True "
-            "and a call of the model depends on an earlier one through other operations. Take the "
-            "step of this optimizer first, or pass adaptive=False."
-        )
+        raise RuntimeError(refusal_of(unknown))
+    _check_chained(model, batch.forwards)
     for versions in (*(each.call.versions for each in batch.forwards), batch.versions):
         if (changed := versions.changed()) is not None:
             raise RuntimeError(
@@ -70,6 +51,32 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
     if batch.subset is not None:
         check_separate(model)
         batch.curvature_forwards()
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Raise a ``RuntimeError`` if the weight of a loss in the objective is negative."""
+    if any(weight < 0 for weight in weights):
+        raise RuntimeError(
+            "The loss that `loss_fn` computes must be minimised when adaptive=True, got one with a "
+            "negative weight. Write `loss = optimizer.observe(loss)` with the negated loss before "
+            "`loss.backward()`, or pass adaptive=False."
+        )
+
+
+def _check_chained(model: nn.Module, forwards: Sequence[ForwardPass]) -> None:
+    """Raise a ``RuntimeError`` if what stands between calls of the model cannot be replayed."""
+    links = [each.link for f in forwards for each in f.call.chained if each.link is not None]
+    if unknown := sorted({kind for link in links for kind in link.unknown}):
+        raise RuntimeError(
+            "The operations between two calls of the model must be known when adaptive=True, got "
+            f"{', '.join(unknown)}. Move them into the model, or pass adaptive=False."
+        )
+    if links and any(each.call.has_moved(model) for each in forwards):
+        raise RuntimeError(
+            "Parameters must not change between the forward pass and the step when adaptive=True "
+            "and a call of the model depends on an earlier one through other operations. Take the "
+            "step of this optimizer first, or pass adaptive=False."
+        )
 
 
 def check_repeated(batch: Batch, outputs: Sequence[Tensor]) -> None:
@@ -89,9 +96,9 @@ def check_repeated(batch: Batch, outputs: Sequence[Tensor]) -> None:
         )
     raise RuntimeError(
         "The model must repeat its output when a recorded batch is replayed for adaptive=True, "
-        "got a different one. Draw random numbers from torch's global generator, keep state "
-        "between calls only in buffers, change no output in place, run attention without cuDNN, "
-        "or pass adaptive=False."
+        "got a different one. Draw random numbers from torch's global generator or from "
+        "`random`, keep state between calls only in buffers, run attention without cuDNN, or pass "
+        "adaptive=False."
     )
 
 

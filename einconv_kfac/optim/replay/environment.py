@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,7 @@ class Environment:
         autocast: The settings of autocast.
         buffers: Copies of buffers that the pass may change, by name.
         training: Whether each module was in training mode.
+        python_random: State of the generator of Python's ``random``; ``None`` if it is not used.
     """
 
     cpu_random: Tensor
@@ -62,6 +65,7 @@ class Environment:
     autocast: Autocast
     buffers: dict[str, Tensor]
     training: tuple[bool, ...]
+    python_random: tuple[Any, ...] | None = None
 
     @staticmethod
     def now(model: nn.Module, buffers: dict[str, Tensor]) -> Environment:
@@ -73,7 +77,13 @@ class Environment:
         cuda = {index: torch.cuda.get_rng_state(index) for index in indices}
         training = tuple(module.training for module in model.modules())
         autocast = Autocast(kind, enabled, dtype)
-        return Environment(torch.get_rng_state(), cuda, autocast, buffers, training)
+        own = random.getstate()
+        return Environment(torch.get_rng_state(), cuda, autocast, buffers, training, own)
+
+    def after_call(self) -> Environment:
+        """Return what a call that has ended depended on; ``random`` only if it drew numbers."""
+        is_same = random.getstate() == self.python_random
+        return replace(self, python_random=None) if is_same else self
 
     @contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
@@ -91,12 +101,26 @@ class Environment:
             enabled=self.autocast.enabled,
             cache_enabled=False,
         )
-        random = torch.random.fork_rng(devices=list(self.cuda_random))
-        with ONE_THREAD, random, autocast, self._modes_restored(model):
+        forked = torch.random.fork_rng(devices=list(self.cuda_random))
+        modes, python = self._modes_restored(model), self._python_restored()
+        with ONE_THREAD, forked, autocast, modes, python:
             torch.set_rng_state(self.cpu_random)
             for index, state in self.cuda_random.items():
                 torch.cuda.set_rng_state(state, index)
             yield
+
+    @contextmanager
+    def _python_restored(self) -> Iterator[None]:
+        """Restore the state of Python's ``random`` inside the block."""
+        if self.python_random is None:
+            yield
+            return
+        before = random.getstate()
+        random.setstate(self.python_random)
+        try:
+            yield
+        finally:
+            random.setstate(before)
 
     @contextmanager
     def _modes_restored(self, model: nn.Module) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, replaced
 from einconv_kfac.optim.replay.dropout import batch_masks
 from einconv_kfac.optim.replay.environment import Environment
-from einconv_kfac.optim.replay.layer_jvp import layer_jvps
+from einconv_kfac.optim.replay.layer_jvp import batch_norms, layer_jvps
 from einconv_kfac.optim.replay.layer_outputs import LayerOutputs
 from einconv_kfac.optim.replay.loss_input import LossInput, found_inputs
 from einconv_kfac.optim.replay.recurrence import native_recurrences
@@ -47,6 +47,10 @@ class ModelCall:
     outputs: LayerOutputs = field(default_factory=LayerOutputs)
     chained: tuple[ChainedArgument, ...] = ()
     module: str = ""
+
+    def ended(self) -> ModelCall:
+        """Return the call after it has ended."""
+        return replace(self, environment=self.environment.after_call())
 
     def has_moved(self, model: nn.Module) -> bool:
         """Return whether parameters of the model were changed after the call."""
@@ -114,14 +118,15 @@ class ForwardPass:
         """
         call = self.call
         called = model.get_submodule(call.module)
-        values = _values(model, called, parameters, call.environment.buffers)
         given = {each.index: each.value(model, parameters, earlier) for each in call.chained}
         args, kwargs = replaced(call.args, call.kwargs, given)
 
         def run() -> Any:
             return functional_call(called, values, args, kwargs, tie_weights=False)
 
-        forwards = native_recurrences(model)
+        norms = batch_norms(model)
+        values = _values(model, called, parameters, call.environment.buffers, norms)
+        forwards = native_recurrences(model) | norms
         if self.subset is not None:
             forwards |= batch_masks(model, self.subset)
         if tangents:
@@ -159,7 +164,11 @@ def run_all(
 
 
 def _values(
-    model: nn.Module, part: nn.Module, parameters: Direction, buffers: dict[str, Tensor]
+    model: nn.Module,
+    part: nn.Module,
+    parameters: Direction,
+    buffers: dict[str, Tensor],
+    constant: Collection[nn.Module],
 ) -> Direction:
     """Return other parameters and copies of the buffers, by name in each module that has them.
 
@@ -171,6 +180,7 @@ def _values(
         part: The part of the model to which the names are relative.
         parameters: The parameters that take other values, by name in the model.
         buffers: The values of buffers, by name in the model; the others keep theirs.
+        constant: Modules that do not change their buffers, of which no copies are needed.
     """
     named = model.named_parameters(remove_duplicate=False)
     others = {tensor: parameters[name] for name, tensor in named if name in parameters}
@@ -184,6 +194,9 @@ def _values(
             if parameter is not None and parameter in others:
                 values[start + name] = others[parameter]
         for name, buffer in module._buffers.items():
-            if buffer is not None:
-                values[start + name] = copies.setdefault(buffer, buffer.clone())
+            if buffer is None or (module in constant and buffer not in copies):
+                continue
+            if buffer not in copies:
+                copies[buffer] = buffer.clone()
+            values[start + name] = copies[buffer]
     return values

@@ -15,16 +15,35 @@ has contiguous inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.functional import batch_norm
 
 from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOutputs
 from einconv_kfac.optim.replay.substitution import Forwards
 
 Forward: TypeAlias = Callable[..., Tensor]
+
+
+def batch_norms(model: nn.Module) -> Forwards:
+    """Return forward methods of batch normalisation that leave running statistics as they are.
+
+    In training mode the outputs do not depend on these, so that a replay needs no copies of them.
+    """
+    own = [m for m in model.modules() if type(m) in NORMALIZING and "forward" not in vars(m)]
+    return {module: partial(_on_batch, module) for module in own}
+
+
+def _on_batch(module: Any, x: Tensor) -> Tensor:
+    """Return the output of batch normalisation without a change of its buffers."""
+    if not module.training:
+        output: Tensor = type(module).forward(module, x)
+        return output
+    return batch_norm(x, None, None, module.weight, module.bias, True, 0.0, module.eps)
 
 
 def layer_jvps(model: nn.Module, outputs: LayerOutputs) -> Forwards:
@@ -102,20 +121,18 @@ def _evaluated(module: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> T
 
 def _normalizing(module: Any, statistics: Iterator[Tensor | None]) -> Forward:
     """Return the forward method of batch normalisation on batch statistics."""
-    ordinary = type(module).forward
 
     def forward(x: Tensor) -> Tensor:
         data, dx = _parts(x)
         weight, d_weight = _parts(module.weight)
         bias, d_bias = _parts(module.bias)
         recorded = next(statistics, None)
-        if dx is None or weight is None or weight.dtype != data.dtype:
-            recomputed: Tensor = ordinary(module, x)
-            return recomputed
+        if dx is None or not module.training or weight is None or weight.dtype != data.dtype:
+            return _on_batch(module, x)
         mean, scale = _batch_statistics(module, data) if recorded is None else recorded
+        variance = scale.square().reciprocal_().sub_(module.eps)
 
         def normalized(by: Tensor, shift: Tensor | None) -> Tensor:
-            variance = scale.square().reciprocal() - module.eps
             return torch.native_batch_norm(data, by, shift, mean, variance, False, 0, module.eps)[0]
 
         tangent, *_ = torch.ops.aten.native_batch_norm_backward(

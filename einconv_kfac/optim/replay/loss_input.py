@@ -117,10 +117,11 @@ def found_inputs(inputs: Sequence[LossInput], run: Run) -> tuple[Tensor, ...]:
         RuntimeError: If one is not found.
     """
     values: dict[int, Tensor] = {}
+    versions: dict[int, int] = {}
     inner = {i: each for i, each in enumerate(inputs) if not isinstance(each, Returned)}
 
     def receive(index: int, tensor: Tensor) -> None:
-        values[index] = tensor
+        values[index], versions[index] = tensor, tensor._version
         if len(values) == len(inputs):
             raise _FoundError
 
@@ -139,6 +140,11 @@ def found_inputs(inputs: Sequence[LossInput], run: Run) -> tuple[Tensor, ...]:
             raise RuntimeError(
                 f"The model must reach {each.missing()} again when a recorded batch is replayed "
                 "for adaptive=True, got a run that did not. Pass adaptive=False."
+            )
+        elif values[index]._version != versions[index]:
+            raise RuntimeError(
+                f"The model must not change {each.missing()} in place when adaptive=True, got an "
+                "output that it overwrites. Write `x = x / t` in place of `x /= t`."
             )
     return tuple(values[index] for index in range(len(inputs)))
 

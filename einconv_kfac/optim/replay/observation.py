@@ -12,18 +12,19 @@ from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.evaluation import Evaluation, ReadEvaluation, RuleEvaluation
 from einconv_kfac.curvature.losses import has_rule
 from einconv_kfac.curvature.losses.loss_call import Targets, depends_on_parameters
+from einconv_kfac.curvature.losses.loss_registry import is_overridden
+from einconv_kfac.curvature.losses.snapshot import snapshot
 from einconv_kfac.curvature.objective.graph import Edge, dependents, edge_of, leaf_of
 from einconv_kfac.curvature.objective.loss_model import GivenLoss
 from einconv_kfac.curvature.objective.reading import Reading
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.replay.loss_input import Inside, LossInput
+from einconv_kfac.optim.replay.loss_input import Inside, LossInput, Returned
 from einconv_kfac.optim.replay.pending import (
     ObservedLoss,
     PendingCall,
     PendingCalls,
     forward_passes,
 )
-from einconv_kfac.optim.replay.snapshot import snapshot
 from einconv_kfac.optim.replay.versions import Versions
 
 
@@ -69,6 +70,7 @@ class GivenObservation:
         self._loss_fn, self._loss, self._layer_calls = loss_fn, loss, layer_calls
         self._output, *self._targets = arguments
         self._owner = owner
+        self._written = Versions([("the output", self._output.detach())])
         self._versions = Versions(("a target of the loss", target) for target in self._targets)
 
     @staticmethod
@@ -81,8 +83,11 @@ class GivenObservation:
     ) -> GivenObservation | None:
         """Return the observation, or ``None`` if a rule for the loss or the output is missing."""
         owner = pending.owner_of(arguments[0], inside)
-        is_known = has_rule(loss_fn) and not depends_on_parameters(tuple(arguments[1:]))
+        is_known = has_rule(loss_fn) and not is_overridden(loss_fn)
+        is_known = is_known and not depends_on_parameters(tuple(arguments[1:]))
         if owner is None or owner[0].call is None or not is_known:
+            return None
+        if isinstance(owner[1], Returned) and not owner[0].is_intact(owner[1]):
             return None
         owner[0].used = True
         own = snapshot(loss_fn)
@@ -105,6 +110,7 @@ class GivenObservation:
             self._loss,
             weight,
             self._versions,
+            written=self._written,
         )
 
 
@@ -138,7 +144,8 @@ class ReadObservation:
         found: list[PendingCall] = []
         assert self._root is not None
         self._uses_parameters = False
-        self.parts: list[ObservedLoss] = []
+        whole = self._pending.loss_at(self._root)  # observed after it was recorded
+        self.parts: list[ObservedLoss] = [] if whole is None else [whole]
 
         def stops(edge: Edge) -> bool:
             if (part := self._pending.loss_at(edge)) is not None:
@@ -166,7 +173,8 @@ class ReadObservation:
             root = edge_of(tensor)
         self._root = None  # a hook of the graph that refers to the graph would keep it alive
         own = weight / _total(weight)
-        reading = Reading(root, self._loss, own, self._value, self._names)
+        at = self._pending.call_at
+        reading = Reading(root, self._loss, own, self._value, self._names, at)
         return ReadEvaluation(reading), self._layer_calls
 
     def _source(self, edge: Edge) -> tuple[PendingCall, LossInput] | None:
@@ -193,13 +201,20 @@ class ReadObservation:
         forwards = [(self._calls[number], inputs) for number, inputs in sorted(by_call.items())]
         outputs = [edge for _, inputs in forwards for _, edge in inputs]
         parameters = [edge for edge in reading.sources if edge not in outputs]
+        tail = reading.tail([*outputs, *parameters])
         return Batch(
             forward_passes([(call, [each for each, _ in inputs]) for call, inputs in forwards]),
             tuple(call.values[each] for call, inputs in forwards for each, _ in inputs),
             tuple(self._names[leaf] for e in parameters if (leaf := leaf_of(e)) is not None),
-            reading.tail([*outputs, *parameters]),
+            tail,
             loss,
             total,
+            Versions(("a tensor that the loss is computed from", t) for t in tail.tensors()),
+            written=Versions.known(
+                (f"a tensor of the model ({each})", call.values[each], call.versions[each])
+                for call, inputs in forwards
+                for each, _ in inputs
+            ),
         )
 
 

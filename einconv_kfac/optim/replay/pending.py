@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of, within
+from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.outputs import tensors_of
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, chained_arguments, needed
 from einconv_kfac.optim.replay.forward import ForwardPass, ModelCall
@@ -54,6 +55,7 @@ class PendingCall:
         call: The call of the model; ``None`` outside of one.
         layer_calls: The calls of layers.
         values: The tensors that it returned or computed inside, detached.
+        versions: The versions of these tensors when they were computed.
         outputs: Weak references to the tensors of the output; ``None`` while the call runs.
         losses: Number of losses that the model has computed so far.
         used: Whether a loss was computed from the output.
@@ -64,6 +66,7 @@ class PendingCall:
     call: ModelCall | None = None
     layer_calls: list[LayerCall] = field(default_factory=list)
     values: dict[LossInput, Tensor] = field(default_factory=dict)
+    versions: dict[LossInput, int] = field(default_factory=dict)
     outputs: list[weakref.ref[Tensor]] | None = None
     losses: int = 0
     used: bool = False
@@ -78,6 +81,10 @@ class PendingCall:
     def is_alive(self) -> bool:
         """Whether a tensor of the output exists."""
         return any(reference() is not None for reference in self.outputs or [])
+
+    def is_intact(self, source: LossInput) -> bool:
+        """Return whether no operation has changed a tensor in place."""
+        return self.values[source]._version == self.versions[source]
 
     def input_of(self, argument: Tensor) -> LossInput | None:
         """Return which tensor of the output an argument is, or ``None``."""
@@ -157,6 +164,7 @@ class PendingCalls:
             return
         pending = self._pending[-1]
         tensors = list(tensors_of(output))
+        pending.call = None if pending.call is None else pending.call.ended()
         pending.outputs = [weakref.ref(tensor) for tensor in tensors]
         for index, tensor in enumerate(tensors):
             if tensor.requires_grad:
@@ -165,6 +173,7 @@ class PendingCalls:
     def _mark_(self, pending: PendingCall, source: LossInput, tensor: Tensor) -> None:
         """Mark a tensor of a call, and keep its value."""
         pending.values[source] = tensor.detach()
+        pending.versions[source] = tensor._version
         mark_(tensor, (id(self), isinstance(source, Returned)), _Mark(pending.number, source))
 
     def mark_loss_(self, loss: Tensor) -> ObservedLoss:
@@ -172,6 +181,17 @@ class PendingCalls:
         mark = ObservedLoss()
         mark_(loss, (id(self), "loss"), mark)
         return mark
+
+    def mark_call_(self, loss_fn: nn.Module, arguments: Sequence[Any], loss: Tensor) -> None:
+        """Mark a loss as the result of a call of a loss module."""
+        call = LossCall.of(loss_fn, arguments, loss)
+        if call is not None:
+            mark_(loss, (id(self), "call"), call)
+
+    def call_at(self, edge: Edge) -> LossCall | None:
+        """Return the call of a loss module whose result is at an edge of the graph."""
+        found: LossCall | None = mark_of(edge, (id(self), "call"))
+        return found
 
     def loss_at(self, edge: Edge) -> ObservedLoss | None:
         """Return the mark of a loss at an edge of the graph."""

@@ -22,6 +22,7 @@ from einconv_kfac.curvature.estimation.capture import (
     sees_own_output,
 )
 from einconv_kfac.curvature.estimation.evaluation import Evaluation
+from einconv_kfac.curvature.losses.loss_registry import is_built_in
 from einconv_kfac.curvature.objective.outputs import losses_of
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.buffers import ChangingBuffers
@@ -56,6 +57,7 @@ class Recorder:
         enabled: Whether calls are recorded.
         keeps_outputs: Whether what a replay needs is kept: buffers, outputs of layers, losses as
             functions of outputs.
+        keeps_layers: Whether outputs of layers are kept as well, which makes products cheaper.
         gradients: Watches the gradients between backward passes and steps.
     """
 
@@ -70,6 +72,7 @@ class Recorder:
     ) -> None:
         self.enabled = True
         self.keeps_outputs = False
+        self.keeps_layers = True
         self._batches: list[Batch] = []
         self._model = model
         self._loss_fn = loss_fn
@@ -183,7 +186,7 @@ class Recorder:
                 chained=self._pending.chained(args, kwargs) if keeps else (),
                 module=self._calls.name_of(model),
             )
-            self._outputs = call.outputs if keeps else None
+            self._outputs = call.outputs if keeps and self.keeps_layers else None
             self._pending.begin_(call)
 
     def _after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
@@ -218,6 +221,8 @@ class Recorder:
             return
         arguments = loss_arguments(loss_fn, args, kwargs)
         observation = GivenObservation.of(loss_fn, arguments, loss, self._pending, inside)
+        if not is_built_in(loss_fn):
+            self._pending.mark_call_(loss_fn, arguments, loss)
         if observation is None:
             self.observe_(loss)
         else:
@@ -239,11 +244,15 @@ class Recorder:
     def _begin_backward_(self, observation: Observation, weight: Tensor) -> None:
         """Record a batch, whose backward pass begins."""
         self._drop_cleared_()
-        with self.paused(), torch.enable_grad():
-            evaluation, calls = observation.evaluation(weight)
-            batch = observation.batch(evaluation, weight, replayed=self.keeps_outputs)
-            self._on_backward(evaluation, calls, batch.loss)
-            self._batches.append(batch)
+        try:
+            with self.paused(), torch.enable_grad():
+                evaluation, calls = observation.evaluation(weight)
+                batch = observation.batch(evaluation, weight, replayed=self.keeps_outputs)
+                self._on_backward(evaluation, calls, batch.loss)
+                self._batches.append(batch)
+        except BaseException:
+            self.take()  # and what was collected from earlier losses
+            raise
         self.gradients.look_after_pass_()
 
     def _drop_cleared_(self) -> None:

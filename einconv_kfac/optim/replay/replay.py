@@ -14,7 +14,9 @@ from einconv_kfac.curvature.objective.loss_model import Expansion, GivenLoss
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.checks import check_batch, check_repeated, is_repeated
 from einconv_kfac.optim.replay.forward import ForwardPass, run_all
+from einconv_kfac.optim.replay.joint import joined
 from einconv_kfac.optim.replay.jvp import Tangents, backward_products, forward_products
+from einconv_kfac.optim.replay.versions import Versions
 from einconv_kfac.optim.vectors import Direction
 
 Outputs: TypeAlias = tuple[Tensor, ...]
@@ -77,7 +79,7 @@ class Replay:
             return list(batch.loss_model.slopes())[: len(batch.outputs)]
 
     def expansion(
-        self, batch: Batch, parameters: Direction, directions: Sequence[Direction]
+        self, batch: Batch, directions: Sequence[Direction], tangents: Sequence[Tangents]
     ) -> Expansion:
         """Return slope and curvature of a batch's loss along directions, from its subset.
 
@@ -85,11 +87,10 @@ class Replay:
 
         Args:
             batch: The batch.
-            parameters: The present parameters by name.
             directions: The directions.
+            tangents: Their `jacobian_products`.
         """
         assert batch.loss_model is not None
-        tangents = self.jacobian_products(batch, parameters, directions)
         own = [[d.get(name) for name in batch.parameters] for d in directions]
         if batch.subset is not None:
             tangents = [tuple(batch.subset.scattered(t) for t in each) for each in tangents]
@@ -149,9 +150,10 @@ class Replay:
             if self.takes_gradients:
                 raise
         else:
-            if self.takes_gradients or is_repeated(batch, outputs):
-                check_repeated(batch, outputs)
+            if is_repeated(batch, outputs):
                 return found
+            if self.takes_gradients:
+                check_repeated(batch, outputs)
         self.takes_gradients = True  # kept outputs or a missing graph may have broken it
         try:
             outputs, found = products()
@@ -161,13 +163,19 @@ class Replay:
             raise
         return found
 
+    def check_recorded(self, batches: Sequence[Batch]) -> None:
+        """Raise a ``RuntimeError`` if a batch cannot be replayed, without running the model."""
+        for batch in batches:
+            check_batch(self._model, batch, compiled=self._compiled)
+
     def check(
         self, batches: Sequence[Batch], parameters: Direction, direction: Direction
     ) -> list[Batch]:
-        """Check that batches can be replayed, and return them as they are at the present point.
+        """Return batches that passed `check_recorded` as they are at the present point.
 
         Where parameters were changed after a forward pass, its outputs and loss are evaluated
-        again. That the model repeats its output is checked once, and in every product.
+        again, and those that depend on the same calls are joined. That the model repeats its
+        output is checked once, and in every product.
 
         Args:
             batches: The batches, at least one.
@@ -177,16 +185,38 @@ class Replay:
         Raises:
             RuntimeError: If one of them cannot be replayed.
         """
-        for batch in batches:
-            check_batch(self._model, batch, compiled=self._compiled)
-        batches = [self._moved(batch) for batch in batches]
+        batches = [self._moved(self._restored(batch)) for batch in batches]
         if not self._checked:
             with self._paused(), torch.enable_grad():
                 forwards = batches[0].curvature_forwards()
                 check_repeated(batches[0], run_all(forwards, self._model, {}))
             self.jacobian_products(batches[0], parameters, [direction])
             self._checked = True
-        return batches
+        return joined(batches)
+
+    def check_outputs(self, batches: Sequence[Batch]) -> None:
+        """Raise a ``RuntimeError`` if the model, run as a whole, does not repeat its outputs."""
+        for batch in batches:
+            check_repeated(replace(batch, subset=None), self.outputs(batch)[: len(batch.outputs)])
+
+    def _restored(self, batch: Batch) -> Batch:
+        """Return a batch with the outputs of the model, if a script changed them in place since.
+
+        Raises:
+            RuntimeError: If parameters were changed as well.
+        """
+        if (written := batch.written.changed()) is None:
+            return batch
+        if any(each.call.has_moved(self._model) for each in batch.forwards):
+            raise RuntimeError(
+                "Outputs of the model must not be changed in place when parameters change before "
+                f"the step and adaptive=True, got {written}. Write `out = out / t` in place of "
+                "`out /= t`, or `out = out.masked_fill(mask, 0)` in place of `out[mask] = 0`."
+            )
+        assert batch.loss_model is not None
+        outputs = tuple(self.outputs(batch)[: len(batch.outputs)])
+        loss_model = batch.loss_model.at(outputs)
+        return replace(batch, outputs=outputs, loss_model=loss_model, written=Versions(()))
 
     def _moved(self, batch: Batch) -> Batch:
         """Return a batch whose outputs are those of the present parameters."""
@@ -194,8 +224,9 @@ class Replay:
             return batch
         outputs = tuple(self.outputs(batch)[: len(batch.outputs)])
         loss, model = self.batch_loss(batch), batch.loss_model
+        assert model is not None
         if isinstance(model, GivenLoss):
-            model = GivenLoss(model.loss_fn, outputs[0], model.targets)
+            model = model.at(outputs)
         return replace(batch, outputs=outputs, loss=loss, loss_model=model, has_moved=True)
 
     def _evaluated(self, forwards: Sequence[ForwardPass]) -> Outputs:

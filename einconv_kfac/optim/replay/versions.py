@@ -25,6 +25,13 @@ class Versions:
             if isinstance(tensor, Tensor) and not tensor.is_inference()
         ]
 
+    @staticmethod
+    def known(tensors: Iterable[tuple[str, Tensor, int]]) -> Versions:
+        """Return tensors with the versions that they had."""
+        found = Versions(())
+        found._known = list(tensors)
+        return found
+
     def changed(self) -> str | None:
         """Return what was changed in place, or ``None``."""
         return next((n for n, tensor, version in self._known if tensor._version != version), None)

@@ -9,22 +9,23 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
-from einconv_kfac.optim.factors.refresh import Inverses
+from einconv_kfac.optim.replay.checks import check_weights
 from einconv_kfac.optim.step.automatic_state import check_automatic_state
 from einconv_kfac.optim.step.damping.first_curvature import first_curvature
 from einconv_kfac.optim.step.damping.rule import DampingRule
-from einconv_kfac.optim.step.damping.search import DampingSearch
+from einconv_kfac.optim.step.fit import Fit, Momentum
 from einconv_kfac.optim.step.layer_gains import mean_gain
 from einconv_kfac.optim.step.objective import Objective, common_momentum
 from einconv_kfac.optim.step.reduction import Before, Reduction
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER, Rollback, last_update, undo_
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.slow_momentum import SlowMomentum
+from einconv_kfac.optim.step.step_fit import StepFit
 from einconv_kfac.optim.step.step_protocol import Statistics, Taken
-from einconv_kfac.optim.step.subspace import Fit, Momentum, SubspaceFit, descent_directions
 from einconv_kfac.optim.step.unobserved import UnobservedTerms
 from einconv_kfac.optim.vectors import Direction
 
@@ -52,11 +53,10 @@ class AutomaticStep:
         self._safeguard = safeguard
         self._trust = SlopeTrust()
         self._slow = SlowMomentum()
-        self._subspace = SubspaceFit(curvature, self._trust)
-        self._search = DampingSearch()
+        self._fit = StepFit(curvature, self._trust)
         self._rollback = Rollback()
-        self._reduction = Reduction(self._replay, rule, safeguard)
-        self._unobserved = UnobservedTerms()
+        self._reduction = Reduction(self._replay, rule, self._trust, safeguard)
+        self._unobserved = UnobservedTerms(self._replay)
 
     def check(self, objective: Objective) -> None:
         """See `Step`."""
@@ -65,49 +65,89 @@ class AutomaticStep:
         if not objective.batches:
             raise RuntimeError(
                 "`step` needs the loss it steps on, but saw none whose gradient is in `.grad`. "
-                "Compute it as `loss_fn(model(x), y)` with the module given to KFAC, or write "
-                "`loss = optimizer.observe(loss)` before `loss.backward()`."
+                "Compute it as `loss_fn(model(x), y)` with the module given to KFAC, outside of "
+                "compiled functions, or write `loss = optimizer.observe(loss)` before "
+                "`loss.backward()`; gradients by torch.func or autograd.grad have no recorded loss."
             )
 
     def take_(self, objective: Objective) -> Taken:
         """See `Step`."""
-        at = objective.batches, objective.parameters, objective.gradient
-        objective = replace(objective, batches=self._replay.check(*at))
         momentum = common_momentum(objective)
+        is_due = momentum is not None or self._is_due(objective)
+        self._replay.check_recorded(objective.batches)
+        objective = self._checked(objective) if is_due else objective
         if self._undone_(objective):
-            return Taken({"damping": self._damping(objective) or math.nan, "rejected": 1.0})
-        self._trust.sample_(objective.gradient)
-        damping = self._damping(objective)
-        self._curvature.update_()
-        if damping is None:
-            return Taken({})
-        previous = last_update(objective.memory)
-        is_slow = momentum is None
-        followed = Momentum(
-            self._slow.direction(objective.memory, objective.rates) if is_slow else previous,
-            momentum,
+            taken = Taken({"damping": self._damping(objective) or math.nan, "rejected": 1.0})
+        else:
+            self._trust.sample_(objective.gradient)
+            damping = self._damping(objective)
+            self._curvature.update_()
+            if damping is None:
+                return Taken({})
+            taken = self._fitted_(objective, momentum, damping, is_due=is_due)
+        steps = self._curvature.steps + 1
+        self._curvature.recorder.keeps_layers = momentum is not None or self._is_due(
+            objective, steps
         )
-        fit = self._best_fit_(objective, followed, damping)
+        return taken
+
+    def _is_due(self, objective: Objective, step: int | None = None) -> bool:
+        """Return whether a step, by default the coming one, is to be fitted to its batch."""
+        step = self._curvature.steps if step is None else step
+        is_given = objective.settings.damping is not None
+        if self._fit.is_due(step, is_given=is_given):
+            return True
+        return not is_given and (self._reduction.is_due(step) or self._rule.damping(step) is None)
+
+    def _checked(self, objective: Objective) -> Objective:
+        """Return the objective with batches that can be replayed at the present point."""
+        at = objective.batches, objective.parameters, objective.gradient
+        return replace(objective, batches=self._replay.check(*at))
+
+    def _fitted_(
+        self, objective: Objective, momentum: float | None, damping: float, *, is_due: bool
+    ) -> Taken:
+        """Fit the step or, if that is not due, take the coefficients of the last fit; take it.
+
+        Args:
+            objective: The objective; if a fit is due, its batches were checked.
+            momentum: The coefficient of the momentum, or ``None`` for the slow momentum.
+            damping: The damping.
+            is_due: Whether a fit is due.
+        """
+        previous = last_update(objective.memory)
+        slow = self._slow.direction(objective.memory, objective.rates)
+        followed = Momentum(slow if momentum is None else previous, momentum)
+        fit = None if is_due else self._fit.carried_(objective, followed, damping)
+        if fit is None:
+            objective = objective if is_due else self._checked(objective)
+            fit = self._fit.best_(objective, followed, damping)
         if not math.isfinite(fit.expected):
             return self._skipped_(objective, damping, bool(previous))
-        rate = max(objective.rates.values())
+        return self._moved_(objective, followed, fit, damping)
+
+    def _moved_(self, objective: Objective, followed: Momentum, fit: Fit, damping: float) -> Taken:
+        """Move the parameters by a step and by the slow momentum, as far as they prove good."""
+        rate, steps = max(objective.rates.values()), self._curvature.steps
         update = fit.update(objective, rate)
-        others = self._unobserved.change(fit.model, fit.coefficients * rate, objective)
-        before = self._reduction.before(objective, self._curvature.steps, others)
-        for name, tensor in update.items():
-            objective.parameters[name].add_(tensor)
-        predicted = fit.predicted(damping, rate)
-        rate *= self._reduction.adapt_(objective, update, before, predicted, self._curvature.steps)
-        coefficient = fit.mix[-1] * rate
+        others = self._unobserved.change(fit, rate, objective)
+        before = self._reduction.before(objective, steps, others)
+        torch._foreach_add_([objective.parameters[name] for name in update], [*update.values()])
+        predicted = fit.predicted(rate)
+        left = self._reduction.adapt_(objective, update, before, predicted, steps)
+        if left < 1:
+            self._fit.subspace.drop_()
+        fit = fit.scaled(rate * left)
+        coefficient, is_slow = fit.mix[-1], followed.coefficient is None
         if is_slow:
-            coefficient = self._add_momentum_(objective, update, before)
+            coefficient = self._add_momentum_(objective, update, before, fit)
         coefficient = coefficient if followed.direction else 0.0
         for name, tensor in update.items():
             objective.memory[name][MOMENTUM_BUFFER] = tensor
-        if fit.is_full:
-            moved = fit.moved(rate, coefficient if is_slow else 0.0)
-            self._trust.predict_(fit.directions[0], float(fit.model.slope[0]), moved)
-        numbers = {"damping": damping, "step_size": fit.mix[0] * rate, "momentum": coefficient}
+        if fit.is_exact:
+            moved = fit.moved(coefficient if is_slow else 0.0)
+            self._trust.predict_(fit.directions[0], fit.along.first_slope, moved)
+        numbers = {"damping": damping, "step_size": fit.mix[0], "momentum": coefficient}
         return self._taken(update, {**numbers, "predicted": predicted})
 
     def _taken(self, update: Direction, numbers: Statistics) -> Taken:
@@ -139,32 +179,15 @@ class AutomaticStep:
             assert damping is not None
         return damping
 
-    def _best_fit_(self, objective: Objective, momentum: Momentum, damping: float) -> Fit:
-        """Return the best step, with up-to-date inverses.
-
-        From time to time larger and smaller dampings of the inverses are tried as well, and
-        the one that promises the largest reduction is kept. A given damping is used as given.
-        """
-        curvature, search = self._curvature, self._search
-        given = objective.settings.damping is not None
-        if given or not search.is_due(curvature.steps):
-            curvature.refresh_(damping * search.scale, objective.decay)
-            covered = curvature.precondition(objective.gradient)
-            return self._subspace.best_(objective, covered, momentum, damping)
-
-        def fit(inverses: Inverses) -> Fit:
-            covered = curvature.precondition(objective.gradient, inverses)
-            directions = descent_directions(objective, covered)
-            return self._subspace.full(objective, directions, momentum, damping)
-
-        invert = curvature.trial_inverses(objective.decay)
-        best = search.best_(curvature.steps, lambda scale: invert(damping * scale), fit)
-        curvature.use_(best.inverses)
-        return self._subspace.keep_(best.fit, momentum)
-
     def _undone_(self, objective: Objective) -> bool:
-        """Undo the last step if the objective exploded, and return whether it did."""
-        value = float(objective.value())
+        """Undo the last step if the objective exploded, and return whether it did.
+
+        Raises:
+            RuntimeError: If the weight of a loss is negative.
+        """
+        weights = [batch.weight.double().reshape(()) for batch in objective.batches]
+        value, *own = torch.stack([objective.value().reshape(()), *weights]).tolist()
+        check_weights(own)
         steps = self._curvature.steps
         can_undo = self._rule.damping(steps) is not None and last_update(objective.memory)
         if not (can_undo and self._rollback.is_needed(value)):
@@ -178,6 +201,7 @@ class AutomaticStep:
         self._slow.drop_(objective.memory)
         undo_(objective.parameters, objective.memory)
         self._trust.drop_()
+        self._fit.subspace.drop_()
         self._rule.after_rejection(UNDONE_FACTOR)
 
     def _skipped_(self, objective: Objective, damping: float, can_undo: bool) -> Taken:
@@ -190,10 +214,16 @@ class AutomaticStep:
         if can_undo:
             self._undo_(objective)
             return Taken({"damping": damping, "rejected": 1.0})
-        self._rule.after_ratio(math.nan, 0.0)
+        self._rule.after_ratio(math.nan, 0.0, self._trust.noise)
         return Taken({"damping": damping})
 
-    def _add_momentum_(self, objective: Objective, update: Direction, before: Before) -> float:
+    def _add_momentum_(
+        self,
+        objective: Objective,
+        update: Direction,
+        before: Before,
+        fit: Fit,
+    ) -> float:
         """Add the slow momentum to a step, and return its coefficient.
 
         With the safeguard, the momentum is dropped if the objective has grown on its own batch.
@@ -202,9 +232,11 @@ class AutomaticStep:
             objective: The objective; its parameters are those after the step on the batch.
             update: That step; the momentum's part is added to it.
             before: The objective before the step.
+            fit: The step in terms of directions.
         """
+        known = fit.products if all(objective.rates.values()) else None
         own = {name: tensor.clone() for name, tensor in update.items() if self._safeguard}
-        coefficient = self._slow.add_(objective, update, self._trust.fraction)
+        coefficient = self._slow.add_(objective, update, self._trust.fraction, known)
         if not self._safeguard:
             return coefficient
         if bool(self._reduction.value(objective) <= before.allowed()):
@@ -220,8 +252,8 @@ class AutomaticStep:
         return {
             "adapted": self._reduction.adapted,
             "rule": self._rule.state_dict(),
-            "search": self._search.state_dict(),
-            "subspace": self._subspace.state_dict(),
+            "search": self._fit.search.state_dict(),
+            "subspace": self._fit.subspace.state_dict(),
             "rollback": self._rollback.state_dict(),
             "slow": self._slow.state_dict(),
             "trust": self._trust.state_dict(),
@@ -246,8 +278,8 @@ class AutomaticStep:
         """See `Step`."""
         self._reduction.adapted = state["adapted"]
         self._rule.load_state_dict(state["rule"])
-        self._search.load_state_dict(state["search"])
-        self._subspace.load_state_dict(state["subspace"])
+        self._fit.search.load_state_dict(state["search"])
+        self._fit.subspace.load_state_dict(state["subspace"])
         self._rollback.load_state_dict(state["rollback"])
         self._slow.load_state_dict(state["slow"])
         self._trust.load_state_dict(state["trust"], parameters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.optim.vectors import Direction
@@ -40,6 +41,6 @@ def backtrack_(
 
 def _scale_(parameters: Direction, update: Direction, fraction: float) -> None:
     """Shorten a step that was taken to a fraction."""
-    for name, tensor in update.items():
-        parameters[name].sub_(tensor, alpha=1 - fraction)
-        tensor.mul_(fraction)
+    own = [parameters[name] for name in update]
+    torch._foreach_sub_(own, [*update.values()], alpha=1 - fraction)
+    torch._foreach_mul_([*update.values()], fraction)

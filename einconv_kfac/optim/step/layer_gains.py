@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 from einconv_kfac.optim.state_schema import NUMBER, Each, Record
-from einconv_kfac.optim.vectors import Direction, by_layer, products_by_layer
+from einconv_kfac.optim.step.layer_products import LayerProducts
 
 SMALLEST_GAIN, CONFIDENT_GAIN, LARGEST_GAIN = 0.5, 2.0, 16.0
 """Bounds of the gain: minimum, maximum without evidence, maximum with evidence."""
@@ -62,46 +62,25 @@ class LayerGains:
         return {layer: state.gain for layer, state in self._layers.items()}
 
     def adapt_(
-        self,
-        point: tuple[Direction, Direction],
-        momentum: Direction,
-        update: Direction,
-        weight: float,
-        trust: float,
+        self, products: Mapping[str, LayerProducts], weight: float, trust: float
     ) -> dict[str, float]:
         """Adapt the gains to a new batch, and count its step.
 
         Args:
-            point: The parameters, and the gradient on the batch.
-            momentum: ``m``, times learning rates.
-            update: The step on the batch, times learning rates; its parameters are trained.
+            products: Inner products by layer, with the step on the batch times learning rates as
+                update. Layers without momentum have none along past steps.
             weight: The coefficient of the momentum.
-            trust: The fraction of ``u`` that ``update`` is.
+            trust: The fraction of ``u`` that the update is.
 
         Returns:
-            The fraction of ``u`` that is left for later steps, by parameter.
+            The fraction of ``u`` that is left for later steps, by layer.
         """
-        parameters, gradient = point
-        layers = by_layer(update)
-        moving = {
-            layer: names
-            for layer, names in layers.items()
-            if layer in self._layers and not momentum.keys().isdisjoint(names)
-        }
-        pairs = [
-            (gradient, momentum),
-            (gradient, update),
-            (momentum, momentum),
-            (parameters, parameters),
-        ]
-        for layer, row in zip(moving, products_by_layer(moving.values(), pairs)):
-            _adapt_(self._layers[layer], row, weight, trust)
         remainders: dict[str, float] = {}
-        for layer, names in layers.items():
+        for layer, own in products.items():
             state = self._layers.setdefault(layer, _Layer())
-            remainder = max(state.gain - trust, SMALLEST_REMAINDER)
-            state.steps = (1 - weight) * (state.steps + remainder)
-            remainders |= dict.fromkeys(names, remainder)
+            _adapt_(state, own, weight, trust)
+            remainders[layer] = max(state.gain - trust, SMALLEST_REMAINDER)
+            state.steps = (1 - weight) * (state.steps + remainders[layer])
         return remainders
 
     schema = Each(Record({entry.name: NUMBER for entry in fields(_Layer)}))
@@ -120,15 +99,14 @@ def mean_gain(gains: Mapping[str, float]) -> float:
     return sum(gains.values()) / len(gains) if gains else FIRST_GAIN
 
 
-def _adapt_(state: _Layer, row: list[float], weight: float, trust: float) -> None:
-    """Adapt the gain of a layer to ``g.m``, ``g.u``, ``m.m`` and ``w.w``."""
-    if not state.steps:
+def _adapt_(state: _Layer, own: LayerProducts, weight: float, trust: float) -> None:
+    """Adapt the gain of a layer, unless there is no momentum yet."""
+    if not (state.steps and own.momentum):
         return
-    along_past, along_own, length, size = row
-    state.confirmed += weight * (-along_past / state.steps - state.confirmed)
-    state.promised += weight * (-along_own / (2 * trust) - state.promised)
+    state.confirmed += weight * (-own.past / state.steps - state.confirmed)
+    state.promised += weight * (-own.own / (2 * trust) - state.promised)
     tolerable = -state.confirmed < ASCENT_TOLERANCE * weight * state.promised
-    is_near = length < RELATIVE_LENGTH**2 * size and state.gain < CONFIDENT_GAIN
+    is_near = own.momentum < RELATIVE_LENGTH**2 * own.parameters and state.gain < CONFIDENT_GAIN
     grows = state.confirmed > 0 or (tolerable and is_near)
     gain = state.gain * math.exp(weight * (GROWTH_RATE if grows else -SHRINKAGE_RATE))
     state.gain = min(max(gain, SMALLEST_GAIN), LARGEST_GAIN)

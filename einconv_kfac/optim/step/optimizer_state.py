@@ -137,8 +137,12 @@ class OptimizerState:
         self.curvature.cover_unfrozen_()
         check_version(part)
         others_mode = MODES - {self.step.mode}
-        if part.keys() & others_mode:
-            raise ValueError("`state_dict` must come from an optimizer with the same `adaptive`.")
+        if found := part.keys() & others_mode:
+            raise ValueError(
+                "`state_dict` must come from an optimizer with the same `adaptive`, got one of the "
+                f"{', '.join(sorted(found))} step for the {self.step.mode} step. Load the state of "
+                "the model alone, and begin with a new optimizer."
+            )
         names = ("version", "preconditioner", self.step.mode)
         Record(dict.fromkeys(names, Anything())).check(repr(PART), part)
         self.curvature.check_state(part["preconditioner"])

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.objective.loss_model import Expansion
+from einconv_kfac.optim.replay.jvp import Tangents
 from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.vectors import Direction, gram_matrix, inner, inner_products, sum_of
@@ -25,7 +27,7 @@ from einconv_kfac.optim.vectors import Direction, gram_matrix, inner, inner_prod
 
 @dataclass(frozen=True)
 class QuadraticModel:
-    """The model's coefficients, in float64.
+    """The model's coefficients, in float64 on the host.
 
     Args:
         slope: ``g.d_i``, ``[m]``.
@@ -56,17 +58,15 @@ class QuadraticModel:
         c[free] = -_solve(matrix[free][:, free], (self.slope + matrix @ c)[free])
         return c
 
-    def unobserved_fraction(self) -> float:
-        """Return the fraction of the first slope that the recorded losses do not explain."""
-        if self.unobserved is None or not bool(self.slope[0]):
-            return 0.0
-        return float((self.unobserved[0] / self.slope[0]).abs())
-
     def change(self, coefficients: Tensor, damping: float) -> Tensor:
         """Return ``M(u)``, the predicted change of the damped objective."""
+        return self.slope @ coefficients + self.bend(coefficients, damping) / 2
+
+    def bend(self, coefficients: Tensor, damping: float) -> Tensor:
+        """Return ``u.(G + W + damping I).u``, the damped curvature along a step."""
         matrix = self.curvature + damping * self.gram
-        change: Tensor = self.slope @ coefficients + coefficients @ matrix @ coefficients / 2
-        return change
+        bend: Tensor = coefficients @ matrix @ coefficients
+        return bend
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
@@ -79,8 +79,40 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     return solution
 
 
+class Products:
+    """Jacobian-vector products on the batches of an objective, each computed once.
+
+    Args:
+        replay: Runs the model again.
+        objective: The objective, of at least one batch.
+    """
+
+    def __init__(self, replay: Replay, objective: Objective) -> None:
+        self._replay = replay
+        self._objective = objective
+        self._known: dict[int, tuple[Direction, list[Tangents]]] = {}
+
+    def expansions(self, directions: Sequence[Direction]) -> list[Expansion]:
+        """Return slope and curvature of each batch's loss along directions."""
+        batches, parameters = self._objective.batches, self._objective.parameters
+        new = [direction for direction in directions if id(direction) not in self._known]
+        if new:
+            found = [self._replay.jacobian_products(b, parameters, new) for b in batches]
+            for direction, *own in zip(new, *found):
+                self._known[id(direction)] = direction, own  # which keeps its id
+        tangents = [
+            [self._known[id(d)][1][index] for d in directions] for index in range(len(batches))
+        ]
+        return [
+            self._replay.expansion(batch, directions, own) for batch, own in zip(batches, tangents)
+        ]
+
+
 def quadratic_model(
-    replay: Replay, objective: Objective, directions: Sequence[Direction]
+    replay: Replay,
+    objective: Objective,
+    directions: Sequence[Direction],
+    products: Products | None = None,
 ) -> QuadraticModel:
     """Return the quadratic model of an objective in the span of directions.
 
@@ -88,12 +120,12 @@ def quadratic_model(
         replay: Runs the model again.
         objective: The objective, of at least one batch.
         directions: The directions ``d_i``.
+        products: Products of this objective that are known.
     """
+    products = Products(replay, objective) if products is None else products
     slope = inner_products(objective.gradient, directions)
-    parts = [
-        (batch.weight.double(), replay.expansion(batch, objective.parameters, directions))
-        for batch in objective.batches
-    ]
+    weights = [batch.weight.double() for batch in objective.batches]
+    parts = list(zip(weights, products.expansions(directions)))
     curvature = sum_of([weight * part.curvature for weight, part in parts])
     observed = sum_of([weight * part.slope for weight, part in parts])
     if any(objective.decay.values()):
@@ -101,6 +133,13 @@ def quadratic_model(
         decay = [inner(d, objective.parameters, objective.decay) for d in directions]
         observed = observed + torch.stack(decay)
     is_part = any(b.subset is not None or b.has_moved for b in objective.batches)
-    own = [slope, curvature, gram_matrix(directions), observed, float(is_part)]
-    slope, curvature, gram, observed, part = objective.workers.means(own, "quadratic model")
-    return QuadraticModel(slope, curvature, gram, None if part else slope - observed)
+    rows = torch.stack([slope, slope - observed, *curvature, *gram_matrix(directions)])
+    rows, part = objective.workers.means([rows, float(is_part)], "quadratic model")
+    slope, unobserved, *squares = rows.cpu()
+    count = len(slope)
+    return QuadraticModel(
+        slope,
+        torch.stack(squares[:count]),
+        torch.stack(squares[count:]),
+        None if part else unobserved,
+    )

@@ -15,6 +15,7 @@ from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION_PERIO
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.rounding import ROUNDING_MARGIN, rounding_of
+from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.vectors import Direction
 
 BACKTRACKED_FACTOR = 2.0
@@ -56,6 +57,7 @@ class Reduction:
     Args:
         replay: Runs the model again.
         rule: The damping rule, which adapts to the ratio.
+        trust: The trust in slopes; what it lacks is noise.
         safeguard: Whether to compare after every step.
 
     Attributes:
@@ -63,9 +65,12 @@ class Reduction:
         adapted: The step at which the damping was adapted last.
     """
 
-    def __init__(self, replay: Replay, rule: DampingRule, safeguard: bool) -> None:
+    def __init__(
+        self, replay: Replay, rule: DampingRule, trust: SlopeTrust, safeguard: bool
+    ) -> None:
         self._replay = replay
         self._rule = rule
+        self._trust = trust
         self._safeguard = safeguard
         self.adapted: int | None = None
         self.ratio = math.nan
@@ -78,7 +83,7 @@ class Reduction:
             step: The number of steps taken.
             others: The change by terms that the recorded losses do not contain.
         """
-        compared = objective.settings.damping is None and (self._safeguard or self._is_due(step))
+        compared = objective.settings.damping is None and (self._safeguard or self.is_due(step))
         rounding = rounding_of(self._replay, objective) if compared else None
         return Before(objective.value() - others, rounding)
 
@@ -102,11 +107,11 @@ class Reduction:
         """
         if before.rounding is None or not predicted:
             return 1.0
-        difference = self.value(objective) - before.value
-        change, rounding = torch.stack([difference, before.rounding]).tolist()
+        difference, allowed = self.value(objective) - before.value, before.allowed(predicted)
+        numbers = [difference, before.rounding, allowed - before.value]
+        change, rounding, growth = torch.stack(numbers).tolist()
         self._adapt_rule_(change, predicted, rounding, step)
-        allowed = before.allowed(predicted)
-        if float(before.value) + change <= float(allowed):
+        if change <= growth:
             return 1.0
         self._rule.after_rejection(BACKTRACKED_FACTOR)  # also if it is not a number
         return backtrack_(objective.parameters, update, lambda: self.value(objective), allowed)
@@ -119,12 +124,12 @@ class Reduction:
         is_known = change != 0 and abs(predicted) > ROUNDING_MARGIN * rounding
         if is_known:
             self.ratio = change / predicted
-        if self._is_due(step):
+        if self.is_due(step):
             self.adapted = step
             if is_known:
-                self._rule.after_ratio(self.ratio, predicted)
+                self._rule.after_ratio(self.ratio, predicted, self._trust.noise)
 
-    def _is_due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Return whether the damping adapts after a step."""
         return is_due(step, self.adapted, ADAPTATION_PERIOD)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.vectors import entries, precise, sum_of
+from einconv_kfac.optim.vectors import entries, sum_of
 
 ROUNDING_MARGIN = 4.0
 """Multiple of the rounding that a predicted change must exceed, so that the reduction ratio is
@@ -28,13 +28,12 @@ def rounding_of(replay: Replay, objective: Objective) -> Tensor:
         replay: Evaluates the losses again.
         objective: The objective, before its parameters are moved.
     """
-    sums = []
-    for name, parameter in objective.parameters.items():
-        gradient = objective.gradient[name]
-        dtype = precise(torch.promote_types(parameter.dtype, gradient.dtype))
-        products = entries(parameter.to(dtype)) * entries(gradient.to(dtype))
-        sums.append(products.abs().sum().double() * (torch.finfo(parameter.dtype).eps / 2))
-    own = sum_of([*(_of_batch(replay, batch) for batch in objective.batches), *sums])
+    parts = [_of_batch(replay, batch) for batch in objective.batches]
+    pairs = [(p, objective.gradient[name]) for name, p in objective.parameters.items()]
+    epsilons = [torch.finfo(parameter.dtype).eps / 2 for parameter, _ in pairs]
+    left, right = ([entries(own) for own in side] for side in zip(*pairs))
+    sums = torch.stack(torch._foreach_norm(torch._foreach_mul(left, right), 1)).double()
+    own = sum_of([*parts, sums @ torch.tensor(epsilons).to(sums)])
     return cast("Tensor", objective.workers.means([own], "rounding")[0])
 
 

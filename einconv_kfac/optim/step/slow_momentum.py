@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from einconv_kfac.optim.state_schema import COUNT, Record
 from einconv_kfac.optim.step.layer_gains import LayerGains
+from einconv_kfac.optim.step.layer_products import LayerProducts, layer_products
 from einconv_kfac.optim.step.objective import Memory, Objective
-from einconv_kfac.optim.vectors import Direction
+from einconv_kfac.optim.vectors import Direction, layer_of, scaled
 
 BUFFER = "slow_momentum"
 
@@ -49,33 +52,48 @@ class SlowMomentum:
             rates: Learning rates, by parameter name.
         """
         known = {name: state[BUFFER] for name, state in memory.items() if BUFFER in state}
-        return {n: m if rates[n] == 1 else m * rates[n] for n, m in known.items()}
+        return known if all(rates[name] == 1 for name in known) else scaled(known, rates)
 
-    def add_(self, objective: Objective, update: Direction, trust: float) -> float:
+    def add_(
+        self,
+        objective: Objective,
+        update: Direction,
+        trust: float,
+        products: Mapping[str, LayerProducts] | None = None,
+    ) -> float:
         """Add the momentum to a step; parameters whose learning rate is zero stay.
 
         Args:
             objective: The objective; ``update`` was added to its parameters.
             update: The step ``s u`` on the batch; the momentum's part is added to it.
             trust: ``s``.
+            products: The inner products by layer, of parameters whose learning rate is not zero;
+                they are computed if they are not given.
 
         Returns:
             The coefficient ``c``.
         """
-        weight, memory, rates = self.weight, objective.memory, objective.rates
-        momentum = self.direction(memory, rates)
+        weight, rates = self.weight, objective.rates
+        momentum = self.direction(objective.memory, rates)
         trained = {name: tensor for name, tensor in update.items() if rates[name]}
-        point = objective.parameters, objective.gradient
-        remainders = self.gains.adapt_(point, momentum, trained, weight, trust)
+        if products is None:
+            point = objective.parameters, objective.gradient
+            products = layer_products(point, momentum, trained)
+        remainders = self.gains.adapt_(products, weight, trust)
         self.steps += 1
-        for name, tensor in trained.items():
-            later = tensor * ((1 - weight) * remainders[name] / (trust * rates[name]))
-            if (buffer := memory[name].get(BUFFER)) is None:
-                memory[name][BUFFER] = later
-                continue
-            tensor.add_(buffer, alpha=weight * rates[name])
-            objective.parameters[name].add_(buffer, alpha=weight * rates[name])
-            memory[name][BUFFER] = (buffer * (1 - weight)).add_(later)
+        if not trained:
+            return weight
+        shares = [(1 - weight) * remainders[layer_of(n)] / (trust * rates[n]) for n in trained]
+        later = dict(zip(trained, torch._foreach_mul([*trained.values()], shares)))
+        if known := [name for name in trained if name in momentum]:
+            buffers = [objective.memory[name][BUFFER] for name in known]
+            torch._foreach_add_([later[name] for name in known], buffers, alpha=1 - weight)
+            followed = [momentum[name] for name in known]
+            torch._foreach_add_([update[name] for name in known], followed, alpha=weight)
+            moved = [objective.parameters[name] for name in known]
+            torch._foreach_add_(moved, followed, alpha=weight)
+        for name, tensor in later.items():
+            objective.memory[name][BUFFER] = tensor
         return weight
 
     def drop_(self, memory: Memory) -> None:

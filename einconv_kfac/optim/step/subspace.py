@@ -4,103 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.schedule import is_due
-from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
+from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
+from einconv_kfac.optim.step.carried_fit import CarriedFit
+from einconv_kfac.optim.step.fit import Along, Fit, Momentum
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.quadratic_model import QuadraticModel, quadratic_model
+from einconv_kfac.optim.step.quadratic_model import Products, quadratic_model
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
-from einconv_kfac.optim.vectors import Direction, combination, scaled
+from einconv_kfac.optim.vectors import Direction, scaled
 
-FIT_PERIOD = 5
-"""Steps between two fits of a coefficient for every direction. In between, the combination
-with the last coefficients is rescaled, which takes one Jacobian-vector product."""
+FIT_PERIOD = 10
+"""Steps between two fits of the coefficients, which take a Jacobian-vector product for each
+direction. The steps in between take the last coefficients (`CarriedFit`)."""
 LARGEST_CHANGE = math.log(2)
 """Bound on the sum over layers of the relative changes of their outputs. Where each of many
 layers in a row changes by ``c``, the network changes by up to ``prod(1 + c) - 1 <= 1`` (deep
 relative trust; Bernstein et al., 2020), which no quadratic model accounts for. A larger change
 can leave rectifiers without a gradient for good."""
 CERTAIN_FRACTION = 0.5
-"""Fraction of that bound up to which the change of a rescaled step is taken to be proportional to
-its length, with the last computed ratio; beyond it the change is computed."""
-
-
-@dataclass(frozen=True)
-class Momentum:
-    """The momentum as a direction of the subspace.
-
-    Args:
-        direction: The direction; empty in the first step.
-        coefficient: Its coefficient in the step if that is given, or ``None`` for the slow
-            momentum, which enters the quadratic model but not the step.
-    """
-
-    direction: Direction
-    coefficient: float | None
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A step: a linear combination of directions.
-
-    Args:
-        directions: The directions.
-        model: The quadratic model of the batch in their span.
-        coefficients: The coefficients, ``[m]``.
-        expected: The expected change of the objective, not only on the batch.
-        mix: The coefficients of the preconditioned gradient, of the direction of parameters
-            without factors if there is one, and of a momentum if there is one.
-    """
-
-    directions: list[Direction]
-    model: QuadraticModel
-    coefficients: Tensor
-    expected: float
-    mix: tuple[float, ...]
-
-    def update(self, objective: Objective, rate: float = 1.0) -> Direction:
-        """Return the step times a rate, by parameter name."""
-        coefficients = (self.coefficients * rate).tolist()
-        return combination(objective.parameters, coefficients, self.directions)
-
-    def predicted(self, damping: float, rate: float = 1.0) -> float:
-        """Return the change of the damped objective on the batch that the model predicts."""
-        return float(self.model.change(self.coefficients * rate, damping))
-
-    @property
-    def length(self) -> float:
-        """Return the Euclidean norm of the step."""
-        return math.sqrt(max(0.0, float(self.coefficients @ self.model.gram @ self.coefficients)))
-
-    @property
-    def is_full(self) -> bool:
-        """Return whether every direction has a coefficient of its own."""
-        return len(self.directions) == len(self.mix)
-
-    def scaled(self, factor: float, expected: float) -> Fit:
-        """Return the step times a factor, with the change that is then expected."""
-        mix = tuple(factor * c for c in self.mix)
-        return replace(self, coefficients=self.coefficients * factor, expected=expected, mix=mix)
-
-    def moved(self, rate: float, last: float = 0.0) -> float:
-        """Return ``d.(G + W).u`` for the first direction ``d``.
-
-        Args:
-            rate: Factor of the step in ``u``.
-            last: Coefficient of the last direction, in addition.
-        """
-        curvature = self.model.curvature[0]
-        return rate * float(curvature @ self.coefficients) + last * float(curvature[-1])
-
-    @property
-    def rank(self) -> float:
-        """Return the expected change, or infinity if that is not a number."""
-        return math.inf if math.isnan(self.expected) else self.expected
+"""Fraction of that bound up to which the change of a step between two fits is taken to be
+proportional to its length, with the last computed ratio; beyond it the change is computed."""
 
 
 class SubspaceFit:
@@ -117,33 +45,46 @@ class SubspaceFit:
     def __init__(self, curvature: RunningCurvature, trust: SlopeTrust) -> None:
         self._curvature = curvature
         self._trust = trust
-        self._mix: tuple[float, ...] = ()
+        self._carried = CarriedFit()
         self._fitted: int | None = None
         self.reach = math.inf
 
-    def best_(
-        self, objective: Objective, covered: Direction, momentum: Momentum, damping: float
-    ) -> Fit:
-        """Return the best step; between two fits, the best multiple of the last combination.
+    def is_due(self, step: int) -> bool:
+        """Return whether coefficients are to be fitted in a step."""
+        return is_due(step, self._fitted, FIT_PERIOD)
+
+    def drop_(self) -> None:
+        """Fit anew in the next step, whose coefficients may have been too large in this one."""
+        self._fitted = None
+
+    def keep_(self, objective: Objective, fit: Fit, momentum: Momentum) -> Fit:
+        """Keep the coefficients of a fit for the steps that follow, and return it.
+
+        Those of a step with a given momentum are not kept: they make up for the momentum.
+        """
+        self._fitted = self._curvature.steps
+        if momentum.coefficient is None:
+            mix = fit.mix[: len(fit.mix) - bool(momentum.direction)]
+            self._carried.keep_(objective, mix, fit.along.slope, fit.along.bend)
+        return fit
+
+    def carried(self, objective: Objective, covered: Direction, followed: Direction) -> Fit | None:
+        """Return the step with the coefficients of the last fit, or ``None`` if they do not hold.
+
+        It takes no Jacobian-vector product. Far from the bound, the change of the layers' outputs
+        is not computed but taken to be proportional to the length of the step.
 
         Args:
             objective: The objective.
             covered: The preconditioned gradient of the parameters that have factors.
-            momentum: The momentum.
-            damping: The damping of the quadratic model.
+            followed: The slow momentum, times learning rates.
         """
-        directions = descent_directions(objective, covered)
-        due = is_due(self._curvature.steps, self._fitted, FIT_PERIOD)
-        if momentum.coefficient is None and not due and len(self._mix) == len(directions):
-            fit = self._rescaled(objective, directions, damping)
-            if float(fit.coefficients) > 0:
-                return fit
-        return self.keep_(self.full(objective, directions, momentum, damping), momentum)
-
-    def keep_(self, fit: Fit, momentum: Momentum) -> Fit:
-        """Keep the coefficients of a full fit for the steps that follow, and return it."""
-        self._mix = fit.mix[: len(fit.mix) - bool(momentum.direction)]
-        self._fitted = self._curvature.steps
+        directions = [descent(objective, d) for d in (covered, objective.others) if d]
+        fit = self._carried.fit(objective, directions, followed, self._trust.fraction)
+        if fit is None or objective.settings.damping is not None:
+            return fit
+        if self.reach * fit.length > CERTAIN_FRACTION * LARGEST_CHANGE:
+            return self._bounded(objective, fit)
         return fit
 
     def full(
@@ -152,6 +93,7 @@ class SubspaceFit:
         directions: Sequence[Direction],
         momentum: Momentum,
         damping: float,
+        products: Products,
     ) -> Fit:
         """Return the best combination of descent directions and of the momentum.
 
@@ -163,43 +105,27 @@ class SubspaceFit:
             directions: The descent directions.
             momentum: The momentum.
             damping: The damping of the quadratic model.
+            products: The Jacobian-vector products that are known.
         """
         descents, fixed = len(directions), None
         spanned = list(directions)
         if momentum.direction:
             spanned.append(momentum.direction)
             fixed = {descents: momentum.coefficient or 0.0}
-        model = quadratic_model(self._curvature.replay, objective, spanned)
+        model = quadratic_model(self._curvature.replay, objective, spanned, products)
         trusted = self._trust.corrected(model, descents)
         coefficients = trusted.minimum(damping, fixed)
-        expected = float(trusted.change(coefficients, damping))
-        fit = Fit(spanned, model, coefficients, expected, tuple(coefficients.tolist()))
-        bounded = objective.settings.damping is None
-        return self._bounded(objective, fit, trusted, damping) if bounded else fit
+        along = Along.of(model, trusted, coefficients, damping)
+        unknown = coefficients[:0] if model.unobserved is None else model.unobserved
+        numbers = torch.cat([along, coefficients, unknown]).tolist()
+        own, rest = (
+            tuple(numbers[len(along) :][: len(spanned)]),
+            numbers[len(along) + len(spanned) :],
+        )
+        fit = Fit(spanned, own, Along(*numbers[: len(along)]), own, tuple(rest))
+        return fit if objective.settings.damping is not None else self._bounded(objective, fit)
 
-    def _rescaled(
-        self, objective: Objective, directions: Sequence[Direction], damping: float
-    ) -> Fit:
-        """Return the best multiple of the combination with the last coefficients.
-
-        Far from the bound, the change of the layers' outputs is not computed but taken to be
-        proportional to the length of the step.
-        """
-        mixed = combination(objective.parameters, self._mix, directions)
-        model = quadratic_model(self._curvature.replay, objective, [mixed])
-        trusted = self._trust.corrected(model, 1)
-        scale = trusted.minimum(damping)
-        expected = float(trusted.change(scale, damping))
-        fit = Fit([mixed], model, scale, expected, tuple(float(scale) * c for c in self._mix))
-        if objective.settings.damping is not None:
-            return fit
-        if self.reach * fit.length <= CERTAIN_FRACTION * LARGEST_CHANGE:
-            return fit
-        return self._bounded(objective, fit, trusted, damping)
-
-    def _bounded(
-        self, objective: Objective, fit: Fit, trusted: QuadraticModel, damping: float
-    ) -> Fit:
+    def _bounded(self, objective: Objective, fit: Fit) -> Fit:
         """Return a step, or the largest fraction within the bound on the layers' outputs."""
         if not math.isfinite(fit.expected):
             return fit
@@ -208,28 +134,22 @@ class SubspaceFit:
         self.reach = change / length if (length := fit.length) else math.inf
         if change <= LARGEST_CHANGE:
             return fit
-        scale = LARGEST_CHANGE / change
-        return fit.scaled(scale, float(trusted.change(fit.coefficients * scale, damping)))
+        return fit.scaled(LARGEST_CHANGE / change)
 
-    schema = Record({"mix": Listed(NUMBER), "fitted": Maybe(COUNT), "reach": NUMBER})
+    schema = Record({"carried": CarriedFit.schema, "fitted": Maybe(COUNT), "reach": NUMBER})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers."""
-        return {"mix": list(self._mix), "fitted": self._fitted, "reach": self.reach}
+        carried = self._carried.state_dict()
+        return {"carried": carried, "fitted": self._fitted, "reach": self.reach}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
-        self._mix, self._fitted = tuple(state["mix"]), state["fitted"]
-        self.reach = state["reach"]
+        self._carried.load_state_dict(state["carried"])
+        self._fitted, self.reach = state["fitted"], state["reach"]
 
 
-def descent_directions(objective: Objective, covered: Direction) -> list[Direction]:
-    """Return the descent directions; learning rates count relative to the largest one.
-
-    Args:
-        objective: The objective.
-        covered: The preconditioned gradient of the parameters that have factors.
-    """
+def descent(objective: Objective, ascent: Direction) -> Direction:
+    """Return the direction opposite to one; learning rates count relative to the largest one."""
     largest = max(objective.rates.values()) or 1.0
-    factors = {name: -rate / largest for name, rate in objective.rates.items()}
-    return [scaled(d, factors) for d in (covered, objective.others) if d]
+    return scaled(ascent, {name: -rate / largest for name, rate in objective.rates.items()})

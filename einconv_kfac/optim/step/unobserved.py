@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.replay import Replay
+from einconv_kfac.optim.step.fit import Fit
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.quadratic_model import QuadraticModel
+from einconv_kfac.optim.vectors import sum_of
 
 UNOBSERVED_FRACTION = 0.05
 """Fraction of the slope up to which a difference to the recorded losses counts as rounding."""
@@ -24,28 +24,39 @@ class UnobservedTerms:
 
     Such are penalties that are added by hand to the loss that ``loss_fn`` computes, and changes
     of the gradient other than scaling. The first of them is reported by a warning.
+
+    Args:
+        replay: Runs the model again, to exclude that it does not repeat its outputs. Products
+            with kept outputs of layers do not show it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
         self._warned = False
 
-    def change(self, model: QuadraticModel, coefficients: Tensor, objective: Objective) -> float:
+    def change(self, fit: Fit, rate: float, objective: Objective) -> float:
         """Return the change of the objective by these terms, for a step.
 
         Args:
-            model: The quadratic model.
-            coefficients: The coefficients of the step, ``[m]``.
+            fit: The step.
+            rate: The learning rate.
             objective: The objective.
+
+        Raises:
+            RuntimeError: If the model does not repeat its outputs.
         """
-        fraction = model.unobserved_fraction()
-        if model.unobserved is None or fraction <= UNOBSERVED_FRACTION:
+        slope = fit.along.first_slope
+        if not (fit.unobserved and slope):
             return 0.0
-        own = [_size(objective.batches), float(_is_precise(objective.batches))]
+        fraction = abs(fit.unobserved[0] / slope)
+        if fraction <= UNOBSERVED_FRACTION:
+            return 0.0
+        sizes = [(batch.weight * batch.loss).abs().double() for batch in objective.batches]
+        own = [sum_of(sizes), float(_is_precise(objective.batches))]
         size, precise = objective.workers.means(own, "size of the losses")
-        if precise < 1:
+        if precise < 1 or not abs(slope) > ROUNDING * float(size):
             return 0.0
-        if not float(model.slope[0].abs()) > ROUNDING * size:
-            return 0.0
+        self._replay.check_outputs(objective.batches)
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -56,12 +67,7 @@ class UnobservedTerms:
                 RuntimeWarning,
                 stacklevel=8,
             )
-        return float(coefficients.dot(model.unobserved))
-
-
-def _size(batches: Sequence[Batch]) -> float:
-    """Return the sum of the sizes of losses."""
-    return sum(float((batch.weight * batch.loss).abs()) for batch in batches)
+        return rate * sum(c * slope for c, slope in zip(fit.coefficients, fit.unobserved))
 
 
 def _is_precise(batches: Sequence[Batch]) -> bool:

@@ -199,8 +199,9 @@ def test_errors() -> None:
         (curvature + curvature).inverse(1.0)
     with pytest.raises(ValueError, match=r"`weights` must be a positive number for each of 1"):
         pooled([curvature], [0.0])
-    with pytest.raises(ValueError, match=r"Only Kronecker products of the same parameters"):
+    with pytest.raises(ValueError, match=r"got EigenBlock, KroneckerBlock of 1 layouts. Add them"):
         pooled([curvature, curvature.eigh()], [1.0, 1.0])
+    torch.testing.assert_close(whole(curvature + curvature.eigh()), 2 * whole(curvature))
     loss_fn = nn.CrossEntropyLoss()
     with pytest.raises(ValueError, match=r"`kind` must be one of .*, got 'full'"):
         kronecker_factors(network(), loss_fn, data(), kind="full")

@@ -91,3 +91,15 @@ def test_layers_that_no_loss_depends_on() -> None:
 
     with pytest.raises(RuntimeError, match=r"'unused' need data, got none.*depends on it"):
         kronecker_factors(Unused(), LOSS, [(X, Y)])
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite(kind: Any, fisher: Any, value: float) -> None:
+    """They are refused with the layers' names, also where the loss is sampled."""
+    x = X.clone()
+    x[1, 2] = value
+    data = [(X, Y), (x, Y)]
+    with pytest.raises(ValueError, match=r"`data` must give finite .* infinity for \[''\]\. Leave"):
+        kronecker_factors(nn.Linear(3, 2), LOSS, data, kind=kind, fisher=fisher)

@@ -120,3 +120,49 @@ def test_a_layer_with_shared_and_with_scattered_rows(fisher: Any, time_first: bo
     rows = torch.cat([rows, torch.ones(len(rows), 1).double()], 1)
     want = torch.kron(squares, rows.T @ rows) / (len(y) * len(rows))
     torch.testing.assert_close(block[0], want)
+
+
+class TwoBatches(nn.Module):
+    """A layer that is called on two batches of different sizes, as in semi-supervised training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), self.layer(u)
+
+
+@pytest.mark.parametrize("sizes", [(6, 4), (4, 6), (6, 1), (2, 6), (3, 7)])
+def test_batches_of_two_sizes(sizes: tuple[int, int]) -> None:
+    """A squared error of all rows: the block is that of one batch that holds both."""
+    generator = torch.Generator().manual_seed(1)
+    x, u = (torch.randn(n, 4, generator=generator).double() for n in sizes)
+
+    def loss(outputs: tuple[Tensor, Tensor], _: Any) -> Tensor:
+        return sum((o.square().sum() for o in outputs), torch.zeros(())) / 2
+
+    data = [((x, u), None)]
+    found = kronecker_factors(TwoBatches(), loss, data, fisher="exact")["layer"].to_dense()
+    rows = torch.cat([torch.cat([x, u]), torch.ones(sum(sizes), 1)], 1)
+    expected = torch.kron(torch.eye(3).double(), rows.T @ rows)
+    torch.testing.assert_close(found.squeeze(0), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"approximation": "reduce"}, {"fisher": "forward-only"}, {"kind": "ekfac"}],
+)
+def test_batches_of_two_sizes_are_refused_where_examples_are_needed(
+    options: dict[str, Any],
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, u = (torch.randn(n, 4, generator=generator).double() for n in (6, 4))
+
+    def loss(outputs: tuple[Tensor, Tensor], _: Any) -> Tensor:
+        return sum((o.square().sum() for o in outputs), torch.zeros(())) / 2
+
+    with pytest.raises(ValueError, match=r"The calls of 'layer' must.*Use approximation='expand'"):
+        kronecker_factors(TwoBatches(), loss, [((x, u), None)], **options)
+    kronecker_factors(TwoBatches(), loss, [((x, u), None)])

@@ -116,8 +116,8 @@ class FailingRule(LevenbergMarquardt):
 
     fails = False
 
-    def after_ratio(self, ratio: float, predicted: float) -> None:
-        super().after_ratio(ratio, predicted)
+    def after_ratio(self, ratio: float, predicted: float, noise: float) -> None:
+        super().after_ratio(ratio, predicted, noise)
         if self.fails:
             raise Interruption
 

@@ -22,6 +22,7 @@ from einconv_kfac.optim.step.layer_gains import (
     LayerGains,
     mean_gain,
 )
+from einconv_kfac.optim.step.layer_products import layer_products
 from einconv_kfac.optim.step.slow_momentum import BUFFER, SlowMomentum
 from einconv_kfac.optim.vectors import layer_of
 
@@ -35,9 +36,9 @@ def adapted(gradients: dict[str, list[float]], size: float = 100.0, count: int =
     update = {n: torch.tensor([0.0, 0.1]) for n in gradients}
     parameters = {n: torch.tensor([size, 0.0]) for n in gradients}
     slopes = {n: torch.tensor(g) for n, g in gradients.items()}
-    gains.adapt_((parameters, slopes), {}, update, WEIGHT, 0.5)
+    gains.adapt_(layer_products((parameters, slopes), {}, update), WEIGHT, 0.5)
     for _ in range(count):
-        gains.adapt_((parameters, slopes), momentum, update, WEIGHT, 0.5)
+        gains.adapt_(layer_products((parameters, slopes), momentum, update), WEIGHT, 0.5)
     return gains
 
 
@@ -68,9 +69,9 @@ def test_gains_have_limits(ascent: float, limit: float) -> None:
     assert mean_gain(gains.by_layer) == pytest.approx(limit, rel=SHRINKAGE_RATE * WEIGHT)
     point = {"a.weight": torch.ones(2)}
     for trust in (0.2, 16.0):
-        remainders = gains.adapt_((point, point), {}, point, WEIGHT, trust)
+        remainders = gains.adapt_(layer_products((point, point), {}, point), WEIGHT, trust)
         expected = max(mean_gain(gains.by_layer) - trust, SMALLEST_REMAINDER)
-        assert remainders == {"a.weight": pytest.approx(expected)}
+        assert remainders == {"a": pytest.approx(expected)}
 
 
 def test_layers_have_gains_of_their_own() -> None:

@@ -134,7 +134,7 @@ class Recorded:
     def initial(self, curvature: float) -> None:
         self.value = 0.1 * curvature
 
-    def after_ratio(self, ratio: float, predicted: float) -> None:
+    def after_ratio(self, ratio: float, predicted: float, noise: float) -> None:
         self.ratios.append(ratio)
 
     def after_rejection(self, factor: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.step import slow_momentum
+from einconv_kfac.optim.step.fit import Along, Fit
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
-from einconv_kfac.optim.step.subspace import CERTAIN_FRACTION, LARGEST_CHANGE, Fit
+from einconv_kfac.optim.step.subspace import CERTAIN_FRACTION, LARGEST_CHANGE
 from einconv_kfac.optim.vectors import combination
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -129,17 +131,24 @@ def test_a_scaled_step_is_that_multiple() -> None:
     a, b = ({"w": torch.randn(3, generator=generator).double()} for _ in range(2))
     gram = torch.stack([a["w"], b["w"]]) @ torch.stack([a["w"], b["w"]]).T
     model = QuadraticModel(torch.tensor([-1.0, 0.5]).double(), 2 * gram, gram)
-    fit = Fit([a, b], model, torch.tensor([0.5, 0.25]).double(), -1.0, (0.5, 0.25))
+    coefficients = torch.tensor([0.5, 0.25]).double()
+    trusted = replace(model, slope=model.slope * 0.5)
+    along = Along(*Along.of(model, trusted, coefficients, 0.1).tolist())
+    fit = Fit([a, b], (0.5, 0.25), along, (0.5, 0.25))
     step = 0.5 * a["w"] + 0.25 * b["w"]
+    slope, curved = -0.5 + 0.125, 2.1 * float(step.square().sum())
     assert fit.length == pytest.approx(float(step.norm()))
-    assert fit.moved(2.0) == pytest.approx(4 * float(a["w"] @ step))
-    half = fit.scaled(0.5, -0.7)
-    assert (half.expected, half.mix) == (-0.7, (0.25, 0.125))
+    assert fit.expected == pytest.approx(slope / 2 + curved / 2)
+    assert fit.predicted() == pytest.approx(slope + curved / 2)
+    assert fit.predicted(0.5) == pytest.approx(slope / 2 + curved / 8)
+    assert fit.moved() == pytest.approx(2 * float(a["w"] @ step))
+    assert fit.moved(3.0) == pytest.approx(2 * float(a["w"] @ (step + 3 * b["w"])))
+    half = fit.scaled(0.5)
+    assert (half.mix, half.coefficients) == ((0.25, 0.125), (0.25, 0.125))
+    assert half.expected == pytest.approx(slope / 4 + curved / 8)
+    assert half.moved() == pytest.approx(float(a["w"] @ step))
+    assert half.length == pytest.approx(fit.length / 2)
     torch.testing.assert_close(combination(["w"], half.mix, [a, b])["w"], step / 2, **EXACT)
-    slope = -0.5 + 0.125
-    curved = 2.1 * float(step.square().sum())
-    assert fit.predicted(0.1) == pytest.approx(slope + curved / 2)
-    assert fit.predicted(0.1, 0.5) == pytest.approx(slope / 2 + curved / 8)
 
 
 def test_combinations_leave_out_what_a_direction_does_not_have() -> None:

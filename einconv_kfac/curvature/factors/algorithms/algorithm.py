@@ -28,6 +28,8 @@ class Cost:
         copied: Elements copied, masked or summed on the way to the products.
         written: Elements scattered on the way from the products.
         calls: Operations started.
+        is_mixed: Whether inputs in a low precision are multiplied as they are, where the device
+            does so.
     """
 
     macs: float
@@ -35,6 +37,7 @@ class Cost:
     copied: float
     written: float
     calls: float
+    is_mixed: bool = False
 
 
 class Algorithm(ABC):

@@ -81,6 +81,13 @@ def _entries(products: Tensor, problem: Problem, first: Tensor, others: list[Ten
     return found.permute(0, 3, 1, *left, 2, *right).reshape(len(products), len(first), -1)
 
 
+def _groups_at_a_time(problem: Problem) -> int:
+    """Return the groups whose Gram matrices are computed together."""
+    rows, profile = problem.channels * prod(problem.geometry.input_size), problem.profile
+    limit = CACHED_GRAM_ELEMENTS if profile.is_cached else profile.largest_chunk_elements
+    return max(1, limit // rows**2)
+
+
 def _pairs(size: int) -> int:
     """Return the number of pairs ``i <= i'``."""
     return size * (size + 1) // 2
@@ -109,9 +116,7 @@ class Grams(Algorithm):
             left *= (axis.kernel_size / axis.input_size) ** 2
         macs += left * _pairs(axes[0].kernel_size)
         calls = (
-            60
-            + 12 * -(-groups // max(1, CACHED_GRAM_ELEMENTS // rows**2))
-            + 8 * BATCHED_MATRIX_CALLS * groups
+            60 + 12 * -(-groups // _groups_at_a_time(problem)) + 8 * BATCHED_MATRIX_CALLS * groups
         )
         price = 1.5 * problem.matmul_price()
         written = 0.8 * groups * rows**2 + 0.5 * problem.outputs  # mostly gathered, in order
@@ -124,7 +129,7 @@ class Grams(Algorithm):
         first, *others = (pair_pattern(axis, x, dtype) for axis in geometry.axes)
         first = _upper(first, geometry.axes[0]) * update.alpha
         indices = _upper_indices(problem, x.device)
-        step = max(1, CACHED_GRAM_ELEMENTS // x.shape[1] ** 2)
+        step = _groups_at_a_time(problem)
         for start in range(0, geometry.groups, step):
             part = x[start : start + step].to(dtype)
             products = torch.bmm(part, part.mT).flatten(1).index_select(1, indices)

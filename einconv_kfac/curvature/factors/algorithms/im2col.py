@@ -7,6 +7,7 @@ from math import prod
 
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.products import operand_dtype
 from einconv_kfac.curvature.factors.algorithms.algorithm import (
     BATCHED_MATRIX_CALLS,
     Algorithm,
@@ -58,14 +59,16 @@ class Im2col(Algorithm):
             * short
             * (GROUPED_COPY_PRICE if problem.geometry.groups > 1 else 1.0)
         )
-        return Cost(pairs * columns, problem.size, copied, 1.2 * problem.outputs, calls)
+        written = 1.2 * problem.outputs
+        return Cost(pairs * columns, problem.size, copied, written, calls, is_mixed=True)
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, with ``a`` the columns of the unfolded input."""
         geometry = problem.geometry
+        dtype = operand_dtype(x, update.out.dtype)
         parts = list(chunks(x, _growth(problem), _limit(problem)))
         for part in parts:
-            columns = unfolded(part.to(update.out.dtype), geometry)
+            columns = unfolded(part.to(dtype), geometry)
             update.add_product_(columns, last=part is parts[-1])
             del columns  # freed before the next ones are computed
             update = update.added()

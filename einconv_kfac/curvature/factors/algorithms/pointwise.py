@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.device_registry import profile_of
+from einconv_kfac.curvature.devices.products import operand_dtype
 from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
 from einconv_kfac.curvature.factors.chunking import chunk_size, chunks
 from einconv_kfac.curvature.factors.problem import Problem
@@ -35,7 +36,8 @@ def add_columns_(x: Tensor, update: Update) -> None:
     where a product costs less than adding it up. As oneDNN copies them once more, half are
     gathered at a time, unless adding up large products costs more than that.
     """
-    profile, same = profile_of(x.device.type), x.dtype == update.out.dtype
+    profile, dtype = profile_of(x.device.type), operand_dtype(x, update.out.dtype)
+    same = x.dtype == dtype
     cached, macs = profile.is_cached, x.numel() * x.shape[2]
     onednn = profile.multiplies_by_onednn and update.out.dtype == torch.float32
     is_long = x.shape[3] >= (LONG_ONEDNN_POSITIONS if onednn else LONG_EXAMPLE_POSITIONS)
@@ -52,7 +54,7 @@ def add_columns_(x: Tensor, update: Update) -> None:
         limit = min(limit, -(-x.numel() // 2))
     parts = list(chunks(x, 1.0, limit))
     for part in parts:
-        columns = part.to(update.out.dtype).movedim(0, 2).flatten(2)  # g c (n s)
+        columns = part.to(dtype).movedim(0, 2).flatten(2)  # g c (n s)
         update.add_product_(columns, last=part is parts[-1])
         del columns  # freed before the next ones are computed
         update = update.added()

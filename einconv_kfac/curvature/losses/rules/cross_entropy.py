@@ -93,7 +93,8 @@ def _distributions(
     check_scores(output)
     (target,) = constant_targets(target)
     terms = weighted_entries(loss, *_terms(loss, output, target), weights)
-    check_not_negative("The weights of classes and targets of `loss_fn`", terms)
+    if weights is not None or loss.weight is not None or target.is_floating_point():
+        check_not_negative("The weights of classes and targets of `loss_fn`", terms)
     return filled(output.to(precise_type(output)).softmax(dim=1), terms), terms
 
 

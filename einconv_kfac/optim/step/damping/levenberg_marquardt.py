@@ -9,12 +9,17 @@ from einconv_kfac.optim.state_schema import NUMBER, Maybe, Record
 INITIAL_FRACTION = 0.1
 """First damping, as a fraction of the curvature along the first gradient."""
 FLOOR_FRACTION = 1e-1
-"""Smallest damping, as a fraction of the first: on its own batch the loss falls as predicted even
-for a step that fits noise."""
-ADAPTATION_PERIOD = 5
+"""Smallest damping where batches differ, as a fraction of the first: on its own batch the loss
+falls as predicted even for a step that fits noise."""
+ADAPTATION_PERIOD = 10
 """Steps between two adaptations of the damping."""
-ADAPTATION = (19 / 20) ** ADAPTATION_PERIOD
+ADAPTATION = (19 / 20) ** 5
 """Factor of one adaptation (Martens and Grosse, 2015)."""
+LARGEST_NOISE = 0.1
+"""Noise from which on the floor counts in full, and the damping shrinks no faster."""
+UNUSED_POWER = 4
+"""Power of that factor where the reduction is twice the predicted one, as for a damping that is
+much larger than the curvature and not needed at all."""
 
 
 class LevenbergMarquardt:
@@ -22,7 +27,14 @@ class LevenbergMarquardt:
 
     The damping shrinks where the ratio of the true to the predicted reduction is above 3/4, and
     grows where it is below 1/4 (Martens and Grosse, 2015), or above 1 for a
-    predicted growth. It stays above a floor, which rises with every rejected step.
+    predicted growth. It stays above a floor, which a rejected step raises, though not beyond the
+    damping.
+
+    Where batches hardly differ, the floor falls in proportion to the noise, so that there is none
+    where the batch repeats. There the damping also shrinks faster, the more the ratio exceeds 1:
+    the damping has a share in the predicted change, and the ratio is 1 plus that share if nothing
+    but the curvature of the model opposes the step. With noise neither would be safe, since the
+    ratio is that on the step's own batch. A damping below a floor that has risen grows towards it.
     """
 
     def __init__(self) -> None:
@@ -35,7 +47,7 @@ class LevenbergMarquardt:
 
     @property
     def floor(self) -> float:
-        """The smallest damping."""
+        """The smallest damping where batches differ."""
         return self._floor
 
     def initial(self, curvature: float) -> None:
@@ -43,7 +55,7 @@ class LevenbergMarquardt:
         self._damping = INITIAL_FRACTION * curvature
         self._floor = FLOOR_FRACTION * self._damping
 
-    def after_ratio(self, ratio: float, predicted: float) -> None:
+    def after_ratio(self, ratio: float, predicted: float, noise: float) -> None:
         """See `DampingRule`.
 
         A growth may be predicted where ``lr`` or the momentum is given. It is no reason to
@@ -52,15 +64,31 @@ class LevenbergMarquardt:
         if self._damping is None:
             return
         if predicted < 0 and ratio > 3 / 4:
-            self._damping = max(self._damping * ADAPTATION, self._floor)
+            relative = min(noise / LARGEST_NOISE, 1.0)
+            self._damping = self._shrunk(self._damping, ratio, relative)
         elif not 1 / 4 <= ratio <= 1:  # also if it is not a number
             self._damping /= ADAPTATION
+
+    def _shrunk(self, damping: float, ratio: float, noise: float) -> float:
+        """Return a damping after a ratio above 3/4: closer to the floor, or at it.
+
+        Args:
+            damping: The damping before.
+            ratio: The ratio.
+            noise: The noise as a fraction of `LARGEST_NOISE`, at most 1.
+        """
+        floor = self._floor * noise
+        if damping <= floor:
+            return min(damping / ADAPTATION, floor)
+        unused = min(max(ratio - 1, 0.0), 1.0) * (1 - noise)
+        power: float = ADAPTATION ** (1 + (UNUSED_POWER - 1) * unused)
+        return max(damping * power, floor)
 
     def after_rejection(self, factor: float) -> None:
         """See `DampingRule`."""
         if self._damping is not None:
             self._damping *= factor
-            self._floor *= factor
+            self._floor = max(self._floor, min(self._floor * factor, self._damping))
 
     def state_dict(self) -> dict[str, Any]:
         """See `DampingRule`."""

@@ -29,7 +29,7 @@ class DampingRule(Protocol):
                 promises a reduction of many times ``f``. Positive.
         """
 
-    def after_ratio(self, ratio: float, predicted: float) -> None:
+    def after_ratio(self, ratio: float, predicted: float, noise: float) -> None:
         """Adapt the damping to a reduction ratio.
 
         It is not called where the predicted change is within the rounding of the objective.
@@ -37,6 +37,9 @@ class DampingRule(Protocol):
         Args:
             ratio: The true by the predicted change of the objective; may be not finite.
             predicted: The change that the quadratic model predicted, negative for a reduction.
+            noise: The fraction of a batch's slope that later batches do not confirm, from 0, as
+                where the batch repeats, to 1. The ratio is that on the step's own batch, which
+                does not show whether the step fits noise.
         """
 
     def after_rejection(self, factor: float) -> None:

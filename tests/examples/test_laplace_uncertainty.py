@@ -1,6 +1,6 @@
 """The Laplace example improves calibration, keeps accuracy, and draws a picture."""
 
-import laplace
+import laplace_uncertainty
 import pytest
 
 
@@ -8,7 +8,7 @@ import pytest
 def test_is_better_calibrated(tmp_path):
     picture = tmp_path / "reliability.png"
     options = ["--samples", "16", "--steps", "120", "--output", str(picture)]
-    results = laplace.main(options)
+    results = laplace_uncertainty.main(options)
     before, after = results["network"], results["Laplace"]
     assert after["ece"] < before["ece"]
     assert after["loss"] < before["loss"]

@@ -1,0 +1,1 @@
+"""Families of tasks: data, loss and test of one kind per file."""

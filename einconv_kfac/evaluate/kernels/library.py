@@ -1,0 +1,90 @@
+"""A convolution's three contractions by the device's own library, in one to three dimensions.
+
+On a GPU one call of cuDNN takes the place of the many products of the other kernels. Its precision
+is that of ``torch.nn.functional.conv2d``: ``torch.backends.cudnn.allow_tf32`` decides about TF32,
+and ``torch.backends.cudnn.deterministic`` about the order of sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.geometry import Geometry
+from einconv_kfac.padding import padded
+
+DEVICES = ("cuda",)
+"""Types of devices whose library is faster than the other kernels."""
+
+MOST_AXES = 3
+"""Number of axes of the library's largest convolution."""
+
+convolution: Any = torch.ops.aten.convolution
+convolution_backward: Any = torch.ops.aten.convolution_backward
+
+
+def applies(geometry: Geometry, x: Tensor) -> bool:
+    """Return whether the library computes a convolution, and faster than the other kernels."""
+    real = x.is_floating_point()
+    return x.device.type in DEVICES and real and 1 <= geometry.ndim <= MOST_AXES
+
+
+def forward(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x P W -> [n, (g co), *o]``."""
+    result: Tensor = convolution(_padded(geometry, x), weight, None, *_options(geometry))
+    return result
+
+
+def input_vjp(geometry: Geometry, weight: Tensor, v: Tensor) -> Tensor:
+    """Return ``W P v -> [n, (g ci), *i]``."""
+    x = _like(v, (len(v), geometry.groups * weight.shape[1], *_input_size(geometry)))
+    result: Tensor = _backward(geometry, v, x, weight, (True, False, False))[0]
+    if _is_even(geometry):
+        return result
+    return padded(result, [(-left, -right) for left, right in geometry.exact_padding])
+
+
+def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
+    """Return ``x P v -> [(g co), ci, *k]``."""
+    channels = x.shape[1] // geometry.groups
+    weight = _like(v, (v.shape[1], channels, *geometry.kernel_size))
+    result: Tensor = _backward(geometry, v, _padded(geometry, x), weight, (False, True, False))[1]
+    return result
+
+
+def _backward(
+    geometry: Geometry, v: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]
+) -> Any:
+    """Return the gradients of input, kernel and bias that are wanted."""
+    return convolution_backward(v, x, weight, None, *_options(geometry), wanted)
+
+
+def _like(v: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of which only the shape is read; it takes no memory."""
+    return v.new_empty(1).expand(shape)
+
+
+def _is_even(geometry: Geometry) -> bool:
+    """Return whether the padding is equal on both sides, as the library's is."""
+    return all(axis.padding[0] == axis.padding[1] for axis in geometry.axes)
+
+
+def _padded(geometry: Geometry, x: Tensor) -> Tensor:
+    """Return the input, padded if the library cannot."""
+    return x if _is_even(geometry) else padded(x, geometry.exact_padding)
+
+
+def _input_size(geometry: Geometry) -> tuple[int, ...]:
+    """Return the size of `_padded`."""
+    if _is_even(geometry):
+        return geometry.input_size
+    return tuple(axis.covered_size for axis in geometry.axes)
+
+
+def _options(geometry: Geometry) -> tuple[Any, ...]:
+    """Return the hyper-parameters in the library's order, from the stride to the groups."""
+    even, zeros = _is_even(geometry), [0] * geometry.ndim
+    padding = [axis.padding[0] for axis in geometry.axes] if even else zeros
+    return geometry.stride, padding, geometry.dilation, False, zeros, geometry.groups

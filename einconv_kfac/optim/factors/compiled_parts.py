@@ -1,0 +1,42 @@
+"""Parts of a model that are compiled by themselves, where no hook sees the calls of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def compiled_parts(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Return the names of the outermost compiled modules that contain one of several layers.
+
+    Args:
+        model: The model.
+        layers: Names of layers.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        is_inside = any(_contains(other, name) for other in found)
+        is_used = any(_contains(name, layer) for layer in layers)
+        if _is_compiled(module) and is_used and not is_inside:
+            found.append(name)
+    return found
+
+
+def advice(parts: Sequence[str]) -> str:
+    """Return what to write if parts of a model are compiled by themselves."""
+    names = ", ".join(f"'{name}'" if name else "the model" for name in parts)
+    return (
+        f"Compiled by itself is {names}: compile the whole model in place of it, by "
+        "`model = torch.compile(model)`, make the optimizer of that, and call that."
+    )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Return whether a module was compiled, in place or by ``torch.compile(module)``."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def _contains(outer: str, inner: str) -> bool:
+    """Return whether a module, by its name, is another one or contains it."""
+    return not outer or inner == outer or inner.startswith(f"{outer}.")

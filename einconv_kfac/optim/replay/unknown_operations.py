@@ -1,0 +1,40 @@
+"""What to write where operations between a model's output and a loss are not known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+REMEDIES = {
+    "Relu": "write `x.clamp(min=0)` in place of `relu(x)`",
+    "Max": "write `x.amax(dim)` in place of `x.max(dim)`",
+    "Min": "write `x.amin(dim)` in place of `x.min(dim)`",
+    "CopySlices": "make a new tensor in place of changing a part of one in place",
+}
+"""What can be written in place of operations that do not keep their input."""
+
+
+def refusal_of(unknown: Sequence[str]) -> str:
+    """Return the message about operations that cannot be evaluated again.
+
+    Args:
+        unknown: Their names.
+    """
+    known = [REMEDIES[kind] for kind in unknown if kind in REMEDIES]
+    derivatives = [kind for kind in unknown if kind.endswith("Backward")]
+    if derivatives:
+        known.append(
+            "compute derivatives of the model in the `forward` of a module that returns them, and "
+            "pass that module"
+        )
+    whole = "compute the loss in a module, call that on the output, and pass it: KFAC(model, it)"
+    return (
+        "The operations between the model's output and the loss must be known when adaptive=True, "
+        f"got {', '.join(unknown)}. {_sentence([*known, *([] if derivatives else [whole])])}, or "
+        "pass adaptive=False."
+    )
+
+
+def _sentence(remedies: Sequence[str]) -> str:
+    """Return remedies as the beginning of a sentence."""
+    text = ", or ".join(remedies)
+    return text[0].upper() + text[1:]

@@ -1,0 +1,138 @@
+"""The coefficients of the last fit, which the steps until the next one share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+from zlib import crc32
+
+from torch import Tensor
+
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
+from einconv_kfac.optim.step.fit import Along, Fit
+from einconv_kfac.optim.step.layer_products import layer_products
+from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.vectors import Direction, combination
+
+LARGEST_GROWTH = 4.0
+"""Growth of the slope along the mix, relative to the last fit, above which coefficients are fitted
+anew: the gradients are then of another size, as after a change of the loss or its weight."""
+LARGEST_SHARE = 2.0
+"""Factor between the sizes of two batches above which coefficients are fitted anew."""
+
+
+class CarriedFit:
+    """What is carried from a fit to the steps until the next.
+
+    With the coefficients ``c`` of the last fit, the slope ``b`` and the damped curvature ``Q``,
+    the curvature ratio is ``r = c.(Q c) / -(b.c)``. It is dimensionless, and 1 if the inverses
+    were those of the exact curvature along the step and ``c`` were 1. The curvature along a later
+    mix ``v`` of directions is taken to be ``r`` times ``-g.v``, so that the minimum of the
+    quadratic model, with the slope times the trust, is ``trust / r`` times the mix.
+
+    Attributes:
+        mix: The coefficients of the descent directions; empty before the first fit.
+    """
+
+    def __init__(self) -> None:
+        self.mix: tuple[float, ...] = ()
+        self._ratio = self._slope = math.nan
+        self._kind: int | None = None
+        self._size = 0
+
+    def keep_(self, objective: Objective, mix: Sequence[float], slope: float, bend: float) -> None:
+        """Keep a fit.
+
+        Args:
+            objective: The objective.
+            mix: The coefficients of the descent directions.
+            slope: ``b.c``, of the batch.
+            bend: ``c.(Q c)``.
+        """
+        self.mix, self._slope = tuple(mix), slope
+        self._ratio = -bend / slope if slope else math.nan
+        self._kind, self._size = kind_of(objective), size_of(objective.batches)
+
+    def fit(
+        self,
+        objective: Objective,
+        directions: Sequence[Direction],
+        followed: Direction,
+        trust: float,
+    ) -> Fit | None:
+        """Return the step with the kept coefficients, or ``None`` where they do not hold.
+
+        Args:
+            objective: The objective.
+            directions: The descent directions.
+            followed: The slow momentum, times learning rates.
+            trust: The fraction of the slope that later batches confirm.
+        """
+        if not self._is_for(objective, len(directions)):
+            return None
+        mixed = combination(objective.parameters, self.mix, directions)
+        point = objective.parameters, objective.gradient
+        products = layer_products(point, followed, mixed)
+        slope = sum(own.own for own in products.values())
+        square = sum(own.update for own in products.values())
+        if not (LARGEST_GROWTH * self._slope <= slope < 0 and square < math.inf):
+            return None
+        along = Along(slope, trust * slope, -self._ratio * slope, square)
+        whole = Fit([mixed], (1.0,), along, self.mix, products=products)
+        return whole.scaled(trust / self._ratio)
+
+    def _is_for(self, objective: Objective, count: int) -> bool:
+        """Return whether the coefficients hold for an objective with a number of directions."""
+        if not (len(self.mix) == count and self._slope < 0 and 0 < self._ratio < math.inf):
+            return False
+        size = size_of(objective.batches)
+        is_alike = size <= LARGEST_SHARE * self._size and self._size <= LARGEST_SHARE * size
+        return is_alike and kind_of(objective) == self._kind
+
+    schema = Record(
+        {
+            "mix": Listed(NUMBER),
+            "ratio": NUMBER,
+            "slope": NUMBER,
+            "kind": Maybe(COUNT),
+            "size": COUNT,
+        }
+    )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as numbers."""
+        return {
+            "mix": list(self.mix),
+            "ratio": self._ratio,
+            "slope": self._slope,
+            "kind": self._kind,
+            "size": self._size,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+        self.mix = tuple(state["mix"])
+        self._ratio, self._slope = state["ratio"], state["slope"]
+        self._kind, self._size = state["kind"], state["size"]
+
+
+def kind_of(objective: Objective) -> int:
+    """Return a number that is the same for objectives with the same parts.
+
+    These are the parameters, their relative learning rates and weight decays, and the losses.
+    """
+    largest = max(objective.rates.values()) or 1.0
+    rates = [rate / largest for rate in objective.rates.values()]
+    losses = [
+        (type(b.loss_model).__name__, len(b.outputs), b.parameters) for b in objective.batches
+    ]
+    parts = [*objective.rates], rates, [*objective.decay.values()], losses
+    return crc32(repr(parts).encode())
+
+
+def size_of(batches: Sequence[Batch]) -> int:
+    """Return the number of entries of the outputs of all batches."""
+    outputs: list[Tensor] = [output for batch in batches for output in batch.outputs]
+    return sum(output.numel() for output in outputs)

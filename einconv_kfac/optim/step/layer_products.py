@@ -1,0 +1,89 @@
+"""Inner products over the parameters of each layer, which the host reads at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.optim.vectors import Direction, entries, layer_of, norms
+
+LARGEST_JOINED_ENTRIES = 1 << 12
+"""Entries of a tensor up to which copying it costs less than starting an operation for it."""
+SMALLEST_COUNT = 8
+"""Number of such tensors up to which operations are started for each."""
+
+
+@dataclass(frozen=True)
+class LayerProducts:
+    """Inner products of directions, over the parameters of one layer.
+
+    Args:
+        past: ``g.m``, of the gradient and the slow momentum.
+        own: ``g.u``, of the gradient and the step.
+        momentum: ``m.m``.
+        update: ``u.u``.
+        parameters: ``w.w``.
+    """
+
+    past: float = 0.0
+    own: float = 0.0
+    momentum: float = 0.0
+    update: float = 0.0
+    parameters: float = 0.0
+
+    def scaled(self, factor: float) -> LayerProducts:
+        """Return the products for a multiple of the step."""
+        return replace(self, own=self.own * factor, update=self.update * factor**2)
+
+
+def layer_products(
+    point: tuple[Direction, Direction], momentum: Direction, update: Direction
+) -> dict[str, LayerProducts]:
+    """Return the products of each layer; the host waits for the device once.
+
+    Args:
+        point: The parameters, and the gradient.
+        momentum: ``m``, of some of the parameters.
+        update: ``u``; its layers are returned.
+    """
+    parameters, gradient = point
+    names = [name for name, tensor in update.items() if tensor.numel()]
+    followed = [name for name in names if name in momentum]
+    columns = (
+        (followed, _dots(followed, gradient, momentum)),
+        (names, _dots(names, gradient, update)),
+        (followed, _squares(followed, momentum)),
+        (names, _squares(names, update)),
+        (names, _squares(names, parameters)),
+    )
+    parts = [part for _, own in columns for part in own]
+    numbers = iter(torch.cat([part.double() for part in parts]).tolist() if parts else ())
+    rows = {layer_of(name): [0.0] * len(columns) for name in update}
+    for index, (own, _) in enumerate(columns):
+        for name in own:
+            rows[layer_of(name)][index] += next(numbers)
+    return {layer: LayerProducts(*row) for layer, row in rows.items()}
+
+
+def _dots(names: list[str], a: Direction, b: Direction) -> Iterator[Tensor]:
+    """Yield inner products in the order of names, which is changed: small tensors come last."""
+    small = [name for name in names if b[name].numel() <= LARGEST_JOINED_ENTRIES]
+    joined = small if len(small) > SMALLEST_COUNT else []
+    names[:] = [*(name for name in names if name not in set(joined)), *joined]
+    alone = names[: len(names) - len(joined)]
+    if alone:
+        yield torch.stack([torch.dot(entries(a[name]), entries(b[name])) for name in alone])
+    if joined:
+        left, right = (torch.cat([entries(own[name]) for name in joined]) for own in (a, b))
+        sizes = torch.tensor([entries(b[name]).numel() for name in joined], device=left.device)
+        products = left.double() * right
+        yield torch.segment_reduce(products, "sum", lengths=sizes, unsafe=True)
+
+
+def _squares(names: Sequence[str], direction: Direction) -> Iterator[Tensor]:
+    """Yield squared norms, in float64."""
+    if names:
+        yield torch.stack(norms(entries(direction[name]) for name in names)).double().square()

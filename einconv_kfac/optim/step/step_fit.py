@@ -1,0 +1,72 @@
+"""The step on a batch: which inverses precondition its gradient, and with which coefficients."""
+
+from __future__ import annotations
+
+from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.factors.refresh import Inverses
+from einconv_kfac.optim.step.damping.search import DampingSearch
+from einconv_kfac.optim.step.fit import Fit, Momentum
+from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.quadratic_model import Products
+from einconv_kfac.optim.step.slope_trust import SlopeTrust
+from einconv_kfac.optim.step.subspace import SubspaceFit, descent
+
+
+class StepFit:
+    """Fits steps.
+
+    Args:
+        curvature: Running curvature of the model.
+        trust: The trust in the slopes along descent directions.
+
+    Attributes:
+        subspace: Fits the coefficients of directions.
+        search: Searches the damping of the inverses.
+    """
+
+    def __init__(self, curvature: RunningCurvature, trust: SlopeTrust) -> None:
+        self._curvature = curvature
+        self.subspace = SubspaceFit(curvature, trust)
+        self.search = DampingSearch()
+
+    def is_due(self, step: int, *, is_given: bool) -> bool:
+        """Return whether a step is to be fitted to its batch.
+
+        Args:
+            step: The step.
+            is_given: Whether the damping is given, and not searched.
+        """
+        return self.subspace.is_due(step) or (not is_given and self.search.is_due(step))
+
+    def carried_(self, objective: Objective, momentum: Momentum, damping: float) -> Fit | None:
+        """Return the step with the coefficients of the last fit, or ``None`` if they do not hold.
+
+        Inverses that are due are computed.
+        """
+        self._curvature.refresh_(damping * self.search.scale, objective.decay)
+        covered = self._curvature.precondition(objective.gradient)
+        return self.subspace.carried(objective, covered, momentum.direction)
+
+    def best_(self, objective: Objective, momentum: Momentum, damping: float) -> Fit:
+        """Return the best step, with up-to-date inverses.
+
+        From time to time larger and smaller dampings of the inverses are tried as well, and
+        the one that promises the largest reduction is kept. A given damping is used as given.
+        """
+        curvature, search = self._curvature, self.search
+        given = objective.settings.damping is not None
+        products = Products(curvature.replay, objective)
+        others = descent(objective, objective.others)
+
+        def fit(inverses: Inverses | None = None) -> Fit:
+            covered = curvature.precondition(objective.gradient, inverses)
+            directions = [d for d in (descent(objective, covered), others) if d]
+            return self.subspace.full(objective, directions, momentum, damping, products)
+
+        if given or not search.is_due(curvature.steps):
+            curvature.refresh_(damping * search.scale, objective.decay)
+            return self.subspace.keep_(objective, fit(), momentum)
+        invert = curvature.trial_inverses(objective.decay)
+        best = search.best_(curvature.steps, lambda scale: invert(damping * scale), fit)
+        curvature.use_(best.inverses)
+        return self.subspace.keep_(objective, best.fit, momentum)

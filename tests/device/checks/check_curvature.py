@@ -1,0 +1,95 @@
+"""Curvature of models, every layer rule, convolutions and autocast on the device."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from simulated_device import held, simulated, to_device
+from small_training import batches, network, optimizer
+from torch import Generator, nn
+
+from einconv_kfac.curvature import kronecker_factors
+from einconv_kfac.curvature.layers.layer_registry import built_in_rules
+from einconv_kfac.modules import ConvNd, ConvTransposeNd
+
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}
+EXAMPLES = {
+    f"{type(rule).__name__}-{number}": example
+    for rule in {type(rule): rule for rule in built_in_rules().values()}.values()
+    for number, example in enumerate(rule.examples)
+}
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "mc"])
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal"])
+def test_curvature_is_that_of_the_processor(fisher: Any, kind: Any) -> None:
+    data, loss_fn = batches(2), nn.CrossEntropyLoss()
+    model = network()
+    here = kronecker_factors(model, loss_fn, data, fisher=fisher, kind=kind)
+    with simulated() as record:
+        moved = [(to_device(x), to_device(y)) for x, y in data]
+        there = kronecker_factors(
+            to_device(copy.deepcopy(model)), loss_fn, moved, fisher=fisher, kind=kind
+        )
+        assert not record.mixtures
+        values = [held(there.trace()), held(there.logdet(0.1))]
+        assert not record.mixtures
+    torch.testing.assert_close(values, [here.trace(), here.logdet(0.1)], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_layer_rule(name: str) -> None:
+    example = EXAMPLES[name]
+    torch.manual_seed(0)
+    model = example.build().double()
+    x = example.inputs(Generator().manual_seed(0))
+    y = torch.zeros_like(model(x))
+    options: dict[str, Any] = {"fisher": "exact"}
+    here = kronecker_factors(model, nn.MSELoss(), [(x, y)], **options)
+    with simulated() as record:
+        moved = [(to_device(x), to_device(y))]
+        there = kronecker_factors(to_device(model), nn.MSELoss(), moved, **options)
+        assert not record.mixtures
+    torch.testing.assert_close(held(there.trace()), here.trace(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", [ConvNd, ConvTransposeNd])
+def test_convolutions_are_those_of_the_processor(kind: Any, n: int, groups: int) -> None:
+    torch.manual_seed(0)
+    layer = kind(n, 4, 6, 3, padding=1, stride=2, groups=groups).double()
+    x = torch.randn(2, 4, *[4] * n, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    with simulated() as record:
+        there, moved = to_device(copy.deepcopy(layer)), to_device(x).requires_grad_()
+        output = there(moved)
+        output.square().sum().backward()
+        assert not record.mixtures
+        assert not record.waits
+        grads = held([moved.grad, there.weight.grad])
+    torch.testing.assert_close(held(output.detach()), y.detach(), **TOLERANCE)
+    torch.testing.assert_close(grads, [x.grad, layer.weight.grad], **TOLERANCE)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_steps_with_autocast(adaptive: bool, dtype: torch.dtype) -> None:
+    options = {} if adaptive else {"lr": 0.1}
+    with simulated() as record:
+        model = to_device(network(torch.float32))
+        opt = optimizer(model, adaptive=adaptive, **options)
+        losses = []
+        for x, y in batches(1, torch.float32) * 6:
+            opt.zero_grad()
+            with torch.autocast("cuda", dtype):
+                loss = opt.loss_fn(model(to_device(x)), to_device(y))
+            loss.backward()
+            opt.step()
+            losses.append(float(held(loss.detach())))
+        assert not record.mixtures
+    assert losses[-1] < 0.8 * losses[0]

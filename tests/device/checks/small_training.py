@@ -1,0 +1,49 @@
+"""A small convolutional network and its training, with values on either device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from simulated_device import held
+from torch import Tensor, nn
+
+from einconv_kfac import KFAC
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [
+        *(nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(32, 10)),
+    ]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(16, 3, 8, 8, generator=generator, dtype=dtype),
+            torch.randint(10, (16,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def train(model: nn.Module, opt: Any, data: list[tuple[Tensor, Tensor]]) -> list[float]:
+    losses = []
+    for x, y in data:
+        opt.zero_grad()
+        loss = opt.loss_fn(model(x), y)  # type: ignore[attr-defined]
+        loss.backward()
+        opt.step()
+        losses.append(float(held(loss.detach())))
+    return losses
+
+
+def optimizer(model: nn.Module, **options: Any) -> KFAC:
+    loss_fn = nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, **options)
+    opt.loss_fn = loss_fn  # type: ignore[attr-defined]
+    return opt

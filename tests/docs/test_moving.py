@@ -1,0 +1,119 @@
+"""The rows of docs/moving.md: arguments exist, and other libraries compute the same."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import einconv.conv_index_pattern
+import einconv.utils
+import pytest
+import torch
+from torch import Tensor, nn
+
+import einconv_kfac
+from einconv_kfac import KFAC, KFACPreconditioner, kronecker_factors
+from einconv_kfac.geometry import conv_geometry
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from curvlinops import (
+        EKFACLinearOperator,
+        KFACInverseLinearOperator,
+        KFACLinearOperator,
+    )
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "moving.md"
+CALLABLE: dict[str, Any] = {
+    "KFAC": KFAC,
+    "KFACPreconditioner": KFACPreconditioner,
+    "kronecker_factors": kronecker_factors,
+}
+
+
+def calls() -> Iterator[tuple[str, str]]:
+    """Yield the name and the arguments of each call in a right column."""
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("| "):
+            yield from re.findall(r"`(\w+)\(([^`]*)\)`", line.split(" | ")[1])
+
+
+def test_arguments_exist() -> None:
+    found = [(name, given) for name, given in calls() if name in CALLABLE]
+    assert len(found) > 15
+    for name, given in found:
+        known = inspect.signature(CALLABLE[name]).parameters
+        for argument in re.findall(r"(\w+)=", given):
+            assert argument in known, f"{name} has no argument `{argument}`"
+
+
+CONVOLUTIONS = [(9, 3, 1, 0, 1), (9, 3, 2, 1, 2), (8, 4, 3, 2, 1), (7, 4, 1, "same", 1)]
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_sizes_of_einconv(case: tuple[Any, ...]) -> None:
+    i, k, s, p, d = case
+    geometry = conv_geometry((i,), k, s, p, d)
+    assert geometry.output_size == (einconv.utils.get_conv_output_size(i, k, s, p, d),)
+    assert geometry.padding == (einconv.utils.get_conv_paddings(k, s, p, d),)
+    pattern = einconv_kfac.index_pattern(i, k, s, p, d)
+    assert torch.equal(pattern, einconv.conv_index_pattern.index_pattern_logical(i, k, s, p, d))
+
+
+def test_parameters_are_copied_as_by_einconv() -> None:
+    source, one, other = (nn.Conv2d(2, 3, 3) for _ in range(3))
+    einconv.utils.sync_parameters(source, one)
+    other.load_state_dict(source.state_dict())
+    for left, right in zip(one.parameters(), other.parameters()):
+        assert torch.equal(left, right)
+
+
+def problem(reduction: str = "mean") -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4)).double()
+    x, y = torch.randn(6, 2, 3, 3, dtype=torch.float64), torch.randint(4, (6,))
+    return model, nn.CrossEntropyLoss(reduction=reduction), [(x, y)]
+
+
+def operator(kind: Any, *problem: Any, **options: Any) -> Any:
+    """Return an operator of curvlinops; its factors are computed on first use."""
+    model, loss_fn, data = problem
+    parameters = list(model.parameters())
+    return kind(
+        model, loss_fn, parameters, data, fisher_type="type-2",
+        separate_weight_and_bias=False, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_operators_of_curvlinops(approximation: Any) -> None:
+    given = problem()
+    vector = [torch.randn_like(p) for p in given[0].parameters()]
+    named = dict(zip(dict(given[0].named_parameters()), vector))
+    ours = kronecker_factors(*given, fisher="exact", approximation=approximation)
+    theirs = operator(KFACLinearOperator, *given, kfac_approx=approximation)
+    pairs = [(ours @ named, theirs @ vector)]
+    for exact, option in ((True, "use_exact_damping"), (False, "use_heuristic_damping")):
+        inverse = KFACInverseLinearOperator(theirs, damping=0.1, **{option: True})
+        pairs.append((ours.inverse(0.1, exact=exact) @ named, inverse @ vector))
+    for left, right in pairs:
+        for name, expected in zip(named, right):
+            torch.testing.assert_close(left[name], expected)
+    torch.testing.assert_close(ours.trace(), theirs.trace)
+    torch.testing.assert_close(ours.frobenius_norm(), theirs.frobenius_norm)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ekfac_of_curvlinops() -> None:
+    given = problem()
+    vector = [torch.randn_like(p) for p in given[0].parameters()]
+    named = dict(zip(dict(given[0].named_parameters()), vector))
+    ours = kronecker_factors(*given, fisher="exact", kind="ekfac") @ named
+    theirs = operator(EKFACLinearOperator, *given) @ vector
+    for name, expected in zip(named, theirs):
+        torch.testing.assert_close(ours[name], expected)

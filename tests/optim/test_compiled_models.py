@@ -1,0 +1,181 @@
+"""Compiled models and parts of models, compiled before or after the optimizer was made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import weights
+from torch import Tensor, nn
+
+from einconv_kfac import KFAC
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(24, 5, generator=GENERATOR, dtype=torch.float64)
+Y = torch.randint(3, (24,), generator=GENERATOR)
+MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}]
+BACKENDS = ["eager", "aot_eager"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Compiled code of other tests is dropped."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Net(nn.Module):
+    """A network of two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(5, 6), nn.Tanh()).double()
+        self.head = nn.Linear(6, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.body(x))
+        return result
+
+
+def steps(model: nn.Module, loss_fn: nn.Module, opt: KFAC, count: int = 7) -> None:
+    for _ in range(count):
+        opt.zero_grad()
+        loss_fn(model(X), Y).backward()
+        opt.step()
+
+
+def uncompiled(options: dict[str, Any]) -> Tensor:
+    """The parameters that training without a compiler gives."""
+    model, loss_fn = Net(), nn.CrossEntropyLoss()
+    steps(model, loss_fn, KFAC(model, loss_fn, **options))
+    return weights(model)
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model_trains_as_the_plain_one(
+    options: dict[str, Any], backend: str, fullgraph: bool
+) -> None:
+    model, loss_fn = Net(), nn.CrossEntropyLoss()
+    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    steps(compiled, loss_fn, KFAC(compiled, loss_fn, **options))
+    torch.testing.assert_close(weights(model), uncompiled(options), rtol=1e-9, atol=1e-11)
+
+
+def whole(model: Net) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def part(model: Net) -> nn.Module:
+    model.body = torch.compile(model.body, backend="eager")
+    return model
+
+
+def part_in_place(model: Net) -> nn.Module:
+    model.body.compile(backend="eager")
+    return model
+
+
+def layer_in_place(model: Net) -> nn.Module:
+    model.head.compile(backend="eager", fullgraph=True)
+    return model
+
+
+WAYS: list[tuple[Callable[[Net], nn.Module], str]] = [
+    (whole, "the model"),
+    (part, "'body'"),
+    (part_in_place, "'body'"),
+    (layer_in_place, "'head'"),
+]
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(("compile_", "name"), WAYS)
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_what_is_compiled_by_itself_is_named_and_the_remedy_trains(
+    compile_: Callable[[Net], nn.Module], name: str, after: bool, options: dict[str, Any]
+) -> None:
+    if after and compile_ is part:
+        pytest.skip("its parameters have other names then, which is another refusal")
+    model, loss_fn = Net(), nn.CrossEntropyLoss()
+    if not after:
+        compile_(model)
+    opt = KFAC(model, loss_fn, **options)
+    if after:
+        compile_(model)
+    before = weights(model)
+    loss_fn(model(X), Y).backward()
+    words = rf"Compiled by itself is {name}: compile the whole model.*torch.compile\(model\)"
+    with pytest.raises(RuntimeError, match=words):
+        opt.step()
+    assert torch.equal(before, weights(model))
+    opt.remove_hooks()
+    plain = Net()
+    remedy = torch.compile(plain, backend="eager")
+    steps(remedy, loss_fn, KFAC(remedy, loss_fn, **options))
+    torch.testing.assert_close(weights(plain), uncompiled(options), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_part_that_is_exchanged_for_a_compiled_one_asks_for_a_new_optimizer(
+    options: dict[str, Any],
+) -> None:
+    model, loss_fn = Net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, **options)
+    part(model)
+    loss_fn(model(X), Y).backward()
+    with pytest.raises(RuntimeError, match=r"for 'body.0.weight'. Make a new optimizer"):
+        opt.step()
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("given", ["model", "compiled"])
+def test_the_module_that_is_called_must_be_the_one_that_was_given(
+    given: str, options: dict[str, Any]
+) -> None:
+    model, loss_fn = Net(), nn.CrossEntropyLoss()
+    compiled = torch.compile(model, backend="eager")
+    opt = KFAC({"model": model, "compiled": compiled}[given], loss_fn, **options)
+    called = {"model": compiled, "compiled": model}[given]
+    before = weights(model)
+    loss_fn(called(X), Y).backward()
+    with pytest.raises(RuntimeError, match=r"pass `torch.compile\(model\)` itself here and call"):
+        opt.step()
+    assert torch.equal(before, weights(model))
+    opt.remove_hooks()
+    steps(compiled, loss_fn, KFAC(compiled, loss_fn, **options))
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_loss_in_a_compiled_function_is_refused_and_outside_of_it_trains(
+    options: dict[str, Any],
+) -> None:
+    model, loss_fn = Net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, **options)
+    objective = torch.compile(lambda x, y: loss_fn(model(x), y), backend="eager")
+    before = weights(model)
+    objective(X, Y).backward()
+    with pytest.raises(RuntimeError, match="outside of compiled functions"):
+        opt.step()
+    assert torch.equal(before, weights(model))
+    steps(model, loss_fn, opt)
+    torch.testing.assert_close(weights(model), uncompiled(options), rtol=1e-9, atol=1e-11)
+
+
+def test_a_compiled_frozen_part_is_no_obstacle() -> None:
+    found = []
+    for compiled in (False, True):
+        model, loss_fn = Net(), nn.CrossEntropyLoss()
+        model.body.requires_grad_(False)
+        if compiled:
+            model.body.compile(backend="eager")
+        steps(model, loss_fn, KFAC(model, loss_fn, 0.1, adaptive=False))
+        found.append(weights(model))
+    torch.testing.assert_close(*found)
