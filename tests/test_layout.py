@@ -25,8 +25,9 @@ ALLOWED: Mapping[str, set[str]] = {
     "evaluate": {"geometry", "padding", "network", "expressions"},
     "functionals": TENSORS,
     "modules": TENSORS | {"functionals"},
-    "curvature": TENSORS,
-    "optim": TENSORS | {"curvature"},
+    "distributed": set(),
+    "curvature": TENSORS | {"distributed"},
+    "optim": TENSORS | {"distributed", "curvature"},
 }
 """The rooms that a room may import."""
 

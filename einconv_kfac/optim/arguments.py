@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.estimation.one_process import check_one_process, check_whole
+from einconv_kfac.distributed.detection import check_whole
 
 LARGEST_INTEGER = 2**63
 """Integers from here on do not fit a tensor's operations."""
@@ -114,7 +114,7 @@ def callback(name: str, value: Any) -> Any:
 
 
 def check_trainable(model: Any, loss_fn: Any, owner: str) -> None:
-    """Raise an error if a model cannot be trained with a loss in this process.
+    """Raise an error if a model cannot be trained with a loss.
 
     Args:
         model: The argument ``model``.
@@ -124,7 +124,6 @@ def check_trainable(model: Any, loss_fn: Any, owner: str) -> None:
     check_model(model, owner)
     if loss_fn is not None:
         check_loss_module(loss_fn, owner)
-    check_one_process(owner)
     check_whole(model, owner)
 
 

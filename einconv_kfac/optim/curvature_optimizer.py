@@ -85,14 +85,14 @@ class CurvatureOptimizer(Optimizer):
         """Return everything that continuing needs; it loads with ``weights_only=True``.
 
         Hooks on saving and loading see all of it. The contents of the entry ``"kfac"`` are also
-        in the state of the first parameter that has one, as tensors, since
+        in the state of the first parameter, as a tuple, since
         `torch.distributed.checkpoint.state_dict` drops what is neither a state of a parameter
-        nor a group; ``torch.save`` writes shared tensors once. Before the first step no
-        parameter has a state: save this one itself then.
+        nor a group; ``torch.save`` writes shared tensors once. With several workers, each has the
+        whole state, and it may be loaded by any number of them.
 
         Args:
-            include_factors: Whether the factors and their inverses, the largest part, and the
-                random generator are saved. If not, they start anew where the state is loaded.
+            include_factors: Whether the factors and their inverses, the largest part, are saved.
+                If not, they start anew where the state is loaded.
         """
         with self._state.saving(self, flag("include_factors", include_factors)):
             return super().state_dict()

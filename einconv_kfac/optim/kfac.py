@@ -9,18 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
-from einconv_kfac.curvature.estimation.one_process import check_one_process
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.curvature.losses.loss_call import is_sum
-from einconv_kfac.optim.arguments import (
-    callback,
-    check_trainable,
-    flag,
-    plain,
-)
+from einconv_kfac.optim.arguments import callback, check_trainable, flag, plain
 from einconv_kfac.optim.curvature_optimizer import CurvatureOptimizer
 from einconv_kfac.optim.diagnostics import Report
+from einconv_kfac.optim.factors.comparison import check_alike
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Clip
 from einconv_kfac.optim.inverses.protocol import Inverse
@@ -101,13 +96,13 @@ class KFAC(CurvatureOptimizer):
             momentum and with a coefficient of its own in the quadratic model.
         strict: Whether to refuse parameters that no Kronecker factor covers.
         log_to: Called after each step that was taken, with its number and `statistics`.
-        seed: Seed of the generator for sampled targets.
+        seed: Seed of sampled targets and examples.
 
     Raises:
         ValueError: If a hyper-parameter is out of range, the loss is not known, a parameter
             is not the model's, or ``strict`` finds a gap.
         TypeError: If ``model`` or ``loss_fn`` is no module.
-        RuntimeError: If several processes train together.
+        RuntimeError: If the models or arguments of several workers differ.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> loss_fn = nn.CrossEntropyLoss()
@@ -197,12 +192,17 @@ class KFAC(CurvatureOptimizer):
     def _begin(self, params: Iterable[Any] | None) -> None:
         """Make the parameter groups, and cover their layers."""
         self._is_covering = False  # while torch adds the groups one by one
+        curvature = self._preconditioner
         try:
-            super().__init__(parameters_of(self._model, params), self._settings.group_defaults())
-            self._is_covering = True
-            self._preconditioner.cover_(self._own_names())
-            self._preconditioner.begin_()
-            check_gaps(self._model, self.coverage(), self._fallback.kind, self._strict)
+            with curvature.workers.together():
+                own = parameters_of(self._model, params)
+                super().__init__(own, self._settings.group_defaults())
+                self._is_covering = True
+                curvature.cover_(self._own_names())
+                curvature.begin_()
+                check_gaps(self._model, self.coverage(), self._fallback.kind, self._strict)
+                others = {"fallback": self._fallback.kind, "params": self._own_names()}
+                check_alike(curvature, {**self._settings.arguments(), **others})
         except BaseException:
             self.remove_hooks()
             raise
@@ -232,10 +232,13 @@ class KFAC(CurvatureOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_one_process("KFAC")
-        self._accept_assigned_()
-        self._preconditioner.cover_unfrozen_()
-        if (found := self._runner.run_(self)) is not None:
+        workers = self._preconditioner.workers
+        workers.check("KFAC")
+        with workers.together():
+            self._accept_assigned_()
+            self._preconditioner.cover_unfrozen_()
+            found = self._runner.run_(self)
+        if found is not None:
             self._report = Report(*found)
             if self._log_to is not None:
                 self._log_to(self._preconditioner.steps - 1, self.statistics())

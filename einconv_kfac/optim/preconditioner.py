@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
-from einconv_kfac.curvature.estimation.forward import uncompiled
-from einconv_kfac.curvature.estimation.one_process import check_one_process
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.exclusion import Exclusion
+from einconv_kfac.distributed.workers import Same
+from einconv_kfac.distributed.wrappers import unwrapped
 from einconv_kfac.optim.arguments import check_trainable, flag, plain
+from einconv_kfac.optim.factors.comparison import check_alike
 from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, PERIODS, Hyperparameters
 from einconv_kfac.optim.inverses.protocol import Inverse
@@ -51,13 +53,13 @@ class KFACPreconditioner:
         inverse_in_background: Whether a thread inverts.
         factor_fraction: Fraction of each batch's examples that the factors are averaged over.
         max_factor_size: Largest number of rows of a factor; of larger ones, the diagonal is used.
-        seed: Seed of the generator for sampled targets.
+        seed: Seed of sampled targets and examples.
 
     Raises:
         ValueError: If a hyper-parameter is out of range, the loss is not known, or a name is not
             that of a parameter.
         TypeError: If ``model`` or ``loss_fn`` is no module.
-        RuntimeError: If several processes train together.
+        RuntimeError: If the models or arguments of several workers differ.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> loss_fn = nn.CrossEntropyLoss()
@@ -96,7 +98,7 @@ class KFACPreconditioner:
             inverse_update_period=inverse_update_period,
             factor_fraction=factor_fraction,
         )
-        self._parameters = check_names(parameters, uncompiled(model))
+        self._parameters = check_names(parameters, unwrapped(model))
         self._curvature = RunningCurvature(
             model,
             FisherEstimator(loss_fn, fisher, plain(mc_samples), approximation, max_factor_size),
@@ -107,8 +109,10 @@ class KFACPreconditioner:
             seed=seed,
         )
         try:
-            self._curvature.cover_(self._parameters)
-            self._curvature.begin_()
+            with self._curvature.workers.together():
+                self._curvature.cover_(self._parameters)
+                self._curvature.begin_()
+                check_alike(self._curvature, self._settings.arguments())
         except BaseException:
             self.remove_hooks()
             raise
@@ -130,7 +134,13 @@ class KFACPreconditioner:
             RuntimeError: If ``loss_fn`` never saw a batch, or a damped factor cannot be
                 inverted. No gradient is changed then.
         """
-        check_one_process("KFACPreconditioner")
+        workers = self._curvature.workers
+        workers.check("KFACPreconditioner")
+        with workers.together():
+            self._step_()
+
+    def _step_(self) -> None:
+        """Replace gradients, or change nothing."""
         curvature = self._curvature
         curvature.cover_unfrozen_()
         covered = curvature.covered()
@@ -140,26 +150,37 @@ class KFACPreconditioner:
             check_dense(name, tensor)
         restore = curvature.snapshot()
         try:
-            self._step_(gradient)
+            self._replace_(gradient)
         except BaseException:
             restore()
             raise
+
+    def _same(self, gradient: Direction, known: Sequence[Tensor]) -> Same:
+        """Return what must be the same on all workers."""
+        values = {
+            **{f"`{name}`": value for name, value in vars(self._curvature.settings.own).items()},
+            "covered parameters with a gradient": list(gradient),
+            "layers whose factors are due": sorted(self._curvature.collector.due),
+            "number of steps": self._curvature.steps,
+        }
+        return Same(values, {"gradients": known})
 
     def discard(self) -> None:
         """Drop the batches since the last step, as if they had not been seen."""
         self._curvature.discard_()
 
-    def _step_(self, gradient: Direction) -> None:
+    def _replace_(self, gradient: Direction) -> None:
         """Replace gradients, as the last thing that happens."""
         curvature = self._curvature
         batches = curvature.recorder.take()
         losses = [batch.loss for batch in batches]
-        if not curvature.collector.is_finite(
-            [*gradient.values()], losses, norms(gradient.values())
-        ):
+        known = norms(gradient.values())
+        same = partial(self._same, gradient, known)
+        if not curvature.collector.is_finite([*gradient.values()], losses, known, same):
             curvature.discard_()
-            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=4)
+            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=5)
             return
+        curvature.collector.combine_()
         curvature.collector.check(batches)
         damping: Any = curvature.settings.own.damping
         with without_autocast(curvature.model):
@@ -167,7 +188,7 @@ class KFACPreconditioner:
             curvature.refresh_(damping or DEFAULT_DAMPING, {})
             found = curvature.precondition(gradient)
         if not all_finite([*found.values()]):
-            warnings.warn(NOT_APPLIED, RuntimeWarning, stacklevel=4)
+            warnings.warn(NOT_APPLIED, RuntimeWarning, stacklevel=5)
             found = {}
         curvature.finish_()
         if found:

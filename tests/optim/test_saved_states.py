@@ -80,7 +80,7 @@ def replace_by(wrong: Any) -> Callable[[Any, Any], None]:
 
 def is_carried(path: tuple[Any, ...]) -> bool:
     """Whether an entry repeats the part "kfac" in the state of a parameter."""
-    return path[0] == "state" and str(path[-1]).startswith("kfac")
+    return path[0] == "state" and "kfac" in path
 
 
 @pytest.mark.parametrize("options", MODES)
@@ -143,33 +143,6 @@ def test_a_state_of_another_mode_or_kind_changes_nothing() -> None:
                 assert_same(before, opt.state_dict())
 
 
-def test_bytes_that_are_no_generator_are_refused_and_the_remedy_works() -> None:
-    _, opt = trained(2)
-    state = deepcopy(opt.state_dict())
-    state["kfac"]["preconditioner"]["generator"] = torch.zeros(17, dtype=torch.uint8)
-    before = deepcopy(opt.state_dict())
-    with pytest.raises(ValueError, match=r"random generator on cpu.*set it to None"):
-        opt.load_state_dict(state)
-    assert_same(before, opt.state_dict())
-    state["kfac"]["preconditioner"]["generator"] = None
-    opt.load_state_dict(state)
-
-
-def test_a_generator_of_a_gpu_starts_anew_from_seed_and_step() -> None:
-    """A CUDA generator's state has 16 bytes, which a processor's cannot take."""
-    drawn = {}
-    for seed, steps in ((0, 2), (0, 2), (0, 3), (1, 2)):
-        _, opt = trained(steps, seed=seed)
-        state = deepcopy(opt.state_dict())
-        state["kfac"]["preconditioner"]["generator"] = torch.arange(16, dtype=torch.uint8)
-        opt.load_state_dict(state)
-        own = opt.state_dict()["kfac"]["preconditioner"]
-        assert torch.equal(drawn.setdefault((seed, steps), own["generator"]), own["generator"])
-        assert own["steps"] == steps
-    states = [*drawn.values()]
-    assert not any(torch.equal(a, b) for i, a in enumerate(states) for b in states[:i])
-
-
 class FailingRule:
     """A damping rule whose state cannot be loaded."""
 
@@ -210,10 +183,10 @@ def test_hooks_see_the_whole_state(options: dict[str, Any]) -> None:
 
     def migrate(_: Any, found: dict[str, Any]) -> dict[str, Any]:
         own = found["kfac"]
-        return {**found, "kfac": {**own, "version": 7}}
+        return {**found, "kfac": {**own, "version": 8}}
 
     old = changed(state, ("kfac", "version"), replace_by(-1))
-    with pytest.raises(ValueError, match="of version 7, got -1"):
+    with pytest.raises(ValueError, match="of version 8, got -1"):
         other.load_state_dict(old)
     other.register_load_state_dict_pre_hook(migrate)
     loaded: list[Any] = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Generator, nn
+from torch import nn
 from tqdm import tqdm
 
 from einconv_kfac.curvature.estimation.capture import LayerCapture
@@ -17,6 +17,16 @@ from einconv_kfac.curvature.estimation.moments import Moments
 from einconv_kfac.curvature.estimation.other_uses import used_past_calls
 from einconv_kfac.curvature.estimation.preservation import undisturbed
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.distributed.random_streams import stream
+from einconv_kfac.distributed.summable import Summable
+from einconv_kfac.distributed.workers import ALONE, Workers
+
+
+class SummableMoments(Moments, Summable, Protocol):
+    """Moments that workers can add up."""
+
+
+M = TypeVar("M", bound=SummableMoments)
 
 
 @dataclass(frozen=True)
@@ -28,8 +38,9 @@ class DataPass:
         layers: Its layers.
         data: The batches.
         forward: Runs the model on a batch; ``None`` for batches ``(x, y)``.
-        seed: Seed of the generator for sampled targets, the same in every pass.
+        seed: Seed of sampled targets, which are the same in every pass.
         progress: Whether to show a progress bar.
+        workers: The workers, each with batches of its own.
     """
 
     model: nn.Module
@@ -38,30 +49,35 @@ class DataPass:
     forward: Forward | None = None
     seed: int = 0
     progress: bool = False
+    workers: Workers = ALONE
 
-    def add_to_(self, moments: Mapping[str, Moments], estimator: FisherEstimator) -> None:
-        """Add every batch to the moments of each layer, and restore the model.
+    def add_to_(self, moments: dict[str, M], estimator: FisherEstimator) -> None:
+        """Add every batch of all workers to the moments of each layer, and restore the model.
 
         Args:
             moments: By layer name.
             estimator: Which Fisher of which loss.
         """
-        generators: dict[torch.device, Generator] = {}
+        with self.workers.together():
+            self._add_own_to_(moments, estimator)
+            self.workers.combined(moments, lambda: moments)
+
+    def _add_own_to_(self, moments: Mapping[str, Moments], estimator: FisherEstimator) -> None:
+        """Add every batch of this worker."""
         with undisturbed(self.model), LayerCapture(self.layers) as capture, torch.enable_grad():
-            for batch in self._batches():
+            for index, batch in enumerate(self._batches()):
                 evaluation = evaluation_of(self.model, estimator.loss_fn, batch, self.forward)
-                device = evaluation.weight.device
-                if device not in generators:
-                    generators[device] = Generator(device).manual_seed(self.seed)
+                number, device = self.workers.number(index), evaluation.weight.device
+                generator = stream(device, "factors", self.seed, 0, number)
                 calls = capture.take()
                 with capture.paused():  # checkpointed layers run again in backward passes
                     past = used_past_calls(evaluation.outputs, calls, self.layers)
                     own = [call for call in calls if call.layer not in past]
                     if own or not past:
-                        estimator.add_(moments, own, evaluation, generators[device])
+                        estimator.add_(moments, own, evaluation, generator)
                     if past:
                         layers = [layer for layer in self.layers if layer.name in past]
-                        estimator.add_weights_(moments, layers, evaluation, generators[device])
+                        estimator.add_weights_(moments, layers, evaluation, generator)
 
     def _batches(self) -> Iterator[Any]:
         """Iterate over the batches, and show a progress bar if `progress`."""

@@ -14,15 +14,16 @@ from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.estimation.data_pass import DataPass
 from einconv_kfac.curvature.estimation.factor_sums import DEFAULT_MAX_FACTOR_SIZE
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
-from einconv_kfac.curvature.estimation.forward import Forward, Loss, uncompiled
+from einconv_kfac.curvature.estimation.forward import Forward, Loss
 from einconv_kfac.curvature.estimation.moments import LayerMoments
-from einconv_kfac.curvature.estimation.one_process import check_one_process, check_whole
 from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.losses import check_reduction, loss_rule
+from einconv_kfac.distributed.detection import check_whole, parallel_workers_of
+from einconv_kfac.distributed.wrappers import unwrapped
 
 Kind: TypeAlias = Literal["kfac", "ekfac", "diagonal"]
 
@@ -72,7 +73,8 @@ def kronecker_factors(
     example and each root vector.
 
     Args:
-        model: The model.
+        model: The model. With `DistributedDataParallel`, each worker passes its part of the data,
+            and all of them have the average over the whole.
         loss_fn: The loss module, with reduction ``"mean"``, ``"batchmean"`` or ``"sum"``. If it
             is a submodule of the model, which then computes its loss itself, it is not called
             again. A function of output and target, such as
@@ -95,7 +97,8 @@ def kronecker_factors(
             per-example gradients in their eigenbasis (George et al., 2018), in a second pass
             over the data; ``"diagonal"`` for the exact diagonal of the Fisher or GGN.
         progress: Whether to show a progress bar.
-        seed: Seed of the generator for ``"mc"``.
+        seed: Seed of the samples for ``"mc"``, which also depend on the number of the batch: of
+            ``N`` workers, the ``i``-th batch of worker ``r`` has the number ``i N + r``.
 
     Raises:
         ValueError: If an argument is not one of those above, no rule covers the loss, no layer
@@ -114,17 +117,17 @@ def kronecker_factors(
       2: (1, 2, 17)
     )
     """
-    check_one_process("kronecker_factors")
     check_whole(model, "kronecker_factors")
+    workers = parallel_workers_of(model, "kronecker_factors")
     estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation, max_factor_size)
     if isinstance(loss_fn, nn.Module):
         check_reduction(loss_fn)
         if fisher in {"mc", "exact"}:
             loss_rule(loss_fn)
     _check_kind(kind, fisher, data)
-    model = uncompiled(model)
+    model = unwrapped(model)
     layers = _chosen(model, exclude, parameters)
-    data_pass = DataPass(model, layers, data, forward, seed, progress)
+    data_pass = DataPass(model, layers, data, forward, seed, progress, workers)
     if kind == "diagonal":
         return _with_squares(data_pass, estimator, {})
     moments = {layer.name: LayerMoments(layer, approximation, max_factor_size) for layer in layers}

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from einconv_kfac.curvature.losses import evaluate_loss, has_targets, loss_rule
-from einconv_kfac.curvature.objective.graph import Edge, zeros_at
+from einconv_kfac.curvature.objective.graph import Edge, edge_of, within, zeros_at
 from einconv_kfac.curvature.objective.reading import Reading
 
 
@@ -20,8 +20,12 @@ class Evaluation(Protocol):
     """A loss on one batch, and vectors at the model's outputs that describe its curvature."""
 
     @property
-    def outputs(self) -> Sequence[Tensor | GradientEdge]:
+    def heads(self) -> Sequence[Tensor | GradientEdge]:
         """The outputs ``[n, ...]`` on which the loss depends, with their graph."""
+
+    @property
+    def outputs(self) -> Sequence[Tensor | GradientEdge]:
+        """The same inside of what is wrapped around the model, see `within`."""
 
     @property
     def loss(self) -> Tensor | GradientEdge:
@@ -73,9 +77,17 @@ class RuleEvaluation:
         return evaluate_loss(self.loss_fn, self.output, self.target)
 
     @property
-    def outputs(self) -> Sequence[Tensor]:
+    def heads(self) -> Sequence[Tensor]:
         """See `Evaluation`."""
         return (self.output,)
+
+    @property
+    def outputs(self) -> Sequence[Tensor | GradientEdge]:
+        """See `Evaluation`."""
+        if not self.output.requires_grad:
+            return (self.output,)
+        edge = edge_of(self.output)
+        return (self.output,) if within(edge) == edge else (GradientEdge(*within(edge)),)
 
     @property
     def weight(self) -> Tensor:
@@ -129,9 +141,14 @@ class ReadEvaluation:
         return self.reading.weight
 
     @property
-    def outputs(self) -> Sequence[GradientEdge]:
+    def heads(self) -> Sequence[GradientEdge]:
         """See `Evaluation`."""
         return [GradientEdge(*edge) for edge in self.reading.outputs]
+
+    @property
+    def outputs(self) -> Sequence[GradientEdge]:
+        """See `Evaluation`."""
+        return [GradientEdge(*within(edge)) for edge in self.reading.outputs]
 
     @property
     def examples(self) -> int:
@@ -169,8 +186,27 @@ def first_size(outputs: Sequence[Tensor]) -> int:
 def loss_gradients(evaluation: Evaluation) -> list[Tensor]:
     """Return the gradient of a loss at each output of the model; the graph is kept."""
     sources: Any = (evaluation.loss,)
-    outputs: Any = evaluation.outputs
+    outputs: Any = evaluation.heads
     weights = (evaluation.weight,)
     found = torch.autograd.grad(sources, outputs, weights, retain_graph=True, allow_unused=True)
     pairs = zip(found, evaluation.like_outputs())
     return [torch.zeros_like(like) if gradient is None else gradient for gradient, like in pairs]
+
+
+def empirical_roots(
+    evaluation: Evaluation,
+) -> tuple[Sequence[Tensor | GradientEdge], Sequence[Tensor]]:
+    """Return where the backward pass of a loss begins in the model, and with which vectors.
+
+    It begins at the loss, unless a wrapper stands between the outputs and the model.
+    """
+    if any(_differ(*ends) for ends in zip(evaluation.outputs, evaluation.heads)):
+        return evaluation.outputs, loss_gradients(evaluation)
+    return (evaluation.loss,), (evaluation.weight,)
+
+
+def _differ(output: Tensor | GradientEdge, head: Tensor | GradientEdge) -> bool:
+    """Return whether a wrapper stands between an output and where it leaves the model."""
+    if not isinstance(output, GradientEdge):
+        return False
+    return not isinstance(head, GradientEdge) or output[:2] != head[:2]

@@ -18,6 +18,7 @@ from einconv_kfac.curvature.factors.approximation import (
     with_ones,
 )
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.distributed.summable import SumPart
 
 DEFAULT_MAX_FACTOR_SIZE = 8192
 """Largest number of rows of a factor that is not replaced by its diagonal."""
@@ -117,6 +118,24 @@ class FactorSums:
         """Return the sums that were added, inputs first, and what the means divide them by."""
         parts = ((self.inputs, self.examples), (self.outputs, self._terms))
         return [(total, count) for total, count in parts if total is not None]
+
+    def parts(self) -> list[SumPart]:
+        """See `Summable`."""
+        device = self._layer.device
+        return [
+            SumPart.of(self, name, shape, device, symmetric=not is_diagonal)
+            for name, shape, is_diagonal in zip(
+                ("inputs", "outputs"), self.shapes, self._is_diagonal
+            )
+        ]
+
+    def counts(self) -> list[int]:
+        """See `Summable`."""
+        return [self.examples, self._terms]
+
+    def set_counts_(self, counts: Sequence[int]) -> None:
+        """See `Summable`."""
+        self.examples, self._terms = counts
 
     def _positions(self, calls: Sequence[LayerCall]) -> list[int]:
         """Return the number of positions of each call."""

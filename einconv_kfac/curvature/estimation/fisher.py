@@ -18,7 +18,7 @@ from einconv_kfac.curvature.estimation.arrangement import (
     scattered_rows,
 )
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
-from einconv_kfac.curvature.estimation.evaluation import Evaluation, loss_gradients
+from einconv_kfac.curvature.estimation.evaluation import Evaluation, empirical_roots, loss_gradients
 from einconv_kfac.curvature.estimation.example_layout import only
 from einconv_kfac.curvature.estimation.factor_sums import (
     DEFAULT_MAX_FACTOR_SIZE,
@@ -84,7 +84,7 @@ class FisherEstimator:
             )
         check_max_factor_size(self.max_factor_size)
 
-    def scale(self, examples: int) -> float:
+    def scale(self, examples: float) -> float:
         """Return the factor of ``B (x) A``: 1 for a mean loss, ``examples`` for a sum."""
         return float(examples) if is_sum(self.loss_fn) else 1.0
 
@@ -125,10 +125,12 @@ class FisherEstimator:
             used = [call for call in calls if call.output.node in reached]
             self._add_inputs_(moments, self._arranged(used, evaluation))
             return
-        is_empirical = self.fisher == "empirical"
-        sources = (evaluation.loss,) if is_empirical else evaluation.outputs
+        sources, vectors = evaluation.outputs, self._roots(evaluation, generator)
+        if self.fisher == "empirical":
+            sources, own_roots = empirical_roots(evaluation)
+            vectors = iter([own_roots])
         arranged: list[ArrangedCall] | None = None
-        for roots in self._roots(evaluation, generator):
+        for roots in vectors:
             own = calls if arranged is None else [each.call for each in arranged]
             found = call_gradients(sources, roots, own)
             if arranged is None:
@@ -249,10 +251,8 @@ class FisherEstimator:
             moments[name].add_gradients_(calls, parts, scale)
 
     def _roots(self, evaluation: Evaluation, generator: Generator) -> Iterator[Sequence[Tensor]]:
-        """Yield the vectors that are backpropagated, from the outputs or from the loss."""
-        if self.fisher == "empirical":
-            yield (evaluation.weight,)
-        elif self.fisher == "exact":
+        """Yield the vectors that are backpropagated from the outputs."""
+        if self.fisher == "exact":
             yield from evaluation.roots()
         else:
             for _ in range(self.mc_samples):

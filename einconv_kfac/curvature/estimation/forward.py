@@ -105,13 +105,6 @@ def evaluated(
     return RuleEvaluation(loss_fn, output, target)
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile`` wrapped, or the model itself."""
-    original = getattr(model, "_orig_mod", model)
-    assert isinstance(original, nn.Module)
-    return original
-
-
 def _evaluated_inside(
     model: nn.Module, loss_fn: nn.Module, batch: Any, forward: Forward | None
 ) -> RuleEvaluation:

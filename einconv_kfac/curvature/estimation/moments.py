@@ -17,6 +17,7 @@ from einconv_kfac.curvature.estimation.factor_sums import (
 from einconv_kfac.curvature.estimation.weight_gradients import WeightSums
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.distributed.summable import SumPart
 
 
 class Moments(Protocol):
@@ -83,7 +84,7 @@ class LayerMoments:
             transposed: FactorSums(layer, approximation, max_factor_size, transposed)
             for transposed in ((False, True) if layer.is_tied else (False,))
         }
-        self._weight: WeightSums | None = None
+        self._weight = WeightSums()
         self._weight_examples = 0
 
     @property
@@ -123,14 +124,35 @@ class LayerMoments:
     @torch.no_grad()
     def add_weight_gradient_(self, gradient: Tensor, scale: float) -> None:
         """See `Moments`."""
-        self._weight = WeightSums.zeros(gradient) if self._weight is None else self._weight
         self._weight.add_(gradient, scale)
 
     def sums(self) -> list[Tensor]:
         """Return the sums of the factors that were added."""
         totals = [total for own in self._sums.values() for total in (own.inputs, own.outputs)]
-        own = [] if self._weight is None else [self._weight.columns, self._weight.rows]
-        return [*own, *(total for total in totals if total is not None)]
+        own = self._weight.columns, self._weight.rows
+        return [total for total in (*own, *totals) if total is not None]
+
+    def parts(self) -> list[SumPart]:
+        """See `Summable`."""
+        groups, channels, columns = self.layer.layout.shape
+        sizes = (("columns", columns), ("rows", channels))
+        weight = [
+            SumPart.of(self._weight, name, (groups, size, size), self.layer.device, symmetric=True)
+            for name, size in sizes
+        ]
+        return [*weight, *(part for own in self._sums.values() for part in own.parts())]
+
+    def counts(self) -> list[int]:
+        """See `Summable`."""
+        own = [count for sums in self._sums.values() for count in sums.counts()]
+        return [self._weight_examples, *own]
+
+    def set_counts_(self, counts: Sequence[int]) -> None:
+        """See `Summable`."""
+        self._weight_examples, *own = counts
+        for sums in self._sums.values():
+            own_counts, own = own[: len(sums.counts())], own[len(sums.counts()) :]
+            sums.set_counts_(own_counts)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return ``A [g, d, d]`` and ``B [g, co, co]``, averaged over what was added.
@@ -147,7 +169,7 @@ class LayerMoments:
             if own.inputs is not None:
                 inputs, outputs = own.moments()
                 pairs.append((outputs, inputs) if transposed else (inputs, outputs))
-        if self._weight is not None:
+        if self._weight.rows is not None:
             if pairs:
                 raise mixed_uses(self.layer)
             pairs = [self._weight.factors(self.examples)]

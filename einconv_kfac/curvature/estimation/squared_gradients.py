@@ -16,6 +16,7 @@ from einconv_kfac.curvature.estimation.token_sums import TokenSums
 from einconv_kfac.curvature.factors.approximation import with_ones
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
+from einconv_kfac.distributed.summable import SumPart
 
 _GRADIENT_ENTRIES = 1 << 22
 """Number of entries of the per-example gradients that are held at a time."""
@@ -121,6 +122,18 @@ class SquaredGradients:
         rotated = self._rotated_rows(g.unsqueeze(0)).squeeze(0)
         self.total = torch.zeros_like(rotated) if self.total is None else self.total
         self.total.addcmul_(rotated, rotated, value=scale)
+
+    def parts(self) -> list[SumPart]:
+        """See `Summable`."""
+        return [SumPart.of(self, "total", self.layer.layout.shape, self.layer.device)]
+
+    def counts(self) -> list[int]:
+        """See `Summable`."""
+        return [self.examples]
+
+    def set_counts_(self, counts: Sequence[int]) -> None:
+        """See `Summable`."""
+        (self.examples,) = counts
 
     def block(self, scale: float) -> EigenBlock:
         """Return the block with the averages as eigenvalues.

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.estimation.estimate import Kind, kronecker_factors
-from einconv_kfac.curvature.estimation.forward import Forward, evaluated, uncompiled
+from einconv_kfac.curvature.estimation.forward import Forward, evaluated
 from einconv_kfac.curvature.estimation.preservation import undisturbed
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.coverage import Coverage, coverage
 from einconv_kfac.curvature.losses import canonical_scores, loss_rule
 from einconv_kfac.curvature.losses.loss_call import targets_of
 from einconv_kfac.curvature.text_table import table
+from einconv_kfac.distributed.wrappers import unwrapped
 
 _JACOBIAN_ENTRIES = 1 << 26
 """Number of entries of the gradients that are held at a time; one layer may have more."""
@@ -110,7 +111,7 @@ def verify(
     1      0.0000          1.0000  1.0000
     loss scale 1.000000 (1 is right)
     """
-    model = uncompiled(model)
+    model = unwrapped(model)
     options: dict[str, Any] = {"approximation": approximation, "kind": kind, "forward": forward}
     factors = kronecker_factors(model, loss_fn, [batch], fisher="exact", **options)
     with undisturbed(model), torch.enable_grad():

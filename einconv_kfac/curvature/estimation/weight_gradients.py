@@ -27,25 +27,23 @@ class WeightSums:
         columns: The sum of ``G^T G``, ``[g, d, d]``.
     """
 
-    rows: Tensor
-    columns: Tensor
-
-    @classmethod
-    def zeros(cls, like: Tensor) -> WeightSums:
-        """Return sums of no gradient ``[g, co, d]``."""
-        groups, channels, size = like.shape
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        rows = like.new_zeros(groups, channels, channels, dtype=dtype)
-        return cls(rows, like.new_zeros(groups, size, size, dtype=dtype))
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
     def add_(self, gradient: Tensor, scale: float) -> None:
-        """Add ``scale`` times the products of a gradient."""
-        g = gradient.to(self.rows.dtype)
+        """Add ``scale`` times the products of a gradient ``[g, co, d]``."""
+        g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if self.rows is None or self.columns is None:
+            groups, channels, size = g.shape
+            self.rows = g.new_zeros(groups, channels, channels)
+            self.columns = g.new_zeros(groups, size, size)
         self.rows.baddbmm_(g, g.mT, alpha=scale)
         self.columns.baddbmm_(g.mT, g, alpha=scale)
 
     def factors(self, examples: int) -> tuple[Tensor, Tensor]:
         """Return ``A`` and ``B``, averaged over a number of examples."""
+        assert self.rows is not None
+        assert self.columns is not None
         trace = self.rows.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
         return torch.where(trace > 0, self.columns / trace, 0.0), self.rows / examples
 

@@ -71,6 +71,11 @@ class Layer:
         """Whether some modules multiply with the transposed matrices, and others do not."""
         return any(use.transposed for use in self.uses)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.module.parameters()).device
+
     def use_of(self, module: nn.Module) -> Use:
         """Return how one of the modules uses the parameters."""
         return next(use for use in self.uses if use.module is module)

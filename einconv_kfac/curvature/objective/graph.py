@@ -15,6 +15,7 @@ Edge: TypeAlias = tuple[Node, int]
 Stops: TypeAlias = Callable[[Edge], bool]
 """Returns whether a walk through the graph ends at an edge."""
 _KEY = "einconv_kfac"
+_INSIDE = "inside"
 _IDENTITIES = ("BackwardHookFunction",)
 """Python functions that return their input; torch inserts them for backward hooks."""
 
@@ -50,6 +51,22 @@ def _metadata(node: Node) -> dict[str, Any]:
     found: Any = node.metadata
     own: dict[str, Any] = found
     return own
+
+
+def passed_on_(tensor: Tensor, inner: Edge) -> None:
+    """Note that a wrapper around a model passed a tensor on, from an edge inside of the model."""
+    if edge_of(tensor) != inner:
+        mark_(tensor, _INSIDE, inner)
+
+
+def within(edge: Edge) -> Edge:
+    """Return the edge inside of a model that a wrapper passed on, or else the edge itself.
+
+    The backward pass of `DistributedDataParallel` through its own node, which it may insert, is
+    the beginning of the one that averages gradients, and there must be no other.
+    """
+    found: Edge | None = mark_of(edge, _INSIDE)
+    return edge if found is None else found
 
 
 def leaf_of(edge: Edge) -> Tensor | None:

@@ -15,6 +15,7 @@ from einconv_kfac.curvature.estimation.moments import LayerMoments
 from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.distributed.summable import SumPart
 
 
 class LayerSums(LayerMoments):
@@ -73,6 +74,21 @@ class LayerSums(LayerMoments):
         super().add_weight_gradient_(gradient, scale)
         if self.squares is not None:
             self.squares.add_weight_gradient_(gradient, scale)
+
+    def parts(self) -> list[SumPart]:
+        """See `Summable`."""
+        return [*super().parts(), *([] if self.squares is None else self.squares.parts())]
+
+    def counts(self) -> list[int]:
+        """See `Summable`."""
+        return [*super().counts(), *([] if self.squares is None else self.squares.counts())]
+
+    def set_counts_(self, counts: Sequence[int]) -> None:
+        """See `Summable`."""
+        own = len(super().counts())
+        super().set_counts_(counts[:own])
+        if self.squares is not None:
+            self.squares.set_counts_(counts[own:])
 
     def checked(self) -> list[Tensor]:
         """Return tensors that are finite exactly if what was gathered is.

@@ -39,6 +39,7 @@ def move_averages_(
     estimator: FisherEstimator,
     weight: Tensor | None,
     step: int,
+    workers: int = 1,
 ) -> None:
     """Move the bias-corrected running averages of layers, into the memory of new factors.
 
@@ -49,9 +50,11 @@ def move_averages_(
         estimator: Makes factors of moments.
         weight: Weight in the objective of the loss that the factors are of; 1 for ``None``.
         step: The step.
+        workers: The number of workers, by which a sum of losses is divided if the weight is not
+            known.
     """
     found = averaged([own.moments for own in contributions])
-    scales = [estimator.scale(own.moments.examples) for own in contributions]
+    scales = [estimator.scale(own.moments.examples / workers) for own in contributions]
     _scale_([b for _, b in found], scales, weight)
     _move_(contributions, found)
     for own, scale in zip(contributions, scales):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -14,16 +14,24 @@ from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
 from einconv_kfac.curvature.estimation.evaluation import Evaluation
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
-from einconv_kfac.curvature.estimation.forward import uncompiled
 from einconv_kfac.curvature.estimation.moments import Moments
 from einconv_kfac.curvature.estimation.other_uses import used_past_calls
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.distributed.random_streams import stream
+from einconv_kfac.distributed.workers import ALONE, Compared, Same, Workers
+from einconv_kfac.distributed.wrappers import (
+    compiled_wrappers,
+    parallel_wrapper,
+    recorded_module,
+    unwrapped,
+)
 from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import without_autocast
+from einconv_kfac.optim.replay.passing import PassedOutputs
 from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.vectors import totals
@@ -47,18 +55,25 @@ class Collector:
     A compiled model runs uncompiled while the collector is active.
 
     Args:
-        model: The model, or what ``torch.compile`` made of it.
+        model: The model, or what torch wrapped around it.
         estimator: Which Fisher of which loss.
-        seed: Seed of the generator for sampled targets and examples.
+        seed: Seed of sampled targets and examples.
         part: Fraction of the examples that the factors are averaged over.
+        workers: The workers that collect together.
     """
 
     def __init__(
-        self, model: nn.Module, estimator: FisherEstimator, seed: int, part: float = 1.0
+        self,
+        model: nn.Module,
+        estimator: FisherEstimator,
+        seed: int,
+        part: float = 1.0,
+        workers: Workers = ALONE,
     ) -> None:
-        self._estimator = estimator
+        self.workers, self._estimator, self._seed = workers, estimator, seed
+        self._step, self._count = 0, 0
         self._part = fraction("factor_fraction", part)
-        self._model = uncompiled(model)
+        self._model = unwrapped(model)
         self._layers: dict[str, Layer] = {}
         self.moments: dict[str, LayerSums] = {}
         self.bases: dict[str, EigenBlock] = {}  # in which squared gradients are summed
@@ -67,16 +82,15 @@ class Collector:
         self._capture = LayerCapture([])
         self._past: dict[tuple[Any, ...], list[str]] = {}
         self._seen: tuple[Any, ...] = ()
-        compiled, loss_fn = model is not self._model, estimator.loss_fn
+        compiled, loss_fn = compiled_wrappers(model), estimator.loss_fn
         assert loss_fn is None or isinstance(loss_fn, nn.Module)
-        hooks = self._add_, self._forget_
-        self.recorder = Recorder(self._model, loss_fn, *hooks, self._capture, model)
-        self.replay = Replay(self._model, self.recorder.paused, compiled=compiled)
+        hooks, entry = (self._add_, self._forget_), recorded_module(model)
+        self.recorder = Recorder(self._model, loss_fn, *hooks, self._capture, entry)
+        self.replay = Replay(self._model, self.recorder.paused, compiled=bool(compiled))
         self._undo = [self._capture.remove]
-        if compiled:
-            self._undo.append(_run_uncompiled_(model, self._capture))
-        device = next(model.parameters()).device
-        self.generator = Generator(device).manual_seed(seed)
+        if (wrapper := parallel_wrapper(model)) is not None:
+            self._undo.append(PassedOutputs(wrapper).remove)
+        self._undo += [_run_uncompiled_(module, self._capture) for module in compiled]
         weakref.finalize(self, _undo_, self._undo)
 
     def watch(self, layer: Layer) -> None:
@@ -85,32 +99,38 @@ class Collector:
         self._capture.watch(layer)
         self.moments.pop(layer.name, None)
 
-    def begin_(self, due: Iterable[str], bases: dict[str, EigenBlock]) -> None:
+    def begin_(self, due: Iterable[str], bases: dict[str, EigenBlock], step: int) -> None:
         """Drop what was collected, and collect for these layers from now on.
 
         Args:
             due: Names of the layers.
             bases: Eigenbases in which squared gradients are summed, by layer.
+            step: The number of steps taken, on which random numbers depend.
         """
         self.moments, self.bases = {}, bases
-        self._before = self.generator.get_state()
+        self._step, self._count = step, 0
         self.recorder.take()
         self.due = set(due)
         self._capture.enabled = bool(self.due)
 
-    @property
-    def start(self) -> tuple[Generator, Tensor]:
-        """The random generator, and its state at the beginning of the step."""
-        return self.generator, self._before
+    def combine_(self) -> None:
+        """Add what the other workers collected."""
+        if self.due:
+            self.moments = self.workers.combined(self.moments, self._complete)
+            self.moments = {name: m for name, m in self.moments.items() if m.examples}
 
-    def rewind_(self, start: tuple[Generator, Tensor] | None = None) -> None:
-        """Restore the random generator as it was at the beginning of a step, of this one."""
-        self.generator, self._before = self.start if start is None else start
-        self.generator.set_state(self._before)
+    def _complete(self) -> dict[str, LayerSums]:
+        """Return what was collected for the layers that are due, also where that is nothing."""
+        return {name: self.moments.get(name) or self._sums(name) for name in sorted(self.due)}
+
+    def _sums(self, name: str) -> LayerSums:
+        """Return the sums of no example of a layer."""
+        approximation, size = self._estimator.approximation, self._estimator.max_factor_size
+        return LayerSums(self._layers[name], approximation, self.bases.get(name), size)
 
     def _forget_(self) -> None:
         """Forget what was collected in this step, since its gradients were dropped."""
-        self.moments = {}
+        self.moments, self._count = {}, 0
 
     def _add_(self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor) -> None:
         """Add a batch, from the graph of its outputs, unless its loss is not finite.
@@ -119,31 +139,30 @@ class Collector:
         out from numbers: a step whose loss is not finite is skipped anyway.
         """
         self.has_seen_loss = True
+        number, self._count = self.workers.number(self._count), self._count + 1
         own = [call for call in calls if call.layer in self.due]
         kind = tuple((call.layer, call.x.shape) for call in own)
         if not own or (kind != self._seen and not bool(loss.isfinite().all())):
             return
         self._seen = kind
-        self._move_generator_(evaluation.weight.device)
+        generator = stream(evaluation.weight.device, "factors", self._seed, self._step, number)
         try:
             with without_autocast(self._model):
-                self._add_own_(evaluation, own)
+                self._add_own_(evaluation, own, generator)
         except BaseException:
             self._forget_()
-            self.rewind_()
             raise
 
-    def _add_own_(self, evaluation: Evaluation, own: Sequence[LayerCall]) -> None:
+    def _add_own_(
+        self, evaluation: Evaluation, own: Sequence[LayerCall], generator: Generator
+    ) -> None:
         """Add the calls of a batch that are due."""
         for name in {call.layer for call in own} - self.moments.keys():
-            approximation, size = self._estimator.approximation, self._estimator.max_factor_size
-            basis = self.bases.get(name)
-            self.moments[name] = LayerSums(self._layers[name], approximation, basis, size)
+            self.moments[name] = self._sums(name)
         moments: Mapping[str, Moments] = self.moments
         if self._part < 1:
-            moments = sampled(self.moments, self._part, self.generator)
+            moments = sampled(self.moments, self._part, generator)
         past = self._used_past_calls(evaluation, own)
-        generator = self.generator
         with self._capture.paused():  # checkpointed layers run again
             others = [call for call in own if call.layer not in past]
             if others:
@@ -171,13 +190,6 @@ class Collector:
             self._past[kind] = sorted(used_past_calls(evaluation.outputs, calls, layers))
         return self._past[kind]
 
-    def _move_generator_(self, device: torch.device) -> None:
-        """Seed the generator anew where the model has moved to another device."""
-        if self.generator.device != device:
-            seed = self.generator.initial_seed()
-            self.generator = Generator(device).manual_seed(seed)
-            self._before = self.generator.get_state()
-
     def check(self, batches: Sequence[Batch]) -> None:
         """Raise a ``RuntimeError`` if layers that are due were trained but not seen.
 
@@ -201,7 +213,11 @@ class Collector:
         return gradient is not None and bool(gradient.any())
 
     def is_finite(
-        self, gradients: Sequence[Tensor], losses: Sequence[Tensor], known: Sequence[Tensor]
+        self,
+        gradients: Sequence[Tensor],
+        losses: Sequence[Tensor],
+        known: Sequence[Tensor],
+        same: Compared = Same,
     ) -> bool:
         """Return whether gradients, losses and the collected moments are finite.
 
@@ -213,12 +229,15 @@ class Collector:
             gradients: The gradients.
             losses: The losses.
             known: The norms of the gradients.
+            same: Returns what must be the same on all workers.
         """
         others = [*losses, *(part for own in self.moments.values() for part in own.checked())]
         short = [*known, *totals(others)]
-        if not short or bool(torch.stack(short).isfinite().all()):
+        flags = torch.stack(short).isfinite() if short else torch.ones(1, dtype=torch.bool)
+        if self.workers.agree(flags.all(), "are all numbers finite", same):
             return True
-        return bool(torch.stack([t.isfinite().all() for t in [*gradients, *others]]).all())
+        flags = torch.stack([t.isfinite().all() for t in [*gradients, *others]])
+        return self.workers.agree(flags.all(), "is each number finite")
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good."""
@@ -234,7 +253,7 @@ def _undo_(actions: list[Callable[[], None]]) -> None:
 
 def _run_uncompiled_(compiled: nn.Module, capture: LayerCapture) -> Callable[[], None]:
     """Have a compiled model run uncompiled while calls are captured; return what undoes that."""
-    fast, plain = compiled.forward, uncompiled(compiled)
+    fast, plain = compiled.forward, cast("nn.Module", compiled._orig_mod)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (plain if capture.enabled else fast)(*args, **kwargs)

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
-from einconv_kfac.curvature.estimation.forward import uncompiled
 from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
+from einconv_kfac.distributed.detection import workers_of
+from einconv_kfac.distributed.wrappers import unwrapped
 from einconv_kfac.optim.arguments import flag, seed_value
 from einconv_kfac.optim.factors.averages import Contribution, move_averages_
 from einconv_kfac.optim.factors.collector import NEVER_SEEN, Collector
@@ -19,7 +20,6 @@ from einconv_kfac.optim.factors.curvature_state import (
     CURVATURE_STATE_VERSION,
     check_curvature_state,
     loaded_layers,
-    restore_generator_,
     snapshot_of,
 )
 from einconv_kfac.optim.factors.output_change import relative_change
@@ -43,13 +43,13 @@ class RunningCurvature:
     ends a step, `discard_` drops it.
 
     Args:
-        model: The model, or what ``torch.compile`` made of it.
+        model: The model, or what torch wrapped around it.
         estimator: Which Fisher of which loss.
         settings: Hyper-parameters.
         exclude: Modules, names of modules or patterns of names that are left out.
         inverse: Name of the kind of inverse.
         in_background: Whether a thread inverts.
-        seed: Seed of the generator for sampled targets and examples.
+        seed: Seed of sampled targets and examples.
     """
 
     def __init__(
@@ -68,17 +68,19 @@ class RunningCurvature:
         self.settings = GroupSettings(settings)
         self.loss_weight: Tensor | None = None  # of the averaged curvature, for the coming update
         self.estimator = estimator
-        self._schedules, self.model = settings, uncompiled(model)
+        self._schedules, self.model = settings, unwrapped(model)
         self.seed, self._entry, self._exclude = seed_value(seed), model, exclude
         self._in_background = flag("inverse_in_background", in_background)
         self._excluded = excluded_modules(self.model, exclude)
         self._inverse, self._kind = inverse, kind_of(inverse, estimator.fisher)
-        self._refresh = Refresh(self.layers, self._kind, in_background)
+        self.workers = workers_of(model)
+        self._refresh = Refresh(self.layers, self._kind, in_background, self.workers)
         self._parameters: Collection[str] | None = None
         self._known: dict[str, nn.Parameter] = {}  # when they were covered
         self._owners = owners_of(self.model)
         self._trained: list[bool] = []
-        self.collector = Collector(model, estimator, self.seed, settings.factor_fraction)
+        own = self.seed, settings.factor_fraction, self.workers
+        self.collector = Collector(model, estimator, *own)
         self.recorder = self.collector.recorder
         self.replay = self.collector.replay
 
@@ -150,11 +152,11 @@ class RunningCurvature:
             name: (running.factor_step, self._of(running).factor_update_period)
             for name, running in self.layers.items()
         }
-        self.collector.begin_(due_names(self.steps, work), self._refresh.bases())
+        due, bases = due_names(self.steps, work), self._refresh.bases()
+        self.collector.begin_(due, bases, self.steps)
 
     def discard_(self) -> None:
         """Forget what was collected since the last step, as if it had not been seen."""
-        self.collector.rewind_()
         self.begin_()
 
     def finish_(self) -> None:
@@ -172,7 +174,8 @@ class RunningCurvature:
             Contribution(running := self.layers[name], moments, self._of(running).factor_decay)
             for name, moments in self.collector.moments.items()
         ]
-        move_averages_(found, self.estimator, self.loss_weight, self.steps)
+        workers = self.workers.size if self.loss_weight is None else 1
+        move_averages_(found, self.estimator, self.loss_weight, self.steps, workers)
         known = [own for own in self.layers.values() if own.factor_step is not None]
         if self.layers and not known and not self.collector.has_seen_loss:
             raise RuntimeError(NEVER_SEEN)
@@ -252,12 +255,11 @@ class RunningCurvature:
     def snapshot(self) -> Callable[[], None]:
         """Return a function that restores the present state, and drops what was collected."""
         restore_layers = snapshot_of(self.layers)
-        steps, settings, start = self.steps, self.settings, self.collector.start
+        steps, settings = self.steps, self.settings
 
         def restore() -> None:
             restore_layers()
             self.steps, self.settings = steps, settings
-            self.collector.rewind_(start)
             self.begin_()
 
         return restore
@@ -266,27 +268,23 @@ class RunningCurvature:
         """Return everything that continuing needs; it loads with ``weights_only=True``.
 
         Args:
-            include_factors: Whether factors, inverses and the random generator are part of it;
-                if not, they start anew where it is loaded.
+            include_factors: Whether factors and inverses are part of it; if not, they start anew
+                where it is loaded.
         """
         layers = {name: own.state_dict() for name, own in self.layers.items() if include_factors}
-        generator = self.collector.generator.get_state()
         return {
             "version": CURVATURE_STATE_VERSION,
             "layers": layers if include_factors else None,
-            "generator": generator if include_factors else None,
             "steps": self.steps,
             "inverse": self._inverse,
         }
 
     def check_state(self, state: Any) -> None:
         """Raise a ``ValueError`` if a state is none, or of another version, kind or model."""
-        check_curvature_state(state, self.layers, self._kind, self.collector.generator)
+        check_curvature_state(state, self.layers, self._kind)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state of the curvature of the same model that `check_state` accepts."""
-        made, generator = loaded_layers(self.layers, state["layers"]), self.collector.generator
-        restore_generator_(generator, state["generator"], self.seed, state["steps"])
-        self.layers.update(made)
+        self.layers.update(loaded_layers(self.layers, state["layers"]))
         self.steps = state["steps"]
         self.begin_()

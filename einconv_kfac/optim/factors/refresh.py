@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
+from einconv_kfac.distributed.workers import ALONE, Workers
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.background import Pending, begun, delay
+from einconv_kfac.optim.inverses.placement import Placement
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind
 
 Inverses: TypeAlias = dict[str, Inverted]
@@ -23,11 +25,18 @@ class Refresh:
         running: The layers, by name; others may come.
         kind: The kind of inverse.
         in_background: Whether a thread inverts, except where there is no inverse yet.
+        workers: The workers among which inversions are divided; threads invert all of them, since
+            they must not communicate.
     """
 
     def __init__(
-        self, running: Mapping[str, RunningFactors], kind: Kind, in_background: bool
+        self,
+        running: Mapping[str, RunningFactors],
+        kind: Kind,
+        in_background: bool,
+        workers: Workers = ALONE,
     ) -> None:
+        self._placement = Placement(workers, kind)
         self._running = running
         self._kind = kind
         self._in_background = in_background
@@ -113,7 +122,7 @@ class Refresh:
         """Return the inverses of layers that have factors."""
         wanted = [self._running[name].task(damping) for name, damping in dampings.items()]
         tasks = [task for task in wanted if task is not None]
-        found = self._kind.timed(tasks) if tasks else []
+        found = self._placement.inverted(tasks) if tasks else []
         return {task.name: self._following(task.name, one) for task, one in zip(tasks, found)}
 
     def _following(self, name: str, found: Inverted) -> Inverted:

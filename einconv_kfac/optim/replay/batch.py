@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from torch import Generator, Tensor
 
 from einconv_kfac.curvature.objective.loss_model import LossModel
+from einconv_kfac.distributed.random_streams import stream
+from einconv_kfac.distributed.workers import ALONE, Workers
 from einconv_kfac.optim.replay.forward import ForwardPass
 from einconv_kfac.optim.replay.subsample import Subset, random_rows
 from einconv_kfac.optim.replay.versions import Versions
@@ -60,21 +62,27 @@ class Batch:
         return [output[self.subset.rows] for output in self.outputs]
 
 
-def with_subsets(batches: Sequence[Batch], part: float, seed: int, step: int) -> list[Batch]:
+def with_subsets(
+    batches: Sequence[Batch], part: float, seed: int, step: int, workers: Workers = ALONE
+) -> list[Batch]:
     """Give each batch a random subset of its examples.
 
     Args:
         batches: The batches of a step.
         part: Fraction of the examples, rounded up; if it is 1, nothing is drawn.
-        seed: Seed of the subsets, which depend on it and on the step alone.
+        seed: Seed of the subsets.
         step: The number of the step.
+        workers: The workers, each with batches of its own.
     """
     if part == 1:
         return list(batches)
-    generator = Generator().manual_seed(seed * 1_000_003 + step)
+    streams = [
+        stream("cpu", "curvature", seed, step, workers.number(index))
+        for index in range(len(batches))
+    ]
     return [
-        replace(batch, subset=_drawn(batch.outputs[0], part, generator)) if batch.outputs else batch
-        for batch in batches
+        replace(batch, subset=_drawn(batch.outputs[0], part, own)) if batch.outputs else batch
+        for batch, own in zip(batches, streams)
     ]
 
 

@@ -64,8 +64,12 @@ class GradientWatch:
         )
 
     def look_after_pass_(self) -> None:
-        """Look at the gradients at the end of the backward pass that is running."""
-        torch.autograd.Variable._execution_engine.queue_callback(self._look_)
+        """Look at the gradients at the end of the backward pass that is running.
+
+        The look is queued when the pass has ended, behind what averages gradients over workers.
+        """
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(self._look_))
 
     def _look_(self) -> None:
         """Look at gradients of up to `PROBES` parameters."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
-from einconv_kfac.curvature.objective.graph import Edge, mark_, mark_of
+from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of, within
 from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.outputs import tensors_of
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, chained_arguments, needed
@@ -212,7 +212,7 @@ class PendingCalls:
             inner: Whether to look for outputs of layers as well.
             among: The calls by number; those that are pending by default.
         """
-        mark = mark_of(edge, (id(self), True))
+        mark = mark_of(edge, (id(self), True)) or mark_of(within(edge), (id(self), True))
         if mark is None and inner:
             mark = mark_of(edge, (id(self), False))
         if mark is None:
@@ -233,7 +233,14 @@ class PendingCalls:
         if inside is not None:
             return self._pending[-1], inside
         inputs = [(pending, pending.input_of(argument)) for pending in reversed(self._pending)]
-        return next(((p, source) for p, source in inputs if source is not None), None)
+        found = next(((p, source) for p, source in inputs if source is not None), None)
+        return self._passed_on(argument) if found is None else found
+
+    def _passed_on(self, argument: Tensor) -> tuple[PendingCall, LossInput] | None:
+        """Return the call whose output a wrapper passed on as a tensor, and which it is."""
+        if not argument.requires_grad or within(edge_of(argument)) == edge_of(argument):
+            return None
+        return self.source_at(edge_of(argument))
 
     def layer_calls(self) -> list[LayerCall]:
         """Return all calls of layers so far."""

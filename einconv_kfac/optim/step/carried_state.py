@@ -1,71 +1,81 @@
-"""State that travels as tensors among the states of parameters.
+"""State that travels among the states of parameters.
 
 `torch.distributed.checkpoint.state_dict` keeps states of parameters and parameter groups, and drops
-everything else. Nested containers are therefore also saved in the state of the first parameter that
-has one: each tensor as it is, and all the rest as one tensor of bytes, in JSON.
+everything else. Everything is therefore also saved in the state of the first parameter, as a
+tuple: `torch.distributed.checkpoint` looks into other containers, and would need tensors of the
+same shapes where it loads them. It also repeats the states of parameters, so that an optimizer
+that has none yet can load them.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils import _pytree
-
 CARRIED = "kfac"
-"""Key of the bytes; those of the tensors are this, a point and a number."""
+"""Key of the tuple."""
 
 
-def carry_(memory: dict[Any, dict[str, Any]], part: dict[str, Any]) -> None:
+def carry_(state: dict[str, Any], part: Mapping[str, Any], names: Sequence[str]) -> None:
     """Add nested containers to the state of the first parameter, which is replaced.
 
     Args:
-        memory: States by parameter.
-        part: Containers of tensors, numbers, texts and ``None``. Those of other contents, which
-            a damping rule may have, are not carried.
+        state: A state of an optimizer, as torch has it.
+        part: The containers.
+        names: Names of the parameters, in the order of the groups.
     """
-    leaves, structure = _pytree.tree_flatten(part)
-    tensors = {f"{CARRIED}.{i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    try:
-        text = json.dumps([_pytree.treespec_dumps(structure), others])
-    except (TypeError, NotImplementedError):
+    numbers = numbers_of(state)
+    if not numbers:
         return
-    contents = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    for key, own in list(memory.items())[:1]:
-        memory[key] = {**own, CARRIED: contents, **tensors}
+    memory, named = state["state"], dict(zip(numbers, names))
+    own = {named[number]: dict(values) for number, values in memory.items()}
+    first = numbers[0]
+    memory[first] = {**memory.get(first, {}), CARRIED: (dict(part), own)}
+    for number in numbers:
+        memory.setdefault(number, {})  # `set_optimizer_state_dict` looks for every parameter
 
 
-def taken_out(memory: Any) -> tuple[Any, Any]:
-    """Return what `carry_` added, or ``None``, and the states of parameters without it.
+def taken_out(state: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, Any]:
+    """Return what `carry_` added, or ``None``, and the states of parameters.
+
+    These are those that are saved, or where there is none for a parameter, what is carried of it.
 
     Args:
-        memory: States by parameter, or something else, which is returned.
+        state: A state of an optimizer, as torch has it, or something else.
+        names: Names of the parameters, in the order of the groups.
     """
+    memory = state.get("state")
     if not isinstance(memory, Mapping):
         return None, memory
-    part, known = None, {}
-    for key, own in memory.items():
-        known[key] = own
-        if isinstance(own, Mapping) and CARRIED in own:
-            known[key] = {n: value for n, value in own.items() if not _is_carried(n)}
-            part = _unpacked(own)
+    carried = next((own[CARRIED] for own in memory.values() if _carries(own)), None)
+    known = {number: _without(own) for number, own in memory.items()}
+    known = {number: own for number, own in known.items() if own != {}}
+    if not isinstance(carried, (tuple, list)) or len(carried) != 2:
+        return None, known
+    part, others = carried
+    if isinstance(others, Mapping):
+        numbers = {name: number for number, name in zip(numbers_of(state), names)}
+        saved = {numbers[name]: own for name, own in others.items() if name in numbers}
+        known = {**saved, **known}
     return part, known
 
 
-def _is_carried(name: Any) -> bool:
-    return isinstance(name, str) and name.partition(".")[0] == CARRIED
+def numbers_of(state: Mapping[str, Any]) -> list[Any]:
+    """Return the numbers of the parameters of a state, in the order of the groups."""
+    groups = state.get("param_groups")
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(g, Mapping) for g in groups):
+        return []
+    members = [group.get("params") for group in groups]
+    numbers = [n for own in members if isinstance(own, (list, tuple)) for n in own]
+    return numbers if all(isinstance(number, (int, str)) for number in numbers) else []
 
 
-def _unpacked(own: Mapping[str, Any]) -> Any:
-    """Return the containers that one state carries, or ``None`` if they cannot be read."""
-    try:
-        structure, leaves = json.loads(bytes(own[CARRIED].tolist()))
-        tensors = {index: own.get(f"{CARRIED}.{index}") for index in range(len(leaves))}
-        values = [leaf if tensors[i] is None else tensors[i] for i, leaf in enumerate(leaves)]
-        return _pytree.tree_unflatten(values, _pytree.treespec_loads(structure))
-    except (AttributeError, TypeError, ValueError):
-        return None
+def _carries(own: Any) -> bool:
+    return isinstance(own, Mapping) and CARRIED in own
+
+
+def _without(own: Any) -> Any:
+    """Return the state of a parameter without what it carries."""
+    if not _carries(own):
+        return own
+    return {name: value for name, value in own.items() if name != CARRIED}

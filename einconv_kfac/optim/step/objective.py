@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.distributed.workers import ALONE, Workers
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.parameters import check_dense
 from einconv_kfac.optim.replay.batch import Batch
@@ -33,6 +34,7 @@ class Objective:
         batches: The recorded batches.
         others: Directions of ascent of the parameters without Kronecker factors.
         memory: The optimizer's state, by name.
+        workers: The workers, each with batches of its own; the objective is the mean over them.
     """
 
     parameters: Direction
@@ -44,6 +46,7 @@ class Objective:
     batches: Sequence[Batch]
     others: Direction
     memory: Memory
+    workers: Workers = ALONE
 
     def value(self) -> Tensor:
         """Return the objective from the recorded losses, for the present parameters."""
@@ -56,7 +59,8 @@ class Objective:
             for weight, names in _names_by_number(self.decay).items()
             if weight
         ]
-        return sum_of([*(loss.double() for loss in losses), *norms])
+        own = sum_of([*(loss.double() for loss in losses), *norms])
+        return cast("Tensor", self.workers.means([own], "objective")[0])
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,11 @@ class Point:
         batches: Sequence[Batch],
         others: Direction,
         memory: Memory,
+        workers: Workers = ALONE,
     ) -> Objective:
         """Return the objective of a step from here; see `Objective` for the arguments."""
         at = (self.parameters, self.gradient, self.decay, self.rates, settings, self.by_parameter)
-        return Objective(*at, batches, others, memory)
+        return Objective(*at, batches, others, memory, workers)
 
 
 def _names_by_number(numbers: Mapping[str, float]) -> dict[float, list[str]]:
@@ -168,7 +173,9 @@ def settings_by_parameter(
     return {names[parameter]: each for each, parameters in own for parameter in parameters}
 
 
-def scaler_factor(batches: Sequence[Batch], scale: Tensor | None, sums: bool) -> Tensor:
+def scaler_factor(
+    batches: Sequence[Batch], scale: Tensor | None, sums: bool, workers: Workers = ALONE
+) -> Tensor:
     """Return the factor of a gradient scaler in the weights of batches.
 
     Args:
@@ -176,23 +183,26 @@ def scaler_factor(batches: Sequence[Batch], scale: Tensor | None, sums: bool) ->
         scale: The factor, or ``None`` if the gradients were unscaled before the step: the
             objective is then taken to be the mean or the sum of the recorded losses.
         sums: Whether the losses are sums over examples, not means.
+        workers: The workers, each with batches of its own.
     """
     if scale is not None:
         return scale
-    total = sum_of([batch.weight for batch in batches])
-    return total / len(batches) if sums else total
+    own = [sum_of([batch.weight for batch in batches]), len(batches)]
+    total, count = workers.means(own, "factor of the scaler")
+    return cast("Tensor", total / count if sums else total)
 
 
-def total_weight(batches: Sequence[Batch], sums: bool) -> Tensor | None:
+def total_weight(batches: Sequence[Batch], sums: bool, workers: Workers = ALONE) -> Tensor | None:
     """Return the factor of the curvature that is averaged over batches, ``None`` without any.
 
-    The objective is the weighted sum of the losses. Factors average the curvature of means over
-    batches, and add that of sums.
+    The objective is the weighted sum of the losses, and the mean of that over workers. Factors
+    average the curvature of means over batches, and add that of sums.
     """
-    if not batches:
+    total = sum_of([batch.weight.abs() for batch in batches]) if batches else 0.0
+    total, count = workers.means([total, len(batches)], "weight of the losses")
+    if not count:
         return None
-    total = sum_of([batch.weight.abs() for batch in batches])
-    return total / len(batches) if sums else total
+    return cast("Tensor", total / (count * workers.size) if sums else total)
 
 
 def memory_of(parameters: Direction, state: Mapping[Any, dict[str, Any]]) -> Memory:

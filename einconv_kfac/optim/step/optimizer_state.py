@@ -60,7 +60,7 @@ class OptimizerState:
                 "preconditioner": self.curvature.state_dict(include_factors),
                 self.step.mode: self.step.state_dict(),
             }
-            carry_(state["state"], state[PART])
+            carry_(state, state[PART], self._own_names(optimizer))
 
         handle = optimizer.register_state_dict_post_hook(add, prepend=True)
         try:
@@ -82,7 +82,7 @@ class OptimizerState:
         whole: list[dict[str, Any]] = []
 
         def check(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-            part, others = _split(state)
+            part, others = self._split(optimizer, state)
             self._check(optimizer, part, others)
             found.append(part)
             whole.append(others)
@@ -111,6 +111,17 @@ class OptimizerState:
             for handle in handles:
                 handle.remove()
 
+    def _own_names(self, optimizer: Optimizer) -> list[str]:
+        """Return the names of an optimizer's parameters, in the order of its groups."""
+        return [self.names[p] for group in optimizer.param_groups for p in group["params"]]
+
+    def _split(self, optimizer: Optimizer, state: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return the part that torch's optimizers lack, and the others, without it."""
+        carried, memory = taken_out(state, self._own_names(optimizer))
+        others = {name: own for name, own in state.items() if name != PART}
+        part = state.get(PART, carried)
+        return part, {**others, "state": memory} if "state" in state else others
+
     def _present(self) -> Direction:
         """Return the model's parameters by name."""
         return {name: parameter.detach() for parameter, name in self.names.items()}
@@ -138,13 +149,6 @@ class OptimizerState:
         self.step.check_state(part[self.step.mode], self._present())
         check_groups(optimizer.param_groups, others, self.settings)
         check_memory(optimizer.param_groups, others, self.names)
-
-
-def _split(state: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the part that torch's optimizers lack, and the others, without it."""
-    carried, memory = taken_out(state.get("state"))
-    others = {name: own for name, own in state.items() if name != PART}
-    return state.get(PART, carried), {**others, "state": memory} if "state" in state else others
 
 
 @dataclass

@@ -132,13 +132,14 @@ def quadratic_model(
         curvature = curvature + gram_matrix(directions, objective.decay)
         decay = [inner(d, objective.parameters, objective.decay) for d in directions]
         observed = observed + torch.stack(decay)
+    is_part = any(b.subset is not None or b.has_moved for b in objective.batches)
     rows = torch.stack([slope, slope - observed, *curvature, *gram_matrix(directions)])
+    rows, part = objective.workers.means([rows, float(is_part)], "quadratic model")
     slope, unobserved, *squares = rows.cpu()
     count = len(slope)
-    is_whole = all(b.subset is None and not b.has_moved for b in objective.batches)
     return QuadraticModel(
         slope,
         torch.stack(squares[:count]),
         torch.stack(squares[count:]),
-        unobserved if is_whole else None,
+        None if part else unobserved,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,8 @@ def rounding_of(replay: Replay, objective: Objective) -> Tensor:
     epsilons = [torch.finfo(parameter.dtype).eps / 2 for parameter, _ in pairs]
     left, right = ([entries(own) for own in side] for side in zip(*pairs))
     sums = torch.stack(torch._foreach_norm(torch._foreach_mul(left, right), 1)).double()
-    return sum_of([*parts, sums @ torch.tensor(epsilons).to(sums)])
+    own = sum_of([*parts, sums @ torch.tensor(epsilons).to(sums)])
+    return cast("Tensor", objective.workers.means([own], "rounding")[0])
 
 
 def _of_batch(replay: Replay, batch: Batch) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from einconv_kfac.distributed.workers import Same
 from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.replay.batch import Batch, with_subsets
@@ -73,10 +75,12 @@ class StepRunner:
         point = Point.of(optimizer.param_groups, self.names, by_parameter, divisor)
         gradients = [*point.gradient.values()]
         known = norms(gradients)
-        if getattr(optimizer, "found_inf", None):  # the scaler will lower its scale
+        if self._found_inf(optimizer):  # the scaler will lower its scale
             curvature.discard_()
             return None
-        if not curvature.collector.is_finite(gradients, [batch.loss for batch in batches], known):
+        losses = [batch.loss for batch in batches]
+        same = partial(self._same, point, known)
+        if not curvature.collector.is_finite(gradients, losses, known, same):
             curvature.discard_()
             warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=6)
             return None
@@ -90,6 +94,27 @@ class StepRunner:
             last.apply_(taken.changes)
         return replace(taken, changes=()), dict(zip(point.gradient, known))
 
+    def _found_inf(self, optimizer: Optimizer) -> bool:
+        """Return whether a gradient scaler has found a gradient that is not finite."""
+        found: Tensor | None = getattr(optimizer, "found_inf", None)
+        return found is not None and not self.curvature.workers.agree(
+            found == 0, "has the scaler found finite gradients"
+        )
+
+    def _same(self, point: Point, known: Sequence[Tensor]) -> Same:
+        """Return what must be the same on all workers."""
+        groups = {id(own): own for own in point.by_parameter.values()}.values()
+        values = {
+            **{f"`{n}` of group {i}": v for i, g in enumerate(groups) for n, v in vars(g).items()},
+            "parameters with a gradient": list(point.parameters),
+            "layers whose factors are due": sorted(self.curvature.collector.due),
+            "number of steps": self.curvature.steps,
+        }
+        compared = {"gradients": known}
+        if self.curvature.collector.due:
+            compared["parameters"] = norms(point.parameters.values())
+        return Same(values, compared)
+
     def _batches(self, optimizer: Optimizer) -> tuple[list[Batch], Tensor | None]:
         """Return the batches of this step, and the factor in the gradients that is none of theirs.
 
@@ -101,16 +126,15 @@ class StepRunner:
         batches = recorder.take()
         divisor: Tensor | None = scale
         if batches and hasattr(optimizer, "found_inf"):
-            factor = scaler_factor(batches, scale, self.sums)
+            factor = scaler_factor(batches, scale, self.sums, self.curvature.workers)
             batches = [replace(b, weight=b.weight / factor.to(b.weight)) for b in batches]
             clipped = None if clipped is None else clipped * (1 if scale is not None else factor)
         if clipped is not None and batches:
             divisor = clipped if divisor is None else divisor * clipped
-        self.curvature.loss_weight = total_weight(batches, self.sums)
         if (part := self.settings.curvature_fraction) == 1:
             return batches, divisor
-        subsets = with_subsets(batches, part, self.curvature.seed, self.curvature.steps)
-        return subsets, divisor
+        seed, workers = self.curvature.seed, self.curvature.workers
+        return with_subsets(batches, part, seed, self.curvature.steps, workers), divisor
 
     def _take_(
         self,
@@ -122,10 +146,13 @@ class StepRunner:
         """Take a step from a point."""
         curvature = self.curvature
         curvature.set_groups_(settings, point.by_parameter)
+        if curvature.collector.due:
+            curvature.loss_weight = total_weight(batches, self.sums, curvature.workers)
+            curvature.collector.combine_()
         plain = curvature.without_factors(point.gradient)
         memory = memory_of(point.parameters, optimizer.state)
         others, moments = self.fallback.directions(plain, memory)
-        objective = point.objective(settings, batches, others, memory)
+        objective = point.objective(settings, batches, others, memory, curvature.workers)
         self.step.check(objective)
         curvature.collector.check(batches)
         if not point.parameters:

@@ -49,10 +49,12 @@ class UnobservedTerms:
         if not (fit.unobserved and slope):
             return 0.0
         fraction = abs(fit.unobserved[0] / slope)
-        if fraction <= UNOBSERVED_FRACTION or not _is_precise(objective.batches):
+        if fraction <= UNOBSERVED_FRACTION:
             return 0.0
         sizes = [(batch.weight * batch.loss).abs().double() for batch in objective.batches]
-        if not abs(slope) > ROUNDING * float(sum_of(sizes)):
+        own = [sum_of(sizes), float(_is_precise(objective.batches))]
+        size, precise = objective.workers.means(own, "size of the losses")
+        if precise < 1 or not abs(slope) > ROUNDING * float(size):
             return 0.0
         self._replay.check_outputs(objective.batches)
         if not self._warned:

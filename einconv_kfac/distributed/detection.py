@@ -1,0 +1,95 @@
+"""Which workers train a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from einconv_kfac.distributed.workers import Workers
+from einconv_kfac.distributed.wrappers import parallel_wrapper
+
+
+def workers_of(model: nn.Module) -> Workers:
+    """Return the workers that train a model together.
+
+    They are the process group of `DistributedDataParallel`, or the default group for a model that
+    is not wrapped.
+
+    Raises:
+        ValueError: If the model is distributed in another way.
+    """
+    _check_parallel(model)
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return Workers()
+    wrapper = parallel_wrapper(model)
+    group = distributed.group.WORLD if wrapper is None else wrapper.process_group
+    assert group is not None
+    if distributed.get_world_size(group) == 1:
+        return Workers(in_group=True)
+    _check_layers(model)
+    from einconv_kfac.distributed.process_group import ProcessGroup  # noqa: PLC0415
+
+    return ProcessGroup(group, next(model.parameters()).device)
+
+
+def parallel_workers_of(model: nn.Module, owner: str) -> Workers:
+    """Return the workers of a `DistributedDataParallel`, or one worker if there are no others.
+
+    Args:
+        model: The model.
+        owner: Name of the function that has it.
+
+    Raises:
+        RuntimeError: If there are others and the model is not wrapped.
+    """
+    workers = workers_of(model)
+    if workers.size > 1 and parallel_wrapper(model) is None:
+        raise RuntimeError(
+            f"{owner} must have the DistributedDataParallel of a model, got the model and a "
+            f"process group of {workers.size}. Pass the wrapper, and on each worker its data."
+        )
+    return workers
+
+
+def check_whole(model: nn.Module, owner: str) -> None:
+    """Raise a ``ValueError`` if a parameter is a part of one that is split between devices.
+
+    Args:
+        model: The model.
+        owner: Name of the class or the function that has it.
+    """
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor":
+            raise ValueError(
+                f"The parameters of a model for {owner} must be whole tensors, got a DTensor for "
+                f"'{name}'. Pass the model before it is distributed (`distribute_module`, "
+                "`fully_shard`), or its torch.nn.parallel.DistributedDataParallel."
+            )
+
+
+def _check_parallel(model: nn.Module) -> None:
+    """Raise a ``ValueError`` if a model is neither whole on each worker nor alone."""
+    for module in model.modules():
+        name = type(module).__name__
+        if isinstance(module, nn.DataParallel) or name == "FullyShardedDataParallel":
+            raise ValueError(
+                f"`model` must be a module or its DistributedDataParallel, got {name}. Wrap it in "
+                "torch.nn.parallel.DistributedDataParallel, with one process for each device."
+            )
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Raise a ``ValueError`` if several workers cannot train a model as one worker would."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                f"`model` must treat the batch of each worker by itself, got '{name}' "
+                "(SyncBatchNorm). Use BatchNorm, or a normalisation of single examples."
+            )
+    wrapper = parallel_wrapper(model)
+    if wrapper is not None and wrapper.mixed_precision is not None:
+        raise ValueError(
+            "`model` must be DistributedDataParallel without `mixed_precision`, which replaces "
+            "parameters during calls. Use torch.autocast."
+        )

@@ -1,0 +1,44 @@
+"""Modules that torch wraps around a model: `torch.compile` and `DistributedDataParallel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside of all wrappers, or the model itself."""
+    *_, innermost = _layers_of(model)
+    return innermost
+
+
+def recorded_module(model: nn.Module) -> nn.Module:
+    """Return the outermost module whose calls have the arguments that the model receives.
+
+    `DistributedDataParallel` moves arguments to its device before it calls the module inside.
+    """
+    return next(m for m in _layers_of(model) if not isinstance(m, DistributedDataParallel))
+
+
+def compiled_wrappers(model: nn.Module) -> list[nn.Module]:
+    """Return the wrappers that run compiled code."""
+    return [module for module in _layers_of(model) if hasattr(module, "_orig_mod")]
+
+
+def parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the wrapper that averages gradients, if there is one."""
+    found = [m for m in _layers_of(model) if isinstance(m, DistributedDataParallel)]
+    return found[0] if found else None
+
+
+def _layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the model and the modules inside of its wrappers, from the outside in."""
+    module: object = model
+    while isinstance(module, nn.Module):
+        yield module
+        if isinstance(module, DistributedDataParallel):
+            module = module.module
+        else:
+            module = getattr(module, "_orig_mod", None)

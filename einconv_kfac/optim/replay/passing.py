@@ -1,0 +1,54 @@
+"""Outputs of a model that a wrapper around it passes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from einconv_kfac.curvature.estimation.capture import inactive_hook
+from einconv_kfac.curvature.objective.graph import Edge, edge_of, passed_on_
+from einconv_kfac.curvature.objective.outputs import tensors_of
+
+
+class PassedOutputs:
+    """Notes which tensor of a model each output of its `DistributedDataParallel` is.
+
+    The wrapper copies outputs with ``find_unused_parameters`` or ``static_graph``.
+
+    Args:
+        wrapper: The wrapper.
+    """
+
+    def __init__(self, wrapper: nn.parallel.DistributedDataParallel) -> None:
+        self._edges: list[Edge | None] = []
+        self._handles: Sequence[RemovableHandle] = (
+            wrapper.module.register_forward_hook(self._after_model),
+            wrapper.register_forward_hook(self._after_wrapper),
+        )
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _after_model(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        """Keep the outputs of the model."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            tensors = tensors_of(output)
+            self._edges = [edge_of(t) if t.requires_grad else None for t in tensors]
+
+    def _after_wrapper(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        """Note what the outputs of the wrapper are, and forget those of the model."""
+        if torch.compiler.is_compiling():
+            return
+        for tensor, edge in zip(tensors_of(output), self._edges):
+            if edge is not None:
+                passed_on_(tensor, edge)
+        self._edges = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return inactive_hook, ()

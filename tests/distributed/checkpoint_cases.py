@@ -1,0 +1,109 @@
+"""Trainings that go on with another number of workers."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from optim_cases import image_batch, weights
+from torch import Tensor, distributed
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils import _pytree
+from worker_cases import FIXED, MANY, Case, Training, noisy_net
+
+SAVED, STEPS = 3, 6
+CASES = {
+    "automatic": Case({"weight_decay": 0.01}, model=noisy_net),
+    "automatic, ekfac": Case({"inverse": "ekfac"}, sizes=MANY),
+    "fixed, in background": Case(
+        {**FIXED, "fallback": "adam", "inverse_in_background": True, "inverse_update_period": 2}
+    ),
+}
+
+
+def save(training: Training, folder: str, group: Any) -> None:
+    """Save model and optimizer."""
+    training.opt.zero_grad()
+    model, optimizer = get_state_dict(training.model, training.opt)
+    state = {"model": model, "optimizer": optimizer}
+    checkpoint.save(state, checkpoint_id=folder, process_group=group)
+
+
+def warm_up(training: Training) -> None:
+    """Run one backward pass, after which `DistributedDataParallel` orders its buckets anew.
+
+    Sums in another order have other last bits, with any optimizer.
+    """
+    x, y = image_batch()
+    training.loss_fn(training.model(x), y).backward()
+    training.opt.zero_grad()
+    training.opt.discard()
+
+
+def load(training: Training, folder: str, group: Any) -> None:
+    """Load model and optimizer."""
+    training.opt.zero_grad()
+    model, optimizer = get_state_dict(training.model, training.opt)
+    state = {"model": model, "optimizer": optimizer}
+    checkpoint.load(state, checkpoint_id=folder, process_group=group)
+    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+    set_state_dict(training.model, training.opt, **parts)
+
+
+def tensors_of(training: Training) -> Tensor:
+    """All numbers of the state as one vector."""
+    leaves = _pytree.tree_leaves(training.opt.state_dict())
+    found = [leaf.double().flatten() for leaf in leaves if isinstance(leaf, Tensor)]
+    numbers = [float(leaf) for leaf in leaves if isinstance(leaf, (int, float))]
+    return torch.cat([*found, torch.tensor(numbers, dtype=torch.float64)])
+
+
+def resumed(case: Case, rank: int, folder: str, groups: dict[int, Any]) -> dict[str, Any]:
+    """The parameters at the end: of a run without a stop, and of others that go on from it."""
+    found: dict[str, Any] = {}
+    whole = Training(case, rank, 4, groups[4])
+    for number in range(STEPS):
+        if number == SAVED:
+            save(whole, f"{folder}/4", groups[4])
+            found["state"] = tensors_of(whole)
+        whole.step(number)
+    found["whole"] = weights(whole.module)
+    for name in ("fresh", "used"):
+        again = Training(case, rank, 4, groups[4])
+        if name == "used":
+            again.step(0)
+        else:
+            warm_up(again)
+        load(again, f"{folder}/4", groups[4])
+        for number in range(SAVED, STEPS):
+            again.step(number)
+        found[name] = weights(again.module)
+    if rank < 2:
+        half = Training(case, rank, 2, groups[2])
+        half.step(0)
+        load(half, f"{folder}/4", groups[2])
+        half.step(SAVED)
+        save(half, f"{folder}/2", groups[2])
+    if rank == 0:
+        one = Training(case, 0, 1, groups[1])
+        load(one, f"{folder}/2", groups[1])
+        for number in range(SAVED + 1, STEPS):
+            one.step(number)
+        found["one"] = weights(one.module)
+    distributed.barrier()
+    return found
+
+
+def checkpoints(rank: int, size: int) -> dict[str, Any]:
+    """What a worker finds, by case."""
+    warnings.simplefilter("ignore")
+    groups = {n: distributed.new_group(list(range(n))) for n in (1, 2, 4)}
+    found = {}
+    for name, case in CASES.items():
+        folders = [tempfile.mkdtemp() if rank == 0 else None]
+        distributed.broadcast_object_list(folders)
+        found[name] = resumed(case, rank, str(folders[0]), groups)
+    return found

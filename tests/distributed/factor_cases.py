@@ -1,0 +1,34 @@
+"""Curvature averaged over the data of several workers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from optim_cases import conv_net, image_batch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from einconv_kfac import kronecker_factors
+
+BATCHES = 7
+KINDS: dict[str, dict[str, Any]] = {
+    "sampled": {"mc_samples": 2},
+    "exact, reduce": {"fisher": "exact", "approximation": "reduce"},
+    "empirical": {"fisher": "empirical", "max_factor_size": 20},
+    "diagonal": {"fisher": "exact", "kind": "diagonal"},
+    "ekfac": {"fisher": "exact", "kind": "ekfac"},
+}
+
+
+def factors(rank: int, size: int) -> dict[str, Tensor]:
+    """The blocks of each kind as one vector; of ``size`` workers, each has its share of batches."""
+    warnings.simplefilter("ignore")
+    found = {}
+    for name, options in KINDS.items():
+        model: Any = conv_net() if size == 1 else DistributedDataParallel(conv_net())
+        data = [image_batch(20 + number, number) for number in range(rank, BATCHES, size)]
+        blocks = kronecker_factors(model, nn.CrossEntropyLoss(reduction="sum"), data, **options)
+        found[name] = torch.cat([blocks[layer].to_dense().flatten() for layer in blocks])
+    return found
