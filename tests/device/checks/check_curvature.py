@@ -39,9 +39,11 @@ OTHER_WAITS = 8
 """Waits for the whole model and one batch: of the check of the examples, not of the factors."""
 
 
-@pytest.mark.parametrize("fisher", ["exact", "empirical", "mc"])
-@pytest.mark.parametrize("kind", ["kfac", "ekfac", "diagonal"])
-def test_curvature_is_that_of_the_processor(fisher: Any, kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "fisher"),
+    [("kfac", "exact"), ("kfac", "mc"), ("kfac", "empirical"), ("ekfac", "mc"), ("diagonal", "mc")],
+)
+def test_curvature_is_that_of_the_processor(kind: Any, fisher: Any) -> None:
     data, loss_fn = batches(2), nn.CrossEntropyLoss()
     model = network()
     here = kronecker_factors(model, loss_fn, data, fisher=fisher, kind=kind)
@@ -96,15 +98,16 @@ def test_convolutions_are_those_of_the_processor(kind: Any, n: int, groups: int)
     torch.testing.assert_close(grads, [x.grad, layer.weight.grad], **TOLERANCE)
 
 
-@pytest.mark.parametrize("adaptive", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("adaptive", "dtype"), [(True, torch.bfloat16), (False, torch.float16), (False, torch.bfloat16)]
+)
 def test_steps_with_autocast(adaptive: bool, dtype: torch.dtype) -> None:
     options = {} if adaptive else {"lr": 0.1}
     with simulated() as record:
         model = to_device(network(torch.float32))
         opt = optimizer(model, adaptive=adaptive, **options)
         losses = []
-        for x, y in batches(1, torch.float32) * 6:
+        for x, y in batches(1, torch.float32) * (4 if adaptive else 6):
             opt.zero_grad()
             with torch.autocast("cuda", dtype):
                 loss = opt.loss_fn(model(to_device(x)), to_device(y))
