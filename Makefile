@@ -1,7 +1,7 @@
 PYTHON ?= python
 ONE_THREAD = OMP_NUM_THREADS=1 $(PYTHON)
 .DEFAULT_GOAL := help
-.PHONY: help install test format lint types surface dist smoke example ci clean \
+.PHONY: help install test format lint types surface docs dist smoke example ci clean \
 	bench-digits bench-training bench-step bench-step-operations bench-fractions \
 	bench-growth bench-trace bench-factors bench-profile bench-operations bench-curvature gpu
 
@@ -29,10 +29,14 @@ types: ## check types, with two checkers
 surface: ## rewrite the list of public names and signatures
 	$(PYTHON) tests/test_public_surface.py --write
 
-dist: ## build wheel and sdist, and check which files they hold
+docs: ## build the documentation site into build/site, strictly; needs the extra `docs`
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+dist: ## build wheel and sdist, and check their metadata and files
 	rm -rf build dist
-	$(PYTHON) -m pip install build
+	$(PYTHON) -m pip install build twine
 	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
 	$(PYTHON) .ci/check_dist.py dist
 
 smoke: dist ## use the wheel in a fresh environment, away from the checkout

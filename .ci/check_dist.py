@@ -1,4 +1,4 @@
-"""Check that wheel and sdist contain the package, and no top-level package ``optim``."""
+"""Check that wheel and sdist contain the package and its papers, and nothing that is not theirs."""
 
 import sys
 import tarfile
@@ -11,6 +11,11 @@ NEEDED = [
     for path in (ROOT / "einconv_kfac").rglob("*")
     if path.suffix == ".py" or path.name == "py.typed"
 ]
+
+PAPERS = ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff")
+"""What the sdist has beside the package."""
+ELSEWHERE = ("tests/", "benchmarks/", "docs/", "examples/", ".ci/", ".github/")
+"""What stays in the repository."""
 
 
 def check(archive: Path, names: list[str]) -> None:
@@ -34,7 +39,12 @@ def main() -> None:
     if foreign:
         raise SystemExit(f"{wheel.name} installs {', '.join(sorted(foreign))}, too")
     with tarfile.open(sdist) as tar:
-        check(sdist, [name.partition("/")[2] for name in tar.getnames()])
+        names = [name.partition("/")[2] for name in tar.getnames()]
+    check(sdist, names)
+    if missing := [name for name in PAPERS if name not in names]:
+        raise SystemExit(f"{sdist.name} lacks {', '.join(missing)}")
+    if others := [name for name in names if name.startswith(ELSEWHERE)]:
+        raise SystemExit(f"{sdist.name} has {', '.join(others)}, too")
 
 
 if __name__ == "__main__":

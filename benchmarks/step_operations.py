@@ -3,8 +3,9 @@
 The operations of 100 steps late in training, with periods 10 and 100, are counted by the component
 of the step that starts them: ten updates of the factors and one inversion are among them. A call of
 ``torch._foreach_*`` counts once, views and allocations do not. Waits are numbers that the host
-reads, and results whose size depends on numbers. Images and batch are small: neither they nor the
-device matter for the counts, but for the choice of the algorithm of a factor. No time is measured.
+reads, and results whose size depends on numbers. No time is measured. Images and batch are small,
+and layers have an eighth of ResNet-50's channels by default, so that a processor is fast enough.
+The size of a layer decides on the algorithm of its factors, and on which layers are joined.
 
     python benchmarks/step_operations.py
     python benchmarks/step_operations.py --package path/to/another/checkout
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--package", type=Path, help="root of the checkout to count (default: what is installed)")
     add("--modes", default=",".join(MODES), help="modes of the optimizer")
-    add("--width", type=int, default=64, help="channels of the stem; 64 is ResNet-50")
+    add("--width", type=int, default=8, help="channels of the stem; ResNet-50 has 64")
     add("--quick", action="store_true", help="a smoke test: a block per stage, four channels")
     add("--output", type=Path, default=RESULTS, help="folder of step_operations.txt")
     options = parser.parse_args(arguments)

@@ -36,6 +36,22 @@ def place(path: Path) -> str:
     return name.removesuffix(".py") + ".md" if path.suffix == ".py" else name
 
 
+def listed(nav: Any) -> list[str]:
+    """Return the pages in a navigation."""
+    if isinstance(nav, str):
+        return [nav]
+    entries = nav.values() if isinstance(nav, dict) else nav
+    return [page for entry in entries for page in listed(entry)]
+
+
+def on_config(config: Any) -> Any:
+    """Add a section with the pages that the navigation does not name."""
+    pages = (str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md"))
+    if rest := sorted(set(pages) - set(listed(config.nav))):
+        config.nav.append({"More": rest})
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the files to the site."""
     for path in paths():

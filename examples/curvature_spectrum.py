@@ -29,7 +29,8 @@ EPSILON = 1e-5  # the spectrum of log(|l| + epsilon) is estimated
 def operators(model: nn.Module, data: Split) -> dict[str, Any]:
     """Return linear operators for the exact matrix and for its approximations."""
     loss_fn, batches = nn.CrossEntropyLoss(), [(data.x, data.y)]
-    found = {"exact": GGNLinearOperator(model, loss_fn, list(model.parameters()), batches)}
+    exact = GGNLinearOperator(model, loss_fn, list(model.parameters()), batches)
+    found: dict[str, Any] = {"exact": exact}
     for name in ("kfac", "ekfac"):
         curvature = kronecker_factors(model, loss_fn, batches, fisher="exact", kind=name)
         found[name] = CurvatureOperator(curvature, model)
@@ -92,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     print("          largest eigenvalue   above 0.01")
     for name, operator in operators(model, part).items():
         top = largest_eigenvalue(operator, 20, options.seed)
-        densities[name] = log_density(operator, top, options.vectors)
-        results[name] = {"largest": top, "large": large_share(*densities[name], 0.01)}
+        grid, density = densities[name] = log_density(operator, top, options.vectors)
+        results[name] = {"largest": top, "large": large_share(grid, density, 0.01)}
         print(f"{name:8}  {top:18.3f}   {results[name]['large']:9.2%}")
     if options.output:
         draw(densities, options.output)

@@ -74,7 +74,7 @@ def with_kl_clip(options: dict[str, Any], bound: float | None) -> dict[str, Any]
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Compare nested containers of tensors bit by bit."""
+    """Compare nested containers of tensors bit by bit; a number that is not one equals itself."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
@@ -87,4 +87,4 @@ def assert_same(a: Any, b: Any) -> None:
         for left, right in zip(a, b):
             assert_same(left, right)
     else:
-        assert a == b or (a != a and b != b)  # not a number, as a value that is not known yet
+        assert a == b or (a != a and b != b)

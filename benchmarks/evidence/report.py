@@ -53,7 +53,7 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
             if peer
             else "    no peer",
             f"    {'':12}{'loss':>10}{'steps to':>10}{'seconds':>9}{'cpu s':>8}{'ms/step':>9}"
-            f"{task.family.metric:>11}{'at half':>9}   per seed: loss, steps, cpu s; setting",
+            f"{task.family.metric:>11}{'at half':>11}   per seed: loss, steps, cpu s; setting",
         ]
         lines += [_row(task, name, runs, target) for name, runs in outcome.runs.items() if runs]
         lines += [f"    {name:12} failed: {why}" for name, why in outcome.failures.items()]
@@ -78,7 +78,7 @@ def _row(task: Task, name: str, runs: Sequence[Run], target: float) -> str:
     return (
         f"    {name:12}{_loss(mean(r.final for r in runs)):>10}{_show(means[0], '.0f'):>10}"
         f"{_show(means[1], '.2f'):>9}{_show(means[2], '.2f'):>8}{_show(per_step, '.1f'):>9}"
-        f"{_show(scale * mean(ends), '.4g'):>11}{_show(scale * mean(halves), '.4g'):>9}"
+        f"{_show(scale * mean(ends), '.4g'):>11}{_show(scale * mean(halves), '.4g'):>11}"
         f"   {seeds}; {setting}"
     )
 

@@ -46,7 +46,10 @@ def contract_convolution(geometry: Geometry, role: str, first: Tensor, second: T
     result: Tensor
     if torch.compiler.is_compiling():
         if torch.autograd.forward_ad._current_level >= 0:
-            result = _outside_of_graph(geometry, role, first, second)
+            # a traced operator can have no rule for forward mode
+            from einconv_kfac.evaluate.graph_break import outside_of_graph  # noqa: PLC0415
+
+            result = outside_of_graph(contract_convolution, geometry, role, first, second)
         else:
             result = traced_convolution(role, flattened(geometry), first, second)
         return result
@@ -61,14 +64,6 @@ def contract_convolution(geometry: Geometry, role: str, first: Tensor, second: T
         apply = base.apply
     result = apply(geometry, role, first, second)
     return result
-
-
-def _eagerly(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
-    """Contract in forward mode, for which a traced operator can have no rule."""
-    return contract_convolution(geometry, role, first, second)
-
-
-_outside_of_graph: Any = torch.compiler.disable(_eagerly)  # type: ignore[no-untyped-call]
 
 
 def _differentiated(first: Tensor, second: Tensor) -> bool:

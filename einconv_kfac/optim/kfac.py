@@ -67,7 +67,7 @@ class KFAC(CurvatureOptimizer):
         max_factor_size: Largest number of rows of a factor; of larger ones, the diagonal is used.
         factor_decay: Decay of the bias-corrected exponential moving averages of the factors.
         factor_update_period: Steps between two updates of the factors. Early in training this
-            and the next period are capped at a fifth of the steps taken.
+            and the next period are capped at a tenth of the steps taken.
         inverse_update_period: Steps between two inversions of the factors.
         inverse: ``"factored"`` splits the damping between the factors by trace balance (Martens
             and Grosse, 2015), for Cholesky decompositions; ``"exact"`` adds it to their Kronecker
@@ -87,7 +87,7 @@ class KFAC(CurvatureOptimizer):
         maximize: Whether the loss is maximised, as in torch's optimizers; with ``adaptive=True``
             for losses that are concave in the model's output.
         safeguard: Whether to evaluate the objective again after every step instead of every
-            fifth: a step after which its own batch's loss has grown is shortened or taken back,
+            tenth: a step after which its own batch's loss has grown is shortened or taken back,
             and the damping grows. Needs a damping that is not given.
         exclude: Modules, names of modules or patterns of names (``"encoder.*"``), with all that
             they contain, that are left to the fallback.

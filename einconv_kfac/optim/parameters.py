@@ -151,8 +151,9 @@ def assigned_parameters(
         owners: The modules that had them.
         model: The model.
     """
-    present, modules = dict(model.named_parameters()), set(model.modules())
+    present = dict(model.named_parameters())
     changed = {n: present[n] for n, p in known.items() if n in present and present[n] is not p}
+    modules = set(model.modules()) if changed else set()
     return {
         name: new
         for name, new in changed.items()

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 Schedule: TypeAlias = float | Callable[[int], float]
 """A number, or a function of the number of steps taken so far."""
 
-EARLY_SHARE = 5
-"""Early in training, periods are capped at this fraction (one fifth) of the steps taken."""
+EARLY_SHARE = 10
+"""Early in training, periods are capped at this fraction (one tenth) of the steps taken."""
 
 
 def is_due(step: int, last: int | None, period: int, share: int = EARLY_SHARE) -> bool:

@@ -228,6 +228,39 @@ class Residual(nn.Module):
         return curvature + math.pi**2 * (math.pi * x).sin(), ends
 
 
+@script("parts of the model called one after the other (`model.encoder(x)`, `model.decoder(z)`)")
+def parts_of_a_model() -> list[float]:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"encoder": nn.Linear(6, 4), "decoder": nn.Linear(4, 6)})
+    loss_fn, (x, _) = nn.MSELoss(), data()
+    opt = KFAC(model, loss_fn)
+    return steps(opt, lambda: loss_fn(model["decoder"](model["encoder"](x).tanh()), x))
+
+
+@script("a loop that passes a state from call to call")
+def passed_state() -> list[float]:
+    torch.manual_seed(0)
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = nn.GRUCell(2, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            state = self.cell(x, state)
+            return self.head(state), state
+
+    model, loss_fn, (x, y) = Reader(), nn.CrossEntropyLoss(), data()
+
+    def loss() -> Tensor:
+        state = torch.zeros(len(x), 8)
+        for part in x.split(2, dim=1):
+            scores, state = model(part, state)
+        return torch.as_tensor(loss_fn(scores, y))
+
+    return steps(KFAC(model, loss_fn), loss)
+
+
 @script("derivatives of the network (PINN)")
 def physics_informed() -> list[float]:
     model, x = Residual(), torch.linspace(0, 1, 20).double()[:, None]

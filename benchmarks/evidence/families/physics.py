@@ -62,7 +62,7 @@ class Poisson(Family):
         "SGD": (1e-3, 1e-1),
         "AdamW": (4.37e-3, 0.175),
         "SOAP": (9.56e-3, 0.478),
-        "Muon": (4.37e-3, 0.175),
+        "Muon": (1.91e-2, 0.765),
     }
 
     @property

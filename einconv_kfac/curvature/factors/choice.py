@@ -44,7 +44,7 @@ def seconds(cost: Cost, problem: Problem) -> float:
 @lru_cache(maxsize=1024)
 def choose(problem: Problem) -> str:
     """Return the name of the cheapest algorithm."""
-    names = applicable(problem)
+    names = [name for name in applicable(problem) if ALGORITHMS[name].is_measured]
     fastest = [name for name in names if ALGORITHMS[name].is_always_fastest]
     return min(fastest or names, key=lambda name: seconds(ALGORITHMS[name].cost(problem), problem))
 

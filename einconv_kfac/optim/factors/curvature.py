@@ -116,9 +116,10 @@ class RunningCurvature:
         Raises:
             RuntimeError: If a parameter is not the one that was covered.
         """
-        self.assigned_()
         present = dict(self.model.named_parameters())
-        check_present(self._known, present)
+        if any(present.get(name) is not own for name, own in self._known.items()):
+            self.assigned_()
+            check_present(self._known, present)
         if self._trained != [p.requires_grad for p in present.values()]:
             self.cover_(self._parameters)
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.replay.checks import check_weights
 from einconv_kfac.optim.step.automatic_state import check_automatic_state
-from einconv_kfac.optim.step.damping.first_curvature import first_curvature
+from einconv_kfac.optim.step.damping.damping_source import DampingSource
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.fit import Fit, Momentum
 from einconv_kfac.optim.step.layer_gains import mean_gain
@@ -30,7 +30,11 @@ from einconv_kfac.optim.step.unobserved import UnobservedTerms
 from einconv_kfac.optim.vectors import Direction
 
 UNDONE_FACTOR = 4.0
-"""Factor by which the damping and its floor grow when a step is undone."""
+"""Factor by which the damping grows when a step is undone or skipped."""
+FAILURE = (
+    "The quadratic model was not finite, or its step would change nothing or everything; the step "
+    "was skipped, and the damping was raised. Later failures are not reported."
+)
 
 
 class AutomaticStep:
@@ -56,6 +60,8 @@ class AutomaticStep:
         self._fit = StepFit(curvature, self._trust)
         self._rollback = Rollback()
         self._reduction = Reduction(self._replay, rule, self._trust, safeguard)
+        self._dampings = DampingSource(rule, self._replay)
+        self._warned = False
         self._unobserved = UnobservedTerms(self._replay)
 
     def check(self, objective: Objective) -> None:
@@ -77,10 +83,11 @@ class AutomaticStep:
         self._replay.check_recorded(objective.batches)
         objective = self._checked(objective) if is_due else objective
         if self._undone_(objective):
-            taken = Taken({"damping": self._damping(objective) or math.nan, "rejected": 1.0})
+            damping = self._dampings.damping_(objective, self._curvature.steps)
+            taken = Taken({"damping": damping or math.nan, "rejected": 1.0})
         else:
             self._trust.sample_(objective.gradient)
-            damping = self._damping(objective)
+            damping = self._dampings.damping_(objective, self._curvature.steps)
             self._curvature.update_()
             if damping is None:
                 return Taken({})
@@ -122,7 +129,7 @@ class AutomaticStep:
         if fit is None:
             objective = objective if is_due else self._checked(objective)
             fit = self._fit.best_(objective, followed, damping)
-        if not math.isfinite(fit.expected):
+        if fit.is_failure:
             return self._skipped_(objective, damping, bool(previous))
         return self._moved_(objective, followed, fit, damping)
 
@@ -161,24 +168,6 @@ class AutomaticStep:
         }
         return Taken(numbers, {name: (tensor, 1.0) for name, tensor in update.items()}, gains)
 
-    def _damping(self, objective: Objective) -> float | None:
-        """Return the damping: the given one, or that of the rule.
-
-        There is none as long as every gradient was zero.
-        """
-        if (given := objective.settings.damping) is not None:
-            return cast("float", given)
-        step = self._curvature.steps
-        damping = self._rule.damping(step)
-        if damping is None:
-            curvature = first_curvature(self._replay, objective)
-            if curvature is None:
-                return None
-            self._rule.initial(curvature)
-            damping = self._rule.damping(step)
-            assert damping is not None
-        return damping
-
     def _undone_(self, objective: Objective) -> bool:
         """Undo the last step if the objective exploded, and return whether it did.
 
@@ -188,33 +177,33 @@ class AutomaticStep:
         weights = [batch.weight.double().reshape(()) for batch in objective.batches]
         value, *own = torch.stack([objective.value().reshape(()), *weights]).tolist()
         check_weights(own)
-        steps = self._curvature.steps
-        can_undo = self._rule.damping(steps) is not None and last_update(objective.memory)
-        if not (can_undo and self._rollback.is_needed(value)):
+        if not (last_update(objective.memory) and self._rollback.is_needed(value)):
             self._rollback.accept_(value)
+            self._dampings.relax_()
             return False
         self._undo_(objective)
         return True
 
     def _undo_(self, objective: Objective) -> None:
-        """Undo the last step, and raise the damping where it is automatic."""
+        """Undo the last step, and raise the damping."""
         self._slow.drop_(objective.memory)
         undo_(objective.parameters, objective.memory)
         self._trust.drop_()
         self._fit.subspace.drop_()
-        self._rule.after_rejection(UNDONE_FACTOR)
+        self._dampings.raise_(UNDONE_FACTOR)
 
     def _skipped_(self, objective: Objective, damping: float, can_undo: bool) -> Taken:
-        """Skip the step after a model that is not finite; undo the last step if there is one.
+        """Skip a step that failed, and raise the damping; undo the last step if there is one.
 
-        Skipping alone could meet the same model for ever.
+        Skipping alone could meet the same model for ever. The first failure is reported.
         """
-        message = "The quadratic model was not finite; the step was skipped."
-        warnings.warn(message, RuntimeWarning, stacklevel=8)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(FAILURE, RuntimeWarning, stacklevel=8)
         if can_undo:
             self._undo_(objective)
             return Taken({"damping": damping, "rejected": 1.0})
-        self._rule.after_ratio(math.nan, 0.0, self._trust.noise)
+        self._dampings.raise_(UNDONE_FACTOR)
         return Taken({"damping": damping})
 
     def _add_momentum_(
@@ -251,6 +240,7 @@ class AutomaticStep:
         """See `Step`."""
         return {
             "adapted": self._reduction.adapted,
+            "raised": self._dampings.factor,
             "rule": self._rule.state_dict(),
             "search": self._fit.search.state_dict(),
             "subspace": self._fit.subspace.state_dict(),
@@ -277,6 +267,7 @@ class AutomaticStep:
     def load_state_dict(self, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """See `Step`."""
         self._reduction.adapted = state["adapted"]
+        self._dampings.factor = state["raised"]
         self._rule.load_state_dict(state["rule"])
         self._fit.search.load_state_dict(state["search"])
         self._fit.subspace.load_state_dict(state["subspace"])

@@ -10,6 +10,7 @@ from zlib import crc32
 from torch import Tensor
 
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.joint import joined
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
 from einconv_kfac.optim.step.fit import Along, Fit
 from einconv_kfac.optim.step.layer_products import layer_products
@@ -126,7 +127,8 @@ def kind_of(objective: Objective) -> int:
     largest = max(objective.rates.values()) or 1.0
     rates = [rate / largest for rate in objective.rates.values()]
     losses = [
-        (type(b.loss_model).__name__, len(b.outputs), b.parameters) for b in objective.batches
+        (type(b.loss_model).__name__, len(b.outputs), b.parameters)
+        for b in joined(objective.batches)
     ]
     parts = [*objective.rates], rates, [*objective.decay.values()], losses
     return crc32(repr(parts).encode())
@@ -134,5 +136,5 @@ def kind_of(objective: Objective) -> int:
 
 def size_of(batches: Sequence[Batch]) -> int:
     """Return the number of entries of the outputs of all batches."""
-    outputs: list[Tensor] = [output for batch in batches for output in batch.outputs]
+    outputs: list[Tensor] = [output for batch in joined(batches) for output in batch.outputs]
     return sum(output.numel() for output in outputs)

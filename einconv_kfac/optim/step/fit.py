@@ -39,6 +39,7 @@ class Along:
         bend: ``u.(G + W + damping I).u``.
         square: ``u.u``.
         first_slope: ``g.d`` for the first direction ``d``.
+        first_square: ``d.d``.
         first_bend: ``d.(G + W).u``.
         last_bend: ``d.(G + W).d'`` for the last direction ``d'``.
     """
@@ -48,6 +49,7 @@ class Along:
     bend: float
     square: float
     first_slope: float = math.nan
+    first_square: float = math.nan
     first_bend: float = math.nan
     last_bend: float = math.nan
 
@@ -55,7 +57,7 @@ class Along:
     def of(
         model: QuadraticModel, trusted: QuadraticModel, coefficients: Tensor, damping: float
     ) -> Tensor:
-        """Return its numbers for coefficients ``[m]`` of the directions of a model, ``[7]``.
+        """Return its numbers for coefficients ``[m]`` of the directions of a model, ``[8]``.
 
         Args:
             model: The model.
@@ -70,6 +72,7 @@ class Along:
                 model.bend(coefficients, damping),
                 coefficients @ model.gram @ coefficients,
                 model.slope[0],
+                model.gram[0, 0],
                 model.curvature[0] @ coefficients,
                 model.curvature[0, -1],
             ]
@@ -154,6 +157,17 @@ class Fit:
         """
         own = self.along
         return own.first_bend + last * own.last_bend if last else own.first_bend
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the model is not finite, or its step has no length though there is a slope.
+
+        Directions whose squares underflow are none: the gradient is then as good as zero.
+        """
+        if not math.isfinite(self.expected):
+            return True
+        own = self.along
+        return not any(self.mix) and own.first_slope != 0 and own.first_square > 0
 
     @property
     def rank(self) -> float:

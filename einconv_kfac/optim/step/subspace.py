@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,9 +82,7 @@ class SubspaceFit:
         """
         directions = [descent(objective, d) for d in (covered, objective.others) if d]
         fit = self._carried.fit(objective, directions, followed, self._trust.fraction)
-        if fit is None or objective.settings.damping is not None:
-            return fit
-        if self.reach * fit.length > CERTAIN_FRACTION * LARGEST_CHANGE:
+        if fit is not None and self.reach * fit.length > CERTAIN_FRACTION * LARGEST_CHANGE:
             return self._bounded(objective, fit)
         return fit
 
@@ -97,8 +96,7 @@ class SubspaceFit:
     ) -> Fit:
         """Return the best combination of descent directions and of the momentum.
 
-        The change of the layers' outputs is kept within `LARGEST_CHANGE`, unless the damping is
-        given by the user.
+        The change of the layers' outputs is kept within `LARGEST_CHANGE`.
 
         Args:
             objective: The objective.
@@ -123,7 +121,7 @@ class SubspaceFit:
             numbers[len(along) + len(spanned) :],
         )
         fit = Fit(spanned, own, Along(*numbers[: len(along)]), own, tuple(rest))
-        return fit if objective.settings.damping is not None else self._bounded(objective, fit)
+        return self._bounded(objective, fit)
 
     def _bounded(self, objective: Objective, fit: Fit) -> Fit:
         """Return a step, or the largest fraction within the bound on the layers' outputs."""
@@ -134,6 +132,8 @@ class SubspaceFit:
         self.reach = change / length if (length := fit.length) else math.inf
         if change <= LARGEST_CHANGE:
             return fit
+        if not math.isfinite(change):
+            return replace(fit, along=replace(fit.along, trusted=math.nan))
         return fit.scaled(LARGEST_CHANGE / change)
 
     schema = Record({"carried": CarriedFit.schema, "fitted": Maybe(COUNT), "reach": NUMBER})

@@ -190,6 +190,6 @@ def test_choice_is_applicable_and_costs_are_positive(
 
 
 def test_algorithms_are_in_the_order_of_ties() -> None:
-    names = ("lags", "correlations", "bands", "rows", "grams", "im2col", "pointwise")
+    names = ("lags", "correlations", "bands", "rows", "grams", "im2col", "pointwise", "fused")
     assert tuple(ALGORITHMS) == names
     assert [algorithm.rank for algorithm in ALGORITHMS.values()] == list(range(len(names)))

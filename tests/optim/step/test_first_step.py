@@ -106,19 +106,24 @@ def test_saturated_outputs_are_left(seed: int, options: dict[str, Any]) -> None:
     assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
 
 
-def test_the_first_damping_promises_no_more_than_the_loss() -> None:
-    """The softmax is certain, and wrong: its Hessian is zero in float64 as well."""
+@pytest.mark.parametrize("offset", [0.0, -1e9])
+def test_the_first_damping_promises_no_more_than_the_loss(offset: float) -> None:
+    """The softmax is certain, and wrong: its Hessian is zero in float64 as well.
+
+    For a negative objective, which has no such bound, it promises no more than its size.
+    """
     torch.manual_seed(0)
-    model, loss_fn = nn.Linear(3, 2).double(), nn.CrossEntropyLoss()
-    x, y = 1e5 * torch.randn(8, 3).double(), torch.randint(2, (8,))
+    model = nn.Linear(3, 2).double()
+    x = 1e5 * torch.randn(8, 3).double()
     with torch.no_grad():
         y = model(x).argmin(1)
-    opt = KFAC(model, loss_fn)
-    loss = loss_fn(model(x), y)
+    opt = KFAC(model)
+    loss = opt.observe(nn.functional.cross_entropy(model(x), y) + offset)
     loss.backward()
     square = sum(float(p.grad.square().sum()) for p in model.parameters())
     opt.step()
-    assert opt.statistics()["damping"] == pytest.approx(0.1 * square / (2 * float(loss.detach())))
+    expected = 0.1 * square / (2 * abs(float(loss.detach())))
+    assert opt.statistics()["damping"] == pytest.approx(expected)
 
 
 def test_an_ordinary_first_damping_is_a_tenth_of_the_curvature() -> None:
@@ -132,3 +137,21 @@ def test_an_ordinary_first_damping_is_a_tenth_of_the_curvature() -> None:
     curvature = 2 * along.square().mean() / (w.square().sum() + b.square().sum())
     opt.step()
     assert opt.statistics()["damping"] == pytest.approx(0.1 * float(curvature))
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_given_damping_that_is_too_small_does_not_explode(seed: int, damping: float) -> None:
+    """The whole of raw columns, on every step, from saturated outputs."""
+    x, y = tabular(seed)
+    torch.manual_seed(seed)
+    model, loss_fn = nn.Linear(6, 3).double(), nn.CrossEntropyLoss()
+    opt, losses, x = KFAC(model, loss_fn, damping=damping), [], x.double()
+    for _ in range(60):
+        opt.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        opt.step()
+        losses.append(float(loss.detach()))
+    assert max(losses) < 3 * losses[0]
+    assert losses[-1] < losses[0]

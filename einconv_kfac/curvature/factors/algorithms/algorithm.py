@@ -55,6 +55,9 @@ class Algorithm(ABC):
     is_always_fastest: ClassVar[bool] = False
     """Whether it is chosen wherever it applies, whatever the costs."""
 
+    is_measured: ClassVar[bool] = True
+    """Whether it may be chosen by its cost; others are computed where their name is given."""
+
     reads_unmet: ClassVar[bool] = False
     """Whether positions that no kernel entry meets enter products with zeros."""
 

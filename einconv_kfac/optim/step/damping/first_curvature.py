@@ -23,7 +23,8 @@ def first_curvature(replay: Replay, objective: Objective) -> float | None:
     It is ``c = g.(G + W).g / g.g``. Where outputs are saturated, as with inputs of very different
     sizes, ``G`` nearly vanishes though the gradient is large, and the reduction ``g.g / (2 c)``
     that the quadratic model promises exceeds the objective ``f`` by orders of magnitude. Then
-    it is ``g.g / (2 f)``, with which the model promises ``f`` (Polyak, 1987).
+    it is ``g.g / (2 f)``, with which the model promises ``f`` (Polyak, 1987). An objective that is
+    negative has no such bound; without any curvature its size is the only scale, and counts.
 
     Args:
         replay: Runs the model again.
@@ -39,8 +40,10 @@ def first_curvature(replay: Replay, objective: Objective) -> float | None:
     model = quadratic_model(replay, objective, [direction])
     curvature = float(model.curvature / model.gram)
     value, square = float(objective.value()), float(model.gram) * 4.0**exponent
-    if value > 0 and 2 * LARGEST_PROMISE * value * curvature < square:
-        curvature = square / (2 * value)
+    if (value > 0 and 2 * LARGEST_PROMISE * value * curvature < square) or (
+        value < 0 and curvature == 0
+    ):
+        curvature = square / (2 * abs(value))
     if not 0 < curvature < math.inf:
         raise RuntimeError(
             "The first `damping` follows from the curvature along the gradient, which must be "

@@ -17,6 +17,8 @@ ADAPTATION = (19 / 20) ** 5
 """Factor of one adaptation (Martens and Grosse, 2015)."""
 LARGEST_NOISE = 0.1
 """Noise from which on the floor counts in full, and the damping shrinks no faster."""
+LARGEST_DAMPING = 1e30
+"""Damping up to which rejections raise it: inverses in single precision are finite."""
 UNUSED_POWER = 4
 """Power of that factor where the reduction is twice the predicted one, as for a damping that is
 much larger than the curvature and not needed at all."""
@@ -87,7 +89,7 @@ class LevenbergMarquardt:
     def after_rejection(self, factor: float) -> None:
         """See `DampingRule`."""
         if self._damping is not None:
-            self._damping *= factor
+            self._damping = min(self._damping * factor, max(self._damping, LARGEST_DAMPING))
             self._floor = max(self._floor, min(self._floor * factor, self._damping))
 
     def state_dict(self) -> dict[str, Any]:

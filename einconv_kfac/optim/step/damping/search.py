@@ -12,7 +12,7 @@ from einconv_kfac.optim.step.fit import Fit
 
 SEARCH_PERIOD = 100
 """Steps between two searches."""
-EARLY_GROWTH = 4
+EARLY_GROWTH = 2
 """Early in training a search is due each time the number of steps has grown by this factor."""
 SCALE_STEP = 3.0
 """Factor between the scales of two trials."""

@@ -1,0 +1,59 @@
+"""The damping of a step: the given one or that of a rule, and more of it after a failure."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from einconv_kfac.optim.replay.replay import Replay
+from einconv_kfac.optim.step.damping.first_curvature import first_curvature
+from einconv_kfac.optim.step.damping.rule import DampingRule
+from einconv_kfac.optim.step.objective import Objective
+
+RELAXATION = 19 / 20
+"""Factor per step by which a given damping returns to what was given."""
+LARGEST_FACTOR = 1e12
+"""Largest factor of a given damping."""
+
+
+class DampingSource:
+    """Returns the damping of each step.
+
+    A given damping is used as given. After a step that was undone, or skipped, the same damping
+    could lead to the same step for ever. It is therefore multiplied by a factor that falls back
+    to 1 in the steps that follow.
+
+    Args:
+        rule: The damping rule.
+        replay: Runs the model again.
+
+    Attributes:
+        factor: The factor of a given damping, at least 1.
+    """
+
+    def __init__(self, rule: DampingRule, replay: Replay) -> None:
+        self._rule = rule
+        self._replay = replay
+        self.factor = 1.0
+
+    def damping_(self, objective: Objective, step: int) -> float | None:
+        """Return the damping; ``None`` as long as every gradient was zero and none is given."""
+        if (given := objective.settings.damping) is not None:
+            return cast("float", given) * self.factor
+        damping = self._rule.damping(step)
+        if damping is None:
+            curvature = first_curvature(self._replay, objective)
+            if curvature is None:
+                return None
+            self._rule.initial(curvature)
+            damping = self._rule.damping(step)
+            assert damping is not None
+        return damping
+
+    def raise_(self, factor: float) -> None:
+        """Raise the damping by a factor after a step that failed."""
+        self._rule.after_rejection(factor)
+        self.factor = min(self.factor * factor, LARGEST_FACTOR)
+
+    def relax_(self) -> None:
+        """Let a given damping return to what was given, after a step that did not fail."""
+        self.factor = max(1.0, self.factor * RELAXATION)

@@ -1,0 +1,30 @@
+"""What `import einconv_kfac` imports beside the package: nothing optional, and no compiler."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+SCRIPT = """
+import json, sys
+import torch, tqdm, opt_einsum
+before = set(sys.modules)
+import einconv_kfac
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+STANDARD = set(sys.stdlib_module_names)
+
+
+def test_import_brings_only_the_package_and_the_standard_library() -> None:
+    """Modules are counted, since their number holds on any machine and their time does not."""
+    output = subprocess.run(
+        [sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True
+    ).stdout
+    added = json.loads(output)
+    assert "einconv_kfac.optim.kfac" in added
+    others = [name for name in added if name.split(".")[0] != "einconv_kfac"]
+    foreign = [name for name in others if name.split(".")[0] not in STANDARD]
+    assert foreign == [], "import these where they are used"
+    assert len(others) < 20
+    assert not [name for name in added if name.startswith("einconv_kfac.curvature.interop.")]
