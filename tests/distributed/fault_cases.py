@@ -126,7 +126,7 @@ def failing_in_inversion(rank: int, size: int) -> Found:
 
 def failing_late(rank: int, size: int) -> Found:
     """One worker fails at the end of a step that the others take."""
-    return failing(rank, size, f"{STEP}.fixed._move_", **FIXED)
+    return failing(rank, size, f"{FACTORS}.RunningCurvature.finish_", **FIXED)
 
 
 def other_settings(rank: int, size: int) -> Found:
