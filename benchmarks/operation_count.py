@@ -51,7 +51,7 @@ HOST_COPIES = ("tolist", "cpu", "numpy")
 """Methods of tensors that copy to the host, without an operation if the tensor is there."""
 
 
-class OperationCount(TorchDispatchMode):
+class OperationCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations and waits by component, while it is active.
 
     Views and allocations are no operations. A call of ``torch._foreach_*`` is one. The host waits
@@ -62,7 +62,7 @@ class OperationCount(TorchDispatchMode):
     """
 
     def __init__(self, package: Path) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._root = f"{package}/"
         self.operations: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()

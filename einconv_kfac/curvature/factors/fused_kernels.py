@@ -9,18 +9,25 @@ Geometries have three axes; missing ones are of size 1. Triton reads annotations
 only its own can be there.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, name-defined"
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton, tl = None, None
+
+def _found(name: str) -> Any:
+    """Import a module, or return ``None`` where it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+triton = _found("triton")
+tl = _found("triton.language")
 
 
 def _jit(kernel: Callable[..., Any]) -> Any:

@@ -37,7 +37,7 @@ def _attend(
         kwargs: The keyword arguments.
     """
     examples = query.shape[1] if query.ndim == 3 else 1
-    own = {
+    own: dict[str, Any] = {
         "has_torch_function": lambda _: False,
         "_in_projection": partial(_separately_projected, records),
     }
