@@ -87,4 +87,4 @@ def assert_same(a: Any, b: Any) -> None:
         for left, right in zip(a, b):
             assert_same(left, right)
     else:
-        assert a == b or (a != a and b != b)
+        assert a == b or (a != a and b != b)  # not a number, as a value that is not known yet

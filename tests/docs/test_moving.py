@@ -51,6 +51,15 @@ def test_arguments_exist() -> None:
             assert argument in known, f"{name} has no argument `{argument}`"
 
 
+@pytest.mark.parametrize("module", [einconv, einconv.utils, einconv.conv_index_pattern])
+def test_every_public_function_of_einconv_has_a_row(module: Any) -> None:
+    own = [n for n, f in inspect.getmembers(module, inspect.isfunction) if n[0] != "_"]
+    defined = [n for n in own if getattr(module, n).__module__.startswith("einconv")]
+    assert defined
+    page = PAGE.read_text(encoding="utf-8")
+    assert [n for n in defined if f"`{n}`" not in page and f".{n}" not in page] == []
+
+
 CONVOLUTIONS = [(9, 3, 1, 0, 1), (9, 3, 2, 1, 2), (8, 4, 3, 2, 1), (7, 4, 1, "same", 1)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step, weights, with_kl_clip
+from optim_cases import assert_same, conv_net, image_batch, train_step, weights, with_kl_clip
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
@@ -205,8 +205,7 @@ def test_state_dict_hooks_and_round_trip(options: dict[str, Any]) -> None:
     assert seen == ["loaded"] * 2
     twice = opt.state_dict()
     assert twice["param_groups"] == state["param_groups"]
-    for index, entries in state["state"].items():
-        assert all(torch.equal(twice["state"][index][name], entries[name]) for name in entries)
+    assert_same(twice["state"], state["state"])
     with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
         opt.load_state_dict(
             {**state, "param_groups": [{**state["param_groups"][0], "params": [0]}]}

@@ -9,7 +9,7 @@ from einconv_kfac.curvature.devices import profiles
 from einconv_kfac.curvature.devices.profile import DeviceProfile
 
 OTHERWISE = "cuda"
-"""The device whose profile serves for types of devices without a file."""
+"""The device whose prices serve for types of devices without a file."""
 
 
 def built_in_profiles() -> dict[str, DeviceProfile]:
@@ -20,6 +20,7 @@ def built_in_profiles() -> dict[str, DeviceProfile]:
 
 
 PROFILES = built_in_profiles()
+UNKNOWN = PROFILES[OTHERWISE].of_unknown()
 
 
 def profile_of(device: str) -> DeviceProfile:
@@ -28,4 +29,4 @@ def profile_of(device: str) -> DeviceProfile:
     >>> profile_of("cuda").multiplies_by_onednn
     False
     """
-    return PROFILES[device] if device in PROFILES else PROFILES[OTHERWISE]
+    return PROFILES.get(device, UNKNOWN)

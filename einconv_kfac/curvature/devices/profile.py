@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,6 +52,7 @@ class DeviceProfile:
         mixed_mac_price: Price of a multiplication in these products, relative to float32.
         tf32_mac_price: Price of a multiplication of float32 matrices that torch's settings allow to
             round to TF32, relative to float32; 1 on devices that never do.
+        runs_triton: Whether kernels in Triton run on it, if that is installed.
         multiplies_by_onednn: Whether oneDNN multiplies large float32 matrices faster than
             torch's ordinary routine.
         mkl_half_speed_width: Rows and columns of a large product at half of the full speed by
@@ -70,8 +71,19 @@ class DeviceProfile:
     has_mixed_products: bool = False
     mixed_mac_price: float = 1.0
     tf32_mac_price: float = 1.0
+    runs_triton: bool = False
     multiplies_by_onednn: bool = False
     mkl_half_speed_width: int = 0
+
+    def of_unknown(self) -> DeviceProfile:
+        """Return the profile for devices without one: these prices, and no paths of its own."""
+        return replace(
+            self,
+            has_mixed_products=False,
+            mixed_mac_price=1.0,
+            tf32_mac_price=1.0,
+            runs_triton=False,
+        )
 
     def chunk_elements(self, elements: int) -> int:
         """Return how many of ``elements`` to process at a time, within the profile's bounds."""

@@ -40,7 +40,7 @@ class EigenInverse(LayerInverse):
         rows = rows if b is None else product(b.mT, rows)
         rows = rows if a is None else product(rows, a)
         damping = max(self.damping, torch.finfo(rows.dtype).tiny)  # 0 / 0 where both underflow
-        rows = rows / (values + damping)
+        rows = rows / (values.to(rows.dtype) + damping)
         rows = rows if b is None else product(b, rows)
         return rows if a is None else product(rows, a.mT)
 

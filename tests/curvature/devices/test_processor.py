@@ -74,11 +74,6 @@ def test_kinds_differ_where_they_should() -> None:
     assert pumped == {"amd-avx512-double-pumped", "no-avx512"}
 
 
-def test_other_devices_are_like_gpus() -> None:
-    assert set(PROFILES) == {"cpu", "cuda"}
-    assert profile_of("mps") == PROFILES["cuda"]
-
-
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", PROCESSORS)
@@ -98,3 +93,15 @@ def test_factors_on_each_processor(kind: str, case: str) -> None:
             found = conv_input_factor(x, **options, algorithm=algorithm)
             assert torch.equal(found, found.mT)
             torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_devices_without_a_profile_take_no_path_of_another() -> None:
+    """Products in mixed precision, TF32 and Triton are CUDA's alone."""
+    assert set(PROFILES) == {"cpu", "cuda"}
+    cuda, other = profile_of("cuda"), profile_of("mps")
+    assert other.prices == cuda.prices
+    assert cuda.runs_triton
+    assert cuda.tf32_mac_price < 1
+    assert not other.runs_triton
+    assert not other.has_mixed_products
+    assert other.tf32_mac_price == other.mixed_mac_price == 1

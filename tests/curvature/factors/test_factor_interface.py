@@ -17,7 +17,7 @@ from einconv_kfac.curvature.factors import (
     linear_input_factor,
     output_factor,
 )
-from einconv_kfac.curvature.factors.choice import ALGORITHMS, choose
+from einconv_kfac.curvature.factors.choice import ALGORITHMS, applicable, choose
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.geometry import conv_geometry
 
@@ -192,7 +192,9 @@ def test_output_factor_errors() -> None:
 def test_explain_names_the_choice_first() -> None:
     lines = explain((8, 64, 56, 56), 3, padding=1).splitlines()
     geometry = conv_geometry((56, 56), 3, padding=1)
-    assert lines[1].split()[0] == choose(Problem(geometry, 8, 64, torch.float32, "cpu"))
-    assert {line.split()[0] for line in lines[1:]} == set(ALGORITHMS) - {"grams", "pointwise"}
+    problem = Problem(geometry, 8, 64, torch.float32, "cpu")
+    assert lines[1].split()[0] == choose(problem)
+    assert {line.split()[0] for line in lines[1:]} == set(applicable(problem))
+    assert set(ALGORITHMS) - {"grams", "pointwise", "fused"} <= set(applicable(problem))
     assert explain((8, 64, 56, 56), 1).splitlines()[1].startswith("pointwise")
     assert explain((8, 64, 28, 28), 7, groups=64, device="cuda")

@@ -11,7 +11,8 @@ from optim_cases import train_step, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.curvature import FisherEstimator, find_layers
+from einconv_kfac.curvature import find_layers
+from einconv_kfac.optim.factors import averages
 from einconv_kfac.optim.inverses.protocol import Task
 from einconv_kfac.optim.inverses.registry import kinds
 
@@ -23,14 +24,15 @@ class TestRecovery:
     def _spoiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Scale the factor ``B`` of layer ``2`` to an indefinite one, if there is a scale."""
         self.scale = 0.0
-        factors = FisherEstimator.factors
+        averaged = averages.averaged
 
-        def spoiled(own: FisherEstimator, moments: Any) -> tuple[Tensor, Tensor]:
-            a, b = factors(own, moments)
-            bad = self.scale and moments.layer.name == "2"
-            return a, self.scale * INDEFINITE[None] if bad else b
+        def spoiled(several: Any) -> list[tuple[Tensor, Tensor]]:
+            return [
+                (a, self.scale * INDEFINITE[None] if self.scale and own.layer.name == "2" else b)
+                for own, (a, b) in zip(several, averaged(several))
+            ]
 
-        monkeypatch.setattr(FisherEstimator, "factors", spoiled)
+        monkeypatch.setattr(averages, "averaged", spoiled)
 
     def trained(self, **options: Any) -> tuple[nn.Module, KFAC]:
         """Return a model of two layers after a step, and its optimizer."""

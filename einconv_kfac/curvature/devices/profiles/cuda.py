@@ -22,5 +22,6 @@ PROFILE = DeviceProfile(
     strip_rows=1024,
     tf32_mac_price=0.2,
     mixed_mac_price=0.1,
+    runs_triton=True,
     has_mixed_products=hasattr(torch.ops.aten.addmm, "dtype_out"),
 )

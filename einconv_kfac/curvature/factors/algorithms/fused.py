@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.products import LOW_PRECISION, rounds_to_tf32
+from einconv_kfac.curvature.devices.profile import DeviceProfile
 from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.update import Update
@@ -43,9 +44,10 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def runs_on(device: str) -> bool:
-    """Return whether the kernel runs on a type of device, which in Triton's interpreter is any."""
-    return _has_triton() and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+def runs_on(profile: DeviceProfile) -> bool:
+    """Return whether the kernel runs on a device, which in Triton's interpreter is any."""
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    return (profile.runs_triton or interprets) and _has_triton()
 
 
 def tile_rows(size: int) -> int:
@@ -105,7 +107,7 @@ class Fused(Algorithm):
         """Return whether there is Triton, on a GPU, and the problem is one of its kernel's."""
         few = problem.geometry.ndim <= MOST_AXES
         small = max(problem.inputs, problem.outputs, problem.size**2) < MOST_ELEMENTS
-        return few and small and problem.dtype != torch.float64 and runs_on(problem.device)
+        return few and small and problem.dtype != torch.float64 and runs_on(problem.profile)
 
     def cost(self, problem: Problem) -> Cost:
         """Return the work of `add`."""
