@@ -26,18 +26,8 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def transformers() -> Any:
-    """Return the library; its vision models need operators that torchvision registers."""
-    try:
-        import torchvision  # noqa: F401, PLC0415
-    except Exception:  # it does not match this torch
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        KEPT.append(library)
+    """Return the library."""
     return pytest.importorskip("transformers")
-
-
-KEPT: list[Any] = []
 
 
 def tokens(size: int = 6) -> Tensor:
