@@ -132,7 +132,7 @@ def block_diagonal(dense):
 
 
 def test_removing_influential_images_hurts_most(picture):
-    options = ["--images", "120", "--tests", "1", "--removed", "6", "--steps", "20"]
+    options = ["--images", "200", "--tests", "1", "--removed", "12", "--steps", "30"]
     losses = influence.main([*options, "--output", str(picture)])
     assert losses["influence"] > losses["random"]
     assert is_picture(picture)
