@@ -27,6 +27,8 @@ LARGEST_CHANGE = math.log(2)
 layers in a row changes by ``c``, the network changes by up to ``prod(1 + c) - 1 <= 1`` (deep
 relative trust; Bernstein et al., 2020), which no quadratic model accounts for. A larger change
 can leave rectifiers without a gradient for good."""
+GIVEN_CHANGE = math.log(3)
+"""The bound where the damping is given, which bounds most steps itself: a change up to 2."""
 CERTAIN_FRACTION = 0.5
 """Fraction of that bound up to which the change of a step between two fits is taken to be
 proportional to its length, with the last computed ratio; beyond it the change is computed."""
@@ -82,7 +84,7 @@ class SubspaceFit:
         """
         directions = [descent(objective, d) for d in (covered, objective.others) if d]
         fit = self._carried.fit(objective, directions, followed, self._trust.fraction)
-        if fit is not None and self.reach * fit.length > CERTAIN_FRACTION * LARGEST_CHANGE:
+        if fit is not None and self.reach * fit.length > CERTAIN_FRACTION * _bound(objective):
             return self._bounded(objective, fit)
         return fit
 
@@ -130,11 +132,11 @@ class SubspaceFit:
         update = fit.update(objective)
         change = self._curvature.relative_change(update, objective.parameters)
         self.reach = change / length if (length := fit.length) else math.inf
-        if change <= LARGEST_CHANGE:
+        if change <= (bound := _bound(objective)):
             return fit
         if not math.isfinite(change):
             return replace(fit, along=replace(fit.along, trusted=math.nan))
-        return fit.scaled(LARGEST_CHANGE / change)
+        return fit.scaled(bound / change)
 
     schema = Record({"carried": CarriedFit.schema, "fitted": Maybe(COUNT), "reach": NUMBER})
 
@@ -147,6 +149,11 @@ class SubspaceFit:
         """Take over a state."""
         self._carried.load_state_dict(state["carried"])
         self._fitted, self.reach = state["fitted"], state["reach"]
+
+
+def _bound(objective: Objective) -> float:
+    """Return the bound on the change of the layers' outputs."""
+    return LARGEST_CHANGE if objective.settings.damping is None else GIVEN_CHANGE
 
 
 def descent(objective: Objective, ascent: Direction) -> Direction:
