@@ -135,7 +135,7 @@ def test_language_models_train_and_resume(
     copied, optimizer, loss_fn = copy.deepcopy((again, resumed, LOSS))
     torch.testing.assert_close(train(copied, optimizer, 2, loss_fn), train(again, resumed, 2))
     for name, numbers in opt.layer_statistics().items():
-        assert numbers["condition_a"] > 1 - 1e-9, name
+        assert numbers["condition_a"] >= 1, name
         assert numbers["condition_b"] >= 1, name
 
 

@@ -119,8 +119,8 @@ def test_accumulated_batches_are_one_batch(options: dict[str, Any]) -> None:
 def test_automatic_training_reduces_the_loss(random_layers: bool, fisher: Any) -> None:
     model, loss_fn = conv_net(random_layers=random_layers), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn, fisher=fisher)
-    losses = [train_step(model, loss_fn, opt, image_batch(24)) for _ in range(40)]
-    last = sorted(losses[-20:])[10] if random_layers else losses[-1]  # dropout changes each loss
+    losses = [train_step(model, loss_fn, opt, image_batch(24)) for _ in range(25)]
+    last = sum(losses[-5:]) / 5 if random_layers else losses[-1]  # dropout changes each loss
     assert last < 0.3 * losses[0]
 
 

@@ -39,7 +39,7 @@ class CarriedFit:
 
     def __init__(self) -> None:
         self.mix: tuple[float, ...] = ()
-        self._ratio = self._slope = math.nan
+        self._ratio = self._slope = 0.0
         self._kind: int | None = None
         self._size = 0
 
@@ -53,7 +53,7 @@ class CarriedFit:
             bend: ``c.(Q c)``.
         """
         self.mix, self._slope = tuple(mix), slope
-        self._ratio = -bend / slope if slope else math.nan
+        self._ratio = -bend / slope if slope else 0.0
         self._kind, self._size = kind_of(objective), size_of(objective.batches)
 
     def fit(

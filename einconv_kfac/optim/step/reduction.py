@@ -113,7 +113,8 @@ class Reduction:
         self._adapt_rule_(change, predicted, rounding, step)
         if change <= growth:
             return 1.0
-        self._rule.after_rejection(BACKTRACKED_FACTOR)  # also if it is not a number
+        if abs(predicted) > ROUNDING_MARGIN * rounding or not math.isfinite(change):
+            self._rule.after_rejection(BACKTRACKED_FACTOR)
         return backtrack_(objective.parameters, update, lambda: self.value(objective), allowed)
 
     def _adapt_rule_(self, change: float, predicted: float, rounding: float, step: int) -> None:

@@ -30,12 +30,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 BUDGETS = {  # launches, waits
-    ("fixed", "ordinary"): (74, 1),
-    ("fixed", "factors"): (224, 1),
-    ("fixed", "inverses"): (463, 3),
-    ("automatic", "ordinary"): (159, 5),
-    ("automatic", "factors"): (305, 4),
-    ("automatic", "inverses"): (708, 9),
+    ("fixed", "ordinary"): (71, 1),
+    ("fixed", "factors"): (222, 1),
+    ("fixed", "inverses"): (461, 3),
+    ("automatic", "ordinary"): (155, 5),
+    ("automatic", "factors"): (301, 4),
+    ("automatic", "inverses"): (702, 9),
 }
 """What a step of a model with four layers may ask of the device, with both passes.
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from einconv_kfac.optim.factors.refresh import Inverses
+from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
 from einconv_kfac.optim.step.fit import Fit
 
 SEARCH_PERIOD = 100
 """Steps between two searches."""
-EARLY_GROWTH = 2
-"""Early in training a search is due each time the number of steps has grown by this factor."""
+EARLY_SEARCH_SHARE = 2
+"""Early in training a search is due each time the number of steps has about doubled."""
 SCALE_STEP = 3.0
 """Factor between the scales of two trials."""
 SCALE_BOUNDS = (1e-3, 1e3)
@@ -51,10 +52,7 @@ class DampingSearch:
 
     def is_due(self, step: int) -> bool:
         """Return whether to search at a step."""
-        if self._searched is None:
-            return True
-        interval = max(1, (EARLY_GROWTH - 1) * self._searched)
-        return step - self._searched >= min(SEARCH_PERIOD, interval)
+        return is_due(step, self._searched, SEARCH_PERIOD, EARLY_SEARCH_SHARE)
 
     def best_(
         self,
