@@ -75,15 +75,21 @@ class Reduction:
         self.adapted: int | None = None
         self.ratio = math.nan
 
-    def before(self, objective: Objective, step: int, others: float = 0.0) -> Before:
+    def before(
+        self, objective: Objective, step: int, others: float = 0.0, *, is_long: bool = False
+    ) -> Before:
         """Return the objective before a step, with its rounding if the step is to be compared.
 
         Args:
             objective: The objective.
             step: The number of steps taken.
             others: The change by terms that the recorded losses do not contain.
+            is_long: Whether the step is compared in any case, if the damping is given.
         """
-        compared = objective.settings.damping is None and (self._safeguard or self.is_due(step))
+        if objective.settings.damping is None:
+            compared = self._safeguard or self.is_due(step)
+        else:
+            compared = is_long
         rounding = rounding_of(self._replay, objective) if compared else None
         return Before(objective.value() - others, rounding)
 

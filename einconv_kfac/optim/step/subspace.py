@@ -27,8 +27,9 @@ LARGEST_CHANGE = math.log(2)
 layers in a row changes by ``c``, the network changes by up to ``prod(1 + c) - 1 <= 1`` (deep
 relative trust; Bernstein et al., 2020), which no quadratic model accounts for. A larger change
 can leave rectifiers without a gradient for good."""
-GIVEN_CHANGE = math.log(3)
-"""The bound where the damping is given, which bounds most steps itself: a change up to 2."""
+GIVEN_CHANGE = 2 * LARGEST_CHANGE
+"""The bound where the damping is given, which bounds most steps itself. After a step beyond the
+other bound the objective is evaluated, and the step is shortened where it has grown."""
 CERTAIN_FRACTION = 0.5
 """Fraction of that bound up to which the change of a step between two fits is taken to be
 proportional to its length, with the last computed ratio; beyond it the change is computed."""
@@ -132,6 +133,7 @@ class SubspaceFit:
         update = fit.update(objective)
         change = self._curvature.relative_change(update, objective.parameters)
         self.reach = change / length if (length := fit.length) else math.inf
+        fit = replace(fit, is_long=change > LARGEST_CHANGE)
         if change <= (bound := _bound(objective)):
             return fit
         if not math.isfinite(change):
