@@ -70,7 +70,7 @@ class Collector:
         part: float = 1.0,
         workers: Workers = ALONE,
     ) -> None:
-        self.workers, self._estimator, self._seed = workers, estimator, seed
+        self.workers, self._estimator, self.seed = workers, estimator, seed
         self._step, self._count = 0, 0
         self._part = fraction("factor_fraction", part)
         self._model = unwrapped(model)
@@ -145,7 +145,7 @@ class Collector:
         if not own or (kind != self._seen and not bool(loss.isfinite().all())):
             return
         self._seen = kind
-        generator = stream(evaluation.weight.device, "factors", self._seed, self._step, number)
+        generator = stream(evaluation.weight.device, "factors", self.seed, self._step, number)
         try:
             with without_autocast(self._model):
                 self._add_own_(evaluation, own, generator)

@@ -255,11 +255,12 @@ class RunningCurvature:
     def snapshot(self) -> Callable[[], None]:
         """Return a function that restores the present state, and drops what was collected."""
         restore_layers = snapshot_of(self.layers)
-        steps, settings = self.steps, self.settings
+        steps, settings, seed = self.steps, self.settings, self.seed
 
         def restore() -> None:
             restore_layers()
             self.steps, self.settings = steps, settings
+            self.seed = self.collector.seed = seed
             self.begin_()
 
         return restore
@@ -276,6 +277,7 @@ class RunningCurvature:
             "version": CURVATURE_STATE_VERSION,
             "layers": layers if include_factors else None,
             "steps": self.steps,
+            "seed": self.seed,
             "inverse": self._inverse,
         }
 
@@ -287,4 +289,5 @@ class RunningCurvature:
         """Take over a state of the curvature of the same model that `check_state` accepts."""
         self.layers.update(loaded_layers(self.layers, state["layers"]))
         self.steps = state["steps"]
+        self.seed = self.collector.seed = state["seed"]
         self.begin_()

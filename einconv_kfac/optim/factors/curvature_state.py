@@ -8,7 +8,7 @@ from typing import Any
 from einconv_kfac.optim.arguments import shown
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.protocol import Kind
-from einconv_kfac.optim.state_schema import COUNT, TEXT, Anything, Each, Record
+from einconv_kfac.optim.state_schema import COUNT, INTEGER, TEXT, Anything, Each, Record
 
 CURVATURE_STATE_VERSION = 8
 """Version of saved states, of the optimizer and of the preconditioner."""
@@ -17,6 +17,7 @@ _SCHEMA = Record(
         "version": COUNT,
         "layers": Anything(),
         "steps": COUNT,
+        "seed": INTEGER,
         "inverse": TEXT,
     }
 )
