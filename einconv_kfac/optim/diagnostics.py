@@ -60,7 +60,7 @@ class Report:
             "cholesky_retries": float(running.retries),
         }
         if running.inverse is not None and running.conditions is not None:
-            a, b = running.conditions.tolist()
+            a, b = (max(1.0, c) for c in running.conditions.tolist())  # less is rounding
             numbers |= {"damping": running.inverse.damping, "condition_a": a, "condition_b": b}
         if (gain := self.taken.gains.get(layer_of(names[0]))) is not None:
             numbers["gain"] = gain

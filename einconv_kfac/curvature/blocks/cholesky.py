@@ -46,7 +46,7 @@ class DampedFactors:
 
     def conditions(self) -> Tensor:
         """Return the condition numbers in the 1-norm, ``[2]``, the largest of the groups."""
-        return self._by_group.amax(-1).clamp_min(1)  # which they are, but for rounding
+        return self._by_group.amax(-1)
 
     @cached_property
     def _by_group(self) -> Tensor:

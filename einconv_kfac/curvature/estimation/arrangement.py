@@ -132,8 +132,8 @@ def arrange(
             if any(bool(gradient.any()) for gradient in known):
                 layouts[signatures[index]] = found_layout(call, known, examples, mixes=mixes)
         if by_example:
-            scattered_now = [i for i in new if layouts.get(signatures[i]) == SCATTERED]
-            several = _shared(calls, scattered_now, outputs, examples, backpropagate)
+            unordered = [i for i in new if layouts.get(signatures[i]) == SCATTERED]
+            several = _shared(calls, unordered, outputs, examples, backpropagate)
             layouts.update(dict.fromkeys((signatures[i] for i in several), None))
     for index in new if examples == 1 else ():
         possible = candidates(calls[index].x.shape, calls[index].y_shape, 1)

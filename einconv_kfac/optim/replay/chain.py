@@ -59,7 +59,7 @@ def chained_arguments(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     source_at: SourceAt,
-    parameters: Mapping[Tensor, str],
+    names: Callable[[], Mapping[Tensor, str]],
 ) -> tuple[ChainedArgument, ...]:
     """Return the arguments of a call that depend on earlier calls, while the graph exists.
 
@@ -67,14 +67,14 @@ def chained_arguments(
         args: The positional arguments.
         kwargs: The keyword arguments.
         source_at: Finds outputs of earlier calls.
-        parameters: The parameters of the model, with their names.
+        names: Returns the parameters of the model, with their names.
     """
     leaves, _ = tree_flatten((args, kwargs))
-    found = (
-        _chained(index, leaf, source_at, parameters)
-        for index, leaf in enumerate(leaves)
-        if isinstance(leaf, Tensor) and leaf.requires_grad
-    )
+    curved = [(i, e) for i, e in enumerate(leaves) if isinstance(e, Tensor) and e.requires_grad]
+    if not curved:
+        return ()
+    parameters = names()
+    found = (_chained(index, leaf, source_at, parameters) for index, leaf in curved)
     return tuple(each for each in found if each is not None)
 
 

@@ -82,8 +82,9 @@ class Environment:
 
     def after_call(self) -> Environment:
         """Return what a call that has ended depended on; ``random`` only if it drew numbers."""
-        is_same = random.getstate() == self.python_random
-        return replace(self, python_random=None) if is_same else self
+        if self.python_random is None or random.getstate() != self.python_random:
+            return self
+        return replace(self, python_random=None)
 
     @contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
@@ -138,3 +139,7 @@ class Environment:
     def precision(self, dtype: torch.dtype) -> float:
         """Return the machine epsilon of computations whose result has a data type."""
         return torch.finfo(self.autocast.dtype if self.autocast.enabled else dtype).eps
+
+
+NOT_KEPT = Environment(torch.empty(0), {}, Autocast("cpu", False, torch.float32), {}, ())
+"""Stands for the environment of a call that is not replayed."""

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, replaced
 from einconv_kfac.optim.replay.dropout import batch_masks
-from einconv_kfac.optim.replay.environment import Environment
+from einconv_kfac.optim.replay.environment import NOT_KEPT, Environment
 from einconv_kfac.optim.replay.layer_jvp import batch_norms, layer_jvps
 from einconv_kfac.optim.replay.layer_outputs import LayerOutputs
 from einconv_kfac.optim.replay.loss_input import LossInput, found_inputs
@@ -55,6 +55,10 @@ class ModelCall:
     def has_moved(self, model: nn.Module) -> bool:
         """Return whether parameters of the model were changed after the call."""
         return state_of(model.parameters()) != self.parameters
+
+
+NOT_REPLAYED = ModelCall((), {}, NOT_KEPT, Versions(()), ())
+"""Stands for a call that is not replayed, of which nothing is kept."""
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class PendingCalls:
             own = self.source_at(edge)
             return None if own is None else ((own[0].number, own[1]), own[0].values[own[1]])
 
-        return chained_arguments(args, kwargs, source_at, self._names())
+        return chained_arguments(args, kwargs, source_at, self._names)
 
     def inside_(self, loss_fn: nn.Module) -> Inside | None:
         """Count a loss that is being computed; return its input if that is inside the model."""

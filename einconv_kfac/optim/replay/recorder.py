@@ -28,7 +28,7 @@ from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.buffers import ChangingBuffers
 from einconv_kfac.optim.replay.call_hooks import CallHooks, Hook, detach
 from einconv_kfac.optim.replay.environment import Environment
-from einconv_kfac.optim.replay.forward import ModelCall
+from einconv_kfac.optim.replay.forward import NOT_REPLAYED, ModelCall
 from einconv_kfac.optim.replay.gradients import GradientWatch
 from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOutputs
 from einconv_kfac.optim.replay.loss_input import loss_arguments
@@ -176,18 +176,21 @@ class Recorder:
         if self._running is None and self._is_recording():
             self._running = model
             self._calls.begin_(model)
-            keeps = self.keeps_outputs
-            call = ModelCall(
-                args,
-                kwargs,
-                Environment.now(self._model, self._buffers.copied_(self._model) if keeps else {}),
-                Versions(_arguments(args, kwargs) if keeps else ()),
-                state_of(self._model.parameters()) if keeps else (),
-                chained=self._pending.chained(args, kwargs) if keeps else (),
-                module=self._calls.name_of(model),
-            )
-            self._outputs = call.outputs if keeps and self.keeps_layers else None
+            call = self._kept(model, args, kwargs) if self.keeps_outputs else NOT_REPLAYED
+            self._outputs = call.outputs if self.keeps_outputs and self.keeps_layers else None
             self._pending.begin_(call)
+
+    def _kept(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
+        """Return what a replay of a call needs."""
+        return ModelCall(
+            args,
+            kwargs,
+            Environment.now(self._model, self._buffers.copied_(self._model)),
+            Versions(_arguments(args, kwargs)),
+            state_of(self._model.parameters()),
+            chained=self._pending.chained(args, kwargs),
+            module=self._calls.name_of(model),
+        )
 
     def _after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
         """Keep the output of a layer."""

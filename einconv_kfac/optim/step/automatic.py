@@ -138,7 +138,7 @@ class AutomaticStep:
         rate, steps = max(objective.rates.values()), self._curvature.steps
         update = fit.update(objective, rate)
         others = self._unobserved.change(fit, rate, objective)
-        before = self._reduction.before(objective, steps, others, is_long=fit.is_long)
+        before = self._reduction.before(objective, steps, others, is_bounded=fit.is_bounded)
         torch._foreach_add_([objective.parameters[name] for name in update], [*update.values()])
         predicted = fit.predicted(rate)
         left = self._reduction.adapt_(objective, update, before, predicted, steps)

@@ -103,8 +103,8 @@ class Fit:
         unobserved: The part of the slope along each direction that the recorded losses do not
             explain; empty if it is not known.
         products: For a step with the coefficients of an earlier fit, its inner products by layer.
-        is_long: Whether it changes the outputs of layers so much that the objective is evaluated
-            after it, where the damping is given.
+        is_bounded: Whether the bound on the change of the layers' outputs shortened it. With a
+            given damping, the objective is evaluated after such a step.
     """
 
     directions: Sequence[Direction]
@@ -113,7 +113,7 @@ class Fit:
     mix: tuple[float, ...]
     unobserved: tuple[float, ...] = ()
     products: dict[str, LayerProducts] | None = None
-    is_long: bool = False
+    is_bounded: bool = False
 
     @property
     def is_exact(self) -> bool:

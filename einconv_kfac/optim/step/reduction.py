@@ -76,7 +76,7 @@ class Reduction:
         self.ratio = math.nan
 
     def before(
-        self, objective: Objective, step: int, others: float = 0.0, *, is_long: bool = False
+        self, objective: Objective, step: int, others: float = 0.0, *, is_bounded: bool = False
     ) -> Before:
         """Return the objective before a step, with its rounding if the step is to be compared.
 
@@ -84,12 +84,12 @@ class Reduction:
             objective: The objective.
             step: The number of steps taken.
             others: The change by terms that the recorded losses do not contain.
-            is_long: Whether the step is compared in any case, if the damping is given.
+            is_bounded: Whether the step was shortened; it is compared then if the damping is given.
         """
         if objective.settings.damping is None:
             compared = self._safeguard or self.is_due(step)
         else:
-            compared = is_long
+            compared = is_bounded
         rounding = rounding_of(self._replay, objective) if compared else None
         return Before(objective.value() - others, rounding)
 

@@ -133,12 +133,11 @@ class SubspaceFit:
         update = fit.update(objective)
         change = self._curvature.relative_change(update, objective.parameters)
         self.reach = change / length if (length := fit.length) else math.inf
-        fit = replace(fit, is_long=change > LARGEST_CHANGE)
         if change <= (bound := _bound(objective)):
             return fit
         if not math.isfinite(change):
             return replace(fit, along=replace(fit.along, trusted=math.nan))
-        return fit.scaled(bound / change)
+        return replace(fit.scaled(bound / change), is_bounded=True)
 
     schema = Record({"carried": CarriedFit.schema, "fitted": Maybe(COUNT), "reach": NUMBER})
 
