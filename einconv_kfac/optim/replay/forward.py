@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from einconv_kfac.optim.model_walk import named_modules, parameters_in
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, replaced
 from einconv_kfac.optim.replay.dropout import batch_masks
 from einconv_kfac.optim.replay.environment import NOT_KEPT, Environment
@@ -54,7 +55,7 @@ class ModelCall:
 
     def has_moved(self, model: nn.Module) -> bool:
         """Return whether parameters of the model were changed after the call."""
-        return state_of(model.parameters()) != self.parameters
+        return state_of(parameters_in(named_modules(model).values())) != self.parameters
 
 
 NOT_REPLAYED = ModelCall((), {}, NOT_KEPT, Versions(()), ())
