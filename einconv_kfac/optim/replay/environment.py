@@ -41,6 +41,9 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
     Factors, inverses and steps are computed in the precision of their tensors, also where
     ``backward`` or ``step`` is called inside a block of ``torch.autocast``.
     """
+    if not torch._C._is_any_autocast_enabled():
+        yield
+        return
     kinds = {parameter.device.type for parameter in parameters_in(named_modules(model).values())}
     with ExitStack() as stack:
         for kind in kinds:

@@ -51,7 +51,8 @@ class ModelCall:
 
     def ended(self) -> ModelCall:
         """Return the call after it has ended."""
-        return replace(self, environment=self.environment.after_call())
+        environment = self.environment.after_call()
+        return self if environment is self.environment else replace(self, environment=environment)
 
     def has_moved(self, model: nn.Module) -> bool:
         """Return whether parameters of the model were changed after the call."""

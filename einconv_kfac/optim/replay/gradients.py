@@ -114,7 +114,8 @@ ENTRIES = 4096
 
 def _entries(gradient: Tensor) -> Tensor:
     """Return entries of a gradient, as real numbers."""
-    flat = gradient.detach().flatten()[:ENTRIES]
+    flat = gradient.detach().flatten()
+    flat = flat if flat.numel() <= ENTRIES else flat[:ENTRIES]
     return torch.view_as_real(flat).flatten() if flat.is_complex() else flat
 
 
