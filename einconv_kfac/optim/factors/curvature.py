@@ -28,6 +28,7 @@ from einconv_kfac.optim.factors.refresh import Inverses, Refresh
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.hyperparameters import GroupSettings, Hyperparameters
 from einconv_kfac.optim.inverses.registry import kind_of
+from einconv_kfac.optim.model_walk import named_parameters
 from einconv_kfac.optim.parameters import assigned_parameters, check_present, owners_of
 from einconv_kfac.optim.schedule import due_names, intervals
 from einconv_kfac.optim.vectors import Direction
@@ -90,7 +91,7 @@ class RunningCurvature:
         The factors of a layer start anew where one of its parameters was not trained before.
         """
         self._parameters = parameters
-        present = dict(self.model.named_parameters())
+        present = named_parameters(self.model)
         self._trained = [p.requires_grad for p in present.values()]
         for layer in find_layers(self.model):
             known = self.layers.get(layer.name)
@@ -104,21 +105,24 @@ class RunningCurvature:
         own = self.covered() if parameters is None else parameters
         self._known = {name: present[name] for name in own if name in present} | self._known
 
-    def assigned_(self) -> dict[str, nn.Parameter]:
-        """Return parameters that were assigned in place of covered ones, and accept them."""
-        found = assigned_parameters(self._known, self._owners, self.model)
+    def assigned_(self, present: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Return those of the present parameters that replace covered ones, and accept them."""
+        found = assigned_parameters(self._known, self._owners, self.model, present)
         self._known |= found
         return found
 
-    def cover_unfrozen_(self) -> None:
+    def cover_unfrozen_(self, present: Mapping[str, nn.Parameter] | None = None) -> None:
         """Cover the layers that were unfrozen since the last step.
+
+        Args:
+            present: The model's parameters by name, if they are known.
 
         Raises:
             RuntimeError: If a parameter is not the one that was covered.
         """
-        present = dict(self.model.named_parameters())
+        present = named_parameters(self.model) if present is None else present
         if any(present.get(name) is not own for name, own in self._known.items()):
-            self.assigned_()
+            self.assigned_(present)
             check_present(self._known, present)
         if self._trained != [p.requires_grad for p in present.values()]:
             self.cover_(self._parameters)
