@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from einconv_kfac.distributed.division import check_rows
+from einconv_kfac.distributed.shards import WHOLE, DividedModel, WholeModel
+from einconv_kfac.distributed.stored import is_divided
 from einconv_kfac.distributed.workers import Workers
-from einconv_kfac.distributed.wrappers import parallel_wrapper
+from einconv_kfac.distributed.wrappers import parallel_wrapper, unwrapped
 
 
 def workers_of(model: nn.Module) -> Workers:
@@ -22,8 +27,7 @@ def workers_of(model: nn.Module) -> Workers:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return Workers()
-    wrapper = parallel_wrapper(model)
-    group = distributed.group.WORLD if wrapper is None else wrapper.process_group
+    group = _group_of(model) or distributed.group.WORLD
     assert group is not None
     if distributed.get_world_size(group) == 1:
         return Workers(in_group=True)
@@ -52,6 +56,27 @@ def parallel_workers_of(model: nn.Module, owner: str) -> Workers:
     return workers
 
 
+def stored_model(model: nn.Module) -> WholeModel:
+    """Return how a model is stored: whole on each worker, or divided among them.
+
+    Raises:
+        ValueError: If it is divided in another way than by `fully_shard` and by rows.
+    """
+    inner = unwrapped(model)
+    if not any(is_divided(parameter) for parameter in inner.parameters()):
+        return WHOLE
+    check_rows(inner)
+    return DividedModel(inner)
+
+
+def _group_of(model: nn.Module) -> Any:
+    """Return the process group of the workers that average gradients, if they have one."""
+    if (wrapper := parallel_wrapper(model)) is not None:
+        return wrapper.process_group
+    divided: Any = next((p for p in model.parameters() if is_divided(p)), None)
+    return None if divided is None else divided.device_mesh.get_group()
+
+
 def check_whole(model: nn.Module, owner: str) -> None:
     """Raise a ``ValueError`` if a parameter is a part of one that is split between devices.
 
@@ -60,11 +85,12 @@ def check_whole(model: nn.Module, owner: str) -> None:
         owner: Name of the class or the function that has it.
     """
     for name, parameter in model.named_parameters():
-        if type(parameter.data).__name__ == "DTensor":
+        if is_divided(parameter):
             raise ValueError(
                 f"The parameters of a model for {owner} must be whole tensors, got a DTensor for "
                 f"'{name}'. Pass the model before it is distributed (`distribute_module`, "
-                "`fully_shard`), or its torch.nn.parallel.DistributedDataParallel."
+                "`fully_shard`), or its torch.nn.parallel.DistributedDataParallel. KFAC takes a "
+                "model that `fully_shard` divides."
             )
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from einconv_kfac.distributed.detection import check_whole
+from einconv_kfac.distributed.detection import stored_model
 
 LARGEST_INTEGER = 2**63
 """Integers from here on do not fit a tensor's operations."""
@@ -124,7 +124,7 @@ def check_trainable(model: Any, loss_fn: Any, owner: str) -> None:
     check_model(model, owner)
     if loss_fn is not None:
         check_loss_module(loss_fn, owner)
-    check_whole(model, owner)
+    stored_model(model)
 
 
 def check_model(model: Any, owner: str) -> None:

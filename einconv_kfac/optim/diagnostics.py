@@ -22,10 +22,12 @@ class Report:
     Args:
         taken: The step.
         gradients: Norms of the gradients, by parameter name.
+        parameters: Norms of the parameters after the step, where workers divide them.
     """
 
     taken: Taken = field(default_factory=lambda: Taken({}))
     gradients: Direction = field(default_factory=dict)
+    parameters: Direction = field(default_factory=dict)
 
     def numbers(self, layers: Mapping[str, RunningFactors]) -> dict[str, float]:
         """Return the numbers of the whole model; `KFAC.statistics` explains them.
@@ -46,6 +48,7 @@ class Report:
             layers: The layers that have factors.
             parameters: The model's parameters, by name.
         """
+        parameters = {**parameters, **self.parameters}
         return {name: self._of(running, parameters) for name, running in layers.items()}
 
     def _of(self, running: RunningFactors, parameters: Direction) -> dict[str, float]:

@@ -204,6 +204,8 @@ class KFAC(CurvatureOptimizer):
                 check_gaps(self._model, self.coverage(), self._fallback.kind, self._strict)
                 others = {"fallback": self._fallback.kind, "params": self._own_names()}
                 check_alike(curvature, {**self._settings.arguments(), **others})
+                with curvature.stored.gathered(curvature.workers):
+                    pass  # which finds the parameters that calls use
         except BaseException:
             self.remove_hooks()
             raise
@@ -236,6 +238,7 @@ class KFAC(CurvatureOptimizer):
         workers = self._preconditioner.workers
         workers.check("KFAC")
         with workers.together():
+            self._preconditioner.stored.divide_()
             present = named_parameters(self._model)
             self._accept_assigned_(present)
             self._preconditioner.cover_unfrozen_(present)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.exclusion import Exclusion
+from einconv_kfac.distributed.detection import check_whole
 from einconv_kfac.distributed.workers import Same
 from einconv_kfac.distributed.wrappers import unwrapped
 from einconv_kfac.optim.arguments import check_trainable, flag, plain
@@ -93,6 +94,7 @@ class KFACPreconditioner:
         seed: int = 0,
     ) -> None:
         check_trainable(model, loss_fn, "KFACPreconditioner")
+        check_whole(model, "KFACPreconditioner")
         self._settings = Hyperparameters(
             damping=damping,
             factor_decay=factor_decay,

@@ -7,17 +7,20 @@ import warnings
 from typing import Any
 
 import torch
-from optim_cases import image_batch, weights
+from optim_cases import image_batch
 from torch import Tensor, distributed
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree
-from worker_cases import FIXED, MANY, Case, Training, noisy_net
+from worker_cases import FIXED, MANY, Case, Training, all_weights, noisy_net
 
 SAVED, STEPS = 3, 6
 CASES = {
     "automatic": Case({"weight_decay": 0.01}, model=noisy_net),
     "automatic, ekfac": Case({"inverse": "ekfac"}, sizes=MANY),
+    "sharded, fixed": Case({**FIXED, "fallback": "adam"}, model=noisy_net, sharded=True),
+    "sharded, automatic": Case({"weight_decay": 0.01}, sharded=True),
     "fixed, in background": Case(
         {**FIXED, "fallback": "adam", "inverse_in_background": True, "inverse_update_period": 2}
     ),
@@ -56,7 +59,8 @@ def load(training: Training, folder: str, group: Any) -> None:
 def tensors_of(training: Training) -> Tensor:
     """All numbers of the state as one vector."""
     leaves = _pytree.tree_leaves(training.opt.state_dict())
-    found = [leaf.double().flatten() for leaf in leaves if isinstance(leaf, Tensor)]
+    wholes = [leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for leaf in leaves]
+    found = [leaf.double().flatten() for leaf in wholes if isinstance(leaf, Tensor)]
     numbers = [float(leaf) for leaf in leaves if isinstance(leaf, (int, float))]
     return torch.cat([*found, torch.tensor(numbers, dtype=torch.float64)])
 
@@ -70,7 +74,7 @@ def resumed(case: Case, rank: int, folder: str, groups: dict[int, Any]) -> dict[
             save(whole, f"{folder}/4", groups[4])
             found["state"] = tensors_of(whole)
         whole.step(number)
-    found["whole"] = weights(whole.module)
+    found["whole"] = all_weights(whole.module)
     for name in ("fresh", "used"):
         again = Training(case, rank, 4, groups[4])
         if name == "used":
@@ -80,7 +84,7 @@ def resumed(case: Case, rank: int, folder: str, groups: dict[int, Any]) -> dict[
         load(again, f"{folder}/4", groups[4])
         for number in range(SAVED, STEPS):
             again.step(number)
-        found[name] = weights(again.module)
+        found[name] = all_weights(again.module)
     if rank < 2:
         half = Training(case, rank, 2, groups[2])
         half.step(0)
@@ -92,7 +96,7 @@ def resumed(case: Case, rank: int, folder: str, groups: dict[int, Any]) -> dict[
         load(one, f"{folder}/2", groups[1])
         for number in range(SAVED + 1, STEPS):
             one.step(number)
-        found["one"] = weights(one.module)
+        found["one"] = all_weights(one.module)
     distributed.barrier()
     return found
 

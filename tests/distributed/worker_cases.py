@@ -8,14 +8,17 @@ step.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from optim_cases import conv_net, image_batch, weights
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from einconv_kfac import KFAC, KFACPreconditioner
@@ -42,6 +45,7 @@ class Case:
         preconditions: Whether another optimizer takes the steps.
         whole: Whether one worker with the whole batch must do the same.
         workers: The numbers of workers.
+        sharded: Whether `fully_shard` divides the model and each of its layers.
         whole_options: Other options of the one worker with the whole batch; it is then the only
             one to compare with.
     """
@@ -59,6 +63,7 @@ class Case:
     preconditions: bool = False
     whole: bool = False
     workers: Sequence[int] = (2, 4)
+    sharded: bool = False
     whole_options: dict[str, Any] | None = None
 
 
@@ -78,6 +83,33 @@ class Branches(nn.Module):
         return self.left(hidden) if x[0, 0, 0, 0] > 0 else self.right(hidden)
 
 
+class Twice(nn.Module):
+    """A linear layer whose weight is also used in functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return scores."""
+        scores: Tensor = self.inner(x @ self.inner.weight.t() @ self.inner.weight)
+        return scores
+
+
+def used_twice() -> nn.Module:
+    """A network that uses a weight past the calls of its layer."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Tanh(), Twice()).double()
+
+
+def net_of_rows(*rows: int) -> nn.Module:
+    """A network with linear layers of so many outputs, before one of 3."""
+    torch.manual_seed(0)
+    widths = (36, *rows)
+    hidden = [m for a, b in zip(widths, rows) for m in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(rows[-1], 3)).double()
+
+
 def noisy_net() -> nn.Module:
     """A network with batch normalisation, dropout and a layer without factors."""
     return conv_net(random_layers=True)
@@ -94,6 +126,37 @@ def two_groups(model: nn.Module) -> list[dict[str, Any]]:
 # the eigenbasis is arbitrary, and the moments in it depend on the last bits of the factor.
 MANY = (16,) * PARTS
 PERIODS = {"factor_update_period": 2, "inverse_update_period": 3}
+SHARDED = {
+    f"sharded, {name}": replace(case, sharded=True)
+    for name, case in {
+        "fixed": Case({**FIXED, "fisher": "exact"}, whole=True),
+        "fixed, reduce": Case({**FIXED, "fisher": "exact", "approximation": "reduce"}, whole=True),
+        "fixed, sampled": Case({**FIXED, "mc_samples": 2, "weight_decay": 0.01}),
+        "fixed, empirical": Case({**FIXED, "fisher": "empirical", "nesterov": True}, whole=True),
+        "fixed, adam": Case({**FIXED, "fallback": "adam", **PERIODS}, model=noisy_net),
+        "fixed, ekfac": Case({**FIXED, "inverse": "ekfac"}, sizes=MANY),
+        "fixed, decoupled": Case(
+            {**FIXED, "max_step_norm": 0.1, "decoupled_weight_decay": True, "weight_decay": 0.1}
+        ),
+        "fixed, scaler": Case(FIXED, scaler=(64.0, False)),
+        "automatic": Case({"fisher": "exact"}, whole=True),
+        "automatic, reduce": Case({"fisher": "exact", "approximation": "reduce"}, whole=True),
+        "automatic, sampled": Case({"weight_decay": 0.01, **PERIODS}),
+        "automatic, exact inverse": Case({"inverse": "exact", "inverse_in_background": True}),
+        "automatic, some examples": Case({"curvature_fraction": 0.5, "factor_fraction": 0.5}),
+        "automatic, safeguard": Case({"safeguard": True}),
+        "automatic, given": Case({"damping": 0.1, "momentum": 0.5}),
+        "automatic, noise": Case(model=noisy_net),
+        "automatic, groups": Case(groups=two_groups),
+        "automatic, clipped": Case(clip=0.1),
+        "automatic, scaler, clipped": Case(scaler=(64.0, True), clip=0.1),
+        "uneven": Case(sizes=(3, 7, 5, 9)),
+        "more workers than rows": Case(model=lambda: net_of_rows(1, 2)),
+        "few rows on the last": Case(model=lambda: net_of_rows(5, 3)),
+        "used again": Case({"fisher": "exact"}, model=used_twice),
+        "compiled": Case(compiled="outside"),
+    }.items()
+}
 CASES: dict[str, Case] = {
     "fixed": Case(FIXED),
     "fixed, exact Fisher": Case({**FIXED, "fisher": "exact"}, whole=True),
@@ -155,6 +218,7 @@ CASES: dict[str, Case] = {
         whole_options={"damping": 0.4},
     ),
     "preconditioner, ekfac": Case({"inverse": "ekfac"}, sizes=MANY, preconditions=True),
+    **SHARDED,
 }
 
 
@@ -170,10 +234,46 @@ def batches(case: Case, step: int) -> list[tuple[Tensor, Tensor]]:
 
 def wrapped(case: Case, model: nn.Module, group: Any = None) -> nn.Module:
     """A model that several workers train."""
+    if case.sharded:
+        model = sharded(model, group)
+        return torch.compile(model, backend="eager") if case.compiled else model
     if case.compiled == "inside":
         model = torch.compile(model, backend="eager")
     model = DistributedDataParallel(model, process_group=group, **(case.wrapper or {}))
     return torch.compile(model, backend="eager") if case.compiled == "outside" else model
+
+
+def sharded(model: nn.Module, group: Any = None) -> nn.Module:
+    """A model that `fully_shard` divides, each of its layers first."""
+    mesh = DeviceMesh.from_group(distributed.group.WORLD if group is None else group, "cpu")
+    for layer in model.children():
+        if next(layer.parameters(), None) is not None:
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def unsynchronized(model: nn.Module) -> Iterator[None]:
+    """Leave gradients on each worker inside the block."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+        return
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, FSDPModule):
+        yield
+        return
+    inner.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        inner.set_requires_gradient_sync(True)
+
+
+def all_weights(model: nn.Module) -> Tensor:
+    """All parameters as one vector, also where workers divide them."""
+    found = (p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters())
+    return torch.cat([parameter.detach().flatten() for parameter in found])
 
 
 class Training:
@@ -212,13 +312,13 @@ class Training:
         data, total = batches(self.case, number), sum(self.case.sizes)
         for part in own:
             share = self.case.sizes[part] / total if self.case.weighted else 1 / PARTS
-            is_last, no_sync = part == own[-1], getattr(self.model, "no_sync", nullcontext)
-            with nullcontext() if is_last else no_sync():
+            is_last = part == own[-1]
+            with nullcontext() if is_last else unsynchronized(self.model):
                 torch.manual_seed(1000 * number + part)
                 loss = self.loss_fn(self.model(data[part][0]), data[part][1]) * share * self.size
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         self._update()
-        return weights(self.module)
+        return all_weights(self.module)
 
     def _update(self) -> None:
         """Update the parameters from the gradients."""

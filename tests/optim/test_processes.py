@@ -130,3 +130,25 @@ def test_parameters_that_are_split_later_are_refused(kind: Any) -> None:
     split_(model)
     with pytest.raises(RuntimeError, match=r"got another one for '(weight|bias)'. Make a new"):
         opt.step()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda model: KFAC(model, nn.CrossEntropyLoss()),
+        lambda model: KFAC(model, nn.CrossEntropyLoss(), lr=0.1, adaptive=False),
+        lambda model: KFACPreconditioner(model, nn.CrossEntropyLoss()),
+    ],
+    ids=["automatic", "fixed", "preconditioner"],
+)
+def test_normalisation_over_all_workers_is_refused(made: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(*model))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(ValueError, match=r"got '1' \(SyncBatchNorm\). Use BatchNorm, or"):
+            made(synchronized)
+        made(model)  # the remedy
+    finally:
+        torch.distributed.destroy_process_group()
+    made(synchronized)  # one process normalises over its own batch

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.distributed.stored import graph_leaf
 
 
 def used_past_calls(
@@ -38,7 +39,9 @@ def used_past_calls(
     found = set()
     for layer in layers:
         own = [call for module in layer.modules for call in by_module[id(module)]]
-        starts = [leaves[id(p)] for p in layer.tensors().values() if id(p) in leaves]
+        starts = [
+            leaves[id(p)] for own in layer.tensors().values() if id(p := graph_leaf(own)) in leaves
+        ]
         if not _all_lead_to(starts, own, consumers, set(roots)):
             found.add(layer.name)
     return found

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from einconv_kfac.curvature.estimation.example_layout import only
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.distributed.stored import graph_leaf
 
 
 @dataclass
@@ -62,7 +63,7 @@ def weight_gradients(
         layers: The layers.
         examples: The number ``n`` of examples; ``None`` for one pass of all of them.
     """
-    tensors = [layer.tensors() for layer in layers]
+    tensors = [{n: graph_leaf(p) for n, p in layer.tensors().items()} for layer in layers]
     parameters = [p for own in tensors for p in own.values()]
     sources: Any = outputs
     for example in range(1 if examples is None else examples):

@@ -18,6 +18,7 @@ from einconv_kfac.curvature.estimation.moments import Moments
 from einconv_kfac.curvature.estimation.other_uses import used_past_calls
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.distributed.random_streams import stream
+from einconv_kfac.distributed.stored import local_of, stored_of
 from einconv_kfac.distributed.workers import ALONE, Compared, Same, Workers
 from einconv_kfac.distributed.wrappers import (
     compiled_wrappers,
@@ -209,8 +210,8 @@ class Collector:
 
     def _is_trained(self, name: str) -> bool:
         """Return whether a layer's weight has a gradient that is not zero."""
-        gradient = self._model.get_parameter(self._layers[name].weight).grad
-        return gradient is not None and bool(gradient.any())
+        gradient = stored_of(self._model.get_parameter(self._layers[name].weight)).grad
+        return gradient is not None and bool(local_of(gradient).any())
 
     def not_finite(
         self,

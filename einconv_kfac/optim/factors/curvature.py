@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
-from einconv_kfac.distributed.detection import workers_of
+from einconv_kfac.distributed.detection import stored_model, workers_of
 from einconv_kfac.distributed.wrappers import unwrapped
 from einconv_kfac.optim.arguments import flag, seed_value
 from einconv_kfac.optim.factors.averages import Contribution, move_averages_
@@ -74,7 +74,8 @@ class RunningCurvature:
         self._in_background = flag("inverse_in_background", in_background)
         self._excluded = excluded_modules(self.model, exclude)
         self._inverse, self._kind = inverse, kind_of(inverse, estimator.fisher)
-        self.workers = workers_of(model)
+        self.workers, self.stored = workers_of(model), stored_model(model)
+        self.stored.divide_()
         self._refresh = Refresh(self.layers, self._kind, in_background, self.workers)
         self._parameters: Collection[str] | None = None
         self._known: dict[str, nn.Parameter] = {}  # when they were covered

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from einconv_kfac.distributed.stored import all_stored, graph_leaf, is_divided, local_of
 from einconv_kfac.optim.model_walk import named_modules, parameters_in
 
 PROBES = 3
@@ -35,7 +36,11 @@ class _Probe:
     @property
     def is_intact(self) -> bool:
         """Whether ``.grad`` is the same tensor with the same values."""
-        return self.parameter.grad is self.gradient and self.gradient._version == self.version
+        if self.parameter.grad is not self.gradient:
+            return False
+        if is_divided(self.gradient):  # whose version does not tell
+            return torch.equal(_entries(self.gradient), self.value)
+        return self.gradient._version == self.version
 
     @property
     def is_cleared(self) -> bool:
@@ -43,7 +48,7 @@ class _Probe:
         if self.is_intact:
             return False
         gradient = self.parameter.grad
-        return gradient is None or (bool(self.value.any()) and not bool(gradient.any()))
+        return gradient is None or (bool(self.value.any()) and not bool(local_of(gradient).any()))
 
 
 class GradientWatch:
@@ -60,7 +65,7 @@ class GradientWatch:
     def lands(self) -> bool:
         """Return whether the backward pass that is running adds to the gradient of a parameter."""
         return any(
-            parameter.requires_grad and _is_accumulated(parameter)
+            parameter.requires_grad and _is_accumulated(graph_leaf(parameter))
             for parameter in self._model.parameters()
         )
 
@@ -76,7 +81,7 @@ class GradientWatch:
         """Look at gradients of up to `PROBES` parameters."""
         found = [
             (parameter, gradient)
-            for parameter in parameters_in(named_modules(self._model).values())
+            for parameter in all_stored(parameters_in(named_modules(self._model).values()))
             if (gradient := parameter.grad) is not None and not gradient.is_sparse
         ]
         chosen = found if len(found) <= PROBES else [found[0], found[len(found) // 2], found[-1]]
@@ -114,7 +119,7 @@ ENTRIES = 4096
 
 def _entries(gradient: Tensor) -> Tensor:
     """Return entries of a gradient, as real numbers."""
-    flat = gradient.detach().flatten()
+    flat = local_of(gradient).detach().flatten()
     flat = flat if flat.numel() <= ENTRIES else flat[:ENTRIES]
     return torch.view_as_real(flat).flatten() if flat.is_complex() else flat
 

@@ -17,6 +17,7 @@ from einconv_kfac.curvature.losses.snapshot import snapshot
 from einconv_kfac.curvature.objective.graph import Edge, dependents, edge_of, leaf_of
 from einconv_kfac.curvature.objective.loss_model import GivenLoss
 from einconv_kfac.curvature.objective.reading import Reading
+from einconv_kfac.distributed.stored import graph_leaf
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.loss_input import Inside, LossInput, Returned
 from einconv_kfac.optim.replay.pending import (
@@ -130,7 +131,9 @@ class ReadObservation:
     def __init__(
         self, model: nn.Module, pending: PendingCalls, loss: Tensor, *, inner: bool
     ) -> None:
-        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self._names: dict[Tensor, str] = {
+            graph_leaf(p): name for name, p in model.named_parameters()
+        }
         self._pending, self._inner = pending, inner
         self._loss, self._tensor = loss.detach(), weakref.ref(loss)
         self._root: Edge | None = edge_of(loss)

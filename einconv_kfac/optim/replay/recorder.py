@@ -24,6 +24,7 @@ from einconv_kfac.curvature.estimation.capture import (
 from einconv_kfac.curvature.estimation.evaluation import Evaluation
 from einconv_kfac.curvature.losses.loss_registry import is_built_in
 from einconv_kfac.curvature.objective.outputs import losses_of
+from einconv_kfac.distributed.stored import graph_leaf
 from einconv_kfac.optim.model_walk import named_modules, parameters_in
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.buffers import ChangingBuffers
@@ -271,7 +272,7 @@ class Recorder:
 
     def _named(self) -> dict[Tensor, str]:
         """Return the parameters of the model with their names."""
-        return {parameter: name for name, parameter in self._model.named_parameters()}
+        return {graph_leaf(p): name for name, p in self._model.named_parameters()}
 
     def _is_recording(self) -> bool:
         """Return whether calls are recorded."""

@@ -5,10 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-State: TypeAlias = tuple[tuple[int, int], ...]
+from einconv_kfac.distributed.stored import all_stored, is_divided, local_of
+
+State: TypeAlias = tuple[tuple[object, ...], ...]
 """Version and address of each of several tensors."""
+
+
+class _Rows:
+    """The rows that a worker stores of a parameter, whose version does not tell of changes.
+
+    Args:
+        rows: The rows.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._norm = torch.linalg.vector_norm(rows.double()) if rows.numel() else rows
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Rows) and torch.equal(self._norm, other._norm)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class Versions:
@@ -39,4 +58,7 @@ class Versions:
 
 def state_of(parameters: Iterable[nn.Parameter]) -> State:
     """Return the state of parameters, which differs after every change of a value."""
-    return tuple((parameter._version, parameter.data_ptr()) for parameter in parameters)
+    return tuple(
+        (p._version, _Rows(local_of(p)) if is_divided(p) else p.data_ptr())
+        for p in all_stored(parameters)
+    )

@@ -9,26 +9,32 @@ that has none yet can load them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 CARRIED = "kfac"
 """Key of the tuple."""
 
 
-def carry_(state: dict[str, Any], part: Mapping[str, Any], names: Sequence[str]) -> None:
+def carry_(
+    state: dict[str, Any],
+    part: Mapping[str, Any],
+    names: Sequence[str],
+    whole: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
     """Add nested containers to the state of the first parameter, which is replaced.
 
     Args:
         state: A state of an optimizer, as torch has it.
         part: The containers.
         names: Names of the parameters, in the order of the groups.
+        whole: Returns states of parameters with whole tensors, by name.
     """
     numbers = numbers_of(state)
     if not numbers:
         return
     memory, named = state["state"], dict(zip(numbers, names))
-    own = {named[number]: dict(values) for number, values in memory.items()}
+    own = whole({named[number]: dict(values) for number, values in memory.items()})
     first = numbers[0]
     memory[first] = {**memory.get(first, {}), CARRIED: (dict(part), own)}
     for number in numbers:

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.distributed.shards import WHOLE, WholeModel
+from einconv_kfac.distributed.stored import graph_leaf, stored_of
 from einconv_kfac.distributed.workers import ALONE, Workers
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.parameters import check_dense
@@ -85,6 +87,7 @@ class Point:
         names: Mapping[nn.Parameter, str],
         by_parameter: Mapping[str, Hyperparameters],
         divisor: Tensor | None,
+        stored: WholeModel = WHOLE,
     ) -> Point:
         """Return the present point.
 
@@ -93,21 +96,23 @@ class Point:
             names: Names of their parameters.
             by_parameter: Hyper-parameters of each parameter's group, by name.
             divisor: What the gradients are divided by, or ``None``.
+            stored: How the model is stored; it has whole parameters now.
         """
         every = (p for group in groups for p in group["params"])
-        parameters: Direction = {names[p]: p for p in every if p.grad is not None}
-        gradients: list[Tensor] = [p.grad for p in parameters.values() if p.grad is not None]
+        own = {names[p]: p for p in every if p.grad is not None}
+        parameters: Direction = {name: graph_leaf(p) for name, p in own.items()}
+        gradients = stored.whole([p.grad for p in own.values() if p.grad is not None])
         for name, tensor in zip(parameters, gradients):
             check_dense(name, tensor)
-        own = [by_parameter[name] for name in parameters]
+        settings = [by_parameter[name] for name in parameters]
         if divisor is not None and gradients:
             gradients = list(torch._foreach_div(gradients, divisor.to(gradients[0].device)))
-        if any(each.maximize for each in own):
+        if any(each.maximize for each in settings):
             gradients = list(torch._foreach_neg(gradients))
         gradient = dict(zip(parameters, gradients))
         decay = {
             name: 0.0 if each.decoupled_weight_decay else each.weight_decay
-            for name, each in zip(parameters, own)
+            for name, each in zip(parameters, settings)
         }
         for weight, alike in _names_by_number(decay).items():
             if weight:
@@ -205,7 +210,9 @@ def total_weight(batches: Sequence[Batch], sums: bool, workers: Workers = ALONE)
     return cast("Tensor", total / (count * workers.size) if sums else total)
 
 
-def memory_of(parameters: Direction, state: Mapping[Any, dict[str, Any]]) -> Memory:
+def memory_of(
+    parameters: Direction, state: Mapping[Any, dict[str, Any]], stored: WholeModel = WHOLE
+) -> Memory:
     """Return the optimizer's state by parameter name, moved to its parameter's device and dtype.
 
     The state of a parameter in low precision is kept in float32.
@@ -213,8 +220,9 @@ def memory_of(parameters: Direction, state: Mapping[Any, dict[str, Any]]) -> Mem
     Args:
         parameters: Parameters by name.
         state: The state by parameter.
+        stored: How the model is stored.
     """
-    memory = {name: state[parameter] for name, parameter in parameters.items()}
+    memory = stored.whole_states({name: state[stored_of(p)] for name, p in parameters.items()})
     for name, own in memory.items():
         for key, value in own.items():
             if isinstance(value, Tensor):

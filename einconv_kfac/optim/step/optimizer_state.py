@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from einconv_kfac.distributed.stored import stored_of
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.curvature_state import CURVATURE_STATE_VERSION, check_version
 from einconv_kfac.optim.hyperparameters import Hyperparameters
@@ -60,7 +61,8 @@ class OptimizerState:
                 "preconditioner": self.curvature.state_dict(include_factors),
                 self.step.mode: self.step.state_dict(),
             }
-            carry_(state, state[PART], self._own_names(optimizer))
+            names, whole = self._own_names(optimizer), self.curvature.stored.whole_states
+            carry_(state, state[PART], names, whole)
 
         handle = optimizer.register_state_dict_post_hook(add, prepend=True)
         try:
@@ -181,7 +183,8 @@ def restored_on_error(
         parameters: The parameters that the step may change, by name.
     """
     own = [*parameters.values()]
-    undo = [curvature.snapshot(), step.snapshot(parameters), _memory_snapshot(optimizer, own)]
+    owners = [stored_of(parameter) for parameter in own]
+    undo = [curvature.snapshot(), step.snapshot(parameters), _memory_snapshot(optimizer, owners)]
     if step.moves_parameters:
         undo.append(_parameter_snapshot(own))
     last = LastChange()

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,8 +25,12 @@ from einconv_kfac.optim.step.objective import (
     total_weight,
 )
 from einconv_kfac.optim.step.optimizer_state import restored_on_error
+from einconv_kfac.optim.step.parameter_change import ParameterChange
 from einconv_kfac.optim.step.step_protocol import Step, Taken
 from einconv_kfac.optim.vectors import Direction, norms
+
+Found: TypeAlias = tuple[Taken, Direction, Direction]
+"""A step, norms of gradients, and of parameters where they are divided, by name."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class StepRunner:
     names: Mapping[nn.Parameter, str]
     sums: bool
 
-    def run_(self, optimizer: Optimizer) -> tuple[Taken, Direction] | None:
-        """Take a step, and return it with the norms of gradients; ``None`` if it was skipped.
+    def run_(self, optimizer: Optimizer) -> Found | None:
+        """Take a step, and return it with norms of gradients; ``None`` if it was skipped.
 
         Raises:
             RuntimeError: See `KFAC.step`.
@@ -58,7 +63,8 @@ class StepRunner:
         settings = self.settings.at(curvature.steps)
         by_parameter = settings_by_parameter(optimizer.param_groups, self.names, settings)
         try:
-            return self._run_(optimizer, settings, by_parameter)
+            with curvature.stored.gathered(curvature.workers):
+                return self._run_(optimizer, settings, by_parameter)
         except BaseException:
             curvature.discard_()
             raise
@@ -68,11 +74,13 @@ class StepRunner:
         optimizer: Optimizer,
         settings: Hyperparameters,
         by_parameter: Mapping[str, Hyperparameters],
-    ) -> tuple[Taken, Direction] | None:
+    ) -> Found | None:
         """Take a step from the gradients at hand, or skip it."""
         curvature = self.curvature
         batches, divisor = self._batches(optimizer)
-        point = Point.of(optimizer.param_groups, self.names, by_parameter, divisor)
+        point = Point.of(
+            optimizer.param_groups, self.names, by_parameter, divisor, curvature.stored
+        )
         known = norms(point.gradient.values())
         if self._found_inf(optimizer):  # the scaler will lower its scale
             curvature.discard_()
@@ -90,8 +98,8 @@ class StepRunner:
         with undone as last, without_autocast(curvature.model):
             taken = self._take_(optimizer, point, batches, settings)
             curvature.finish_()
-            last.apply_(taken.changes)
-        return replace(taken, changes=()), dict(zip(point.gradient, known))
+            last.apply_([*taken.changes, *self._stored(point.parameters)])
+        return self._report(taken, point, known)
 
     def _found_inf(self, optimizer: Optimizer) -> bool:
         """Return whether a gradient scaler has found a gradient that is not finite."""
@@ -149,7 +157,7 @@ class StepRunner:
             curvature.loss_weight = total_weight(batches, self.sums, curvature.workers)
             curvature.collector.combine_()
         plain = curvature.without_factors(point.gradient)
-        memory = memory_of(point.parameters, optimizer.state)
+        memory = memory_of(point.parameters, optimizer.state, curvature.stored)
         others, moments = self.fallback.directions(plain, memory)
         objective = point.objective(settings, batches, others, memory, curvature.workers)
         self.step.check(objective)
@@ -159,4 +167,20 @@ class StepRunner:
         taken = self.step.take_(objective)
         for name, state in moments.items():
             memory[name].update(state)
+        curvature.stored.keep_(optimizer.state, point.parameters, memory)
         return taken
+
+    def _stored(self, parameters: Direction) -> list[ParameterChange]:
+        """Return the change of what is stored of parameters where that is not all of them."""
+        rows, parts = self.curvature.stored.rows(parameters.values())
+        return [ParameterChange.replacing(rows, parts)] if rows else []
+
+    def _report(self, taken: Taken, point: Point, known: Sequence[Tensor]) -> Found:
+        """Return a step without tensors that are whole where parameters are divided."""
+        gradients = dict(zip(point.gradient, known))
+        if not self.curvature.stored.is_divided:
+            return replace(taken, changes=()), gradients, {}
+        updates = zip(taken.moved.items(), norms(own for own, _ in taken.moved.values()))
+        moved = {name: (norm, factor) for (name, (_, factor)), norm in updates}
+        present = dict(zip(point.parameters, norms(point.parameters.values())))
+        return replace(taken, changes=(), moved=moved), gradients, present
