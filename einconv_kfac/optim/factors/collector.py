@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Generator, Tensor, nn
 
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
@@ -28,6 +27,7 @@ from einconv_kfac.distributed.wrappers import (
 from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts
+from einconv_kfac.optim.factors.finiteness import Finiteness
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import without_autocast
@@ -112,6 +112,10 @@ class Collector:
         self.recorder.take()
         self.due = set(due)
         self._capture.enabled = bool(self.due)
+
+    def drop_due_(self) -> None:
+        """Drop what was collected, and let the coming step do without."""
+        self.moments, self.due = {}, set()
 
     def combine_(self) -> None:
         """Add what the other workers collected."""
@@ -219,11 +223,7 @@ class Collector:
         known: Sequence[Tensor],
         same: Compared = Same,
     ) -> bool:
-        """Return whether gradients, losses and the collected moments are finite.
-
-        This is the one number of an ordinary step that the host waits for. A tensor is finite
-        where its norm or sum is; entries are looked at one by one only if one is not, since a
-        norm may overflow.
+        """Return whether gradients, losses and the collected moments are finite; the host waits.
 
         Args:
             gradients: The gradients.
@@ -231,13 +231,17 @@ class Collector:
             known: The norms of the gradients.
             same: Returns what must be the same on all workers.
         """
-        others = [*losses, *(part for own in self.moments.values() for part in own.checked())]
-        short = [*known, *totals(others)]
-        flags = torch.stack(short).isfinite() if short else torch.ones(1, dtype=torch.bool)
-        if self.workers.agree(flags.all(), "are all numbers finite", same):
+        found = self.finiteness(gradients, losses, known)
+        if self.workers.agree(found.flag, "are all numbers finite", same):
             return True
-        flags = torch.stack([t.isfinite().all() for t in [*gradients, *others]])
-        return self.workers.agree(flags.all(), "is each number finite")
+        return self.workers.agree(found.by_entry(), "is each number finite")
+
+    def finiteness(
+        self, gradients: Sequence[Tensor], losses: Sequence[Tensor], known: Sequence[Tensor]
+    ) -> Finiteness:
+        """Return whether they are finite, for this worker and without waiting; see `is_finite`."""
+        others = [*losses, *(part for own in self.moments.values() for part in own.checked())]
+        return Finiteness([*gradients, *others], [*known, *totals(others)])
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good."""

@@ -194,6 +194,11 @@ class RunningCurvature:
         times = intervals(self.steps, periods)
         self._refresh.refresh_(self._dampings(damping, decay), times, self.steps)
 
+    def inverts(self) -> bool:
+        """Return whether `refresh_` will compute inverses, or take over those of a thread."""
+        periods = {n: self._of(own).inverse_update_period for n, own in self.layers.items()}
+        return self._refresh.is_due(intervals(self.steps, periods), self.steps)
+
     def trial_inverses(self, decay: Mapping[str, float]) -> Callable[[float], Inverses]:
         """Return a function that inverts with a damping; it raises like `refresh_`.
 
@@ -222,12 +227,12 @@ class RunningCurvature:
                 known.append((running.layer, running.on_device(inverse, own.device)))
         return preconditioned(known, gradient)
 
-    def relative_change(self, update: Direction, parameters: Direction) -> float:
+    def relative_change(self, update: Direction, parameters: Direction) -> Tensor:
         """Return by how much an update changes the outputs of layers, summed over the layers.
 
         Each change is root mean square, relative to that of the layer's output.
         """
-        return float(relative_change(self.layers.values(), update, parameters))
+        return relative_change(self.layers.values(), update, parameters)
 
     def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
         """Return the dampings by layer, weight decay included."""
