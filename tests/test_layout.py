@@ -34,6 +34,7 @@ ALLOWED: Mapping[str, set[str]] = {
 FLOORS: Mapping[str, Sequence[set[str]]] = {
     "optim": (
         {"arguments"},
+        {"model_walk"},
         {"schedule", "vectors", "moving_average", "parameters", "pickling", "state_schema"},
         {"hyperparameters"},
         {"replay", "inverses"},

@@ -48,6 +48,7 @@ class TypeRegistry(Generic[T]):
     def __init__(self, rules: Mapping[Any, T]) -> None:
         self._first: dict[Kind, T] = dict(rules)
         self._later: list[tuple[type[nn.Module], T]] = []
+        self._nearest: dict[type[nn.Module], list[tuple[type[nn.Module], T]]] = {}
 
     def register(self, kind: type[nn.Module], rule: T) -> None:
         """Use a rule for a type of module and its subclasses."""
@@ -58,13 +59,26 @@ class TypeRegistry(Generic[T]):
         for kind, rule in reversed(self._later):
             if isinstance(module, kind):
                 yield kind, rule
-        for base in type(module).__mro__:
-            kinds: tuple[Kind, ...] = base, f"{base.__module__}.{base.__qualname__}"
-            yield from ((base, self._first[own]) for own in kinds if own in self._first)
+        yield from self._fitting_first(type(module))
+
+    def _fitting_first(self, kind: type[nn.Module]) -> list[tuple[type[nn.Module], T]]:
+        """Return the bases of a type that have one of the first rules, with the rules."""
+        if kind not in self._nearest:
+            self._nearest[kind] = [
+                (base, self._first[own])
+                for base in kind.__mro__
+                for own in (base, f"{base.__module__}.{base.__qualname__}")
+                if own in self._first
+            ]
+        return self._nearest[kind]
 
     def rule(self, module: nn.Module) -> T | None:
         """Return the rule that applies to a module, or ``None``."""
-        return next((rule for _, rule in self.fitting(module)), None)
+        for kind, rule in reversed(self._later):
+            if isinstance(module, kind):
+                return rule
+        first = self._fitting_first(type(module))
+        return first[0][1] if first else None
 
     def is_registered(self, module: nn.Module) -> bool:
         """Return whether a rule that was registered later applies to a module."""

@@ -128,9 +128,13 @@ class CurvatureOptimizer(Optimizer):
         self._report = self._earlier
         return False
 
-    def _accept_assigned_(self) -> None:
-        """Train parameters that were assigned in place of others, with the state of the others."""
-        for name, new in self._preconditioner.assigned_().items():
+    def _accept_assigned_(self, present: Mapping[str, nn.Parameter]) -> None:
+        """Train parameters that were assigned in place of others, with the state of the others.
+
+        Args:
+            present: The model's parameters by name.
+        """
+        for name, new in self._preconditioner.assigned_(present).items():
             old = next(p for p, own in self._names.items() if own == name)
             names = {new if p is old else p: own for p, own in self._names.items()}
             self._names.clear()  # others have this dictionary

@@ -19,6 +19,7 @@ from einconv_kfac.optim.factors.comparison import check_alike
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Clip
 from einconv_kfac.optim.inverses.protocol import Inverse
+from einconv_kfac.optim.model_walk import named_parameters
 from einconv_kfac.optim.parameters import check_gaps, parameters_of
 from einconv_kfac.optim.pickling import rebuilt, temporary_tensors
 from einconv_kfac.optim.schedule import Schedule
@@ -236,8 +237,9 @@ class KFAC(CurvatureOptimizer):
         workers.check("KFAC")
         with workers.together():
             self._settle_()
-            self._accept_assigned_()
-            self._preconditioner.cover_unfrozen_()
+            present = named_parameters(self._model)
+            self._accept_assigned_(present)
+            self._preconditioner.cover_unfrozen_(present)
             found = self._runner.run_(self)
         if found is not None:
             self._earlier, self._report = self._report.without_updates(), Report(*found)

@@ -140,7 +140,10 @@ def owners_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def assigned_parameters(
-    known: Mapping[str, nn.Parameter], owners: Mapping[str, nn.Module], model: nn.Module
+    known: Mapping[str, nn.Parameter],
+    owners: Mapping[str, nn.Module],
+    model: nn.Module,
+    present: Mapping[str, nn.Parameter],
 ) -> dict[str, nn.Parameter]:
     """Return parameters that were assigned to the modules that had others, by name.
 
@@ -150,8 +153,8 @@ def assigned_parameters(
         known: Parameters by name, as they were.
         owners: The modules that had them.
         model: The model.
+        present: Its parameters by name.
     """
-    present = dict(model.named_parameters())
     changed = {n: present[n] for n, p in known.items() if n in present and present[n] is not p}
     modules = set(model.modules()) if changed else set()
     return {

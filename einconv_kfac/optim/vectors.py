@@ -40,7 +40,8 @@ def entries(tensor: Tensor) -> Tensor:
     """Return the entries of a tensor as a vector of real numbers, at least in float32."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.flatten().to(precise(tensor.dtype))
+    flat, dtype = tensor.flatten(), precise(tensor.dtype)
+    return flat if flat.dtype == dtype else flat.to(dtype)
 
 
 def inner(a: Direction, b: Direction, weights: Mapping[str, float] | None = None) -> Tensor:
@@ -132,7 +133,12 @@ def _by_weight(
     names: Iterable[str], weights: Mapping[str, float] | None
 ) -> dict[float | None, list[str]]:
     """Return names by their weight, all by ``None`` without weights."""
-    return _grouped({name: weights[name] if weights else None for name in names})
+    names = list(names)
+    own = {weights[name] for name in names} if weights else {None}
+    if len(own) <= 1:
+        return dict.fromkeys(own, names)
+    assert weights
+    return _grouped({name: weights[name] for name in names})
 
 
 def _chunks(names: Iterable[str], direction: Direction) -> Iterator[list[str]]:
@@ -191,6 +197,8 @@ def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def totals(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return sums of entries, together of all of them: one number for each data type."""
+    if len(tensors) == 1:
+        return [entries(tensors[0]).sum()]
     direction = {str(index): tensor for index, tensor in enumerate(tensors)}
     sums: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for chunk in _chunks(direction, direction):
@@ -199,15 +207,17 @@ def totals(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.stack(own).sum() for own in sums.values()]
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Return whether all entries are finite; the host waits for the device.
+def first_not_finite(direction: Direction) -> str | None:
+    """Return the first name whose entries are not all finite; the host waits for the device.
 
     A tensor is finite where its norm is. Entries are looked at one by one only if a norm is not,
     since it may overflow.
     """
+    tensors = [*direction.values()]
     if not tensors or bool(torch.stack(norms(tensors)).isfinite().all()):
-        return True
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+        return None
+    flags = torch.stack([tensor.isfinite().all() for tensor in tensors]).tolist()
+    return next((name for name, is_finite in zip(direction, flags) if not is_finite), None)
 
 
 def combination(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
 
@@ -12,8 +10,9 @@ def snapshot(loss_fn: nn.Module) -> nn.Module:
 
     A training loop may set class weights anew for every batch.
     """
-    own = copy.copy(loss_fn)
+    own = object.__new__(type(loss_fn))
     state = vars(own)
+    state.update(vars(loss_fn))
     state["_buffers"] = {
         name: None if buffer is None else buffer.clone() for name, buffer in own._buffers.items()
     }

@@ -34,7 +34,7 @@ from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.replay.passing import PassedOutputs
 from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
-from einconv_kfac.optim.vectors import totals
+from einconv_kfac.optim.vectors import Direction, totals
 
 NEVER_SEEN = (
     "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
@@ -216,32 +216,45 @@ class Collector:
         gradient = self._model.get_parameter(self._layers[name].weight).grad
         return gradient is not None and bool(gradient.any())
 
-    def is_finite(
+    def not_finite(
         self,
-        gradients: Sequence[Tensor],
+        gradient: Direction,
         losses: Sequence[Tensor],
         known: Sequence[Tensor],
         same: Compared = Same,
-    ) -> bool:
-        """Return whether gradients, losses and the collected moments are finite; the host waits.
+    ) -> str | None:
+        """Return what is not finite: a loss, a gradient or collected moments; ``None`` if all is.
+
+        The host waits. The first of those that are not finite is named.
 
         Args:
-            gradients: The gradients.
+            gradient: The gradients.
             losses: The losses.
             known: The norms of the gradients.
             same: Returns what must be the same on all workers.
         """
-        found = self.finiteness(gradients, losses, known)
+        found = self.finiteness(gradient, losses, known)
         if self.workers.agree(found.flag, "are all numbers finite", same):
-            return True
-        return self.workers.agree(found.by_entry(), "is each number finite")
+            return None
+        flags = found.by_entry()
+        if self.workers.agree(flags.all(), "is each number finite"):
+            return None
+        return (
+            found.fault(flags.tolist()) or "A loss, gradient or Kronecker factor of another worker"
+        )
 
     def finiteness(
-        self, gradients: Sequence[Tensor], losses: Sequence[Tensor], known: Sequence[Tensor]
+        self, gradient: Direction, losses: Sequence[Tensor], known: Sequence[Tensor]
     ) -> Finiteness:
-        """Return whether they are finite, for this worker and without waiting; see `is_finite`."""
-        others = [*losses, *(part for own in self.moments.values() for part in own.checked())]
-        return Finiteness([*gradients, *others], [*known, *totals(others)])
+        """Return whether they are finite, for this worker and without waiting; see `not_finite`."""
+        moments = {name: own.checked() for name, own in self.moments.items()}
+        others = [*losses, *(part for own in moments.values() for part in own)]
+        named = {
+            "The loss": losses,
+            **{f"The gradient of '{name}'": [own] for name, own in gradient.items()},
+            **{f"A Kronecker factor of '{name}'": own for name, own in moments.items()},
+        }
+        return Finiteness(named, [*known, *totals(others)])
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good."""

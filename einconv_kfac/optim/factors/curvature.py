@@ -28,11 +28,12 @@ from einconv_kfac.optim.factors.refresh import Inverses, Refresh
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.hyperparameters import GroupSettings, Hyperparameters
 from einconv_kfac.optim.inverses.registry import kind_of
+from einconv_kfac.optim.model_walk import named_parameters
 from einconv_kfac.optim.parameters import assigned_parameters, check_present, owners_of
 from einconv_kfac.optim.schedule import due_names, intervals
 from einconv_kfac.optim.vectors import Direction
 
-NOT_FINITE = "A gradient, loss or Kronecker factor was not finite; the step was skipped."
+NOT_FINITE = "{} was not finite; the step was skipped."
 
 
 class RunningCurvature:
@@ -90,7 +91,7 @@ class RunningCurvature:
         The factors of a layer start anew where one of its parameters was not trained before.
         """
         self._parameters = parameters
-        present = dict(self.model.named_parameters())
+        present = named_parameters(self.model)
         self._trained = [p.requires_grad for p in present.values()]
         for layer in find_layers(self.model):
             known = self.layers.get(layer.name)
@@ -104,21 +105,24 @@ class RunningCurvature:
         own = self.covered() if parameters is None else parameters
         self._known = {name: present[name] for name in own if name in present} | self._known
 
-    def assigned_(self) -> dict[str, nn.Parameter]:
-        """Return parameters that were assigned in place of covered ones, and accept them."""
-        found = assigned_parameters(self._known, self._owners, self.model)
+    def assigned_(self, present: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Return those of the present parameters that replace covered ones, and accept them."""
+        found = assigned_parameters(self._known, self._owners, self.model, present)
         self._known |= found
         return found
 
-    def cover_unfrozen_(self) -> None:
+    def cover_unfrozen_(self, present: Mapping[str, nn.Parameter] | None = None) -> None:
         """Cover the layers that were unfrozen since the last step.
+
+        Args:
+            present: The model's parameters by name, if they are known.
 
         Raises:
             RuntimeError: If a parameter is not the one that was covered.
         """
-        present = dict(self.model.named_parameters())
+        present = named_parameters(self.model) if present is None else present
         if any(present.get(name) is not own for name, own in self._known.items()):
-            self.assigned_()
+            self.assigned_(present)
             check_present(self._known, present)
         if self._trained != [p.requires_grad for p in present.values()]:
             self.cover_(self._parameters)
@@ -152,8 +156,7 @@ class RunningCurvature:
             name: (running.factor_step, self._of(running).factor_update_period)
             for name, running in self.layers.items()
         }
-        due, bases = due_names(self.steps, work), self._refresh.bases()
-        self.collector.begin_(due, bases, self.steps)
+        self.collector.begin_(due_names(self.steps, work), self._refresh.bases(), self.steps)
 
     def discard_(self) -> None:
         """Forget what was collected since the last step, as if it had not been seen."""
@@ -176,8 +179,8 @@ class RunningCurvature:
         ]
         workers = self.workers.size if self.loss_weight is None else 1
         move_averages_(found, self.estimator, self.loss_weight, self.steps, workers)
-        known = [own for own in self.layers.values() if own.factor_step is not None]
-        if self.layers and not known and not self.collector.has_seen_loss:
+        known = any(own.factor_step is not None for own in self.layers.values())
+        if self.layers and not (known or self.collector.has_seen_loss):
             raise RuntimeError(NEVER_SEEN)
 
     def refresh_(self, damping: float, decay: Mapping[str, float]) -> None:
@@ -190,14 +193,16 @@ class RunningCurvature:
         Raises:
             RuntimeError: If a damped factor is singular. No inverse is changed then.
         """
-        periods = {n: self._of(own).inverse_update_period for n, own in self.layers.items()}
-        times = intervals(self.steps, periods)
-        self._refresh.refresh_(self._dampings(damping, decay), times, self.steps)
+        self._refresh.refresh_(self._dampings(damping, decay), self._intervals(), self.steps)
 
     def inverts(self) -> bool:
         """Return whether `refresh_` will compute inverses, or take over those of a thread."""
-        periods = {n: self._of(own).inverse_update_period for n, own in self.layers.items()}
-        return self._refresh.is_due(intervals(self.steps, periods), self.steps)
+        return self._refresh.is_due(self._intervals(), self.steps)
+
+    def _intervals(self) -> dict[str, int]:
+        """Return after how many steps inverses are due, by layer."""
+        own = {name: self._of(each) for name, each in self.layers.items()}
+        return intervals(self.steps, {name: s.inverse_update_period for name, s in own.items()})
 
     def trial_inverses(self, decay: Mapping[str, float]) -> Callable[[float], Inverses]:
         """Return a function that inverts with a damping; it raises like `refresh_`.
@@ -228,10 +233,7 @@ class RunningCurvature:
         return preconditioned(known, gradient)
 
     def relative_change(self, update: Direction, parameters: Direction) -> Tensor:
-        """Return by how much an update changes the outputs of layers, summed over the layers.
-
-        Each change is root mean square, relative to that of the layer's output.
-        """
+        """Return the sum over layers of the relative changes of their outputs by an update."""
         return relative_change(self.layers.values(), update, parameters)
 
     def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
@@ -259,8 +261,8 @@ class RunningCurvature:
 
     def snapshot(self) -> Callable[[], None]:
         """Return a function that restores the present state, and drops what was collected."""
-        restore_layers = snapshot_of(self.layers)
-        steps, settings, seed = self.steps, self.settings, self.seed
+        restore_layers, steps = snapshot_of(self.layers), self.steps
+        settings, seed = self.settings, self.seed
 
         def restore() -> None:
             restore_layers()

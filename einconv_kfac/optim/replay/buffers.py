@@ -5,10 +5,12 @@ An example are the vectors of spectral normalisation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from einconv_kfac.optim.model_walk import named_modules
 
 COPIED_ENTRIES = 1 << 16
 """Number of entries up to which a buffer is copied before every forward pass."""
@@ -26,10 +28,18 @@ class ChangingBuffers:
         self._large: set[str] = set()
         self._before: dict[str, tuple[int, int]] = {}
 
-    def copied_(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return copies by name; call it before a forward pass."""
-        buffers = dict(_buffers(model))
-        self._before = {name: (id(buffer), buffer._version) for name, buffer in buffers.items()}
+    def copied_(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """Return copies by name; call it before a forward pass.
+
+        Args:
+            modules: The modules of the model by name.
+        """
+        buffers = _buffers(modules)
+        self._before = {
+            name: (id(buffer), buffer._version)
+            for name, buffer in buffers.items()
+            if buffer.numel() > COPIED_ENTRIES
+        }
         return {
             name: buffer.detach().clone()
             for name, buffer in buffers.items()
@@ -38,16 +48,20 @@ class ChangingBuffers:
 
     def compare_(self, model: nn.Module) -> None:
         """Find the large buffers that the forward pass has changed; call it afterwards."""
-        self._large |= {
-            name
-            for name, buffer in _buffers(model)
-            if self._before.get(name) != (id(buffer), buffer._version)
-            and buffer.numel() > COPIED_ENTRIES
-        }
+        if self._before.keys() <= self._large:
+            return
+        for name, buffer in _buffers(named_modules(model)).items():
+            known = self._before.get(name)
+            if known is not None and known != (id(buffer), buffer._version):
+                self._large.add(name)
 
 
-def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers that outputs may depend on, with their names."""
-    for prefix, module in model.named_modules():
-        if not (isinstance(module, _BatchNorm) and module.training):
-            yield from module.named_buffers(prefix, recurse=False)
+def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the buffers that outputs may depend on, by name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in modules.items()
+        if module._buffers and not (isinstance(module, _BatchNorm) and module.training)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }

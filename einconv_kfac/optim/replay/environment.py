@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from einconv_kfac.optim.model_walk import named_modules, parameters_in
 
 ONE_THREAD = threading.RLock()
 """Held while something is changed that torch has once for all threads: the random state, the
@@ -39,7 +41,10 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
     Factors, inverses and steps are computed in the precision of their tensors, also where
     ``backward`` or ``step`` is called inside a block of ``torch.autocast``.
     """
-    kinds = {parameter.device.type for parameter in model.parameters()}
+    if not torch._C._is_any_autocast_enabled():
+        yield
+        return
+    kinds = {parameter.device.type for parameter in parameters_in(named_modules(model).values())}
     with ExitStack() as stack:
         for kind in kinds:
             if torch.is_autocast_enabled(kind):
@@ -68,14 +73,18 @@ class Environment:
     python_random: tuple[Any, ...] | None = None
 
     @staticmethod
-    def now(model: nn.Module, buffers: dict[str, Tensor]) -> Environment:
+    def now(
+        modules: Iterable[nn.Module],
+        parameters: Iterable[nn.Parameter],
+        buffers: dict[str, Tensor],
+    ) -> Environment:
         """Return the present environment of a model, with the given copies of its buffers."""
-        devices = {parameter.device for parameter in model.parameters()}
+        devices = {parameter.device for parameter in parameters}
         kind = next(iter(devices)).type
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         indices = {device.index for device in devices if device.type == "cuda"}
         cuda = {index: torch.cuda.get_rng_state(index) for index in indices}
-        training = tuple(module.training for module in model.modules())
+        training = tuple(module.training for module in modules)
         autocast = Autocast(kind, enabled, dtype)
         own = random.getstate()
         return Environment(torch.get_rng_state(), cuda, autocast, buffers, training, own)
@@ -126,7 +135,7 @@ class Environment:
     @contextmanager
     def _modes_restored(self, model: nn.Module) -> Iterator[None]:
         """Restore the training mode of each module inside the block."""
-        modules = list(model.modules())
+        modules = named_modules(model).values()
         switched = [m for m, mode in zip(modules, self.training) if m.training != mode]
         for module in switched:
             module.training = not module.training

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from einconv_kfac.optim.model_walk import named_modules, parameters_in
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, replaced
 from einconv_kfac.optim.replay.dropout import batch_masks
 from einconv_kfac.optim.replay.environment import NOT_KEPT, Environment
@@ -50,11 +51,12 @@ class ModelCall:
 
     def ended(self) -> ModelCall:
         """Return the call after it has ended."""
-        return replace(self, environment=self.environment.after_call())
+        environment = self.environment.after_call()
+        return self if environment is self.environment else replace(self, environment=environment)
 
     def has_moved(self, model: nn.Module) -> bool:
         """Return whether parameters of the model were changed after the call."""
-        return state_of(model.parameters()) != self.parameters
+        return state_of(parameters_in(named_modules(model).values())) != self.parameters
 
 
 NOT_REPLAYED = ModelCall((), {}, NOT_KEPT, Versions(()), ())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+
+from einconv_kfac.optim.model_walk import named_modules, parameters_in
 
 PROBES = 3
 """Number of parameters whose gradients are compared."""
@@ -49,18 +50,18 @@ class GradientWatch:
     """Compares gradients at the end of a backward pass with those at the next pass or step.
 
     Args:
-        parameters: Returns the parameters of the model.
+        model: The model.
     """
 
-    def __init__(self, parameters: Callable[[], Iterable[nn.Parameter]]) -> None:
-        self._parameters = parameters
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._probes: list[_Probe] = []
 
     def lands(self) -> bool:
         """Return whether the backward pass that is running adds to the gradient of a parameter."""
         return any(
             parameter.requires_grad and _is_accumulated(parameter)
-            for parameter in self._parameters()
+            for parameter in self._model.parameters()
         )
 
     def look_after_pass_(self) -> None:
@@ -73,8 +74,11 @@ class GradientWatch:
 
     def _look_(self) -> None:
         """Look at gradients of up to `PROBES` parameters."""
-        found = [(p, p.grad) for p in self._parameters() if p.grad is not None]
-        found = [(p, g) for p, g in found if not g.is_sparse]
+        found = [
+            (parameter, gradient)
+            for parameter in parameters_in(named_modules(self._model).values())
+            if (gradient := parameter.grad) is not None and not gradient.is_sparse
+        ]
         chosen = found if len(found) <= PROBES else [found[0], found[len(found) // 2], found[-1]]
         self._probes = [_Probe(p, g, g._version, _entries(g).clone()) for p, g in chosen]
 
@@ -110,7 +114,8 @@ ENTRIES = 4096
 
 def _entries(gradient: Tensor) -> Tensor:
     """Return entries of a gradient, as real numbers."""
-    flat = gradient.detach().flatten()[:ENTRIES]
+    flat = gradient.detach().flatten()
+    flat = flat if flat.numel() <= ENTRIES else flat[:ENTRIES]
     return torch.view_as_real(flat).flatten() if flat.is_complex() else flat
 
 

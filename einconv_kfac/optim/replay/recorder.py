@@ -24,6 +24,7 @@ from einconv_kfac.curvature.estimation.capture import (
 from einconv_kfac.curvature.estimation.evaluation import Evaluation
 from einconv_kfac.curvature.losses.loss_registry import is_built_in
 from einconv_kfac.curvature.objective.outputs import losses_of
+from einconv_kfac.optim.model_walk import named_modules, parameters_in
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.buffers import ChangingBuffers
 from einconv_kfac.optim.replay.call_hooks import CallHooks, Hook, detach
@@ -83,7 +84,7 @@ class Recorder:
         self._buffers = ChangingBuffers()
         self._outputs: LayerOutputs | None = None  # of the call that is running
         self._running: nn.Module | None = None  # the module of that call
-        self.gradients = GradientWatch(model.parameters)
+        self.gradients = GradientWatch(model)
         self._handles = self._attached()
         weakref.finalize(self, detach, self._handles)
 
@@ -182,12 +183,15 @@ class Recorder:
 
     def _kept(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         """Return what a replay of a call needs."""
+        modules = named_modules(self._model)
+        parameters = parameters_in(modules.values())
+        copied = self._buffers.copied_(modules)
         return ModelCall(
             args,
             kwargs,
-            Environment.now(self._model, self._buffers.copied_(self._model)),
+            Environment.now(modules.values(), parameters, copied),
             Versions(_arguments(args, kwargs)),
-            state_of(self._model.parameters()),
+            state_of(parameters),
             chained=self._pending.chained(args, kwargs),
             module=self._calls.name_of(model),
         )

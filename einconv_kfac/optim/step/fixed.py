@@ -24,7 +24,7 @@ from einconv_kfac.optim.step.selection import or_others, or_zero
 from einconv_kfac.optim.step.step_protocol import Taken
 from einconv_kfac.optim.vectors import Direction, norms, precise
 
-NOT_FINITE = "The preconditioned gradient was not finite; the step was skipped."
+NOT_FINITE = "The preconditioned gradient of '{}' was not finite; the step was skipped."
 
 
 class FixedStep:
@@ -55,8 +55,8 @@ class FixedStep:
         curvature.update_()
         curvature.refresh_(damping, objective.decay)
         direction = curvature.precondition(objective.gradient)
-        if inverts and not _are_finite(objective, direction):
-            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=7)
+        if inverts and (name := _not_finite(objective, direction)):
+            warnings.warn(NOT_FINITE.format(name), RuntimeWarning, stacklevel=7)
             return Taken({"damping": damping})
         clip = _clip_(direction, objective)
         steps = {**direction, **objective.others}
@@ -94,17 +94,18 @@ class FixedStep:
         """See `Step`."""
 
 
-def _are_finite(objective: Objective, direction: Direction) -> bool:
-    """Return whether a direction is finite; the host reads it with the finiteness of the gradient.
+def _not_finite(objective: Objective, direction: Direction) -> str | None:
+    """Return a parameter whose direction is not finite; the host waits for the device once.
 
     Raises:
         NotFiniteError: If the gradient, a loss or a factor is not finite.
     """
     tensors = [*direction.values()]
-    finite, own = objective.finite, Finiteness(tensors, norms(tensors))
+    named = {name: [tensor] for name, tensor in direction.items()}
+    finite, own = objective.finite, Finiteness(named, norms(tensors))
     (ours,), (theirs,) = read(own.flag, own.flag if finite.is_known else finite.flag)
     finite.confirm_(finite.is_known or theirs)
-    return bool(ours) or bool(own.by_entry())
+    return None if ours else own.fault(own.by_entry().tolist())
 
 
 def _clip_(direction: Direction, objective: Objective) -> Tensor:

@@ -8,6 +8,7 @@ the next step at the latest.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,27 +17,29 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import NOT_FINITE
+from einconv_kfac.optim.factors.finiteness import Finiteness
 from einconv_kfac.optim.step.objective import Memory
 from einconv_kfac.optim.step.selection import or_others
 
 
-class LateNumber:
-    """A number that is copied to the host while the device goes on.
+class LateNumbers:
+    """Numbers that are copied to the host while the device goes on.
 
     Args:
-        number: The number on the device.
+        numbers: A vector on the device.
     """
 
-    def __init__(self, number: Tensor) -> None:
-        self._host = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
-        self._host.copy_(number, non_blocking=True)
+    def __init__(self, numbers: Tensor) -> None:
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        self._host.copy_(numbers, non_blocking=True)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record()
 
-    def read(self) -> float:
-        """Return the number; the host waits for what was asked of the device before it."""
+    def read(self) -> list[float]:
+        """Return the numbers; the host waits for what was asked of the device before them."""
         self._copied.synchronize()
-        return float(self._host)
+        found: list[float] = self._host.tolist()
+        return found
 
 
 class LateCheck:
@@ -44,32 +47,36 @@ class LateCheck:
 
     def __init__(self) -> None:
         self._undo: tuple[Callable[[], None], ...] = ()
-        self._flag: LateNumber | None = None
+        self._waiting: tuple[LateNumbers, list[str]] | None = None
 
     def prepare_(self, *undo: Callable[[], None]) -> None:
         """Take functions that restore, after the coming step, what the device does not."""
         self._undo = undo
 
-    def begin_(self, flag: Tensor) -> None:
+    def begin_(self, finite: Finiteness) -> None:
         """Leave the check of the step for later.
 
         Args:
-            flag: Whether all of its numbers are finite, by which the device decides.
+            finite: Whether its numbers are finite, by whose flag the device decides.
         """
-        self._flag = LateNumber(flag)
+        self._waiting = LateNumbers(finite.numbers), finite.names()
 
     def drop_(self) -> None:
         """Drop the check of a step that was not taken."""
-        self._flag = None
+        self._waiting = None
 
     def settle_(self) -> bool:
         """Check the last step if that is still to be done; return ``False`` if it was skipped."""
-        flag, self._flag = self._flag, None
-        if flag is None or flag.read():
+        if self._waiting is None:
+            return True
+        (numbers, names), self._waiting = self._waiting, None
+        found = zip(names, numbers.read())
+        fault = next((name for name, number in found if not math.isfinite(number)), None)
+        if fault is None:
             return True
         for restore in self._undo:
             restore()
-        warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=4)
+        warnings.warn(NOT_FINITE.format(fault), RuntimeWarning, stacklevel=4)
         return False
 
 

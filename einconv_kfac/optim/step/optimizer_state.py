@@ -212,13 +212,14 @@ def _parameter_snapshot(parameters: list[Tensor]) -> Callable[[], None]:
 
 def _memory_snapshot(optimizer: Optimizer, parameters: Sequence[Tensor]) -> Callable[[], None]:
     """Return a function that restores what the optimizer keeps of each parameter."""
-    saved = {p: dict(optimizer.state[p]) for p in parameters if p in optimizer.state}
+    known = [optimizer.state.get(parameter) for parameter in parameters]
+    saved = [None if own is None else dict(own) for own in known]
 
     def restore() -> None:
-        for parameter in parameters:
-            if parameter in saved:
-                optimizer.state[parameter] = saved[parameter]
-            else:
+        for parameter, own in zip(parameters, saved):
+            if own is None:
                 optimizer.state.pop(parameter, None)
+            else:
+                optimizer.state[parameter] = own
 
     return restore

@@ -80,17 +80,13 @@ class StepRunner:
         curvature = self.curvature
         batches, divisor = self._batches(optimizer)
         point = Point.of(optimizer.param_groups, self.names, by_parameter, divisor)
-        gradients = [*point.gradient.values()]
-        known = norms(gradients)
+        known = norms(point.gradient.values())
         if self._found_inf(optimizer):  # the scaler will lower its scale
             curvature.discard_()
             return None
-        finite = self._finiteness(point, known, batches)
-        if finite is None:
-            self._skipped_()
-            return None
         undone = restored_on_error(optimizer, curvature, self.step, point.parameters)
         try:
+            finite = self._finiteness(point, known, batches)
             if not batches and not curvature.collector.moments and not any(point.rates.values()):
                 finite.require_()
                 curvature.discard_()  # as where torch.distributed.checkpoint asks for empty states
@@ -99,31 +95,33 @@ class StepRunner:
                 taken = self._take_(optimizer, point, batches, settings, finite)
                 curvature.finish_()
                 if finite.is_late:
-                    self.late.begin_(finite.flag)
+                    self.late.begin_(finite)
                 last.apply_(taken.changes)
-        except NotFiniteError:
-            self._skipped_()
+        except NotFiniteError as error:
+            self._skipped_(str(error))
             return None
         return replace(taken, changes=()), dict(zip(point.gradient, known))
 
-    def _skipped_(self) -> None:
-        """Report that the step is skipped."""
+    def _skipped_(self, fault: str) -> None:
+        """Report that the step is skipped, for a number that is not finite."""
         self.curvature.discard_()
-        warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=7)
+        warnings.warn(NOT_FINITE.format(fault), RuntimeWarning, stacklevel=7)
 
     def _finiteness(
         self, point: Point, known: Sequence[Tensor], batches: Sequence[Batch]
-    ) -> Finiteness | None:
-        """Return whether all numbers are finite, or ``None`` if they are known not to be.
+    ) -> Finiteness:
+        """Return whether all numbers are finite; several workers find out together, and at once.
 
-        Several workers find out together, and at once.
+        Raises:
+            NotFiniteError: If several workers have a number that is not finite.
         """
-        collector, gradients = self.curvature.collector, [*point.gradient.values()]
-        losses = [batch.loss for batch in batches]
+        collector, losses = self.curvature.collector, [batch.loss for batch in batches]
         if self.curvature.workers.size == 1:
-            return collector.finiteness(gradients, losses, known)
+            return collector.finiteness(point.gradient, losses, known)
         same = partial(self._same, point, known)
-        return KNOWN if collector.is_finite(gradients, losses, known, same) else None
+        if fault := collector.not_finite(point.gradient, losses, known, same):
+            raise NotFiniteError(fault)
+        return KNOWN
 
     def _found_inf(self, optimizer: Optimizer) -> bool:
         """Return whether a gradient scaler has found a gradient that is not finite."""

@@ -1,0 +1,52 @@
+"""Walks over the modules and parameters of a model, of which every step makes some.
+
+They find what ``named_modules`` and ``named_parameters`` do, in the same order, without a Python
+generator for each module, which takes two to three times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model by name, each once; that of the model itself is empty."""
+    seen: set[nn.Module] = set()
+    found: dict[str, nn.Module] = {}
+    coming: list[tuple[str, nn.Module]] = [("", model)]
+    while coming:
+        name, module = coming.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found[name] = module
+        if module._modules:
+            prefix = f"{name}." if name else ""
+            for key, child in reversed(module._modules.items()):
+                if child is not None:
+                    coming.append((prefix + key, child))
+    return found
+
+
+def parameters_in(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters that modules have themselves, each once."""
+    found: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found.setdefault(id(parameter), parameter)
+    return list(found.values())
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model by name, each once."""
+    seen: set[int] = set()
+    found: dict[str, nn.Parameter] = {}
+    for name, module in named_modules(model).items():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{name}.{key}" if name else key] = parameter
+    return found
