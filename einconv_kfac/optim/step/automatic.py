@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.automatic_state import check_automatic_state
 from einconv_kfac.optim.step.damping.damping_source import DampingSource
 from einconv_kfac.optim.step.damping.rule import DampingRule
@@ -56,10 +57,11 @@ class AutomaticStep:
         self._rule = rule
         self._safeguard = safeguard
         self._trust = SlopeTrust()
+        self._agreement = Agreement()
         self._slow = SlowMomentum()
         self._fit = StepFit(curvature, self._trust)
         self._rollback = Rollback()
-        self._reduction = Reduction(self._replay, rule, self._trust, safeguard)
+        self._reduction = Reduction(self._replay, rule, self._noise, safeguard)
         self._dampings = DampingSource(rule, self._replay)
         self._first = FirstReading(curvature, self._fit, self._trust, self._dampings)
         self._warned = False
@@ -96,6 +98,7 @@ class AutomaticStep:
             taken = Taken({"damping": damping or math.nan, "rejected": 1.0})
         else:
             self._rollback.accept_(first.value)
+            self._agreement.sample_(first.value)
             self._trust.accept_(first.slopes)
             damping = self._first.damping_(objective) if begun is None else begun.damping
             if damping is None:
@@ -167,6 +170,7 @@ class AutomaticStep:
         coefficient, is_slow = fit.mix[-1], followed.coefficient is None
         if is_slow:
             coefficient = self._add_momentum_(objective, update, before, fit)
+        self._expect_agreement_(objective, before)
         coefficient = coefficient if followed.direction else 0.0
         for name, tensor in update.items():
             objective.memory[name][MOMENTUM_BUFFER] = tensor
@@ -175,6 +179,19 @@ class AutomaticStep:
             self._trust.predict_(fit.directions[0], fit.along.first_slope, moved)
         numbers = {"damping": damping, "step_size": fit.mix[0], "momentum": coefficient}
         return self._taken(update, {**numbers, "predicted": predicted})
+
+    def _noise(self) -> float:
+        """Return the fraction of slopes that batches do not share; 0 where the batch repeats."""
+        return min(self._trust.noise, self._agreement.noise)
+
+    def _expect_agreement_(self, objective: Objective, before: Before | None) -> None:
+        """Evaluate the objective after a step, for the next batch to be compared with, if due."""
+        steps = self._curvature.steps
+        if before is None or before.rounding is None or not self._agreement.is_due(steps):
+            return
+        own = [before.value, self._reduction.value(objective), before.rounding]
+        value, after, rounding = torch.stack(own).tolist()
+        self._agreement.expect_(value, after, rounding, steps)
 
     def _taken(self, update: Direction, numbers: Statistics) -> Taken:
         """Return a step with its statistics."""
@@ -192,6 +209,7 @@ class AutomaticStep:
         self._slow.drop_(objective.memory)
         undo_(objective.parameters, objective.memory)
         self._trust.drop_()
+        self._agreement.drop_()
         self._fit.subspace.drop_()
         self._dampings.raise_(UNDONE_FACTOR)
 
@@ -243,6 +261,7 @@ class AutomaticStep:
         """See `Step`."""
         return {
             "adapted": self._reduction.adapted,
+            "agreement": self._agreement.state_dict(),
             "raised": self._dampings.factor,
             "rule": self._rule.state_dict(),
             "search": self._fit.search.state_dict(),
@@ -270,6 +289,7 @@ class AutomaticStep:
     def load_state_dict(self, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """See `Step`."""
         self._reduction.adapted = state["adapted"]
+        self._agreement.load_state_dict(state["agreement"])
         self._dampings.factor = state["raised"]
         self._rule.load_state_dict(state["rule"])
         self._fit.search.load_state_dict(state["search"])
