@@ -41,7 +41,9 @@ has a function among the callers of the operation."""
 ALLOCATIONS = frozenset(
     {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "lift_fresh", "lift"}
 )
-QUESTIONS = frozenset({"promote_types", "result_type", "can_cast", "is_same_size"})
+QUESTIONS = frozenset(
+    {"promote_types", "result_type", "can_cast", "is_same_size", "_has_same_storage_numel"}
+)
 """Operations on the host about data types and shapes."""
 REINTERPRETATIONS = frozenset({"_unsafe_view", "_reshape_alias", "detach", "alias", "_make_dual"})
 WAITING = frozenset({"_local_scalar_dense", "is_nonzero", "equal", "_linalg_check_errors"})

@@ -15,6 +15,7 @@ from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.parameters import Training, check_member, training
 from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.optimizer_state import OptimizerState
+from einconv_kfac.optim.step.runner import StepRunner
 
 
 class CurvatureOptimizer(Optimizer):
@@ -27,6 +28,8 @@ class CurvatureOptimizer(Optimizer):
     _preconditioner: RunningCurvature
     _state: OptimizerState
     _report: Report
+    _earlier: Report = Report()
+    _runner: StepRunner
     _is_covering: bool
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -59,6 +62,7 @@ class CurvatureOptimizer(Optimizer):
         ``rejected`` where the step before was undone, since the loss exploded or the model was
         not finite. ``cholesky_retries`` counts decompositions that were repeated so far.
         """
+        self._settle_()
         return self._report.numbers(self._preconditioner.layers)
 
     def layer_statistics(self) -> dict[str, dict[str, float]]:
@@ -71,6 +75,7 @@ class CurvatureOptimizer(Optimizer):
         ``cholesky_retries``; ``factor_seconds`` and ``inverse_seconds``, the host's time for its
         last update and inverse. They are computed in this call; steps do not wait for them.
         """
+        self._settle_()
         present = {name: parameter.detach() for parameter, name in self._names.items()}
         return self._report.by_layer(self._preconditioner.layers, present)
 
@@ -79,6 +84,7 @@ class CurvatureOptimizer(Optimizer):
 
         For a step that is left out on purpose; call it with ``zero_grad``.
         """
+        self._settle_()
         self._preconditioner.discard_()
 
     def state_dict(self, *, include_factors: bool = True) -> dict[str, Any]:
@@ -94,6 +100,7 @@ class CurvatureOptimizer(Optimizer):
             include_factors: Whether the factors and their inverses, the largest part, are saved.
                 If not, they start anew where the state is loaded.
         """
+        self._settle_()
         with self._state.saving(self, flag("include_factors", include_factors)):
             return super().state_dict()
 
@@ -107,11 +114,19 @@ class CurvatureOptimizer(Optimizer):
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"`state_dict` must be a dictionary, got {shown(state_dict)}.")
+        self._settle_()
         with self._state.loading(self):
             super().load_state_dict(state_dict)
 
     def __repr__(self) -> str:
         return description(type(self).__name__, self._model, self._settings, self.param_groups)
+
+    def _settle_(self) -> bool:
+        """Check the last step if that is still to be done; return ``False`` if it was skipped."""
+        if taken := self._runner.late.settle_():
+            return taken
+        self._report = self._earlier
+        return False
 
     def _accept_assigned_(self, present: Mapping[str, nn.Parameter]) -> None:
         """Train parameters that were assigned in place of others, with the state of the others.

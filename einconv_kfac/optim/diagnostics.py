@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ class Report:
     taken: Taken = field(default_factory=lambda: Taken({}))
     gradients: Direction = field(default_factory=dict)
     parameters: Direction = field(default_factory=dict)
+
+    def without_updates(self) -> Report:
+        """Return the report without the updates, which take memory."""
+        return replace(self, taken=replace(self.taken, moved={}))
 
     def numbers(self, layers: Mapping[str, RunningFactors]) -> dict[str, float]:
         """Return the numbers of the whole model; `KFAC.statistics` explains them.

@@ -238,14 +238,15 @@ class KFAC(CurvatureOptimizer):
         workers = self._preconditioner.workers
         workers.check("KFAC")
         with workers.together():
+            self._settle_()
             self._preconditioner.stored.divide_()
             present = named_parameters(self._model)
             self._accept_assigned_(present)
             self._preconditioner.cover_unfrozen_(present)
             found = self._runner.run_(self)
         if found is not None:
-            self._report = Report(*found)
-            if self._log_to is not None:
+            self._earlier, self._report = self._report.without_updates(), Report(*found)
+            if self._log_to is not None and self._settle_():
                 self._log_to(self._preconditioner.steps - 1, self.statistics())
         return loss
 

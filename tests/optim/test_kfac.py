@@ -379,7 +379,7 @@ class TestRejection:
         model, loss_fn = conv_net(), nn.CrossEntropyLoss()
         opt, before = KFAC(model, loss_fn, damping=damping), weights(model)
         with monkeypatch.context() as patch:
-            patch.setattr(RunningCurvature, "relative_change", lambda *_: math.inf)
+            patch.setattr(RunningCurvature, "relative_change", lambda *_: torch.tensor(math.inf))
             with pytest.warns(RuntimeWarning, match="change nothing or everything"):
                 train_step(model, loss_fn, opt, image_batch())
             first = opt.statistics()["damping"]

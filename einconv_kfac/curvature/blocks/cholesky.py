@@ -178,10 +178,20 @@ def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> li
         dampings: Dampings ``[g]``.
     """
     found = [_damped_inverse(factor, damping) for factor, damping in zip(factors, dampings)]
-    failures = [failed for _, failed in found]
-    if not failures or not bool(torch.cat(failures).any()):
+    if not found or bool(_are_right(found)):
         return [inverse for inverse, _ in found]
-    return [None if bool(failed.any()) else inverse for inverse, failed in found]
+    return [
+        None if bool(failed.any()) or not bool(inverse.isfinite().all()) else inverse
+        for inverse, failed in found
+    ]
+
+
+def _are_right(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return whether no inverse failed, and the norms of all are finite; norms may overflow."""
+    norms = torch._foreach_norm([inverse for inverse, _ in found])
+    widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
+    total = torch.stack([norm.to(widest) for norm in norms]).sum()
+    return ~torch.cat([failed for _, failed in found]).any() & (total - total == 0)
 
 
 def _in_float64(pair: Pair, damping: float, name: str, damping_increases: int) -> DampedFactors:
@@ -204,27 +214,26 @@ def _in_float64(pair: Pair, damping: float, name: str, damping_increases: int) -
 
 
 def _damped_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(factor + damping I)^-1`` per group, and whether that failed, ``[g]``.
+    """Return ``(factor + damping I)^-1`` per group, and a number per group, ``[g]``.
 
-    It fails where the damped factor is not positive definite, or the inverse is not finite. The
-    host does not wait for it.
+    The number is not zero where the damped factor is not positive definite. The host does not wait.
     """
     size = factor.shape[-1]
     if is_diagonal(factor) or size == 1:
         damped = factor + damping.reshape(-1, *(1,) * (factor.ndim - 1))
         inverse = damped.reciprocal()
-        positive = (inverse > 0).flatten(1).all(-1)
+        failures = ~(inverse > 0).flatten(1).all(-1)
     elif size == PLANE:
         inverse, positive = _inverse_in_plane(factor, damping)
+        failures = ~positive
     else:
         damped = factor.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
         triangle, failures = torch.linalg.cholesky_ex(damped)
-        positive = failures == 0
         # an unfinished triangle may have a zero on its diagonal, and cannot be inverted
-        triangle.diagonal(dim1=-2, dim2=-1).masked_fill_(~positive.unsqueeze(-1), 1)
+        triangle.diagonal(dim1=-2, dim2=-1).masked_fill_((failures != 0).unsqueeze(-1), 1)
         inverse = torch.cholesky_inverse(triangle)
-    return inverse, ~(positive & inverse.isfinite().flatten(1).all(-1))
+    return inverse, failures
 
 
 def _inverse_in_plane(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:

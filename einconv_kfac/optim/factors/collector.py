@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Generator, Tensor, nn
 
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
@@ -29,6 +28,7 @@ from einconv_kfac.distributed.wrappers import (
 from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts
+from einconv_kfac.optim.factors.finiteness import Finiteness
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import without_autocast
@@ -113,6 +113,10 @@ class Collector:
         self.recorder.take()
         self.due = set(due)
         self._capture.enabled = bool(self.due)
+
+    def drop_due_(self) -> None:
+        """Drop what was collected, and let the coming step do without."""
+        self.moments, self.due = {}, set()
 
     def combine_(self) -> None:
         """Add what the other workers collected."""
@@ -222,9 +226,7 @@ class Collector:
     ) -> str | None:
         """Return what is not finite: a loss, a gradient or collected moments; ``None`` if all is.
 
-        Whether all is finite is the one number of an ordinary step that the host waits for. A
-        tensor is finite where its norm or sum is; entries are looked at one by one only if one is
-        not, since a norm may overflow. The first of those that are not finite is named.
+        The host waits. The first of those that are not finite is named.
 
         Args:
             gradient: The gradients.
@@ -232,22 +234,28 @@ class Collector:
             known: The norms of the gradients.
             same: Returns what must be the same on all workers.
         """
-        moments = {name: own.checked() for name, own in self.moments.items()}
-        others = [*losses, *(part for own in moments.values() for part in own)]
-        short = [*known, *totals(others)]
-        flags = torch.stack(short).isfinite() if short else torch.ones(1, dtype=torch.bool)
-        if self.workers.agree(flags.all(), "are all numbers finite", same):
+        found = self.finiteness(gradient, losses, known)
+        if self.workers.agree(found.flag, "are all numbers finite", same):
             return None
-        named = [
-            *(("The loss", loss) for loss in losses),
-            *((f"The gradient of '{name}'", own) for name, own in gradient.items()),
-            *((f"A Kronecker factor of '{n}'", part) for n, own in moments.items() for part in own),
-        ]
-        flags = torch.stack([tensor.isfinite().all() for _, tensor in named])
+        flags = found.by_entry()
         if self.workers.agree(flags.all(), "is each number finite"):
             return None
-        found = (name for (name, _), is_finite in zip(named, flags.tolist()) if not is_finite)
-        return next(found, "A loss, gradient or Kronecker factor of another worker")
+        return (
+            found.fault(flags.tolist()) or "A loss, gradient or Kronecker factor of another worker"
+        )
+
+    def finiteness(
+        self, gradient: Direction, losses: Sequence[Tensor], known: Sequence[Tensor]
+    ) -> Finiteness:
+        """Return whether they are finite, for this worker and without waiting; see `not_finite`."""
+        moments = {name: own.checked() for name, own in self.moments.items()}
+        others = [*losses, *(part for own in moments.values() for part in own)]
+        named = {
+            "The loss": losses,
+            **{f"The gradient of '{name}'": [own] for name, own in gradient.items()},
+            **{f"A Kronecker factor of '{name}'": own for name, own in moments.items()},
+        }
+        return Finiteness(named, [*known, *totals(others)])
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good."""

@@ -157,8 +157,7 @@ class RunningCurvature:
             name: (running.factor_step, self._of(running).factor_update_period)
             for name, running in self.layers.items()
         }
-        due, bases = due_names(self.steps, work), self._refresh.bases()
-        self.collector.begin_(due, bases, self.steps)
+        self.collector.begin_(due_names(self.steps, work), self._refresh.bases(), self.steps)
 
     def discard_(self) -> None:
         """Forget what was collected since the last step, as if it had not been seen."""
@@ -181,8 +180,8 @@ class RunningCurvature:
         ]
         workers = self.workers.size if self.loss_weight is None else 1
         move_averages_(found, self.estimator, self.loss_weight, self.steps, workers)
-        known = [own for own in self.layers.values() if own.factor_step is not None]
-        if self.layers and not known and not self.collector.has_seen_loss:
+        known = any(own.factor_step is not None for own in self.layers.values())
+        if self.layers and not (known or self.collector.has_seen_loss):
             raise RuntimeError(NEVER_SEEN)
 
     def refresh_(self, damping: float, decay: Mapping[str, float]) -> None:
@@ -195,9 +194,16 @@ class RunningCurvature:
         Raises:
             RuntimeError: If a damped factor is singular. No inverse is changed then.
         """
-        periods = {n: self._of(own).inverse_update_period for n, own in self.layers.items()}
-        times = intervals(self.steps, periods)
-        self._refresh.refresh_(self._dampings(damping, decay), times, self.steps)
+        self._refresh.refresh_(self._dampings(damping, decay), self._intervals(), self.steps)
+
+    def inverts(self) -> bool:
+        """Return whether `refresh_` will compute inverses, or take over those of a thread."""
+        return self._refresh.is_due(self._intervals(), self.steps)
+
+    def _intervals(self) -> dict[str, int]:
+        """Return after how many steps inverses are due, by layer."""
+        own = {name: self._of(each) for name, each in self.layers.items()}
+        return intervals(self.steps, {name: s.inverse_update_period for name, s in own.items()})
 
     def trial_inverses(self, decay: Mapping[str, float]) -> Callable[[float], Inverses]:
         """Return a function that inverts with a damping; it raises like `refresh_`.
@@ -227,12 +233,9 @@ class RunningCurvature:
                 known.append((running.layer, running.on_device(inverse, own.device)))
         return preconditioned(known, gradient)
 
-    def relative_change(self, update: Direction, parameters: Direction) -> float:
-        """Return by how much an update changes the outputs of layers, summed over the layers.
-
-        Each change is root mean square, relative to that of the layer's output.
-        """
-        return float(relative_change(self.layers.values(), update, parameters))
+    def relative_change(self, update: Direction, parameters: Direction) -> Tensor:
+        """Return the sum over layers of the relative changes of their outputs by an update."""
+        return relative_change(self.layers.values(), update, parameters)
 
     def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
         """Return the dampings by layer, weight decay included."""
@@ -259,8 +262,8 @@ class RunningCurvature:
 
     def snapshot(self) -> Callable[[], None]:
         """Return a function that restores the present state, and drops what was collected."""
-        restore_layers = snapshot_of(self.layers)
-        steps, settings, seed = self.steps, self.settings, self.seed
+        restore_layers, steps = snapshot_of(self.layers), self.steps
+        settings, seed = self.settings, self.seed
 
         def restore() -> None:
             restore_layers()

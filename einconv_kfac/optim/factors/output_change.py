@@ -39,7 +39,7 @@ def relative_change(
     pairs = [
         [_squares(stack, values) for values in (update, parameters)] for stack in stacks.values()
     ]
-    moved, present = (torch.cat([squares.double() for squares in own]) for own in zip(*pairs))
+    moved, present = (torch.cat(own).double() for own in zip(*pairs))
     return torch.where(present > 0, moved / present, 0.0).sqrt().sum()
 
 

@@ -56,10 +56,7 @@ class Refresh:
             RuntimeError: If a damped factor is not positive definite. No inverse is changed
                 then, but what a thread failed at is due again.
         """
-        pending = {n: own.pending for n, own in self._running.items() if own.pending is not None}
-        ready = {name: one for name, one in pending.items() if one.due <= step}
-        due = [n for n in self._running if n in ready or n not in pending]
-        due = [n for n in due if self._is_due(n, ready.get(n), intervals[n], step)]
+        ready, due = self._work(intervals, step)
         known = {n for n, own in self._running.items() if n in ready or own.inverse is not None}
         later = [n for n in due if self._in_background and n in known]
         now = self._inverted({n: dampings[n] for n in due if n not in later})
@@ -72,6 +69,19 @@ class Refresh:
             return
         for name, own in self._running.items():
             own.inverse = own.inverse and own.inverse.with_damping(dampings[name])
+
+    def is_due(self, intervals: Mapping[str, int], step: int) -> bool:
+        """Return whether `refresh_` has inverses to compute or to take over."""
+        return any(self._work(intervals, step))
+
+    def _work(
+        self, intervals: Mapping[str, int], step: int
+    ) -> tuple[dict[str, Pending], list[str]]:
+        """Return the inverses that threads have ready, and the layers to invert."""
+        pending = {n: own.pending for n, own in self._running.items() if own.pending is not None}
+        ready = {name: one for name, one in pending.items() if one.due <= step}
+        due = [n for n in self._running if n in ready or n not in pending]
+        return ready, [n for n in due if self._is_due(n, ready.get(n), intervals[n], step)]
 
     def bases(self) -> dict[str, EigenBlock]:
         """Return the eigenbases in which squared gradients are averaged, by layer."""

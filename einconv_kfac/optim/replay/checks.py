@@ -104,20 +104,28 @@ def check_repeated(batch: Batch, outputs: Sequence[Tensor]) -> None:
 
 def is_repeated(batch: Batch, outputs: Sequence[Tensor]) -> bool:
     """Return whether the outputs of a replay are the recorded ones, up to rounding."""
+    flags = repetitions(batch, outputs)
+    return flags is not None and (not flags or bool(torch.stack(flags).all()))
+
+
+def repetitions(batch: Batch, outputs: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return whether each output of a replay is the recorded one, up to rounding.
+
+    The host does not wait for the flags. It is ``None`` where an output has another shape.
+    """
     precision = [each.call.environment.precision for each in batch.forwards for _ in each.inputs]
-    return all(
-        _is_close(value, expected, eps(value.dtype))
-        for value, expected, eps in zip(outputs, batch.curvature_outputs(), precision)
-    )
+    pairs = list(zip(outputs, batch.curvature_outputs(), precision))
+    if any(value.shape != expected.shape for value, expected, _ in pairs):
+        return None
+    return [_is_close(value, expected, eps(value.dtype)) for value, expected, eps in pairs]
 
 
-def _is_close(value: Tensor, expected: Tensor, eps: float) -> bool:
+def _is_close(value: Tensor, expected: Tensor, eps: float) -> Tensor:
     """Return whether a tensor is another one up to rounding with a machine epsilon."""
-    if value.shape != expected.shape:
-        return False
     wide = torch.promote_types(expected.dtype, torch.float64)
     expected, value = expected.to(wide), value.detach().to(wide)
     kept = expected.isfinite()
     difference = (value - expected).where(kept, 0)
     allowed = min(10 * eps**0.5, REPEATED_ERROR) * expected.where(kept, 0).norm()
-    return not bool(difference.norm() > allowed)
+    differs: Tensor = difference.norm() > allowed
+    return ~differs

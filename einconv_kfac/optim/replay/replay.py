@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.objective.loss_model import Expansion, GivenLoss
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.replay.checks import check_batch, check_repeated, is_repeated
+from einconv_kfac.optim.replay.checks import (
+    check_batch,
+    check_repeated,
+    is_repeated,
+    repetitions,
+)
 from einconv_kfac.optim.replay.forward import ForwardPass, run_all
 from einconv_kfac.optim.replay.joint import joined
 from einconv_kfac.optim.replay.jvp import Tangents, backward_products, forward_products
@@ -35,6 +40,7 @@ class Replay:
     Attributes:
         forward_mode: Whether Jacobian-vector products use forward mode; set to ``False`` where
             an operator of the model has none.
+        is_checked: Whether the model was seen to repeat its output.
         takes_gradients: Whether the model itself takes gradients, as for forces; set to ``True``
             where a replay without a graph fails.
     """
@@ -48,7 +54,8 @@ class Replay:
     ) -> None:
         self.forward_mode = True
         self.takes_gradients = False
-        self._checked = False
+        self._doubts: list[Tensor] | None = None
+        self.is_checked = False
         self._model = model
         self._paused = paused
         self._compiled = compiled
@@ -150,7 +157,7 @@ class Replay:
             if self.takes_gradients:
                 raise
         else:
-            if is_repeated(batch, outputs):
+            if self._is_repeated_(batch, outputs):
                 return found
             if self.takes_gradients:
                 check_repeated(batch, outputs)
@@ -162,6 +169,28 @@ class Replay:
             self.takes_gradients = False
             raise
         return found
+
+    def _is_repeated_(self, batch: Batch, outputs: Outputs) -> bool:
+        """Return whether outputs are the recorded ones, or leave that open inside of `doubting`."""
+        if self._doubts is None or self.takes_gradients:
+            return is_repeated(batch, outputs)
+        flags = repetitions(batch, outputs)
+        self._doubts += flags or ()
+        return flags is not None
+
+    @contextmanager
+    def doubting(self) -> Iterator[list[Tensor]]:
+        """Return flags, all of which must be set for products made inside the block to be right.
+
+        The host then reads them with other numbers. If one is not set, the products are made
+        again outside of such a block.
+        """
+        doubts: list[Tensor] = []
+        self._doubts = doubts
+        try:
+            yield doubts
+        finally:
+            self._doubts = None
 
     def check_recorded(self, batches: Sequence[Batch]) -> None:
         """Raise a ``RuntimeError`` if a batch cannot be replayed, without running the model."""
@@ -186,12 +215,12 @@ class Replay:
             RuntimeError: If one of them cannot be replayed.
         """
         batches = [self._moved(self._restored(batch)) for batch in batches]
-        if not self._checked:
+        if not self.is_checked:
             with self._paused(), torch.enable_grad():
                 forwards = batches[0].curvature_forwards()
                 check_repeated(batches[0], run_all(forwards, self._model, {}))
             self.jacobian_products(batches[0], parameters, [direction])
-            self._checked = True
+            self.is_checked = True
         return joined(batches)
 
     def check_outputs(self, batches: Sequence[Batch]) -> None:

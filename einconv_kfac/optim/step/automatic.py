@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
-from einconv_kfac.optim.replay.checks import check_weights
 from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.automatic_state import check_automatic_state
 from einconv_kfac.optim.step.damping.damping_source import DampingSource
 from einconv_kfac.optim.step.damping.rule import DampingRule
+from einconv_kfac.optim.step.first_reading import FirstReading
 from einconv_kfac.optim.step.fit import Fit, Momentum
 from einconv_kfac.optim.step.layer_gains import mean_gain
 from einconv_kfac.optim.step.objective import Objective, common_momentum
@@ -63,6 +63,7 @@ class AutomaticStep:
         self._rollback = Rollback()
         self._reduction = Reduction(self._replay, rule, self._noise, safeguard)
         self._dampings = DampingSource(rule, self._replay)
+        self._first = FirstReading(curvature, self._fit, self._trust, self._dampings)
         self._warned = False
         self._unobserved = UnobservedTerms(self._replay)
 
@@ -84,16 +85,30 @@ class AutomaticStep:
         is_due = momentum is not None or self._is_due(objective)
         self._replay.check_recorded(objective.batches)
         objective = self._checked(objective) if is_due else objective
-        if self._undone_(objective):
+        slow = self._slow.direction(objective.memory, objective.rates)
+        previous = last_update(objective.memory)
+        followed = Momentum(slow if momentum is None else previous, momentum)
+        begun = None if is_due else self._first.begun_(objective, followed)
+        first = self._first.numbers(objective, begun)
+        if previous and self._rollback.is_needed(first.value):
+            if begun is not None:
+                begun.undo_()
+            self._undo_(objective)
             damping = self._dampings.damping_(objective, self._curvature.steps)
             taken = Taken({"damping": damping or math.nan, "rejected": 1.0})
         else:
-            self._trust.sample_(objective.gradient)
-            damping = self._dampings.damping_(objective, self._curvature.steps)
-            self._curvature.update_()
+            self._rollback.accept_(first.value)
+            self._agreement.sample_(first.value)
+            self._trust.accept_(first.slopes)
+            damping = self._first.damping_(objective) if begun is None else begun.damping
             if damping is None:
                 return Taken({})
-            taken = self._fitted_(objective, momentum, damping, is_due=is_due)
+            mix, products = (begun.mix if begun else None), first.products
+            if begun is None and not is_due:
+                mix, products = self._first.mixed_(objective, followed, damping)
+            carried = self._fit.subspace.carried
+            fit = None if mix is None else carried(objective, mix, products)
+            taken = self._fitted_(objective, followed, damping, fit, is_due=is_due)
         steps = self._curvature.steps + 1
         self._curvature.recorder.keeps_layers = momentum is not None or self._is_due(
             objective, steps
@@ -110,29 +125,34 @@ class AutomaticStep:
 
     def _checked(self, objective: Objective) -> Objective:
         """Return the objective with batches that can be replayed at the present point."""
+        if not self._replay.is_checked:
+            objective.finite.require_()
         at = objective.batches, objective.parameters, objective.gradient
         return replace(objective, batches=self._replay.check(*at))
 
     def _fitted_(
-        self, objective: Objective, momentum: float | None, damping: float, *, is_due: bool
+        self,
+        objective: Objective,
+        followed: Momentum,
+        damping: float,
+        fit: Fit | None,
+        *,
+        is_due: bool,
     ) -> Taken:
-        """Fit the step or, if that is not due, take the coefficients of the last fit; take it.
+        """Fit the step, if it does not have the coefficients of the last fit; take it.
 
         Args:
             objective: The objective; if a fit is due, its batches were checked.
-            momentum: The coefficient of the momentum, or ``None`` for the slow momentum.
+            followed: The momentum; without coefficient it is the slow momentum.
             damping: The damping.
+            fit: The step with the coefficients of the last fit.
             is_due: Whether a fit is due.
         """
-        previous = last_update(objective.memory)
-        slow = self._slow.direction(objective.memory, objective.rates)
-        followed = Momentum(slow if momentum is None else previous, momentum)
-        fit = None if is_due else self._fit.carried_(objective, followed, damping)
         if fit is None:
             objective = objective if is_due else self._checked(objective)
             fit = self._fit.best_(objective, followed, damping)
         if fit.is_failure:
-            return self._skipped_(objective, damping, bool(previous))
+            return self._skipped_(objective, damping, bool(last_update(objective.memory)))
         return self._moved_(objective, followed, fit, damping)
 
     def _moved_(self, objective: Objective, followed: Momentum, fit: Fit, damping: float) -> Taken:
@@ -164,10 +184,10 @@ class AutomaticStep:
         """Return the fraction of slopes that batches do not share; 0 where the batch repeats."""
         return min(self._trust.noise, self._agreement.noise)
 
-    def _expect_agreement_(self, objective: Objective, before: Before) -> None:
+    def _expect_agreement_(self, objective: Objective, before: Before | None) -> None:
         """Evaluate the objective after a step, for the next batch to be compared with, if due."""
         steps = self._curvature.steps
-        if before.rounding is None or not self._agreement.is_due(steps):
+        if before is None or before.rounding is None or not self._agreement.is_due(steps):
             return
         own = [before.value, self._reduction.value(objective), before.rounding]
         value, after, rounding = torch.stack(own).tolist()
@@ -183,23 +203,6 @@ class AutomaticStep:
             "ratio": self._reduction.ratio,
         }
         return Taken(numbers, {name: (tensor, 1.0) for name, tensor in update.items()}, gains)
-
-    def _undone_(self, objective: Objective) -> bool:
-        """Undo the last step if the objective exploded, and return whether it did.
-
-        Raises:
-            RuntimeError: If the weight of a loss is negative.
-        """
-        weights = [batch.weight.double().reshape(()) for batch in objective.batches]
-        value, *own = torch.stack([objective.value().reshape(()), *weights]).tolist()
-        check_weights(own)
-        if not (last_update(objective.memory) and self._rollback.is_needed(value)):
-            self._rollback.accept_(value)
-            self._dampings.relax_()
-            self._agreement.sample_(value)
-            return False
-        self._undo_(objective)
-        return True
 
     def _undo_(self, objective: Objective) -> None:
         """Undo the last step, and raise the damping."""
@@ -228,7 +231,7 @@ class AutomaticStep:
         self,
         objective: Objective,
         update: Direction,
-        before: Before,
+        before: Before | None,
         fit: Fit,
     ) -> float:
         """Add the slow momentum to a step, and return its coefficient.
@@ -244,7 +247,7 @@ class AutomaticStep:
         known = fit.products if all(objective.rates.values()) else None
         own = {name: tensor.clone() for name, tensor in update.items() if self._safeguard}
         coefficient = self._slow.add_(objective, update, self._trust.fraction, known)
-        if not self._safeguard:
+        if before is None or not self._safeguard:
             return coefficient
         if bool(self._reduction.value(objective) <= before.allowed()):
             return coefficient

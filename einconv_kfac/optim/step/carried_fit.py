@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.joint import joined
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
 from einconv_kfac.optim.step.fit import Along, Fit
-from einconv_kfac.optim.step.layer_products import layer_products
+from einconv_kfac.optim.step.layer_products import PendingProducts, pending_products
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.vectors import Direction, combination
 
@@ -22,6 +24,27 @@ LARGEST_GROWTH = 4.0
 anew: the gradients are then of another size, as after a change of the loss or its weight."""
 LARGEST_SHARE = 2.0
 """Factor between the sizes of two batches above which coefficients are fitted anew."""
+
+
+@dataclass(frozen=True)
+class CarriedMix:
+    """A mix of the descent directions of a batch with the coefficients of an earlier fit.
+
+    Args:
+        direction: The mix.
+        products: Its inner products by layer.
+        change: The change of the layers' outputs by it, if it is likely to be needed.
+    """
+
+    direction: Direction
+    products: PendingProducts
+    change: Tensor | None = None
+
+    @property
+    def numbers(self) -> Tensor:
+        """The numbers of `products`, and the change after them."""
+        own = self.products.numbers
+        return own if self.change is None else torch.cat([own, self.change.to(own).reshape(1)])
 
 
 class CarriedFit:
@@ -56,32 +79,37 @@ class CarriedFit:
         self._ratio = -bend / slope if slope else 0.0
         self._kind, self._size = kind_of(objective), size_of(objective.batches)
 
-    def fit(
-        self,
-        objective: Objective,
-        directions: Sequence[Direction],
-        followed: Direction,
-        trust: float,
-    ) -> Fit | None:
-        """Return the step with the kept coefficients, or ``None`` where they do not hold.
+    def mixed(
+        self, objective: Objective, directions: Sequence[Direction], followed: Direction
+    ) -> CarriedMix | None:
+        """Return the mix with the kept coefficients, or ``None`` where the objective is another.
 
         Args:
             objective: The objective.
             directions: The descent directions.
             followed: The slow momentum, times learning rates.
-            trust: The fraction of the slope that later batches confirm.
         """
         if not self._is_for(objective, len(directions)):
             return None
         mixed = combination(objective.parameters, self.mix, directions)
         point = objective.parameters, objective.gradient
-        products = layer_products(point, followed, mixed)
+        return CarriedMix(mixed, pending_products(point, followed, mixed))
+
+    def fit(self, mix: CarriedMix, numbers: Sequence[float], trust: float) -> Fit | None:
+        """Return the step along a mix, or ``None`` where the coefficients do not hold.
+
+        Args:
+            mix: The mix.
+            numbers: Its `CarriedMix.numbers` on the host.
+            trust: The fraction of the slope that later batches confirm.
+        """
+        products = mix.products.of(numbers)
         slope = sum(own.own for own in products.values())
         square = sum(own.update for own in products.values())
         if not (LARGEST_GROWTH * self._slope <= slope < 0 and square < math.inf):
             return None
         along = Along(slope, trust * slope, -self._ratio * slope, square)
-        whole = Fit([mixed], (1.0,), along, self.mix, products=products)
+        whole = Fit([mix.direction], (1.0,), along, self.mix, products=products, is_carried=True)
         return whole.scaled(trust / self._ratio)
 
     def _is_for(self, objective: Objective, count: int) -> bool:

@@ -102,9 +102,10 @@ class Fit:
             without factors if there is one, and of a momentum if there is one.
         unobserved: The part of the slope along each direction that the recorded losses do not
             explain; empty if it is not known.
-        products: For a step with the coefficients of an earlier fit, its inner products by layer.
+        products: Its inner products by layer, if they are known.
         is_bounded: Whether the bound on the change of the layers' outputs shortened it. With a
             given damping, the objective is evaluated after such a step.
+        is_carried: Whether the coefficients are those of an earlier fit.
     """
 
     directions: Sequence[Direction]
@@ -114,11 +115,12 @@ class Fit:
     unobserved: tuple[float, ...] = ()
     products: dict[str, LayerProducts] | None = None
     is_bounded: bool = False
+    is_carried: bool = False
 
     @property
     def is_exact(self) -> bool:
         """Whether the model is that of the batch, with a coefficient for every direction."""
-        return self.products is None
+        return not self.is_carried
 
     def update(self, objective: Objective, rate: float = 1.0) -> Direction:
         """Return the step times a rate, by parameter name."""

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.factors.finiteness import Finiteness
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, DEFAULT_MOMENTUM
 from einconv_kfac.optim.state_schema import Record
 from einconv_kfac.optim.step.clipping import kl_clip_factor, norm_factor
 from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.parameter_change import ParameterChange
+from einconv_kfac.optim.step.reading import read
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
+from einconv_kfac.optim.step.selection import or_others, or_zero
 from einconv_kfac.optim.step.step_protocol import Taken
-from einconv_kfac.optim.vectors import Direction, first_not_finite, precise
+from einconv_kfac.optim.vectors import Direction, norms, precise
 
 NOT_FINITE = "The preconditioned gradient of '{}' was not finite; the step was skipped."
 
@@ -44,12 +47,15 @@ class FixedStep:
 
     def take_(self, objective: Objective) -> Taken:
         """See `Step`."""
+        curvature, inverts = self._curvature, self._curvature.inverts()
+        if not (objective.finite.is_late or inverts):
+            objective.finite.require_()
         settings = objective.settings
         damping = DEFAULT_DAMPING if settings.damping is None else cast("float", settings.damping)
-        self._curvature.update_()
-        self._curvature.refresh_(damping, objective.decay)
-        direction = self._curvature.precondition(objective.gradient)
-        if self._has_new_inverses() and (name := first_not_finite(direction)):
+        curvature.update_()
+        curvature.refresh_(damping, objective.decay)
+        direction = curvature.precondition(objective.gradient)
+        if inverts and (name := _not_finite(objective, direction)):
             warnings.warn(NOT_FINITE.format(name), RuntimeWarning, stacklevel=7)
             return Taken({"damping": damping})
         clip = _clip_(direction, objective)
@@ -64,11 +70,6 @@ class FixedStep:
             moved.update({name: (own, -rate) for name, own in zip(names, velocities)})
             changes.append(_change(objective, names, velocities, rate))
         return Taken({"damping": damping, "clip": clip}, moved, changes=changes)
-
-    def _has_new_inverses(self) -> bool:
-        """Return whether an inverse was computed in this step."""
-        step = self._curvature.steps
-        return any(own.inverse_step == step for own in self._curvature.layers.values())
 
     def _momentum(self, objective: Objective, name: str) -> float:
         """Return a parameter's momentum; Adam's direction has its own."""
@@ -91,6 +92,20 @@ class FixedStep:
 
     def load_state_dict(self, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """See `Step`."""
+
+
+def _not_finite(objective: Objective, direction: Direction) -> str | None:
+    """Return a parameter whose direction is not finite; the host waits for the device once.
+
+    Raises:
+        NotFiniteError: If the gradient, a loss or a factor is not finite.
+    """
+    tensors = [*direction.values()]
+    named = {name: [tensor] for name, tensor in direction.items()}
+    finite, own = objective.finite, Finiteness(named, norms(tensors))
+    (ours,), (theirs,) = read(own.flag, own.flag if finite.is_known else finite.flag)
+    finite.confirm_(finite.is_known or theirs)
+    return None if ours else own.fault(own.by_entry().tolist())
 
 
 def _clip_(direction: Direction, objective: Objective) -> Tensor:
@@ -118,11 +133,15 @@ def _change(
 ) -> ParameterChange:
     """Return the change of parameters that share a rate."""
     parameters = [objective.parameters[name] for name in names]
+    flag = objective.finite.flag if objective.finite.is_late else None
     if not objective.settings.decoupled_weight_decay:
-        return ParameterChange.adding(parameters, velocities, -rate)
+        added = velocities if flag is None else or_zero(velocities, flag)
+        return ParameterChange.adding(parameters, added, -rate)
     own = objective.by_parameter
     values = list(torch._foreach_mul(parameters, [1 - rate * own[n].weight_decay for n in names]))
     torch._foreach_add_(values, velocities, alpha=-rate)
+    if flag is not None:
+        values = or_others(values, parameters, flag)
     return ParameterChange.replacing(parameters, values)
 
 

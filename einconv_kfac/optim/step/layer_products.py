@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -39,6 +40,30 @@ class LayerProducts:
         return replace(self, own=self.own * factor, update=self.update * factor**2)
 
 
+@dataclass(frozen=True)
+class PendingProducts:
+    """The products of layers before the host has read them.
+
+    Args:
+        layers: The layers.
+        columns: The parameters of the numbers, for one kind of product after the other.
+        numbers: The numbers, a vector in float64.
+    """
+
+    layers: Sequence[str]
+    columns: Sequence[Sequence[str]]
+    numbers: Tensor
+
+    def of(self, numbers: Iterable[float]) -> dict[str, LayerProducts]:
+        """Return the products by layer, from the numbers on the host."""
+        rows = {layer: [0.0] * len(self.columns) for layer in self.layers}
+        found = iter(numbers)
+        for index, names in enumerate(self.columns):
+            for name in names:
+                rows[layer_of(name)][index] += next(found)
+        return {layer: LayerProducts(*row) for layer, row in rows.items()}
+
+
 def layer_products(
     point: tuple[Direction, Direction], momentum: Direction, update: Direction
 ) -> dict[str, LayerProducts]:
@@ -49,6 +74,14 @@ def layer_products(
         momentum: ``m``, of some of the parameters.
         update: ``u``; its layers are returned.
     """
+    found = pending_products(point, momentum, update)
+    return found.of(found.numbers.tolist())
+
+
+def pending_products(
+    point: tuple[Direction, Direction], momentum: Direction, update: Direction
+) -> PendingProducts:
+    """Return the products of each layer, which the host has not read yet; see `layer_products`."""
     parameters, gradient = point
     names = [name for name, tensor in update.items() if tensor.numel()]
     followed = [name for name in names if name in momentum]
@@ -60,12 +93,10 @@ def layer_products(
         (names, _squares(names, parameters)),
     )
     parts = [part for _, own in columns for part in own]
-    numbers = iter(torch.cat([part.double() for part in parts]).tolist() if parts else ())
-    rows = {layer_of(name): [0.0] * len(columns) for name in update}
-    for index, (own, _) in enumerate(columns):
-        for name in own:
-            rows[layer_of(name)][index] += next(numbers)
-    return {layer: LayerProducts(*row) for layer, row in rows.items()}
+    none = torch.zeros(0, dtype=torch.float64)
+    numbers = torch.cat([part.double() for part in parts]) if parts else none
+    layers = list(dict.fromkeys(layer_of(name) for name in update))
+    return PendingProducts(layers, [own for own, _ in columns], numbers)
 
 
 def _dots(names: list[str], a: Direction, b: Direction) -> Iterator[Tensor]:
@@ -78,9 +109,15 @@ def _dots(names: list[str], a: Direction, b: Direction) -> Iterator[Tensor]:
         yield torch.stack([torch.dot(entries(a[name]), entries(b[name])) for name in alone])
     if joined:
         left, right = (torch.cat([entries(own[name]) for name in joined]) for own in (a, b))
-        sizes = torch.tensor([entries(b[name]).numel() for name in joined], device=left.device)
+        sizes = _on_device(tuple(entries(b[name]).numel() for name in joined), left.device)
         products = left.double() * right
         yield torch.segment_reduce(products, "sum", lengths=sizes, unsafe=True)
+
+
+@lru_cache(maxsize=8)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return numbers on a device; the host waits only for those that it has not sent before."""
+    return torch.tensor(numbers, device=device)
 
 
 def _squares(names: Sequence[str], direction: Direction) -> Iterator[Tensor]:

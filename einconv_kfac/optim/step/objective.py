@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from einconv_kfac.distributed.shards import WHOLE, WholeModel
 from einconv_kfac.distributed.stored import graph_leaf, stored_of
 from einconv_kfac.distributed.workers import ALONE, Workers
+from einconv_kfac.optim.factors.finiteness import KNOWN, Finiteness
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.parameters import check_dense
 from einconv_kfac.optim.replay.batch import Batch
@@ -37,6 +38,7 @@ class Objective:
         others: Directions of ascent of the parameters without Kronecker factors.
         memory: The optimizer's state, by name.
         workers: The workers, each with batches of its own; the objective is the mean over them.
+        finite: Whether its numbers are finite.
     """
 
     parameters: Direction
@@ -49,6 +51,7 @@ class Objective:
     others: Direction
     memory: Memory
     workers: Workers = ALONE
+    finite: Finiteness = KNOWN
 
     def value(self) -> Tensor:
         """Return the objective from the recorded losses, for the present parameters."""

@@ -13,6 +13,7 @@ nor a backward pass is needed (Martens and Grosse, 2015).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -85,19 +86,38 @@ class Products:
     Args:
         replay: Runs the model again.
         objective: The objective, of at least one batch.
+
+    Attributes:
+        doubts: Flags that must be set for the products to be right, see `Replay.doubting`.
     """
 
     def __init__(self, replay: Replay, objective: Objective) -> None:
         self._replay = replay
         self._objective = objective
         self._known: dict[int, tuple[Direction, list[Tangents]]] = {}
+        self._may_doubt = objective.workers.size == 1  # others would wait for one that repeats it
+        self.doubts: list[Tensor] = []
+
+    def settle_(self, flags: Sequence[float]) -> bool:
+        """Return whether all products are right; if not, they are forgotten.
+
+        Args:
+            flags: The `doubts`, which the host has read.
+        """
+        self.doubts = []
+        if not all(flags):
+            self._known, self._may_doubt = {}, False
+        return all(flags)
 
     def expansions(self, directions: Sequence[Direction]) -> list[Expansion]:
         """Return slope and curvature of each batch's loss along directions."""
         batches, parameters = self._objective.batches, self._objective.parameters
         new = [direction for direction in directions if id(direction) not in self._known]
         if new:
-            found = [self._replay.jacobian_products(b, parameters, new) for b in batches]
+            none: AbstractContextManager[list[Tensor]] = nullcontext([])
+            with self._replay.doubting() if self._may_doubt else none as doubts:
+                found = [self._replay.jacobian_products(b, parameters, new) for b in batches]
+            self.doubts += doubts
             for direction, *own in zip(new, *found):
                 self._known[id(direction)] = direction, own  # which keeps its id
         tangents = [
@@ -123,6 +143,30 @@ def quadratic_model(
         products: Products of this objective that are known.
     """
     products = Products(replay, objective) if products is None else products
+    rows, part = _rows(objective, directions, products)
+    count = rows.shape[1]
+    doubts = [flag.to(rows).reshape(1) for flag in products.doubts]
+    known = torch.cat([rows.flatten(), *doubts]).cpu()
+    if not products.settle_(known[rows.numel() :].tolist() if doubts else ()):
+        return quadratic_model(replay, objective, directions, products)
+    slope, unobserved, *squares = known[: rows.numel()].reshape(-1, count)
+    return QuadraticModel(
+        slope,
+        torch.stack(squares[:count]),
+        torch.stack(squares[count:]),
+        None if part else unobserved,
+    )
+
+
+def _rows(
+    objective: Objective, directions: Sequence[Direction], products: Products
+) -> tuple[Tensor, float]:
+    """Return the coefficients of the model in the span of ``m`` directions.
+
+    Returns:
+        Rows ``[2 + 2 m, m]``: the slope, its part that the recorded losses do not explain, and
+        both matrices; and whether that part is not known.
+    """
     slope = inner_products(objective.gradient, directions)
     weights = [batch.weight.double() for batch in objective.batches]
     parts = list(zip(weights, products.expansions(directions)))
@@ -135,11 +179,4 @@ def quadratic_model(
     is_part = any(b.subset is not None or b.has_moved for b in objective.batches)
     rows = torch.stack([slope, slope - observed, *curvature, *gram_matrix(directions)])
     rows, part = objective.workers.means([rows, float(is_part)], "quadratic model")
-    slope, unobserved, *squares = rows.cpu()
-    count = len(slope)
-    return QuadraticModel(
-        slope,
-        torch.stack(squares[:count]),
-        torch.stack(squares[count:]),
-        None if part else unobserved,
-    )
+    return rows, part

@@ -77,8 +77,10 @@ class Reduction:
 
     def before(
         self, objective: Objective, step: int, others: float = 0.0, *, is_bounded: bool = False
-    ) -> Before:
+    ) -> Before | None:
         """Return the objective before a step, with its rounding if the step is to be compared.
+
+        It is ``None`` if it is not needed.
 
         Args:
             objective: The objective.
@@ -90,11 +92,18 @@ class Reduction:
             compared = self._safeguard or self.is_due(step)
         else:
             compared = is_bounded
+        if not (compared or self._safeguard):
+            return None
         rounding = rounding_of(self._replay, objective) if compared else None
         return Before(objective.value() - others, rounding)
 
     def adapt_(
-        self, objective: Objective, update: Direction, before: Before, predicted: float, step: int
+        self,
+        objective: Objective,
+        update: Direction,
+        before: Before | None,
+        predicted: float,
+        step: int,
     ) -> float:
         """Compare the change of the objective with the predicted one, where that is due.
 
@@ -104,14 +113,14 @@ class Reduction:
         Args:
             objective: The objective; its parameters are the new ones.
             update: The step that was just taken; it is shortened in place.
-            before: The objective before the step.
+            before: The objective before the step, if it is needed.
             predicted: The change that the model predicted.
             step: The number of steps taken before.
 
         Returns:
             The fraction of the step that is left.
         """
-        if before.rounding is None or not predicted:
+        if before is None or before.rounding is None or not predicted:
             return 1.0
         difference, allowed = self.value(objective) - before.value, before.allowed(predicted)
         numbers = [difference, before.rounding, allowed - before.value]

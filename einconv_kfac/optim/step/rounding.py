@@ -32,8 +32,8 @@ def rounding_of(replay: Replay, objective: Objective) -> Tensor:
     pairs = [(p, objective.gradient[name]) for name, p in objective.parameters.items()]
     epsilons = [torch.finfo(parameter.dtype).eps / 2 for parameter, _ in pairs]
     left, right = ([entries(own) for own in side] for side in zip(*pairs))
-    sums = torch.stack(torch._foreach_norm(torch._foreach_mul(left, right), 1)).double()
-    own = sum_of([*parts, sums @ torch.tensor(epsilons).to(sums)])
+    products = torch._foreach_mul(torch._foreach_norm(torch._foreach_mul(left, right), 1), epsilons)
+    own = sum_of([*parts, torch.stack(products).sum(dtype=torch.float64)])
     return cast("Tensor", objective.workers.means([own], "rounding")[0])
 
 

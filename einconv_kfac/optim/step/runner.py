@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -13,11 +13,14 @@ from torch.optim import Optimizer
 
 from einconv_kfac.distributed.workers import Same
 from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
+from einconv_kfac.optim.factors.finiteness import KNOWN, Finiteness, NotFiniteError
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.replay.batch import Batch, with_subsets
 from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.step.fallback import Fallback
+from einconv_kfac.optim.step.late_check import LateCheck, restore_memory_
 from einconv_kfac.optim.step.objective import (
+    Objective,
     Point,
     memory_of,
     scaler_factor,
@@ -44,6 +47,7 @@ class StepRunner:
         settings: Hyper-parameters.
         names: Names of the model's parameters.
         sums: Whether the loss is a sum over examples, not a mean.
+        late: The check of the last step; it is settled before another step is run.
     """
 
     curvature: RunningCurvature
@@ -52,6 +56,7 @@ class StepRunner:
     settings: Hyperparameters
     names: Mapping[nn.Parameter, str]
     sums: bool
+    late: LateCheck = field(default_factory=LateCheck)
 
     def run_(self, optimizer: Optimizer) -> Found | None:
         """Take a step, and return it with norms of gradients; ``None`` if it was skipped.
@@ -59,13 +64,15 @@ class StepRunner:
         Raises:
             RuntimeError: See `KFAC.step`.
         """
-        curvature = self.curvature
-        settings = self.settings.at(curvature.steps)
+        curvature, steps = self.curvature, self.curvature.steps
+        settings = self.settings.at(steps)
         by_parameter = settings_by_parameter(optimizer.param_groups, self.names, settings)
         try:
             with curvature.stored.gathered(curvature.workers):
                 return self._run_(optimizer, settings, by_parameter)
         except BaseException:
+            if curvature.steps == steps:  # it was not taken
+                self.late.drop_()
             curvature.discard_()
             raise
 
@@ -85,21 +92,44 @@ class StepRunner:
         if self._found_inf(optimizer):  # the scaler will lower its scale
             curvature.discard_()
             return None
-        losses = [batch.loss for batch in batches]
-        same = partial(self._same, point, known)
-        if fault := curvature.collector.not_finite(point.gradient, losses, known, same):
-            curvature.discard_()
-            warnings.warn(NOT_FINITE.format(fault), RuntimeWarning, stacklevel=6)
-            return None
-        if not batches and not curvature.collector.moments and not any(point.rates.values()):
-            curvature.discard_()  # as where torch.distributed.checkpoint asks for empty states
-            return None
         undone = restored_on_error(optimizer, curvature, self.step, point.parameters)
-        with undone as last, without_autocast(curvature.model):
-            taken = self._take_(optimizer, point, batches, settings)
-            curvature.finish_()
-            last.apply_([*taken.changes, *self._stored(point.parameters)])
+        try:
+            finite = self._finiteness(point, known, batches)
+            if not batches and not curvature.collector.moments and not any(point.rates.values()):
+                finite.require_()
+                curvature.discard_()  # as where torch.distributed.checkpoint asks for empty states
+                return None
+            with undone as last, without_autocast(curvature.model):
+                taken = self._take_(optimizer, point, batches, settings, finite)
+                curvature.finish_()
+                if finite.is_late:
+                    self.late.begin_(finite)
+                last.apply_([*taken.changes, *self._stored(point.parameters)])
+        except NotFiniteError as error:
+            self._skipped_(str(error))
+            return None
         return self._report(taken, point, known)
+
+    def _skipped_(self, fault: str) -> None:
+        """Report that the step is skipped, for a number that is not finite."""
+        self.curvature.discard_()
+        warnings.warn(NOT_FINITE.format(fault), RuntimeWarning, stacklevel=7)
+
+    def _finiteness(
+        self, point: Point, known: Sequence[Tensor], batches: Sequence[Batch]
+    ) -> Finiteness:
+        """Return whether all numbers are finite; several workers find out together, and at once.
+
+        Raises:
+            NotFiniteError: If several workers have a number that is not finite.
+        """
+        collector, losses = self.curvature.collector, [batch.loss for batch in batches]
+        if self.curvature.workers.size == 1:
+            return collector.finiteness(point.gradient, losses, known)
+        same = partial(self._same, point, known)
+        if fault := collector.not_finite(point.gradient, losses, known, same):
+            raise NotFiniteError(fault)
+        return KNOWN
 
     def _found_inf(self, optimizer: Optimizer) -> bool:
         """Return whether a gradient scaler has found a gradient that is not finite."""
@@ -149,8 +179,28 @@ class StepRunner:
         point: Point,
         batches: Sequence[Batch],
         settings: Hyperparameters,
+        finite: Finiteness,
     ) -> Taken:
-        """Take a step from a point."""
+        """Take a step from a point.
+
+        Raises:
+            NotFiniteError: If a number is not finite, whatever else is wrong.
+        """
+        try:
+            return self._checked_step_(optimizer, point, batches, settings, finite)
+        except (RuntimeError, ValueError):
+            finite.require_()
+            raise
+
+    def _checked_step_(
+        self,
+        optimizer: Optimizer,
+        point: Point,
+        batches: Sequence[Batch],
+        settings: Hyperparameters,
+        finite: Finiteness,
+    ) -> Taken:
+        """Take a step from a point, unless a check fails."""
         curvature = self.curvature
         curvature.set_groups_(settings, point.by_parameter)
         if curvature.collector.due:
@@ -160,13 +210,21 @@ class StepRunner:
         memory = memory_of(point.parameters, optimizer.state, curvature.stored)
         others, moments = self.fallback.directions(plain, memory)
         objective = point.objective(settings, batches, others, memory, curvature.workers)
+        objective = replace(objective, finite=finite)
         self.step.check(objective)
         curvature.collector.check(batches)
         if not point.parameters:
+            finite.require_()
             return Taken({})
+        if self._may_be_late(optimizer, objective):
+            finite.be_late_()
+        before = {name: dict(own) for name, own in memory.items() if finite.is_late}
         taken = self.step.take_(objective)
         for name, state in moments.items():
             memory[name].update(state)
+        if finite.is_late:
+            undo_ = restore_memory_(memory, before, finite.flag)
+            self.late.prepare_(undo_, self._take_back_)
         curvature.stored.keep_(optimizer.state, point.parameters, memory)
         return taken
 
@@ -184,3 +242,20 @@ class StepRunner:
         moved = {name: (norm, factor) for (name, (_, factor)), norm in updates}
         present = dict(zip(point.parameters, norms(point.parameters.values())))
         return replace(taken, changes=(), moved=moved), gradients, present
+
+    def _take_back_(self) -> None:
+        """Take back the count of a step that neither updated nor inverted factors."""
+        self.curvature.steps -= 1
+        self.curvature.collector.drop_due_()
+
+    def _may_be_late(self, optimizer: Optimizer, objective: Objective) -> bool:
+        """Return whether a step may be checked later: an ordinary one with fixed rates on a GPU."""
+        if (
+            self.step.moves_parameters
+            or objective.finite.is_known
+            or hasattr(optimizer, "found_inf")
+            or self.curvature.stored.is_divided
+        ):
+            return False
+        is_ordinary = not self.curvature.collector.due and not self.curvature.inverts()
+        return is_ordinary and all(own.is_cuda for own in objective.parameters.values())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.optim.state_schema import NUMBER, Record, tensor_of
@@ -77,14 +78,28 @@ class SlopeTrust:
 
     def sample_(self, gradient: Direction) -> None:
         """Average over one more sample, from the next batch's gradient, if a direction is kept."""
-        if self._direction and self._slope < 0:
-            kept = {
-                n: d.to(g.device, precise(g.dtype))
-                for n, d in self._direction.items()
-                if (g := gradient.get(n)) is not None
-            }
-            held = float(inner(gradient, kept)) - self._moved
-            sample = min(max(held / self._slope, SAMPLE_BOUNDS[0]), SAMPLE_BOUNDS[1])
+        self.accept_(self.pending_sample(gradient).tolist())
+
+    def pending_sample(self, gradient: Direction) -> Tensor:
+        """Return ``g'.d`` with the next batch's gradient, ``[1]``; ``[0]`` if no ``d`` is kept."""
+        if not (self._direction and self._slope < 0):
+            return torch.zeros(0, dtype=torch.float64)
+        kept = {
+            n: d.to(g.device, precise(g.dtype))
+            for n, d in self._direction.items()
+            if (g := gradient.get(n)) is not None
+        }
+        return inner(gradient, kept).reshape(1)
+
+    def accept_(self, slopes: Sequence[float]) -> None:
+        """Average over a sample, and drop the direction.
+
+        Args:
+            slopes: What `pending_sample` returned, as numbers.
+        """
+        for slope in slopes:
+            sample = (slope - self._moved) / self._slope
+            sample = min(max(sample, SAMPLE_BOUNDS[0]), SAMPLE_BOUNDS[1])
             self._average += (1 - TRUST_DECAY) * (sample - self._average)
             self._weight += (1 - TRUST_DECAY) * (1 - self._weight)
         self.drop_()

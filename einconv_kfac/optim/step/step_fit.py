@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.refresh import Inverses
+from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.damping.search import DampingSearch
 from einconv_kfac.optim.step.fit import Fit, Momentum
 from einconv_kfac.optim.step.objective import Objective
@@ -38,14 +39,14 @@ class StepFit:
         """
         return self.subspace.is_due(step) or (not is_given and self.search.is_due(step))
 
-    def carried_(self, objective: Objective, momentum: Momentum, damping: float) -> Fit | None:
-        """Return the step with the coefficients of the last fit, or ``None`` if they do not hold.
+    def mixed_(self, objective: Objective, momentum: Momentum, damping: float) -> CarriedMix | None:
+        """Return the directions with the coefficients of the last fit; see `SubspaceFit.mixed`.
 
         Inverses that are due are computed.
         """
         self._curvature.refresh_(damping * self.search.scale, objective.decay)
         covered = self._curvature.precondition(objective.gradient)
-        return self.subspace.carried(objective, covered, momentum.direction)
+        return self.subspace.mixed(objective, covered, momentum.direction)
 
     def best_(self, objective: Objective, momentum: Momentum, damping: float) -> Fit:
         """Return the best step, with up-to-date inverses.

@@ -8,14 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
-from einconv_kfac.optim.step.carried_fit import CarriedFit
+from einconv_kfac.optim.step.carried_fit import CarriedFit, CarriedMix
 from einconv_kfac.optim.step.fit import Along, Fit, Momentum
+from einconv_kfac.optim.step.layer_products import pending_products
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.quadratic_model import Products, quadratic_model
+from einconv_kfac.optim.step.reading import read
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.vectors import Direction, scaled
 
@@ -52,6 +55,7 @@ class SubspaceFit:
         self._carried = CarriedFit()
         self._fitted: int | None = None
         self.reach = math.inf
+        self._is_near = False
 
     def is_due(self, step: int) -> bool:
         """Return whether coefficients are to be fitted in a step."""
@@ -72,11 +76,12 @@ class SubspaceFit:
             self._carried.keep_(objective, mix, fit.along.slope, fit.along.bend)
         return fit
 
-    def carried(self, objective: Objective, covered: Direction, followed: Direction) -> Fit | None:
-        """Return the step with the coefficients of the last fit, or ``None`` if they do not hold.
+    def mixed(
+        self, objective: Objective, covered: Direction, followed: Direction
+    ) -> CarriedMix | None:
+        """Return the directions with the coefficients of the last fit; see `CarriedFit.mixed`.
 
-        It takes no Jacobian-vector product. Far from the bound, the change of the layers' outputs
-        is not computed but taken to be proportional to the length of the step.
+        It takes no Jacobian-vector product.
 
         Args:
             objective: The objective.
@@ -84,10 +89,32 @@ class SubspaceFit:
             followed: The slow momentum, times learning rates.
         """
         directions = [descent(objective, d) for d in (covered, objective.others) if d]
-        fit = self._carried.fit(objective, directions, followed, self._trust.fraction)
-        if fit is not None and self.reach * fit.length > CERTAIN_FRACTION * _bound(objective):
-            return self._bounded(objective, fit)
-        return fit
+        mix = self._carried.mixed(objective, directions, followed)
+        if mix is None or not self._is_near:
+            return mix
+        return replace(mix, change=self._change(objective, mix.direction))
+
+    def carried(
+        self, objective: Objective, mix: CarriedMix, numbers: Sequence[float]
+    ) -> Fit | None:
+        """Return the step along a mix, or ``None`` if the coefficients do not hold.
+
+        Far from the bound, the change of the layers' outputs is not computed but taken to be
+        proportional to the length of the step.
+
+        Args:
+            objective: The objective.
+            mix: The mix.
+            numbers: Its `CarriedMix.numbers` on the host.
+        """
+        fit = self._carried.fit(mix, numbers, self._trust.fraction)
+        if fit is None:
+            return None
+        self._is_near = self.reach * fit.length > CERTAIN_FRACTION * _bound(objective)
+        if not self._is_near:
+            return fit
+        change = self._change(objective, mix.direction) if mix.change is None else numbers[-1]
+        return self._bounded(objective, fit, abs(fit.coefficients[0]) * float(change))
 
     def full(
         self,
@@ -124,14 +151,27 @@ class SubspaceFit:
             numbers[len(along) + len(spanned) :],
         )
         fit = Fit(spanned, own, Along(*numbers[: len(along)]), own, tuple(rest))
-        return self._bounded(objective, fit)
-
-    def _bounded(self, objective: Objective, fit: Fit) -> Fit:
-        """Return a step, or the largest fraction within the bound on the layers' outputs."""
         if not math.isfinite(fit.expected):
             return fit
-        update = fit.update(objective)
-        change = self._curvature.relative_change(update, objective.parameters)
+        point, update = (objective.parameters, objective.gradient), fit.update(objective)
+        if momentum.coefficient is not None:
+            return self._bounded(objective, fit, float(self._change(objective, update)))
+        pending = pending_products(point, momentum.direction, update)
+        (change,), found = read(self._change(objective, update), pending.numbers)
+        return self._bounded(objective, replace(fit, products=pending.of(found)), change)
+
+    def _change(self, objective: Objective, update: Direction) -> Tensor:
+        """Return the change of the layers' outputs by a step."""
+        return self._curvature.relative_change(update, objective.parameters)
+
+    def _bounded(self, objective: Objective, fit: Fit, change: float) -> Fit:
+        """Return a step, or the largest fraction within the bound on the layers' outputs.
+
+        Args:
+            objective: The objective.
+            fit: The step.
+            change: The change of the layers' outputs by it.
+        """
         self.reach = change / length if (length := fit.length) else math.inf
         if change <= (bound := _bound(objective)):
             return fit

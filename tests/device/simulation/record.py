@@ -56,11 +56,16 @@ class Launch:
 
 @dataclass
 class Record:
-    """Everything noted since the last `reset`; each wait and mixture has its place in the code."""
+    """Everything noted since the last `reset`; each wait and mixture has its place in the code.
+
+    Attributes:
+        started: Number of launches from the beginning on.
+    """
 
     launched: list[Launch] = field(default_factory=list)
     waits: Counter[str] = field(default_factory=Counter)
     mixtures: Counter[str] = field(default_factory=Counter)
+    started: int = 0
 
     def reset(self) -> None:
         """Forget what was noted."""
@@ -117,7 +122,7 @@ class Record:
             if dtypes & {torch.bool, torch.uint8}:
                 self.note_wait(f"{name} with a mask")
         if name == "copy_":
-            if there and here:
+            if there and here and not (len(args) > 2 and args[2]):  # without waiting
                 self.note_wait("copy_ between devices")
         elif name in INDEXING and any(tensor.ndim for tensor in here):
             self.note_wait(f"{name} with an index of the host")
@@ -126,6 +131,7 @@ class Record:
 
     def note_launch(self, name: str, args: Sequence[Any], moved: int, operations: int) -> None:
         """Note kernels."""
+        self.started += 1
         count = _foreach_launches(args) if name.startswith("_foreach") else 1
         self.launched.append(Launch(name, place(), count, moved, operations))
 

@@ -155,7 +155,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target = kwargs.get("device")
     kind = None if target is None else torch.device(target).type
     if not there and kind != "cuda":
-        return func(*args, **kwargs)
+        return func(*args, **{key: value for key, value in kwargs.items() if key != "pin_memory"})
     if name == "_to_copy" and kind is not None and (kind == "cpu" or not there):
         RECORD.note_wait(f"copy to {kind}")
     else:
@@ -254,6 +254,22 @@ def _operations(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> in
     return 0 if count is None else int(count(*args, **kwargs, out_val=result))
 
 
+class _Event:
+    """A point in the order of launches.
+
+    The host waits for it only if nothing was launched behind it: the device is busy otherwise.
+    """
+
+    def record(self) -> None:
+        """Take the present point."""
+        self._started = RECORD.started
+
+    def synchronize(self) -> None:
+        """Wait for what was launched before."""
+        if RECORD.started == self._started:
+            RECORD.note_wait("an event")
+
+
 class _Stream:
     """The only stream."""
 
@@ -279,6 +295,7 @@ def _announce() -> None:
     torch.cuda.set_rng_state = lambda state, device=CUDA: _default_generator.set_state(state)
     torch.backends.cudnn.is_acceptable = lambda tensor: False  # its RNNs have no simulation
     torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore
+    torch.cuda.Event = _Event  # type: ignore
     torch.cuda.stream = lambda stream: stream or _Stream()  # type: ignore
 
 

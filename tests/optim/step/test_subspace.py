@@ -98,7 +98,7 @@ def test_the_change_is_that_of_the_outputs() -> None:
             outputs.append(torch.func.functional_call(layer, own, (inputs,)))
         moved, present = (float(output.detach().square().sum()) for output in outputs)
         expected += math.sqrt(moved / present)
-    assert machine.relative_change(update, point) == pytest.approx(expected, rel=1e-9)
+    assert float(machine.relative_change(update, point)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_what_was_not_updated_does_not_change() -> None:
@@ -113,7 +113,7 @@ def test_what_was_not_updated_does_not_change() -> None:
     alone = machine.relative_change({"5.weight": point["5.weight"]}, point)
     with_bias = {"5.weight": point["5.weight"], "5.bias": point["5.bias"]}
     assert alone > 0
-    assert machine.relative_change(with_bias, point) == pytest.approx(1.0)
+    assert float(machine.relative_change(with_bias, point)) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,0 +1,103 @@
+"""Whether the numbers of a step are finite: one number, which the host may read with others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class NotFiniteError(Exception):
+    """A gradient, loss or Kronecker factor is not finite; the message says which."""
+
+
+class Finiteness:
+    """Whether tensors are finite.
+
+    A tensor is finite where its norm or sum is. Entries are looked at one by one only if one is
+    not, since a norm may overflow.
+
+    Args:
+        named: The tensors, by what they are.
+        numbers: Norms or sums of all of them, on one device.
+
+    Attributes:
+        is_known: Whether the tensors are known to be finite.
+        is_late: Whether the host is to find out after the step.
+    """
+
+    def __init__(self, named: Mapping[str, Sequence[Tensor]], numbers: Sequence[Tensor]) -> None:
+        self._named, self._numbers = named, numbers
+        self.is_known = self.is_late = False
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """The numbers as a vector."""
+        return torch.stack(list(self._numbers)) if self._numbers else torch.zeros(0)
+
+    @cached_property
+    def flag(self) -> Tensor:
+        """Whether all norms and sums are finite, one number on the device."""
+        return (self.numbers - self.numbers == 0).all()
+
+    def confirm_(self, flag: float) -> None:
+        """Take over the flag, which the host has read.
+
+        Raises:
+            NotFiniteError: If a tensor is not finite.
+        """
+        if not flag and (fault := self.fault(self.by_entry().tolist())) is not None:
+            raise NotFiniteError(fault)
+        self.is_known = True
+
+    def require_(self) -> None:
+        """Read the flag, unless it is known.
+
+        Raises:
+            NotFiniteError: If a tensor is not finite.
+        """
+        if not self.is_known:
+            self.confirm_(bool(self.flag))
+
+    def be_late_(self) -> None:
+        """Let the device decide by the largest entry of each tensor, which does not overflow.
+
+        It is called before the flag was asked for.
+        """
+        self._named = {
+            name: found for name, own in self._named.items() if (found := _with_entries(own))
+        }
+        self._numbers = torch._foreach_norm(self._tensors(), math.inf)
+        self.is_late = True
+
+    def names(self) -> list[str]:
+        """Return what each tensor is."""
+        return [name for name, own in self._named.items() for _ in own]
+
+    def fault(self, flags: Iterable[float]) -> str | None:
+        """Return what the first tensor is that is not finite, or ``None``.
+
+        Args:
+            flags: Whether each tensor is finite.
+        """
+        return next((name for name, own in zip(self.names(), flags) if not own), None)
+
+    def by_entry(self) -> Tensor:
+        """Return whether all entries of each tensor are finite."""
+        return torch.stack([tensor.isfinite().all() for tensor in self._tensors()])
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for own in self._named.values() for tensor in own]
+
+
+def _with_entries(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors that have entries."""
+    return [tensor for tensor in tensors if tensor.numel()]
+
+
+KNOWN = Finiteness({}, ())
+"""Of nothing."""
+KNOWN.is_known = True

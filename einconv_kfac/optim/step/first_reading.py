@@ -1,0 +1,131 @@
+"""What an automatic step does before the host reads its first numbers, and these numbers.
+
+They decide whether the step is taken. An ordinary step, without a fit or an inversion, is prepared
+as if it were, so that the host reads everything that it needs at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.factors.curvature_state import snapshot_of
+from einconv_kfac.optim.replay.checks import check_weights
+from einconv_kfac.optim.step.carried_fit import CarriedMix
+from einconv_kfac.optim.step.damping.damping_source import DampingSource
+from einconv_kfac.optim.step.fit import Momentum
+from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.reading import read
+from einconv_kfac.optim.step.slope_trust import SlopeTrust
+from einconv_kfac.optim.step.step_fit import StepFit
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A step that was begun.
+
+    Args:
+        damping: Its damping.
+        mix: Its directions with the coefficients of the last fit, if these hold.
+        undo_: Restores what was changed.
+    """
+
+    damping: float
+    mix: CarriedMix | None
+    undo_: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class FirstNumbers:
+    """Numbers on the host.
+
+    Args:
+        value: The objective.
+        slopes: The sample of the trust, if there is one.
+        products: The inner products of the mix.
+    """
+
+    value: float
+    slopes: Sequence[float]
+    products: Sequence[float]
+
+
+@dataclass(frozen=True)
+class FirstReading:
+    """Begins steps, and reads their first numbers.
+
+    Args:
+        curvature: Running curvature of the model.
+        fit: Fits steps.
+        trust: The trust in slopes.
+        dampings: The damping of each step.
+    """
+
+    curvature: RunningCurvature
+    fit: StepFit
+    trust: SlopeTrust
+    dampings: DampingSource
+
+    def begun_(self, objective: Objective, momentum: Momentum) -> Begun | None:
+        """Begin a step that needs no fit; ``None`` if inverses are due, which takes long.
+
+        Args:
+            objective: The objective.
+            momentum: The momentum.
+        """
+        if self.curvature.inverts():
+            return None
+        restore, factor = snapshot_of(self.curvature.layers), self.dampings.factor
+
+        def undo_() -> None:
+            restore()
+            self.dampings.factor = factor
+
+        damping = self.damping_(objective)
+        assert damping is not None
+        return Begun(damping, self.fit.mixed_(objective, momentum, damping), undo_)
+
+    def damping_(self, objective: Objective) -> float | None:
+        """Update the factors, and return the damping; ``None`` as long as there is none."""
+        self.dampings.relax_()
+        damping = self.dampings.damping_(objective, self.curvature.steps)
+        self.curvature.update_()
+        return damping
+
+    def mixed_(
+        self, objective: Objective, momentum: Momentum, damping: float
+    ) -> tuple[CarriedMix | None, Sequence[float]]:
+        """Invert what is due, and return the mix of a step without a fit, with its numbers.
+
+        Args:
+            objective: The objective.
+            momentum: The momentum.
+            damping: The damping.
+        """
+        mix = self.fit.mixed_(objective, momentum, damping)
+        return mix, (() if mix is None else mix.numbers.tolist())
+
+    def numbers(self, objective: Objective, begun: Begun | None) -> FirstNumbers:
+        """Return the first numbers of a step; the host waits for the device once.
+
+        Args:
+            objective: The objective.
+            begun: The step, if it was begun.
+
+        Raises:
+            NotFiniteError: If a gradient or a loss is not finite.
+            RuntimeError: If the weight of a loss is negative.
+        """
+        weights = [batch.weight for batch in objective.batches]
+        value, none = objective.value(), torch.zeros(0)
+        flag = none if objective.finite.is_known else objective.finite.flag
+        mixed = none if begun is None or begun.mix is None else begun.mix.numbers
+        sample = self.trust.pending_sample(objective.gradient)
+        flags, (own,), slopes, numbers, *known = read(flag, value, sample, mixed, *weights)
+        for each in flags:
+            objective.finite.confirm_(each)
+        check_weights([each for part in known for each in part])
+        return FirstNumbers(own, slopes, numbers)
