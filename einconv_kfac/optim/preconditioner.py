@@ -25,9 +25,11 @@ from einconv_kfac.optim.parameters import check_dense, check_names
 from einconv_kfac.optim.pickling import rebuilt, temporary_tensors
 from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.schedule import Schedule
-from einconv_kfac.optim.vectors import Direction, all_finite, norms
+from einconv_kfac.optim.vectors import Direction, first_not_finite, norms
 
-NOT_APPLIED = "A preconditioned gradient was not finite; the gradients were left as they were."
+NOT_APPLIED = (
+    "The preconditioned gradient of '{}' was not finite; the gradients were left as they were."
+)
 
 
 class KFACPreconditioner:
@@ -178,9 +180,9 @@ class KFACPreconditioner:
         losses = [batch.loss for batch in batches]
         known = norms(gradient.values())
         same = partial(self._same, gradient, known)
-        if not curvature.collector.is_finite([*gradient.values()], losses, known, same):
+        if fault := curvature.collector.not_finite(gradient, losses, known, same):
             curvature.discard_()
-            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=5)
+            warnings.warn(NOT_FINITE.format(fault), RuntimeWarning, stacklevel=5)
             return
         curvature.collector.combine_()
         curvature.collector.check(batches)
@@ -189,8 +191,8 @@ class KFACPreconditioner:
             curvature.update_()
             curvature.refresh_(damping or DEFAULT_DAMPING, {})
             found = curvature.precondition(gradient)
-        if not all_finite([*found.values()]):
-            warnings.warn(NOT_APPLIED, RuntimeWarning, stacklevel=5)
+        if name := first_not_finite(found):
+            warnings.warn(NOT_APPLIED.format(name), RuntimeWarning, stacklevel=5)
             found = {}
         curvature.finish_()
         if found:

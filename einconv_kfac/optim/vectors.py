@@ -207,15 +207,17 @@ def totals(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.stack(own).sum() for own in sums.values()]
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Return whether all entries are finite; the host waits for the device.
+def first_not_finite(direction: Direction) -> str | None:
+    """Return the first name whose entries are not all finite; the host waits for the device.
 
     A tensor is finite where its norm is. Entries are looked at one by one only if a norm is not,
     since it may overflow.
     """
+    tensors = [*direction.values()]
     if not tensors or bool(torch.stack(norms(tensors)).isfinite().all()):
-        return True
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+        return None
+    flags = torch.stack([tensor.isfinite().all() for tensor in tensors]).tolist()
+    return next((name for name, is_finite in zip(direction, flags) if not is_finite), None)
 
 
 def combination(

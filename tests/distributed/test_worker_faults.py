@@ -10,7 +10,13 @@ from fault_cases import FAULTS
 from worker_processes import run_workers
 
 SIZE = 3
-SKIPPED = "A gradient, loss or Kronecker factor was not finite; the step was skipped."
+SKIPPED = "was not finite; the step was skipped."
+OF_ANOTHER = "A loss, gradient or Kronecker factor of another worker"
+NOT_FINITE = {
+    "not_finite": ["The gradient of '0.weight'", "The loss", "The gradient of '0.weight'"],
+    "not_finite_moments": [OF_ANOTHER, "A Kronecker factor of '5'", OF_ANOTHER],
+}
+"""What each worker finds; gradients are those of all."""
 REMOTE = (
     "WorkersError: The step must succeed on all workers, got an error on worker 2 of 3, "
     "RuntimeError: out of memory."
@@ -31,10 +37,10 @@ def assert_equal_weights(results: list[dict[str, Any]]) -> None:
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("fault", ["not_finite", "not_finite_moments"])
+@pytest.mark.parametrize("fault", NOT_FINITE)
 def test_all_workers_skip_a_step_that_is_not_finite_on_one(fault: str, found: Any) -> None:
-    for own in found[fault]:
-        assert own["warnings"] == [SKIPPED]
+    for own, name in zip(found[fault], NOT_FINITE[fault], strict=True):
+        assert own["warnings"] == [f"{name} {SKIPPED}"]
         assert own["unchanged"]
     if "weights" in found[fault][0]:
         assert_equal_weights(found[fault])

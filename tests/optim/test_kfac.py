@@ -303,18 +303,21 @@ def test_gradients_that_are_not_finite_are_noticed_and_large_ones_pass(value: fl
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
     preconditioner = KFAC(model, loss_fn)._preconditioner
     large = torch.full((3,), 1e308, dtype=torch.float64)  # finite, but the sum overflows
-    for passes, gradients in (
-        (True, [torch.ones(2), large]),
-        (False, [torch.ones(2), torch.tensor([1.0, value])]),
-        (False, [torch.tensor([value, -value])]),
+    for fault, gradient in (
+        (None, {"a": torch.ones(2), "b": large}),
+        ("The gradient of 'b'", {"a": torch.ones(2), "b": torch.tensor([1.0, value])}),
+        ("The gradient of 'c'", {"c": torch.tensor([value, -value])}),
     ):
-        assert preconditioner.collector.is_finite(gradients, [], norms(gradients)) is passes
+        known = norms(gradient.values())
+        assert preconditioner.collector.not_finite(gradient, [], known) == fault
     x, y = image_batch()
     loss_fn(model(x), y).backward()
-    assert preconditioner.collector.is_finite([], [], [])
+    assert preconditioner.collector.not_finite({}, [], []) is None
     moments = preconditioner.collector.moments["2"]
     moments.sums()[0].fill_(value)
-    assert not preconditioner.collector.is_finite([], [], [])
+    assert preconditioner.collector.not_finite({}, [], []) == "A Kronecker factor of '2'"
+    losses = [torch.tensor(0.5), torch.tensor(value)]
+    assert preconditioner.collector.not_finite({}, losses, []) == "The loss"
 
 
 class TestRejection:

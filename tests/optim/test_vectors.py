@@ -12,8 +12,8 @@ from einconv_kfac.optim import vectors
 from einconv_kfac.optim.vectors import (
     LARGEST_JOINED_ENTRIES,
     Direction,
-    all_finite,
     combination,
+    first_not_finite,
     gram_matrix,
     inner,
     inner_products,
@@ -132,7 +132,8 @@ def test_low_precision_is_combined_in_float32() -> None:
 
 def test_overflowing_norms_are_finite() -> None:
     huge = torch.full((4,), 3e38)
-    assert all_finite([huge, torch.ones(2)])
-    assert not all_finite([huge, torch.tensor([1.0, torch.inf])])
-    assert not all_finite([torch.tensor(torch.nan)])
-    assert all_finite([])
+    infinite, nan = torch.tensor([1.0, torch.inf]), torch.tensor(torch.nan)
+    assert first_not_finite({"a": huge, "b": torch.ones(2)}) is None
+    assert first_not_finite({"a": huge, "b": infinite, "c": nan}) == "b"
+    assert first_not_finite({"a": nan}) == "a"
+    assert first_not_finite({}) is None

@@ -55,7 +55,8 @@ def algorithm_of(problem: Problem, name: str | None) -> Algorithm:
     Raises:
         ValueError: If there is no such algorithm, or if it cannot compute the factor.
     """
-    name = choose(problem) if name is None else name
+    if name is None:
+        return ALGORITHMS[choose(problem)]
     if name not in applicable(problem):
         raise ValueError(f"`algorithm` must be one of {applicable(problem)}, got {name!r}.")
     return ALGORITHMS[name]

@@ -9,7 +9,7 @@ from einconv_kfac.curvature.devices.products import rounds_to_tf32
 from einconv_kfac.curvature.factors.choice import algorithm_of
 from einconv_kfac.curvature.factors.columns import Columns
 from einconv_kfac.curvature.factors.indices.runs import finest_partition
-from einconv_kfac.curvature.factors.problem import Problem
+from einconv_kfac.curvature.factors.problem import problem_of
 from einconv_kfac.curvature.factors.reduce import window_sums, with_zeros
 from einconv_kfac.curvature.factors.symmetric.update import Update
 from einconv_kfac.geometry import Geometry
@@ -26,10 +26,10 @@ class ConvColumns(Columns):
 
     def __init__(self, x: Tensor, geometry: Geometry, algorithm: str | None) -> None:
         channels = geometry.split_channels(x.shape[1])
-        self._problem = Problem(
+        self._problem = problem_of(
             geometry, x.shape[0], channels, x.dtype, x.device.type, rounds_to_tf32(x)
         )
-        shape = (x.shape[0], geometry.groups, self._problem.size, geometry.positions)
+        shape = (x.shape[0], geometry.groups, self._problem.size, self._problem.positions)
         super().__init__(x, shape)
         self._algorithm = algorithm
 

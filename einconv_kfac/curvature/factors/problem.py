@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
@@ -33,27 +34,41 @@ class Problem:
     device: str
     tf32: bool = False
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """The hash, which look-ups in caches take for every factor."""
+        numbers = self.batch, self.channels, self.dtype, self.device, self.tf32
+        return hash((self.geometry, *numbers))
+
+    @cached_property
     def entries(self) -> int:
         """Number of kernel entries ``K``."""
         return prod(self.geometry.kernel_size)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Rows of the factor: channels times kernel entries."""
         return self.channels * self.entries
 
-    @property
+    @cached_property
+    def positions(self) -> int:
+        """Number of output positions."""
+        return self.geometry.positions
+
+    @cached_property
     def inputs(self) -> int:
         """Number of elements of the input."""
         return self.batch * self.channels * self.geometry.groups * prod(self.geometry.input_size)
 
-    @property
+    @cached_property
     def outputs(self) -> int:
         """Number of elements of the factors."""
         return self.geometry.groups * self.size**2
 
-    @property
+    @cached_property
     def profile(self) -> DeviceProfile:
         """The profile of the device."""
         return profile_of(self.device)
@@ -70,3 +85,7 @@ class Problem:
     def matmul_price(self, width: float | None = None) -> float:
         """Return the relative price of a multiplication; see `DeviceProfile.matmul_price`."""
         return self.profile.matmul_price(self.dtype, width)
+
+
+problem_of = lru_cache(maxsize=4096)(Problem)
+"""Returns a problem; that of arguments that come again is the same object, with what it knows."""

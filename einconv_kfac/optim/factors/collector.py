@@ -35,7 +35,7 @@ from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.replay.passing import PassedOutputs
 from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
-from einconv_kfac.optim.vectors import totals
+from einconv_kfac.optim.vectors import Direction, totals
 
 NEVER_SEEN = (
     "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
@@ -213,32 +213,41 @@ class Collector:
         gradient = stored_of(self._model.get_parameter(self._layers[name].weight)).grad
         return gradient is not None and bool(local_of(gradient).any())
 
-    def is_finite(
+    def not_finite(
         self,
-        gradients: Sequence[Tensor],
+        gradient: Direction,
         losses: Sequence[Tensor],
         known: Sequence[Tensor],
         same: Compared = Same,
-    ) -> bool:
-        """Return whether gradients, losses and the collected moments are finite.
+    ) -> str | None:
+        """Return what is not finite: a loss, a gradient or collected moments; ``None`` if all is.
 
-        This is the one number of an ordinary step that the host waits for. A tensor is finite
-        where its norm or sum is; entries are looked at one by one only if one is not, since a
-        norm may overflow.
+        Whether all is finite is the one number of an ordinary step that the host waits for. A
+        tensor is finite where its norm or sum is; entries are looked at one by one only if one is
+        not, since a norm may overflow. The first of those that are not finite is named.
 
         Args:
-            gradients: The gradients.
+            gradient: The gradients.
             losses: The losses.
             known: The norms of the gradients.
             same: Returns what must be the same on all workers.
         """
-        others = [*losses, *(part for own in self.moments.values() for part in own.checked())]
+        moments = {name: own.checked() for name, own in self.moments.items()}
+        others = [*losses, *(part for own in moments.values() for part in own)]
         short = [*known, *totals(others)]
         flags = torch.stack(short).isfinite() if short else torch.ones(1, dtype=torch.bool)
         if self.workers.agree(flags.all(), "are all numbers finite", same):
-            return True
-        flags = torch.stack([t.isfinite().all() for t in [*gradients, *others]])
-        return self.workers.agree(flags.all(), "is each number finite")
+            return None
+        named = [
+            *(("The loss", loss) for loss in losses),
+            *((f"The gradient of '{name}'", own) for name, own in gradient.items()),
+            *((f"A Kronecker factor of '{n}'", part) for n, own in moments.items() for part in own),
+        ]
+        flags = torch.stack([tensor.isfinite().all() for _, tensor in named])
+        if self.workers.agree(flags.all(), "is each number finite"):
+            return None
+        found = (name for (name, _), is_finite in zip(named, flags.tolist()) if not is_finite)
+        return next(found, "A loss, gradient or Kronecker factor of another worker")
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good."""

@@ -33,7 +33,7 @@ from einconv_kfac.optim.parameters import assigned_parameters, check_present, ow
 from einconv_kfac.optim.schedule import due_names, intervals
 from einconv_kfac.optim.vectors import Direction
 
-NOT_FINITE = "A gradient, loss or Kronecker factor was not finite; the step was skipped."
+NOT_FINITE = "{} was not finite; the step was skipped."
 
 
 class RunningCurvature:

@@ -33,10 +33,10 @@ def check_curvature_state(state: Any, layers: Mapping[str, RunningFactors], kind
     """
     check_version(state)
     _SCHEMA.check("'preconditioner'", state)
-    if state["inverse"] != kind.name:
+    if (found := state["inverse"]) != kind.name:
         raise ValueError(
-            f"`state_dict` must come from the same `inverse`, got {state['inverse']!r} for "
-            f"{kind.name!r}."
+            f"`state_dict` must come from the same `inverse`, got {found!r} for {kind.name!r}. "
+            f"Pass inverse={found!r}, or load the state of the model alone."
         )
     if state["layers"] is not None:
         _check_layers(layers, state["layers"], kind)
@@ -49,8 +49,8 @@ def check_version(state: Any) -> None:
         found = "a state without a version" if version is None else shown(version)
         raise ValueError(
             f"`state_dict` must be a KFAC state of version {CURVATURE_STATE_VERSION}, got "
-            f"{found}. States of earlier versions cannot be loaded: load the state of the "
-            "model, and start with a new optimizer."
+            f"{found}. States of other versions cannot be loaded: load the state of the "
+            "model alone, and begin with a new optimizer."
         )
 
 
@@ -86,6 +86,10 @@ def _check_layers(layers: Mapping[str, RunningFactors], states: Any, kind: Kind)
     """
     Each(Anything()).check("layers", states)
     if differ := layers.keys() ^ states.keys():
-        raise ValueError(f"`state_dict` must have the model's layers, differs in {differ}.")
+        raise ValueError(
+            f"`state_dict` must have the model's layers, differs in {', '.join(sorted(differ))}. "
+            "Pass the arguments that it was saved with (`params`, `exclude`), or save it with "
+            "include_factors=False."
+        )
     for name, running in layers.items():
         running.check_state(states[name], kind)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.replay.checks import check_weights
+from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.automatic_state import check_automatic_state
 from einconv_kfac.optim.step.damping.damping_source import DampingSource
 from einconv_kfac.optim.step.damping.rule import DampingRule
@@ -56,10 +57,11 @@ class AutomaticStep:
         self._rule = rule
         self._safeguard = safeguard
         self._trust = SlopeTrust()
+        self._agreement = Agreement()
         self._slow = SlowMomentum()
         self._fit = StepFit(curvature, self._trust)
         self._rollback = Rollback()
-        self._reduction = Reduction(self._replay, rule, self._trust, safeguard)
+        self._reduction = Reduction(self._replay, rule, self._noise, safeguard)
         self._dampings = DampingSource(rule, self._replay)
         self._warned = False
         self._unobserved = UnobservedTerms(self._replay)
@@ -148,6 +150,7 @@ class AutomaticStep:
         coefficient, is_slow = fit.mix[-1], followed.coefficient is None
         if is_slow:
             coefficient = self._add_momentum_(objective, update, before, fit)
+        self._expect_agreement_(objective, before)
         coefficient = coefficient if followed.direction else 0.0
         for name, tensor in update.items():
             objective.memory[name][MOMENTUM_BUFFER] = tensor
@@ -156,6 +159,19 @@ class AutomaticStep:
             self._trust.predict_(fit.directions[0], fit.along.first_slope, moved)
         numbers = {"damping": damping, "step_size": fit.mix[0], "momentum": coefficient}
         return self._taken(update, {**numbers, "predicted": predicted})
+
+    def _noise(self) -> float:
+        """Return the fraction of slopes that batches do not share; 0 where the batch repeats."""
+        return min(self._trust.noise, self._agreement.noise)
+
+    def _expect_agreement_(self, objective: Objective, before: Before) -> None:
+        """Evaluate the objective after a step, for the next batch to be compared with, if due."""
+        steps = self._curvature.steps
+        if before.rounding is None or not self._agreement.is_due(steps):
+            return
+        own = [before.value, self._reduction.value(objective), before.rounding]
+        value, after, rounding = torch.stack(own).tolist()
+        self._agreement.expect_(value, after, rounding, steps)
 
     def _taken(self, update: Direction, numbers: Statistics) -> Taken:
         """Return a step with its statistics."""
@@ -180,6 +196,7 @@ class AutomaticStep:
         if not (last_update(objective.memory) and self._rollback.is_needed(value)):
             self._rollback.accept_(value)
             self._dampings.relax_()
+            self._agreement.sample_(value)
             return False
         self._undo_(objective)
         return True
@@ -189,6 +206,7 @@ class AutomaticStep:
         self._slow.drop_(objective.memory)
         undo_(objective.parameters, objective.memory)
         self._trust.drop_()
+        self._agreement.drop_()
         self._fit.subspace.drop_()
         self._dampings.raise_(UNDONE_FACTOR)
 
@@ -240,6 +258,7 @@ class AutomaticStep:
         """See `Step`."""
         return {
             "adapted": self._reduction.adapted,
+            "agreement": self._agreement.state_dict(),
             "raised": self._dampings.factor,
             "rule": self._rule.state_dict(),
             "search": self._fit.search.state_dict(),
@@ -267,6 +286,7 @@ class AutomaticStep:
     def load_state_dict(self, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """See `Step`."""
         self._reduction.adapted = state["adapted"]
+        self._agreement.load_state_dict(state["agreement"])
         self._dampings.factor = state["raised"]
         self._rule.load_state_dict(state["rule"])
         self._fit.search.load_state_dict(state["search"])

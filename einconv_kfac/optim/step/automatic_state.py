@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Anything, Maybe, Record, Schema
+from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.damping.search import DampingSearch
 from einconv_kfac.optim.step.rollback import Rollback
@@ -18,6 +19,7 @@ from einconv_kfac.optim.step.subspace import SubspaceFit
 
 _SCHEMAS: dict[str, Schema] = {
     "adapted": Maybe(COUNT),
+    "agreement": Agreement.schema,
     "raised": NUMBER,
     "rule": Anything(),
     "search": DampingSearch.schema,

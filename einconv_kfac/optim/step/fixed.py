@@ -19,9 +19,9 @@ from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.parameter_change import ParameterChange
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
 from einconv_kfac.optim.step.step_protocol import Taken
-from einconv_kfac.optim.vectors import Direction, all_finite, precise
+from einconv_kfac.optim.vectors import Direction, first_not_finite, precise
 
-NOT_FINITE = "The preconditioned gradient was not finite; the step was skipped."
+NOT_FINITE = "The preconditioned gradient of '{}' was not finite; the step was skipped."
 
 
 class FixedStep:
@@ -49,8 +49,8 @@ class FixedStep:
         self._curvature.update_()
         self._curvature.refresh_(damping, objective.decay)
         direction = self._curvature.precondition(objective.gradient)
-        if self._has_new_inverses() and not all_finite([*direction.values()]):
-            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=7)
+        if self._has_new_inverses() and (name := first_not_finite(direction)):
+            warnings.warn(NOT_FINITE.format(name), RuntimeWarning, stacklevel=7)
             return Taken({"damping": damping})
         clip = _clip_(direction, objective)
         steps = {**direction, **objective.others}

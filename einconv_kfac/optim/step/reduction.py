@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,6 @@ from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION_PERIO
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.rounding import ROUNDING_MARGIN, rounding_of
-from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.vectors import Direction
 
 BACKTRACKED_FACTOR = 2.0
@@ -57,7 +57,7 @@ class Reduction:
     Args:
         replay: Runs the model again.
         rule: The damping rule, which adapts to the ratio.
-        trust: The trust in slopes; what it lacks is noise.
+        noise: Returns the fraction of slopes that batches do not share.
         safeguard: Whether to compare after every step.
 
     Attributes:
@@ -66,11 +66,11 @@ class Reduction:
     """
 
     def __init__(
-        self, replay: Replay, rule: DampingRule, trust: SlopeTrust, safeguard: bool
+        self, replay: Replay, rule: DampingRule, noise: Callable[[], float], safeguard: bool
     ) -> None:
         self._replay = replay
         self._rule = rule
-        self._trust = trust
+        self._noise = noise
         self._safeguard = safeguard
         self.adapted: int | None = None
         self.ratio = math.nan
@@ -134,7 +134,7 @@ class Reduction:
         if self.is_due(step):
             self.adapted = step
             if is_known:
-                self._rule.after_ratio(self.ratio, predicted, self._trust.noise)
+                self._rule.after_ratio(self.ratio, predicted, self._noise())
 
     def is_due(self, step: int) -> bool:
         """Return whether the damping adapts after a step."""

@@ -81,16 +81,15 @@ class StepRunner:
         point = Point.of(
             optimizer.param_groups, self.names, by_parameter, divisor, curvature.stored
         )
-        gradients = [*point.gradient.values()]
-        known = norms(gradients)
+        known = norms(point.gradient.values())
         if self._found_inf(optimizer):  # the scaler will lower its scale
             curvature.discard_()
             return None
         losses = [batch.loss for batch in batches]
         same = partial(self._same, point, known)
-        if not curvature.collector.is_finite(gradients, losses, known, same):
+        if fault := curvature.collector.not_finite(point.gradient, losses, known, same):
             curvature.discard_()
-            warnings.warn(NOT_FINITE, RuntimeWarning, stacklevel=6)
+            warnings.warn(NOT_FINITE.format(fault), RuntimeWarning, stacklevel=6)
             return None
         if not batches and not curvature.collector.moments and not any(point.rates.values()):
             curvature.discard_()  # as where torch.distributed.checkpoint asks for empty states

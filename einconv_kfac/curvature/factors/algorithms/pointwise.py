@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
 from einconv_kfac.curvature.factors.chunking import chunk_size, chunks
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.update import Update, copy_upper_to_lower_, panels
+from einconv_kfac.geometry import Geometry
 
 LONG_EXAMPLE_POSITIONS = 256
 """Positions from which the product of a single example is worth a call."""
@@ -56,8 +58,9 @@ def add_columns_(x: Tensor, update: Update) -> None:
     for part in parts:
         columns = part.to(dtype).movedim(0, 2).flatten(2)  # g c (n s)
         update.add_product_(columns, last=part is parts[-1])
-        del columns  # freed before the next ones are computed
-        update = update.added()
+        if part is not parts[-1]:
+            del columns  # freed before the next ones are computed
+            update = update.added()
 
 
 class Pointwise(Algorithm):
@@ -81,14 +84,26 @@ class Pointwise(Algorithm):
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, from positions that the entry meets."""
-        index: list[Any] = [...]
-        for axis in problem.geometry.axes:
-            met = axis.outputs(0)
-            start = axis.input_position(0, met.start)
-            index.append(slice(start, start + (len(met) - 1) * axis.stride + 1, axis.stride))
-            if not met:  # nothing but padding
-                index[-1] = slice(0, 0)
-        x = torch.unflatten(x[tuple(index)], 1, (problem.geometry.groups, problem.channels))
-        if any(axis.stride > 1 for axis in problem.geometry.axes):  # copied once, all in a row
-            x = x.movedim(0, 2).flatten(2).unsqueeze(0)  # 1 g c (n s)
-        add_columns_(x.flatten(3), update)
+        met = _met(problem.geometry)
+        x = x if met is None else x[met]
+        groups, channels = problem.geometry.groups, problem.channels
+        if max(problem.geometry.stride) > 1:  # copied once, all in a row
+            x = torch.unflatten(x, 1, (groups, channels)).movedim(0, 2)  # g c n s
+            x = x.flatten(2).unsqueeze(0)
+        else:
+            x = x.reshape(len(x), groups, channels, x.shape[2:].numel())
+        add_columns_(x, update)
+
+
+@lru_cache(maxsize=4096)
+def _met(geometry: Geometry) -> tuple[Any, ...] | None:
+    """Return the index of the positions that a kernel of one entry meets; ``None`` for all."""
+    index: list[Any] = [...]
+    for axis in geometry.axes:
+        met = axis.outputs(0)
+        start = axis.input_position(0, met.start)
+        index.append(slice(start, start + (len(met) - 1) * axis.stride + 1, axis.stride))
+        if not met:  # nothing but padding
+            index[-1] = slice(0, 0)
+    whole = [slice(0, axis.input_size, 1) for axis in geometry.axes]
+    return None if index[1:] == whole else tuple(index)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from einconv_kfac.optim.state_schema import NUMBER, Maybe, Record
 
 INITIAL_FRACTION = 0.1
@@ -17,6 +19,9 @@ ADAPTATION = (19 / 20) ** 5
 """Factor of one adaptation (Martens and Grosse, 2015)."""
 LARGEST_NOISE = 0.1
 """Noise from which on the floor counts in full, and the damping shrinks no faster."""
+SMALLEST_SHARE = 8 * torch.finfo(torch.float32).eps
+"""Smallest fraction of the floor that counts: below it, the damping would be within the rounding of
+the curvature in single precision, and so would be the step."""
 LARGEST_DAMPING = 1e30
 """Damping up to which rejections raise it: inverses in single precision are finite."""
 UNUSED_POWER = 4
@@ -32,8 +37,8 @@ class LevenbergMarquardt:
     predicted growth. It stays above a floor, which a rejected step raises, though not beyond the
     damping.
 
-    Where batches hardly differ, the floor falls in proportion to the noise, so that there is none
-    where the batch repeats. There the damping also shrinks faster, the more the ratio exceeds 1:
+    Where batches hardly differ, the floor falls in proportion to the noise, down to rounding where
+    the batch repeats. There the damping also shrinks faster, the more the ratio exceeds 1:
     the damping has a share in the predicted change, and the ratio is 1 plus that share if nothing
     but the curvature of the model opposes the step. With noise neither would be safe, since the
     ratio is that on the step's own batch. A damping below a floor that has risen grows towards it.
@@ -66,7 +71,7 @@ class LevenbergMarquardt:
         if self._damping is None:
             return
         if predicted < 0 and ratio > 3 / 4:
-            relative = min(noise / LARGEST_NOISE, 1.0)
+            relative = min(max(noise / LARGEST_NOISE, SMALLEST_SHARE), 1.0)
             self._damping = self._shrunk(self._damping, ratio, relative)
         elif not 1 / 4 <= ratio <= 1:  # also if it is not a number
             self._damping /= ADAPTATION
