@@ -3,7 +3,8 @@ ONE_THREAD = OMP_NUM_THREADS=1 $(PYTHON)
 .DEFAULT_GOAL := help
 .PHONY: help install test format lint types surface docs dist smoke example ci clean \
 	bench-digits bench-training bench-step bench-step-operations bench-fractions \
-	bench-growth bench-trace bench-factors bench-profile bench-operations bench-curvature gpu
+	bench-communication bench-growth bench-trace bench-factors bench-profile \
+	bench-operations bench-curvature gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +60,9 @@ bench-step-operations: ## count the operations that a step on ResNet-50 starts
 
 bench-fractions: ## time a step whose curvature comes from a part of the examples
 	$(ONE_THREAD) benchmarks/fractions_of_batches.py
+
+bench-communication: ## record what several workers send each other in a step
+	$(ONE_THREAD) benchmarks/communication.py
 
 bench-growth: ## count memory, tensors, graph nodes and hooks after up to a thousand steps
 	$(ONE_THREAD) benchmarks/growth.py

@@ -46,8 +46,9 @@ class KFAC(CurvatureOptimizer):
     Every number from ``momentum`` on may be a function of the number of steps taken.
 
     Args:
-        model: The model. Layers that a rule of `einconv_kfac.curvature` covers are
-            preconditioned; parameters of others take the ``fallback`` (see `coverage`).
+        model: The model, or what torch wrapped around it. Layers that a rule of
+            `einconv_kfac.curvature` covers are preconditioned; parameters of others take the
+            ``fallback`` (see `coverage`).
         loss_fn: The loss module that the training loop calls. Without it, the loss is what the
             model returns as ``loss``, or what the loop passes to `observe`.
         lr: Scale of the update, 1 by default; required if not ``adaptive``.

@@ -134,6 +134,17 @@ def with_another_optimizer(options: dict[str, Any], rank: int, size: int) -> Scr
     return script
 
 
+def clipped(options: dict[str, Any], rank: int, size: int) -> Script:
+    """Gradients are clipped."""
+    script = Script(options, rank, size)
+    for number in range(4):
+        script.opt.zero_grad()
+        script.backward(number)
+        nn.utils.clip_grad_norm_(script.module.parameters(), 0.1)
+        script.opt.step()
+    return script
+
+
 def discarded(options: dict[str, Any], rank: int, size: int) -> Script:
     """A step is left out, and one is skipped since numbers are not finite."""
     script = Script(options, rank, size)
@@ -148,7 +159,7 @@ def discarded(options: dict[str, Any], rank: int, size: int) -> Script:
     return script
 
 
-SCRIPTS = (evaluations, zeroed, accumulated, frozen, with_another_optimizer, discarded)
+SCRIPTS = (evaluations, zeroed, accumulated, frozen, with_another_optimizer, clipped, discarded)
 
 
 def played(rank: int, size: int) -> dict[str, Any]:

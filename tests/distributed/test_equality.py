@@ -54,4 +54,4 @@ def test_workers_train_as_one(name: str, size: int, found: dict[int, list[Any]])
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.whole])
 def test_workers_train_as_one_with_the_whole_batch(name: str, found: dict[int, list[Any]]) -> None:
     expected = parameters(found[1][0]["whole"][name])
-    assert error(parameters(found[4][0][name]), expected) < TOLERANCE
+    assert error(parameters(found[CASES[name].workers[-1]][0][name]), expected) < TOLERANCE

@@ -42,6 +42,15 @@ def test_scripts_do_the_same_with_divided_models(script: str, mode: str, found: 
             assert_close(result["layers"][layer], numbers)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("script", [script.__name__ for script in SCRIPTS])
+def test_workers_compute_the_same_to_the_bit(script: str, mode: str, found: Any) -> None:
+    first, *others = (own["scripts"][f"{script}, {mode}"] for own in found[SIZE])
+    for other in others:
+        assert repr(other["statistics"]) == repr(first["statistics"])
+        assert repr(other["layers"]) == repr(first["layers"])
+
+
 def assert_close(found: dict[str, float], expected: dict[str, float]) -> None:
     """Numbers of the same names are the same."""
     assert found.keys() == expected.keys()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def _main(function: str, folder: str, timeout: str, *sizes: str) -> None:
                 try:
                     _work(function, folder, float(timeout), rank, size)
                     code = 0
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     sys.stderr.flush()
                     os._exit(code)

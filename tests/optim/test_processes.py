@@ -14,6 +14,7 @@ from torch.distributed.tensor import distribute_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from einconv_kfac import KFAC, KFACPreconditioner, kronecker_factors
+from einconv_kfac.distributed.detection import workers_of
 
 MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}, {"inverse": "ekfac"}]
 
@@ -148,7 +149,7 @@ def test_normalisation_over_all_workers_is_refused(made: Any) -> None:
     try:
         with pytest.raises(ValueError, match=r"got '1' \(SyncBatchNorm\). Use BatchNorm, or"):
             made(synchronized)
-        made(model)  # the remedy
+        assert workers_of(model).size == 2  # the remedy
     finally:
         torch.distributed.destroy_process_group()
     made(synchronized)  # one process normalises over its own batch

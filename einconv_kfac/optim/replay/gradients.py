@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from einconv_kfac.distributed.stored import all_stored, graph_leaf, is_divided, local_of
+from einconv_kfac.distributed.workers import ALONE, Workers
 from einconv_kfac.optim.model_walk import named_modules, parameters_in
 
 PROBES = 3
@@ -91,17 +93,25 @@ class GradientWatch:
         """Return whether all gradients of the last pass were dropped or zeroed since."""
         return bool(self._probes) and all(probe.is_cleared for probe in self._probes)
 
-    def factor(self) -> Tensor | None:
+    def factor(self, workers: Workers = ALONE) -> Tensor | None:
         """Return by how much the gradients were scaled since the last pass, as by clipping.
 
         ``None`` if they were not changed, or in another way.
+
+        Args:
+            workers: The workers, who look at their rows together if gradients are divided.
         """
         probes = [probe for probe in self._probes if probe.parameter.grad is not None]
-        if not probes or all(probe.is_intact for probe in probes):
+        are_divided = any(is_divided(probe.gradient) for probe in probes)
+        is_intact = all(probe.is_intact for probe in probes)
+        if not probes or (is_intact and not are_divided):
             return None
         before = torch.cat([probe.value.double() for probe in probes])
         now = torch.cat([_entries(p.parameter.grad).double() for p in probes])  # type: ignore[arg-type]
         square = before @ before
+        if are_divided:
+            parts = [square, now @ before, now @ now, float(not is_intact)]
+            return _common_factor(*workers.means(parts, "factor of clipping"))
         factor = (now @ before) / square
         error = (now - factor * before).norm()
         if bool(error <= PROPORTIONAL_ERROR * now.norm()) and bool(factor > 0):
@@ -111,6 +121,23 @@ class GradientWatch:
     def forget_(self) -> None:
         """Forget the last backward pass."""
         self._probes = []
+
+
+def _common_factor(square: Tensor, product: Tensor, present: Tensor, changed: Any) -> Tensor | None:
+    """Return the factor of gradients of which each worker has some rows, or ``None``.
+
+    Args:
+        square: ``b.b``, of the gradients before.
+        product: ``b.n``, of them and the present ones.
+        present: ``n.n``.
+        changed: Zero if all of them are what they were.
+    """
+    if not float(changed):
+        return None
+    factor = product / square
+    error = (present - 2 * factor * product + factor.square() * square).clamp_min(0).sqrt()
+    is_multiple = bool(error <= PROPORTIONAL_ERROR * present.sqrt()) and bool(factor > 0)
+    return factor if is_multiple else None
 
 
 ENTRIES = 4096

@@ -159,7 +159,9 @@ class StepRunner:
         """
         scale = getattr(optimizer, "grad_scale", None)  # set by torch.amp.GradScaler for a step
         recorder = self.curvature.recorder
-        clipped = recorder.gradients.factor() if self.settings.adaptive else None
+        clipped = (
+            recorder.gradients.factor(self.curvature.workers) if self.settings.adaptive else None
+        )
         batches = recorder.take()
         divisor: Tensor | None = scale
         if batches and hasattr(optimizer, "found_inf"):
