@@ -7,11 +7,12 @@ from typing import Any
 
 from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
+from einconv_kfac.optim.step.damping.levenberg_marquardt import LARGEST_NOISE
 from einconv_kfac.optim.step.rounding import ROUNDING_MARGIN
 
 DISAGREEMENT_PERIOD = 100
-"""Steps between two comparisons of batches that have disagreed; as many between two of batches
-that have agreed as between two of the predicted with the true change."""
+"""Steps between two comparisons of batches that have disagreed, so that the floor counts in full.
+Where they have agreed, they are compared whenever the predicted change is, with the true one."""
 EARLY_DISAGREEMENT_SHARE = 2
 """Early in training, a comparison is due each time the number of steps has about doubled."""
 
@@ -35,7 +36,7 @@ class Agreement:
 
     def is_due(self, step: int) -> bool:
         """Return whether to compare the batch of a step, which is compared with its prediction."""
-        if self.noise < 1:
+        if self.noise < LARGEST_NOISE:
             return True
         return is_due(step, self._compared, DISAGREEMENT_PERIOD, EARLY_DISAGREEMENT_SHARE)
 

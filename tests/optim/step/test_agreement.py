@@ -119,5 +119,5 @@ def test_a_state_goes_on_where_it_was() -> None:
     agreement.expect_(3.0, 1.0, 0.0, 7)
     again.load_state_dict(agreement.state_dict())
     again.sample_(1.5)
-    assert (again.noise, again.is_due(8)) == (0.25, True)
+    assert (again.noise, again.is_due(8)) == (0.25, False)
     assert agreement.noise == 1

@@ -75,6 +75,16 @@ def test_without_noise_the_damping_has_no_floor_and_shrinks_faster(
     assert rule.damping(0) == pytest.approx(ADAPTATION**power)
 
 
+def test_without_noise_the_damping_stays_above_the_rounding_of_the_curvature() -> None:
+    rule, curvature = LevenbergMarquardt(), 3.0
+    rule.initial(curvature)
+    for _ in range(200):
+        rule.after_ratio(2.0, -1.0, 0.0)
+    damping, epsilon = rule.damping(0), torch.finfo(torch.float32).eps
+    assert damping is not None
+    assert 0.01 * epsilon * curvature < damping < epsilon * curvature
+
+
 def test_a_damping_below_a_risen_floor_grows_to_it() -> None:
     rule = LevenbergMarquardt()
     rule.load_state_dict(LOW)
