@@ -399,6 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
         *rows_of_times(),
     ]
+    lines = [line.rstrip() for line in lines]
     name = "communication-quick.txt" if given.quick else "communication.txt"
     publish(lines, given.output / name)
 
