@@ -29,9 +29,10 @@ from unittest import mock
 
 import torch
 from tables import RESULTS, command_line, heading, publish
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from einconv_kfac import KFAC
@@ -228,12 +229,13 @@ def work(
     """Train in one process, and save what was sent in the first and in the last step."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    store = distributed.FileStore(f"{folder}/store", size)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    start = f"file://{folder}/store"
+    distributed.init_process_group("gloo", init_method=start, rank=rank, world_size=size)
     torch.manual_seed(0)
     model, loss_fn = SUBJECTS[subject].made(full=False), nn.CrossEntropyLoss()
     if sharded:
-        wrapped: nn.Module = fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (size,)))  # in place
+        wrapped: nn.Module = model
     else:
         wrapped = DistributedDataParallel(model)
     opt, found = KFAC(wrapped, loss_fn, fallback="gradient", **MODES[mode]), []
@@ -254,7 +256,7 @@ def measured(
     """Return what one worker takes part in, in the first of some steps and in the last."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (size, folder, subject, steps, sharded, mode)
-        multiprocessing.spawn(work, arguments, nprocs=size)
+        start_processes(work, arguments, nprocs=size, start_method="spawn")  # type: ignore[no-untyped-call]
         found: tuple[Traffic, Traffic] = torch.load(f"{folder}/found.pt", weights_only=False)
     return found
 
