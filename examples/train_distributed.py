@@ -51,6 +51,7 @@ def main(epochs: int = 10, batch_size: int = 448) -> float:
     spread = _spread(model)
     if rank == 0:
         print(f"test accuracy {found:.2%}; parameters of {size} workers differ by {spread:g}")
+    distributed.barrier()  # so that none leaves while another one still sends
     distributed.destroy_process_group()
     return found
 

@@ -1,4 +1,4 @@
-"""What `import einconv_kfac` imports beside the package: nothing optional, and no compiler."""
+"""What importing the optimizer imports beside the package: nothing optional, and no compiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SCRIPT = """
 import json, sys
 import torch, tqdm, opt_einsum
 before = set(sys.modules)
-import einconv_kfac
+from einconv_kfac import KFAC
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 STANDARD = set(sys.stdlib_module_names)

@@ -113,10 +113,7 @@ class RunningCurvature:
         return found
 
     def cover_unfrozen_(self, present: Mapping[str, nn.Parameter] | None = None) -> None:
-        """Cover the layers that were unfrozen since the last step.
-
-        Args:
-            present: The model's parameters by name, if they are known.
+        """Cover the layers that were unfrozen, given the model's parameters if they are known.
 
         Raises:
             RuntimeError: If a parameter is not the one that was covered.
