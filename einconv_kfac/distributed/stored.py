@@ -31,13 +31,18 @@ def graph_leaf(parameter: P) -> P:
     return _other(_LEAVES, parameter)
 
 
+def graph_leaves(parameters: Iterable[P]) -> list[P]:
+    """Return `graph_leaf` of each of many parameters; where no model is divided, these."""
+    return [graph_leaf(own) for own in parameters] if _LEAVES.data else list(parameters)
+
+
 def stored_of(parameter: P) -> P:
     """Return the parameter that an optimizer has of one that the model has at present."""
     return _other(_STORED, parameter)
 
 
 def all_stored(parameters: Iterable[P]) -> list[P]:
-    """Return `stored_of` each of many parameters; where no model is divided, these themselves."""
+    """Return `stored_of` each of many parameters; where no model is divided, these."""
     return [stored_of(own) for own in parameters] if _STORED.data else list(parameters)
 
 

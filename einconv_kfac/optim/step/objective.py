@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.distributed.shards import WHOLE, WholeModel
-from einconv_kfac.distributed.stored import graph_leaf, stored_of
+from einconv_kfac.distributed.stored import all_stored, graph_leaves
 from einconv_kfac.distributed.workers import ALONE, Workers
 from einconv_kfac.optim.factors.finiteness import KNOWN, Finiteness
 from einconv_kfac.optim.hyperparameters import Hyperparameters
@@ -103,7 +103,7 @@ class Point:
         """
         every = (p for group in groups for p in group["params"])
         own = {names[p]: p for p in every if p.grad is not None}
-        parameters: Direction = {name: graph_leaf(p) for name, p in own.items()}
+        parameters: Direction = dict(zip(own, graph_leaves(own.values())))
         gradients = stored.whole([p.grad for p in own.values() if p.grad is not None])
         for name, tensor in zip(parameters, gradients):
             check_dense(name, tensor)
@@ -225,7 +225,8 @@ def memory_of(
         state: The state by parameter.
         stored: How the model is stored.
     """
-    memory = stored.whole_states({name: state[stored_of(p)] for name, p in parameters.items()})
+    owners = zip(parameters, all_stored(parameters.values()))
+    memory = stored.whole_states({name: state[owner] for name, owner in owners})
     for name, own in memory.items():
         for key, value in own.items():
             if isinstance(value, Tensor):

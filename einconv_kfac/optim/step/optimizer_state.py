@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from einconv_kfac.distributed.stored import stored_of
+from einconv_kfac.distributed.stored import all_stored
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.curvature_state import CURVATURE_STATE_VERSION, check_version
 from einconv_kfac.optim.hyperparameters import Hyperparameters
@@ -183,7 +183,7 @@ def restored_on_error(
         parameters: The parameters that the step may change, by name.
     """
     own = [*parameters.values()]
-    owners = [stored_of(parameter) for parameter in own]
+    owners = all_stored(own)
     undo = [curvature.snapshot(), step.snapshot(parameters), _memory_snapshot(optimizer, owners)]
     if step.moves_parameters:
         undo.append(_parameter_snapshot(own))

@@ -259,5 +259,6 @@ class StepRunner:
             or self.curvature.stored.is_divided
         ):
             return False
-        is_ordinary = not self.curvature.collector.due and not self.curvature.inverts()
-        return is_ordinary and all(own.is_cuda for own in objective.parameters.values())
+        if not all(own.is_cuda for own in objective.parameters.values()):
+            return False
+        return not self.curvature.collector.due and not self.curvature.inverts()
