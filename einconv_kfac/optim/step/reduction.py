@@ -74,6 +74,7 @@ class Reduction:
         self._safeguard = safeguard
         self.adapted: int | None = None
         self.ratio = math.nan
+        self._known: tuple[list[int], Tensor] | None = None  # versions of parameters, value there
 
     def before(
         self, objective: Objective, step: int, others: float = 0.0, *, is_bounded: bool = False
@@ -88,6 +89,7 @@ class Reduction:
             others: The change by terms that the recorded losses do not contain.
             is_bounded: Whether the step was shortened; it is compared then if the damping is given.
         """
+        self._known = None
         if objective.settings.damping is None:
             compared = self._safeguard or self.is_due(step)
         else:
@@ -150,6 +152,9 @@ class Reduction:
         return is_due(step, self.adapted, ADAPTATION_PERIOD)
 
     def value(self, objective: Objective) -> Tensor:
-        """Evaluate the objective anew, at the present parameters."""
-        losses = [batch.weight * self._replay.batch_loss(batch) for batch in objective.batches]
-        return objective.with_decay(losses)
+        """Return the objective at the present parameters, evaluated once after each change."""
+        versions = [parameter._version for parameter in objective.parameters.values()]
+        if self._known is None or self._known[0] != versions:
+            losses = [batch.weight * self._replay.batch_loss(batch) for batch in objective.batches]
+            self._known = versions, objective.with_decay(losses)
+        return self._known[1]

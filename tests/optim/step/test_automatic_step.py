@@ -85,7 +85,7 @@ def test_what_is_left_of_a_step_is_a_power_of_the_shortening(
 
         monkeypatch.setattr(Replay, "batch_loss", value)
         train_step(model, opt._preconditioner.estimator.loss_fn, opt, batch)
-        assert calls == [refused + 2]  # one for the next batch to be compared with
+        assert calls == [refused + 1]
         statistics.append(opt.statistics())
     steps = [weights(model) - weights(conv_net()) for model in models]
     torch.testing.assert_close(steps[1], BACKTRACKING_FACTOR**2 * steps[0], **EXACT)
