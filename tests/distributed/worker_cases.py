@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from einconv_kfac import KFAC, KFACPreconditioner
 
-PARTS, STEPS = 4, 4
+PARTS, STEPS = 4, 5
 FIXED = {"lr": 0.05, "adaptive": False}
 
 
@@ -62,7 +62,7 @@ class Case:
     groups: Callable[[nn.Module], Any] | None = None
     preconditions: bool = False
     whole: bool = False
-    workers: Sequence[int] = (2,)
+    workers: Sequence[int] = (2, 4)
     sharded: bool = False
     whole_options: dict[str, Any] | None = None
 
@@ -126,8 +126,14 @@ def two_groups(model: nn.Module) -> list[dict[str, Any]]:
 # the eigenbasis is arbitrary, and the moments in it depend on the last bits of the factor.
 MANY = (16,) * PARTS
 PERIODS = {"factor_update_period": 2, "inverse_update_period": 3}
+SHARDED_WORKERS = {
+    **dict.fromkeys(("fixed", "automatic"), (2, 4)),
+    **dict.fromkeys(("fixed, reduce", "automatic, sampled", "automatic, clipped"), (4,)),
+    **dict.fromkeys(("more workers than rows", "few rows on the last"), (4,)),
+}
+"""The numbers of workers of cases with a divided model, where they are not 2."""
 SHARDED = {
-    f"sharded, {name}": replace(case, sharded=True)
+    f"sharded, {name}": replace(case, sharded=True, workers=SHARDED_WORKERS.get(name, (2,)))
     for name, case in {
         "fixed": Case({**FIXED, "fisher": "exact"}, whole=True),
         "fixed, reduce": Case({**FIXED, "fisher": "exact", "approximation": "reduce"}, whole=True),
@@ -220,16 +226,6 @@ CASES: dict[str, Case] = {
     "preconditioner, ekfac": Case({"inverse": "ekfac"}, sizes=MANY, preconditions=True),
     **SHARDED,
 }
-BOTH = ("fixed", "automatic", "uneven", "sharded, fixed", "sharded, automatic")
-FOUR = (
-    *("fixed, ekfac", "fixed, in background", "fixed, some examples", "fixed, adam"),
-    *("automatic, exact inverse", "automatic, some examples", "automatic, noise"),
-    *("automatic, scaler, clipped", "uneven, weighted", "bare", "unused", "compiled outside"),
-    *("sharded, fixed, reduce", "sharded, automatic, sampled", "sharded, automatic, clipped"),
-    *("sharded, more workers than rows", "sharded, few rows on the last"),
-)
-CASES |= {name: replace(CASES[name], workers=(2, 4)) for name in BOTH}
-CASES |= {name: replace(CASES[name], workers=(4,)) for name in FOUR}
 
 
 def cases_of(size: int) -> dict[str, Case]:
