@@ -255,7 +255,7 @@ class Collector:
             **{f"The gradient of '{name}'": [own] for name, own in gradient.items()},
             **{f"A Kronecker factor of '{name}'": own for name, own in moments.items()},
         }
-        return Finiteness(named, [*known, *totals(others)])
+        return Finiteness(named, lambda: [*known, *totals(others)])
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -22,26 +23,39 @@ class Finiteness:
 
     Args:
         named: The tensors, by what they are.
-        numbers: Norms or sums of all of them, on one device.
+        numbers: Returns norms or sums of all of them, on one device.
 
     Attributes:
         is_known: Whether the tensors are known to be finite.
         is_late: Whether the host is to find out after the step.
     """
 
-    def __init__(self, named: Mapping[str, Sequence[Tensor]], numbers: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        named: Mapping[str, Sequence[Tensor]],
+        numbers: Callable[[], Sequence[Tensor]] = list,
+    ) -> None:
         self._named, self._numbers = named, numbers
+        self._flags: dict[torch.dtype, Tensor] = {}
         self.is_known = self.is_late = False
 
     @cached_property
     def numbers(self) -> Tensor:
         """The numbers as a vector."""
-        return torch.stack(list(self._numbers)) if self._numbers else torch.zeros(0)
+        found = list(self._numbers())
+        return torch.stack(found) if found else torch.zeros(1)
 
     @cached_property
     def flag(self) -> Tensor:
         """Whether all norms and sums are finite, one number on the device."""
-        return (self.numbers - self.numbers == 0).all()
+        largest: Tensor = torch.linalg.vector_norm(self.numbers, math.inf)
+        return largest < math.inf
+
+    def flag_as(self, dtype: torch.dtype) -> Tensor:
+        """Return the flag as a number of a data type."""
+        if dtype not in self._flags:
+            self._flags[dtype] = self.flag.to(dtype)
+        return self._flags[dtype]
 
     def confirm_(self, flag: float) -> None:
         """Take over the flag, which the host has read.
@@ -62,6 +76,15 @@ class Finiteness:
         if not self.is_known:
             self.confirm_(bool(self.flag))
 
+    @contextmanager
+    def before_errors(self) -> Iterator[None]:
+        """Have a number that is not finite be the fault of what else fails inside the block."""
+        try:
+            yield
+        except (RuntimeError, ValueError):
+            self.require_()
+            raise
+
     def be_late_(self) -> None:
         """Let the device decide by the largest entry of each tensor, which does not overflow.
 
@@ -70,7 +93,7 @@ class Finiteness:
         self._named = {
             name: found for name, own in self._named.items() if (found := _with_entries(own))
         }
-        self._numbers = torch._foreach_norm(self._tensors(), math.inf)
+        self._numbers = lambda: torch._foreach_norm(self._tensors(), math.inf)
         self.is_late = True
 
     def names(self) -> list[str]:
@@ -98,6 +121,6 @@ def _with_entries(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.numel()]
 
 
-KNOWN = Finiteness({}, ())
+KNOWN = Finiteness({})
 """Of nothing."""
 KNOWN.is_known = True

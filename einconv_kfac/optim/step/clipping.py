@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -29,4 +30,5 @@ def norm_factor(direction: Direction, rates: Mapping[str, float], bound: float) 
 def _factor(pair: tuple[Direction, Direction], rates: Mapping[str, float], bound: float) -> Tensor:
     """Return the square root, at most 1, of a bound by ``sum lr^2 a.b``."""
     size = inner(*pair, {name: rate**2 for name, rate in rates.items()})
-    return (bound / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt().clamp_max(1.0)
+    inverse = size.clamp_min(torch.finfo(size.dtype).tiny).rsqrt()
+    return (inverse * math.sqrt(bound)).clamp_max(1.0)

@@ -102,7 +102,7 @@ def _not_finite(objective: Objective, direction: Direction) -> str | None:
     """
     tensors = [*direction.values()]
     named = {name: [tensor] for name, tensor in direction.items()}
-    finite, own = objective.finite, Finiteness(named, norms(tensors))
+    finite, own = objective.finite, Finiteness(named, lambda: norms(tensors))
     (ours,), (theirs,) = read(own.flag, own.flag if finite.is_known else finite.flag)
     finite.confirm_(finite.is_known or theirs)
     return None if ours else own.fault(own.by_entry().tolist())
@@ -133,15 +133,15 @@ def _change(
 ) -> ParameterChange:
     """Return the change of parameters that share a rate."""
     parameters = [objective.parameters[name] for name in names]
-    flag = objective.finite.flag if objective.finite.is_late else None
+    finite = objective.finite
     if not objective.settings.decoupled_weight_decay:
-        added = velocities if flag is None else or_zero(velocities, flag)
+        added = or_zero(velocities, finite) if finite.is_late else velocities
         return ParameterChange.adding(parameters, added, -rate)
     own = objective.by_parameter
     values = list(torch._foreach_mul(parameters, [1 - rate * own[n].weight_decay for n in names]))
     torch._foreach_add_(values, velocities, alpha=-rate)
-    if flag is not None:
-        values = or_others(values, parameters, flag)
+    if finite.is_late:
+        values = or_others(values, parameters, finite)
     return ParameterChange.replacing(parameters, values)
 
 

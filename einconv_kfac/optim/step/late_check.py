@@ -80,13 +80,13 @@ class LateCheck:
         return False
 
 
-def restore_memory_(memory: Memory, before: Memory, flag: Tensor) -> Callable[[], None]:
-    """Have the device restore tensors of the optimizer's state where a flag is not set.
+def restore_memory_(memory: Memory, before: Memory, finite: Finiteness) -> Callable[[], None]:
+    """Have the device restore tensors of the optimizer's state if a number is not finite.
 
     Args:
         memory: The state, by parameter name; its tensors are replaced.
         before: The state before the step.
-        flag: The flag.
+        finite: Whether all numbers are finite, as the device knows.
 
     Returns:
         A function that restores everything but the tensors that were there before.
@@ -104,7 +104,7 @@ def restore_memory_(memory: Memory, before: Memory, flag: Tensor) -> Callable[[]
     ]
     if tensors:
         new, old = (list(own) for own in zip(*tensors.values()))
-        for (name, key), value in zip(tensors, or_others(new, old, flag)):
+        for (name, key), value in zip(tensors, or_others(new, old, finite)):
             memory[name][key] = value
     known = {name: set(own) for name, own in before.items()}
 

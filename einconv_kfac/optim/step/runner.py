@@ -100,7 +100,8 @@ class StepRunner:
                 curvature.discard_()  # as where torch.distributed.checkpoint asks for empty states
                 return None
             with undone as last, without_autocast(curvature.model):
-                taken = self._take_(optimizer, point, batches, settings, finite)
+                with finite.before_errors():
+                    taken = self._take_(optimizer, point, batches, settings, finite)
                 curvature.finish_()
                 if finite.is_late:
                     self.late.begin_(finite)
@@ -183,26 +184,7 @@ class StepRunner:
         settings: Hyperparameters,
         finite: Finiteness,
     ) -> Taken:
-        """Take a step from a point.
-
-        Raises:
-            NotFiniteError: If a number is not finite, whatever else is wrong.
-        """
-        try:
-            return self._checked_step_(optimizer, point, batches, settings, finite)
-        except (RuntimeError, ValueError):
-            finite.require_()
-            raise
-
-    def _checked_step_(
-        self,
-        optimizer: Optimizer,
-        point: Point,
-        batches: Sequence[Batch],
-        settings: Hyperparameters,
-        finite: Finiteness,
-    ) -> Taken:
-        """Take a step from a point, unless a check fails."""
+        """Take a step from a point."""
         curvature = self.curvature
         curvature.set_groups_(settings, point.by_parameter)
         if curvature.collector.due:
@@ -225,7 +207,7 @@ class StepRunner:
         for name, state in moments.items():
             memory[name].update(state)
         if finite.is_late:
-            undo_ = restore_memory_(memory, before, finite.flag)
+            undo_ = restore_memory_(memory, before, finite)
             self.late.prepare_(undo_, self._take_back_)
         curvature.stored.keep_(optimizer.state, point.parameters, memory)
         return taken

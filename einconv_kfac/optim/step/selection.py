@@ -11,38 +11,43 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from einconv_kfac.optim.factors.finiteness import Finiteness
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers with a number of bytes."""
 
 
-def or_zero(tensors: Sequence[Tensor], flag: Tensor) -> list[Tensor]:
-    """Return copies of tensors where a flag is set, and zeros where not."""
+def or_zero(tensors: Sequence[Tensor], finite: Finiteness) -> list[Tensor]:
+    """Return copies of tensors if all is finite, and zeros if not."""
 
     def chosen(bits: list[Tensor], factor: Tensor) -> Sequence[Tensor]:
         return torch._foreach_mul(bits, factor)
 
-    return _by_type(chosen, flag, tensors)
+    return _by_type(chosen, finite, tensors)
 
 
-def or_others(tensors: Sequence[Tensor], others: Sequence[Tensor], flag: Tensor) -> list[Tensor]:
-    """Return copies of tensors where a flag is set, and of others of their form where not."""
+def or_others(
+    tensors: Sequence[Tensor], others: Sequence[Tensor], finite: Finiteness
+) -> list[Tensor]:
+    """Return copies of tensors if all is finite, and of others of their form if not."""
 
     def chosen(bits: list[Tensor], factor: Tensor, given: list[Tensor]) -> Sequence[Tensor]:
-        found = torch._foreach_mul(bits, factor)
-        torch._foreach_add_(found, torch._foreach_mul(given, 1 - factor))
+        found = torch._foreach_sub(bits, given)  # which wraps around, and so does the sum
+        torch._foreach_mul_(found, factor)
+        torch._foreach_add_(found, given)
         return found
 
-    return _by_type(chosen, flag, tensors, others)
+    return _by_type(chosen, finite, tensors, others)
 
 
 def _by_type(
-    chosen: Callable[..., Sequence[Tensor]], flag: Tensor, *columns: Sequence[Tensor]
+    chosen: Callable[..., Sequence[Tensor]], finite: Finiteness, *columns: Sequence[Tensor]
 ) -> list[Tensor]:
     """Apply a function to the bits of tensors of one data type at a time.
 
     Args:
         chosen: Takes bits of the first column, the flag as an integer, and bits of the others.
-        flag: The flag.
+        finite: Whether all is finite, as the device knows.
         columns: Tensors; those of a row have the same form.
     """
     result: dict[int, Tensor] = {}
@@ -50,7 +55,7 @@ def _by_type(
     for index, tensor in enumerate(columns[0]):
         alike[_bits(tensor).dtype].append(index)
     for dtype, indices in alike.items():
-        factor = flag.to(dtype)
+        factor = finite.flag_as(dtype)
         first, *others = ([_bits(column[index]) for index in indices] for column in columns)
         for index, bits in zip(indices, chosen(first, factor, *others)):
             result[index] = _from_bits(bits, columns[0][index].dtype)

@@ -31,10 +31,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 BUDGETS = {  # launches, waits
-    ("fixed", "ordinary"): (76, 0),
+    ("fixed", "ordinary"): (71, 0),
     ("fixed", "factors"): (220, 1),
     ("fixed", "inverses"): (404, 2),
-    ("automatic", "ordinary"): (143, 1),
+    ("automatic", "ordinary"): (142, 1),
     ("automatic", "factors"): (291, 1),
     ("automatic", "inverses"): (654, 6),
 }
