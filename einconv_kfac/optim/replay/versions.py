@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 from einconv_kfac.distributed.stored import all_stored, is_divided, local_of
 
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers with a number of bytes."""
+MULTIPLIER = 0x1E3779B97F4A7C15
+"""A number whose multiples modulo 2^64 look random."""
+
 State: TypeAlias = tuple[tuple[object, ...], ...]
 """Version and address of each of several tensors."""
 
@@ -22,10 +27,10 @@ class _Rows:
     """
 
     def __init__(self, rows: Tensor) -> None:
-        self._norm = torch.linalg.vector_norm(rows.double()) if rows.numel() else rows
+        self._digest = digest(rows)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Rows) and torch.equal(self._norm, other._norm)
+        return isinstance(other, _Rows) and torch.equal(self._digest, other._digest)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -54,6 +59,18 @@ class Versions:
     def changed(self) -> str | None:
         """Return what was changed in place, or ``None``."""
         return next((n for n, tensor, version in self._known if tensor._version != version), None)
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """Return a number that depends on each bit of a tensor and on the order of its entries.
+
+    It is the sum of the entries' bits times odd numbers, modulo 2^64, so that a change of one
+    entry always changes it, and a change of several all but surely.
+    """
+    parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = parts.contiguous().view(INTEGERS[parts.element_size()]).flatten().long()
+    odd = torch.arange(bits.numel(), device=bits.device) * MULTIPLIER | 1
+    return (bits * odd).sum()
 
 
 def state_of(parameters: Iterable[nn.Parameter]) -> State:

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.factors.finiteness import Finiteness
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The integers with a number of bytes."""
+from einconv_kfac.optim.replay.versions import INTEGERS
 
 
 def or_zero(tensors: Sequence[Tensor], finite: Finiteness) -> list[Tensor]:
@@ -66,7 +64,7 @@ def _bits(tensor: Tensor) -> Tensor:
     """Return the bits of a tensor as integers."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.view(_INTEGERS[tensor.element_size()])
+    return tensor.view(INTEGERS[tensor.element_size()])
 
 
 def _from_bits(bits: Tensor, dtype: torch.dtype) -> Tensor:
