@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac import KFAC
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.step.objective import Objective
 
 Batch = tuple[Tensor, Tensor]
+LATE = 10_000
+"""Steps after which no period is shortened any more."""
 
 
 def conv_net(seed: int = 0, *, random_layers: bool = False) -> nn.Sequential:
@@ -66,6 +69,16 @@ def objective_of(parameters: dict[str, Tensor], **others: Any) -> Objective:
         "memory": {name: {} for name in parameters},
     }
     return Objective(parameters, **{**given, **others})
+
+
+def late_training(**options: Any) -> tuple[nn.Module, nn.Module, KFAC]:
+    """Return a network and an optimizer that has counted many steps, and taken none."""
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, **options)
+    state = opt.state_dict()
+    state["kfac"]["preconditioner"]["steps"] = LATE
+    opt.load_state_dict(state)
+    return model, loss_fn, opt
 
 
 def with_kl_clip(options: dict[str, Any], bound: float | None) -> dict[str, Any]:

@@ -32,11 +32,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 BUDGETS = {  # launches, waits
     ("fixed", "ordinary"): (71, 0),
-    ("fixed", "factors"): (220, 1),
-    ("fixed", "inverses"): (404, 2),
+    ("fixed", "factors"): (218, 1),
+    ("fixed", "inverses"): (401, 2),
     ("automatic", "ordinary"): (142, 1),
-    ("automatic", "factors"): (291, 1),
-    ("automatic", "inverses"): (654, 6),
+    ("automatic", "factors"): (290, 1),
+    ("automatic", "inverses"): (642, 5),
 }
 """What a step of a model with four layers may ask of the device, with both passes.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step
+from optim_cases import image_batch, late_training, train_step
 from torch import nn
 
 from einconv_kfac import KFAC
@@ -16,7 +16,6 @@ from einconv_kfac.optim.step.slow_momentum import BUFFER
 from einconv_kfac.optim.step.subspace import FIT_PERIOD
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
-LATE = 10_000
 
 
 @pytest.fixture
@@ -34,11 +33,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def late(**options: Any) -> tuple[nn.Module, nn.Module, KFAC]:
     """Return an optimizer late in training, after a step in which everything was due."""
-    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
-    opt = KFAC(model, loss_fn, **options)
-    state = opt.state_dict()
-    state["kfac"]["preconditioner"]["steps"] = LATE
-    opt.load_state_dict(state)
+    model, loss_fn, opt = late_training(**options)
     opt._step._rollback.accept_(1e6)  # no loss counts as an explosion
     train_step(model, loss_fn, opt, image_batch(32, seed=0))
     return model, loss_fn, opt

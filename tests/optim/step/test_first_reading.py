@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import conv_net, image_batch, train_step
+from optim_cases import image_batch, late_training, train_step
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
-
-LATE = 10_000
 
 
 def tensors(state: Any) -> list[Tensor]:
@@ -27,11 +25,7 @@ def tensors(state: Any) -> list[Tensor]:
 
 def late(**options: Any) -> tuple[nn.Module, nn.Module, KFAC]:
     """Return an optimizer whose coming step needs no fit, late in training."""
-    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
-    opt = KFAC(model, loss_fn, **options)
-    state = opt.state_dict()
-    state["kfac"]["preconditioner"]["steps"] = LATE
-    opt.load_state_dict(state)
+    model, loss_fn, opt = late_training(**options)
     for seed in range(3):
         train_step(model, loss_fn, opt, image_batch(32, seed=seed))
     return model, loss_fn, opt
