@@ -35,11 +35,7 @@ class ChangingBuffers:
             modules: The modules of the model by name.
         """
         buffers = _buffers(modules)
-        self._before = {
-            name: (id(buffer), buffer._version)
-            for name, buffer in buffers.items()
-            if buffer.numel() > COPIED_ENTRIES
-        }
+        self._before = {name: (id(buffer), buffer._version) for name, buffer in buffers.items()}
         return {
             name: buffer.detach().clone()
             for name, buffer in buffers.items()
@@ -48,12 +44,12 @@ class ChangingBuffers:
 
     def compare_(self, model: nn.Module) -> None:
         """Find the large buffers that the forward pass has changed; call it afterwards."""
-        if self._before.keys() <= self._large:
-            return
-        for name, buffer in _buffers(named_modules(model)).items():
-            known = self._before.get(name)
-            if known is not None and known != (id(buffer), buffer._version):
-                self._large.add(name)
+        self._large |= {
+            name
+            for name, buffer in _buffers(named_modules(model)).items()
+            if buffer.numel() > COPIED_ENTRIES
+            and self._before.get(name) != (id(buffer), buffer._version)
+        }
 
 
 def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -72,3 +72,33 @@ def test_they_train(kind: str) -> None:
     losses = [train_step(model, loss_fn, opt, image_batch(24)) for _ in range(15)]
     assert losses[-1] < 0.7 * losses[0]
     assert not torch.equal(before, weights(model))
+
+
+class Growing(nn.Module):
+    """Subtracts the mean of what it has seen, in a buffer that grows or is registered late."""
+
+    def __init__(self, is_late: bool) -> None:
+        super().__init__()
+        if not is_late:
+            self.register_buffer("seen", torch.zeros(1, 36).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = [self.seen] if hasattr(self, "seen") else []
+        self.register_buffer("seen", torch.cat([*known, x.detach().mean(0, keepdim=True)]))
+        return x - self.seen.mean(0)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_buffer_that_has_become_large_is_copied(
+    is_late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffers, "COPIED_ENTRIES", 35 if is_late else 36)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), Growing(is_late), nn.Linear(36, 3)).double()
+    x, _ = image_batch()
+    changing = buffers.ChangingBuffers()
+    changing.copied_(dict(model.named_modules()))
+    model(x)
+    changing.compare_(model)
+    copies = changing.copied_(dict(model.named_modules()))
+    assert torch.equal(copies["1.seen"], model[1].seen)
