@@ -82,7 +82,7 @@ class TypeRegistry(Generic[T]):
 
     def is_registered(self, module: nn.Module) -> bool:
         """Return whether a rule that was registered later applies to a module."""
-        return any(isinstance(module, kind) for kind, _ in self._later)
+        return bool(self._later) and any(isinstance(module, kind) for kind, _ in self._later)
 
     def __iter__(self) -> Iterator[tuple[Kind, T]]:
         yield from self._first.items()

@@ -132,8 +132,7 @@ class Hyperparameters:
         for name, value in given.items():
             if callable(value):
                 raise ValueError(f"`{name}` of a parameter group must be a number, got {value!r}.")
-        numbers = (*given.values(), *vars(self).values())
-        if all(type(number) in _PLAIN for number in numbers):
+        if {type(value) for value in (*given.values(), *vars(self).values())} <= _PLAIN:
             return _overridden(self, **given)
         return replace(self, safeguard=False, **given)
 

@@ -183,6 +183,8 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
 
 def _sum_in_float64(numbers: Sequence[Tensor]) -> Tensor:
     """Return the sum of numbers, of each data type at once."""
+    if len(numbers) == 1:
+        return numbers[0].double()
     alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for number in numbers:
         alike[number.dtype].append(number)

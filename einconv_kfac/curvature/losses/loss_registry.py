@@ -118,14 +118,14 @@ def _rule(loss: nn.Module) -> LossRule:
 
 def is_overridden(loss: nn.Module) -> bool:
     """Return whether a loss is a subclass of one of torch's that computes something else."""
-    rule = None if is_registered(loss) else found_rule(loss)
-    return isinstance(rule, TorchLossRule) and not rule.is_own(loss)
+    rule = found_rule(loss)
+    return isinstance(rule, TorchLossRule) and not (rule.is_own(loss) or is_registered(loss))
 
 
 def is_built_in(loss: nn.Module) -> bool:
     """Return whether a loss is torch's own, with a rule of this package."""
-    rule = None if is_registered(loss) else found_rule(loss)
-    return isinstance(rule, TorchLossRule) and rule.is_own(loss)
+    rule = found_rule(loss)
+    return isinstance(rule, TorchLossRule) and rule.is_own(loss) and not is_registered(loss)
 
 
 def is_registered(loss: nn.Module) -> bool:

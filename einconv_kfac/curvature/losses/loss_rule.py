@@ -124,7 +124,7 @@ class TorchLossRule(ABC):
 
     def is_own(self, loss: nn.Module) -> bool:
         """Return whether the loss is torch's own, not a subclass that takes other targets."""
-        return any(type(loss).forward is kind.forward for kind in self.kinds)
+        return type(loss) in self.kinds or type(loss).forward in {k.forward for k in self.kinds}
 
     def divisor(self, loss: Any, output: Tensor, target: Any) -> Tensor | int:
         """Return what a mean divides the sum of the terms by; zero if no target counts."""

@@ -135,11 +135,7 @@ class RunningCurvature:
     def without_factors(self, gradient: Direction) -> Direction:
         """Return the gradients that the coming step will not precondition."""
         moments = self.collector.moments
-        layers = [
-            running.layer
-            for name, running in self.layers.items()
-            if running.factors is not None or name in moments
-        ]
+        layers = [r.layer for n, r in self.layers.items() if r.factors is not None or n in moments]
         covered = {n for own in layers if own.weight in gradient for n in own.parameters}
         return {name: tensor for name, tensor in gradient.items() if name not in covered}
 
@@ -192,6 +188,10 @@ class RunningCurvature:
             RuntimeError: If a damped factor is singular. No inverse is changed then.
         """
         self._refresh.refresh_(self._dampings(damping, decay), self._intervals(), self.steps)
+
+    def set_damping_(self, damping: float, decay: Mapping[str, float]) -> None:
+        """Set the damping where that is free, and recompute no inverse; see `refresh_`."""
+        self._refresh.set_damping_(self._dampings(damping, decay))
 
     def inverts(self) -> bool:
         """Return whether `refresh_` will compute inverses, or take over those of a thread."""

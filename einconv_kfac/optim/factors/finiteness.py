@@ -68,13 +68,13 @@ class Finiteness:
         self.is_known = True
 
     def require_(self) -> None:
-        """Read the flag, unless it is known.
+        """Read the numbers, unless they are known to be finite.
 
         Raises:
             NotFiniteError: If a tensor is not finite.
         """
         if not self.is_known:
-            self.confirm_(bool(self.flag))
+            self.confirm_(all(map(math.isfinite, self.numbers.tolist())))
 
     @contextmanager
     def before_errors(self) -> Iterator[None]:

@@ -67,4 +67,6 @@ def _applied_together(layers: Sequence[Inverted], gradient: Direction) -> Direct
 def _precise(direction: Direction, rows: Tensor) -> Direction:
     """Return a direction in the data type of steps for gradients like some."""
     dtype = precise(rows.dtype)
+    if all(tensor.dtype == dtype for tensor in direction.values()):
+        return direction
     return {name: tensor.to(dtype) for name, tensor in direction.items()}

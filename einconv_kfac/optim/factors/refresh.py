@@ -45,7 +45,7 @@ class Refresh:
     def refresh_(
         self, dampings: Mapping[str, float], intervals: Mapping[str, int], step: int
     ) -> None:
-        """Recompute the inverses that are due, and set the damping of the others.
+        """Recompute the inverses that are due, and set the damping of all.
 
         Args:
             dampings: Damping by layer.
@@ -65,6 +65,10 @@ class Refresh:
             self.use_({name: self._following(name, found)}, ready[name].begun)
         self.use_(now, step)
         self._begin_(later, dampings, intervals, step)
+        self.set_damping_(dampings)
+
+    def set_damping_(self, dampings: Mapping[str, float]) -> None:
+        """Set the damping of the inverses, where that needs no decomposition."""
         if self._kind.damping_needs_decomposition:
             return
         for name, own in self._running.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +64,14 @@ class GradientWatch:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._probes: list[_Probe] = []
+        self._parameters: list[nn.Parameter] = []  # when the last pass began
 
     def lands(self) -> bool:
         """Return whether the backward pass that is running adds to the gradient of a parameter."""
+        self._parameters = parameters_in(named_modules(self._model).values())
         return any(
             parameter.requires_grad and _is_accumulated(graph_leaf(parameter))
-            for parameter in self._model.parameters()
+            for parameter in self._parameters
         )
 
     def look_after_pass_(self) -> None:
@@ -83,7 +86,7 @@ class GradientWatch:
         """Look at gradients of up to `PROBES` parameters."""
         found = [
             (parameter, gradient)
-            for parameter in all_stored(parameters_in(named_modules(self._model).values()))
+            for parameter in all_stored(self._parameters)
             if (gradient := parameter.grad) is not None and not gradient.is_sparse
         ]
         chosen = found if len(found) <= PROBES else [found[0], found[len(found) // 2], found[-1]]
@@ -106,8 +109,8 @@ class GradientWatch:
         is_intact = all(probe.is_intact for probe in probes)
         if not probes or (is_intact and not are_divided):
             return None
-        before = torch.cat([probe.value.double() for probe in probes])
-        now = torch.cat([_entries(p.parameter.grad).double() for p in probes])  # type: ignore[arg-type]
+        before = _joined([probe.value for probe in probes])
+        now = _joined([_entries(p.parameter.grad) for p in probes])  # type: ignore[arg-type]
         square = before @ before
         if are_divided:
             parts = [square, now @ before, now @ now, float(not is_intact)]
@@ -146,9 +149,14 @@ ENTRIES = 4096
 
 def _entries(gradient: Tensor) -> Tensor:
     """Return entries of a gradient, as real numbers."""
-    flat = local_of(gradient).detach().flatten()
-    flat = flat if flat.numel() <= ENTRIES else flat[:ENTRIES]
-    return torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    own = local_of(gradient).detach()
+    own = own if own.numel() <= ENTRIES else own.flatten()[:ENTRIES]
+    return torch.view_as_real(own) if own.is_complex() else own
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the entries of tensors as one vector in float64."""
+    return torch.cat([tensor.flatten().double() for tensor in tensors])
 
 
 def _is_accumulated(parameter: nn.Parameter) -> bool:

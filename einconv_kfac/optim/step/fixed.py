@@ -53,7 +53,7 @@ class FixedStep:
         settings = objective.settings
         damping = DEFAULT_DAMPING if settings.damping is None else cast("float", settings.damping)
         curvature.update_()
-        curvature.refresh_(damping, objective.decay)
+        (curvature.refresh_ if inverts else curvature.set_damping_)(damping, objective.decay)
         direction = curvature.precondition(objective.gradient)
         if inverts and (name := _not_finite(objective, direction)):
             warnings.warn(NOT_FINITE.format(name), RuntimeWarning, stacklevel=7)
@@ -119,7 +119,7 @@ def _clip_(direction: Direction, objective: Objective) -> Tensor:
         factors.append(kl_clip_factor(direction, gradient, rates, kl_bound))
     if norm_bound is not None:
         factors.append(norm_factor(direction, rates, norm_bound))
-    factor = factors[0].minimum(factors[-1])
+    factor = factors[0] if len(factors) == 1 else factors[0].minimum(factors[1])
     alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for tensor in direction.values():
         alike[tensor.dtype].append(tensor)

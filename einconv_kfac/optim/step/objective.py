@@ -101,10 +101,10 @@ class Point:
             divisor: What the gradients are divided by, or ``None``.
             stored: How the model is stored; it has whole parameters now.
         """
-        every = (p for group in groups for p in group["params"])
-        own = {names[p]: p for p in every if p.grad is not None}
+        every = [p for group in groups for p in group["params"] if p.grad is not None]
+        own = {names[p]: p for p in every}
         parameters: Direction = dict(zip(own, graph_leaves(own.values())))
-        gradients = stored.whole([p.grad for p in own.values() if p.grad is not None])
+        gradients = stored.whole([g for p in every if (g := p.grad) is not None])
         for name, tensor in zip(parameters, gradients):
             check_dense(name, tensor)
         settings = [by_parameter[name] for name in parameters]
@@ -135,10 +135,11 @@ class Point:
         others: Direction,
         memory: Memory,
         workers: Workers = ALONE,
+        finite: Finiteness = KNOWN,
     ) -> Objective:
         """Return the objective of a step from here; see `Objective` for the arguments."""
         at = (self.parameters, self.gradient, self.decay, self.rates, settings, self.by_parameter)
-        return Objective(*at, batches, others, memory, workers)
+        return Objective(*at, batches, others, memory, workers, finite)
 
 
 def _names_by_number(numbers: Mapping[str, float]) -> dict[float, list[str]]:

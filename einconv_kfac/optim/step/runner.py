@@ -193,8 +193,8 @@ class StepRunner:
         plain = curvature.without_factors(point.gradient)
         memory = memory_of(point.parameters, optimizer.state, curvature.stored)
         others, moments = self.fallback.directions(plain, memory)
-        objective = point.objective(settings, batches, others, memory, curvature.workers)
-        objective = replace(objective, finite=finite)
+        own = settings, batches, others, memory, curvature.workers, finite
+        objective = point.objective(*own)
         self.step.check(objective)
         curvature.collector.check(batches)
         if not point.parameters:
