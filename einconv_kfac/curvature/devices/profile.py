@@ -20,6 +20,8 @@ class Prices:
         copied: Seconds per element that is copied on the way to a product.
         written: Seconds per element that is scattered on the way from a product.
         call: Seconds per operation that is started.
+        region: Seconds that threads wait for each other at the end of an operation.
+        task: Seconds to start a task on another thread and to wait for it.
     """
 
     mac: float
@@ -27,6 +29,8 @@ class Prices:
     copied: float
     written: float
     call: float
+    region: float = 0.0
+    task: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class DeviceProfile:
         runs_triton: Whether kernels in Triton run on it, if that is installed.
         multiplies_by_onednn: Whether oneDNN multiplies large float32 matrices faster than
             torch's ordinary routine.
+        shared_operation_gain: Gain of one more thread where threads share each operation.
+        python_share: Part of a call's price that only one thread at a time pays.
         mkl_half_speed_width: Rows and columns of a large product at half of the full speed by
             MKL, where that full speed is oneDNN's; 0 where MKL does not reach it.
     """
@@ -73,6 +79,8 @@ class DeviceProfile:
     tf32_mac_price: float = 1.0
     runs_triton: bool = False
     multiplies_by_onednn: bool = False
+    shared_operation_gain: float = 0.7
+    python_share: float = 0.3
     mkl_half_speed_width: int = 0
 
     def of_unknown(self) -> DeviceProfile:

@@ -9,6 +9,7 @@ import torch
 
 from einconv_kfac.curvature.factors import algorithms
 from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
+from einconv_kfac.curvature.factors.division import division_of, work_seconds
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.type_registry import defined_classes
 from einconv_kfac.geometry import Padding, Sizes, conv_geometry
@@ -30,15 +31,7 @@ def applicable(problem: Problem) -> tuple[str, ...]:
 
 def seconds(cost: Cost, problem: Problem) -> float:
     """Return an estimate of a cost's time, to be compared with others of the same problem only."""
-    prices = problem.profile.prices
-    slow = 1 + prices.half_speed_width / cost.width
-    double = 2.0 if problem.dtype == torch.float64 else 1.0
-    rate = problem.mixed_price() if cost.is_mixed else problem.tf32_price()
-    return (
-        prices.mac * cost.macs * rate * slow
-        + prices.copied * cost.copied
-        + prices.written * cost.written
-    ) * double + prices.call * cost.calls
+    return work_seconds(cost, problem) + problem.profile.prices.call * cost.calls
 
 
 @lru_cache(maxsize=1024)
@@ -46,7 +39,7 @@ def choose(problem: Problem) -> str:
     """Return the name of the cheapest algorithm."""
     names = [name for name in applicable(problem) if ALGORITHMS[name].is_measured]
     fastest = [name for name in names if ALGORITHMS[name].is_always_fastest]
-    return min(fastest or names, key=lambda name: seconds(ALGORITHMS[name].cost(problem), problem))
+    return min(fastest or names, key=lambda name: division_of(problem, ALGORITHMS[name]).seconds)
 
 
 def algorithm_of(problem: Problem, name: str | None) -> Algorithm:

@@ -13,14 +13,20 @@ UNDIVIDED_ELEMENTS = 1 << 18
 """Elements of an input that is processed as a whole, since calls would cost more."""
 
 
-def chunk_size(device: str, elements: int) -> int:
-    """Return how many elements of an input of ``elements`` to process at a time."""
-    return profile_of(device).chunk_elements(elements)
+def chunk_size(device: str, elements: int, tasks: int = 1) -> int:
+    """Return how many elements to process at a time.
+
+    Args:
+        device: The type of the device.
+        elements: The elements of the input, or of a task's part of it.
+        tasks: Number of tasks at the same time; together they process no more than one would.
+    """
+    return max(1, profile_of(device).chunk_elements(elements * tasks) // tasks)
 
 
 def chunk_count(problem: Problem, growth: float, limit: int | None = None) -> int:
     """Return the number of chunks into which `chunks` cuts the input."""
-    limit = chunk_size(problem.device, problem.inputs) if limit is None else limit
+    limit = chunk_size(problem.device, problem.inputs, problem.tasks) if limit is None else limit
     per_example = max(1.0, growth * problem.inputs / problem.batch)
     return -(-problem.batch // max(1, int(limit / per_example)))
 
@@ -40,7 +46,7 @@ def chunks(x: Tensor, growth: float, limit: int | None = None) -> Iterator[Tenso
         yield x[start : start + step]
 
 
-def examples_per_chunk(x: Tensor, growth: float) -> int:
+def examples_per_chunk(x: Tensor, growth: float, tasks: int = 1) -> int:
     """Return how many examples of ``x`` to process at a time, at least two."""
-    limit = max(UNDIVIDED_ELEMENTS, chunk_size(x.device.type, x.numel()) / growth)
+    limit = max(UNDIVIDED_ELEMENTS // tasks, chunk_size(x.device.type, x.numel(), tasks) / growth)
     return max(2, int(limit / max(1, x[0].numel())))

@@ -25,6 +25,9 @@ class Problem:
         dtype: The input's dtype.
         device: The input's device type.
         tf32: Whether products in float32 are rounded to TF32.
+        threads: Number of threads that may compute parts of it at the same time.
+        tasks: Number of tasks at the same time of which this is one; they share a cache.
+        channel_blocks: Least number of blocks of channels, whose pairs are tasks.
     """
 
     geometry: Geometry
@@ -33,6 +36,9 @@ class Problem:
     dtype: torch.dtype
     device: str
     tf32: bool = False
+    threads: int = 1
+    tasks: int = 1
+    channel_blocks: int = 1
 
     def __hash__(self) -> int:
         return self._hash
@@ -41,7 +47,7 @@ class Problem:
     def _hash(self) -> int:
         """The hash, which look-ups in caches take for every factor."""
         numbers = self.batch, self.channels, self.dtype, self.device, self.tf32
-        return hash((self.geometry, *numbers))
+        return hash((self.geometry, *numbers, self.threads, self.tasks, self.channel_blocks))
 
     @cached_property
     def entries(self) -> int:

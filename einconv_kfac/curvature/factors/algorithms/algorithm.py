@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.threads import Task
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.update import Update
 
@@ -61,6 +63,12 @@ class Algorithm(ABC):
     reads_unmet: ClassVar[bool] = False
     """Whether positions that no kernel entry meets enter products with zeros."""
 
+    has_channel_tasks: ClassVar[bool] = False
+    """Whether pairs of blocks of channels are tasks that may run at the same time."""
+
+    shares_products: ClassVar[bool] = False
+    """Whether most of the time is in products of `Update`, which threads share."""
+
     def applies(self, problem: Problem) -> bool:
         """Return whether the algorithm can compute the factor of a problem on its device."""
         return True
@@ -78,3 +86,7 @@ class Algorithm(ABC):
             problem: The problem that ``x`` and the convolution pose.
             update: The update of ``[g, D, D]`` with the problem's groups and size.
         """
+
+    def tasks(self, x: Tensor, problem: Problem, update: Update) -> list[Task]:
+        """Return `add` as tasks that may run at the same time, the longest first."""
+        return [partial(self.add, x, problem, update)]

@@ -39,7 +39,7 @@ SMALL_PRODUCT_MAC_PRICE = 1.6
 
 def groups_at_once(problem: Problem, growth: float) -> int:
     """Return how many groups to process at a time: half of the input, or less."""
-    limit = chunk_size(problem.device, problem.inputs // 2) / growth
+    limit = chunk_size(problem.device, problem.inputs // 2, problem.tasks) / growth
     return max(1, int(limit * problem.geometry.groups / problem.inputs))
 
 
@@ -114,5 +114,7 @@ class Bands(Algorithm):
         for start in range(0, geometry.groups, step):
             some = replace(geometry, groups=min(step, geometry.groups - start))
             part = x[:, start * c : (start + some.groups) * c]
-            parts = list(chunks(part, growth, chunk_size(problem.device, problem.inputs)))
+            parts = list(
+                chunks(part, growth, chunk_size(problem.device, problem.inputs, problem.tasks))
+            )
             _add_bands_(parts, some, replace(update, out=update.out[start : start + some.groups]))

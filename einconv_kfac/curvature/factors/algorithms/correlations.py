@@ -8,7 +8,7 @@ region of the left positions; see docs/factors.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby, product
 from math import prod
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.threads import Task
 from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
 from einconv_kfac.curvature.factors.channels_last import channels_last
 from einconv_kfac.curvature.factors.chunking import examples_per_chunk
@@ -23,6 +24,7 @@ from einconv_kfac.curvature.factors.indices.lag_boxes import LagRange, lag_boxes
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
     ChannelBlock,
+    Pair,
     channel_pairs,
     edges,
 )
@@ -239,6 +241,7 @@ class Correlations(Algorithm):
 
     name = "correlations"
     rank = 1
+    has_channel_tasks = True
 
     def applies(self, problem: Problem) -> bool:
         """Return whether torch has an exact weight gradient of as many dimensions."""
@@ -266,24 +269,34 @@ class Correlations(Algorithm):
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, from correlations of the input with itself."""
+        for task in self.tasks(x, problem, update):
+            task()
+
+    def tasks(self, x: Tensor, problem: Problem, update: Update) -> list[Task]:
+        """Return a task for each pair of blocks of channels."""
         geometry = problem.geometry
         if geometry.ndim == 1:
             x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
         x = x.reshape(x.shape[0], geometry.groups, problem.channels, *x.shape[2:])
         x = x.movedim((1, 2), (-2, -1))  # n *i g c
-        for pair in channel_pairs(problem):
-            block, diagonal = ChannelBlock(update, pair, geometry), pair[0] == pair[1]
-            operands = [x[..., slice(*edge)] for edge in dict.fromkeys(pair)]
-            step = examples_per_chunk(operands[0], OPERAND_COPIES)
-            if step >= len(x):
-                operands = [channels_last(operand, update.out.dtype) for operand in operands]
-            for found in _rounds(calls(geometry.axes, diagonal, _is_fine(problem)), problem):
-                sums = _all_sums(operands, step, found, geometry, update)
-                for combined, total in sums.items():
-                    for index, key in _keys(combined):
-                        regions = total[(slice(None),) * len(key) + index]
-                        if not any(lag.distance for lag in key):
-                            regions = regions.contiguous()  # made symmetric in place
-                        write(block.entries, key, regions, block.beta, diagonal)
-                del sums  # freed before the next ones are computed
-            block.store_()
+        pairs = sorted(channel_pairs(problem), key=lambda pair: pair[0] == pair[1])
+        return [partial(_add_pair_, x, pair, geometry, problem, update) for pair in pairs]
+
+
+def _add_pair_(x: Tensor, pair: Pair, geometry: Geometry, problem: Problem, update: Update) -> None:
+    """Add the entries between two blocks of channels of ``x``, ``[n, *i, g, c]``."""
+    block, diagonal = ChannelBlock(update, pair, geometry), pair[0] == pair[1]
+    operands = [x[..., slice(*edge)] for edge in dict.fromkeys(pair)]
+    step = examples_per_chunk(operands[0], OPERAND_COPIES, problem.tasks)
+    if step >= len(x):
+        operands = [channels_last(operand, update.out.dtype) for operand in operands]
+    for found in _rounds(calls(geometry.axes, diagonal, _is_fine(problem)), problem):
+        sums = _all_sums(operands, step, found, geometry, update)
+        for combined, total in sums.items():
+            for index, key in _keys(combined):
+                regions = total[(slice(None),) * len(key) + index]
+                if not any(lag.distance for lag in key):
+                    regions = regions.contiguous()  # made symmetric in place
+                write(block.entries, key, regions, block.beta, diagonal)
+        del sums  # freed before the next ones are computed
+    block.store_()

@@ -34,7 +34,7 @@ def _growth(problem: Problem) -> float:
 def _limit(problem: Problem) -> int:
     """Return the elements to unfold at a time: few where adding up products costs little."""
     share = 2 if problem.outputs <= problem.inputs else 1
-    return chunk_size(problem.device, problem.inputs // share)
+    return chunk_size(problem.device, problem.inputs // share, problem.tasks)
 
 
 class Im2col(Algorithm):
@@ -42,6 +42,7 @@ class Im2col(Algorithm):
 
     name = "im2col"
     rank = 5
+    shares_products = True
 
     def cost(self, problem: Problem) -> Cost:
         """Return the work of `add`."""

@@ -8,6 +8,7 @@ operand that is zero elsewhere; only the strips at the borders are copied.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby, product
 from math import prod
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.products import add_matmul_
+from einconv_kfac.curvature.devices.threads import Task
 from einconv_kfac.curvature.factors.algorithms.algorithm import (
     BATCHED_MATRIX_CALLS,
     SCATTERED_ELEMENT_COPIES,
@@ -23,7 +25,7 @@ from einconv_kfac.curvature.factors.algorithms.algorithm import (
     Cost,
 )
 from einconv_kfac.curvature.factors.channels_last import channels_last
-from einconv_kfac.curvature.factors.chunking import chunk_count, chunks
+from einconv_kfac.curvature.factors.chunking import chunk_count, chunk_size, chunks
 from einconv_kfac.curvature.factors.indices.lag_pairs import Key, all_lags, grid_size, half_of_lags
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
@@ -55,18 +57,18 @@ def _border(key: Key) -> int:
     return sum(sizes[0]) * (prod(map(sum, sizes[1:])) - interior)
 
 
-def _add_lags_(sums: Sums, pair: Pair, grids: Grids, alpha: float) -> Iterator[Key]:
+def _add_lags_(sums: Sums, pair: Pair, sides: Sides, alpha: float) -> Iterator[Key]:
     """Add the products of all lags between two blocks of channels, one lag after the other."""
-    axes = grids.geometry.axes
+    axes = sides[0].geometry.axes
     work = None
     keys = half_of_lags(axes) if pair[0] == pair[1] else all_lags(axes)
     for (inner, remainder), group in groupby(keys, key=lambda key: (key[1:], key[0].left)):
-        grid = grids[(remainder, *(lag.left for lag in inner))][..., slice(*pair[0])]
+        grid = sides[0][(remainder, *(lag.left for lag in inner))]
         work = torch.empty_like(grid) if work is None else work  # fresh memory is slow
         left = _masked(grid, inner, work)
         for key in group:
             total = sums.get((pair, key))
-            sums[pair, key] = _add_regions_(total, key, left, grids, pair, alpha)
+            sums[pair, key] = _add_regions_(total, key, left, sides, alpha)
             yield key
 
 
@@ -77,12 +79,15 @@ class Grids:
         x: Input of shape ``[n, c, *i]``.
         geometry: The convolution.
         dtype: The dtype of the grids.
+        channels: The bounds of the block of channels of each group.
     """
 
-    def __init__(self, x: Tensor, geometry: Geometry, dtype: torch.dtype) -> None:
+    def __init__(
+        self, x: Tensor, geometry: Geometry, dtype: torch.dtype, channels: tuple[int, int]
+    ) -> None:
         """Store the input."""
         groups, sizes = geometry.groups, x.shape[2:]
-        self._x = x.reshape(x.shape[0], groups, -1, *sizes)
+        self._x = x.reshape(x.shape[0], groups, -1, *sizes)[:, :, slice(*channels)]
         self.geometry, self._dtype = geometry, dtype
         self._made: dict[tuple[int, ...], Tensor] = {}
 
@@ -122,11 +127,11 @@ def _masked(grid: Tensor, inner: Key, work: Tensor) -> Tensor:
 
 
 def _add_regions_(
-    total: Tensor | None, key: Key, left: Tensor, grids: Grids, pair: Pair, alpha: float
+    total: Tensor | None, key: Key, left: Tensor, sides: Sides, alpha: float
 ) -> Tensor:
     """Add the products of each region to ``total``, of shape ``[*r, g, c, c']``."""
-    first = grids[tuple(lag.left for lag in key)][..., slice(*pair[0])]
-    second = grids[tuple(lag.right for lag in key)][..., slice(*pair[1])]
+    first = sides[0][tuple(lag.left for lag in key)]
+    second = sides[1][tuple(lag.right for lag in key)]
     beta = 1.0
     if total is None:
         regions = [len(lag.regions) for lag in key]
@@ -163,12 +168,40 @@ def _boxes(left: Tensor, right: Tensor, key: Key, region: tuple[int, ...]) -> tu
     return left[box].flatten(1, -2), right[shifted].flatten(1, -2)
 
 
+Sides = tuple[Grids, Grids]
+"""The left and the right block of channels of a pair."""
+
+
+def _add_pairs_(
+    x: Tensor, pairs: list[Pair], geometry: Geometry, problem: Problem, update: Update
+) -> None:
+    """Add the entries between some blocks of channels, some examples at a time."""
+    sums: Sums = {}
+    limit = chunk_size(problem.device, problem.inputs, problem.tasks)
+    parts = list(chunks(x, _growth(problem), limit))
+    for part in parts:
+        grids = {
+            edge: Grids(part, geometry, update.out.dtype, edge)
+            for edge in dict.fromkeys(edge for pair in pairs for edge in pair)
+        }
+        for pair in pairs:
+            block = ChannelBlock(update, pair, geometry) if part is parts[-1] else None
+            sides = grids[pair[0]], grids[pair[1]]
+            for key in _add_lags_(sums, pair, sides, update.alpha):
+                if block is not None:
+                    total, diagonal = sums.pop((pair, key)), pair[0] == pair[1]
+                    write(block.entries, key, total, block.beta, diagonal)
+            if block is not None:
+                block.store_()
+
+
 class LagReuse(Algorithm):
     """Products of channels at each lag, which many entries of the factor share."""
 
     name = "lags"
     rank = 0
     reads_unmet = True
+    has_channel_tasks = True
 
     def cost(self, problem: Problem) -> Cost:
         """Return the work of `add`."""
@@ -190,18 +223,18 @@ class LagReuse(Algorithm):
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, from products that many entries share."""
-        geometry = problem.geometry
-        if geometry.ndim == 1:  # the outermost dimension has a part of its own
-            x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
-        sums: Sums = {}
-        parts = list(chunks(x, _growth(problem)))
-        for part in parts:
-            grids = Grids(part, geometry, update.out.dtype)
-            for pair in channel_pairs(problem):
-                block = ChannelBlock(update, pair, geometry) if part is parts[-1] else None
-                for key in _add_lags_(sums, pair, grids, update.alpha):
-                    if block is not None:
-                        total, diagonal = sums.pop((pair, key)), pair[0] == pair[1]
-                        write(block.entries, key, total, block.beta, diagonal)
-                if block is not None:
-                    block.store_()
+        x, geometry = _with_rows(x, problem.geometry)
+        _add_pairs_(x, channel_pairs(problem), geometry, problem, update)
+
+    def tasks(self, x: Tensor, problem: Problem, update: Update) -> list[Task]:
+        """Return a task for each pair of blocks of channels."""
+        x, geometry = _with_rows(x, problem.geometry)
+        pairs = sorted(channel_pairs(problem), key=lambda pair: pair[0] == pair[1])
+        return [partial(_add_pairs_, x, [pair], geometry, problem, update) for pair in pairs]
+
+
+def _with_rows(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """Return at least two dimensions, since the outermost one has a part of its own."""
+    if geometry.ndim > 1:
+        return x, geometry
+    return x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)

@@ -68,6 +68,7 @@ class Pointwise(Algorithm):
 
     name = "pointwise"
     rank = 6
+    shares_products = True
     is_always_fastest = True
 
     def applies(self, problem: Problem) -> bool:

@@ -83,9 +83,8 @@ def _interleave_(part: Tensor, inner: int) -> None:
 
 def edges(problem: Problem) -> list[int]:
     """Return the bounds of even blocks of channels."""
-    count = max(
-        1, round(problem.channels / max(FEWEST_BLOCK_CHANNELS, BLOCK_ROWS // problem.entries))
-    )
+    channels = max(FEWEST_BLOCK_CHANNELS, BLOCK_ROWS // problem.entries)
+    count = max(problem.channel_blocks, round(problem.channels / channels))
     return [problem.channels * i // count for i in range(count + 1)]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.devices.device_registry import profile_of
 from einconv_kfac.curvature.devices.products import SHORT_SUM_TERMS, add_matmul_
+from einconv_kfac.curvature.devices.threads import run_tasks, threads_for
 from einconv_kfac.curvature.factors.symmetric.allocation import new_matrices
 from einconv_kfac.curvature.factors.symmetric.whole_products import (
     add_whole_,
@@ -22,6 +24,12 @@ PANEL = 128
 
 STRIP = 64
 """Rows of a panel that are copied to columns at a time, so that both stay in a cache."""
+
+SHARED_MACS = 1 << 26
+"""Multiplications of a product from which threads share its panels."""
+
+Range = tuple[int, int]
+"""The first row of a panel, and the row after its last."""
 
 DIAGONAL = 1 << 17
 """Elements of diagonal blocks that are averaged at a time, so that they stay in a cache."""
@@ -78,19 +86,29 @@ class Update:
             return
         if last and profile_of(kind).is_cached and (groups == 1 or size > 2 * PANEL):
             for matrix, factor in zip(self.out, a):
-                self._add_by_buffer_(matrix, factor)
+                self._add_shared_(partial(self._add_by_buffer_, matrix, factor), a)
+        else:
+            self._add_shared_(partial(self._add_panels_, a, last), a)
+        if last:
             average_diagonal_blocks_(self.out)
-            return
-        for start, stop in pairwise(panels(size, kind)):
+
+    def _add_shared_(self, add: Callable[[list[Range]], None], a: Tensor) -> None:
+        """Add the product of ``a`` with its transpose, some panels on each thread."""
+        groups, size, length = a.shape
+        threads = threads_for(a) if groups * size**2 * length >= SHARED_MACS else 1
+        shares = _shares(list(pairwise(panels(size, a.device.type))), threads)
+        run_tasks([partial(add, own) for own in shares], threads if len(shares) > 1 else 1)
+
+    def _add_panels_(self, a: Tensor, last: bool, bounds: list[Range]) -> None:
+        """Add some panels of the product of ``a`` with its transpose to ``out``."""
+        for start, stop in bounds:
             left, right = a[:, start:stop], a[:, start:].mT
             add_matmul_(self.out[:, start:stop, start:], left, right, self.beta, self.alpha)
             if last:
                 copy_transposed_panel_(self.out, start, stop)
-        if last:
-            average_diagonal_blocks_(self.out)
 
-    def _add_by_buffer_(self, out: Tensor, a: Tensor) -> None:
-        """Add to one matrix ``out`` for ``a`` of shape ``[D, L]``, except for diagonal symmetry.
+    def _add_by_buffer_(self, out: Tensor, a: Tensor, bounds: list[Range]) -> None:
+        """Add some panels to ``out``, one matrix, for ``a`` of shape ``[D, L]``.
 
         A panel of rows is computed in a buffer and copied from there to rows and to columns. The
         buffer's rows, unlike those of ``out``, do not compete for the same sets of a cache.
@@ -99,7 +117,7 @@ class Update:
         buffer = out.new_empty(
             profile_of(out.device.type).panel_rows, ((size + 15) // 16 | 1) * 16
         )  # odd in cache lines
-        for start, stop in pairwise(panels(size, out.device.type)):
+        for start, stop in bounds:
             panel, rows = buffer[: stop - start, : size - start], out[start:stop, start:]
             if self.beta:
                 panel.copy_(rows)
@@ -141,6 +159,16 @@ def panels(size: int, device: str) -> list[int]:
     the multiplications of a full square; on other devices a product must be large to be fast.
     """
     return [*range(0, size, profile_of(device).panel_rows), size]
+
+
+def _shares(bounds: list[Range], threads: int) -> list[list[Range]]:
+    """Return panels of the upper triangle, whose rows become shorter, in equal shares."""
+    shares: list[list[Range]] = [[] for _ in range(min(threads, len(bounds)))]
+    stop = bounds[-1][1]
+    for panel in bounds:
+        least = min(shares, key=lambda own: sum((b - a) * (stop - a) for a, b in own))
+        least.append(panel)
+    return shares
 
 
 def _parts(matrices: Tensor) -> Iterator[tuple[int, int]]:

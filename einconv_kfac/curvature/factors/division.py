@@ -1,0 +1,193 @@
+"""The division of a factor into tasks that run at the same time, each on one thread.
+
+Groups are independent. Examples are summed: each task but the first has a result of its own,
+which is added at the end, in the order of the tasks. Pairs of blocks of channels are independent
+in algorithms that collect products by them. The cheapest division is taken, by the prices of the
+device; with one thread there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.devices.threads import Task, run_tasks
+from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
+from einconv_kfac.curvature.factors.problem import Problem
+from einconv_kfac.curvature.factors.symmetric.allocation import new_matrices
+from einconv_kfac.curvature.factors.symmetric.update import Update
+
+UNDIVIDED, GROUPS, EXAMPLES, CHANNELS = "undivided", "groups", "examples", "channels"
+
+INPUTS_PER_RESULTS = 4
+"""Elements of the input per element of the results that tasks over examples add."""
+
+FEWEST_TASK_CHANNELS = 32
+"""Smallest number of channels of a block in a division by channels."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """A way to divide a problem into tasks.
+
+    Args:
+        kind: What is divided.
+        tasks: Number of tasks at the same time; of an undivided problem, 0 if it is computed by
+            the thread that asks for it, with torch's own division of each operation.
+        seconds: An estimate of its time, to be compared with others of the same problem only.
+    """
+
+    kind: str
+    tasks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """A task: the problem of some of the groups, or of some examples."""
+
+    problem: Problem
+    start: int
+    stop: int
+
+
+def work_seconds(cost: Cost, problem: Problem) -> float:
+    """Return an estimate of a cost's time on one thread without the calls."""
+    prices = problem.profile.prices
+    slow = 1 + prices.half_speed_width / cost.width
+    double = 2.0 if problem.dtype == torch.float64 else 1.0
+    rate = problem.mixed_price() if cost.is_mixed else problem.tf32_price()
+    return (
+        prices.mac * cost.macs * rate * slow
+        + prices.copied * cost.copied
+        + prices.written * cost.written
+    ) * double
+
+
+@lru_cache(maxsize=4096)
+def division_of(problem: Problem, algorithm: Algorithm) -> Division:
+    """Return the cheapest division of a problem for an algorithm."""
+    return min(_divisions(problem, algorithm), key=lambda found: found.seconds)
+
+
+def _divisions(problem: Problem, algorithm: Algorithm) -> Iterator[Division]:
+    """Yield the divisions of a problem."""
+    cost, prices, threads = algorithm.cost(problem), problem.profile.prices, problem.threads
+    work = work_seconds(cost, problem)
+    if threads == 1:
+        yield Division(UNDIVIDED, 0, work + prices.call * cost.calls)
+        return
+    speed = 1 + problem.profile.shared_operation_gain * (threads - 1)
+    region = 0.0 if algorithm.shares_products else prices.region
+    yield Division(UNDIVIDED, 0, work / speed + (prices.call + region) * cost.calls)
+    yield Division(UNDIVIDED, 1, work + prices.call * cost.calls + prices.task)
+    for tasks in {1 << i for i in range(1, threads.bit_length())} | {threads}:
+        for kind in _kinds(problem, algorithm, tasks):
+            yield Division(kind, tasks, _seconds(problem, algorithm, kind, tasks))
+
+
+def _kinds(problem: Problem, algorithm: Algorithm, tasks: int) -> Iterator[str]:
+    """Yield what may be divided into a number of tasks."""
+    if problem.geometry.groups >= tasks:
+        yield GROUPS
+    results = (tasks - 1) * problem.outputs
+    if problem.batch >= tasks and results * INPUTS_PER_RESULTS <= problem.inputs:
+        yield EXAMPLES
+    single = problem.geometry.groups == 1
+    if single and algorithm.has_channel_tasks and _blocks(problem, tasks) > 1:
+        yield CHANNELS
+
+
+def _blocks(problem: Problem, tasks: int) -> int:
+    """Return the number of blocks of channels whose pairs occupy a number of tasks."""
+    most = max(1, problem.channels // FEWEST_TASK_CHANNELS)
+    return min(most, next(b for b in range(1, tasks + 2) if b * b >= 2 * tasks))
+
+
+def _seconds(problem: Problem, algorithm: Algorithm, kind: str, tasks: int) -> float:
+    """Estimate the time of a division: that of the longest task, and what tasks share.
+
+    One thread at a time runs Python, which takes most of a small call.
+    """
+    profile, prices = problem.profile, problem.profile.prices
+    part = parts(problem, kind, tasks)[0].problem
+    cost = algorithm.cost(part)
+    work, calls = work_seconds(cost, part), cost.calls
+    if kind == CHANNELS:  # the cost of all tasks
+        work, calls = work / tasks, calls / tasks
+    added = (tasks - 1) * problem.outputs if kind == EXAMPLES else 0
+    waits = 1 + profile.python_share * (tasks - 1)
+    total = work + prices.call * calls * waits + prices.copied * added
+    return total + prices.task * tasks
+
+
+@lru_cache(maxsize=4096)
+def parts(problem: Problem, kind: str, tasks: int) -> tuple[Part, ...]:
+    """Return the tasks of a division; the first is the largest, or is all blocks of channels."""
+    alone = replace(problem, threads=1, tasks=tasks)
+    if kind == UNDIVIDED:
+        return (Part(replace(problem, threads=1), 0, problem.batch),)
+    if kind == CHANNELS:
+        return (Part(replace(alone, channel_blocks=_blocks(problem, tasks)), 0, problem.batch),)
+    total = problem.geometry.groups if kind == GROUPS else problem.batch
+    bounds = [-(-total * i // tasks) for i in range(tasks + 1)]
+    sizes = (stop - start for start, stop in pairwise(bounds))
+    found = (
+        replace(alone, geometry=replace(problem.geometry, groups=size))
+        if kind == GROUPS
+        else replace(alone, batch=size)
+        for size in sizes
+    )
+    return tuple(map(Part, found, bounds, bounds[1:]))
+
+
+def add_divided(algorithm: Algorithm, x: Tensor, problem: Problem, update: Update) -> None:
+    """Add ``sum_{n,o} a a^T`` to an update, at the same time on several threads.
+
+    Args:
+        algorithm: The algorithm of each task.
+        x: Input of shape ``[n, c, *i]``.
+        problem: The problem that ``x`` and the convolution pose, with the number of threads.
+        update: The update of ``[g, D, D]`` with the problem's groups and size.
+    """
+    found = division_of(problem, algorithm)
+    if not found.tasks:
+        algorithm.add(x, problem, update)
+        return
+    own = parts(problem, found.kind, found.tasks)
+    if found.kind == EXAMPLES:
+        _add_examples_(algorithm, x, own, update)
+        return
+    if found.kind == GROUPS:
+        c = problem.channels
+        tasks: list[Task] = [
+            partial(
+                algorithm.add,
+                x[:, part.start * c : part.stop * c],
+                part.problem,
+                replace(update, out=update.out[part.start : part.stop]),
+            )
+            for part in own
+        ]
+    else:
+        tasks = algorithm.tasks(x, own[0].problem, update)
+    run_tasks(tasks, problem.threads)
+
+
+def _add_examples_(algorithm: Algorithm, x: Tensor, own: tuple[Part, ...], update: Update) -> None:
+    """Add the sums over some of the examples each, in the order of the tasks."""
+    shape, dtype = (*update.out.shape,), update.out.dtype
+    others = [new_matrices(update.out, shape, dtype) for _ in own[1:]]
+    updates = [update, *(Update(out, 0.0, update.alpha) for out in others)]
+    tasks: list[Task] = [
+        partial(algorithm.add, x[part.start : part.stop], part.problem, target)
+        for part, target in zip(own, updates)
+    ]
+    run_tasks(tasks, own[0].problem.tasks)
+    for other in others:
+        update.out.add_(other)
