@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,16 @@ from einconv_kfac.distributed.message import HEADER, LENGTH, PAYLOAD, Answer, fa
 from einconv_kfac.distributed.parcel import emptied, filled, packing_of
 from einconv_kfac.distributed.summable import add_up_
 from einconv_kfac.distributed.triangles import Packing, Symmetric
-from einconv_kfac.distributed.workers import Compared, Numbers, R, S, Same, Workers, WorkersError
+from einconv_kfac.distributed.workers import (
+    NOBODY,
+    Compared,
+    Numbers,
+    R,
+    S,
+    Same,
+    Workers,
+    WorkersError,
+)
 
 COMMIT = "the end of the step"
 SMALLEST_NORM = 2.0**-1000
@@ -78,31 +88,41 @@ class ProcessGroup(Workers):
         """See `Workers`."""
         return self._asked(numbers, question, {})
 
-    def combined(self, sums: dict[str, S], complete: Callable[[], dict[str, S]]) -> dict[str, S]:
+    def combined(
+        self,
+        sums: dict[str, S],
+        complete: Callable[[], dict[str, S]],
+        owners: Mapping[str, int] = NOBODY,
+    ) -> dict[str, S]:
         """See `Workers`."""
         layers = complete()
-        add_up_(layers, self._device, self._sums)
+        add_up_(layers, self._device, self._sums, owners)
         return layers
 
-    def _sums(self, tensors: Sequence[Tensor | Symmetric]) -> Sequence[Tensor]:
-        """Return the sums of tensors over workers, in few messages."""
-        packing = Packing(tensors)
-        self._asked([], "sums", {"shapes of sums": packing.signature})
-        for buffer in packing.buffers:
-            works = [self._begun(part) for part in torch.split(buffer, BUCKET_ENTRIES)]
-            for work in works:
-                self._wait(work)
-        return packing.unpacked()
-
-    def chosen(self, costs: Sequence[float]) -> list[int]:
-        """See `Workers`; the largest tasks are assigned first, each to who has least work."""
-        loads, own = [0.0] * self.size, []
-        for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-            rank = loads.index(min(loads))
-            loads[rank] += costs[index]
-            if rank == self.rank:
-                own.append(index)
-        return sorted(own)
+    def _sums(
+        self, tensors: Sequence[Tensor | Symmetric], receivers: Sequence[int | None]
+    ) -> Sequence[Tensor | None]:
+        """Return the sums of tensors over workers, in few messages for each receiver."""
+        indices: dict[int | None, list[int]] = defaultdict(list)
+        for index, receiver in enumerate(receivers):
+            indices[receiver].append(index)
+        packings = {r: Packing([tensors[i] for i in own]) for r, own in indices.items()}
+        shapes = [(receiver, packing.signature) for receiver, packing in packings.items()]
+        self._asked([], "sums", {"shapes of sums": shapes})
+        works = [
+            self._begun(part, receiver)
+            for receiver, packing in packings.items()
+            for buffer in packing.buffers
+            for part in torch.split(buffer, BUCKET_ENTRIES)
+        ]
+        for work in works:
+            self._wait(work)
+        found: list[Tensor | None] = [None] * len(tensors)
+        for receiver, packing in packings.items():
+            if receiver in (None, self.rank):
+                for index, total in zip(indices[receiver], packing.unpacked()):
+                    found[index] = total
+        return found
 
     def shared(
         self,
@@ -175,10 +195,13 @@ class ProcessGroup(Workers):
         """Begin to add a message up over workers."""
         return self._begun(message), message
 
-    def _begun(self, tensor: Tensor) -> Any:
-        """Begin to add a tensor up over workers, in place."""
+    def _begun(self, tensor: Tensor, receiver: int | None = None) -> Any:
+        """Begin to add a tensor up over workers, in place, for one of them or for all."""
         with _lost():
-            return dist.all_reduce(tensor, group=self._group, async_op=True)
+            if receiver is None:
+                return dist.all_reduce(tensor, group=self._group, async_op=True)
+            target = dist.get_global_rank(self._group, receiver)
+            return dist.reduce(tensor, target, group=self._group, async_op=True)
 
     def _sent_by(self, rank: int, tensor: Tensor) -> Any:
         """Begin to send a tensor from one worker to all, in place."""

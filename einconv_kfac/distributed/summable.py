@@ -25,13 +25,15 @@ class SumPart:
         device: Its device.
         assign: Replaces it.
         symmetric: Whether it consists of symmetric matrices ``[g, d, d]``.
+        for_all: Whether all workers need it, also of a layer that one of them owns.
     """
 
     value: Tensor | None
     shape: tuple[int, ...]
     device: torch.device
-    assign: Callable[[Tensor], None]
+    assign: Callable[[Tensor | None], None]
     symmetric: bool = False
+    for_all: bool = False
 
     @staticmethod
     def of(
@@ -41,10 +43,11 @@ class SumPart:
         device: torch.device,
         *,
         symmetric: bool = False,
+        for_all: bool = False,
     ) -> SumPart:
         """Return the sum that an object has as an attribute of a name."""
         assign = partial(setattr, owner, name)
-        return SumPart(getattr(owner, name), tuple(shape), device, assign, symmetric)
+        return SumPart(getattr(owner, name), tuple(shape), device, assign, symmetric, for_all)
 
 
 class Summable(Protocol):
@@ -60,32 +63,42 @@ class Summable(Protocol):
         """Return the sums; there are always as many."""
 
 
-Sums = Callable[[Sequence[Tensor | Symmetric]], Sequence[Tensor]]
-"""Returns the sums of tensors over workers."""
+Sums = Callable[[Sequence[Tensor | Symmetric], Sequence["int | None"]], Sequence["Tensor | None"]]
+"""Returns the sums of tensors over workers, each on one of them or, for ``None``, on all; ``None``
+elsewhere."""
 
 
-def add_up_(layers: Mapping[str, Summable], device: torch.device, sums: Sums) -> None:
+def add_up_(
+    layers: Mapping[str, Summable], device: torch.device, sums: Sums, owners: Mapping[str, int]
+) -> None:
     """Replace the sums of layers by those over all workers.
 
-    Where no worker has a sum, there is none afterwards.
+    Where no worker has a sum, there is none afterwards, nor is there on workers that do not own
+    the layer. Numbers of examples and terms are on all.
 
     Args:
         layers: The layers, the same on all workers.
         device: The device of counts.
         sums: Adds tensors up.
+        owners: The workers that own layers; all have the sums of a layer without one.
     """
-    own = [layers[name] for name in sorted(layers)]
+    names = sorted(layers)
+    own = [layers[name] for name in names]
     rows = [[*layer.counts(), *_presence(layer.parts())] for layer in own]
     flat = [float(number) for row in rows for number in row]
-    (total,) = sums([torch.tensor(flat, dtype=torch.float64, device=device)])
+    (total,) = sums([torch.tensor(flat, dtype=torch.float64, device=device)], [None])
+    assert total is not None
     found = iter(torch.split(total, [len(row) for row in rows]))
     wanted: list[tuple[SumPart, torch.dtype]] = []
-    for layer in own:
+    receivers: list[int | None] = []
+    for name, layer in zip(names, own):
         numbers = [round(number) for number in next(found).tolist()]
         counts = len(layer.counts())
         layer.set_counts_(numbers[:counts])
-        wanted += _wanted(layer.parts(), numbers[counts:])
-    results = sums([_filled(part, dtype) for part, dtype in wanted]) if wanted else []
+        parts = [*_wanted(layer.parts(), numbers[counts:])]
+        receivers += [None if part.for_all else owners.get(name) for part, _ in parts]
+        wanted += parts
+    results = sums([_filled(p, dtype) for p, dtype in wanted], receivers) if wanted else []
     for (part, _), result in zip(wanted, results):
         part.assign(result)
 

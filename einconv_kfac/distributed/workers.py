@@ -20,6 +20,7 @@ from einconv_kfac.distributed.summable import Summable
 
 S = TypeVar("S", bound=Summable)
 R = TypeVar("R")
+NOBODY: Mapping[str, int] = {}
 Numbers: TypeAlias = Sequence[Any]
 """Numbers, and small tensors of them."""
 
@@ -94,22 +95,33 @@ class Workers:
         """
         return numbers
 
-    def combined(self, sums: dict[str, S], complete: Callable[[], dict[str, S]]) -> dict[str, S]:
+    def combined(
+        self,
+        sums: dict[str, S],
+        complete: Callable[[], dict[str, S]],
+        owners: Mapping[str, int] = NOBODY,
+    ) -> dict[str, S]:
         """Return sums over the examples of all workers, by layer.
 
         Args:
             sums: Those of this worker.
             complete: Returns them with empty ones for other layers that some worker may have.
+            owners: The workers that alone need the sums of layers.
         """
         return sums
 
-    def chosen(self, costs: Sequence[float]) -> list[int]:
-        """Return the indices of the tasks that this worker does, of those of all workers.
+    def assigned(self, costs: Sequence[float], loads: Sequence[float] = ()) -> list[int]:
+        """Return the worker of each task: the largest first, each to who has least work.
 
         Args:
             costs: The work of each task.
+            loads: The work that each worker has already; none by default.
         """
-        return list(range(len(costs)))
+        loads, found = [*loads] or [0.0] * self.size, [0] * len(costs)
+        for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+            found[index] = rank = loads.index(min(loads))
+            loads[rank] += costs[index]
+        return found
 
     def shared(
         self,

@@ -78,6 +78,9 @@ class KFAC(CurvatureOptimizer):
             single examples (George et al., 2018). docs/inverses.md compares their costs.
         inverse_in_background: Whether a thread inverts, from the second inversion on. The step
             a tenth of the period later uses the inverse, and waits for the thread.
+        divide_factors: Whether each layer's factors are on one of several workers only, which
+            inverts them: half of the messages with factors, and a part of their memory. All
+            workers must then call `state_dict`, and ``inverse_in_background`` must be ``False``.
         factor_fraction: Fraction of each batch's examples, drawn at random, for the factors.
         curvature_fraction: Fraction of each batch's examples, drawn at random, from which the
             quadratic model takes its curvature, for models whose layers treat every example alone.
@@ -136,6 +139,7 @@ class KFAC(CurvatureOptimizer):
         inverse_update_period: Schedule = 100,
         inverse: Inverse = "factored",
         inverse_in_background: bool = False,
+        divide_factors: bool = False,
         factor_fraction: float = 1.0,
         curvature_fraction: float = 1.0,
         kl_clip: Clip = "auto",
@@ -170,17 +174,17 @@ class KFAC(CurvatureOptimizer):
             maximize=maximize,
         )
         check_ascent(settings)
-        samples = plain(mc_samples)
-        estimator = FisherEstimator(loss_fn, fisher, samples, approximation, max_factor_size)
+        given = loss_fn, fisher, plain(mc_samples), approximation, max_factor_size
         self._fallback = Fallback.of(fallback, adaptive)
         self._strict, self._log_to = flag("strict", strict), callback("log_to", log_to)
         self._preconditioner = RunningCurvature(
             model,
-            estimator,
+            FisherEstimator(*given),
             settings,
             exclude=exclude,
             inverse=inverse,
             in_background=inverse_in_background,
+            divide_factors=divide_factors,
             seed=seed,
         )
         self._model, self._settings, self._rule = self._preconditioner.model, settings, rule

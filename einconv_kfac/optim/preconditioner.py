@@ -18,7 +18,8 @@ from einconv_kfac.distributed.workers import Same
 from einconv_kfac.distributed.wrappers import unwrapped
 from einconv_kfac.optim.arguments import check_trainable, flag, plain
 from einconv_kfac.optim.factors.comparison import check_alike
-from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
+from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.factors.finiteness import NOT_FINITE
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, PERIODS, Hyperparameters
 from einconv_kfac.optim.inverses.protocol import Inverse
 from einconv_kfac.optim.parameters import check_dense, check_names
@@ -54,6 +55,7 @@ class KFACPreconditioner:
         inverse_update_period: Steps between two inversions.
         inverse: How the damped curvature is inverted.
         inverse_in_background: Whether a thread inverts.
+        divide_factors: Whether each layer's factors are on one of several workers only.
         factor_fraction: Fraction of each batch's examples that the factors are averaged over.
         max_factor_size: Largest number of rows of a factor; of larger ones, the diagonal is used.
         seed: Seed of sampled targets and examples.
@@ -89,6 +91,7 @@ class KFACPreconditioner:
         inverse_update_period: Schedule = 100,
         inverse: Inverse = "factored",
         inverse_in_background: bool = False,
+        divide_factors: bool = False,
         factor_fraction: float = 1.0,
         max_factor_size: int = 8192,
         seed: int = 0,
@@ -110,6 +113,7 @@ class KFACPreconditioner:
             exclude=exclude,
             inverse=inverse,
             in_background=inverse_in_background,
+            divide_factors=divide_factors,
             seed=seed,
         )
         try:

@@ -6,6 +6,7 @@ A case returns what its worker saw: texts of errors and warnings, and parameters
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,6 +125,12 @@ def failing_in_inversion(rank: int, size: int) -> Found:
     return failing(rank, size, "einconv_kfac.optim.inverses.cholesky.invert_damped", **FIXED)
 
 
+def failing_in_divided_inversion(rank: int, size: int) -> Found:
+    """One worker cannot invert the factors that it alone has."""
+    options = {**FIXED, "divide_factors": True}
+    return failing(rank, size, "einconv_kfac.optim.inverses.cholesky.invert_damped", **options)
+
+
 def failing_late(rank: int, size: int) -> Found:
     """One worker fails at the end of a step that the others take."""
     return failing(rank, size, f"{FACTORS}.RunningCurvature.finish_", **FIXED)
@@ -195,6 +202,20 @@ def other_steps(rank: int, size: int) -> Found:
     return found
 
 
+def state_of_one(rank: int, size: int) -> Found:
+    """One worker saves a state whose factors are divided, and the others train on."""
+    worker, found = Worker(rank, divide_factors=True, **FIXED), Found()
+    worker.step(0)
+    worker.backward(1)
+    before = weights(worker.module)
+    with errors(found, "state"):
+        worker.opt.state_dict() if rank == 1 else worker.opt.step()
+    found["unchanged"] = torch.equal(before, weights(worker.module))
+    worker.step(2)
+    found["weights"] = weights(worker.module)
+    return found
+
+
 def without_batch(rank: int, size: int) -> Found:
     """One worker has no loss."""
     found = Found()
@@ -214,11 +235,13 @@ FAULTS: tuple[Callable[[int, int], Found], ...] = (
     failing_in_update,
     failing_in_replay,
     failing_in_inversion,
+    failing_in_divided_inversion,
     failing_late,
     other_settings,
     not_averaged,
     other_parameters,
     other_steps,
+    state_of_one,
     without_batch,
 )
 
@@ -233,15 +256,30 @@ def faults(rank: int, size: int) -> dict[str, Found]:
     return found
 
 
-def killed(rank: int, size: int) -> Found:
-    """One worker is killed between two steps."""
+def lost(rank: int, size: int, number: int, **options: Any) -> Found:
+    """One worker stops at a signal between two steps."""
     warnings.simplefilter("ignore")
-    found, worker = Found(), Worker(rank, **FIXED)
+    found, worker = Found(), Worker(rank, **options)
     worker.step(0)
     worker.backward(1)
     if rank == 1:
-        os.kill(os.getpid(), 9)
+        os.kill(os.getpid(), number)
     with errors(found, "step"):
         worker.opt.step()
         worker.step(2)
     return found
+
+
+def killed(rank: int, size: int) -> Found:
+    """One worker is killed between two steps."""
+    return lost(rank, size, signal.SIGKILL, **FIXED)
+
+
+def killed_with_divided_factors(rank: int, size: int) -> Found:
+    """One worker is killed, with the factors that it alone has, between two automatic steps."""
+    return lost(rank, size, signal.SIGKILL, divide_factors=True)
+
+
+def stopped(rank: int, size: int) -> Found:
+    """One worker hangs, though the others are still connected to it."""
+    return lost(rank, size, signal.SIGSTOP)

@@ -47,7 +47,14 @@ def test_all_workers_skip_a_step_that_is_not_finite_on_one(fault: str, found: An
 
 
 @pytest.mark.parametrize(
-    "fault", ["failing_early", "failing_in_update", "failing_in_replay", "failing_in_inversion"]
+    "fault",
+    [
+        "failing_early",
+        "failing_in_update",
+        "failing_in_replay",
+        "failing_in_inversion",
+        "failing_in_divided_inversion",
+    ],
 )
 def test_an_error_of_one_worker_ends_the_step_on_all(fault: str, found: Any) -> None:
     errors = [own["step"] for own in found[fault]]
@@ -102,8 +109,20 @@ def test_an_automatic_step_without_a_batch_on_one_worker_is_refused(found: Any) 
         assert "`step` needs the loss it steps on, but saw none" in own["step"]
 
 
-def test_workers_end_when_one_of_them_is_killed() -> None:
-    (results,) = run_workers("fault_cases.killed", 4).values()
+def test_a_state_of_one_worker_whose_factors_are_divided_is_refused(found: Any) -> None:
+    for own in found["state_of_one"]:
+        assert "WorkersError: The workers must do the same in each step, got " in own["state"]
+        assert "the factors of a state" in own["state"]
+        assert own["unchanged"]
+    assert_equal_weights(found["state_of_one"])
+
+
+@pytest.mark.parametrize(
+    ("case", "timeout"), [("killed", 900), ("killed_with_divided_factors", 900), ("stopped", 15)]
+)
+def test_workers_end_when_one_of_them_is_lost(case: str, timeout: float) -> None:
+    """A killed one is noticed at once, and one that hangs after the timeout of the group."""
+    (results,) = run_workers(f"fault_cases.{case}", 4, timeout=timeout).values()
     assert results.pop(1) is None
     for own in results:
         assert own["step"].startswith("WorkersError: All workers must be reached, got ")

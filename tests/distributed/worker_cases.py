@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from einconv_kfac import KFAC, KFACPreconditioner
 
 PARTS, STEPS = 4, 5
+BOTH = 2, 4
 FIXED = {"lr": 0.05, "adaptive": False}
 
 
@@ -44,7 +45,7 @@ class Case:
         groups: Makes parameter groups.
         preconditions: Whether another optimizer takes the steps.
         whole: Whether one worker with the whole batch must do the same.
-        workers: The numbers of workers.
+        workers: The numbers of workers; without any, every other case has 2 and the rest 4.
         sharded: Whether `fully_shard` divides the model and each of its layers.
         whole_options: Other options of the one worker with the whole batch; it is then the only
             one to compare with.
@@ -62,7 +63,7 @@ class Case:
     groups: Callable[[nn.Module], Any] | None = None
     preconditions: bool = False
     whole: bool = False
-    workers: Sequence[int] = (2, 4)
+    workers: Sequence[int] = ()
     sharded: bool = False
     whole_options: dict[str, Any] | None = None
 
@@ -127,7 +128,7 @@ def two_groups(model: nn.Module) -> list[dict[str, Any]]:
 MANY = (16,) * PARTS
 PERIODS = {"factor_update_period": 2, "inverse_update_period": 3}
 SHARDED_WORKERS = {
-    **dict.fromkeys(("fixed", "automatic"), (2, 4)),
+    **dict.fromkeys(("fixed", "automatic"), (4,)),
     **dict.fromkeys(("fixed, reduce", "automatic, sampled", "automatic, clipped"), (4,)),
     **dict.fromkeys(("more workers than rows", "few rows on the last"), (4,)),
 }
@@ -163,8 +164,24 @@ SHARDED = {
         "compiled": Case(compiled="outside"),
     }.items()
 }
-CASES: dict[str, Case] = {
-    "fixed": Case(FIXED),
+DIVIDED = {
+    f"divided factors, {name}": replace(case, options={**case.options, "divide_factors": True})
+    for name, case in {
+        "fixed": Case({**FIXED, "fisher": "exact", **PERIODS}, whole=True),
+        "fixed, diagonal": Case({**FIXED, "max_factor_size": 20}, model=noisy_net),
+        "fixed, ekfac": Case({**FIXED, "inverse": "ekfac"}, sizes=MANY),
+        "fixed, sharded": Case({**FIXED, **PERIODS}, sharded=True, workers=(4,)),
+        "automatic": Case({"weight_decay": 0.01}, workers=BOTH),
+        "automatic, exact inverse": Case({"inverse": "exact", **PERIODS}),
+        "automatic, ekfac": Case({"inverse": "ekfac"}, sizes=MANY),
+        "automatic, groups": Case(groups=two_groups),
+        "automatic, sharded": Case(sharded=True, workers=(2,)),
+        "unused": Case(wrapper={"find_unused_parameters": True}, model=Branches),
+        "preconditioner": Case({"fisher": "exact"}, preconditions=True, whole=True),
+    }.items()
+}
+_CASES: dict[str, Case] = {
+    "fixed": Case(FIXED, workers=BOTH),
     "fixed, exact Fisher": Case({**FIXED, "fisher": "exact"}, whole=True),
     "fixed, empirical Fisher": Case({**FIXED, "fisher": "empirical"}, whole=True),
     "fixed, forward-only": Case({**FIXED, "fisher": "forward-only"}, whole=True),
@@ -182,7 +199,7 @@ CASES: dict[str, Case] = {
     "fixed, some examples": Case({**FIXED, "factor_fraction": 0.5}),
     "fixed, groups": Case(FIXED, groups=two_groups),
     "fixed, diagonal factors": Case({**FIXED, "max_factor_size": 20}),
-    "automatic": Case(),
+    "automatic": Case(workers=BOTH),
     "automatic, exact Fisher": Case({"fisher": "exact", **PERIODS}, whole=True),
     "automatic, exact inverse": Case({"inverse": "exact", "weight_decay": 0.01}),
     "automatic, ekfac": Case({"inverse": "ekfac"}, sizes=MANY),
@@ -225,6 +242,11 @@ CASES: dict[str, Case] = {
     ),
     "preconditioner, ekfac": Case({"inverse": "ekfac"}, sizes=MANY, preconditions=True),
     **SHARDED,
+    **DIVIDED,
+}
+CASES = {
+    name: case if case.workers else replace(case, workers=(BOTH[index % 2],))
+    for index, (name, case) in enumerate(_CASES.items())
 }
 
 
@@ -345,6 +367,12 @@ def trained(case: Case, rank: int = 0, size: int = 1) -> Tensor:
     """The parameters after each step, ``[steps, parameters]``."""
     training = Training(case, rank, size)
     return torch.stack([training.step(number) for number in range(STEPS)])
+
+
+def warm_up() -> None:
+    """Train a little on one worker, for what is imported and cached on the way."""
+    for options in (FIXED, {}):
+        Training(Case(options)).step(0)
 
 
 def trained_whole(case: Case) -> Tensor:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import distributed
 
 TIMEOUT_SECONDS = 900
+WARM_UP = "worker_cases", "warm_up"
 
 
 def run_workers(
@@ -30,14 +37,43 @@ def run_workers(
         timeout: Seconds that a worker waits for another.
     """
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(entry).resolve() for entry in sys.path if entry]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-        command = [sys.executable, __file__, function, folder, str(timeout), *map(str, sizes)]
-        subprocess.run(command, check=True, env=environment)
+        paths = [str(Path(entry).resolve()) for entry in sys.path if entry]
+        _asked(_parent(), [function, folder, timeout, sizes, paths])
         return {
             size: [_loaded(Path(folder) / f"{size}-{rank}.pt") for rank in range(size)]
             for size in sizes
         }
+
+
+@cache
+def _parent() -> subprocess.Popen[str]:
+    """The process that forks all workers of a session of tests.
+
+    It starts no threads, since on a CPU alone torch's backward pass runs in the thread that calls
+    it. What it has imported and cached, its children have.
+    """
+    command = [sys.executable, __file__]
+    pipe = subprocess.PIPE
+    parent = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    atexit.register(_close, parent)
+    return parent
+
+
+def _asked(parent: subprocess.Popen[str], request: Sequence[Any]) -> None:
+    """Send a request, and wait until it is done."""
+    assert parent.stdin is not None
+    assert parent.stdout is not None
+    parent.stdin.write(json.dumps(request) + "\n")
+    parent.stdin.flush()
+    if not parent.stdout.readline():
+        raise RuntimeError(f"The parent of the workers must live, got {parent.wait()}.")
+
+
+def _close(parent: subprocess.Popen[str]) -> None:
+    """End the process."""
+    assert parent.stdin is not None
+    parent.stdin.close()
+    parent.wait()
 
 
 def _loaded(path: Path) -> Any:
@@ -47,7 +83,6 @@ def _loaded(path: Path) -> Any:
 
 def _work(function: str, folder: str, timeout: float, rank: int, size: int) -> None:
     """Run a function as one worker, and save what it returns."""
-    torch.set_num_threads(1)
     module, _, name = function.rpartition(".")
     if size > 1:
         store = distributed.FileStore(f"{folder}/store-{size}", size)
@@ -60,26 +95,50 @@ def _work(function: str, folder: str, timeout: float, rank: int, size: int) -> N
     os.replace(f"{path}.part", path)
 
 
-def _main(function: str, folder: str, timeout: str, *sizes: str) -> None:
-    """Fork the workers, and wait for them."""
-    importlib.import_module(function.rpartition(".")[0])
-    children = []
-    for size in map(int, sizes):
-        for rank in range(size):
-            if (child := os.fork()) == 0:
-                code = 1
-                try:
-                    _work(function, folder, float(timeout), rank, size)
-                    code = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(code)
-            children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+def _forked(function: str, folder: str, timeout: float, rank: int, size: int) -> int:
+    """Fork a worker, and return its process."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        os.dup2(2, 1)  # the pipe is the parent's
+        _work(function, folder, timeout, rank, size)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _stopped(children: Sequence[int]) -> list[int]:
+    """Wait for processes, and return those that a signal has stopped, when all others ended."""
+    return [own for own in children if os.WIFSTOPPED(os.waitpid(own, os.WUNTRACED)[1])]
+
+
+def _serve(requests: IO[str], answers: IO[str]) -> None:
+    """Fork workers for each request, and wait for them; the first one trains a little before."""
+    torch.set_num_threads(1)
+    is_warm = False
+    for line in requests:
+        function, folder, timeout, sizes, paths = json.loads(line)
+        sys.path[:] = paths
+        importlib.import_module(function.rpartition(".")[0])
+        if not is_warm:
+            module, name = WARM_UP
+            getattr(importlib.import_module(module), name)()
+            is_warm = True
+        gc.collect()
+        gc.freeze()  # what children only read
+        children = [
+            _forked(function, folder, timeout, rank, size) for size in sizes for rank in range(size)
+        ]
+        for child in _stopped(children):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        answers.write("done\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _serve(sys.stdin, sys.stdout)

@@ -125,7 +125,7 @@ class SquaredGradients:
 
     def parts(self) -> list[SumPart]:
         """See `Summable`."""
-        return [SumPart.of(self, "total", self.layer.layout.shape, self.layer.device)]
+        return [SumPart.of(self, "total", self.layer.layout.shape, self.layer.device, for_all=True)]
 
     def counts(self) -> list[int]:
         """See `Summable`."""

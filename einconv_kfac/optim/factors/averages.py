@@ -53,11 +53,15 @@ def move_averages_(
         workers: The number of workers, by which a sum of losses is divided if the weight is not
             known.
     """
-    found = averaged([own.moments for own in contributions])
     scales = [estimator.scale(own.moments.examples / workers) for own in contributions]
-    _scale_([b for _, b in found], scales, weight)
-    _move_(contributions, found)
+    at_hand = [index for index, own in enumerate(contributions) if own.running.is_owned]
+    present = [contributions[index] for index in at_hand]
+    found = averaged([own.moments for own in present])
+    _scale_([b for _, b in found], [scales[index] for index in at_hand], weight)
+    _move_(present, found)
     for own, scale in zip(contributions, scales):
+        if not own.running.is_owned:
+            own.running.updated_elsewhere_()
         if own.moments.squares is not None:
             total: Any = scale if weight is None else weight * scale
             squares = own.moments.squares.block(total)

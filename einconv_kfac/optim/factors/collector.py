@@ -18,7 +18,7 @@ from einconv_kfac.curvature.estimation.other_uses import used_past_calls
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.distributed.random_streams import stream
 from einconv_kfac.distributed.stored import local_of, stored_of
-from einconv_kfac.distributed.workers import ALONE, Compared, Same, Workers
+from einconv_kfac.distributed.workers import ALONE, NOBODY, Compared, Same, Workers
 from einconv_kfac.distributed.wrappers import (
     compiled_wrappers,
     parallel_wrapper,
@@ -79,6 +79,7 @@ class Collector:
         self.moments: dict[str, LayerSums] = {}
         self.bases: dict[str, EigenBlock] = {}  # in which squared gradients are summed
         self.due: set[str] = set()
+        self.owners: Mapping[str, int] = NOBODY  # workers that alone need the sums of layers
         self.has_seen_loss = False  # since the optimizer was made
         self._capture = LayerCapture([])
         self._past: dict[tuple[Any, ...], list[str]] = {}
@@ -121,7 +122,7 @@ class Collector:
     def combine_(self) -> None:
         """Add what the other workers collected."""
         if self.due:
-            self.moments = self.workers.combined(self.moments, self._complete)
+            self.moments = self.workers.combined(self.moments, self._complete, self.owners)
             self.moments = {name: m for name, m in self.moments.items() if m.examples}
 
     def _complete(self) -> dict[str, LayerSums]:

@@ -23,6 +23,7 @@ from einconv_kfac.optim.factors.curvature_state import (
     snapshot_of,
 )
 from einconv_kfac.optim.factors.output_change import relative_change
+from einconv_kfac.optim.factors.ownership import Ownership
 from einconv_kfac.optim.factors.preconditioning import preconditioned
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
 from einconv_kfac.optim.factors.running import RunningFactors
@@ -32,8 +33,6 @@ from einconv_kfac.optim.model_walk import named_parameters
 from einconv_kfac.optim.parameters import assigned_parameters, check_present, owners_of
 from einconv_kfac.optim.schedule import due_names, intervals
 from einconv_kfac.optim.vectors import Direction
-
-NOT_FINITE = "{} was not finite; the step was skipped."
 
 
 class RunningCurvature:
@@ -51,6 +50,7 @@ class RunningCurvature:
         inverse: Name of the kind of inverse.
         in_background: Whether a thread inverts.
         seed: Seed of sampled targets and examples.
+        divide_factors: Whether each layer's factors are on one worker only.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class RunningCurvature:
         inverse: str = "factored",
         in_background: bool = False,
         seed: int = 0,
+        divide_factors: bool = False,
     ) -> None:
         self.layers: dict[str, RunningFactors] = {}
         self.steps = 0
@@ -73,16 +74,19 @@ class RunningCurvature:
         self.seed, self._entry, self._exclude = seed_value(seed), model, exclude
         self._in_background = flag("inverse_in_background", in_background)
         self._excluded = excluded_modules(self.model, exclude)
-        self._inverse, self._kind = inverse, kind_of(inverse, estimator.fisher)
+        self._kind = kind_of(inverse, estimator.fisher)
         self.workers, self.stored = workers_of(model), stored_model(model)
         self.stored.divide_()
-        self._refresh = Refresh(self.layers, self._kind, in_background, self.workers)
+        self._ownership = Ownership.of(self.workers, divide_factors, in_background)
+        work = self._kind, in_background, self.workers, self._ownership.owners
+        self._refresh = Refresh(self.layers, *work)
         self._parameters: Collection[str] | None = None
         self._known: dict[str, nn.Parameter] = {}  # when they were covered
         self._owners = owners_of(self.model)
         self._trained: list[bool] = []
         own = self.seed, settings.factor_fraction, self.workers
         self.collector = Collector(model, estimator, *own)
+        self.collector.owners = self._ownership.owners
         self.recorder = self.collector.recorder
         self.replay = self.collector.replay
 
@@ -103,6 +107,7 @@ class RunningCurvature:
             if self._excluded.isdisjoint(layer.modules):
                 self.layers[layer.name] = RunningFactors(layer, self.estimator.shapes(layer))
                 self.collector.watch(layer)
+        self._ownership.assign_(self.layers)
         own = self.covered() if parameters is None else parameters
         self._known = {name: present[name] for name in own if name in present} | self._known
 
@@ -134,8 +139,8 @@ class RunningCurvature:
 
     def without_factors(self, gradient: Direction) -> Direction:
         """Return the gradients that the coming step will not precondition."""
-        moments = self.collector.moments
-        layers = [r.layer for n, r in self.layers.items() if r.factors is not None or n in moments]
+        known = [n for n, own in self.layers.items() if own.has_factors]
+        layers = [self.layers[name].layer for name in {*known, *self.collector.moments}]
         covered = {n for own in layers if own.weight in gradient for n in own.parameters}
         return {name: tensor for name, tensor in gradient.items() if name not in covered}
 
@@ -232,7 +237,8 @@ class RunningCurvature:
 
     def relative_change(self, update: Direction, parameters: Direction) -> Tensor:
         """Return the sum over layers of the relative changes of their outputs by an update."""
-        return relative_change(self.layers.values(), update, parameters)
+        own = self.layers.values()
+        return self._ownership.total(relative_change(own, update, parameters))
 
     def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
         """Return the dampings by layer, weight decay included."""
@@ -252,8 +258,9 @@ class RunningCurvature:
             **own,
             "model": self._entry,
             "exclude": self._exclude,
-            "inverse": self._inverse,
+            "inverse": self._kind.name,
             "inverse_in_background": self._in_background,
+            "divide_factors": self._ownership.is_wanted,
             "seed": self.seed,
         }
 
@@ -277,13 +284,12 @@ class RunningCurvature:
             include_factors: Whether factors and inverses are part of it; if not, they start anew
                 where it is loaded.
         """
-        layers = {name: own.state_dict() for name, own in self.layers.items() if include_factors}
         return {
             "version": CURVATURE_STATE_VERSION,
-            "layers": layers if include_factors else None,
+            "layers": self._ownership.states(self.layers) if include_factors else None,
             "steps": self.steps,
             "seed": self.seed,
-            "inverse": self._inverse,
+            "inverse": self._kind.name,
         }
 
     def check_state(self, state: Any) -> None:

@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+NOT_FINITE = "{} was not finite; the step was skipped."
+
 
 class NotFiniteError(Exception):
     """A gradient, loss or Kronecker factor is not finite; the message says which."""

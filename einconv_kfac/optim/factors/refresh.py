@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
-from einconv_kfac.distributed.workers import ALONE, Workers
+from einconv_kfac.distributed.workers import ALONE, NOBODY, Workers
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.background import Pending, begun, delay
 from einconv_kfac.optim.inverses.placement import Placement
@@ -27,6 +27,7 @@ class Refresh:
         in_background: Whether a thread inverts, except where there is no inverse yet.
         workers: The workers among which inversions are divided; threads invert all of them, since
             they must not communicate.
+        owners: The workers that alone have the factors of layers.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class Refresh:
         kind: Kind,
         in_background: bool,
         workers: Workers = ALONE,
+        owners: Mapping[str, int] = NOBODY,
     ) -> None:
-        self._placement = Placement(workers, kind)
+        self._placement = Placement(workers, kind, owners)
         self._running = running
         self._kind = kind
         self._in_background = in_background

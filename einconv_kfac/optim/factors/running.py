@@ -61,13 +61,18 @@ class RunningFactors:
     Args:
         layer: The layer.
         shapes: The shapes of its factors ``A`` and ``B``; one that is diagonal is ``[g, d]``.
+
+    Attributes:
+        is_owned: Whether this worker has the factors; every worker has the inverse.
     """
 
     def __init__(self, layer: Layer, shapes: Sequence[tuple[int, ...]]) -> None:
         self.layer = layer
         self._shapes = [tuple(shape) for shape in shapes]
         self.updates = 0
+        self.is_owned = True
         self.factors: Pair | None = None
+        self._is_elsewhere = False  # another worker has the factors
         self.factor_step: int | None = None
         self.inverse: LayerInverse | None = None
         self.inverse_step: int | None = None
@@ -82,11 +87,34 @@ class RunningFactors:
         assert self.inverse is not None
         self.inverse = self.inverse.with_squared_gradients(squares, decay)
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether there are factors, on this worker or on another."""
+        return self.factors is not None or self._is_elsewhere
+
+    @property
+    def work(self) -> int:
+        """See `Task`; it follows from shapes."""
+        return self._task(self._shaped(), 0.0).work
+
+    def updated_elsewhere_(self) -> None:
+        """Count an update of the factors on another worker."""
+        self.updates += 1
+        self._is_elsewhere = True
+
     def task(self, damping: float) -> Task | None:
-        """Return what is to be inverted, if there are factors."""
-        if self.factors is None:
+        """Return what is to be inverted, if there are factors; elsewhere, they are shapes alone."""
+        if not self.has_factors:
             return None
-        return Task(self.layer.name, self.factors, damping, self.layer.layout)
+        return self._task(self._shaped() if self.factors is None else self.factors, damping)
+
+    def _task(self, factors: Pair, damping: float) -> Task:
+        return Task(self.layer.name, factors, damping, self.layer.layout)
+
+    def _shaped(self) -> Pair:
+        """Return tensors without numbers that have the shapes of the factors."""
+        a, b = (torch.empty(shape, device="meta") for shape in self._shapes)
+        return a, b
 
     def use_(self, inverted: Inverted, step: int) -> None:
         """Take over an inverse of a step's factors."""
@@ -113,10 +141,15 @@ class RunningFactors:
         if self.pending is not None and self.pending.has_failed:
             self.pending = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as tensors and numbers, once a pending inverse is there."""
+    def state_dict(self, factors: Pair | None = None) -> dict[str, Any]:
+        """Return the state as tensors and numbers, once a pending inverse is there.
+
+        Args:
+            factors: The factors, where another worker has them.
+        """
         return {
             **{name: getattr(self, name) for name in _STATE},
+            "factors": self.factors or factors,
             "inverse": self.inverse and self.inverse.state_dict(),
             "pending": self._pending_state(),
         }
@@ -161,6 +194,7 @@ class RunningFactors:
         made = copy(self)
         made.updates = made.retries = 0
         made.factors = made.factor_step = made.conditions = None
+        made._is_elsewhere = False
         made.inverse = made.inverse_step = made.pending = None
         return made
 
@@ -170,7 +204,9 @@ class RunningFactors:
         made = self.anew()
         for name in _STATE:
             setattr(made, name, state[name])
-        if state["factors"] is not None:
+        if not self.is_owned:
+            made.factors, made._is_elsewhere = None, state["factors"] is not None
+        elif state["factors"] is not None:
             a, b = (factor.to(device, copy=True) for factor in state["factors"])
             made.factors = a, b
         layout, inverse, pending = self.layer.layout, state["inverse"], state["pending"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from einconv_kfac.distributed.workers import Workers
+from einconv_kfac.distributed.workers import NOBODY, Workers
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, Task
 from einconv_kfac.optim.inverses.registry import inverse_of
 
@@ -16,11 +16,13 @@ class Placement:
     Args:
         workers: The workers.
         kind: The kind of inverse.
+        owners: The workers that alone have the factors of layers, and so invert them. Of other
+            layers the largest are assigned first, each to who has least work.
     """
 
-    def __init__(self, workers: Workers, kind: Kind) -> None:
+    def __init__(self, workers: Workers, kind: Kind, owners: Mapping[str, int] = NOBODY) -> None:
         self._workers = workers
-        self._kind = kind
+        self._kind, self._owners = kind, owners
 
     def inverted(self, tasks: Sequence[Task]) -> list[Inverted]:
         """Invert the factors of layers; the order of tasks is the same on all workers.
@@ -28,7 +30,11 @@ class Placement:
         Raises:
             RuntimeError: If a damped factor is not positive definite.
         """
-        chosen = self._workers.chosen([task.work for task in tasks])
+        free = [task for task in tasks if task.name not in self._owners]
+        ranks = self._workers.assigned([task.work for task in free])
+        owners = {**self._owners, **{task.name: rank for task, rank in zip(free, ranks)}}
+        rank = self._workers.rank
+        chosen = [index for index, task in enumerate(tasks) if owners[task.name] == rank]
         own = [tasks[index] for index in chosen]
         found = dict(zip(chosen, self._kind.timed(own))) if own else {}
         shared = self._workers.shared(found, _state, lambda i, s: _inverted(tasks[i], s))
@@ -47,5 +53,5 @@ def _state(found: Inverted) -> dict[str, Any]:
 
 def _inverted(task: Task, state: Mapping[str, Any]) -> Inverted:
     """Return an inverse that was sent."""
-    inverse = inverse_of(state["inverse"], task.layout, task.factors[0].device)
+    inverse = inverse_of(state["inverse"], task.layout, state["conditions"].device)
     return Inverted(inverse, state["conditions"], state["retries"], state["seconds"])

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.factors.curvature import NOT_FINITE
-from einconv_kfac.optim.factors.finiteness import Finiteness
+from einconv_kfac.optim.factors.finiteness import NOT_FINITE, Finiteness
 from einconv_kfac.optim.step.objective import Memory
 from einconv_kfac.optim.step.selection import or_others
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from einconv_kfac.distributed.workers import Same
-from einconv_kfac.optim.factors.curvature import NOT_FINITE, RunningCurvature
-from einconv_kfac.optim.factors.finiteness import KNOWN, Finiteness, NotFiniteError
+from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.factors.finiteness import KNOWN, NOT_FINITE, Finiteness, NotFiniteError
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.replay.batch import Batch, with_subsets
 from einconv_kfac.optim.replay.environment import without_autocast
