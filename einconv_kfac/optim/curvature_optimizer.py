@@ -43,6 +43,8 @@ class CurvatureOptimizer(Optimizer):
             raise
         if self._is_covering:
             self._preconditioner.cover_(self._own_names())
+            if self._preconditioner.recorder.is_empty:
+                self._preconditioner.begin_()  # the coming step collects for new layers as well
 
     def coverage(self) -> Training:
         """Return how each parameter is trained; it prints as a table.

@@ -90,7 +90,7 @@ class KFAC(CurvatureOptimizer):
         decoupled_weight_decay: Whether weight decay shrinks the parameters by ``lr`` times
             itself and leaves gradient and curvature alone (Loshchilov and Hutter, 2019).
         maximize: Whether the loss is maximised, as in torch's optimizers; with ``adaptive=True``
-            for losses that are concave in the model's output.
+            write ``loss = optimizer.observe(-objective)`` instead.
         safeguard: Whether to evaluate the objective again after every step instead of every
             tenth: a step after which its own batch's loss has grown is shortened or taken back,
             and the damping grows. Needs a damping that is not given.

@@ -192,3 +192,19 @@ def test_attention_trains() -> None:
     batch = torch.randn(16, 3, 8), torch.randint(3, (16,))
     losses = [train_step(model, loss_fn, opt, batch) for _ in range(15)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_group_that_is_added_before_the_first_step(options: dict[str, Any]) -> None:
+    """It is the same as one that was given at first: its layers have factors at once."""
+    results = []
+    for added in (False, True):
+        model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+        groups = [{"params": model[0].parameters()}, {"params": [*model[2:].parameters()]}]
+        opt = KFAC(model, loss_fn, params=groups[:1] if added else groups, **options)
+        for group in groups[1:] if added else []:
+            opt.add_param_group(group)
+        for seed in range(3):
+            train_step(model, loss_fn, opt, image_batch(seed=seed))
+        results.append(weights(model))
+    assert torch.equal(*results)

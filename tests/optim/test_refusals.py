@@ -182,6 +182,27 @@ class Bypassed(nn.Module):
         return self.net[2](inner.tanh())
 
 
+class Overwriting(nn.Module):
+    """A network that overwrites its input.
+
+    Args:
+        inplace: Whether it does.
+    """
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.first, self.net = nn.LeakyReLU(0.5, inplace=inplace), net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.first(x))
+
+
+def copied(model: nn.Module, _: KFAC) -> Tensor:
+    loss: Tensor = CROSS_ENTROPY(model(X.clone()), Y)
+    loss.backward()
+    return loss
+
+
 class Counting(nn.Module):
     """A network that depends on the number of its calls.
 
@@ -315,6 +336,13 @@ CASES: dict[str, Refused] = {
         r"got argument 0 of the model, which was overwritten.*\.clone\(\)",
         reused_input,
         of(reused_input, cloned=True),
+    ),
+    "a model that overwrites its input": Refused(
+        "argument 0 of the model, which was overwritten.*model itself.*inplace=False",
+        copied,
+        copied,
+        build=lambda: Overwriting(True),
+        remedied=lambda: Overwriting(False),
     ),
     "a target that is used again": Refused(
         r"got a target of the loss, which was overwritten.*\.clone\(\)",

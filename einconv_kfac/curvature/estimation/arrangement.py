@@ -196,9 +196,11 @@ def check_call(call: LayerCall) -> None:
     """Raise a ``ValueError`` if a call does not show what a layer computes for a batch."""
     kind = type(call.module).__name__
     if not call.is_batch:
+        is_empty = call.x.shape[:1] == (0,)
+        remedy = "Add a batch dimension with `x.unsqueeze(0)`"
         raise ValueError(
             f"The input of '{call.layer}' ({kind}) must be a non-empty batch [n, ...], got shape "
-            f"{list(call.x.shape)}. Add a batch dimension with `x.unsqueeze(0)`."
+            f"{list(call.x.shape)}. {'Leave out such batches' if is_empty else remedy}."
         )
     if not call.is_own:
         raise ValueError(

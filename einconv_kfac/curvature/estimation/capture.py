@@ -184,5 +184,7 @@ def call_gradients(
         if the outputs do not depend on it.
     """
     edges = [call.output for call in calls]
+    if not (outputs and edges):
+        return [None] * len(edges)
     sources: Any = outputs
     return list(torch.autograd.grad(sources, edges, roots, retain_graph=True, allow_unused=True))

@@ -6,22 +6,33 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors of an output, nested in tuples, lists, mappings and data classes."""
+    """Yield the tensors of an output: in tuples, lists, mappings and attributes of objects.
+
+    The attributes of modules and classes, and those of other objects inside of these, do not count.
+    """
+    yield from _tensors_of(output, is_whole=True)
+
+
+def _tensors_of(output: Any, *, is_whole: bool) -> Iterator[Tensor]:
+    """Yield the tensors of an output or of a part of it."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
         for part in output.values():
-            yield from tensors_of(part)
+            yield from _tensors_of(part, is_whole=is_whole)
     elif isinstance(output, (tuple, list)):
         for part in output:
-            yield from tensors_of(part)
+            yield from _tensors_of(part, is_whole=is_whole)
     elif is_dataclass(output) and not isinstance(output, type):
         for entry in fields(output):
-            yield from tensors_of(getattr(output, entry.name))
+            yield from _tensors_of(getattr(output, entry.name), is_whole=is_whole)
+    elif is_whole and not isinstance(output, (type, nn.Module)):
+        for part in getattr(output, "__dict__", {}).values():
+            yield from _tensors_of(part, is_whole=False)
 
 
 def losses_of(output: Any) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from einconv_kfac.curvature.objective.local_curvature import Empirical, LocalCur
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
 from einconv_kfac.curvature.objective.nodes.slices import is_assignment
+from einconv_kfac.curvature.objective.nodes.squares import squared
 from einconv_kfac.curvature.objective.tail import Operation, Tail
 from einconv_kfac.curvature.objective.terms import Term
 
@@ -207,15 +208,23 @@ class Reading:
             rule, weight = NODE_RULES.get(kind_of_node(node)), self._seen.get((node, 0))
             if rule is None or weight is None:
                 continue
+            if (square := squared(node, weight, self._is_same)) is not None:
+                yield self._term(square[:1], square[1])
+                continue
             curvature = rule.curvature(node, rule.inputs(node), weight)
             if curvature is not None:
-                yield self._term(node, curvature)
+                yield self._term(inputs_of(node)[:2], curvature)
 
-    def _term(self, node: Node, curvature: LocalCurvature) -> Term:
-        """Return the term of a nonlinear operation."""
-        edges = tuple(
-            edge for edge in inputs_of(node)[:2] if edge is not None and self._depends(edge)
-        )
+    def _is_same(self, first: Edge, second: Edge) -> bool:
+        """Return whether two tensors of equal value have the same derivative by the sources."""
+        ends = [LinearMap(edge, self._nodes, self._is_source) for edge in (first, second)]
+        random = {e: _drawn(self._value(e), seed) for seed, e in enumerate(self.sources)}
+        left, right = (each(random) for each in ends)
+        return left is not None and right is not None and torch.allclose(left, right)
+
+    def _term(self, argument: Iterable[Edge | None], curvature: LocalCurvature) -> Term:
+        """Return a term by its argument, of which constants are left out."""
+        edges = tuple(edge for edge in argument if edge is not None and self._depends(edge))
         maps = tuple(LinearMap(edge, self._nodes, self._is_source) for edge in edges)
         return Term(edges, maps, curvature)
 
@@ -230,7 +239,8 @@ class Reading:
 
     def _example_of(self, term: Term) -> Tensor:
         """Return the example of each unit of a term, or -1 for several; flat."""
-        sizes = {len(self._value(edge)) for edge in self.outputs if edge in term.sources}
+        values = [self._value(edge) for edge in self.outputs if edge in term.sources]
+        sizes = {len(value) for value in values if value.ndim}
         rows = term.curvature.rows
         found = torch.full((rows.numel(),), -2, dtype=torch.long)
         for example in range(max(sizes, default=0)):
@@ -245,14 +255,16 @@ class Reading:
 
 def _only(value: Tensor, example: int) -> Tensor:
     """Return random numbers for one example and zeros for the others, ``[n, ...]``."""
-    generator = Generator(value.device).manual_seed(0)
     result = torch.zeros_like(value)
-    if example < len(value):
-        own = torch.randn(
-            value.shape[1:], generator=generator, dtype=value.dtype, device=value.device
-        )
-        result[example] = own
+    if value.ndim and example < len(value):
+        result[example] = _drawn(value[example])
     return result
+
+
+def _drawn(like: Tensor, seed: int = 0) -> Tensor:
+    """Return random numbers in the shape of a tensor, the same for the same seed."""
+    generator = Generator(like.device).manual_seed(seed)
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _by_unit(touched: Tensor, curvature: LocalCurvature) -> Tensor:

@@ -46,7 +46,8 @@ NEVER_SEEN = (
 UNSEEN = (
     "Compiled models: pass `torch.compile(model)` itself here and call that. Checkpointed layers: "
     "pass use_reentrant=False. Layers that are not called as modules, or only reached by another "
-    "loss: name them in `exclude`."
+    "loss: name them in `exclude`. Models that return no tensors: return them, or a tuple, a "
+    "mapping or an object that has them."
 )
 
 
@@ -148,7 +149,9 @@ class Collector:
         number, self._count = self.workers.number(self._count), self._count + 1
         own = [call for call in calls if call.layer in self.due]
         kind = tuple((call.layer, call.x.shape) for call in own)
-        if not own or (kind != self._seen and not bool(loss.isfinite().all())):
+        if not (own and evaluation.outputs and evaluation.examples):
+            return
+        if kind != self._seen and not bool(loss.isfinite().all()):
             return
         self._seen = kind
         generator = stream(evaluation.weight.device, "factors", self.seed, self._step, number)

@@ -13,6 +13,12 @@ from einconv_kfac.optim.replay.loss_input import Returned
 from einconv_kfac.optim.replay.subsample import check_separate
 from einconv_kfac.optim.replay.unknown_operations import refusal_of
 
+OVERWRITTEN = "Pass a copy (`.clone()`)"
+OVERWRITING = (
+    "The model itself overwrote it: pass inplace=False to its first layer, or begin its `forward` "
+    "with `x = x.clone()`"
+)
+"""Remedies where arguments were overwritten, after the call of the model or by it."""
 REPEATED_ERROR = 0.1
 """Largest relative difference between an output and its repetition, in low precision."""
 
@@ -45,8 +51,8 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
         if (changed := versions.changed()) is not None:
             raise RuntimeError(
                 "What the model and the loss are called with must not change before the step when "
-                f"adaptive=True, got {changed}, which was overwritten in place. Pass a copy "
-                "(`.clone()`), or pass adaptive=False."
+                f"adaptive=True, got {changed}, which was overwritten in place. "
+                f"{OVERWRITING if versions.during_call else OVERWRITTEN}, or pass adaptive=False."
             )
     if batch.subset is not None:
         check_separate(model)
@@ -96,7 +102,7 @@ def check_repeated(batch: Batch, outputs: Sequence[Tensor]) -> None:
         )
     raise RuntimeError(
         "The model must repeat its output when a recorded batch is replayed for adaptive=True, "
-        "got a different one. Draw random numbers from torch's global generator or from "
+        "got a different one. Draw random numbers from torch's global generator, numpy's or "
         "`random`, keep state between calls only in buffers, run attention without cuDNN, or pass "
         "adaptive=False."
     )

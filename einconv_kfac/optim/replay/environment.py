@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -63,6 +64,7 @@ class Environment:
         buffers: Copies of buffers that the pass may change, by name.
         training: Whether each module was in training mode.
         python_random: State of the generator of Python's ``random``; ``None`` if it is not used.
+        numpy_random: State of numpy's global generator; ``None`` if it is not used.
     """
 
     cpu_random: Tensor
@@ -71,6 +73,7 @@ class Environment:
     buffers: dict[str, Tensor]
     training: tuple[bool, ...]
     python_random: tuple[Any, ...] | None = None
+    numpy_random: dict[str, Any] | None = None
 
     @staticmethod
     def now(
@@ -86,14 +89,19 @@ class Environment:
         cuda = {index: torch.cuda.get_rng_state(index) for index in indices}
         training = tuple(module.training for module in modules)
         autocast = Autocast(kind, enabled, dtype)
-        own = random.getstate()
-        return Environment(torch.get_rng_state(), cuda, autocast, buffers, training, own)
+        own = random.getstate(), _numpy_state()
+        return Environment(torch.get_rng_state(), cuda, autocast, buffers, training, *own)
 
     def after_call(self) -> Environment:
-        """Return what a call that has ended depended on; ``random`` only if it drew numbers."""
-        if self.python_random is None or random.getstate() != self.python_random:
+        """Return what a call that has ended depended on; generators only if it drew numbers."""
+        python, numpy = self.python_random, self.numpy_random
+        if python is not None and random.getstate() == python:
+            python = None
+        if numpy is not None and _are_equal(numpy, _numpy_state()):
+            numpy = None
+        if python is self.python_random and numpy is self.numpy_random:
             return self
-        return replace(self, python_random=None)
+        return replace(self, python_random=python, numpy_random=numpy)
 
     @contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
@@ -112,25 +120,24 @@ class Environment:
             cache_enabled=False,
         )
         forked = torch.random.fork_rng(devices=list(self.cuda_random))
-        modes, python = self._modes_restored(model), self._python_restored()
-        with ONE_THREAD, forked, autocast, modes, python:
+        modes, others = self._modes_restored(model), self._generators_restored()
+        with ONE_THREAD, forked, autocast, modes, others:
             torch.set_rng_state(self.cpu_random)
             for index, state in self.cuda_random.items():
                 torch.cuda.set_rng_state(state, index)
             yield
 
     @contextmanager
-    def _python_restored(self) -> Iterator[None]:
-        """Restore the state of Python's ``random`` inside the block."""
-        if self.python_random is None:
+    def _generators_restored(self) -> Iterator[None]:
+        """Restore the states of Python's ``random`` and of numpy's inside the block."""
+        with ExitStack() as stack:
+            if self.python_random is not None:
+                stack.callback(random.setstate, random.getstate())
+                random.setstate(self.python_random)
+            if self.numpy_random is not None:
+                stack.callback(_numpy().set_state, _numpy_state())
+                _numpy().set_state(self.numpy_random)
             yield
-            return
-        before = random.getstate()
-        random.setstate(self.python_random)
-        try:
-            yield
-        finally:
-            random.setstate(before)
 
     @contextmanager
     def _modes_restored(self, model: nn.Module) -> Iterator[None]:
@@ -148,6 +155,34 @@ class Environment:
     def precision(self, dtype: torch.dtype) -> float:
         """Return the machine epsilon of computations whose result has a data type."""
         return torch.finfo(self.autocast.dtype if self.autocast.enabled else dtype).eps
+
+
+def _numpy() -> Any:
+    """Return the module of numpy's global generator, or ``None`` if the script has not loaded it.
+
+    This package does not depend on numpy.
+    """
+    return sys.modules.get("numpy.random")
+
+
+def _numpy_state() -> dict[str, Any] | None:
+    """Return the state of numpy's global generator, if there is one."""
+    numpy = _numpy()
+    state: dict[str, Any] | None = None if numpy is None else numpy.get_state(legacy=False)
+    return state
+
+
+def _are_equal(state: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    """Return whether two states of numpy's global generator are the same."""
+    if other is None or any(state[n] != other[n] for n in ("has_gauss", "gauss")):
+        return False
+    own, others = state["state"], other["state"]
+    if own.keys() != others.keys() or own.get("pos") != others.get("pos"):
+        return False
+    return all(
+        str(own[n]) == str(others[n]) if n != "key" else bool((own[n] == others[n]).all())
+        for n in own
+    )
 
 
 NOT_KEPT = Environment(torch.empty(0), {}, Autocast("cpu", False, torch.float32), {}, ())

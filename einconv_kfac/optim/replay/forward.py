@@ -51,6 +51,7 @@ class ModelCall:
 
     def ended(self) -> ModelCall:
         """Return the call after it has ended."""
+        self.versions.end_call_()
         environment = self.environment.after_call()
         return self if environment is self.environment else replace(self, environment=environment)
 

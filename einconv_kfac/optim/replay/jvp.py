@@ -129,7 +129,7 @@ def backward_products(
         curved = [output for output in outputs if output.requires_grad]
         if not curved:
             return [tuple(torch.zeros_like(output) for output in outputs) for _ in directions]
-        ws = [_normal(output).requires_grad_() for output in curved]
+        ws = [normal(output).requires_grad_() for output in curved]
         try:
             found = torch.autograd.grad(
                 curved, [*leaves.values()], ws, create_graph=True, allow_unused=True
@@ -161,7 +161,7 @@ def _by_dual(transposed: Direction, ws: list[Tensor], direction: Direction) -> l
     return [torch.zeros_like(w) if p is None else p.detach() for w, p in zip(ws, found)]
 
 
-def _normal(like: Tensor) -> Tensor:
+def normal(like: Tensor) -> Tensor:
     """Return a fixed vector of normal numbers; the global random state is left alone."""
     generator = Generator(like.device).manual_seed(0)
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
@@ -171,11 +171,11 @@ def _check_adjoint(
     direction: Direction, product: Sequence[Tensor], transposed: Direction, ws: Sequence[Tensor]
 ) -> None:
     """Check ``<J d, w> = <d, J^T w>``, which fails where a backward pass is not differentiable."""
-    left = sum_of([_inner(p, w) for p, w in zip(product, ws)])
+    left = sum_of([inner(p, w) for p, w in zip(product, ws)])
     pairs = [(direction[name], g.detach()) for name, g in transposed.items() if name in direction]
-    right = sum((_inner(d, g) for d, g in pairs), torch.zeros_like(left))
-    bound = sum((_inner(d, d) for d, _ in pairs), torch.zeros_like(left))
-    bound = (bound * sum((_inner(g, g) for _, g in pairs), torch.zeros_like(left))).sqrt()
+    right = sum((inner(d, g) for d, g in pairs), torch.zeros_like(left))
+    bound = sum((inner(d, d) for d, _ in pairs), torch.zeros_like(left))
+    bound = (bound * sum((inner(g, g) for _, g in pairs), torch.zeros_like(left))).sqrt()
     eps = torch.finfo(ws[0].dtype).eps
     size = sum_of([p.double().norm() for p in product])
     allowed = 10 * eps**0.5 * (size + right.abs()) + 10 * eps * bound
@@ -183,7 +183,7 @@ def _check_adjoint(
         raise _refusal("<J d, w> differs from <d, J^T w>")
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
+def inner(a: Tensor, b: Tensor) -> Tensor:
     """Return the inner product of two tensors, in float64."""
     return (entries(a.detach()).double() * entries(b.detach()).double()).sum()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.objective.loss_model import Expansion, GivenLoss
+from einconv_kfac.optim.replay.adjoint import Adjoint
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.checks import (
     check_batch,
@@ -216,12 +217,32 @@ class Replay:
         """
         batches = [self._moved(self._restored(batch)) for batch in batches]
         if not self.is_checked:
-            with self._paused(), torch.enable_grad():
-                forwards = batches[0].curvature_forwards()
-                check_repeated(batches[0], run_all(forwards, self._model, {}))
-            self.jacobian_products(batches[0], parameters, [direction])
+            self._check_products_(batches[0], parameters, direction)
             self.is_checked = True
         return joined(batches)
+
+    def _check_products_(self, batch: Batch, parameters: Direction, direction: Direction) -> None:
+        """Check that a batch can be differentiated, and choose how.
+
+        Forward mode also differentiates what the model computes without gradients, and uses the
+        formulas of other people's operators: where it contradicts the backward pass, two of these
+        take its place.
+        """
+        forwards = batch.curvature_forwards()
+
+        def repeated(given: Direction) -> Outputs:
+            outputs = run_all(forwards, self._model, given)
+            check_repeated(batch, outputs)
+            return outputs
+
+        with self._paused():
+            adjoint = Adjoint.of(repeated, parameters, direction)
+        (tangents,) = self.jacobian_products(batch, parameters, [direction])
+        environments = [each.call.environment for each in batch.forwards for _ in each.inputs]
+        eps = [own.precision(t.dtype) for own, t in zip(environments, tangents)]
+        if self.forward_mode and not adjoint.agrees(tangents, max(eps, default=0.0)):
+            self.forward_mode = False
+            self.jacobian_products(batch, parameters, [direction])
 
     def check_outputs(self, batches: Sequence[Batch]) -> None:
         """Raise a ``RuntimeError`` if the model, run as a whole, does not repeat its outputs."""

@@ -40,9 +40,13 @@ class Versions:
 
     Args:
         named: Tensors with what they are.
+
+    Attributes:
+        during_call: What the call changed that the tensors were passed to; see `end_call_`.
     """
 
     def __init__(self, named: Iterable[tuple[str, object]]) -> None:
+        self.during_call: str | None = None
         self._known = [
             (name, tensor, tensor._version)
             for name, tensor in named
@@ -55,6 +59,10 @@ class Versions:
         found = Versions(())
         found._known = list(tensors)
         return found
+
+    def end_call_(self) -> None:
+        """Note what was changed so far, by the call that the tensors were passed to."""
+        self.during_call = self.changed()
 
     def changed(self) -> str | None:
         """Return what was changed in place, or ``None``."""

@@ -38,6 +38,12 @@ CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "log density": lambda o: -torch.distributions.Categorical(logits=o).log_prob(Y).mean(),
     "power": lambda o: ((o - T) ** 2).mean(),
+    "product with itself": lambda o: ((o - T) * (o - T)).mean(),
+    "dot product with itself": lambda o: torch.dot((o - T).flatten(), (o - T).flatten()),
+    "squared norms": lambda o: (o - T).norm(dim=1).pow(2).mean(),
+    "squared norms, kept": lambda o: torch.linalg.norm(o - T, dim=-1, keepdim=True).square().sum(),
+    "squared norm": lambda o: 0.5 * torch.norm(o - T) ** 2,
+    "norm times norm": lambda o: torch.norm(o - T) * torch.norm(o - T),
     "squares": lambda o: functional.mse_loss(o, T, reduction="sum") / EXAMPLES,
     "logistic": lambda o: functional.binary_cross_entropy_with_logits(
         o, T, pos_weight=torch.tensor([1.0, 2, 3]).double()

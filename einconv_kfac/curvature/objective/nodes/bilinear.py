@@ -72,6 +72,7 @@ RULES = (
     Product("Atan2", torch.atan2, ("self", "other"), ()),
     Product("Logaddexp", torch.logaddexp, ("self", "other"), ()),
     Product("Cdist", torch.cdist, ("x1", "x2"), (), ("p",)),
+    Product("EuclideanDist", torch.cdist, ("x1", "x2"), ()),
     Product("Maximum", torch.maximum, ("self", "other"), ()),
     Product("Minimum", torch.minimum, ("self", "other"), ()),
 )

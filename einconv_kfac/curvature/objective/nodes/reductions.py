@@ -61,6 +61,7 @@ def _ctc_losses(*args: Any, **kwargs: Any) -> Tensor:
 RULES = (
     Reduction("LinalgVectorNorm", torch.linalg.vector_norm, ("ord", "dim", "keepdim")),
     Reduction("Norm", torch.norm, ("p", "dim", "keepdim")),
+    Reduction("Nansum", torch.nansum, ("dim", "keepdim")),
     Reduction("Var", torch.var, ("dim", "correction", "keepdim")),
     Reduction("Std", torch.std, ("dim", "correction", "keepdim")),
     Reduction("Amax", torch.amax, ("dim", "keepdim")),

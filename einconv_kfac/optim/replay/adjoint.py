@@ -1,0 +1,66 @@
+"""The adjoint of a Jacobian, against which its products are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.optim.replay.jvp import Function, Tangents, inner, normal
+from einconv_kfac.optim.vectors import Direction, sum_of
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """``<d, J^T w>`` for a direction ``d`` and random ``w``, by one backward pass.
+
+    Args:
+        ws: The vectors ``w``, one for each output.
+        value: ``<d, J^T w>``, in float64.
+        bound: ``|d| |J^T w|``, to which the value is relative.
+    """
+
+    ws: tuple[Tensor, ...]
+    value: Tensor
+    bound: Tensor
+
+    @staticmethod
+    def of(function: Function, parameters: Direction, direction: Direction) -> Adjoint:
+        """Evaluate a function at parameters, and run its backward pass.
+
+        Args:
+            function: Returns outputs for parameters.
+            parameters: The parameters by name.
+            direction: The direction ``d``.
+        """
+        with torch.enable_grad():
+            leaves = {name: parameters[name].detach().requires_grad_() for name in direction}
+            outputs = function(leaves)
+            ws = tuple(normal(output) for output in outputs)
+            pairs = [(o, w) for o, w in zip(outputs, ws) if o.requires_grad]
+            known, vectors = [o for o, _ in pairs], [w for _, w in pairs]
+            found: Sequence[Tensor | None] = [None] * len(leaves)
+            if pairs:
+                found = torch.autograd.grad(known, [*leaves.values()], vectors, allow_unused=True)
+        own = [(direction[n], g) for n, g in zip(leaves, found) if g is not None]
+        zero = torch.zeros((), dtype=torch.float64, device=next(iter(leaves.values())).device)
+        value = sum((inner(d, g) for d, g in own), zero)
+        sizes = [sum((inner(v, v) for v in each), zero) for each in zip(*own)] or [zero, zero]
+        return Adjoint(ws, value, (sizes[0] * sizes[1]).sqrt())
+
+    def agrees(self, tangents: Tangents, eps: float) -> bool:
+        """Return whether ``<J d, w> = <d, J^T w>``, up to rounding; so if it is not finite.
+
+        Args:
+            tangents: ``J d``.
+            eps: The machine epsilon of the computation.
+        """
+        if not tangents:
+            return True
+        left = sum_of([inner(t, w) for t, w in zip(tangents, self.ws)])
+        size = sum_of([inner(t, t).sqrt() for t in tangents])
+        allowed = 10 * eps**0.5 * (size + self.value.abs()) + 10 * eps * self.bound
+        difference = (left - self.value).abs()
+        return not bool(difference.isfinite()) or bool(difference <= allowed)

@@ -1,0 +1,113 @@
+"""Models that forward mode differentiates otherwise than the backward pass does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from einconv_kfac import KFAC
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(24, 5, generator=GENERATOR, dtype=torch.float64)
+Y = torch.randn(24, 3, generator=GENERATOR, dtype=torch.float64)
+
+
+class Equilibrium(nn.Module):
+    """A fixed point that is iterated without gradients, and one iteration with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer, self.head = nn.Linear(8, 8), nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            z = x.new_zeros(len(x), 8)
+            for _ in range(5):
+                z = torch.tanh(self.inner(z) + self.outer(x))
+        output: Tensor = self.head(torch.tanh(self.inner(z) + self.outer(x)))
+        return output
+
+
+class Rescaled(nn.Module):
+    """A network whose features are divided by their size, as a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.first(x)
+        with torch.no_grad():
+            size = features.norm(dim=0) / len(x) ** 0.5
+        output: Tensor = self.head(torch.tanh(features / size))
+        return output
+
+
+class Square(torch.autograd.Function):
+    """A square with a forward-mode derivative that is half of what it must be."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradients[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return ctx.saved_tensors[0] * tangents[0]
+
+
+class Squared(nn.Module):
+    """A network with that function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(Square.apply(self.first(x)))
+        return output
+
+
+def curvature_along(model: nn.Module, step: list[Tensor]) -> float:
+    """Return ``u^T G u`` of the squared error, by two backward passes."""
+    output = model(X)
+    w = torch.zeros_like(output, requires_grad=True)
+    own = torch.autograd.grad(output, list(model.parameters()), w, create_graph=True)
+    (tangent,) = torch.autograd.grad(own, w, step)
+    return float(2 * tangent.square().mean())
+
+
+@pytest.mark.parametrize("build", [Equilibrium, Rescaled, Squared])
+def test_the_step_minimises_the_quadratic_model_of_autograd(
+    build: Callable[[], nn.Module],
+) -> None:
+    """``g.u + u.(G + damping) u = 0`` for the minimum along any directions."""
+    torch.manual_seed(0)
+    model, loss_fn, damping = build().double(), nn.MSELoss(), 5.0
+    opt = KFAC(model, loss_fn, momentum=0.0, damping=damping, fisher="exact")
+    loss_fn(model(X), Y).backward()
+    parameters = list(model.parameters())
+    before = [p.detach().clone() for p in parameters]
+    slope = [p.grad.clone() for p in parameters if p.grad is not None]
+    opt.step()
+    step = [p.detach() - b for p, b in zip(parameters, before)]
+    with torch.no_grad():
+        for p, b in zip(parameters, before):
+            p.copy_(b)
+    along = sum(float((g * u).sum()) for g, u in zip(slope, step))
+    size = sum(float(u.square().sum()) for u in step)
+    curvature = curvature_along(model, step) + damping * size
+    assert along < 0
+    assert curvature == pytest.approx(-along, rel=1e-9)
