@@ -12,21 +12,21 @@ EARLY_SHARE = 10
 """Early in training, periods are capped at this fraction (one tenth) of the steps taken."""
 
 
-def is_due(step: int, last: int | None, period: int, share: int = EARLY_SHARE) -> bool:
+def is_due(step: int, last: int | None, period: int, share: float = EARLY_SHARE) -> bool:
     """Return whether periodic work is due; it always is the first time.
 
     Args:
         step: The number of steps taken.
         last: The step at which the work was done last, or ``None``.
         period: Steps between two times.
-        share: Early in training the period is capped at ``step // share``.
+        share: Early in training the period is capped at ``step / share``, rounded down.
     """
     return last is None or step - last >= interval(step, period, share)
 
 
-def interval(step: int, period: int, share: int = EARLY_SHARE) -> int:
+def interval(step: int, period: int, share: float = EARLY_SHARE) -> int:
     """Return the number of steps between two times, see `is_due`."""
-    return min(period, max(1, step // share))
+    return min(period, max(1, int(step / share)))
 
 
 def due_names(step: int, work: Mapping[str, tuple[int | None, int]]) -> list[str]:

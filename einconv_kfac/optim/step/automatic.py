@@ -59,7 +59,7 @@ class AutomaticStep:
         self._trust = SlopeTrust()
         self._agreement = Agreement()
         self._slow = SlowMomentum()
-        self._fit = StepFit(curvature, self._trust)
+        self._fit = StepFit(curvature, self._trust, self._agreement)
         self._rollback = Rollback()
         self._reduction = Reduction(self._replay, rule, self._noise, safeguard)
         self._dampings = DampingSource(rule, self._replay)

@@ -163,6 +163,17 @@ class Fit:
         own = self.along
         return own.first_bend + last * own.last_bend if last else own.first_bend
 
+    def with_slow_momentum(self) -> Fit:
+        """Return the step with a slow momentum ``m``, along which no curvature was computed.
+
+        The change of the slope ``g.d`` by ``m`` is taken to be to that by the step ``u`` as
+        ``g.m`` is to ``g.u``. That holds where ``d`` is ``-(G + W)^-1 g``.
+        """
+        own = self.along
+        past = sum(each.past for each in (self.products or {}).values())
+        last = own.first_bend * past / own.slope if own.slope else 0.0
+        return replace(self, along=replace(own, last_bend=last), mix=(*self.mix, 0.0))
+
     @property
     def is_failure(self) -> bool:
         """Whether the model is not finite, or its step has no length though there is a slope.

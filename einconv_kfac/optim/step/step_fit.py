@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.refresh import Inverses
+from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.damping.search import DampingSearch
 from einconv_kfac.optim.step.fit import Fit, Momentum
@@ -19,15 +20,18 @@ class StepFit:
     Args:
         curvature: Running curvature of the model.
         trust: The trust in the slopes along descent directions.
+        agreement: Whether batches agree.
 
     Attributes:
         subspace: Fits the coefficients of directions.
         search: Searches the damping of the inverses.
     """
 
-    def __init__(self, curvature: RunningCurvature, trust: SlopeTrust) -> None:
+    def __init__(
+        self, curvature: RunningCurvature, trust: SlopeTrust, agreement: Agreement
+    ) -> None:
         self._curvature = curvature
-        self.subspace = SubspaceFit(curvature, trust)
+        self.subspace = SubspaceFit(curvature, trust, agreement)
         self.search = DampingSearch()
 
     def is_due(self, step: int, *, is_given: bool) -> bool:

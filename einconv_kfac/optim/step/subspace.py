@@ -13,7 +13,9 @@ from torch import Tensor
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
+from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.carried_fit import CarriedFit, CarriedMix
+from einconv_kfac.optim.step.damping.levenberg_marquardt import LARGEST_NOISE
 from einconv_kfac.optim.step.fit import Along, Fit, Momentum
 from einconv_kfac.optim.step.layer_products import pending_products
 from einconv_kfac.optim.step.objective import Objective
@@ -44,14 +46,18 @@ class SubspaceFit:
     Args:
         curvature: Running curvature of the model, which replays the batches.
         trust: The trust in the slopes along descent directions.
+        agreement: Whether batches agree.
 
     Attributes:
         reach: Change of the layers' outputs per length of a step, when it was last computed.
     """
 
-    def __init__(self, curvature: RunningCurvature, trust: SlopeTrust) -> None:
+    def __init__(
+        self, curvature: RunningCurvature, trust: SlopeTrust, agreement: Agreement
+    ) -> None:
         self._curvature = curvature
         self._trust = trust
+        self._agreement = agreement
         self._carried = CarriedFit()
         self._fitted: int | None = None
         self.reach = math.inf
@@ -137,7 +143,8 @@ class SubspaceFit:
         """
         descents, fixed = len(directions), None
         spanned = list(directions)
-        if momentum.direction:
+        is_spanned = self._is_spanned(objective, momentum)
+        if is_spanned:
             spanned.append(momentum.direction)
             fixed = {descents: momentum.coefficient or 0.0}
         model = quadratic_model(self._curvature.replay, objective, spanned, products)
@@ -158,7 +165,22 @@ class SubspaceFit:
             return self._bounded(objective, fit, float(self._change(objective, update)))
         pending = pending_products(point, momentum.direction, update)
         (change,), found = read(self._change(objective, update), pending.numbers)
-        return self._bounded(objective, replace(fit, products=pending.of(found)), change)
+        fit = replace(fit, products=pending.of(found))
+        if momentum.direction and not is_spanned:
+            fit = fit.with_slow_momentum()
+        return self._bounded(objective, fit, change)
+
+    def _is_spanned(self, objective: Objective, momentum: Momentum) -> bool:
+        """Return whether to compute the curvature along the momentum.
+
+        Of a slow momentum, the trust alone needs it, for which it is estimated where batches differ
+        (`Fit.with_slow_momentum`): a sample then differs by more from batch to batch. With a given
+        damping, nothing says whether they do.
+        """
+        if not momentum.direction:
+            return False
+        is_exact = self._agreement.noise < LARGEST_NOISE or objective.settings.damping is not None
+        return is_exact or momentum.coefficient is not None
 
     def _change(self, objective: Objective, update: Direction) -> Tensor:
         """Return the change of the layers' outputs by a step."""

@@ -13,8 +13,8 @@ from einconv_kfac.optim.step.fit import Fit
 
 SEARCH_PERIOD = 100
 """Steps between two searches."""
-EARLY_SEARCH_SHARE = 2
-"""Early in training a search is due each time the number of steps has about doubled."""
+EARLY_SEARCH_SHARE = 4 / 3
+"""Early in training a search is due each time the number of steps has about quadrupled."""
 SCALE_STEP = 3.0
 """Factor between the scales of two trials."""
 SCALE_BOUNDS = (1e-3, 1e3)
