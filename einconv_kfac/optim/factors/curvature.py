@@ -152,8 +152,7 @@ class RunningCurvature:
         """Drop what was collected, and decide which layers the next step collects for."""
         self.settings = GroupSettings(self._schedules.at(self.steps), self.settings.by_parameter)
         work = {
-            name: (running.factor_step, self._of(running).factor_update_period)
-            for name, running in self.layers.items()
+            n: (r.factor_step, self._of(r).factor_update_period) for n, r in self.layers.items()
         }
         self.collector.begin_(due_names(self.steps, work), self._refresh.bases(), self.steps)
 
@@ -237,8 +236,7 @@ class RunningCurvature:
 
     def relative_change(self, update: Direction, parameters: Direction) -> Tensor:
         """Return the sum over layers of the relative changes of their outputs by an update."""
-        own = self.layers.values()
-        return self._ownership.total(relative_change(own, update, parameters))
+        return self._ownership.total(relative_change(self.layers.values(), update, parameters))
 
     def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
         """Return the dampings by layer, weight decay included."""
