@@ -113,8 +113,9 @@ class RunningCurvature:
 
     def assigned_(self, present: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Return those of the present parameters that replace covered ones, and accept them."""
-        found = assigned_parameters(self._known, self._owners, self.model, present)
-        self._known |= found
+        self._known |= (
+            found := assigned_parameters(self._known, self._owners, self.model, present)
+        )
         return found
 
     def cover_unfrozen_(self, present: Mapping[str, nn.Parameter] | None = None) -> None:
@@ -151,9 +152,8 @@ class RunningCurvature:
     def begin_(self) -> None:
         """Drop what was collected, and decide which layers the next step collects for."""
         self.settings = GroupSettings(self._schedules.at(self.steps), self.settings.by_parameter)
-        work = {
-            n: (r.factor_step, self._of(r).factor_update_period) for n, r in self.layers.items()
-        }
+        own = self.layers.items()
+        work = {n: (r.factor_step, self._of(r).factor_update_period) for n, r in own}
         self.collector.begin_(due_names(self.steps, work), self._refresh.bases(), self.steps)
 
     def discard_(self) -> None:
