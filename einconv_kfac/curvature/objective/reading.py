@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -186,9 +187,19 @@ class Reading:
         rule = NODE_RULES.get(kind)
         if rule is None:
             return Operation(kind, (node, 0), tuple((None, each) for each in maps), None)
-        values = [*rule.inputs(node)]
+        values = [
+            self._output_before(node, edge) if value is None and edge is not None else value
+            for value, edge in zip(rule.inputs(node), chain(edges, repeat(None)))
+        ]
         maps += [None] * (len(values) - len(maps))
         return Operation(kind, (node, 0), tuple(zip(values, maps)), rule.function(node))
+
+    def _output_before(self, node: Any, edge: Edge) -> Tensor | None:
+        """Return an input that a node does not save, if it is an output that is not overwritten."""
+        value, result = self._output(edge), getattr(node, "_saved_result", None)
+        if value is None or (result is not None and result.data_ptr() == value.data_ptr()):
+            return None
+        return value
 
     def _registered_terms(self) -> Iterator[Term]:
         """Yield the terms of loss modules with a rule that a user registered."""

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from einconv_kfac.optim.replay.jvp import Function, Tangents, inner, normal
 from einconv_kfac.optim.vectors import Direction, sum_of
+
+
+class GradientSwitch(TorchFunctionMode):
+    """A context that notes whether gradients were switched off inside, as by ``torch.no_grad``.
+
+    Attributes:
+        was_off: Whether they were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.was_off = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function of torch."""
+        if func is torch._C._set_grad_enabled and args and not args[0]:
+            self.was_off = True
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.forward import ForwardPass
 from einconv_kfac.optim.replay.loss_input import Returned
 from einconv_kfac.optim.replay.subsample import check_separate
-from einconv_kfac.optim.replay.unknown_operations import refusal_of
+from einconv_kfac.optim.replay.unknown_operations import refusal_between, refusal_of
 
 OVERWRITTEN = "Pass a copy (`.clone()`)"
 OVERWRITING = (
@@ -73,10 +73,7 @@ def _check_chained(model: nn.Module, forwards: Sequence[ForwardPass]) -> None:
     """Raise a ``RuntimeError`` if what stands between calls of the model cannot be replayed."""
     links = [each.link for f in forwards for each in f.call.chained if each.link is not None]
     if unknown := sorted({kind for link in links for kind in link.unknown}):
-        raise RuntimeError(
-            "The operations between two calls of the model must be known when adaptive=True, got "
-            f"{', '.join(unknown)}. Move them into the model, or pass adaptive=False."
-        )
+        raise RuntimeError(refusal_between(unknown))
     if links and any(each.call.has_moved(model) for each in forwards):
         raise RuntimeError(
             "Parameters must not change between the forward pass and the step when adaptive=True "
@@ -103,8 +100,8 @@ def check_repeated(batch: Batch, outputs: Sequence[Tensor]) -> None:
     raise RuntimeError(
         "The model must repeat its output when a recorded batch is replayed for adaptive=True, "
         "got a different one. Draw random numbers from torch's global generator, numpy's or "
-        "`random`, keep state between calls only in buffers, run attention without cuDNN, or pass "
-        "adaptive=False."
+        "`random`, keep state between calls only in buffers (not in parameters or attributes), run "
+        "attention without cuDNN, or pass adaptive=False."
     )
 
 

@@ -119,15 +119,24 @@ class PendingCalls:
     def begin_(self, call: ModelCall) -> None:
         """Begin a call of the model."""
         self._assign_()
-        unused = [p for p in self._pending if not p.is_alive and not p.used]
-        unused = unused[-CALLS_WITHOUT_LOSS:]
-        kept = [p for p in self._pending if p.is_alive or p in unused]
+        kept = self._kept()
         numbers = {number for number, _ in needed(call.chained)}
         earlier = {p.number: p for p in self._pending if p.number in numbers}
         for each in earlier.values():
             each.used = True
         new = PendingCall(next(self._numbers), call, earlier=earlier)
         self._pending = [*kept, new]
+
+    def _kept(self) -> list[PendingCall]:
+        """Return the calls that a loss may still depend on, also through later calls."""
+        unused = [p.number for p in self._pending if not p.used and not p.is_alive]
+        wanted = set(unused[-CALLS_WITHOUT_LOSS:])
+        kept: list[PendingCall] = []
+        for each in reversed(self._pending):  # later calls first
+            if each.number in wanted or each.is_alive:
+                wanted.update(each.earlier)
+                kept.append(each)
+        return kept[::-1]
 
     def chained(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ChainedArgument, ...]:
         """Return the arguments of a call that depend on earlier calls of the model.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.objective.loss_model import Expansion, GivenLoss
-from einconv_kfac.optim.replay.adjoint import Adjoint
+from einconv_kfac.optim.replay.adjoint import Adjoint, GradientSwitch
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.checks import (
     check_batch,
@@ -224,9 +224,8 @@ class Replay:
     def _check_products_(self, batch: Batch, parameters: Direction, direction: Direction) -> None:
         """Check that a batch can be differentiated, and choose how.
 
-        Forward mode also differentiates what the model computes without gradients, and uses the
-        formulas of other people's operators: where it contradicts the backward pass, two of these
-        take its place.
+        Forward mode also differentiates what the model computes without gradients. Where that makes
+        a difference to the backward pass, two of these take its place.
         """
         forwards = batch.curvature_forwards()
 
@@ -235,13 +234,15 @@ class Replay:
             check_repeated(batch, outputs)
             return outputs
 
-        with self._paused():
-            adjoint = Adjoint.of(repeated, parameters, direction)
+        with self._paused(), torch.enable_grad(), GradientSwitch() as switch:
+            repeated({})
         (tangents,) = self.jacobian_products(batch, parameters, [direction])
-        environments = [each.call.environment for each in batch.forwards for _ in each.inputs]
-        eps = [own.precision(t.dtype) for own, t in zip(environments, tangents)]
-        if self.forward_mode and not adjoint.agrees(tangents, max(eps, default=0.0)):
-            self.forward_mode = False
+        if switch.was_off and self.forward_mode:
+            with self._paused():
+                adjoint = Adjoint.of(repeated, parameters, direction)
+            environments = [each.call.environment for each in batch.forwards for _ in each.inputs]
+            eps = [own.precision(t.dtype) for own, t in zip(environments, tangents)]
+            self.forward_mode = adjoint.agrees(tangents, max(eps, default=0.0))
             self.jacobian_products(batch, parameters, [direction])
 
     def check_outputs(self, batches: Sequence[Batch]) -> None:

@@ -34,6 +34,20 @@ def refusal_of(unknown: Sequence[str]) -> str:
     )
 
 
+def refusal_between(unknown: Sequence[str]) -> str:
+    """Return the message about operations between two calls that cannot be evaluated again.
+
+    Args:
+        unknown: Their names.
+    """
+    known = [REMEDIES[kind] for kind in unknown if kind in REMEDIES]
+    return (
+        "The operations between two calls of the model must be known when adaptive=True, got "
+        f"{', '.join(unknown)}. {_sentence([*known, 'move them into the model'])}, or pass "
+        "adaptive=False."
+    )
+
+
 def _sentence(remedies: Sequence[str]) -> str:
     """Return remedies as the beginning of a sentence."""
     text = ", or ".join(remedies)

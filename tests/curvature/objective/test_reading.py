@@ -60,6 +60,7 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "absolute": lambda o: functional.l1_loss(o, T),
     "root": lambda o: ((o - T) ** 2).mean().sqrt(),
     "overlap": lambda o: 1 - 2 * (o.sigmoid() * T).sum() / (o.sigmoid().sum() + T.sum()),
+    "positive part": lambda o: (o.relu() - T).pow(2).mean(),
     "margin": lambda o: functional.multi_margin_loss(o[:, 0], Y[:, 0]),
     "cosine": lambda o: 1 - functional.cosine_similarity(o, T, dim=-1).mean(),
     "gate": lambda o: (o.tanh() * o[..., :1].sigmoid() - T).pow(2).mean(),

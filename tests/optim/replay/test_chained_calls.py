@@ -198,6 +198,37 @@ def coded(model: Any, call: Any, x: Tensor, y: Tensor) -> Tensor:
     return functional.mse_loss(model.decoder(latent), x) + 0.1 * divergence
 
 
+class Parts(nn.Module):
+    """Layers that scripts call one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+        self.classes, self.value = nn.Linear(4, 3), nn.Linear(4, 4)
+
+
+def layers(model: Any, call: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Layers one after the other; no output outlives the next call."""
+    hidden = model.third(model.second(model.first(x).tanh()).relu()).sigmoid()
+    return functional.cross_entropy(model.classes(hidden), y)
+
+
+def heads(model: Any, call: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Two heads on features that two calls computed."""
+    features = model.second(model.first(x).relu()).tanh()
+    loss = functional.cross_entropy(model.classes(features), y)
+    return loss + 0.1 * functional.mse_loss(model.value(features), x)
+
+
+@pytest.mark.filterwarnings("ignore:Kronecker factors cover")
+@pytest.mark.parametrize("loss", [layers, heads])
+@pytest.mark.parametrize("options", [{}, {"safeguard": True}, {"adaptive": False, "lr": 0.1}])
+def test_outputs_that_do_not_outlive_the_next_call(loss: Loss, options: dict[str, Any]) -> None:
+    got = trained(Parts, loss, whole=False, fisher="exact", **options)
+    for one, other in zip(got, trained(Parts, loss, whole=True, fisher="exact", **options)):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.filterwarnings("ignore:Kronecker factors cover")
 @pytest.mark.parametrize("options", [{}, {"adaptive": False, "lr": 0.1}])
 def test_scripts_that_call_parts_of_a_model(options: dict[str, Any]) -> None:

@@ -79,6 +79,31 @@ class Difference(Entrywise):
         return diagonal(lambda entries: function(entries, target), x, weight)
 
 
+@dataclass(frozen=True)
+class Rectifier:
+    """The positive part, whose node keeps no input: it must be an output of the model."""
+
+    kind: str = "Relu"
+
+    def is_linear(self, dependent: Sequence[bool]) -> bool:
+        """See `NodeRule`."""
+        return False
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`."""
+        return [None]
+
+    def function(self, node: Any) -> Function | None:
+        """See `NodeRule`."""
+        return torch.relu
+
+    def curvature(
+        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
+    ) -> LocalCurvature | None:
+        """See `NodeRule`; it is zero."""
+        return None
+
+
 def diagonal(function: Function, x: Tensor, weight: Tensor) -> Diagonal | None:
     """Return the diagonal Hessian of ``<weight, f(x)>``, if it is curved and not negative.
 
@@ -126,6 +151,7 @@ def _from_power(power: float) -> Callable[[Tensor], Tensor]:
 
 
 RULES = (
+    Rectifier(),
     Entrywise("Pow", torch.pow, ("exponent",)),
     Entrywise("Exp", torch.exp, inverse=torch.log),
     Entrywise("Expm1", torch.expm1, inverse=torch.log1p),

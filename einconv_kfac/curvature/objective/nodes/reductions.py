@@ -43,6 +43,8 @@ class Reduction:
 
     def function(self, node: Any) -> Function | None:
         """See `NodeRule`."""
+        if getattr(node, f"_saved_{self.saved}", None) is None:
+            return None
         return partial(self.apply, **saved_options(node, self.options))
 
     def curvature(
