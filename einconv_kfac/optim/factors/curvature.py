@@ -191,16 +191,18 @@ class RunningCurvature:
         Raises:
             RuntimeError: If a damped factor is singular. No inverse is changed then.
         """
-        self._refresh.refresh_(self._dampings(damping, decay), self._intervals(), self.steps)
+        step = self.steps
+        self._refresh.refresh_(self._dampings(damping, decay), self._intervals(step), step)
 
-    def inverts(self) -> bool:
-        """Return whether `refresh_` will compute inverses, or take over those of a thread."""
-        return self._refresh.is_due(self._intervals(), self.steps)
+    def inverts(self, step: int | None = None) -> bool:
+        """Return whether a step, by default the coming one, takes inverses that are new."""
+        step = self.steps if step is None else step
+        return self._refresh.is_due(self._intervals(step), step)
 
-    def _intervals(self) -> dict[str, int]:
-        """Return after how many steps inverses are due, by layer."""
+    def _intervals(self, step: int) -> dict[str, int]:
+        """Return after how many steps inverses are due at a step, by layer."""
         own = {name: self._of(each) for name, each in self.layers.items()}
-        return intervals(self.steps, {name: s.inverse_update_period for name, s in own.items()})
+        return intervals(step, {name: s.inverse_update_period for name, s in own.items()})
 
     def trial_inverses(self, decay: Mapping[str, float]) -> Callable[[float], Inverses]:
         """Return a function that inverts with a damping; it raises like `refresh_`.
