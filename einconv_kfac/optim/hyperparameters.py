@@ -183,10 +183,26 @@ class GroupSettings:
     own: Hyperparameters
     by_parameter: Mapping[str, Hyperparameters] = field(default_factory=dict)
 
-    def damping(self, weight: str, default: float) -> float:
-        """Return the damping that the group of a parameter sets, or the default."""
-        own = self.by_parameter.get(weight)
-        return default if own is None or own.damping is None else cast("float", own.damping)
+    def of(self, weight: str) -> Any:
+        """Return the numbers that hold for a parameter."""
+        return self.by_parameter.get(weight, self.own)
+
+    def dampings(
+        self, weights: Mapping[str, str], default: float, decay: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Return the dampings of layers, with their weight decay.
+
+        Args:
+            weights: The names of the layers' weights.
+            default: The damping where the weight's group sets none.
+            decay: Weight decay by parameter name.
+        """
+        given = {name: self.by_parameter.get(weight) for name, weight in weights.items()}
+        own = {
+            name: default if each is None or each.damping is None else cast("float", each.damping)
+            for name, each in given.items()
+        }
+        return {name: own[name] + decay.get(weight, 0.0) for name, weight in weights.items()}
 
 
 def number_or_none(value: Any) -> float | None:

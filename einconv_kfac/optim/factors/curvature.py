@@ -113,9 +113,8 @@ class RunningCurvature:
 
     def assigned_(self, present: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Return those of the present parameters that replace covered ones, and accept them."""
-        self._known |= (
-            found := assigned_parameters(self._known, self._owners, self.model, present)
-        )
+        found = assigned_parameters(self._known, self._owners, self.model, present)
+        self._known |= found
         return found
 
     def cover_unfrozen_(self, present: Mapping[str, nn.Parameter] | None = None) -> None:
@@ -191,20 +190,22 @@ class RunningCurvature:
         Raises:
             RuntimeError: If a damped factor is singular. No inverse is changed then.
         """
-        self._refresh.refresh_(self._dampings(damping, decay), self._intervals(), self.steps)
+        step = self.steps
+        self._refresh.refresh_(self._dampings(damping, decay), self._intervals(step), step)
 
     def set_damping_(self, damping: float, decay: Mapping[str, float]) -> None:
         """Set the damping where that is free, and recompute no inverse; see `refresh_`."""
         self._refresh.set_damping_(self._dampings(damping, decay))
 
-    def inverts(self) -> bool:
-        """Return whether `refresh_` will compute inverses, or take over those of a thread."""
-        return self._refresh.is_due(self._intervals(), self.steps)
+    def inverts(self, step: int | None = None) -> bool:
+        """Return whether a step, by default the coming one, takes inverses that are new."""
+        step = self.steps if step is None else step
+        return self._refresh.is_due(self._intervals(step), step)
 
-    def _intervals(self) -> dict[str, int]:
-        """Return after how many steps inverses are due, by layer."""
-        own = {name: self._of(each) for name, each in self.layers.items()}
-        return intervals(self.steps, {name: s.inverse_update_period for name, s in own.items()})
+    def _intervals(self, step: int) -> dict[str, int]:
+        """Return after how many steps inverses are due at a step, by layer."""
+        own = self.layers.items()
+        return intervals(step, {n: self._of(each).inverse_update_period for n, each in own})
 
     def trial_inverses(self, decay: Mapping[str, float]) -> Callable[[float], Inverses]:
         """Return a function that inverts with a damping; it raises like `refresh_`.
@@ -225,14 +226,7 @@ class RunningCurvature:
             gradient: Gradients by parameter name.
             inverses: Inverses to use instead of the present ones.
         """
-        known = []
-        for name, running in self.layers.items():
-            inverse, own = running.inverse, gradient.get(running.layer.weight)
-            if inverses is not None:
-                inverse = inverses[name].inverse if name in inverses else None
-            if inverse is not None and own is not None:
-                known.append((running.layer, running.on_device(inverse, own.device)))
-        return preconditioned(known, gradient)
+        return preconditioned(self.layers, gradient, inverses)
 
     def relative_change(self, update: Direction, parameters: Direction) -> Tensor:
         """Return the sum over layers of the relative changes of their outputs by an update."""
@@ -241,12 +235,11 @@ class RunningCurvature:
     def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
         """Return the dampings by layer, weight decay included."""
         weights = {name: running.layer.weight for name, running in self.layers.items()}
-        settings = self.settings
-        return {n: settings.damping(w, damping) + decay.get(w, 0.0) for n, w in weights.items()}
+        return self.settings.dampings(weights, damping, decay)
 
     def _of(self, running: RunningFactors) -> Any:
         """Return the numbers that hold for a layer."""
-        return self.settings.by_parameter.get(running.layer.weight, self.settings.own)
+        return self.settings.of(running.layer.weight)
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of a constructor of what owns this curvature."""

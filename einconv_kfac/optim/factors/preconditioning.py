@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from torch import Tensor
@@ -11,28 +11,48 @@ from torch import Tensor
 from einconv_kfac.curvature.blocks.batching import LARGEST_BATCHED_DIMENSION
 from einconv_kfac.curvature.blocks.matrix_layout import divided_matrices, joined_matrices
 from einconv_kfac.curvature.layers.layer import Layer
-from einconv_kfac.optim.inverses.protocol import LayerInverse
+from einconv_kfac.optim.factors.running import RunningFactors
+from einconv_kfac.optim.inverses.protocol import Inverted, LayerInverse
 from einconv_kfac.optim.vectors import Direction, precise
 
-Inverted: TypeAlias = tuple[Layer, LayerInverse]
+AtHand: TypeAlias = tuple[Layer, LayerInverse]
 """A layer, and its inverse on the device of the gradients."""
 
 
-def preconditioned(layers: Sequence[Inverted], gradient: Direction) -> Direction:
+def preconditioned(
+    layers: Mapping[str, RunningFactors],
+    gradient: Direction,
+    inverses: Mapping[str, Inverted] | None = None,
+) -> Direction:
     """Return inverses times gradients, at least in float32, in the order of the gradients.
 
     Args:
-        layers: Layers whose weights have gradients, and their inverses.
+        layers: The layers, by name.
         gradient: Gradients by parameter name. Where a layer's bias has none, zero stands for it.
+        inverses: Inverses by layer, instead of the present ones.
     """
-    stacks: dict[Hashable, list[Inverted]] = defaultdict(list)
-    for layer, inverse in layers:
+    stacks: dict[Hashable, list[AtHand]] = defaultdict(list)
+    for layer, inverse in _at_hand(layers, gradient, inverses):
         stacks[_form(layer, inverse, gradient)].append((layer, inverse))
     result: Direction = {}
     for stack in stacks.values():
         apply = _applied if len(stack) == 1 else _applied_together
         result.update(apply(stack, gradient))
     return {name: result[name] for name in gradient if name in result}
+
+
+def _at_hand(
+    layers: Mapping[str, RunningFactors],
+    gradient: Direction,
+    inverses: Mapping[str, Inverted] | None,
+) -> Iterator[AtHand]:
+    """Yield the layers whose weights have gradients and that have an inverse, with it."""
+    for name, running in layers.items():
+        inverse, own = running.inverse, gradient.get(running.layer.weight)
+        if inverses is not None:
+            inverse = inverses[name].inverse if name in inverses else None
+        if inverse is not None and own is not None:
+            yield running.layer, running.on_device(inverse, own.device)
 
 
 def _form(layer: Layer, inverse: LayerInverse, gradient: Direction) -> Hashable:
@@ -46,7 +66,7 @@ def _form(layer: Layer, inverse: LayerInverse, gradient: Direction) -> Hashable:
     return form, rows, columns, *own
 
 
-def _applied(layers: Sequence[Inverted], gradient: Direction) -> Direction:
+def _applied(layers: Sequence[AtHand], gradient: Direction) -> Direction:
     """Return the preconditioned gradient of a layer's parameters."""
     ((layer, inverse),) = layers
     if not gradient.keys() >= set(layer.parameters):
@@ -55,7 +75,7 @@ def _applied(layers: Sequence[Inverted], gradient: Direction) -> Direction:
     return _precise(layer.from_matrix(inverse.apply(rows)), rows)
 
 
-def _applied_together(layers: Sequence[Inverted], gradient: Direction) -> Direction:
+def _applied_together(layers: Sequence[AtHand], gradient: Direction) -> Direction:
     """Return the preconditioned gradients of several layers of one form."""
     layouts = [layer.layout for layer, _ in layers]
     (_, first), *others = layers

@@ -34,9 +34,14 @@ class Agreement:
         self._compared: int | None = None
         self._expected: tuple[float, float, float] | None = None
 
+    @property
+    def is_close(self) -> bool:
+        """Whether batches agree, or repeat, so that the floor of the damping falls."""
+        return self.noise < LARGEST_NOISE
+
     def is_due(self, step: int) -> bool:
         """Return whether to compare the batch of a step, which is compared with its prediction."""
-        if self.noise < LARGEST_NOISE:
+        if self.is_close:
             return True
         return is_due(step, self._compared, DISAGREEMENT_PERIOD, EARLY_DISAGREEMENT_SHARE)
 

@@ -31,17 +31,26 @@ class StepFit:
         self, curvature: RunningCurvature, trust: SlopeTrust, agreement: Agreement
     ) -> None:
         self._curvature = curvature
+        self._agreement = agreement
         self.subspace = SubspaceFit(curvature, trust, agreement)
         self.search = DampingSearch()
 
     def is_due(self, step: int, *, is_given: bool) -> bool:
         """Return whether a step is to be fitted to its batch.
 
+        Coefficients are those of directions by the same inverses, and do not hold for others.
+
         Args:
             step: The step.
             is_given: Whether the damping is given, and not searched.
         """
-        return self.subspace.is_due(step) or (not is_given and self.search.is_due(step))
+        if self.subspace.is_due(step) or self._curvature.inverts(step):
+            return True
+        return not is_given and self._searches(step)
+
+    def _searches(self, step: int) -> bool:
+        """Return whether to search the damping of the inverses at a step."""
+        return self.search.is_due(step, is_close=self._agreement.is_close)
 
     def mixed_(self, objective: Objective, momentum: Momentum, damping: float) -> CarriedMix | None:
         """Return the directions with the coefficients of the last fit; see `SubspaceFit.mixed`.
@@ -68,7 +77,7 @@ class StepFit:
             directions = [d for d in (descent(objective, covered), others) if d]
             return self.subspace.full(objective, directions, momentum, damping, products)
 
-        if given or not search.is_due(curvature.steps):
+        if given or not self._searches(curvature.steps):
             curvature.refresh_(damping * search.scale, objective.decay)
             return self.subspace.keep_(objective, fit(), momentum)
         invert = curvature.trial_inverses(objective.decay)

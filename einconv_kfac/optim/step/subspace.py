@@ -15,7 +15,6 @@ from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
 from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.carried_fit import CarriedFit, CarriedMix
-from einconv_kfac.optim.step.damping.levenberg_marquardt import LARGEST_NOISE
 from einconv_kfac.optim.step.fit import Along, Fit, Momentum
 from einconv_kfac.optim.step.layer_products import pending_products
 from einconv_kfac.optim.step.objective import Objective
@@ -179,7 +178,7 @@ class SubspaceFit:
         """
         if not momentum.direction:
             return False
-        is_exact = self._agreement.noise < LARGEST_NOISE or objective.settings.damping is not None
+        is_exact = self._agreement.is_close or objective.settings.damping is not None
         return is_exact or momentum.coefficient is not None
 
     def _change(self, objective: Objective, update: Direction) -> Tensor:

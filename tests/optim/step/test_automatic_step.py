@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.backtracking import BACKTRACKING_FACTOR
 from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION
 from einconv_kfac.optim.step.reduction import BACKTRACKED_FACTOR, RELATIVE_ROUNDING
+from einconv_kfac.optim.step.slow_momentum import BUFFER
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -57,8 +59,13 @@ def test_a_step_is_shortened_until_its_own_loss_does_not_grow() -> None:
     for seed in range(20):
         before, state, batch = weights(model), opt._step, wavy_batch(seed)
         damping, floor = state._rule.damping(0), state._rule.floor
+        slow = {p: opt.state[p][BUFFER].clone() for p in model.parameters() if opt.state[p]}
         loss = train_step(model, loss_fn, opt, batch)
-        assert not grown(model, loss_fn, batch, loss)
+        followed = opt.param_groups[0]["lr"] * opt.statistics()["momentum"]
+        alone = deepcopy(model)  # after the step without the slow momentum
+        for own, p in zip(alone.parameters(), model.parameters()):
+            own.data -= followed * slow.get(p, torch.zeros(()))
+        assert not grown(alone, loss_fn, batch, loss)
         torch.testing.assert_close(buffers(model, opt), weights(model) - before, **EXACT)
         if damping is not None and opt.statistics()["ratio"] < -1e-3:
             shortened += 1

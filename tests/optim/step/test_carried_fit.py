@@ -12,6 +12,7 @@ from torch import nn
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.replay.replay import Replay
+from einconv_kfac.optim.step.damping.levenberg_marquardt import LARGEST_NOISE
 from einconv_kfac.optim.step.slow_momentum import BUFFER
 from einconv_kfac.optim.step.subspace import FIT_PERIOD
 
@@ -111,6 +112,34 @@ def test_a_new_objective_is_fitted_anew(
     change(model, loss_fn, opt)
     opt.step()
     assert products
+
+
+def test_new_inverses_are_fitted_to(products: list[int]) -> None:
+    model, loss_fn, opt = late(inverse_update_period=4)
+    running = [*opt._preconditioner.layers.values()]
+    fitted, inverted = [], []
+    for _ in range(FIT_PERIOD - 1):
+        step = opt._preconditioner.steps
+        products.clear()
+        train_step(model, loss_fn, opt, image_batch(32, seed=0))
+        fitted.append(bool(products))
+        inverted.append({own.inverse_step for own in running} == {step})
+    assert inverted == [step % 4 == 3 for step in range(FIT_PERIOD - 1)]
+    assert fitted == inverted
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_the_slow_momentum_is_part_of_the_model_where_batches_repeat(
+    repeats: bool, products: list[int]
+) -> None:
+    model, loss_fn, opt = late()
+    counts = []
+    for seed in range(1, 2 * FIT_PERIOD + 1):
+        products.clear()
+        train_step(model, loss_fn, opt, image_batch(32, seed=0 if repeats else seed))
+        counts.append(sum(products))
+    assert opt._step._agreement.noise < LARGEST_NOISE or not repeats
+    assert {count for count in counts if count} == {2 if repeats else 1}
 
 
 def test_a_given_momentum_is_fitted_in_every_step(products: list[int]) -> None:

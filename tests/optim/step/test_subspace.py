@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from einconv_kfac import KFAC
 from einconv_kfac.optim.step import slow_momentum
 from einconv_kfac.optim.step.fit import Along, Fit
+from einconv_kfac.optim.step.layer_products import LayerProducts
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 from einconv_kfac.optim.step.subspace import CERTAIN_FRACTION, GIVEN_CHANGE, LARGEST_CHANGE
 from einconv_kfac.optim.vectors import combination
@@ -150,6 +151,25 @@ def test_a_scaled_step_is_that_multiple() -> None:
     assert half.moved() == pytest.approx(float(a["w"] @ step))
     assert half.length == pytest.approx(fit.length / 2)
     torch.testing.assert_close(combination(["w"], half.mix, [a, b])["w"], step / 2, **EXACT)
+
+
+def test_a_slow_momentum_changes_slopes_as_its_own_slope_says() -> None:
+    """Exactly so for a direction by the inverse curvature, here the dense one."""
+    generator = torch.Generator().manual_seed(0)
+    root, g, m = (torch.randn(n, 3, generator=generator).double() for n in (4, 1, 1))
+    curvature = root.T @ root
+    d = -torch.linalg.solve(curvature, g[0])
+    u = 0.3 * d
+    along = Along(float(g[0] @ u), 0.0, 0.0, 0.0, first_bend=float(d @ curvature @ u))
+    products = {
+        "a": LayerProducts(past=float(g[0, :2] @ m[0, :2])),
+        "b": LayerProducts(past=float(g[0, 2:] @ m[0, 2:])),
+    }
+    fit = Fit([{"w": d}], (0.3,), along, (0.3,), products=products).with_slow_momentum()
+    assert fit.mix == (0.3, 0.0)
+    assert fit.moved(2.0) == pytest.approx(float(d @ curvature @ (u + 2 * m[0])))
+    half = fit.scaled(0.5)
+    assert half.moved(2.0) == pytest.approx(float(d @ curvature @ (u / 2 + 2 * m[0])))
 
 
 def test_combinations_leave_out_what_a_direction_does_not_have() -> None:
