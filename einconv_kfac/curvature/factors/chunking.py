@@ -31,7 +31,7 @@ def chunk_count(problem: Problem, growth: float, limit: int | None = None) -> in
     return -(-problem.batch // max(1, int(limit / per_example)))
 
 
-def chunks(x: Tensor, growth: float, limit: int | None = None) -> Iterator[Tensor]:
+def chunks(x: Tensor, growth: float, limit: int | None = None, tasks: int = 1) -> Iterator[Tensor]:
     """Cut ``x`` along its first dimension.
 
     Args:
@@ -39,8 +39,9 @@ def chunks(x: Tensor, growth: float, limit: int | None = None) -> Iterator[Tenso
         growth: How many times larger than ``x`` its processed form is.
         limit: Elements of a processed chunk, which has at least one example; by default those
             of `chunk_size`.
+        tasks: Number of tasks at the same time, as in `chunk_size`.
     """
-    limit = chunk_size(x.device.type, x.numel()) if limit is None else limit
+    limit = chunk_size(x.device.type, x.numel(), tasks) if limit is None else limit
     step = max(1, int(limit / max(1.0, growth * x[0].numel())))
     for start in range(0, x.shape[0], step):
         yield x[start : start + step]

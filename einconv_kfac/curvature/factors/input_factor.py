@@ -11,6 +11,7 @@ from einconv_kfac.curvature.factors.approximation import WeightSharing, weight_s
 from einconv_kfac.curvature.factors.columns import Columns, FeatureColumns
 from einconv_kfac.curvature.factors.conv_columns import ConvColumns
 from einconv_kfac.curvature.factors.precision import Precision, rounded
+from einconv_kfac.curvature.factors.small_layers import small_factor
 from einconv_kfac.curvature.factors.symmetric.update import Target
 from einconv_kfac.curvature.factors.transposed_conv_columns import TransposedConvColumns
 from einconv_kfac.geometry import Padding, Sizes, conv_geometry, conv_transpose_geometry
@@ -75,6 +76,10 @@ def conv_input_factor(
     """
     geometry = conv_geometry(x.shape[2:], kernel_size, stride, padding, dilation, groups)
     sharing = weight_sharing(approximation, algorithm)
+    if algorithm is None and precision == "full" and not bias:
+        found = small_factor(x, geometry, Target(out, beta, alpha))
+        if found is not None:
+            return found
     columns = ConvColumns(_checked(x, 3, precision), geometry, algorithm)
     return _factor(sharing, columns, Target(out, beta, alpha), bias)
 

@@ -198,3 +198,27 @@ def test_explain_names_the_choice_first() -> None:
     assert set(ALGORITHMS) - {"grams", "pointwise", "fused"} <= set(applicable(problem))
     assert explain((8, 64, 56, 56), 1).splitlines()[1].startswith("pointwise")
     assert explain((8, 64, 28, 28), 7, groups=64, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 7, 1), (9, 130, 1, 1), (2, 3, 1, 1, 1), (70, 200, 1, 1)])
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_one_position(shape: tuple[int, ...], approximation: str, dtype: torch.dtype) -> None:
+    """Layers whose factor is one small product, new and added to an old one."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = x.flatten(1).double()
+    expected = (rows.T @ rows / len(x)).unsqueeze(0)
+    got = conv_input_factor(x, 1, approximation=approximation)
+    assert got.dtype == dtype
+    assert torch.equal(got, got.mT)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    for beta in (0.0, 0.5):
+        old = torch.full_like(got, torch.nan) if beta == 0 else torch.ones_like(got)
+        out = conv_input_factor(x, 1, approximation=approximation, out=old, beta=beta, alpha=2.0)
+        assert out is old
+        assert torch.equal(out, out.mT)
+        torch.testing.assert_close(out.double(), beta + 2 * expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="`out` must be contiguous"):
+        conv_input_factor(x, 1, approximation=approximation, out=got[:, 1:, 1:])
+    with pytest.raises(ValueError, match="`beta` must be 0 without `out`"):
+        conv_input_factor(x, 1, approximation=approximation, beta=0.5)

@@ -7,7 +7,6 @@ region of the left positions; see docs/factors.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby, product
 from math import prod
@@ -20,7 +19,7 @@ from einconv_kfac.curvature.devices.threads import Task
 from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
 from einconv_kfac.curvature.factors.channels_last import channels_last
 from einconv_kfac.curvature.factors.chunking import examples_per_chunk
-from einconv_kfac.curvature.factors.indices.lag_boxes import LagRange, lag_boxes
+from einconv_kfac.curvature.factors.indices.correlation_calls import Call, Range, Spans, calls
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
     ChannelBlock,
@@ -31,9 +30,6 @@ from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
 from einconv_kfac.curvature.factors.symmetric.scatter import Key, write
 from einconv_kfac.curvature.factors.symmetric.update import Update
 from einconv_kfac.geometry import Axis, Geometry
-
-Spans = tuple[LagRange, ...]
-Range = tuple[int, int, int]
 
 FINE_POSITIONS_PER_CHANNEL = 16
 """Positions per channel up to which products, and not operands, cost most to move."""
@@ -61,68 +57,6 @@ SUMS_PER_INPUT = 4
 
 OPERAND_COPIES = 4.0
 """Copies of a chunk of the input in memory: channels last, and both operands."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One weight gradient: the correlations of one region of the left positions.
-
-    Args:
-        spans: The lags of all dimensions.
-        left: The input positions ``(start, stop, step)`` of the region, per dimension.
-        right: Those of their partners; some may be padding.
-        lags: The number of lags per dimension.
-        slot: Where the results belong in an array ``[*r, *lag]``.
-        positions: Number of left positions.
-        is_interior: Whether the region is the largest.
-    """
-
-    spans: Spans
-    left: tuple[Range, ...]
-    right: tuple[Range, ...]
-    lags: tuple[int, ...]
-    slot: tuple[int | slice, ...]
-    positions: int
-    is_interior: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Regions and lags of the spans."""
-        regions = (len(span.regions) for span in self.spans)
-        return (*regions, *(len(span.distances) for span in self.spans))
-
-
-@lru_cache(maxsize=256)
-def calls(axes: tuple[Axis, ...], half: bool, fine: bool) -> tuple[Call, ...]:
-    """Return the calls for the lags of `lag_boxes`."""
-    found = []
-    for combined in lag_boxes(axes, half, fine):
-        interior = tuple(span.interior for span in combined)
-        for region in product(*(range(len(span.regions)) for span in combined)):
-            needed = [span.needed(r) for span, r in zip(combined, region)]
-            if all(needed):
-                found.append(_call(combined, region, needed, region == interior))
-    return tuple(found)
-
-
-def _call(combined: Spans, region: tuple[int, ...], needed: list[range], interior: bool) -> Call:
-    """Return the call for one region and the distances that are needed of it."""
-    edges_of = [span.regions[r] for span, r in zip(combined, region)]
-    left = tuple(
-        (span.partner(start, 0), span.partner(stop - 1, 0) + 1, span.axis.stride)
-        for span, (start, stop) in zip(combined, edges_of)
-    )
-    right = tuple(
-        (span.partner(start, lags[0]), span.partner(stop - 1, lags[-1]) + 1, 1)
-        for span, (start, stop), lags in zip(combined, edges_of, needed)
-    )
-    inside = (
-        slice(lags[0] - span.distances[0], lags[-1] - span.distances[0] + 1)
-        for span, lags in zip(combined, needed)
-    )
-    lags = tuple(map(len, needed))
-    positions = prod(stop - start for start, stop in edges_of)
-    return Call(combined, left, right, lags, (*region, *inside), positions, interior)
 
 
 def _rounds(found: tuple[Call, ...], problem: Problem) -> list[list[Call]]:

@@ -25,7 +25,7 @@ from einconv_kfac.curvature.factors.algorithms.algorithm import (
     Cost,
 )
 from einconv_kfac.curvature.factors.channels_last import channels_last
-from einconv_kfac.curvature.factors.chunking import chunk_count, chunk_size, chunks
+from einconv_kfac.curvature.factors.chunking import chunk_count, chunks
 from einconv_kfac.curvature.factors.indices.lag_pairs import Key, all_lags, grid_size, half_of_lags
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
@@ -177,8 +177,7 @@ def _add_pairs_(
 ) -> None:
     """Add the entries between some blocks of channels, some examples at a time."""
     sums: Sums = {}
-    limit = chunk_size(problem.device, problem.inputs, problem.tasks)
-    parts = list(chunks(x, _growth(problem), limit))
+    parts = list(chunks(x, _growth(problem), tasks=problem.tasks))
     for part in parts:
         grids = {
             edge: Grids(part, geometry, update.out.dtype, edge)

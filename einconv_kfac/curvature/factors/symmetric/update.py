@@ -81,7 +81,7 @@ class Update:
         if last and not self.is_begun and is_symmetric_by_itself(self.out, a, self.alpha):
             add_whole_(self.out, a, self.beta, self.alpha)
             return
-        if last and self.beta == 0 and size <= (2 * PANEL if length <= SHORT_SUM_TERMS else PANEL):
+        if last and self.beta == 0 and halves_are_faster(size, length):
             self._set_whole_(a)
             return
         if last and profile_of(kind).is_cached and (groups == 1 or size > 2 * PANEL):
@@ -150,6 +150,11 @@ class Update:
             target.copy_(rows).mul_(self.alpha)
         else:
             target.mul_(self.beta).add_(rows, alpha=self.alpha)
+
+
+def halves_are_faster(size: int, length: int) -> bool:
+    """Return whether half of ``a a^T`` plus its transpose is faster than panels of rows."""
+    return size <= (2 * PANEL if length <= SHORT_SUM_TERMS else PANEL)
 
 
 def panels(size: int, device: str) -> list[int]:
