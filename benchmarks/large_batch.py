@@ -284,9 +284,10 @@ def draw(found: dict[str, dict[str, list[Row]]], path: Path) -> None:
             (line,) = axis.plot(sizes, middle, "o-", label=name)
             ideal = [middle[0] * sizes[0] / size for size in sizes]
             axis.plot(sizes, ideal, ":", color=line.get_color(), linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="batch size", ylabel="steps", title=title)
+        axis.set(xscale="log", yscale="log", xlabel="batch size", ylabel="steps")
+        axis.set_title(title.partition(",")[0])
         axis.set_ylim(bottom=1)
-    axis.legend()
+        axis.legend()
     figure.savefig(path, dpi=80)
 
 
