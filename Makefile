@@ -3,7 +3,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 $(PYTHON)
 .DEFAULT_GOAL := help
 .PHONY: help install test format lint types surface docs dist smoke example ci clean \
 	bench-digits bench-training bench-step bench-step-operations bench-fractions \
-	bench-communication bench-growth bench-trace bench-factors bench-profile \
+	bench-communication bench-large-batch bench-growth bench-trace bench-factors bench-profile \
 	bench-operations bench-curvature gpu
 
 help: ## this list
@@ -63,6 +63,9 @@ bench-fractions: ## time a step whose curvature comes from a part of the example
 
 bench-communication: ## record what several workers send each other in a step
 	$(ONE_THREAD) benchmarks/communication.py
+
+bench-large-batch: ## count steps to a loss for batches of 64 to 8,192 examples
+	$(ONE_THREAD) benchmarks/large_batch.py
 
 bench-growth: ## count memory, tensors, graph nodes and hooks after up to a thousand steps
 	$(ONE_THREAD) benchmarks/growth.py

@@ -4,14 +4,15 @@ Collectives of KFAC's steps are recorded on narrow versions of ResNet-50 and ViT
 their layers, in processes with gloo: DistributedDataParallel and fully_shard, fixed and automatic
 steps. Expected are, from the shapes of factors and parameters alone:
 
-- one triangle of every factor in one all-reduce, where factors are updated;
+- one triangle of every factor in an all-reduce, where factors are updated; with
+  `divide_factors`, in a reduction to the worker that inverts them;
 - one triangle of every inverse in broadcasts, where layers are inverted;
 - with fully_shard, all-gathers of parameters, gradients and states, in every step;
 - and messages of 1 kB.
 
 The same formulas at full width give the table of bytes, and with the stated bandwidth and latency
 that of times. A worker sends 2 (N - 1) / N S bytes in a ring all-reduce of S bytes, and half of
-that in an all-gather or, on average, in a broadcast.
+that in an all-gather or, on average, in a reduction to one worker or a broadcast.
 """
 
 from __future__ import annotations
@@ -217,15 +218,34 @@ def recorded(traffic: Traffic) -> Iterator[None]:
     gathers = gathers if hasattr(distributed, gathers) else "all_gather_into_tensor"
     with (
         watch("all_reduce", "all-reduce", 0),
+        watch("reduce", "reduce", 0),
         watch("broadcast", "broadcast", 0),
         watch(gathers, "all-gather", 0),
     ):
         yield
 
 
-def work(
-    rank: int, size: int, folder: str, subject: str, steps: int, sharded: bool, mode: str
-) -> None:
+@dataclass(frozen=True)
+class Way:
+    """A way to train.
+
+    Args:
+        mode: ``"fixed"`` or ``"automatic"``.
+        sharded: Whether `fully_shard` divides the model.
+        divides: Whether each layer's factors are on one worker.
+    """
+
+    mode: str
+    sharded: bool = False
+    divides: bool = False
+
+    def names(self) -> tuple[str, str, str]:
+        """Return the names of wrapper, step, and workers that have the factors."""
+        wrapper = "fully_shard" if self.sharded else "DDP"
+        return wrapper, self.mode, "one" if self.divides else "all"
+
+
+def work(rank: int, size: int, folder: str, subject: str, steps: int, way: Way) -> None:
     """Train in one process, and save what was sent in the first and in the last step."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -233,12 +253,13 @@ def work(
     distributed.init_process_group("gloo", init_method=start, rank=rank, world_size=size)
     torch.manual_seed(0)
     model, loss_fn = SUBJECTS[subject].made(full=False), nn.CrossEntropyLoss()
-    if sharded:
+    if way.sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (size,)))  # in place
         wrapped: nn.Module = model
     else:
         wrapped = DistributedDataParallel(model)
-    opt, found = KFAC(wrapped, loss_fn, fallback="gradient", **MODES[mode]), []
+    options = {**MODES[way.mode], "divide_factors": way.divides}
+    opt, found = KFAC(wrapped, loss_fn, fallback="gradient", **options), []
     for _ in range(steps):
         opt.zero_grad()
         loss_fn(wrapped(torch.randn(2, 3, 32, 32)), torch.randint(10, (2,))).backward()
@@ -250,12 +271,10 @@ def work(
     distributed.destroy_process_group()
 
 
-def measured(
-    subject: str, size: int, steps: int, *, sharded: bool, mode: str
-) -> tuple[Traffic, Traffic]:
+def measured(subject: str, size: int, steps: int, way: Way) -> tuple[Traffic, Traffic]:
     """Return what one worker takes part in, in the first of some steps and in the last."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (size, folder, subject, steps, sharded, mode)
+        arguments = (size, folder, subject, steps, way)
         start_processes(work, arguments, nprocs=size, start_method="spawn")  # type: ignore[no-untyped-call]
         found: tuple[Traffic, Traffic] = torch.load(f"{folder}/found.pt", weights_only=False)
     return found
@@ -266,18 +285,18 @@ def sent(kind: str, size: float, workers: int) -> float:
     return (2 if kind in ("all-reduce", "message") else 1) * (workers - 1) / workers * size
 
 
-def expected(sizes: Sizes, mode: str, *, sharded: bool) -> dict[str, int]:
+def expected(sizes: Sizes, way: Way) -> dict[str, int]:
     """Return the bytes of each kind of collective of the first step; one inversion counts.
 
     Gathered states are the momentum, or the last update and the slow momentum; the first step
     has none.
     """
-    gathered = 2 * sizes.parameters if sharded else 0
+    gathered = 2 * sizes.parameters if way.sharded else 0
     return {
-        "all-reduce": sizes.triangles,
+        "reduce" if way.divides else "all-reduce": sizes.triangles,
         "broadcast": sizes.triangles,
         "all-gather": gathered,
-        "all-gather later": gathered and gathered + STATES[mode] * sizes.parameters,
+        "all-gather later": gathered and gathered + STATES[way.mode] * sizes.parameters,
     }
 
 
@@ -293,28 +312,28 @@ def seconds(kind: str, size: float, messages: float, workers: int) -> float:
 
 
 def rows_recorded(
-    subjects: Sequence[str], counts: Sequence[int], ways: Sequence[tuple[bool, str]], steps: int
+    subjects: Sequence[str], counts: Sequence[int], ways: Sequence[Way], steps: int
 ) -> Iterator[str]:
     """Yield the table of what was recorded, as bytes of whole collectives."""
     yield "Recorded and expected kB of collectives; inversions are inverses sent by those expected"
     yield HEAD.format(
-        *("network", "workers", "wrapper", "step", "factors", "expected", "%"),
+        *("network", "workers", "wrapper", "step", "on", "factors", "expected", "%"),
         *("inverses", "expected", "inversions", "gathered", "expected", "%", "messages"),
     )
     for subject in subjects:
         sizes = Sizes.of(SUBJECTS[subject].made(full=False))
         for workers in counts:
-            for sharded, mode in ways:
-                count = steps if workers == min(counts) else 1
-                way = (subject, workers, count)
-                first, last = measured(*way, sharded=sharded, mode=mode)
-                ours = expected(sizes, mode, sharded=sharded)
+            for way in ways:
+                count = steps if workers == min(counts) and not way.divides else 1
+                first, last = measured(subject, workers, count, way)
+                ours = expected(sizes, way)
                 own = {kind: first.sizes.get(kind, 0) for kind in ours}
+                kind = "reduce" if way.divides else "all-reduce"
                 gathered = ours["all-gather later" if count > 1 else "all-gather"]
                 inversions = own["broadcast"] / ours["broadcast"]
                 yield HEAD.format(
-                    *(subject, workers, "fully_shard" if sharded else "DDP", mode),
-                    *_compared(own["all-reduce"], ours["all-reduce"]),
+                    *(subject, workers, *way.names()),
+                    *_compared(own[kind], ours[kind]),
                     *_compared(own["broadcast"], ours["broadcast"])[:2],
                     f"{inversions:.3f}",
                     *_compared(last.sizes.get("all-gather", 0), gathered),
@@ -322,9 +341,13 @@ def rows_recorded(
                 )
 
 
-SHARDED = ((True, "fixed"), (True, "automatic"))
-WAYS = ((False, "fixed"), (False, "automatic"), *SHARDED)
-HEAD = "{:10} {:>7} {:11} {:9} {:>8} {:>8} {:>6} {:>8} {:>8} {:>10} {:>8} {:>8} {:>6} {:>8}"
+WAYS = (
+    *(Way(mode) for mode in MODES),
+    *(Way(mode, divides=True) for mode in MODES),
+    *(Way(mode, sharded=True) for mode in MODES),
+)
+QUICK = Way("fixed", divides=True), Way("fixed", sharded=True)
+HEAD = "{:10} {:>7} {:11} {:9} {:3} {:>8} {:>8} {:>6} {:>8} {:>8} {:>10} {:>8} {:>8} {:>6} {:>8}"
 
 
 def _compared(found: float, ours: float) -> tuple[str, str, str]:
@@ -336,16 +359,18 @@ def _compared(found: float, ours: float) -> tuple[str, str, str]:
 def rows_of_bytes(workers: int = 8) -> Iterator[str]:
     """Yield the bytes of the full networks, as parts of the all-reduce of gradients."""
     yield f"Full width, {workers} workers: MB that a worker sends, and per cent of the gradients'"
-    head = "{:10} {:>11} {:>13} {:>12} {:>16} {:>16} {:>22}"
+    head = "{:10} {:>11} {:>13} {:>7} {:>16} {:>16} {:>16} {:>16} {:>22}"
     titles = [f"{a}/{b}: MB, %" for a, b in PERIODS]
+    titles += [f"{a}/{b} divided" for a, b in PERIODS]
     yield head.format("network", "gradients", "one triangle", "layers", *titles, "gathers of FSDP2")
     for name, subject in SUBJECTS.items():
         sizes = Sizes.of(subject.made(full=True))
         gradients = sent("all-reduce", sizes.parameters, workers)
         factors = sent("all-reduce", sizes.triangles, workers)
         inverses = sent("broadcast", sizes.triangles, workers)
-        found = [factors / a + inverses / b for a, b in PERIODS]
-        later = [expected(sizes, mode, sharded=True)["all-gather later"] for mode in MODES]
+        to_one = sent("reduce", sizes.triangles, workers)
+        found = [own / a + inverses / b for own in (factors, to_one) for a, b in PERIODS]
+        later = [expected(sizes, Way(mode, sharded=True))["all-gather later"] for mode in MODES]
         gathers = [sent("all-gather", own, workers) for own in later]
         yield head.format(
             name,
@@ -363,8 +388,8 @@ def rows_of_times() -> Iterator[str]:
         f"Modelled ms per step at {BANDWIDTH / 1e9:.0f} GB/s and {LATENCY * 1e6:.0f} us, nothing "
         "overlapped (fixed rates, DDP)"
     )
-    head = "{:10} {:>8} {:>10} {:>14} {:>14} {:>10}"
-    titles = [f"{a}/{b}" for a, b in PERIODS]
+    head = "{:10} {:>8} {:>10} {:>10} {:>10} {:>16} {:>16} {:>10}"
+    titles = [f"{a}/{b}{way}" for way in ("", ", divided") for a, b in PERIODS]
     yield head.format("network", "workers", "gradients", *titles, "messages")
     for name, subject in SUBJECTS.items():
         sizes = Sizes.of(subject.made(full=True))
@@ -374,9 +399,10 @@ def rows_of_times() -> Iterator[str]:
             parts = math.ceil(sizes.triangles / FLOAT / (1 << 22))
             factors = seconds("all-reduce", sizes.triangles, parts, workers)
             senders = min(workers, sizes.layers)
+            to_one = seconds("reduce", sizes.triangles, max(parts, senders), workers)
             inverses = seconds("broadcast", sizes.triangles, senders, workers)
             small = seconds("message", 0, 2, workers)
-            own = [factors / a + inverses / b for a, b in PERIODS]
+            own = [each / a + inverses / b for each in (factors, to_one) for a, b in PERIODS]
             times = (gradients, *own, small)
             yield head.format(name, workers, *(f"{1e3 * own:.2f}" for own in times))
 
@@ -395,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = [
         heading(f"recorded at narrow widths ({widths})"),
         "",
-        *rows_recorded(subjects, counts, *(((WAYS[::2]), 1) if given.quick else (WAYS, STEPS))),
+        *rows_recorded(subjects, counts, *((QUICK, 1) if given.quick else (WAYS, STEPS))),
         "",
         *rows_of_bytes(),
         "",
