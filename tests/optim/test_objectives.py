@@ -143,6 +143,23 @@ def test_a_penalty_is_weight_decay() -> None:
     assert found[1] == pytest.approx(found[0], rel=0.02)
 
 
+@pytest.mark.parametrize("options", [{}, {"adaptive": False, "lr": 0.1}])
+def test_a_penalty_in_a_backward_pass_of_its_own(options: dict[str, Any]) -> None:
+    found = []
+    for alone in (False, True):
+        model = Then(net(), lambda o: o.transpose(1, 2))
+        opt = KFAC(model, fisher="exact", **options)
+        for _ in range(7):
+            opt.zero_grad()
+            loss = functional.cross_entropy(model(X), Y)
+            penalty = 0.01 * sum(p.square().sum() for p in model.parameters())
+            for part in (loss, penalty) if alone else (loss + penalty,):
+                opt.observe(part).backward()
+            opt.step()
+        found.append(weights(model))
+    torch.testing.assert_close(found[1], found[0], **EXACT)
+
+
 def test_a_loss_and_the_whole_count_once() -> None:
     """A loss that ``loss_fn`` computed is a part of the observed one."""
     loss_fn = nn.CrossEntropyLoss()

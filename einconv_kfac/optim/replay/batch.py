@@ -33,6 +33,7 @@ class Batch:
         subset: The examples that its curvature is computed from, if not all.
         has_moved: Whether parameters were changed after the passes, and outputs and loss are those
             of the present ones.
+        is_penalty: Whether the loss depends on parameters alone.
     """
 
     forwards: tuple[ForwardPass, ...]
@@ -46,6 +47,7 @@ class Batch:
     refusal: str | None = None
     subset: Subset | None = None
     has_moved: bool = False
+    is_penalty: bool = False
 
     def curvature_forwards(self) -> list[ForwardPass]:
         """Return the forward passes that the curvature is computed from, those of the subset.

@@ -8,6 +8,7 @@ REMEDIES = {
     "Relu": "write `x.clamp(min=0)` in place of `relu(x)`",
     "Max": "write `x.amax(dim)` in place of `x.max(dim)`",
     "Min": "write `x.amin(dim)` in place of `x.min(dim)`",
+    "LinalgSvd": "return a penalty of parameters from the model's `forward`, beside its output",
     "CopySlices": "make a new tensor in place of changing a part of one in place",
 }
 """What can be written in place of operations that do not keep their input."""

@@ -205,8 +205,10 @@ def total_weight(batches: Sequence[Batch], sums: bool, workers: Workers = ALONE)
     """Return the factor of the curvature that is averaged over batches, ``None`` without any.
 
     The objective is the weighted sum of the losses, and the mean of that over workers. Factors
-    average the curvature of means over batches, and add that of sums.
+    average the curvature of means over batches, and add that of sums. Penalties of parameters,
+    backpropagated by themselves, have none.
     """
+    batches = [batch for batch in batches if not batch.is_penalty]
     total = sum_of([batch.weight.abs() for batch in batches]) if batches else 0.0
     total, count = workers.means([total, len(batches)], "weight of the losses")
     if not count:
