@@ -234,7 +234,9 @@ def combination(
     """
     names, count = list(names), len(directions)
     result: Direction = {}
-    holders = {n: tuple(i for i in range(count) if n in directions[i]) for n in names}
+    holders: dict[str, tuple[int, ...]] = dict.fromkeys(names, (0,))
+    if count > 1:
+        holders = {n: tuple(i for i in range(count) if n in directions[i]) for n in names}
     for (first, *others), own in _grouped(holders).items():
         terms = [directions[first][name] for name in own]
         terms = [term.to(precise(term.dtype)) for term in terms]

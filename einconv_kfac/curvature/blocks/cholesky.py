@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.blocks.batching import LARGEST_BATCHED_DIMENSION
 from einconv_kfac.curvature.blocks.diagonal_factor import diagonal_of, is_diagonal
+from einconv_kfac.curvature.devices.late_numbers import LateNumbers
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """A tensor for the factor ``A`` and one for the factor ``B``."""
@@ -135,12 +136,27 @@ def _inverted(
     joined = [_joined([pairs[index] for index in indices]) for indices in stacks]
     own = [dampings[indices[0]] for indices in stacks]
     parts = [split_damping(pair, damping) for pair, damping in zip(joined, own)]
-    flat = [[each for pair in several for each in pair] for several in (joined, parts)]
-    found = damped_inverses(*flat)
-    return [
-        None if a is None or b is None else DampedFactors(pair, part, (a, b), damping)
-        for pair, part, damping, a, b in zip(joined, parts, own, found[::2], found[1::2])
-    ]
+    factors, shares = ([each for pair in several for each in pair] for several in (joined, parts))
+
+    def of(inverses: Sequence[Tensor | None]) -> list[DampedFactors | None]:
+        return [
+            None if a is None or b is None else DampedFactors(pair, part, (a, b), damping)
+            for pair, part, damping, a, b in zip(joined, parts, own, inverses[::2], inverses[1::2])
+        ]
+
+    if not all(factor.is_cuda for factor in factors):
+        return of(damped_inverses(factors, shares))
+    begun: list[DampedFactors | None] = []
+
+    def meanwhile(inverses: Sequence[Tensor | None]) -> None:
+        """Keep the device busy with what follows if no inverse failed."""
+        begun.extend(of(inverses))
+        for each in begun:
+            assert each is not None
+            _ = each._by_group
+
+    found = damped_inverses(factors, shares, meanwhile)
+    return begun if all(inverse is not None for inverse in found) else of(found)
 
 
 def _joined(pairs: Sequence[Pair]) -> Pair:
@@ -168,7 +184,11 @@ def split_damping(factors: Pair, damping: float) -> Pair:
     return balance * root, root / balance
 
 
-def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Tensor | None]:
+def damped_inverses(
+    factors: Sequence[Tensor],
+    dampings: Sequence[Tensor],
+    meanwhile: Callable[[Sequence[Tensor | None]], None] | None = None,
+) -> list[Tensor | None]:
     """Return ``(F + damping I)^-1`` for each factor, or ``None`` if Cholesky or its range fails.
 
     The host waits for the device once.
@@ -176,10 +196,17 @@ def damped_inverses(factors: Sequence[Tensor], dampings: Sequence[Tensor]) -> li
     Args:
         factors: Factors ``[g, d, d]``, or their diagonals ``[g, d]``.
         dampings: Dampings ``[g]``.
+        meanwhile: Asks a GPU for more before the host waits, given inverses that may be wrong.
     """
     found = [_damped_inverse(factor, damping) for factor, damping in zip(factors, dampings)]
-    if not found or bool(_are_right(found)):
-        return [inverse for inverse, _ in found]
+    if not found:
+        return []
+    flag, inverses = _are_right(found), [inverse for inverse, _ in found]
+    if meanwhile is not None:
+        late = LateNumbers(flag.reshape(1))
+        meanwhile(inverses)
+    if bool(flag if meanwhile is None else late.read()[0]):
+        return [*inverses]
     return [
         None if bool(failed.any()) or not bool(inverse.isfinite().all()) else inverse
         for inverse, failed in found

@@ -17,11 +17,13 @@ from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.automatic_state import check_automatic_state
 from einconv_kfac.optim.step.damping.damping_source import DampingSource
 from einconv_kfac.optim.step.damping.rule import DampingRule
-from einconv_kfac.optim.step.first_reading import FirstReading
+from einconv_kfac.optim.step.first_reading import Begun, FirstNumbers, FirstReading
 from einconv_kfac.optim.step.fit import Fit, Momentum
+from einconv_kfac.optim.step.guarded_momentum import GuardedMomentum
 from einconv_kfac.optim.step.layer_gains import mean_gain
 from einconv_kfac.optim.step.objective import Objective, common_momentum
-from einconv_kfac.optim.step.reduction import Before, Reduction
+from einconv_kfac.optim.step.prepared_update import Preparation, PreparedUpdate
+from einconv_kfac.optim.step.reduction import Reduction
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER, Rollback, last_update, undo_
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.slow_momentum import SlowMomentum
@@ -55,13 +57,14 @@ class AutomaticStep:
         self._replay = curvature.replay
         curvature.recorder.keeps_outputs = True
         self._rule = rule
-        self._safeguard = safeguard
         self._trust = SlopeTrust()
         self._agreement = Agreement()
         self._slow = SlowMomentum()
-        self._fit = StepFit(curvature, self._trust, self._agreement)
         self._rollback = Rollback()
         self._reduction = Reduction(self._replay, rule, self._noise, safeguard)
+        self._fit = StepFit(curvature, self._trust, self._agreement, self._ask_)
+        self._preparation = Preparation(self._fit.subspace, self._trust, self._slow, safeguard)
+        self._guarded = GuardedMomentum(self._slow, self._reduction, safeguard)
         self._dampings = DampingSource(rule, self._replay)
         self._first = FirstReading(curvature, self._fit, self._trust, self._dampings)
         self._warned = False
@@ -88,8 +91,13 @@ class AutomaticStep:
         slow = self._slow.direction(objective.memory, objective.rates)
         previous = last_update(objective.memory)
         followed = Momentum(slow if momentum is None else previous, momentum)
-        begun = None if is_due else self._first.begun_(objective, followed)
-        first = self._first.numbers(objective, begun)
+        begin_ = self._first.begun_fit_ if is_due else self._first.begun_
+        begun = begin_(objective, followed)
+        sample, asked = self._first.asked(objective, begun)
+        mix, prepared = None if begun is None else begun.mix, None
+        if asked.is_late and mix is not None:
+            prepared = self._preparation.prepared(objective, followed.direction, mix, sample)
+        first = self._first.numbers(objective, asked)
         if previous and self._rollback.is_needed(first.value):
             if begun is not None:
                 begun.undo_()
@@ -103,17 +111,45 @@ class AutomaticStep:
             damping = self._first.damping_(objective) if begun is None else begun.damping
             if damping is None:
                 return Taken({})
-            mix, products = (begun.mix if begun else None), first.products
+            own = begun or Begun(damping)
             if begun is None and not is_due:
-                mix, products = self._first.mixed_(objective, followed, damping)
-            carried = self._fit.subspace.carried
-            fit = None if mix is None else carried(objective, mix, products)
-            taken = self._fitted_(objective, followed, damping, fit, is_due=is_due)
+                own, products = self._first.mixed_(objective, followed, damping)
+                first = replace(first, products=products)
+            taken = self._carried_(objective, followed, own, first, prepared) or self._fitted_(
+                objective, followed, own, is_due=is_due
+            )
         steps = self._curvature.steps + 1
         self._curvature.recorder.keeps_layers = momentum is not None or self._is_due(
             objective, steps
         )
         return taken
+
+    def _carried_(
+        self,
+        objective: Objective,
+        followed: Momentum,
+        begun: Begun,
+        first: FirstNumbers,
+        prepared: PreparedUpdate | None,
+    ) -> Taken | None:
+        """Take a step with the coefficients of the last fit, unless they do not hold.
+
+        Args:
+            objective: The objective.
+            followed: The slow momentum.
+            begun: The step that was begun.
+            first: Its first numbers.
+            prepared: Its update, if that was prepared.
+        """
+        if begun.mix is None:
+            return None
+        fit = self._fit.subspace.carried(objective, begun.mix, first.products)
+        if fit is None:
+            return None
+        if prepared and self._preparation.is_right(prepared, objective, fit, first.products):
+            update, numbers = self._preparation.take_(objective, prepared, fit)
+            return self._taken(update, {"damping": begun.damping, **numbers})
+        return self._tried_(objective, followed, fit, begun.damping)
 
     def _is_due(self, objective: Objective, step: int | None = None) -> bool:
         """Return whether a step, by default the coming one, is to be fitted to its batch."""
@@ -131,26 +167,22 @@ class AutomaticStep:
         return replace(objective, batches=self._replay.check(*at))
 
     def _fitted_(
-        self,
-        objective: Objective,
-        followed: Momentum,
-        damping: float,
-        fit: Fit | None,
-        *,
-        is_due: bool,
+        self, objective: Objective, followed: Momentum, begun: Begun, *, is_due: bool
     ) -> Taken:
-        """Fit the step, if it does not have the coefficients of the last fit; take it.
+        """Fit the step, and take it.
 
         Args:
             objective: The objective; if a fit is due, its batches were checked.
             followed: The momentum; without coefficient it is the slow momentum.
-            damping: The damping.
-            fit: The step with the coefficients of the last fit.
+            begun: The step that was begun.
             is_due: Whether a fit is due.
         """
-        if fit is None:
-            objective = objective if is_due else self._checked(objective)
-            fit = self._fit.best_(objective, followed, damping)
+        objective = objective if is_due else self._checked(objective)
+        fit = self._fit.best_(objective, followed, begun.damping, begun.fit)
+        return self._tried_(objective, followed, fit, begun.damping)
+
+    def _tried_(self, objective: Objective, followed: Momentum, fit: Fit, damping: float) -> Taken:
+        """Take a step, or skip it if its model failed."""
         if fit.is_failure:
             return self._skipped_(objective, damping, bool(last_update(objective.memory)))
         return self._moved_(objective, followed, fit, damping)
@@ -169,8 +201,9 @@ class AutomaticStep:
         fit = fit.scaled(rate * left)
         coefficient, is_slow = fit.mix[-1], followed.coefficient is None
         if is_slow:
-            coefficient = self._add_momentum_(objective, update, before, fit)
-        self._expect_agreement_(objective, before)
+            own = self._trust.fraction, fit.products
+            coefficient = self._guarded.add_(objective, update, before, *own)
+        self._reduction.expect_(objective, before, self._agreement, steps)
         coefficient = coefficient if followed.direction else 0.0
         for name, tensor in update.items():
             objective.memory[name][MOMENTUM_BUFFER] = tensor
@@ -180,18 +213,13 @@ class AutomaticStep:
         numbers = {"damping": damping, "step_size": fit.mix[0], "momentum": coefficient}
         return self._taken(update, {**numbers, "predicted": predicted})
 
+    def _ask_(self, objective: Objective) -> None:
+        """Ask for the objective before a step, with which the step will be compared."""
+        self._reduction.ask_(objective, self._curvature.steps)
+
     def _noise(self) -> float:
         """Return the fraction of slopes that batches do not share; 0 where the batch repeats."""
         return min(self._trust.noise, self._agreement.noise)
-
-    def _expect_agreement_(self, objective: Objective, before: Before | None) -> None:
-        """Evaluate the objective after a step, for the next batch to be compared with, if due."""
-        steps = self._curvature.steps
-        if before is None or before.rounding is None or not self._agreement.is_due(steps):
-            return
-        own = [before.value, self._reduction.value(objective), before.rounding]
-        value, after, rounding = torch.stack(own).tolist()
-        self._agreement.expect_(value, after, rounding, steps)
 
     def _taken(self, update: Direction, numbers: Statistics) -> Taken:
         """Return a step with its statistics."""
@@ -226,36 +254,6 @@ class AutomaticStep:
             return Taken({"damping": damping, "rejected": 1.0})
         self._dampings.raise_(UNDONE_FACTOR)
         return Taken({"damping": damping})
-
-    def _add_momentum_(
-        self,
-        objective: Objective,
-        update: Direction,
-        before: Before | None,
-        fit: Fit,
-    ) -> float:
-        """Add the slow momentum to a step, and return its coefficient.
-
-        With the safeguard, the momentum is dropped if the objective has grown on its own batch.
-
-        Args:
-            objective: The objective; its parameters are those after the step on the batch.
-            update: That step; the momentum's part is added to it.
-            before: The objective before the step.
-            fit: The step in terms of directions.
-        """
-        known = fit.products if all(objective.rates.values()) else None
-        own = {name: tensor.clone() for name, tensor in update.items() if self._safeguard}
-        coefficient = self._slow.add_(objective, update, self._trust.fraction, known)
-        if before is None or not self._safeguard:
-            return coefficient
-        if bool(self._reduction.value(objective) <= before.allowed()):
-            return coefficient
-        for name, tensor in own.items():
-            objective.parameters[name].add_(tensor - update[name])
-            update[name].copy_(tensor)
-        self._slow.drop_(objective.memory)
-        return 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """See `Step`."""

@@ -112,6 +112,11 @@ class CarriedFit:
         whole = Fit([mix.direction], (1.0,), along, self.mix, products=products, is_carried=True)
         return whole.scaled(trust / self._ratio)
 
+    @property
+    def factor(self) -> float:
+        """The step along a mix, as a multiple of the trust times the mix, as in `fit`."""
+        return 1 / self._ratio
+
     def _is_for(self, objective: Objective, count: int) -> bool:
         """Return whether the coefficients hold for an objective with a number of directions."""
         if not (len(self.mix) == count and self._slope < 0 and 0 < self._ratio < math.inf):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.curvature_state import snapshot_of
@@ -17,10 +18,14 @@ from einconv_kfac.optim.replay.checks import check_weights
 from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.damping.damping_source import DampingSource
 from einconv_kfac.optim.step.fit import Momentum
-from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.reading import read
+from einconv_kfac.optim.step.objective import Objective, on_gpu
+from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
-from einconv_kfac.optim.step.step_fit import StepFit
+from einconv_kfac.optim.step.step_fit import BegunFit, StepFit
+
+
+def _nothing() -> None:
+    """Restore nothing, for nothing was changed."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,14 @@ class Begun:
     Args:
         damping: Its damping.
         mix: Its directions with the coefficients of the last fit, if these hold.
+        fit: Its fit, if one is due.
         undo_: Restores what was changed.
     """
 
     damping: float
-    mix: CarriedMix | None
-    undo_: Callable[[], None]
+    mix: CarriedMix | None = None
+    fit: BegunFit | None = None
+    undo_: Callable[[], None] = _nothing
 
 
 @dataclass(frozen=True)
@@ -78,15 +85,43 @@ class FirstReading:
         """
         if self.curvature.inverts():
             return None
+        undo_, damping = self._undo(), self.damping_(objective)
+        assert damping is not None
+        return Begun(damping, self.fit.mixed_(objective, momentum, damping), None, undo_)
+
+    def begun_fit_(self, objective: Objective, momentum: Momentum) -> Begun | None:
+        """Begin a step that is fitted to its batch, on a GPU; ``None`` where that cannot be.
+
+        Whatever fails is left to the host to meet again, once it knows that the step is taken.
+
+        Args:
+            objective: The objective, whose batches were checked.
+            momentum: The momentum.
+        """
+        if not on_gpu(objective) or objective.workers.size > 1:
+            return None
+        if not self.dampings.is_known(objective, self.curvature.steps):
+            return None
+        undo_ = self._undo()
+        try:
+            damping = self.damping_(objective)
+            assert damping is not None
+            if (fit := self.fit.begun_(objective, momentum, damping)) is not None:
+                return Begun(damping, None, fit, undo_)
+        except RuntimeError:
+            pass
+        undo_()
+        return None
+
+    def _undo(self) -> Callable[[], None]:
+        """Return a function that restores what beginning a step changes."""
         restore, factor = snapshot_of(self.curvature.layers), self.dampings.factor
 
         def undo_() -> None:
             restore()
             self.dampings.factor = factor
 
-        damping = self.damping_(objective)
-        assert damping is not None
-        return Begun(damping, self.fit.mixed_(objective, momentum, damping), undo_)
+        return undo_
 
     def damping_(self, objective: Objective) -> float | None:
         """Update the factors, and return the damping; ``None`` as long as there is none."""
@@ -97,7 +132,7 @@ class FirstReading:
 
     def mixed_(
         self, objective: Objective, momentum: Momentum, damping: float
-    ) -> tuple[CarriedMix | None, Sequence[float]]:
+    ) -> tuple[Begun, Sequence[float]]:
         """Invert what is due, and return the mix of a step without a fit, with its numbers.
 
         Args:
@@ -106,25 +141,37 @@ class FirstReading:
             damping: The damping.
         """
         mix = self.fit.mixed_(objective, momentum, damping)
-        return mix, (() if mix is None else mix.numbers.tolist())
+        return Begun(damping, mix), (() if mix is None else mix.numbers.tolist())
 
-    def numbers(self, objective: Objective, begun: Begun | None) -> FirstNumbers:
-        """Return the first numbers of a step; the host waits for the device once.
+    def asked(self, objective: Objective, begun: Begun | None) -> tuple[Tensor, Unread]:
+        """Ask for the first numbers of a step.
 
         Args:
             objective: The objective.
             begun: The step, if it was begun.
 
-        Raises:
-            NotFiniteError: If a gradient or a loss is not finite.
-            RuntimeError: If the weight of a loss is negative.
+        Returns:
+            The sample of the trust, ``[1]``, or ``[0]`` if there is none, and all numbers.
         """
         weights = [batch.weight for batch in objective.batches]
         value, none = objective.value(), torch.zeros(0)
         flag = none if objective.finite.is_known else objective.finite.flag
         mixed = none if begun is None or begun.mix is None else begun.mix.numbers
         sample = self.trust.pending_sample(objective.gradient)
-        flags, (own,), slopes, numbers, *known = read(flag, value, sample, mixed, *weights)
+        return sample, Unread(flag, value, sample, mixed, *weights)
+
+    def numbers(self, objective: Objective, asked: Unread) -> FirstNumbers:
+        """Return the first numbers of a step.
+
+        Args:
+            objective: The objective.
+            asked: All numbers.
+
+        Raises:
+            NotFiniteError: If a gradient or a loss is not finite.
+            RuntimeError: If the weight of a loss is negative.
+        """
+        flags, (own,), slopes, numbers, *known = asked.read()
         for each in flags:
             objective.finite.confirm_(each)
         check_weights([each for part in known for each in part])

@@ -13,32 +13,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.late_numbers import LateNumbers
 from einconv_kfac.optim.factors.finiteness import NOT_FINITE, Finiteness
 from einconv_kfac.optim.step.objective import Memory
 from einconv_kfac.optim.step.selection import or_others
-
-
-class LateNumbers:
-    """Numbers that are copied to the host while the device goes on.
-
-    Args:
-        numbers: A vector on the device.
-    """
-
-    def __init__(self, numbers: Tensor) -> None:
-        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        self._host.copy_(numbers, non_blocking=True)
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._copied.record()
-
-    def read(self) -> list[float]:
-        """Return the numbers; the host waits for what was asked of the device before them."""
-        self._copied.synchronize()
-        found: list[float] = self._host.tolist()
-        return found
 
 
 class LateCheck:

@@ -6,8 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
+import torch
+from torch import Tensor
+
 from einconv_kfac.optim.state_schema import NUMBER, Each, Record
-from einconv_kfac.optim.step.layer_products import LayerProducts
+from einconv_kfac.optim.step.layer_products import LayerProducts, PendingProducts
+from einconv_kfac.optim.step.reading import sent
 
 SMALLEST_GAIN, CONFIDENT_GAIN, LARGEST_GAIN = 0.5, 2.0, 16.0
 """Bounds of the gain: minimum, maximum without evidence, maximum with evidence."""
@@ -83,6 +87,42 @@ class LayerGains:
             state.steps = (1 - weight) * (state.steps + remainders[layer])
         return remainders
 
+    def pending_remainders(
+        self,
+        products: PendingProducts,
+        weight: float,
+        trust: float | Tensor,
+        factor: float | Tensor,
+    ) -> Tensor:
+        """Return what `adapt_` will return, for products that the host has not read, ``[layers]``.
+
+        The device only chooses: what a layer's gain becomes if it grows, or if it shrinks, is
+        known. Layers whose momentum has vanished are taken for others, see `are_as_expected`.
+
+        Args:
+            products: The products of the gradient and of the mix of which the step is a multiple.
+            weight: The coefficient of the momentum.
+            trust: The fraction of ``u`` that the update is.
+            factor: The update, as a multiple of ``trust`` times the mix.
+        """
+        states = [self._layers.get(layer, _Layer()) for layer in products.layers]
+        past, own, momentum, _, parameters = products.totals()
+        rows = zip(*(_foreseen(state, weight) for state in states))
+        confirmed, slope, promised, bound, grown, shrunk = sent([*rows], own)
+        confirmed = torch.addcmul(confirmed, slope, past)
+        share = -ASCENT_TOLERANCE * weight**2 / 2
+        excess = own * (share * factor) + confirmed + promised
+        near = bound * parameters - momentum
+        grows = torch.maximum(confirmed, torch.minimum(excess, near)) > 0
+        return (torch.where(grows, grown, shrunk) - trust).clamp_min(SMALLEST_REMAINDER)
+
+    def are_as_expected(self, products: Mapping[str, LayerProducts]) -> bool:
+        """Return whether `pending_remainders` holds for products that the host has read."""
+        return all(
+            own.momentum or not self._layers.get(layer, _Layer()).steps
+            for layer, own in products.items()
+        )
+
     schema = Each(Record({entry.name: NUMBER for entry in fields(_Layer)}))
 
     def state_dict(self) -> dict[str, dict[str, float]]:
@@ -108,5 +148,24 @@ def _adapt_(state: _Layer, own: LayerProducts, weight: float, trust: float) -> N
     tolerable = -state.confirmed < ASCENT_TOLERANCE * weight * state.promised
     is_near = own.momentum < RELATIVE_LENGTH**2 * own.parameters and state.gain < CONFIDENT_GAIN
     grows = state.confirmed > 0 or (tolerable and is_near)
-    gain = state.gain * math.exp(weight * (GROWTH_RATE if grows else -SHRINKAGE_RATE))
-    state.gain = min(max(gain, SMALLEST_GAIN), LARGEST_GAIN)
+    state.gain = _changed(state.gain, weight, grows)
+
+
+def _changed(gain: float, weight: float, grows: bool) -> float:
+    """Return a gain after it has grown or shrunk."""
+    gain *= math.exp(weight * (GROWTH_RATE if grows else -SHRINKAGE_RATE))
+    return min(max(gain, SMALLEST_GAIN), LARGEST_GAIN)
+
+
+def _foreseen(state: _Layer, weight: float) -> list[float]:
+    """Return the numbers of a layer with which the device foresees `_adapt_`."""
+    if not state.steps:
+        return [0.0, 0.0, 0.0, 0.0, state.gain, state.gain]
+    return [
+        (1 - weight) * state.confirmed,
+        -weight / state.steps,
+        ASCENT_TOLERANCE * weight * (1 - weight) * state.promised,
+        RELATIVE_LENGTH**2 if state.gain < CONFIDENT_GAIN else 0.0,
+        _changed(state.gain, weight, grows=True),
+        _changed(state.gain, weight, grows=False),
+    ]

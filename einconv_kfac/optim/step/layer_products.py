@@ -63,6 +63,19 @@ class PendingProducts:
                 rows[layer_of(name)][index] += next(found)
         return {layer: LayerProducts(*row) for layer, row in rows.items()}
 
+    def totals(self) -> Tensor:
+        """Return the products that the host has not read, ``[5, layers]``, on the device."""
+        count = len(self.layers)
+        places = {layer: index for index, layer in enumerate(self.layers)}
+        index = tuple(
+            row * count + places[layer_of(name)]
+            for row, names in enumerate(self.columns)
+            for name in names
+        )
+        sums = self.numbers.new_zeros(len(self.columns) * count)
+        sums.index_add_(0, on_device(index, sums.device), self.numbers)
+        return sums.reshape(len(self.columns), count)
+
 
 def layer_products(
     point: tuple[Direction, Direction], momentum: Direction, update: Direction
@@ -109,15 +122,15 @@ def _dots(names: list[str], a: Direction, b: Direction) -> Iterator[Tensor]:
         yield torch.stack([torch.dot(entries(a[name]), entries(b[name])) for name in alone])
     if joined:
         left, right = (torch.cat([entries(own[name]) for name in joined]) for own in (a, b))
-        sizes = _on_device(tuple(entries(b[name]).numel() for name in joined), left.device)
+        sizes = on_device(tuple(entries(b[name]).numel() for name in joined), left.device)
         products = left.double() * right
         yield torch.segment_reduce(products, "sum", lengths=sizes, unsafe=True)
 
 
-@lru_cache(maxsize=8)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+@lru_cache(maxsize=16)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Return numbers on a device; the host waits only for those that it has not sent before."""
-    return torch.tensor(numbers, device=device)
+    return torch.tensor(numbers).to(device)
 
 
 def _squares(names: Sequence[str], direction: Direction) -> Iterator[Tensor]:

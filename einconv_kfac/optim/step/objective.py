@@ -150,6 +150,11 @@ def _names_by_number(numbers: Mapping[str, float]) -> dict[float, list[str]]:
     return groups
 
 
+def on_gpu(objective: Objective) -> bool:
+    """Return whether all parameters are on a GPU."""
+    return all(own.is_cuda for own in objective.parameters.values())
+
+
 def common_momentum(objective: Objective) -> float | None:
     """Return the momentum of all parameters, or ``None`` for the slow momentum.
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.late_numbers import LateNumbers
 from einconv_kfac.curvature.objective.loss_model import Expansion
 from einconv_kfac.optim.replay.jvp import Tangents
 from einconv_kfac.optim.replay.replay import Replay
@@ -89,6 +90,7 @@ class Products:
 
     Attributes:
         doubts: Flags that must be set for the products to be right, see `Replay.doubting`.
+        pending: A model that the device was asked for, and the host has not read.
     """
 
     def __init__(self, replay: Replay, objective: Objective) -> None:
@@ -97,6 +99,7 @@ class Products:
         self._known: dict[int, tuple[Direction, list[Tangents]]] = {}
         self._may_doubt = objective.workers.size == 1  # others would wait for one that repeats it
         self.doubts: list[Tensor] = []
+        self.pending: PendingModel | None = None
 
     def settle_(self, flags: Sequence[float]) -> bool:
         """Return whether all products are right; if not, they are forgotten.
@@ -143,19 +146,46 @@ def quadratic_model(
         products: Products of this objective that are known.
     """
     products = Products(replay, objective) if products is None else products
-    rows, part = _rows(objective, directions, products)
-    count = rows.shape[1]
-    doubts = [flag.to(rows).reshape(1) for flag in products.doubts]
-    known = torch.cat([rows.flatten(), *doubts]).cpu()
-    if not products.settle_(known[rows.numel() :].tolist() if doubts else ()):
-        return quadratic_model(replay, objective, directions, products)
-    slope, unobserved, *squares = known[: rows.numel()].reshape(-1, count)
-    return QuadraticModel(
-        slope,
-        torch.stack(squares[:count]),
-        torch.stack(squares[count:]),
-        None if part else unobserved,
-    )
+    pending, products.pending = products.pending, None
+    if pending is None or not pending.is_of(directions):
+        pending = PendingModel(objective, directions, products)
+    model = pending.read()
+    return quadratic_model(replay, objective, directions, products) if model is None else model
+
+
+class PendingModel:
+    """The quadratic model before the host has read it.
+
+    Args:
+        objective: The objective, of at least one batch.
+        directions: The directions ``d_i``.
+        products: Products of this objective that are known.
+    """
+
+    def __init__(
+        self, objective: Objective, directions: Sequence[Direction], products: Products
+    ) -> None:
+        self.directions, self.products = directions, products
+        self._rows, self._part = _rows(objective, directions, products)
+        doubts = [flag.to(self._rows).reshape(1) for flag in products.doubts]
+        self._numbers = torch.cat([self._rows.flatten(), *doubts])
+        self._late = LateNumbers(self._numbers) if self._numbers.is_cuda else None
+
+    def is_of(self, directions: Sequence[Direction]) -> bool:
+        """Return whether these are its directions."""
+        pairs = zip(self.directions, directions)
+        return len(self.directions) == len(directions) and all(own is other for own, other in pairs)
+
+    def read(self) -> QuadraticModel | None:
+        """Return the model; ``None`` if a product is to be made again."""
+        known, size, count = self._numbers, self._rows.numel(), self._rows.shape[1]
+        if self._late is not None:
+            known = torch.tensor(self._late.read(), dtype=known.dtype)
+        if not self.products.settle_(known[size:].tolist() if len(known) > size else ()):
+            return None
+        slope, unobserved, *squares = known[:size].reshape(-1, count)
+        own = torch.stack(squares[:count]), torch.stack(squares[count:])
+        return QuadraticModel(slope, *own, None if self._part else unobserved)
 
 
 def _rows(

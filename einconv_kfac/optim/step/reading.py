@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from einconv_kfac.curvature.devices.late_numbers import LateNumbers
+
+
+class Unread:
+    """Entries of small tensors that the host is going to read.
+
+    On a GPU, what is asked of the device before the host reads them keeps it busy meanwhile.
+
+    Args:
+        parts: Real tensors on one device; those without entries may be anywhere.
+
+    Attributes:
+        is_late: Whether they are on a GPU.
+    """
+
+    def __init__(self, *parts: Tensor) -> None:
+        self._numbers, self._sizes = _joined(parts)
+        self.is_late = self._numbers.is_cuda
+        self._late = LateNumbers(self._numbers) if self.is_late else None
+
+    def read(self) -> list[list[float]]:
+        """Return the entries of each tensor."""
+        own = iter(self._numbers.tolist() if self._late is None else self._late.read())
+        return [[next(own) for _ in range(size)] for size in self._sizes]
 
 
 def read(*parts: Tensor) -> list[list[float]]:
@@ -12,7 +39,29 @@ def read(*parts: Tensor) -> list[list[float]]:
     Args:
         parts: Real tensors on one device; those without entries may be anywhere.
     """
+    numbers, sizes = _joined(parts)
+    own = iter(numbers.tolist())
+    return [[next(own) for _ in range(size)] for size in sizes]
+
+
+def _joined(parts: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Return the entries of tensors as one vector, and how many each has."""
     flat = [part.detach().reshape(-1).double() for part in parts]
     known = [part for part in flat if part.numel()]
-    numbers = iter(torch.cat(known).tolist() if known else ())
-    return [[next(numbers) for _ in range(part.numel())] for part in flat]
+    return torch.cat(known) if known else flat[0], [part.numel() for part in flat]
+
+
+def sent(rows: Sequence[Sequence[float]], like: Tensor) -> Sequence[Tensor]:
+    """Return vectors of one length on the device of a tensor; the host does not wait.
+
+    Args:
+        rows: The vectors.
+        like: A tensor of the data type and the device.
+    """
+    table = torch.tensor(rows, dtype=like.dtype)
+    if not like.is_cuda:
+        return table.unbind()
+    pinned = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+    pinned.copy_(table)
+    found = torch.empty(table.shape, dtype=table.dtype, device=like.device)
+    return found.copy_(pinned, non_blocking=True).unbind()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.schedule import is_due
+from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.backtracking import backtrack_
 from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION_PERIOD
 from einconv_kfac.optim.step.damping.rule import DampingRule
@@ -74,6 +76,7 @@ class Reduction:
         self._safeguard = safeguard
         self.adapted: int | None = None
         self.ratio = math.nan
+        self._asked: tuple[ref[Objective], Tensor, Tensor] | None = None
         self._known: tuple[list[int], Tensor] | None = None  # versions of parameters, value there
 
     def before(
@@ -89,15 +92,31 @@ class Reduction:
             others: The change by terms that the recorded losses do not contain.
             is_bounded: Whether the step was shortened; it is compared then if the damping is given.
         """
-        self._known = None
+        self._known, asked = None, self._asked
+        self._asked = None
         if objective.settings.damping is None:
             compared = self._safeguard or self.is_due(step)
         else:
             compared = is_bounded
         if not (compared or self._safeguard):
             return None
+        if asked is not None and asked[0]() is objective:
+            return Before(asked[1] - others, asked[2])
         rounding = rounding_of(self._replay, objective) if compared else None
         return Before(objective.value() - others, rounding)
+
+    def ask_(self, objective: Objective, step: int) -> None:
+        """Ask for what `before` will return, if the step is to be compared.
+
+        Args:
+            objective: The objective.
+            step: The number of steps taken.
+        """
+        if objective.settings.damping is not None or not (self._safeguard or self.is_due(step)):
+            return
+        if self._asked is None or self._asked[0]() is not objective:
+            value, rounding = objective.value(), rounding_of(self._replay, objective)
+            self._asked = ref(objective), value, rounding
 
     def adapt_(
         self,
@@ -146,6 +165,23 @@ class Reduction:
             self.adapted = step
             if is_known:
                 self._rule.after_ratio(self.ratio, predicted, self._noise())
+
+    def expect_(
+        self, objective: Objective, before: Before | None, agreement: Agreement, step: int
+    ) -> None:
+        """Evaluate the objective after a step, for the next batch to be compared with, if due.
+
+        Args:
+            objective: The objective; its parameters are the new ones.
+            before: The objective before the step, if it is needed.
+            agreement: Compares it with the next batch's.
+            step: The number of steps taken before.
+        """
+        if before is None or before.rounding is None or not agreement.is_due(step):
+            return
+        own = [before.value, self.value(objective), before.rounding]
+        value, after, rounding = torch.stack(own).tolist()
+        agreement.expect_(value, after, rounding, step)
 
     def is_due(self, step: int) -> bool:
         """Return whether the damping adapts after a step."""

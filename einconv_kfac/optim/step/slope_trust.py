@@ -91,6 +91,20 @@ class SlopeTrust:
         }
         return inner(gradient, kept).reshape(1)
 
+    def pending_fraction(self, sample: Tensor) -> float | Tensor:
+        """Return the trust after a sample that the host has not read, where there is one.
+
+        Args:
+            sample: What `pending_sample` returned.
+        """
+        if not sample.numel():
+            return self.fraction
+        share = 1 - TRUST_DECAY
+        weight = self._weight + share * (1 - self._weight)
+        found = ((sample[0] - self._moved) / self._slope).clamp(*SAMPLE_BOUNDS)
+        average = (found * share + TRUST_DECAY * self._average) / weight
+        return average.clamp(SMALLEST_TRUST, 1.0)
+
     def accept_(self, slopes: Sequence[float]) -> None:
         """Average over a sample, and drop the direction.
 

@@ -96,6 +96,31 @@ class SlowMomentum:
             objective.memory[name][BUFFER] = tensor
         return weight
 
+    def keep_(
+        self,
+        memory: Memory,
+        later: Direction,
+        products: Mapping[str, LayerProducts],
+        trust: float,
+    ) -> float:
+        """Take over a momentum that was computed before the host has read the products.
+
+        Args:
+            memory: The optimizer's state.
+            later: The momentum.
+            products: The inner products by layer; gains must be as expected of them.
+            trust: ``s``.
+
+        Returns:
+            The coefficient ``c`` of the momentum before.
+        """
+        weight = self.weight
+        self.gains.adapt_(products, weight, trust)
+        self.steps += 1
+        for name, tensor in later.items():
+            memory[name][BUFFER] = tensor
+        return weight
+
     def drop_(self, memory: Memory) -> None:
         """Drop a momentum that led too far, and the gains."""
         for state in memory.values():

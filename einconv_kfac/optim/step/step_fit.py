@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.refresh import Inverses
 from einconv_kfac.optim.step.agreement import Agreement
@@ -9,9 +12,23 @@ from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.damping.search import DampingSearch
 from einconv_kfac.optim.step.fit import Fit, Momentum
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.quadratic_model import Products
+from einconv_kfac.optim.step.quadratic_model import PendingModel, Products
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.subspace import SubspaceFit, descent
+from einconv_kfac.optim.vectors import Direction
+
+
+@dataclass(frozen=True)
+class BegunFit:
+    """A fit whose numbers the device was asked for.
+
+    Args:
+        directions: The descent directions.
+        products: The Jacobian-vector products, with the quadratic model of the fit.
+    """
+
+    directions: Sequence[Direction]
+    products: Products
 
 
 class StepFit:
@@ -21,6 +38,7 @@ class StepFit:
         curvature: Running curvature of the model.
         trust: The trust in the slopes along descent directions.
         agreement: Whether batches agree.
+        meanwhile: See `SubspaceFit`.
 
     Attributes:
         subspace: Fits the coefficients of directions.
@@ -28,11 +46,15 @@ class StepFit:
     """
 
     def __init__(
-        self, curvature: RunningCurvature, trust: SlopeTrust, agreement: Agreement
+        self,
+        curvature: RunningCurvature,
+        trust: SlopeTrust,
+        agreement: Agreement,
+        meanwhile: Callable[[Objective], None],
     ) -> None:
         self._curvature = curvature
         self._agreement = agreement
-        self.subspace = SubspaceFit(curvature, trust, agreement)
+        self.subspace = SubspaceFit(curvature, trust, agreement, meanwhile)
         self.search = DampingSearch()
 
     def is_due(self, step: int, *, is_given: bool) -> bool:
@@ -61,20 +83,48 @@ class StepFit:
         covered = self._curvature.precondition(objective.gradient)
         return self.subspace.mixed(objective, covered, momentum.direction)
 
-    def best_(self, objective: Objective, momentum: Momentum, damping: float) -> Fit:
+    def begun_(self, objective: Objective, momentum: Momentum, damping: float) -> BegunFit | None:
+        """Ask the device for the numbers of a fit; ``None`` if dampings are to be tried.
+
+        Inverses that are due are computed.
+        """
+        if objective.settings.damping is None and self._searches(self._curvature.steps):
+            return None
+        self._curvature.refresh_(damping * self.search.scale, objective.decay)
+        products = Products(self._curvature.replay, objective)
+        directions = self._directions(objective, None)
+        spanned = self.subspace.spanned(objective, directions, momentum)
+        products.pending = PendingModel(objective, spanned, products)
+        return BegunFit(directions, products)
+
+    def best_(
+        self,
+        objective: Objective,
+        momentum: Momentum,
+        damping: float,
+        begun: BegunFit | None = None,
+    ) -> Fit:
         """Return the best step, with up-to-date inverses.
 
         From time to time larger and smaller dampings of the inverses are tried as well, and
         the one that promises the largest reduction is kept. A given damping is used as given.
+
+        Args:
+            objective: The objective.
+            momentum: The momentum.
+            damping: The damping.
+            begun: The fit, if the device was asked for its numbers.
         """
         curvature, search = self._curvature, self.search
         given = objective.settings.damping is not None
+        if begun is not None:
+            own = momentum, damping, begun.products
+            found = self.subspace.full(objective, begun.directions, *own)
+            return self.subspace.keep_(objective, found, momentum)
         products = Products(curvature.replay, objective)
-        others = descent(objective, objective.others)
 
         def fit(inverses: Inverses | None = None) -> Fit:
-            covered = curvature.precondition(objective.gradient, inverses)
-            directions = [d for d in (descent(objective, covered), others) if d]
+            directions = self._directions(objective, inverses)
             return self.subspace.full(objective, directions, momentum, damping, products)
 
         if given or not self._searches(curvature.steps):
@@ -84,3 +134,8 @@ class StepFit:
         best = search.best_(curvature.steps, lambda scale: invert(damping * scale), fit)
         curvature.use_(best.inverses)
         return self.subspace.keep_(objective, best.fit, momentum)
+
+    def _directions(self, objective: Objective, inverses: Inverses | None) -> list[Direction]:
+        """Return the descent directions, with given inverses or the present ones."""
+        covered = self._curvature.precondition(objective.gradient, inverses)
+        return [descent(objective, own) for own in (covered, objective.others) if own]

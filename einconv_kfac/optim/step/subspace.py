@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,9 @@ from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.carried_fit import CarriedFit, CarriedMix
 from einconv_kfac.optim.step.fit import Along, Fit, Momentum
 from einconv_kfac.optim.step.layer_products import pending_products
-from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.objective import Objective, on_gpu
 from einconv_kfac.optim.step.quadratic_model import Products, quadratic_model
-from einconv_kfac.optim.step.reading import read
+from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.vectors import Direction, scaled
 
@@ -37,6 +37,9 @@ other bound the objective is evaluated, and the step is shortened where it has g
 CERTAIN_FRACTION = 0.5
 """Fraction of that bound up to which the change of a step between two fits is taken to be
 proportional to its length, with the last computed ratio; beyond it the change is computed."""
+LIKELY_FRACTION = CERTAIN_FRACTION / 2
+"""Fraction of that bound from which on a GPU computes the change of the next step in any case, as
+the host would have to wait before it could ask for that."""
 
 
 class SubspaceFit:
@@ -46,21 +49,27 @@ class SubspaceFit:
         curvature: Running curvature of the model, which replays the batches.
         trust: The trust in the slopes along descent directions.
         agreement: Whether batches agree.
+        meanwhile: Asks a GPU for what follows a fit, before the host waits for its last numbers.
 
     Attributes:
         reach: Change of the layers' outputs per length of a step, when it was last computed.
     """
 
     def __init__(
-        self, curvature: RunningCurvature, trust: SlopeTrust, agreement: Agreement
+        self,
+        curvature: RunningCurvature,
+        trust: SlopeTrust,
+        agreement: Agreement,
+        meanwhile: Callable[[Objective], None],
     ) -> None:
         self._curvature = curvature
         self._trust = trust
         self._agreement = agreement
+        self._meanwhile = meanwhile
         self._carried = CarriedFit()
         self._fitted: int | None = None
         self.reach = math.inf
-        self._is_near = False
+        self._is_near = self._is_close = False
 
     def is_due(self, step: int) -> bool:
         """Return whether coefficients are to be fitted in a step."""
@@ -95,7 +104,7 @@ class SubspaceFit:
         """
         directions = [descent(objective, d) for d in (covered, objective.others) if d]
         mix = self._carried.mixed(objective, directions, followed)
-        if mix is None or not self._is_near:
+        if mix is None or not (self._is_near or (self._is_close and on_gpu(objective))):
             return mix
         return replace(mix, change=self._change(objective, mix.direction))
 
@@ -115,11 +124,44 @@ class SubspaceFit:
         fit = self._carried.fit(mix, numbers, self._trust.fraction)
         if fit is None:
             return None
-        self._is_near = self.reach * fit.length > CERTAIN_FRACTION * _bound(objective)
+        share = self.reach * fit.length / _bound(objective)
+        self._is_near, self._is_close = share > CERTAIN_FRACTION, share > LIKELY_FRACTION
         if not self._is_near:
             return fit
         change = self._change(objective, mix.direction) if mix.change is None else numbers[-1]
         return self._bounded(objective, fit, abs(fit.coefficients[0]) * float(change))
+
+    def pending_factor(
+        self, objective: Objective, mix: CarriedMix, trust: float | Tensor
+    ) -> float | Tensor:
+        """Return the step along a mix, as a multiple of the mix, before the host has read a number.
+
+        It is that of `carried` where `is_as_expected` says so.
+
+        Args:
+            objective: The objective.
+            mix: The mix.
+            trust: The trust, which the host may not have read either.
+        """
+        factor = trust * self._carried.factor
+        if mix.change is None or not mix.change.is_cuda:
+            return factor
+        return factor / (mix.change * factor / _bound(objective)).clamp_min(1)
+
+    def is_as_expected(
+        self, objective: Objective, mix: CarriedMix, numbers: Sequence[float], fit: Fit
+    ) -> bool:
+        """Return whether a step along a mix is that of `pending_factor`.
+
+        Args:
+            objective: The objective.
+            mix: The mix.
+            numbers: Its `CarriedMix.numbers` on the host.
+            fit: The step of `carried`.
+        """
+        if mix.change is None:
+            return not fit.is_bounded
+        return fit.is_bounded or abs(fit.coefficients[0]) * numbers[-1] <= _bound(objective)
 
     def full(
         self,
@@ -141,10 +183,8 @@ class SubspaceFit:
             products: The Jacobian-vector products that are known.
         """
         descents, fixed = len(directions), None
-        spanned = list(directions)
-        is_spanned = self._is_spanned(objective, momentum)
-        if is_spanned:
-            spanned.append(momentum.direction)
+        spanned = self.spanned(objective, directions, momentum)
+        if is_spanned := len(spanned) > descents:
             fixed = {descents: momentum.coefficient or 0.0}
         model = quadratic_model(self._curvature.replay, objective, spanned, products)
         trusted = self._trust.corrected(model, descents)
@@ -163,23 +203,30 @@ class SubspaceFit:
         if momentum.coefficient is not None:
             return self._bounded(objective, fit, float(self._change(objective, update)))
         pending = pending_products(point, momentum.direction, update)
-        (change,), found = read(self._change(objective, update), pending.numbers)
+        asked = Unread(self._change(objective, update), pending.numbers)
+        if asked.is_late:
+            self._meanwhile(objective)
+        (change,), found = asked.read()
         fit = replace(fit, products=pending.of(found))
         if momentum.direction and not is_spanned:
             fit = fit.with_slow_momentum()
         return self._bounded(objective, fit, change)
 
-    def _is_spanned(self, objective: Objective, momentum: Momentum) -> bool:
-        """Return whether to compute the curvature along the momentum.
+    def spanned(
+        self, objective: Objective, directions: Sequence[Direction], momentum: Momentum
+    ) -> list[Direction]:
+        """Return what the subspace of a fit is spanned by: descent directions, and the momentum.
 
-        Of a slow momentum, the trust alone needs it, for which it is estimated where batches differ
-        (`Fit.with_slow_momentum`): a sample then differs by more from batch to batch. With a given
-        damping, nothing says whether they do.
+        Of a slow momentum, the trust alone needs the curvature, for which it is estimated where
+        batches differ (`Fit.with_slow_momentum`): a sample then differs by more from batch to
+        batch. With a given damping, nothing says whether they do.
         """
         if not momentum.direction:
-            return False
+            return list(directions)
         is_exact = self._agreement.is_close or objective.settings.damping is not None
-        return is_exact or momentum.coefficient is not None
+        if is_exact or momentum.coefficient is not None:
+            return [*directions, momentum.direction]
+        return list(directions)
 
     def _change(self, objective: Objective, update: Direction) -> Tensor:
         """Return the change of the layers' outputs by a step."""
@@ -194,6 +241,7 @@ class SubspaceFit:
             change: The change of the layers' outputs by it.
         """
         self.reach = change / length if (length := fit.length) else math.inf
+        self._is_close = change > LIKELY_FRACTION * _bound(objective)
         if change <= (bound := _bound(objective)):
             return fit
         if not math.isfinite(change):

@@ -12,6 +12,7 @@ from small_training import batches, network, optimizer
 from torch import Generator, nn
 
 from einconv_kfac.curvature import kronecker_factors
+from einconv_kfac.curvature.blocks.cholesky import invert_damped
 from einconv_kfac.curvature.layers.layer_registry import built_in_rules
 from einconv_kfac.modules import ConvNd, ConvTransposeNd
 
@@ -116,3 +117,21 @@ def test_steps_with_autocast(adaptive: bool, dtype: torch.dtype) -> None:
             losses.append(float(held(loss.detach())))
         assert not record.mixtures
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_inverses_that_fail_are_made_again_as_on_the_processor() -> None:
+    """One factor of a stack is singular in float32; the others keep their inverses."""
+    good, singular = torch.eye(4).unsqueeze(0), torch.ones(1, 4, 4)
+    pairs = [(good, good), (singular, good), (2 * good, good)]
+    names, damping = ["'a'", "'b'", "'c'"], 1e-16
+    expected = invert_damped(pairs, [damping] * 3, names, damping_increases=2)
+    assert [own.retries > 0 for own in expected] == [False, True, False]
+    with simulated():
+        there = [(to_device(a), to_device(b)) for a, b in pairs]
+        found = invert_damped(there, [damping] * 3, names, damping_increases=2)
+        assert [own.retries for own in found] == [own.retries for own in expected]
+        for own, other in zip(expected, found):
+            for inverse, moved in zip(
+                (*own.inverses, own.conditions()), (*other.inverses, other.conditions())
+            ):
+                torch.testing.assert_close(held(moved), inverse, rtol=1e-5, atol=1e-6)

@@ -33,10 +33,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 BUDGETS = {  # launches, waits
     ("fixed", "ordinary"): (71, 0),
     ("fixed", "factors"): (218, 1),
-    ("fixed", "inverses"): (401, 2),
-    ("automatic", "ordinary"): (142, 1),
-    ("automatic", "factors"): (290, 1),
-    ("automatic", "inverses"): (642, 5),
+    ("fixed", "inverses"): (402, 1),
+    ("automatic", "ordinary"): (180, 0),
+    ("automatic", "factors"): (319, 0),
+    ("automatic", "inverses"): (645, 2),
 }
 """What a step of a model with four layers may ask of the device, with both passes.
 

@@ -49,6 +49,10 @@ class DampingSource:
             assert damping is not None
         return damping
 
+    def is_known(self, objective: Objective, step: int) -> bool:
+        """Return whether a damping is given, or known to the rule."""
+        return objective.settings.damping is not None or self._rule.damping(step) is not None
+
     def raise_(self, factor: float) -> None:
         """Raise the damping by a factor after a step that failed."""
         self._rule.after_rejection(factor)
