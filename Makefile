@@ -3,7 +3,8 @@ ONE_THREAD = OMP_NUM_THREADS=1 $(PYTHON)
 .DEFAULT_GOAL := help
 .PHONY: help install test format lint types surface docs dist smoke example ci clean \
 	bench-digits bench-training bench-step bench-step-operations bench-fractions \
-	bench-communication bench-large-batch bench-growth bench-trace bench-factors bench-profile \
+	bench-communication bench-large-batch bench-growth bench-trace bench-factors bench-threads \
+	bench-regions bench-profile \
 	bench-operations bench-curvature gpu
 
 help: ## this list
@@ -72,6 +73,12 @@ bench-growth: ## count memory, tensors, graph nodes and hooks after up to a thou
 
 bench-trace: ## count how often a step changes file
 	$(ONE_THREAD) benchmarks/step_trace.py
+
+bench-threads: ## time factors on one thread and on two
+	$(PYTHON) benchmarks/factor_threads.py
+
+bench-regions: ## count the operations of factors that wait for threads
+	$(ONE_THREAD) benchmarks/factor_regions.py
 
 bench-factors: ## time the input factors of the layers of real networks
 	$(ONE_THREAD) benchmarks/factors.py

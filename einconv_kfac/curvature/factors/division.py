@@ -27,6 +27,9 @@ UNDIVIDED, GROUPS, EXAMPLES, CHANNELS = "undivided", "groups", "examples", "chan
 INPUTS_PER_RESULTS = 4
 """Elements of the input per element of the results that tasks over examples add."""
 
+SHARED_ROWS = 256
+"""Rows of a factor for each thread that shares its panels, which become shorter."""
+
 FEWEST_TASK_CHANNELS = 32
 """Smallest number of channels of a block in a division by channels."""
 
@@ -82,8 +85,10 @@ def _divisions(problem: Problem, algorithm: Algorithm) -> Iterator[Division]:
     if threads == 1:
         yield Division(UNDIVIDED, 0, work + prices.call * cost.calls)
         return
-    speed = 1 + problem.profile.shared_operation_gain * (threads - 1)
-    region = 0.0 if algorithm.shares_products else prices.region
+    sharing, region = threads, prices.region
+    if algorithm.shares_products:  # by panels, with one wait for all of them
+        sharing, region = min(threads, 1 + problem.size // SHARED_ROWS), 0.0
+    speed = 1 + problem.profile.shared_operation_gain * (sharing - 1)
     yield Division(UNDIVIDED, 0, work / speed + (prices.call + region) * cost.calls)
     yield Division(UNDIVIDED, 1, work + prices.call * cost.calls + prices.task)
     for tasks in {1 << i for i in range(1, threads.bit_length())} | {threads}:
