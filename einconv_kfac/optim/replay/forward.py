@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from einconv_kfac.optim.model_walk import named_modules, parameters_in
+from einconv_kfac.optim.replay.bags import native_bags
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, replaced
 from einconv_kfac.optim.replay.dropout import batch_masks
 from einconv_kfac.optim.replay.environment import NOT_KEPT, Environment
@@ -112,9 +113,9 @@ class ForwardPass:
         """Return the tensors on which the loss depends, then those on which later calls depend.
 
         They are ``[n, ...]``, or ``[k, ...]`` for a subset. Random layers draw the numbers that
-        they drew; buffers such as running statistics are left as they are. Attention and recurrent
-        layers use the one implementation that has a forward mode and a differentiable backward
-        pass.
+        they drew; buffers such as running statistics are left as they are. Attention, recurrent
+        layers and bags of embeddings use the one implementation that has a forward mode and a
+        differentiable backward pass.
 
         Args:
             model: The model.
@@ -133,7 +134,7 @@ class ForwardPass:
 
         norms = batch_norms(model)
         values = _values(model, called, parameters, call.environment.buffers, norms)
-        forwards = native_recurrences(model) | norms
+        forwards = native_recurrences(model) | native_bags(model) | norms
         if self.subset is not None:
             forwards |= batch_masks(model, self.subset)
         if tangents:
