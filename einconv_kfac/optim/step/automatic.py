@@ -112,9 +112,6 @@ class AutomaticStep:
             if damping is None:
                 return Taken({})
             own = begun or Begun(damping)
-            if begun is None and not is_due:
-                own, products = self._first.mixed_(objective, followed, damping)
-                first = replace(first, products=products)
             taken = self._carried_(objective, followed, own, first, prepared) or self._fitted_(
                 objective, followed, own, is_due=is_due
             )

@@ -76,15 +76,13 @@ class FirstReading:
     trust: SlopeTrust
     dampings: DampingSource
 
-    def begun_(self, objective: Objective, momentum: Momentum) -> Begun | None:
-        """Begin a step that needs no fit; ``None`` if inverses are due, which takes long.
+    def begun_(self, objective: Objective, momentum: Momentum) -> Begun:
+        """Begin a step that needs no fit, since neither inverses nor other numbers are due.
 
         Args:
             objective: The objective.
             momentum: The momentum.
         """
-        if self.curvature.inverts():
-            return None
         undo_, damping = self._undo(), self.damping_(objective)
         assert damping is not None
         return Begun(damping, self.fit.mixed_(objective, momentum, damping), None, undo_)
@@ -129,19 +127,6 @@ class FirstReading:
         damping = self.dampings.damping_(objective, self.curvature.steps)
         self.curvature.update_()
         return damping
-
-    def mixed_(
-        self, objective: Objective, momentum: Momentum, damping: float
-    ) -> tuple[Begun, Sequence[float]]:
-        """Invert what is due, and return the mix of a step without a fit, with its numbers.
-
-        Args:
-            objective: The objective.
-            momentum: The momentum.
-            damping: The damping.
-        """
-        mix = self.fit.mixed_(objective, momentum, damping)
-        return Begun(damping, mix), (() if mix is None else mix.numbers.tolist())
 
     def asked(self, objective: Objective, begun: Begun | None) -> tuple[Tensor, Unread]:
         """Ask for the first numbers of a step.

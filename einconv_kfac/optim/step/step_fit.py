@@ -77,9 +77,9 @@ class StepFit:
     def mixed_(self, objective: Objective, momentum: Momentum, damping: float) -> CarriedMix | None:
         """Return the directions with the coefficients of the last fit; see `SubspaceFit.mixed`.
 
-        Inverses that are due are computed.
+        No inverse is due.
         """
-        self._curvature.refresh_(damping * self.search.scale, objective.decay)
+        self._curvature.set_damping_(damping * self.search.scale, objective.decay)
         covered = self._curvature.precondition(objective.gradient)
         return self.subspace.mixed(objective, covered, momentum.direction)
 
