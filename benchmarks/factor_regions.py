@@ -59,7 +59,7 @@ def regions(layer: Layer, algorithm: str | None) -> int:
     call(x)  # constants are computed once
     with RegionCount() as found:
         call(x)
-    return found.count
+    return int(found.count)
 
 
 def report(names: Sequence[str]) -> Iterator[str]:

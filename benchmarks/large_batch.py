@@ -178,7 +178,7 @@ def steps_to_target(
     while step < limit:
         opt.zero_grad()
         inputs, classes = next(data)
-        for part, target in zip(inputs.split(micro), classes.split(micro)):
+        for part, target in zip(torch.split(inputs, micro), torch.split(classes, micro)):
             (loss_fn(model(part), target) * (len(part) / batch)).backward()
         opt.step()
         step += 1
@@ -212,7 +212,7 @@ def searched(run: Callable[[float, float], float], first: float, limit: float) -
             break
         power = min(missing, key=lambda power: abs(power - start))
         found[power] = run(2.0**power, min(limit, found[best]))
-    return 2.0 ** min(found, key=lambda power: found[power])
+    return float(2.0 ** min(found, key=lambda power: found[power]))
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--output", type=Path, default=RESULTS, help="folder of large_batch.txt and .png")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    batches, seeds, own = BATCHES, SEEDS, partial(tasks, options.data_dir)
+    batches: Sequence[int] = BATCHES
+    seeds: Sequence[int] = SEEDS
+    own = partial(tasks, options.data_dir)
     if options.quick:
         batches, seeds, own = (16, 32), (1,), partial(tasks, None)
     found: dict[str, dict[str, list[Row]]] = {}
