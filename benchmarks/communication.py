@@ -258,7 +258,7 @@ def work(rank: int, size: int, folder: str, subject: str, steps: int, way: Way) 
         wrapped: nn.Module = model
     else:
         wrapped = DistributedDataParallel(model)
-    options = {**MODES[way.mode], "divide_factors": way.divides}
+    options: dict[str, Any] = {**MODES[way.mode], "divide_factors": way.divides}
     opt, found = KFAC(wrapped, loss_fn, fallback="gradient", **options), []
     for _ in range(steps):
         opt.zero_grad()
