@@ -29,6 +29,7 @@ from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.slow_momentum import SlowMomentum
 from einconv_kfac.optim.step.step_fit import StepFit
 from einconv_kfac.optim.step.step_protocol import Statistics, Taken
+from einconv_kfac.optim.step.subspace import SubspaceFit
 from einconv_kfac.optim.step.unobserved import UnobservedTerms
 from einconv_kfac.optim.vectors import Direction
 
@@ -62,7 +63,8 @@ class AutomaticStep:
         self._slow = SlowMomentum()
         self._rollback = Rollback()
         self._reduction = Reduction(self._replay, rule, self._noise, safeguard)
-        self._fit = StepFit(curvature, self._trust, self._agreement, self._ask_)
+        subspace = SubspaceFit(curvature, self._trust, self._agreement, self._ask_)
+        self._fit = StepFit(curvature, subspace, self._agreement)
         self._preparation = Preparation(self._fit.subspace, self._trust, self._slow, safeguard)
         self._guarded = GuardedMomentum(self._slow, self._reduction, safeguard)
         self._dampings = DampingSource(rule, self._replay)

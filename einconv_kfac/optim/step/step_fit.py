@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
@@ -13,7 +13,6 @@ from einconv_kfac.optim.step.damping.search import DampingSearch
 from einconv_kfac.optim.step.fit import Fit, Momentum
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.quadratic_model import PendingModel, Products
-from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.subspace import SubspaceFit, descent
 from einconv_kfac.optim.vectors import Direction
 
@@ -36,25 +35,20 @@ class StepFit:
 
     Args:
         curvature: Running curvature of the model.
-        trust: The trust in the slopes along descent directions.
+        subspace: Fits the coefficients of directions.
         agreement: Whether batches agree.
-        meanwhile: See `SubspaceFit`.
 
     Attributes:
-        subspace: Fits the coefficients of directions.
+        subspace: See above.
         search: Searches the damping of the inverses.
     """
 
     def __init__(
-        self,
-        curvature: RunningCurvature,
-        trust: SlopeTrust,
-        agreement: Agreement,
-        meanwhile: Callable[[Objective], None],
+        self, curvature: RunningCurvature, subspace: SubspaceFit, agreement: Agreement
     ) -> None:
         self._curvature = curvature
         self._agreement = agreement
-        self.subspace = SubspaceFit(curvature, trust, agreement, meanwhile)
+        self.subspace = subspace
         self.search = DampingSearch()
 
     def is_due(self, step: int, *, is_given: bool) -> bool:
