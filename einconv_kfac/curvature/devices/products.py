@@ -12,11 +12,13 @@ types stay as they are. Their products are exact in float32, so that the result 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.device_registry import profile_of
+from einconv_kfac.curvature.devices.operations import Operation
 
 ONEDNN_LEAST_MACS = 1 << 20
 """Multiply-accumulates of a product from which the call of oneDNN costs less than it saves."""
@@ -73,31 +75,35 @@ def add_matmul_(
     Operands are not copied to be multiplied faster, nor results of short sums, unless these are
     a part that fits a cache of a product with more ``rows``; all parts are then alike.
     """
-    if left.dtype != target.dtype:
-        _add_mixed_(target, left, right, beta, alpha)
-        return
-    if len(target) > 1:
-        target.baddbmm_(left, right, beta=beta, alpha=alpha)
-        return
-    worthwhile = (rows or left.shape[-1] > SHORT_SUM_TERMS) and _is_dense(left) and _is_dense(right)
-    multiply = _one_dnn_for(left, right, rows) if worthwhile else None
-    if multiply is None:
-        target[0].addmm_(left[0], right[0], beta=beta, alpha=alpha)
-    elif beta:
-        target[0].mul_(beta).add_(multiply(left[0], right[0].mT), alpha=alpha)
-    else:
-        torch.mul(multiply(left[0], right[0].mT), alpha, out=target[0])
+    matmul(target, left, right, beta, alpha, rows)()
 
 
-def _add_mixed_(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> None:
-    """Add products of matrices in a low precision to a target in float32."""
+def matmul(
+    target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, rows: int = 0
+) -> Operation:
+    """Return the operation of `add_matmul_`, which may run several times and on any thread."""
     scales = {"beta": beta, "alpha": alpha}
     if len(target) > 1:
-        add = torch.ops.aten.baddbmm.dtype_out
-        add(target, left, right, target.dtype, **scales, out=target)
+        if left.dtype == target.dtype:
+            return partial(target.baddbmm_, left, right, **scales)
+        mixed = partial(torch.ops.aten.baddbmm.dtype_out, target, left, right, target.dtype)
+        return partial(mixed, out=target, **scales)
+    out, a, b = target[0], left[0], right[0]
+    if left.dtype != target.dtype:
+        mixed = partial(torch.ops.aten.addmm.dtype_out, out, a, b, out.dtype)
+        return partial(mixed, out=out, **scales)
+    worthwhile = (rows or left.shape[-1] > SHORT_SUM_TERMS) and _is_dense(left) and _is_dense(right)
+    if worthwhile and is_for_one_dnn(left, right, rows):
+        return partial(_add_by_one_dnn_, out, a, b.mT, **scales)
+    return partial(out.addmm_, a, b, **scales)
+
+
+def _add_by_one_dnn_(target: Tensor, x: Tensor, w: Tensor, beta: float, alpha: float) -> None:
+    """Set ``target`` to ``beta target + alpha x w^T``."""
+    if beta:
+        target.mul_(beta).add_(_by_one_dnn(x, w), alpha=alpha)
     else:
-        add = torch.ops.aten.addmm.dtype_out
-        add(target[0], left[0], right[0], target.dtype, **scales, out=target[0])
+        torch.mul(_by_one_dnn(x, w), alpha, out=target)
 
 
 def _one_dnn_for(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.device_registry import profile_of
+from einconv_kfac.curvature.devices.operations import Operation, run
 
 FAR = 1 << 10
 """Elements between neighbouring channels from which a few channels are copied at a time.
@@ -22,7 +25,14 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.is_contiguous() or x.stride(-1) < FAR or not profile_of(x.device.type).is_cached:
         return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
     copy = x.new_empty(x.shape, dtype=dtype)
-    for start in range(0, x.shape[-1], STRIP_CHANNELS):
-        strip = slice(start, start + STRIP_CHANNELS)
-        copy[..., strip] = x[..., strip]
+    run(channels_last_copies(copy, x))
     return copy
+
+
+def channels_last_copies(target: Tensor, x: Tensor) -> list[Operation]:
+    """Return the operations that copy ``x`` to ``target``, both of shape ``[*s, c]``."""
+    if x.is_contiguous() or x.stride(-1) < FAR or not profile_of(x.device.type).is_cached:
+        return [partial(target.copy_, x)]
+    step = range(0, x.shape[-1], STRIP_CHANNELS)
+    strips = [slice(start, start + STRIP_CHANNELS) for start in step]
+    return [partial(target[..., strip].copy_, x[..., strip]) for strip in strips]

@@ -42,7 +42,8 @@ def chunks(x: Tensor, growth: float, limit: int | None = None, tasks: int = 1) -
         tasks: Number of tasks at the same time, as in `chunk_size`.
     """
     limit = chunk_size(x.device.type, x.numel(), tasks) if limit is None else limit
-    step = max(1, int(limit / max(1.0, growth * x[0].numel())))
+    most = max(1, int(limit / max(1.0, growth * x[0].numel())))
+    step = -(-x.shape[0] // -(-x.shape[0] // most))  # as even as possible
     for start in range(0, x.shape[0], step):
         yield x[start : start + step]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -171,8 +171,7 @@ def add_divided(algorithm: Algorithm, x: Tensor, problem: Problem, update: Updat
     if found.kind == GROUPS:
         c = problem.channels
         tasks: list[Task] = [
-            partial(
-                algorithm.add,
+            algorithm.task(
                 x[:, part.start * c : part.stop * c],
                 part.problem,
                 replace(update, out=update.out[part.start : part.stop]),
@@ -190,7 +189,7 @@ def _add_examples_(algorithm: Algorithm, x: Tensor, own: tuple[Part, ...], updat
     others = [new_matrices(update.out, shape, dtype) for _ in own[1:]]
     updates = [update, *(Update(out, 0.0, update.alpha) for out in others)]
     tasks: list[Task] = [
-        partial(algorithm.add, x[part.start : part.stop], part.problem, target)
+        algorithm.task(x[part.start : part.stop], part.problem, target)
         for part, target in zip(own, updates)
     ]
     run_tasks(tasks, own[0].problem.tasks)

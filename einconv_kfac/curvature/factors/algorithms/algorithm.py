@@ -87,6 +87,10 @@ class Algorithm(ABC):
             update: The update of ``[g, D, D]`` with the problem's groups and size.
         """
 
+    def task(self, x: Tensor, problem: Problem, update: Update) -> Task:
+        """Return `add` as a task; what only needs shapes may be prepared before it runs."""
+        return partial(self.add, x, problem, update)
+
     def tasks(self, x: Tensor, problem: Problem, update: Update) -> list[Task]:
         """Return `add` as tasks that may run at the same time, the longest first."""
-        return [partial(self.add, x, problem, update)]
+        return [self.task(x, problem, update)]

@@ -220,6 +220,7 @@ class Correlations(Algorithm):
 def _add_pair_(x: Tensor, pair: Pair, geometry: Geometry, problem: Problem, update: Update) -> None:
     """Add the entries between two blocks of channels of ``x``, ``[n, *i, g, c]``."""
     block, diagonal = ChannelBlock(update, pair, geometry), pair[0] == pair[1]
+    block.begin_()
     operands = [x[..., slice(*edge)] for edge in dict.fromkeys(pair)]
     step = examples_per_chunk(operands[0], OPERAND_COPIES, problem.tasks)
     if step >= len(x):

@@ -7,16 +7,16 @@ operand that is zero elsewhere; only the strips at the borders are copied.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby, product
 from math import prod
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.devices.products import add_matmul_
+from einconv_kfac.curvature.devices.operations import Operation, Scratch, run
+from einconv_kfac.curvature.devices.products import matmul
 from einconv_kfac.curvature.devices.threads import Task
 from einconv_kfac.curvature.factors.algorithms.algorithm import (
     BATCHED_MATRIX_CALLS,
@@ -24,7 +24,12 @@ from einconv_kfac.curvature.factors.algorithms.algorithm import (
     Algorithm,
     Cost,
 )
-from einconv_kfac.curvature.factors.channels_last import channels_last
+from einconv_kfac.curvature.factors.algorithms.lag_operands import (
+    Grids,
+    boxes_of,
+    masked,
+    rows_of,
+)
 from einconv_kfac.curvature.factors.chunking import chunk_count, chunks
 from einconv_kfac.curvature.factors.indices.lag_pairs import Key, all_lags, grid_size, half_of_lags
 from einconv_kfac.curvature.factors.problem import Problem
@@ -34,7 +39,6 @@ from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
     channel_pairs,
     edges,
 )
-from einconv_kfac.curvature.factors.symmetric.scatter import write
 from einconv_kfac.curvature.factors.symmetric.update import Update
 from einconv_kfac.geometry import Axis, Geometry
 
@@ -57,141 +61,103 @@ def _border(key: Key) -> int:
     return sum(sizes[0]) * (prod(map(sum, sizes[1:])) - interior)
 
 
-def _add_lags_(sums: Sums, pair: Pair, sides: Sides, alpha: float) -> Iterator[Key]:
-    """Add the products of all lags between two blocks of channels, one lag after the other."""
-    axes = sides[0].geometry.axes
-    work = None
-    keys = half_of_lags(axes) if pair[0] == pair[1] else all_lags(axes)
-    for (inner, remainder), group in groupby(keys, key=lambda key: (key[1:], key[0].left)):
-        grid = sides[0][(remainder, *(lag.left for lag in inner))]
-        work = torch.empty_like(grid) if work is None else work  # fresh memory is slow
-        left = _masked(grid, inner, work)
-        for key in group:
-            total = sums.get((pair, key))
-            sums[pair, key] = _add_regions_(total, key, left, sides, alpha)
-            yield key
-
-
-class Grids:
-    """The positions of an input by their remainders modulo the stride, computed on first use.
+class LagProducts:
+    """The products of some examples at all lags: operations on views and buffers made before.
 
     Args:
-        x: Input of shape ``[n, c, *i]``.
+        x: The examples, ``[n, c, *i]``.
+        pairs: The pairs of blocks of channels.
         geometry: The convolution.
-        dtype: The dtype of the grids.
-        channels: The bounds of the block of channels of each group.
+        update: The update of the factor.
     """
 
-    def __init__(
-        self, x: Tensor, geometry: Geometry, dtype: torch.dtype, channels: tuple[int, int]
+    def __init__(self, x: Tensor, pairs: list[Pair], geometry: Geometry, update: Update) -> None:
+        """Prepare no products yet."""
+        found = dict.fromkeys(edge for pair in pairs for edge in pair)
+        self._grids = {edge: Grids(x, geometry, update.out.dtype, edge) for edge in found}
+        self._alpha, self._axes, self._scratch = update.alpha, geometry.axes, Scratch()
+        self.operations: list[Operation] = []
+
+    @property
+    def read_copies(self) -> bool:
+        """Return whether all products read copies, to which other examples can be copied."""
+        return all(grids.are_copies for grids in self._grids.values())
+
+    def copies(self, x: Tensor) -> list[Operation]:
+        """Return the copies of as many examples to where the products read them."""
+        return [copy for grids in self._grids.values() for copy in grids.copies(x)]
+
+    def append(self, pair: Pair, sums: Sums | None) -> Iterator[tuple[Key, Tensor]]:
+        """Append the products between two blocks, and yield each lag with its sums.
+
+        Args:
+            pair: The blocks of channels.
+            sums: The sums ``[*r, g, c, c']`` to add to, made on first use. Without them, the sums
+                of a lag are overwritten by those of the next one.
+        """
+        sides = self._grids[pair[0]], self._grids[pair[1]]
+        keys = half_of_lags(self._axes) if pair[0] == pair[1] else all_lags(self._axes)
+        for (inner, remainder), group in groupby(keys, key=lambda key: (key[1:], key[0].left)):
+            grid = sides[0][(remainder, *(lag.left for lag in inner))]
+            left, masks = masked(grid, inner, self._scratch)
+            self.operations += masks
+            for key in group:
+                right = sides[1][tuple(lag.right for lag in key)]
+                regions = (len(lag.regions) for lag in key)
+                shape = (*regions, left.shape[0], left.shape[-1], right.shape[-1])
+                if sums is None:
+                    total = self._scratch.empty(shape, left, "sums")
+                else:
+                    total = sums.get((pair, key))
+                    if total is None:
+                        total = sums[pair, key] = left.new_empty(shape)
+                self._append_regions(key, left, (grid, right), total, float(sums is not None))
+                yield key, total
+
+    def _append_regions(
+        self, key: Key, left: Tensor, grids: tuple[Tensor, Tensor], total: Tensor, beta: float
     ) -> None:
-        """Store the input."""
-        groups, sizes = geometry.groups, x.shape[2:]
-        self._x = x.reshape(x.shape[0], groups, -1, *sizes)[:, :, slice(*channels)]
-        self.geometry, self._dtype = geometry, dtype
-        self._made: dict[tuple[int, ...], Tensor] = {}
-
-    def __getitem__(self, remainders: tuple[int, ...]) -> Tensor:
-        """Return the grid ``[g, t0, n, *t, c]`` of the positions with these remainders."""
-        if remainders not in self._made:
-            self._made[remainders] = self._grid(remainders)
-        return self._made[remainders]
-
-    def _grid(self, remainders: tuple[int, ...]) -> Tensor:
-        """Copy the positions with these remainders; grids are equally large."""
-        axes = self.geometry.axes
-        index: tuple[Any, ...] = (
-            ...,
-            *(slice(r, None, axis.stride) for r, axis in zip(remainders, axes)),
-        )
-        part = self._x[index].movedim((3, 0, 2), (1, 2, -1))  # g t0 n *t c
-        sizes = [grid_size(axis) for axis in axes]
-        shape = (part.shape[0], sizes[0], part.shape[2], *sizes[1:], part.shape[-1])
-        if part.shape == shape:
-            return channels_last(part, self._dtype)
-        grid = part.new_zeros(shape, dtype=self._dtype)
-        grid[tuple(slice(size) for size in part.shape)] = part
-        return grid
+        """Append the products ``[g, c, c']`` of each region."""
+        interior = tuple(lag.interior for lag in key[1:])
+        for region in product(*(range(len(lag.regions)) for lag in key)):
+            if region[1:] == interior:
+                here, there = rows_of(left, grids[1], key, key[0].regions[region[0]])
+            else:
+                here, there, copies = boxes_of(*grids, key, region, self._scratch)
+                self.operations += copies
+            self.operations.append(matmul(total[region], here.mT, there, beta, self._alpha))
 
 
-def _masked(grid: Tensor, inner: Key, work: Tensor) -> Tensor:
-    """Return the grid ``[g, t0, n, *t, c]``, zero outside the interior of ``t``."""
-    kept = [lag.regions[lag.interior] for lag in inner]
-    if all(stop - start == size for (start, stop), size in zip(kept, grid.shape[3:])):
-        return grid
-    work.copy_(grid)
-    for dim, (start, stop) in enumerate(kept, start=3):
-        work.narrow(dim, 0, start).zero_()
-        work.narrow(dim, stop, work.shape[dim] - stop).zero_()
-    return work
-
-
-def _add_regions_(
-    total: Tensor | None, key: Key, left: Tensor, sides: Sides, alpha: float
-) -> Tensor:
-    """Add the products of each region to ``total``, of shape ``[*r, g, c, c']``."""
-    first = sides[0][tuple(lag.left for lag in key)]
-    second = sides[1][tuple(lag.right for lag in key)]
-    beta = 1.0
-    if total is None:
-        regions = [len(lag.regions) for lag in key]
-        shape = (*regions, first.shape[0], first.shape[-1], second.shape[-1])
-        total, beta = left.new_empty(shape), 0.0
-    interior = tuple(lag.interior for lag in key[1:])
-    for region in product(*(range(len(lag.regions)) for lag in key)):
-        if region[1:] == interior:
-            here, there = _rows(left, second, key, key[0].regions[region[0]])
-        else:
-            here, there = _boxes(first, second, key, region)
-        add_matmul_(total[region], here.mT, there, beta, alpha)
-    return total
-
-
-def _rows(left: Tensor, right: Tensor, key: Key, rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """View the flattened interior of a range of rows, ``[g, t, c]`` and ``[g, t, c']``."""
-    sizes = left.shape[2:-1]
-    row = prod(sizes)
-    inner = sum(lag.shift * prod(sizes[j:]) for j, lag in enumerate(key[1:], start=2))
-    start = rows[0] * row + max(0, -inner)  # the rest is zero
-    stop = rows[1] * row - max(0, inner)
-    shift = key[0].shift * row + inner
-    return left.flatten(1, -2)[:, start:stop], right.flatten(1, -2)[:, start + shift : stop + shift]
-
-
-def _boxes(left: Tensor, right: Tensor, key: Key, region: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Copy the positions of one region, ``[g, t, c]`` and ``[g, t, c']``."""
-    ranges = [lag.regions[index] for lag, index in zip(key, region)]
-    here = [slice(*edges) for edges in ranges]
-    there = [slice(a + lag.shift, b + lag.shift) for (a, b), lag in zip(ranges, key)]
-    every = slice(None)
-    box, shifted = ((every, side[0], every, *side[1:]) for side in (here, there))
-    return left[box].flatten(1, -2), right[shifted].flatten(1, -2)
-
-
-Sides = tuple[Grids, Grids]
-"""The left and the right block of channels of a pair."""
-
-
-def _add_pairs_(
+def _task(
     x: Tensor, pairs: list[Pair], geometry: Geometry, problem: Problem, update: Update
-) -> None:
-    """Add the entries between some blocks of channels, some examples at a time."""
-    sums: Sums = {}
+) -> Task:
+    """Return the addition of the entries between some blocks, some examples at a time."""
     parts = list(chunks(x, _growth(problem), tasks=problem.tasks))
+    blocks = {pair: ChannelBlock(update, pair, geometry) for pair in pairs}
+    if len(parts) == 1:
+        products = LagProducts(x, pairs, geometry, update)
+        for pair, block in blocks.items():
+            products.operations.append(block.begin_)
+            for key, total in products.append(pair, None):
+                products.operations.append(block.writing(key, total))
+            products.operations.append(block.store_)
+        return partial(run, [*products.copies(x), *products.operations])
+    sums: Sums = {}
+    operations: list[Operation] = []
+    prepared: dict[int, LagProducts] = {}
     for part in parts:
-        grids = {
-            edge: Grids(part, geometry, update.out.dtype, edge)
-            for edge in dict.fromkeys(edge for pair in pairs for edge in pair)
-        }
-        for pair in pairs:
-            block = ChannelBlock(update, pair, geometry) if part is parts[-1] else None
-            sides = grids[pair[0]], grids[pair[1]]
-            for key in _add_lags_(sums, pair, sides, update.alpha):
-                if block is not None:
-                    total, diagonal = sums.pop((pair, key)), pair[0] == pair[1]
-                    write(block.entries, key, total, block.beta, diagonal)
-            if block is not None:
-                block.store_()
+        products = prepared.get(len(part))
+        if products is None or not products.read_copies:
+            products = prepared[len(part)] = LagProducts(part, pairs, geometry, update)
+            for pair in pairs:
+                deque(products.append(pair, sums), 0)
+        operations += [*products.copies(part), *products.operations]
+    zeros: list[Operation] = [total.zero_ for total in sums.values()]
+    for pair, block in blocks.items():
+        found = {key: total for (own, key), total in sums.items() if own == pair}
+        writes = [block.writing(key, total) for key, total in found.items()]
+        operations += [block.begin_, *writes, block.store_]
+    return partial(run, [*zeros, *operations])
 
 
 class LagReuse(Algorithm):
@@ -222,14 +188,18 @@ class LagReuse(Algorithm):
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, from products that many entries share."""
+        self.task(x, problem, update)()
+
+    def task(self, x: Tensor, problem: Problem, update: Update) -> Task:
+        """Return `add`, with its views and buffers prepared."""
         x, geometry = _with_rows(x, problem.geometry)
-        _add_pairs_(x, channel_pairs(problem), geometry, problem, update)
+        return _task(x, channel_pairs(problem), geometry, problem, update)
 
     def tasks(self, x: Tensor, problem: Problem, update: Update) -> list[Task]:
         """Return a task for each pair of blocks of channels."""
         x, geometry = _with_rows(x, problem.geometry)
         pairs = sorted(channel_pairs(problem), key=lambda pair: pair[0] == pair[1])
-        return [partial(_add_pairs_, x, [pair], geometry, problem, update) for pair in pairs]
+        return [_task(x, [pair], geometry, problem, update) for pair in pairs]
 
 
 def _with_rows(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:

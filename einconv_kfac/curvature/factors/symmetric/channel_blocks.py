@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations_with_replacement, pairwise
 from math import prod
 
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.operations import Operation
 from einconv_kfac.curvature.factors.indices.lag_pairs import lags
 from einconv_kfac.curvature.factors.problem import Problem
+from einconv_kfac.curvature.factors.symmetric.scatter import Key, write
 from einconv_kfac.curvature.factors.symmetric.update import Update, copy_transposed_block_
 from einconv_kfac.geometry import Axis, Geometry
 
@@ -29,8 +31,8 @@ INTERLEAVED_ELEMENTS = 1 << 16
 class ChannelBlock:
     """The entries of the factor between two blocks of channels, collected in the factor itself.
 
-    In each row the channels are innermost until `store_`, so that a product is written by one
-    copy. Then they are interleaved with the kernel entries, a few rows at a time.
+    Between `begin_` and `store_` the channels are innermost in each row, so that a product is
+    written by one copy. Then they are interleaved with the kernel entries, a few rows at a time.
 
     Args:
         update: The update of the factor.
@@ -39,22 +41,35 @@ class ChannelBlock:
     """
 
     def __init__(self, update: Update, pair: Pair, geometry: Geometry) -> None:
-        """Scale the old values, or set to zero the entries that no lag writes."""
+        """View the entries."""
         kernel, self._out = geometry.kernel_size, update.out
         self._size, d = prod(kernel), len(kernel)
         self._rows, self._columns = (slice(a * self._size, b * self._size) for a, b in pair)
-        part = update.out[:, self._rows, self._columns]
-        self.beta = float(update.beta != 0)  # the multiplier for each write
-        if self.beta:
-            _interleave_(part.mul_(update.beta), self._size)
-        elif not all_are_written(geometry.axes):
-            part.zero_()
+        self.beta, self._old = float(update.beta != 0), update.beta  # the multiplier for each write
+        self._is_filled = all_are_written(geometry.axes)
+        part = self._part
         entries = torch.unflatten(torch.unflatten(part, 2, (*kernel, -1)), 1, (-1, *kernel))
         self.entries = entries.movedim(-1, 2 + d)  # g ci *k ci' *k'
 
+    @property
+    def _part(self) -> Tensor:
+        """The entries, ``[g, (ci k), (ci' k')]``."""
+        return self._out[:, self._rows, self._columns]
+
+    def begin_(self) -> None:
+        """Scale the old values, or set to zero the entries that no lag writes."""
+        if self.beta:
+            _interleave_(self._part.mul_(self._old), self._size)
+        elif not self._is_filled:
+            self._part.zero_()
+
+    def writing(self, key: Key, sums: Tensor) -> Operation:
+        """Return the write of a lag's sums over regions, ``[*r, g, c, c']``."""
+        return partial(write, self.entries, key, sums, self.beta, self._rows == self._columns)
+
     def store_(self) -> None:
         """Bring the entries into order, and copy their transpose to the lower triangle."""
-        part = self._out[:, self._rows, self._columns]
+        part = self._part
         _interleave_(part, part.shape[2] // self._size)
         if self._rows != self._columns:
             copy_transposed_block_(self._out, self._rows, self._columns)
