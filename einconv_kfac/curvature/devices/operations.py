@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from math import prod
 
+import torch
 from torch import Tensor
 
 Operation = Callable[[], object]
@@ -30,18 +31,20 @@ class Scratch:
         """Own no memory."""
         self._made: dict[Hashable, Tensor] = {}
 
-    def empty(self, shape: Sequence[int], like: Tensor, use: str) -> Tensor:
-        """Return a tensor of a shape; uses of the same name share the memory.
+    def empty(
+        self, shape: Sequence[int], like: Tensor, use: Hashable, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Return a tensor of a shape; those of the same use share the memory.
 
         Args:
             shape: The shape.
-            like: A tensor of its dtype and device.
+            like: A tensor on its device, by default with its dtype.
             use: What it is for. Two tensors that are needed at the same time have two uses.
+            dtype: The dtype.
         """
-        key, size = (use, like.dtype, like.device), prod(shape)
-        memory = self._made.get(key)
+        size, memory = prod(shape), self._made.get(use)
         if memory is None or memory.numel() < size:
-            memory = self._made[key] = like.new_empty(size)
+            memory = self._made[use] = like.new_empty(size, dtype=dtype)
         return memory[:size].view(*shape)
 
 

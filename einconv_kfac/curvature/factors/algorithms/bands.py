@@ -9,12 +9,16 @@ dimension has no regions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.operations import Operation, Scratch, run
 from einconv_kfac.curvature.devices.products import WIDE_ROWS
+from einconv_kfac.curvature.devices.threads import Task
 from einconv_kfac.curvature.factors.algorithms.algorithm import (
     BATCHED_MATRIX_CALLS,
     Algorithm,
@@ -43,26 +47,25 @@ def groups_at_once(problem: Problem, growth: float) -> int:
     return max(1, int(limit * problem.geometry.groups / problem.inputs))
 
 
-def _add_bands_(parts: list[Tensor], geometry: Geometry, update: Update) -> None:
-    """Add the products of some groups, of at least two dimensions, some examples at a time."""
+def _operations(
+    parts: list[Tensor], geometry: Geometry, update: Update, scratch: Scratch
+) -> Iterator[Operation]:
+    """Yield the products of some groups, of at least two dimensions, some examples at a time."""
     leading, last = geometry.axes[:-1], geometry.axes[-1]
     channels = parts[0].shape[1] // geometry.groups
     regions = regions_of(leading)
-    entries = (channels, last.kernel_size) * 2
-    shape = (len(regions), geometry.groups, *entries)
-    sums = parts[0].new_empty(shape, dtype=update.out.dtype)
+    shape = (len(regions), geometry.groups, *(channels, last.kernel_size) * 2)
+    sums = scratch.empty(shape, update.out, "sums")
     is_first = True
     for part in parts:
-        rows = PaddedRows(part, geometry, update.out.dtype)
+        rows = PaddedRows(part, geometry, scratch, update.out.dtype)
         for band in bands(last, channels):
             operand = BandOperand(rows, band)
             for (key, region), total in zip(regions, sums):
-                products = operand.products(key, region, update.alpha)
-                operand.sum_entries_(products, total, is_first)
+                yield from operand.products(key, region, update.alpha)
+                yield from operand.additions(total, is_first)
             is_first = False
-            del operand  # freed before the next one is computed
-        del rows
-    write_regions(sums, leading, update)
+    yield partial(write_regions, sums, leading, update)
 
 
 def _growth(axis: Axis, channels: int) -> float:
@@ -106,15 +109,23 @@ class Bands(Algorithm):
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, from products of blocks of positions."""
-        geometry, c = problem.geometry, problem.channels
+        for operation in self._operations(x, problem, update):
+            operation()
+
+    def task(self, x: Tensor, problem: Problem, update: Update) -> Task:
+        """Return `add`, with its views and buffers prepared."""
+        return partial(run, list(self._operations(x, problem, update)))
+
+    def _operations(self, x: Tensor, problem: Problem, update: Update) -> Iterator[Operation]:
+        """Yield the operations of `add`."""
+        geometry, c, scratch = problem.geometry, problem.channels, Scratch()
         if geometry.ndim == 1:  # no dimension to take lags along
             x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
         growth = _growth(geometry.axes[-1], c)
         step = groups_at_once(problem, growth)
+        limit = chunk_size(problem.device, problem.inputs, problem.tasks)
         for start in range(0, geometry.groups, step):
             some = replace(geometry, groups=min(step, geometry.groups - start))
-            part = x[:, start * c : (start + some.groups) * c]
-            parts = list(
-                chunks(part, growth, chunk_size(problem.device, problem.inputs, problem.tasks))
-            )
-            _add_bands_(parts, some, replace(update, out=update.out[start : start + some.groups]))
+            parts = list(chunks(x[:, start * c : (start + some.groups) * c], growth, limit))
+            out = update.out[start : start + some.groups]
+            yield from _operations(parts, some, replace(update, out=out), scratch)
