@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -61,4 +62,4 @@ def flattened(
 def _is_one_range(x: Tensor, start: int, stop: int) -> bool:
     """Return whether the elements of some dimensions have one distance in memory."""
     dims = [i for i in range(start, stop + 1) if x.shape[i] != 1]
-    return all(x.stride(i) == x.stride(j) * x.shape[j] for i, j in zip(dims, dims[1:]))
+    return all(x.stride(i) == x.stride(j) * x.shape[j] for i, j in pairwise(dims))

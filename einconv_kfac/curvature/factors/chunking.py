@@ -43,7 +43,12 @@ def chunks(x: Tensor, growth: float, limit: int | None = None, tasks: int = 1) -
     """
     limit = chunk_size(x.device.type, x.numel(), tasks) if limit is None else limit
     most = max(1, int(limit / max(1.0, growth * x[0].numel())))
-    step = -(-x.shape[0] // -(-x.shape[0] // most))  # as even as possible
+    return even_chunks(x, -(-x.shape[0] // most))
+
+
+def even_chunks(x: Tensor, count: int) -> Iterator[Tensor]:
+    """Cut ``x`` along its first dimension into so many chunks, or fewer, of even size."""
+    step = -(-x.shape[0] // count)
     for start in range(0, x.shape[0], step):
         yield x[start : start + step]
 

@@ -1,9 +1,9 @@
 """The division of a factor into tasks that run at the same time, each on one thread.
 
 Groups are independent. Examples are summed: each task but the first has a result of its own,
-which is added at the end, in the order of the tasks. Pairs of blocks of channels are independent
-in algorithms that collect products by them. The cheapest division is taken, by the prices of the
-device; with one thread there is none.
+which is added at the end, in the order of the tasks. Some algorithms divide products in a way of
+their own: by pairs of blocks of channels, or by lags. The cheapest division is taken, by the
+prices of the device; with one thread there is none.
 """
 
 from __future__ import annotations
@@ -22,16 +22,13 @@ from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.allocation import new_matrices
 from einconv_kfac.curvature.factors.symmetric.update import Update
 
-UNDIVIDED, GROUPS, EXAMPLES, CHANNELS = "undivided", "groups", "examples", "channels"
+UNDIVIDED, GROUPS, EXAMPLES, OWN = "undivided", "groups", "examples", "own"
 
 INPUTS_PER_RESULTS = 4
 """Elements of the input per element of the results that tasks over examples add."""
 
 SHARED_ROWS = 256
 """Rows of a factor for each thread that shares its panels, which become shorter."""
-
-FEWEST_TASK_CHANNELS = 32
-"""Smallest number of channels of a block in a division by channels."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +100,8 @@ def _kinds(problem: Problem, algorithm: Algorithm, tasks: int) -> Iterator[str]:
     results = (tasks - 1) * problem.outputs
     if problem.batch >= tasks and results * INPUTS_PER_RESULTS <= problem.inputs:
         yield EXAMPLES
-    single = problem.geometry.groups == 1
-    if single and algorithm.has_channel_tasks and _blocks(problem, tasks) > 1:
-        yield CHANNELS
-
-
-def _blocks(problem: Problem, tasks: int) -> int:
-    """Return the number of blocks of channels whose pairs occupy a number of tasks."""
-    most = max(1, problem.channels // FEWEST_TASK_CHANNELS)
-    return min(most, next(b for b in range(1, tasks + 2) if b * b >= 2 * tasks))
+    if len(algorithm.shares(problem, tasks)) > 1:
+        yield OWN
 
 
 def _seconds(problem: Problem, algorithm: Algorithm, kind: str, tasks: int) -> float:
@@ -123,12 +113,21 @@ def _seconds(problem: Problem, algorithm: Algorithm, kind: str, tasks: int) -> f
     part = parts(problem, kind, tasks)[0].problem
     cost = algorithm.cost(part)
     work, calls = work_seconds(cost, part), cost.calls
-    if kind == CHANNELS:  # the cost of all tasks
-        work, calls = work / tasks, calls / tasks
+    if kind == OWN:  # the cost of all tasks
+        longest = _longest(algorithm.shares(problem, tasks), tasks)
+        work, calls = work * longest, calls * longest
     added = (tasks - 1) * problem.outputs if kind == EXAMPLES else 0
     waits = 1 + profile.python_share * (tasks - 1)
     total = work + prices.call * calls * waits + prices.copied * added
     return total + prices.task * tasks
+
+
+def _longest(shares: list[float], threads: int) -> float:
+    """Return the part of the work of the thread that has most, if the largest shares go first."""
+    work = [0.0] * threads
+    for share in sorted(shares, reverse=True):
+        work[work.index(min(work))] += share
+    return max(work)
 
 
 @lru_cache(maxsize=4096)
@@ -137,8 +136,8 @@ def parts(problem: Problem, kind: str, tasks: int) -> tuple[Part, ...]:
     alone = replace(problem, threads=1, tasks=tasks)
     if kind == UNDIVIDED:
         return (Part(replace(problem, threads=1), 0, problem.batch),)
-    if kind == CHANNELS:
-        return (Part(replace(alone, channel_blocks=_blocks(problem, tasks)), 0, problem.batch),)
+    if kind == OWN:
+        return (Part(replace(alone, shares=tasks), 0, problem.batch),)
     total = problem.geometry.groups if kind == GROUPS else problem.batch
     bounds = [-(-total * i // tasks) for i in range(tasks + 1)]
     sizes = (stop - start for start, stop in pairwise(bounds))
@@ -178,9 +177,10 @@ def add_divided(algorithm: Algorithm, x: Tensor, problem: Problem, update: Updat
             )
             for part in own
         ]
-    else:
-        tasks = algorithm.tasks(x, own[0].problem, update)
-    run_tasks(tasks, problem.threads)
+        run_tasks(tasks, problem.threads)
+        return
+    for phase in algorithm.phases(x, own[0].problem, update):
+        run_tasks(phase, problem.threads)
 
 
 def _add_examples_(algorithm: Algorithm, x: Tensor, own: tuple[Part, ...], update: Update) -> None:

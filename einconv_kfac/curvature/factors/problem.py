@@ -27,7 +27,7 @@ class Problem:
         tf32: Whether products in float32 are rounded to TF32.
         threads: Number of threads that may compute parts of it at the same time.
         tasks: Number of tasks at the same time of which this is one; they share a cache.
-        channel_blocks: Least number of blocks of channels, whose pairs are tasks.
+        shares: Number of tasks into which an algorithm divides it in its own way.
     """
 
     geometry: Geometry
@@ -38,7 +38,7 @@ class Problem:
     tf32: bool = False
     threads: int = 1
     tasks: int = 1
-    channel_blocks: int = 1
+    shares: int = 1
 
     def __hash__(self) -> int:
         return self._hash
@@ -47,7 +47,7 @@ class Problem:
     def _hash(self) -> int:
         """The hash, which look-ups in caches take for every factor."""
         numbers = self.batch, self.channels, self.dtype, self.device, self.tf32
-        return hash((self.geometry, *numbers, self.threads, self.tasks, self.channel_blocks))
+        return hash((self.geometry, *numbers, self.threads, self.tasks, self.shares))
 
     @cached_property
     def entries(self) -> int:

@@ -35,7 +35,7 @@ def draw(geometry: Geometry, batch: int, channels: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", [division.GROUPS, division.EXAMPLES, division.CHANNELS, "alone"])
+@pytest.mark.parametrize("kind", [division.GROUPS, division.EXAMPLES, division.OWN, "alone"])
 @pytest.mark.parametrize("axes", [IMAGE, STRIDED, LINE], ids=["image", "strided", "line"])
 @pytest.mark.parametrize(
     "name", [name for name in ALGORITHMS if name not in ("pointwise", "fused")]
@@ -44,14 +44,14 @@ def test_every_algorithm(
     name: str, axes: tuple[Axis, ...], kind: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All ways to divide each algorithm, with parts of different sizes."""
-    monkeypatch.setattr(division, "FEWEST_TASK_CHANNELS", 2)
+    monkeypatch.setattr(channel_blocks, "FEWEST_BLOCK_CHANNELS", 2)
     geometry = Geometry(axes, 4 if kind == division.GROUPS else 1)
     problem = Problem(geometry, 5, 7, torch.float64, "cpu", threads=threads)
     algorithm = ALGORITHMS[name]
     if name not in applicable(problem):
         pytest.skip("not for this convolution")
-    if kind == division.CHANNELS and not algorithm.has_channel_tasks:
-        pytest.skip("not divided by channels")
+    if kind == division.OWN and len(algorithm.shares(problem, threads)) == 1:
+        pytest.skip("not divided in a way of its own")
     found = Division(division.UNDIVIDED, 1, 0.0)
     if kind != "alone":
         found = Division(kind, threads, 0.0)

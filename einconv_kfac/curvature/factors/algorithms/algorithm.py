@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -63,9 +64,6 @@ class Algorithm(ABC):
     reads_unmet: ClassVar[bool] = False
     """Whether positions that no kernel entry meets enter products with zeros."""
 
-    has_channel_tasks: ClassVar[bool] = False
-    """Whether pairs of blocks of channels are tasks that may run at the same time."""
-
     shares_products: ClassVar[bool] = False
     """Whether most of the time is in products of `Update`, which threads share."""
 
@@ -91,6 +89,21 @@ class Algorithm(ABC):
         """Return `add` as a task; what only needs shapes may be prepared before it runs."""
         return partial(self.add, x, problem, update)
 
-    def tasks(self, x: Tensor, problem: Problem, update: Update) -> list[Task]:
-        """Return `add` as tasks that may run at the same time, the longest first."""
-        return [self.task(x, problem, update)]
+    def shares(self, problem: Problem, tasks: int) -> list[float]:
+        """Return the parts of the work of tasks into which `phases` divides it, if it does.
+
+        Args:
+            problem: The problem.
+            tasks: Number of tasks.
+        """
+        return [1.0]
+
+    def phases(self, x: Tensor, problem: Problem, update: Update) -> Iterator[list[Task]]:
+        """Yield tasks that may run at the same time; each phase starts when the last has ended.
+
+        Args:
+            x: As in `add`.
+            problem: The problem, with its number of shares.
+            update: As in `add`.
+        """
+        yield [self.task(x, problem, update)]

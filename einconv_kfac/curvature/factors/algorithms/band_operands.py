@@ -33,9 +33,7 @@ class PaddedRows:
         dtype: The dtype of the products.
     """
 
-    def __init__(
-        self, x: Tensor, geometry: Geometry, scratch: Scratch, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, x: Tensor, geometry: Geometry, scratch: Scratch, dtype: torch.dtype) -> None:
         """Store the input."""
         x = x.reshape(x.shape[0], geometry.groups, -1, *x.shape[2:])
         self.channels, self.scratch, self.axis = x.shape[2], scratch, geometry.axes[-1]
@@ -73,7 +71,9 @@ def _copies(target: Tensor, x: Tensor, start: int) -> list[Operation]:
     low, high = max(0, start), min(x.shape[-1], stop)
     if low >= high:
         return [target.zero_]
-    found: list[Operation] = [partial(target[..., low - start : high - start].copy_, x[..., low:high])]
+    found: list[Operation] = [
+        partial(target[..., low - start : high - start].copy_, x[..., low:high])
+    ]
     if low > start:
         found.append(target[..., : low - start].zero_)
     if high < stop:

@@ -7,6 +7,8 @@ region of the left positions; see docs/factors.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import groupby, product
 from math import prod
@@ -175,7 +177,6 @@ class Correlations(Algorithm):
 
     name = "correlations"
     rank = 1
-    has_channel_tasks = True
 
     def applies(self, problem: Problem) -> bool:
         """Return whether torch has an exact weight gradient of as many dimensions."""
@@ -203,18 +204,25 @@ class Correlations(Algorithm):
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, from correlations of the input with itself."""
-        for task in self.tasks(x, problem, update):
-            task()
+        for phase in self.phases(x, problem, update):
+            for task in phase:
+                task()
 
-    def tasks(self, x: Tensor, problem: Problem, update: Update) -> list[Task]:
-        """Return a task for each pair of blocks of channels."""
+    def shares(self, problem: Problem, tasks: int) -> list[float]:
+        """Return the parts of the work of pairs of blocks of channels."""
+        pairs = channel_pairs(replace(problem, shares=tasks))
+        work = [1 + (first != second) for first, second in pairs]
+        return [part / sum(work) for part in work]
+
+    def phases(self, x: Tensor, problem: Problem, update: Update) -> Iterator[list[Task]]:
+        """Yield the tasks, one for each pair of blocks of channels."""
         geometry = problem.geometry
         if geometry.ndim == 1:
             x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
         x = x.reshape(x.shape[0], geometry.groups, problem.channels, *x.shape[2:])
         x = x.movedim((1, 2), (-2, -1))  # n *i g c
         pairs = sorted(channel_pairs(problem), key=lambda pair: pair[0] == pair[1])
-        return [partial(_add_pair_, x, pair, geometry, problem, update) for pair in pairs]
+        yield [partial(_add_pair_, x, pair, geometry, problem, update) for pair in pairs]
 
 
 def _add_pair_(x: Tensor, pair: Pair, geometry: Geometry, problem: Problem, update: Update) -> None:

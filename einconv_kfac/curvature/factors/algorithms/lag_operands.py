@@ -25,14 +25,11 @@ class Grids:
         x: Input of shape ``[n, c, *i]``.
         geometry: The convolution.
         dtype: The dtype of the grids.
-        channels: The bounds of the block of channels of each group.
     """
 
-    def __init__(
-        self, x: Tensor, geometry: Geometry, dtype: torch.dtype, channels: tuple[int, int]
-    ) -> None:
+    def __init__(self, x: Tensor, geometry: Geometry, dtype: torch.dtype) -> None:
         """Store the input."""
-        self._x, self.geometry, self._dtype, self._channels = x, geometry, dtype, channels
+        self._x, self._geometry, self._dtype = x, geometry, dtype
         self._made: dict[tuple[int, ...], Tensor] = {}
         self.are_copies = True
 
@@ -54,14 +51,16 @@ class Grids:
 
     def _positions(self, x: Tensor, remainders: tuple[int, ...]) -> Tensor:
         """View the positions with these remainders, ``[g, t0, n, *t, c]``."""
-        axes, groups = self.geometry.axes, self.geometry.groups
-        x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])[:, :, slice(*self._channels)]
-        strides = (slice(r, None, axis.stride) for r, axis in zip(remainders, axes))
+        axes, groups = self._geometry.axes, self._geometry.groups
+        x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+        strides: tuple[Any, ...] = tuple(
+            slice(r, None, axis.stride) for r, axis in zip(remainders, axes)
+        )
         return x[(..., *strides)].movedim((3, 0, 2), (1, 2, -1))
 
     def _new(self, part: Tensor) -> Tensor:
         """Return a grid for some positions; grids are equally large, and zero beyond the input."""
-        sizes = [grid_size(axis) for axis in self.geometry.axes]
+        sizes = [grid_size(axis) for axis in self._geometry.axes]
         shape = (part.shape[0], sizes[0], part.shape[2], *sizes[1:], part.shape[-1])
         if part.shape != shape:
             return part.new_zeros(shape, dtype=self._dtype)
@@ -69,10 +68,6 @@ class Grids:
             self.are_copies = False
             return part
         return part.new_empty(shape, dtype=self._dtype)
-
-
-Sides = tuple[Grids, Grids]
-"""The left and the right block of channels of a pair."""
 
 
 def masked(grid: Tensor, inner: Key, scratch: Scratch) -> tuple[Tensor, list[Operation]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby, product
 from math import prod
 
@@ -30,28 +30,37 @@ from einconv_kfac.curvature.factors.algorithms.lag_operands import (
     masked,
     rows_of,
 )
-from einconv_kfac.curvature.factors.chunking import chunk_count, chunks
-from einconv_kfac.curvature.factors.indices.lag_pairs import Key, all_lags, grid_size, half_of_lags
+from einconv_kfac.curvature.factors.chunking import chunk_count, even_chunks
+from einconv_kfac.curvature.factors.indices.lag_pairs import Key, grid_size, half_of_lags
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
     ChannelBlock,
-    Pair,
-    channel_pairs,
-    edges,
 )
 from einconv_kfac.curvature.factors.symmetric.update import Update
 from einconv_kfac.geometry import Axis, Geometry
 
-Sums = dict[tuple[Pair, Key], Tensor]
+Sums = dict[Key, Tensor]
+"""The products of each region of a lag, ``[*r, g, c, c']``."""
+
+Group = tuple[Key, ...]
+"""Lags whose products have the same left operand."""
 
 LAG_MAC_PRICE = 1.2
 """Price of a multiplication in products of one block of channels, relative to wide ones."""
 
 
-def _growth(problem: Problem) -> float:
-    """Return how many copies of a part to count: two, where the sums are small beside them."""
-    sums = len(half_of_lags(problem.geometry.axes)) * problem.channels**2
-    return 2.0 if 4 * sums * problem.geometry.groups < problem.inputs else 1.0
+def _chunk_count(problem: Problem) -> int:
+    """Return the number of chunks of the input: one, where all sums need more memory than it."""
+    axes = _axes(problem)
+    regions = sum(prod(len(lag.regions) for lag in key) for key in half_of_lags(axes))
+    sums = regions * problem.channels**2 * problem.geometry.groups
+    return 1 if sums > problem.inputs else chunk_count(problem, 2.0)
+
+
+def _axes(problem: Problem) -> tuple[Axis, ...]:
+    """Return at least two dimensions, since the outermost one has a part of its own."""
+    axes = problem.geometry.axes
+    return axes if len(axes) > 1 else (Axis(1, 1), *axes)
 
 
 def _border(key: Key) -> int:
@@ -61,58 +70,63 @@ def _border(key: Key) -> int:
     return sum(sizes[0]) * (prod(map(sum, sizes[1:])) - interior)
 
 
+@lru_cache(maxsize=256)
+def _groups(axes: tuple[Axis, ...]) -> tuple[Group, ...]:
+    """Return half of the lags, by the left operand of their products in the interior."""
+    found = groupby(half_of_lags(axes), key=lambda key: (key[1:], key[0].left))
+    return tuple(tuple(group) for _, group in found)
+
+
+@lru_cache(maxsize=256)
+def lag_shares(axes: tuple[Axis, ...], count: int) -> tuple[tuple[Group, ...], ...]:
+    """Divide the lags into shares with about as many products, the largest first."""
+    shares: list[list[Group]] = [[] for _ in range(count)]
+    for group in sorted(_groups(axes), key=positions_of, reverse=True):
+        min(shares, key=lambda own: sum(map(positions_of, own))).append(group)
+    return tuple(tuple(own) for own in shares if own) or ((),)
+
+
+def positions_of(group: Group) -> int:
+    """Return the number of positions that are multiplied."""
+    ranges = ((lag.regions for lag in key) for key in group)
+    return sum(prod(found[-1][1] - found[0][0] for found in regions) for regions in ranges)
+
+
 class LagProducts:
-    """The products of some examples at all lags: operations on views and buffers made before.
+    """The products of some examples at some lags: operations on views and buffers made before.
 
     Args:
-        x: The examples, ``[n, c, *i]``.
-        pairs: The pairs of blocks of channels.
+        grids: The positions of the examples.
         geometry: The convolution.
-        update: The update of the factor.
+        alpha: Multiplier of the products.
     """
 
-    def __init__(self, x: Tensor, pairs: list[Pair], geometry: Geometry, update: Update) -> None:
+    def __init__(self, grids: Grids, geometry: Geometry, alpha: float) -> None:
         """Prepare no products yet."""
-        found = dict.fromkeys(edge for pair in pairs for edge in pair)
-        self._grids = {edge: Grids(x, geometry, update.out.dtype, edge) for edge in found}
-        self._alpha, self._axes, self._scratch = update.alpha, geometry.axes, Scratch()
+        self._grids, self._alpha, self._scratch = grids, alpha, Scratch()
         self.operations: list[Operation] = []
 
-    @property
-    def read_copies(self) -> bool:
-        """Return whether all products read copies, to which other examples can be copied."""
-        return all(grids.are_copies for grids in self._grids.values())
-
-    def copies(self, x: Tensor) -> list[Operation]:
-        """Return the copies of as many examples to where the products read them."""
-        return [copy for grids in self._grids.values() for copy in grids.copies(x)]
-
-    def append(self, pair: Pair, sums: Sums | None) -> Iterator[tuple[Key, Tensor]]:
-        """Append the products between two blocks, and yield each lag with its sums.
+    def append(self, group: Group, sums: Sums | None) -> Iterator[tuple[Key, Tensor]]:
+        """Append the products of some lags, and yield each lag with its sums.
 
         Args:
-            pair: The blocks of channels.
-            sums: The sums ``[*r, g, c, c']`` to add to, made on first use. Without them, the sums
-                of a lag are overwritten by those of the next one.
+            group: The lags.
+            sums: The sums to add to, made on first use. Without them, the sums of a lag are
+                overwritten by those of the next one.
         """
-        sides = self._grids[pair[0]], self._grids[pair[1]]
-        keys = half_of_lags(self._axes) if pair[0] == pair[1] else all_lags(self._axes)
-        for (inner, remainder), group in groupby(keys, key=lambda key: (key[1:], key[0].left)):
-            grid = sides[0][(remainder, *(lag.left for lag in inner))]
-            left, masks = masked(grid, inner, self._scratch)
-            self.operations += masks
-            for key in group:
-                right = sides[1][tuple(lag.right for lag in key)]
-                regions = (len(lag.regions) for lag in key)
-                shape = (*regions, left.shape[0], left.shape[-1], right.shape[-1])
-                if sums is None:
-                    total = self._scratch.empty(shape, left, "sums")
-                else:
-                    total = sums.get((pair, key))
-                    if total is None:
-                        total = sums[pair, key] = left.new_empty(shape)
-                self._append_regions(key, left, (grid, right), total, float(sums is not None))
-                yield key, total
+        grid = self._grids[tuple(lag.left for lag in group[0])]
+        left, masks = masked(grid, group[0][1:], self._scratch)
+        self.operations += masks
+        for key in group:
+            right = self._grids[tuple(lag.right for lag in key)]
+            shape = (*(len(lag.regions) for lag in key), len(left), left.shape[-1], left.shape[-1])
+            if sums is None:
+                total = self._scratch.empty(shape, left, "sums")
+            else:
+                total = sums[key] if key in sums else left.new_empty(shape)
+                sums[key] = total
+            self._append_regions(key, left, (grid, right), total, float(sums is not None))
+            yield key, total
 
     def _append_regions(
         self, key: Key, left: Tensor, grids: tuple[Tensor, Tensor], total: Tensor, beta: float
@@ -128,36 +142,79 @@ class LagProducts:
             self.operations.append(matmul(total[region], here.mT, there, beta, self._alpha))
 
 
-def _task(
-    x: Tensor, pairs: list[Pair], geometry: Geometry, problem: Problem, update: Update
-) -> Task:
-    """Return the addition of the entries between some blocks, some examples at a time."""
-    parts = list(chunks(x, _growth(problem), tasks=problem.tasks))
-    blocks = {pair: ChannelBlock(update, pair, geometry) for pair in pairs}
-    if len(parts) == 1:
-        products = LagProducts(x, pairs, geometry, update)
-        for pair, block in blocks.items():
-            products.operations.append(block.begin_)
-            for key, total in products.append(pair, None):
-                products.operations.append(block.writing(key, total))
-            products.operations.append(block.store_)
-        return partial(run, [*products.copies(x), *products.operations])
-    sums: Sums = {}
-    operations: list[Operation] = []
-    prepared: dict[int, LagProducts] = {}
-    for part in parts:
-        products = prepared.get(len(part))
-        if products is None or not products.read_copies:
-            products = prepared[len(part)] = LagProducts(part, pairs, geometry, update)
-            for pair in pairs:
-                deque(products.append(pair, sums), 0)
-        operations += [*products.copies(part), *products.operations]
-    zeros: list[Operation] = [total.zero_ for total in sums.values()]
-    for pair, block in blocks.items():
-        found = {key: total for (own, key), total in sums.items() if own == pair}
-        writes = [block.writing(key, total) for key, total in found.items()]
-        operations += [block.begin_, *writes, block.store_]
-    return partial(run, [*zeros, *operations])
+class Factor:
+    """A factor that is added by tasks, each for some of the lags.
+
+    Args:
+        geometry: The convolution, of at least two dimensions.
+        shares: The lags of each task.
+        update: The update of the factor.
+    """
+
+    def __init__(
+        self, geometry: Geometry, shares: tuple[tuple[Group, ...], ...], update: Update
+    ) -> None:
+        """View the entries."""
+        size = update.out.shape[-1] // prod(geometry.kernel_size)
+        self._block = ChannelBlock(update, ((0, size), (0, size)), geometry)
+        self._geometry, self._shares, self._update = geometry, shares, update
+
+    def _grids(self, x: Tensor) -> Grids:
+        """Return the positions of some examples."""
+        return Grids(x, self._geometry, self._update.out.dtype)
+
+    def _products(self, grids: Grids) -> LagProducts:
+        """Return the products of one task and some examples; none yet."""
+        return LagProducts(grids, self._geometry, self._update.alpha)
+
+    def phases(self, parts: list[Tensor]) -> Iterator[list[list[Operation]]]:
+        """Yield the operations of each task up to the points where tasks wait for each other."""
+        count = len(self._shares)
+        found = self._single(parts[0]) if len(parts) == 1 else self._several(parts)
+        first = next(found)
+        yield [[self._block.begin_, *first[0]], *first[1:]]
+        yield from found
+        yield [[partial(self._block.store_, i, count)] for i in range(count)]
+
+    def _single(self, x: Tensor) -> Iterator[list[list[Operation]]]:
+        """Yield the products of all examples, and the write of each lag after its products."""
+        grids, found = self._grids(x), []
+        for groups in self._shares:
+            products = self._products(grids)
+            for group in groups:
+                for key, total in products.append(group, None):
+                    products.operations.append(self._block.writing(key, total))
+            found.append(products.operations)
+        yield self._copies(grids, x)
+        yield found
+
+    def _several(self, parts: list[Tensor]) -> Iterator[list[list[Operation]]]:
+        """Yield the products of some examples at a time, and all writes after them."""
+        sums: list[Sums] = [{} for _ in self._shares]
+        grids: dict[int, Grids] = {}
+        found: dict[int, list[list[Operation]]] = {}
+        for part in parts:
+            size = len(part)
+            if size not in found or not grids[size].are_copies:
+                grids[size] = self._grids(part)
+                found[size] = []
+                for groups, own in zip(self._shares, sums):
+                    products = self._products(grids[size])
+                    for group in groups:
+                        deque(products.append(group, own), 0)
+                    found[size].append(products.operations)
+            copies = self._copies(grids[size], part)
+            if part is parts[0]:
+                zeros = [[total.zero_ for total in own.values()] for own in sums]
+                copies = [[*zero, *own] for zero, own in zip(zeros, copies)]
+            yield copies
+            yield found[size]
+        yield [[self._block.writing(*item) for item in own.items()] for own in sums]
+
+    def _copies(self, grids: Grids, x: Tensor) -> list[list[Operation]]:
+        """Return the copies of examples to the grids, some for each task."""
+        copies, count = grids.copies(x), len(self._shares)
+        return [copies[i::count] for i in range(count)]
 
 
 class LagReuse(Algorithm):
@@ -166,44 +223,52 @@ class LagReuse(Algorithm):
     name = "lags"
     rank = 0
     reads_unmet = True
-    has_channel_tasks = True
 
     def cost(self, problem: Problem) -> Cost:
         """Return the work of `add`."""
-        axes = problem.geometry.axes
-        axes = (Axis(1, 1), *axes) if len(axes) == 1 else axes
-        keys, blocks = half_of_lags(axes), len(edges(problem)) - 1
+        axes = _axes(problem)
+        keys = half_of_lags(axes)
         groups, samples = problem.geometry.groups, problem.batch * problem.geometry.groups
         row = prod(grid_size(axis) for axis in axes[1:])
         rows = sum(key[0].regions[-1][1] - key[0].regions[0][0] for key in keys)
         masks = len({(key[1:], key[0].left) for key in keys}) * grid_size(axes[0]) * row
         regions = sum(prod(len(lag.regions) for lag in key) for key in keys)
         strips = 2 * SCATTERED_ELEMENT_COPIES * sum(_border(key) for key in keys)
-        copied = samples * problem.channels * (masks + strips * blocks)
-        price = LAG_MAC_PRICE * problem.matmul_price(problem.channels / blocks)
+        copied = samples * problem.channels * (masks + strips)
+        price = LAG_MAC_PRICE * problem.matmul_price(problem.channels)
         macs = price * rows * row * samples * problem.channels**2
-        products = chunk_count(problem, 1.0) * regions * (1 + BATCHED_MATRIX_CALLS * (groups - 1))
-        calls = blocks**2 * (8 * products + 30 * len(keys))
-        return Cost(macs, problem.channels / blocks, copied, problem.outputs, calls)
+        products = regions * (1 + BATCHED_MATRIX_CALLS * (groups - 1))
+        calls = (6 + 2 * _chunk_count(problem)) * products + 30 * len(keys)
+        return Cost(macs, problem.channels, copied, problem.outputs, calls)
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, from products that many entries share."""
-        self.task(x, problem, update)()
+        for phase in self._phases(x, problem, update):
+            for operations in phase:
+                run(operations)
 
     def task(self, x: Tensor, problem: Problem, update: Update) -> Task:
         """Return `add`, with its views and buffers prepared."""
-        x, geometry = _with_rows(x, problem.geometry)
-        return _task(x, channel_pairs(problem), geometry, problem, update)
+        phases = list(self._phases(x, problem, update))
+        return partial(run, [one for phase in phases for own in phase for one in own])
 
-    def tasks(self, x: Tensor, problem: Problem, update: Update) -> list[Task]:
-        """Return a task for each pair of blocks of channels."""
-        x, geometry = _with_rows(x, problem.geometry)
-        pairs = sorted(channel_pairs(problem), key=lambda pair: pair[0] == pair[1])
-        return [_task(x, [pair], geometry, problem, update) for pair in pairs]
+    def shares(self, problem: Problem, tasks: int) -> list[float]:
+        """Return the parts of the work that tasks with some of the lags each have."""
+        found = lag_shares(_axes(problem), tasks)
+        work = [sum(map(positions_of, groups)) for groups in found]
+        return [part / max(1, sum(work)) for part in work]
 
+    def phases(self, x: Tensor, problem: Problem, update: Update) -> Iterator[list[Task]]:
+        """Yield tasks with some of the lags each, up to the points where they wait."""
+        for phase in self._phases(x, problem, update):
+            yield [partial(run, operations) for operations in phase]
 
-def _with_rows(x: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
-    """Return at least two dimensions, since the outermost one has a part of its own."""
-    if geometry.ndim > 1:
-        return x, geometry
-    return x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
+    def _phases(
+        self, x: Tensor, problem: Problem, update: Update
+    ) -> Iterator[list[list[Operation]]]:
+        """Yield the operations of each task in each phase."""
+        axes = _axes(problem)
+        x = x.unsqueeze(2) if x.ndim == 3 else x
+        geometry = Geometry(axes, problem.geometry.groups)
+        factor = Factor(geometry, lag_shares(axes, problem.shares), update)
+        return factor.phases(list(even_chunks(x, _chunk_count(problem))))

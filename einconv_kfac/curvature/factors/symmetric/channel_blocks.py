@@ -67,10 +67,17 @@ class ChannelBlock:
         """Return the write of a lag's sums over regions, ``[*r, g, c, c']``."""
         return partial(write, self.entries, key, sums, self.beta, self._rows == self._columns)
 
-    def store_(self) -> None:
-        """Bring the entries into order, and copy their transpose to the lower triangle."""
+    def store_(self, share: int = 0, shares: int = 1) -> None:
+        """Bring the entries into order, and copy their transpose to the lower triangle.
+
+        Args:
+            share: The number of a part of the rows; blocks off the diagonal are one part.
+            shares: Number of parts that are stored by calls of their own.
+        """
         part = self._part
-        _interleave_(part, part.shape[2] // self._size)
+        rows = part.shape[1]
+        own = part[:, rows * share // shares : rows * (share + 1) // shares]
+        _interleave_(own, part.shape[2] // self._size)
         if self._rows != self._columns:
             copy_transposed_block_(self._out, self._rows, self._columns)
 
@@ -99,8 +106,15 @@ def _interleave_(part: Tensor, inner: int) -> None:
 def edges(problem: Problem) -> list[int]:
     """Return the bounds of even blocks of channels."""
     channels = max(FEWEST_BLOCK_CHANNELS, BLOCK_ROWS // problem.entries)
-    count = max(problem.channel_blocks, round(problem.channels / channels))
+    count = max(_blocks_of(problem), round(problem.channels / channels))
     return [problem.channels * i // count for i in range(count + 1)]
+
+
+def _blocks_of(problem: Problem) -> int:
+    """Return the number of blocks whose pairs occupy all shares; none is too small."""
+    most = max(1, problem.channels // FEWEST_BLOCK_CHANNELS)
+    shares = problem.shares
+    return min(most, next(b for b in range(1, shares + 2) if b * b >= 2 * shares or shares == 1))
 
 
 def channel_pairs(problem: Problem) -> list[Pair]:
