@@ -83,7 +83,7 @@ def matmul(
 ) -> Operation:
     """Return the operation of `add_matmul_`, which may run several times and on any thread."""
     scales = {"beta": beta, "alpha": alpha}
-    if len(target) > 1:
+    if target.shape[0] > 1:
         if left.dtype == target.dtype:
             return partial(target.baddbmm_, left, right, **scales)
         mixed = partial(torch.ops.aten.baddbmm.dtype_out, target, left, right, target.dtype)
@@ -92,8 +92,8 @@ def matmul(
     if left.dtype != target.dtype:
         mixed = partial(torch.ops.aten.addmm.dtype_out, out, a, b, out.dtype)
         return partial(mixed, out=out, **scales)
-    worthwhile = (rows or left.shape[-1] > SHORT_SUM_TERMS) and _is_dense(left) and _is_dense(right)
-    if worthwhile and is_for_one_dnn(left, right, rows):
+    worthwhile = rows or left.shape[-1] > SHORT_SUM_TERMS
+    if worthwhile and is_for_one_dnn(left, right, rows) and _is_dense(left) and _is_dense(right):
         return partial(_add_by_one_dnn_, out, a, b.mT, **scales)
     return partial(out.addmm_, a, b, **scales)
 
@@ -119,11 +119,13 @@ def is_for_one_dnn(left: Tensor, right: Tensor, rows: int = 0) -> bool:
     Products by oneDNN have no derivatives.
     """
     rows, columns = rows or left.shape[1], right.shape[2]
-    large = rows * columns * left.shape[2] >= ONEDNN_LEAST_MACS
-    large = large and (left.is_contiguous() or min(rows, columns) >= WIDE_ROWS)
+    if rows * columns * left.shape[2] < ONEDNN_LEAST_MACS:
+        return False
     single = left.dtype == right.dtype == torch.float32
     enabled = bool(torch.backends.mkldnn.enabled) and not torch.is_grad_enabled()
-    return large and single and enabled and profile_of(left.device.type).multiplies_by_onednn
+    if not (single and enabled and profile_of(left.device.type).multiplies_by_onednn):
+        return False
+    return left.is_contiguous() or min(rows, columns) >= WIDE_ROWS
 
 
 def _by_one_dnn(x: Tensor, w: Tensor) -> Tensor:

@@ -96,16 +96,14 @@ class BandOperand:
         self._repeats = 1  # blocks that follow each other at each position
         self._products: Tensor | None = None
 
-    def _blocks(self, remainders: Remainders) -> tuple[list[Tensor], list[Operation]]:
-        """Return the blocks ``[g, *t, (t n), (c w)]`` of the positions with these remainders.
+    def _blocks(self, remainders: Remainders) -> Iterator[Operation]:
+        """Prepare the blocks ``[g, *t, (t n), (c w)]`` of the positions with these remainders.
 
         Those of depthwise convolutions are views, and products of a batch. Those of others
         follow each other along ``n``, so that there is one large product.
         """
-        if remainders in self._made:
-            return self._made[remainders], []
         grid = self._rows.grid(remainders)
-        if not are_views(len(grid), self.channels):
+        if not are_views(grid.shape[0], self.channels):
             copied, copies = self._copied(grid, remainders)
             blocks = [copied]
         else:
@@ -113,9 +111,9 @@ class BandOperand:
             starts = (self.band.start(block) + left for block in range(self.band.count))
             width = self.band.width
             blocks = [padded[..., start : start + width].flatten(-2) for start in starts]
+        yield from copies
         self._repeats = blocks[0].shape[-2]
         self._made[remainders] = [block.flatten(-3, -2) for block in blocks]
-        return self._made[remainders], copies
 
     def _copied(self, x: Tensor, remainders: Remainders) -> tuple[Tensor, list[Operation]]:
         """Return memory for the blocks of ``x``, ``[g, *t, n, c, i]``, and the copies to it."""
@@ -131,29 +129,31 @@ class BandOperand:
 
     def products(self, key: Key, region: Region, alpha: float) -> Iterator[Operation]:
         """Yield the products ``[g, (c w), (c' w')]`` of the blocks in one region."""
-        shifted = tuple((a + lag.shift, b + lag.shift) for (a, b), lag in zip(region, key))
-        (lefts, copies), (rights, others) = (
-            self._blocks(tuple(side)) for side in zip(*((g.left, g.right) for g in key))
-        )
-        yield from (*copies, *others)
-        groups, size, beta = len(lefts[0]), lefts[0].shape[-1], 0.0
+        lefts, rights = tuple(lag.left for lag in key), tuple(lag.right for lag in key)
+        for remainders in (lefts, rights):
+            if remainders not in self._made:
+                yield from self._blocks(remainders)
         if self._products is None:
-            self._products = self._rows.empty((groups, size, size), ("products",))
-        for left, right in zip(lefts, rights):
-            (columns, copies), (rows, others) = (
-                self._box(left, region, "left"),
-                self._box(right, shifted, "right"),
-            )
-            yield from (*copies, *others)
+            groups, width = self._made[lefts][0].shape[0], self.channels * self.band.width
+            self._products = self._rows.empty((groups, width, width), ("products",))
+        shifted = tuple((a + lag.shift, b + lag.shift) for (a, b), lag in zip(region, key))
+        beta = 0.0
+        for left, right in zip(self._made[lefts], self._made[rights]):
+            columns, rows = self._rows_of(left, region), self._rows_of(right, shifted)
+            if len(region) > 1:
+                columns, copies = self._box(columns, region, "left")
+                rows, others = self._box(rows, shifted, "right")
+                yield from (*copies, *others)
             yield matmul(self._products, columns.mT, rows, beta, alpha)
             beta = 1.0
 
-    def _box(self, blocks: Tensor, ranges: Region, use: str) -> tuple[Tensor, list[Operation]]:
+    def _rows_of(self, blocks: Tensor, ranges: Region) -> Tensor:
+        """View the positions of a region along the last leading dimension."""
+        start, stop = ranges[-1]
+        return blocks.narrow(-2, start * self._repeats, (stop - start) * self._repeats)
+
+    def _box(self, rows: Tensor, ranges: Region, use: str) -> tuple[Tensor, list[Operation]]:
         """Return the positions of a region in ``[g, *t, (t n), (c w)]``, as ``[g, r, (c w)]``."""
-        start, stop = (edge * self._repeats for edge in ranges[-1])
-        rows = blocks.narrow(-2, start, stop - start)
-        if len(ranges) == 1:
-            return rows, []
         outer: tuple[Any, ...] = (slice(None), *(slice(*edges) for edges in ranges[:-1]))
         return flattened(rows[outer], 1, -2, self._rows.scratch, use)
 

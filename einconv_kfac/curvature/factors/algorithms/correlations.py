@@ -36,7 +36,7 @@ from einconv_kfac.geometry import Axis, Geometry
 FINE_POSITIONS_PER_CHANNEL = 16
 """Positions per channel up to which products, and not operands, cost most to move."""
 
-REGION_MAC_PRICE = 1.4
+REGION_MAC_PRICE = 1.8
 """Price of a multiplication, on average over large and small regions."""
 
 DOUBLE_MAC_PRICE = 8.0

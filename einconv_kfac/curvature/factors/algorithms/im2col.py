@@ -69,7 +69,7 @@ class Im2col(Algorithm):
         dtype = operand_dtype(x, update.out.dtype)
         parts = list(chunks(x, _growth(problem), _limit(problem)))
         for part in parts:
-            columns = unfolded(part.to(dtype), geometry)
+            columns = unfolded(part.to(dtype), geometry, problem.threads)
             update.add_product_(columns, last=part is parts[-1])
             del columns  # freed before the next ones are computed
             update = update.added()
