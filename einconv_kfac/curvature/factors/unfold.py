@@ -28,17 +28,27 @@ def unfolded(x: Tensor, geometry: Geometry, threads: int = 1) -> Tensor:
     Args:
         x: The input.
         geometry: The convolution.
-        threads: Number of threads that copy some of the rows each.
+        threads: Number of threads that unfold some of the examples each.
     """
-    n, channels, d = x.shape[0], x.shape[1] // geometry.groups, geometry.ndim
-    view = windows(x.reshape(n, geometry.groups, channels, *x.shape[2:]), geometry)
-    outputs, kernel = range(3, 3 + d), range(3 + d, 3 + 2 * d)
-    view = view.permute(1, 2, *kernel, 0, *outputs)  # g ci *k n *o
-    shape = (geometry.groups, -1, n * geometry.positions)
+    groups, n = geometry.groups, x.shape[0]
+    shape = (groups, -1, n * geometry.positions)
     if threads == 1:
-        return view.reshape(shape)
-    columns = view.new_empty(view.shape)
-    dim = 1 if channels >= threads else 2
-    parts = zip(columns.tensor_split(threads, dim), view.tensor_split(threads, dim))
-    run_tasks([partial(target.copy_, source) for target, source in parts], threads)
+        return _columns(x, geometry).reshape(shape)
+    sizes = (groups, x.shape[1] // groups, *geometry.kernel_size, n, *geometry.output_size)
+    columns = x.new_empty(sizes)
+    targets = columns.tensor_split(threads, 2 + geometry.ndim)
+    parts = zip(targets, x.tensor_split(threads))
+    run_tasks([partial(_copy_columns_, *part, geometry) for part in parts if len(part[1])], threads)
     return columns.view(shape)
+
+
+def _columns(x: Tensor, geometry: Geometry) -> Tensor:
+    """View the windows as columns of each group, ``[g, ci, *k, n, *o]``; only padding copies."""
+    n, groups, d = x.shape[0], geometry.groups, geometry.ndim
+    view = windows(x.reshape(n, groups, -1, *x.shape[2:]), geometry)
+    return view.permute(1, 2, *range(3 + d, 3 + 2 * d), 0, *range(3, 3 + d))
+
+
+def _copy_columns_(target: Tensor, x: Tensor, geometry: Geometry) -> None:
+    """Copy the windows of some examples."""
+    target.copy_(_columns(x, geometry))

@@ -89,14 +89,13 @@ class Update:
                 self._add_shared_(partial(self._add_by_buffer_, matrix, factor), a)
         else:
             self._add_shared_(partial(self._add_panels_, a, last), a)
-        if last:
-            average_diagonal_blocks_(self.out)
+        if last:  # by one thread of those that added it
+            run_tasks([partial(average_diagonal_blocks_, self.out)], _threads_of(a))
 
     def _add_shared_(self, add: Callable[[list[Range]], None], a: Tensor) -> None:
         """Add the product of ``a`` with its transpose, some panels on each thread."""
-        groups, size, length = a.shape
-        threads = threads_for(a) if groups * size**2 * length >= SHARED_MACS else 1
-        shares = _shares(list(pairwise(panels(size, a.device.type))), threads)
+        threads = _threads_of(a)
+        shares = _shares(list(pairwise(panels(a.shape[1], a.device.type))), threads)
         run_tasks([partial(add, own) for own in shares], threads if len(shares) > 1 else 1)
 
     def _add_panels_(self, a: Tensor, last: bool, bounds: list[Range]) -> None:
@@ -150,6 +149,12 @@ class Update:
             target.copy_(rows).mul_(self.alpha)
         else:
             target.mul_(self.beta).add_(rows, alpha=self.alpha)
+
+
+def _threads_of(a: Tensor) -> int:
+    """Return how many threads share the product of ``a``, ``[g, D, L]``, with its transpose."""
+    groups, size, length = a.shape
+    return threads_for(a) if groups * size**2 * length >= SHARED_MACS else 1
 
 
 def halves_are_faster(size: int, length: int) -> bool:
