@@ -60,7 +60,7 @@ class DeviceProfile:
         multiplies_by_onednn: Whether oneDNN multiplies large float32 matrices faster than
             torch's ordinary routine.
         shared_operation_gain: Gain of one more thread where threads share each operation.
-        python_share: Part of a call's price that only one thread at a time pays.
+        python_share: How much longer a call takes for each other thread that runs Python, in calls.
         mkl_half_speed_width: Rows and columns of a large product at half of the full speed by
             MKL, where that full speed is oneDNN's; 0 where MKL does not reach it.
     """
@@ -80,7 +80,7 @@ class DeviceProfile:
     runs_triton: bool = False
     multiplies_by_onednn: bool = False
     shared_operation_gain: float = 0.7
-    python_share: float = 0.7
+    python_share: float = 2.0
     mkl_half_speed_width: int = 0
 
     def of_unknown(self) -> DeviceProfile:

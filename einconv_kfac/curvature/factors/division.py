@@ -27,6 +27,9 @@ UNDIVIDED, GROUPS, EXAMPLES, OWN = "undivided", "groups", "examples", "own"
 INPUTS_PER_RESULTS = 4
 """Elements of the input per element of the results that tasks over examples add."""
 
+OWN_PHASES = 4
+"""About how often tasks wait for each other in an algorithm's own division."""
+
 SHARED_ROWS = 256
 """Rows of a factor for each thread that shares its panels, which become shorter."""
 
@@ -107,7 +110,7 @@ def _kinds(problem: Problem, algorithm: Algorithm, tasks: int) -> Iterator[str]:
 def _seconds(problem: Problem, algorithm: Algorithm, kind: str, tasks: int) -> float:
     """Estimate the time of a division: that of the longest task, and what tasks share.
 
-    One thread at a time runs Python, which takes most of a small call.
+    One thread prepares all operations, and one at a time starts one.
     """
     profile, prices = problem.profile, problem.profile.prices
     part = parts(problem, kind, tasks)[0].problem
@@ -119,7 +122,7 @@ def _seconds(problem: Problem, algorithm: Algorithm, kind: str, tasks: int) -> f
     added = (tasks - 1) * problem.outputs if kind == EXAMPLES else 0
     waits = 1 + profile.python_share * (tasks - 1)
     total = work + prices.call * calls * waits + prices.copied * added
-    return total + prices.task * tasks
+    return total + prices.task * tasks * (OWN_PHASES if kind == OWN else 1)
 
 
 def _longest(shares: list[float], threads: int) -> float:
