@@ -186,19 +186,20 @@ def check_present(known: Mapping[str, nn.Parameter], present: Mapping[str, nn.Pa
             )
 
 
-def check_dense(name: str, gradient: Tensor) -> None:
+def check_dense(gradients: Iterable[tuple[str, Tensor]]) -> None:
     """Raise a ``RuntimeError`` if a gradient is sparse.
 
     Args:
-        name: Name of the parameter.
-        gradient: Its gradient.
+        gradients: Names of parameters, and their gradients.
     """
-    if gradient.layout != torch.strided:
-        raise RuntimeError(
-            f"The gradient of '{name}' must be dense, got a sparse gradient ({gradient.layout}). "
-            "Make its layer without sparse gradients (nn.Embedding(.., sparse=False)), or train "
-            "it by another optimizer (torch.optim.SparseAdam): leave it out of `params`."
-        )
+    for name, gradient in gradients:
+        if gradient.layout != torch.strided:
+            raise RuntimeError(
+                f"The gradient of '{name}' must be dense, got a sparse gradient "
+                f"({gradient.layout}). Make its layer without sparse gradients "
+                "(nn.Embedding(.., sparse=False)), or train it by another optimizer "
+                "(torch.optim.SparseAdam): leave it out of `params`."
+            )
 
 
 def check_gaps(model: nn.Module, coverage: Training, fallback: str, strict: bool) -> None:

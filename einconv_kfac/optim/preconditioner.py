@@ -154,8 +154,7 @@ class KFACPreconditioner:
         covered = curvature.covered()
         named = {n: p for n, p in curvature.model.named_parameters() if n in covered}
         gradient = {n: p.grad for n, p in named.items() if p.grad is not None}
-        for name, tensor in gradient.items():
-            check_dense(name, tensor)
+        check_dense(gradient.items())
         restore = curvature.snapshot()
         try:
             self._replace_(gradient)

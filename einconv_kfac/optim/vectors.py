@@ -44,6 +44,11 @@ def entries(tensor: Tensor) -> Tensor:
     return flat if flat.dtype == dtype else flat.to(dtype)
 
 
+def real_vectors(direction: Direction, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the `entries` of some tensors of a direction."""
+    return {name: entries(direction[name]) for name in names}
+
+
 def inner(a: Direction, b: Direction, weights: Mapping[str, float] | None = None) -> Tensor:
     """Return the (weighted) inner product over the parameters that both have, in float64."""
     sums = []
@@ -258,6 +263,11 @@ def scaled(direction: Direction, factors: Mapping[str, float]) -> Direction:
 def layer_of(name: str) -> str:
     """Return the name of the module that a parameter belongs to."""
     return name.rpartition(".")[0]
+
+
+def layers_of(names: Iterable[str]) -> list[str]:
+    """Return the name of the module of each parameter."""
+    return [layer_of(name) for name in names]
 
 
 def by_layer(names: Iterable[str]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.step.layer_products import LayerProducts
+from einconv_kfac.optim.step.layer_products import LayerProducts, scaled_products
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 from einconv_kfac.optim.vectors import Direction, combination
@@ -145,7 +145,7 @@ class Fit:
         """Return a multiple of the step."""
         products = self.products
         if products is not None:
-            products = {layer: own.scaled(factor) for layer, own in products.items()}
+            products = scaled_products(products, factor)
         return replace(
             self,
             coefficients=tuple(factor * c for c in self.coefficients),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.vectors import Direction, entries, layer_of, norms
+from einconv_kfac.optim.vectors import Direction, layers_of, norms, real_vectors
+
+Vectors = Mapping[str, Tensor]
+"""The entries of tensors, by parameter name."""
 
 LARGEST_JOINED_ENTRIES = 1 << 12
 """Entries of a tensor up to which copying it costs less than starting an operation for it."""
@@ -35,10 +38,6 @@ class LayerProducts:
     update: float = 0.0
     parameters: float = 0.0
 
-    def scaled(self, factor: float) -> LayerProducts:
-        """Return the products for a multiple of the step."""
-        return replace(self, own=self.own * factor, update=self.update * factor**2)
-
 
 @dataclass(frozen=True)
 class PendingProducts:
@@ -59,8 +58,8 @@ class PendingProducts:
         rows = {layer: [0.0] * len(self.columns) for layer in self.layers}
         found = iter(numbers)
         for index, names in enumerate(self.columns):
-            for name in names:
-                rows[layer_of(name)][index] += next(found)
+            for layer, number in zip(layers_of(names), found):
+                rows[layer][index] += number
         return {layer: LayerProducts(*row) for layer, row in rows.items()}
 
     def totals(self) -> Tensor:
@@ -68,9 +67,9 @@ class PendingProducts:
         count = len(self.layers)
         places = {layer: index for index, layer in enumerate(self.layers)}
         index = tuple(
-            row * count + places[layer_of(name)]
+            row * count + places[layer]
             for row, names in enumerate(self.columns)
-            for name in names
+            for layer in layers_of(names)
         )
         sums = self.numbers.new_zeros(len(self.columns) * count)
         sums.index_add_(0, on_device(index, sums.device), self.numbers)
@@ -98,31 +97,34 @@ def pending_products(
     parameters, gradient = point
     names = [name for name, tensor in update.items() if tensor.numel()]
     followed = [name for name in names if name in momentum]
+    g, u, w = (real_vectors(own, names) for own in (gradient, update, parameters))
+    m = real_vectors(momentum, followed)
     columns = (
-        (followed, _dots(followed, gradient, momentum)),
-        (names, _dots(names, gradient, update)),
-        (followed, _squares(followed, momentum)),
-        (names, _squares(names, update)),
-        (names, _squares(names, parameters)),
+        (followed, _dots(followed, g, m)),
+        (names, _dots(names, g, u)),
+        (followed, _squares(followed, m)),
+        (names, _squares(names, u)),
+        (names, _squares(names, w)),
     )
     parts = [part for _, own in columns for part in own]
     none = torch.zeros(0, dtype=torch.float64)
     numbers = torch.cat([part.double() for part in parts]) if parts else none
-    layers = list(dict.fromkeys(layer_of(name) for name in update))
-    return PendingProducts(layers, [own for own, _ in columns], numbers)
+    return PendingProducts(
+        [*dict.fromkeys(layers_of(update))], [own for own, _ in columns], numbers
+    )
 
 
-def _dots(names: list[str], a: Direction, b: Direction) -> Iterator[Tensor]:
+def _dots(names: list[str], a: Vectors, b: Vectors) -> Iterator[Tensor]:
     """Yield inner products in the order of names, which is changed: small tensors come last."""
     small = [name for name in names if b[name].numel() <= LARGEST_JOINED_ENTRIES]
     joined = small if len(small) > SMALLEST_COUNT else []
     names[:] = [*(name for name in names if name not in set(joined)), *joined]
     alone = names[: len(names) - len(joined)]
     if alone:
-        yield torch.stack([torch.dot(entries(a[name]), entries(b[name])) for name in alone])
+        yield torch.stack([torch.dot(a[name], b[name]) for name in alone])
     if joined:
-        left, right = (torch.cat([entries(own[name]) for name in joined]) for own in (a, b))
-        sizes = on_device(tuple(entries(b[name]).numel() for name in joined), left.device)
+        left, right = (torch.cat([own[name] for name in joined]) for own in (a, b))
+        sizes = on_device(tuple(b[name].numel() for name in joined), left.device)
         products = left.double() * right
         yield torch.segment_reduce(products, "sum", lengths=sizes, unsafe=True)
 
@@ -133,7 +135,17 @@ def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers).to(device)
 
 
-def _squares(names: Sequence[str], direction: Direction) -> Iterator[Tensor]:
+def _squares(names: Sequence[str], vectors: Vectors) -> Iterator[Tensor]:
     """Yield squared norms, in float64."""
     if names:
-        yield torch.stack(norms(entries(direction[name]) for name in names)).double().square()
+        yield torch.stack(norms([vectors[name] for name in names])).double().square()
+
+
+def scaled_products(
+    products: Mapping[str, LayerProducts], factor: float
+) -> dict[str, LayerProducts]:
+    """Return the products of each layer for a multiple of the step."""
+    return {
+        layer: replace(own, own=own.own * factor, update=own.update * factor**2)
+        for layer, own in products.items()
+    }

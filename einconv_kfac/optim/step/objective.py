@@ -105,8 +105,7 @@ class Point:
         own = {names[p]: p for p in every}
         parameters: Direction = dict(zip(own, graph_leaves(own.values())))
         gradients = stored.whole([g for p in every if (g := p.grad) is not None])
-        for name, tensor in zip(parameters, gradients):
-            check_dense(name, tensor)
+        check_dense(zip(parameters, gradients))
         settings = [by_parameter[name] for name in parameters]
         if divisor is not None and gradients:
             gradients = list(torch._foreach_div(gradients, divisor.to(gradients[0].device)))

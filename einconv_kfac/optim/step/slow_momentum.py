@@ -11,7 +11,7 @@ from einconv_kfac.optim.state_schema import COUNT, Record
 from einconv_kfac.optim.step.layer_gains import LayerGains
 from einconv_kfac.optim.step.layer_products import LayerProducts, layer_products
 from einconv_kfac.optim.step.objective import Memory, Objective
-from einconv_kfac.optim.vectors import Direction, layer_of, scaled
+from einconv_kfac.optim.vectors import Direction, layers_of, scaled
 
 BUFFER = "slow_momentum"
 
@@ -83,7 +83,10 @@ class SlowMomentum:
         self.steps += 1
         if not trained:
             return weight
-        shares = [(1 - weight) * remainders[layer_of(n)] / (trust * rates[n]) for n in trained]
+        shares = [
+            (1 - weight) * remainders[layer] / (trust * rates[name])
+            for name, layer in zip(trained, layers_of(trained))
+        ]
         later = dict(zip(trained, torch._foreach_mul([*trained.values()], shares)))
         if known := [name for name in trained if name in momentum]:
             buffers = [objective.memory[name][BUFFER] for name in known]
