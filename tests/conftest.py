@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -19,9 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share the processor's cores among the processes that run tests."""
+    """Share the processor's cores among the processes that run tests, and those that they start."""
     if (worker := getattr(config, "workerinput", None)) is not None:
-        torch.set_num_threads(max(1, torch.get_num_threads() // worker["workercount"]))
+        threads = max(1, torch.get_num_threads() // worker["workercount"])
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -39,3 +44,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = items[:: config.getoption("every")]
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported and collected out of garbage collections, which it makes slow."""
+    gc.freeze()

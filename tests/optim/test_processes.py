@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -29,23 +30,26 @@ def trained(options: dict[str, Any], seed: int = 0) -> tuple[nn.Module, nn.Modul
     return model, loss_fn, opt
 
 
-def train_on(model: nn.Module, loss_fn: nn.Module, opt: KFAC, queue: Any) -> None:
+def train_on(model: nn.Module, loss_fn: nn.Module, opt: KFAC) -> list[float]:
     """Take steps in another process."""
     for step in range(3, 6):
         train_step(model, loss_fn, opt, image_batch(seed=step))
-    queue.put(weights(model).tolist())
+    found: list[float] = weights(model).tolist()
+    return found
+
+
+@pytest.fixture(scope="module")
+def spawned() -> Iterator[ProcessPoolExecutor]:
+    """A process that was spawned."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("options", MODES)
-def test_an_optimizer_is_sent_to_a_spawned_process(options: dict[str, Any]) -> None:
-    model, loss_fn, opt = trained(options)
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    process = context.Process(target=train_on, args=(model, loss_fn, opt, queue))
-    process.start()
-    found = queue.get()
-    process.join()
-    assert process.exitcode == 0
+def test_an_optimizer_is_sent_to_a_spawned_process(
+    options: dict[str, Any], spawned: ProcessPoolExecutor
+) -> None:
+    found = spawned.submit(train_on, *trained(options)).result()
     expected = trained(options)
     for step in range(3, 6):
         train_step(*expected, image_batch(seed=step))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from math import prod
 
@@ -11,7 +13,9 @@ from factor_definition import columns
 from hypothesis import given
 from hypothesis import strategies as st
 from test_factor_algorithms import DRAWN, TOLERANCE, draw_input
+from torch.nn.functional import conv_transpose2d
 
+from einconv_kfac.curvature.factors import conv_transpose_input_factor
 from einconv_kfac.curvature.factors.indices import runs
 from einconv_kfac.curvature.factors.indices.runs import met_entries, partition_by_runs, partitions
 from einconv_kfac.curvature.factors.reduce import window_sums
@@ -52,24 +56,30 @@ def test_cells_contain_every_met_position_once(
     assert {i for i, entries in enumerate(met) if entries} <= set(held)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels last", "strided", "subclass"])
+def layouts(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield an input ``[n, c, *i]`` in each layout in memory, and as a parameter."""
+    yield "contiguous", x
+    yield "channels last", x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if x.ndim > 3:
+        yield "strided", x.mT.contiguous().mT
+    yield "subclass", torch.nn.Parameter(x)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("largest", [0, runs.SHARED_MATRIX_ELEMENTS])
-def test_sums_over_runs(layout: str, transposed: bool, largest: int) -> None:
+def test_sums_over_runs(transposed: bool, largest: int) -> None:
     """Every axis is summed wherever it has a run, even where that is not cheaper."""
 
     @given(long_geometries())
     @DRAWN
     def check(geometry: Geometry) -> None:
         sizes = geometry.output_size if transposed else geometry.input_size
-        x = draw_input(Geometry(tuple(Axis(size, 1) for size in sizes)), 2, 3)
-        a = columns(x, geometry, transposed=transposed).sum(-1).flatten(1)
-        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels last" else x
-        x = x.mT.contiguous().mT if layout == "strided" and geometry.ndim > 1 else x
-        x = torch.nn.Parameter(x) if layout == "subclass" else x
-        with torch.no_grad():
-            got = window_sums(x, geometry, torch.float64, transposed)
-        torch.testing.assert_close(got, a, **TOLERANCE)
+        contiguous = draw_input(Geometry(tuple(Axis(size, 1) for size in sizes)), 2, 3)
+        a = columns(contiguous, geometry, transposed=transposed).sum(-1).flatten(1)
+        for layout, x in layouts(contiguous):
+            with torch.no_grad():
+                got = window_sums(x, geometry, torch.float64, transposed)
+            torch.testing.assert_close(got, a, **TOLERANCE, msg=partial("{}: {}".format, layout))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "CALL_NANOSECONDS", 0.0)
@@ -80,6 +90,20 @@ def test_sums_over_runs(layout: str, transposed: bool, largest: int) -> None:
         check()
     for cache in (runs.partitions, runs.incidence_matrices, runs.shares_one_product):
         cache.cache_clear()
+
+
+@pytest.mark.parametrize(("size", "kernel", "padding"), [(41, 3, 20), (42, 4, 20)])
+def test_an_image_of_padding_beside_a_few_positions(size: int, kernel: int, padding: int) -> None:
+    """Runs that no window meets are left out, and the only one that remains is no whole axis."""
+    x = torch.randn(8, 16, size, size, generator=torch.Generator().manual_seed(0)).double()
+    identity = torch.eye(kernel**2, dtype=torch.float64).unflatten(1, (1, kernel, kernel))
+    images = x.flatten(0, 1).unsqueeze(1).expand(-1, kernel**2, -1, -1)
+    shifted = conv_transpose2d(images, identity, padding=padding, groups=kernel**2)
+    rows = shifted.mean((2, 3)).reshape(8, -1)  # n (c *k)
+    got = conv_transpose_input_factor(
+        x, kernel_size=kernel, padding=padding, approximation="reduce"
+    )
+    torch.testing.assert_close(got[0], rows.T @ rows / 8, **TOLERANCE)
 
 
 def test_large_images_are_summed_and_small_ones_multiplied() -> None:

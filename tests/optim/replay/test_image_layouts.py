@@ -57,9 +57,9 @@ def trained(norm: str, dimension: int, layout: str) -> Tensor:
         NORMS[norm](dimension),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(8 * 4**dimension, 2),
+        nn.Linear(8 * 3**dimension, 2),
     ).double()
-    x, y = torch.randn(8, 3, *[4] * dimension).double(), torch.randint(2, (8,))
+    x, y = torch.randn(8, 3, *[3] * dimension).double(), torch.randint(2, (8,))
     if layout != "contiguous":
         x = x.to(memory_format=LAYOUTS[dimension])
     if layout == "channels last":

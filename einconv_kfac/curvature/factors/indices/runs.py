@@ -65,15 +65,17 @@ class AxisPartition:
     Args:
         runs: The runs.
         entries: For each cell, the kernel entries that meet it.
+        size: The number of positions, with those that are in no run.
     """
 
     runs: tuple[Run, ...]
     entries: tuple[tuple[int, ...], ...]
+    size: int
 
     @property
     def is_finest(self) -> bool:
         """Whether each position is a cell of its own."""
-        return len(self.runs) == 1 and self.runs[0].is_complete and not self.runs[0].is_summed
+        return len(self.entries) == self.size
 
 
 @lru_cache(maxsize=1024)
@@ -121,7 +123,7 @@ def finest_partition(axis: Axis, transposed: bool) -> AxisPartition:
     """Return the axis with a cell for each position."""
     entries = met_entries(axis, transposed)
     size = len(entries)
-    return AxisPartition((Run(0, size, size, tuple(range(size))),), entries)
+    return AxisPartition((Run(0, size, size, tuple(range(size))),), entries, size)
 
 
 @lru_cache(maxsize=1024)
@@ -152,7 +154,7 @@ def partition_by_runs(axis: Axis, transposed: bool, innermost: bool) -> AxisPart
         whole = tuple(range(distance)) if distance == stop - start else kept
         runs.append(Run(start, stop, distance, whole))
     entries = [met[run.start + i] for run in runs for i in run.kept]
-    return AxisPartition(tuple(run for run in runs if run.kept), tuple(entries))
+    return AxisPartition(tuple(run for run in runs if run.kept), tuple(entries), len(met))
 
 
 def _periodic(met: tuple[tuple[int, ...], ...], period: int) -> Iterator[tuple[int, int]]:
