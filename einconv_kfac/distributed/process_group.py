@@ -11,10 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from einconv_kfac.distributed.collectives import Collectives, wait
+from einconv_kfac.distributed.early_sums import Channel, EarlySums, Found
 from einconv_kfac.distributed.message import HEADER, LENGTH, PAYLOAD, Answer, failure, header
 from einconv_kfac.distributed.parcel import emptied, filled, packing_of
 from einconv_kfac.distributed.reduction import Reduction
-from einconv_kfac.distributed.summable import add_up_
+from einconv_kfac.distributed.summable import (
+    Summable,
+    counts_of,
+    receivers_of,
+    replace_,
+    tensors_of,
+    wanted_of,
+)
 from einconv_kfac.distributed.triangles import Packing, Symmetric
 from einconv_kfac.distributed.workers import (
     NOBODY,
@@ -51,7 +59,7 @@ class ProcessGroup(Workers):
         self, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype | None = None
     ) -> None:
         self._collectives, self._device = Collectives(group, device), device
-        self._dtype = dtype
+        self._group, self._dtype, self._early = group, dtype, EarlySums(group, dtype)
         self.rank, self.size = self._collectives.rank, self._collectives.size
         self._last: tuple[Any, Tensor] | None = None  # the message that the last step was taken
 
@@ -66,7 +74,7 @@ class ProcessGroup(Workers):
         except BaseException as error:
             self._report_(error)
             raise
-        self._last = self._sent(self._message(COMMIT))
+        self._last = self._sent(self._message(COMMIT, {"plan": self._early.agree_()}))
 
     def agree(self, flag: Tensor, question: str, same: Compared = Same) -> bool:
         """See `Workers`."""
@@ -98,18 +106,62 @@ class ProcessGroup(Workers):
         owners: Mapping[str, int] = NOBODY,
     ) -> dict[str, S]:
         """See `Workers`."""
-        layers = complete()
-        add_up_(layers, self._device, self._sums, owners)
+        layers, early = complete(), self._early
+        counts = Reduction([counts_of(layers, self._device)], [None], self._collectives)
+        own = [float(early.is_current), float(early.is_wanted and early.channel is None)]
+        are_current, want = self._asked(own, "sums", {"shapes of sums": counts.signature})
+        early.finish_()
+        found = early.found(layers) if are_current == 1 else None
+        replace_(layers, *(found or self._found(layers, counts, owners)))
+        if want == 1:
+            early.channel = Channel.of(self._group, self._device)
         return layers
+
+    def _found(
+        self, layers: Mapping[str, Summable], counts: Reduction, owners: Mapping[str, int]
+    ) -> Found:
+        """Return sums over workers, in two rounds of messages."""
+        counts.begin_()
+        (total,) = counts.found()
+        assert total is not None
+        wanted = wanted_of(layers, total)
+        self._early.learn_(layers, wanted)
+        receivers = receivers_of(layers, wanted, owners)
+        return total, wanted, self._sums(tensors_of(layers, wanted), receivers)
 
     def _sums(
         self, tensors: Sequence[Tensor | Symmetric], receivers: Sequence[int | None]
     ) -> Sequence[Tensor | None]:
         """Return the sums of tensors over workers, in few messages for each receiver."""
+        if not tensors:
+            return []
         reduction = Reduction(tensors, receivers, self._collectives, self._dtype)
         self._asked([], "sums", {"shapes of sums": reduction.signature})
         reduction.begin_()
         return reduction.found()
+
+    def expect_(
+        self, complete: Callable[[], Mapping[str, Summable]], owners: Mapping[str, int] = NOBODY
+    ) -> None:
+        """See `Workers`."""
+        self._early.plan_(complete(), owners)
+
+    def begin_(self, complete: Callable[[], Mapping[str, Summable]]) -> None:
+        """See `Workers`."""
+        self._early.begin_(complete, self._have_agreed)
+
+    def drop_(self) -> None:
+        """See `Workers`."""
+        self._early.drop_()
+
+    def _have_agreed(self) -> bool:
+        """Return whether all workers took the last step, and plan the same for the next."""
+        if self._last is None:
+            return False
+        work, message = self._last
+        wait(work)
+        answer = Answer(message.tolist(), self.size)
+        return not answer.failed and answer.is_common and answer.is_same and answer.is_level
 
     def shared(
         self,
@@ -167,13 +219,15 @@ class ProcessGroup(Workers):
             )
         if not answer.is_same:
             raise self._difference(same)
+        if not answer.is_level:
+            self._early.level_(self._collectives)
         return message[HEADER : HEADER + len(payload)]
 
     def _message(
         self, question: str, same: Mapping[str, object] | None = None, payload: Tensor | None = None
     ) -> Tensor:
         """Return a message on the device."""
-        start = header(question, same or {})
+        start = header(question, same or {}, self._early.count)
         message = torch.tensor([*start, *[0.0] * (LENGTH - HEADER)], dtype=torch.float64)
         message = message.to(self._device)
         if payload is not None:

@@ -65,10 +65,14 @@ class Reduction:
             for part in torch.split(buffer, BUCKET_ENTRIES)
         ]
 
-    def found(self) -> list[Tensor | None]:
-        """Wait for the sums, and return them; ``None`` on workers that do not need them."""
+    def wait(self) -> None:
+        """Wait until nothing is sent any more."""
         for work in self._works:
             wait(work)
+
+    def found(self) -> list[Tensor | None]:
+        """Wait for the sums, and return them; ``None`` on workers that do not need them."""
+        self.wait()
         found: list[Tensor | None] = [None] * len(self._tensors)
         scales: list[Tensor] = []
         for index, total in self._received():

@@ -19,9 +19,6 @@ from torch import Tensor
 from einconv_kfac.distributed.collectives import Collectives, wait
 from einconv_kfac.distributed.triangles import Packing, Symmetric
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Data types in which tensors may be sent."""
-
 
 def is_shortened(tensor: Tensor | Symmetric, dtype: torch.dtype | None) -> bool:
     """Return whether a sum is sent in a data type: a matrix of entries with more bits."""

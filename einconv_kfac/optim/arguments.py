@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.distributed.detection import stored_model
-from einconv_kfac.distributed.short_floats import DTYPES
 
 LARGEST_INTEGER = 2**63
 """Integers from here on do not fit a tensor's operations."""
+COMMUNICATION_DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SEED_BOUNDS = (-(2**63), 2**64)
 """Bounds of a seed, of `torch.Generator.manual_seed`."""
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
@@ -99,8 +99,8 @@ def communication_dtype_of(value: Any) -> torch.dtype | None:
     Raises:
         ValueError: If it is neither ``None`` nor a data type that entries are rounded to.
     """
-    if value is not None and not any(value is dtype for dtype in DTYPES):
-        names = ", ".join(str(dtype) for dtype in DTYPES)
+    if value is not None and not any(value is dtype for dtype in COMMUNICATION_DTYPES):
+        names = ", ".join(str(dtype) for dtype in COMMUNICATION_DTYPES)
         raise ValueError(
             f"`communication_dtype` must be None or one of {names}, got {shown(value)}. Leave it "
             "out to send factors in their own data type."
