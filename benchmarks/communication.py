@@ -6,6 +6,8 @@ steps. Expected are, from the shapes of factors and parameters alone:
 
 - one triangle of every factor in an all-reduce, where factors are updated; with
   `divide_factors`, in a reduction to the worker that inverts them;
+- with `communication_dtype=torch.float16`, half of these bytes in an exchange of every worker with
+  every other and, unless factors are divided, an all-gather of sums; diagonals in an all-reduce;
 - one triangle of every inverse in broadcasts, where layers are inverted;
 - with fully_shard, all-gathers of parameters, gradients and states, in every step;
 - and messages of 1 kB.
@@ -42,7 +44,7 @@ from einconv_kfac.distributed.message import LENGTH
 
 BANDWIDTH, LATENCY = 25e9, 5e-6
 """Bytes per second of a worker's link, and seconds of a message: 200 Gb/s, as between servers."""
-MESSAGE_BYTES, FLOAT = 8 * LENGTH, 4
+MESSAGE_BYTES, FLOAT, SHORT = 8 * LENGTH, 4, 2
 BUCKET_BYTES = 25 << 20
 """Of a message of DistributedDataParallel."""
 PERIODS = ((10, 100), (1, 10))
@@ -170,20 +172,28 @@ class Sizes:
     Args:
         parameters: Parameters, and as much of gradients.
         triangles: One triangle of every factor, and as much of inverses.
+        diagonals: The diagonals of all factors.
         layers: The number of layers.
     """
 
     parameters: int
     triangles: int
+    diagonals: int
     layers: int
+
+    @property
+    def short(self) -> int:
+        """Triangles in float16."""
+        return self.triangles * SHORT // FLOAT
 
     @staticmethod
     def of(model: nn.Module) -> Sizes:
         """Return the sizes of a model."""
         shapes = [layer.layout.shape for layer in find_layers(model)]
         numbers = sum(g * (triangle(rows) + triangle(columns)) for g, rows, columns in shapes)
+        diagonals = sum(g * (rows + columns) for g, rows, columns in shapes)
         count = sum(parameter.numel() for parameter in model.parameters())
-        return Sizes(FLOAT * count, FLOAT * numbers, len(shapes))
+        return Sizes(FLOAT * count, FLOAT * numbers, FLOAT * diagonals, len(shapes))
 
 
 @dataclass
@@ -221,6 +231,7 @@ def recorded(traffic: Traffic) -> Iterator[None]:
         watch("reduce", "reduce", 0),
         watch("broadcast", "broadcast", 0),
         watch(gathers, "all-gather", 0),
+        watch("all_to_all_single", "exchange", 1),
     ):
         yield
 
@@ -233,16 +244,24 @@ class Way:
         mode: ``"fixed"`` or ``"automatic"``.
         sharded: Whether `fully_shard` divides the model.
         divides: Whether each layer's factors are on one worker.
+        short: Whether factors are sent in float16.
     """
 
     mode: str
     sharded: bool = False
     divides: bool = False
+    short: bool = False
 
-    def names(self) -> tuple[str, str, str]:
-        """Return the names of wrapper, step, and workers that have the factors."""
+    def names(self) -> tuple[str, str, str, str]:
+        """Return the names of wrapper and step, of workers that have factors, and their bits."""
         wrapper = "fully_shard" if self.sharded else "DDP"
-        return wrapper, self.mode, "one" if self.divides else "all"
+        return wrapper, self.mode, "one" if self.divides else "all", "16" if self.short else "32"
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of the optimizer."""
+        dtype = torch.float16 if self.short else None
+        own = {"divide_factors": self.divides, "communication_dtype": dtype}
+        return {**MODES[self.mode], "fallback": "gradient", **own}
 
 
 def work(rank: int, size: int, folder: str, subject: str, steps: int, way: Way) -> None:
@@ -258,8 +277,7 @@ def work(rank: int, size: int, folder: str, subject: str, steps: int, way: Way) 
         wrapped: nn.Module = model
     else:
         wrapped = DistributedDataParallel(model)
-    options: dict[str, Any] = {**MODES[way.mode], "divide_factors": way.divides}
-    opt, found = KFAC(wrapped, loss_fn, fallback="gradient", **options), []
+    opt, found = KFAC(wrapped, loss_fn, **way.options()), []
     for _ in range(steps):
         opt.zero_grad()
         loss_fn(wrapped(torch.randn(2, 3, 32, 32)), torch.randint(10, (2,))).backward()
@@ -292,15 +310,18 @@ def expected(sizes: Sizes, way: Way) -> dict[str, int]:
     has none.
     """
     gathered = 2 * sizes.parameters if way.sharded else 0
-    return {
-        "reduce" if way.divides else "all-reduce": sizes.triangles,
-        "broadcast": sizes.triangles,
-        "all-gather": gathered,
-        "all-gather later": gathered and gathered + STATES[way.mode] * sizes.parameters,
-    }
+    later = gathered and gathered + STATES[way.mode] * sizes.parameters
+    factors = {"reduce" if way.divides else "all-reduce": sizes.triangles}
+    if way.short:
+        factors = {"all-reduce": sizes.diagonals, "exchange": sizes.short}
+        gathered = later = 0 if way.divides else sizes.short
+    found = {"broadcast": sizes.triangles, "all-gather": gathered, "all-gather later": later}
+    return {**factors, **found}
 
 
 STATES = {"fixed": 1, "automatic": 2}
+FACTORS = "all-reduce", "reduce", "exchange"
+"""Kinds of collectives with factors."""
 
 
 def seconds(kind: str, size: float, messages: float, workers: int) -> float:
@@ -317,23 +338,24 @@ def rows_recorded(
     """Yield the table of what was recorded, as bytes of whole collectives."""
     yield "Recorded and expected kB of collectives; inversions are inverses sent by those expected"
     yield HEAD.format(
-        *("network", "workers", "wrapper", "step", "on", "factors", "expected", "%"),
+        *("network", "workers", "wrapper", "step", "on", "bits", "factors", "expected", "%"),
         *("inverses", "expected", "inversions", "gathered", "expected", "%", "messages"),
     )
     for subject in subjects:
         sizes = Sizes.of(SUBJECTS[subject].made(full=False))
         for workers in counts:
             for way in ways:
-                count = steps if workers == min(counts) and not way.divides else 1
+                is_long = workers == min(counts) and not (way.divides or way.short)
+                count = steps if is_long else 1
                 first, last = measured(subject, workers, count, way)
                 ours = expected(sizes, way)
                 own = {kind: first.sizes.get(kind, 0) for kind in ours}
-                kind = "reduce" if way.divides else "all-reduce"
+                kinds = [kind for kind in FACTORS if kind in ours]
                 gathered = ours["all-gather later" if count > 1 else "all-gather"]
                 inversions = own["broadcast"] / ours["broadcast"]
                 yield HEAD.format(
                     *(subject, workers, *way.names()),
-                    *_compared(own[kind], ours[kind]),
+                    *_compared(*(sum(each[kind] for kind in kinds) for each in (own, ours))),
                     *_compared(own["broadcast"], ours["broadcast"])[:2],
                     f"{inversions:.3f}",
                     *_compared(last.sizes.get("all-gather", 0), gathered),
@@ -345,9 +367,12 @@ WAYS = (
     *(Way(mode) for mode in MODES),
     *(Way(mode, divides=True) for mode in MODES),
     *(Way(mode, sharded=True) for mode in MODES),
+    *(Way("fixed", divides=divides, short=True) for divides in (False, True)),
 )
-QUICK = Way("fixed", divides=True), Way("fixed", sharded=True)
-HEAD = "{:10} {:>7} {:11} {:9} {:3} {:>8} {:>8} {:>6} {:>8} {:>8} {:>10} {:>8} {:>8} {:>6} {:>8}"
+QUICK = Way("fixed", divides=True), Way("fixed", sharded=True), Way("fixed", short=True)
+HEAD = (
+    "{:10} {:>7} {:11} {:9} {:3} {:4} {:>8} {:>8} {:>6} {:>8} {:>8} {:>10} {:>8} {:>8} {:>6} {:>8}"
+)
 
 
 def _compared(found: float, ours: float) -> tuple[str, str, str]:
@@ -359,17 +384,23 @@ def _compared(found: float, ours: float) -> tuple[str, str, str]:
 def rows_of_bytes(workers: int = 8) -> Iterator[str]:
     """Yield the bytes of the full networks, as parts of the all-reduce of gradients."""
     yield f"Full width, {workers} workers: MB that a worker sends, and per cent of the gradients'"
-    head = "{:10} {:>11} {:>13} {:>7} {:>16} {:>16} {:>16} {:>16} {:>22}"
-    titles = [f"{a}/{b}: MB, %" for a, b in PERIODS]
-    titles += [f"{a}/{b} divided" for a, b in PERIODS]
+    head = "{:10} {:>11} {:>13} {:>7}" + 8 * " {:>16}" + " {:>22}"
+    ways = [(divides, short) for short in (False, True) for divides in (False, True)]
+    titles = [
+        f"{a}/{b}{' divided' if divides else ':'}{' 16 bits' if short else ' MB, %'}"
+        for divides, short in ways
+        for a, b in PERIODS
+    ]
     yield head.format("network", "gradients", "one triangle", "layers", *titles, "gathers of FSDP2")
     for name, subject in SUBJECTS.items():
         sizes = Sizes.of(subject.made(full=True))
         gradients = sent("all-reduce", sizes.parameters, workers)
-        factors = sent("all-reduce", sizes.triangles, workers)
         inverses = sent("broadcast", sizes.triangles, workers)
-        to_one = sent("reduce", sizes.triangles, workers)
-        found = [own / a + inverses / b for own in (factors, to_one) for a, b in PERIODS]
+        factors = [
+            sum(sent(k, v, workers) for k, v in _of_factors(sizes, Way("fixed", False, *way)))
+            for way in ways
+        ]
+        found = [own / a + inverses / b for own in factors for a, b in PERIODS]
         later = [expected(sizes, Way(mode, sharded=True))["all-gather later"] for mode in MODES]
         gathers = [sent("all-gather", own, workers) for own in later]
         yield head.format(
@@ -380,6 +411,13 @@ def rows_of_bytes(workers: int = 8) -> Iterator[str]:
             *(f"{own / 1e6:.0f}, {100 * own / gradients:.0f}" for own in found),
             " / ".join(f"{100 * own / gradients:.0f} %" for own in gathers),
         )
+
+
+def _of_factors(sizes: Sizes, way: Way) -> Iterator[tuple[str, int]]:
+    """Yield the kinds and bytes of collectives with factors, without `fully_shard`."""
+    for kind, size in expected(sizes, way).items():
+        if kind in (*FACTORS, "all-gather"):
+            yield kind, size
 
 
 def rows_of_times() -> Iterator[str]:

@@ -14,11 +14,15 @@ from einconv_kfac.distributed.workers import Workers
 from einconv_kfac.distributed.wrappers import parallel_wrapper, unwrapped
 
 
-def workers_of(model: nn.Module) -> Workers:
+def workers_of(model: nn.Module, dtype: torch.dtype | None = None) -> Workers:
     """Return the workers that train a model together.
 
     They are the process group of `DistributedDataParallel`, or the default group for a model that
     is not wrapped.
+
+    Args:
+        model: The model.
+        dtype: The data type in which sums of matrices are sent; their own for ``None``.
 
     Raises:
         ValueError: If the model is distributed in another way.
@@ -34,7 +38,7 @@ def workers_of(model: nn.Module) -> Workers:
     _check_layers(model)
     from einconv_kfac.distributed.process_group import ProcessGroup  # noqa: PLC0415
 
-    return ProcessGroup(group, next(model.parameters()).device)
+    return ProcessGroup(group, next(model.parameters()).device, dtype)
 
 
 def parallel_workers_of(model: nn.Module, owner: str) -> Workers:

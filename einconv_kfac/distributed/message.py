@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 LENGTH = 128
 """Numbers of a message, in float64."""
-HEADER = 10
-PAYLOAD = 54
+HEADER = 12
+PAYLOAD = 52
 """Numbers that one message carries; more are sent in several messages."""
 _BYTES = 6
 """Bytes of text per number, so that it is an integer below ``2^53``."""
@@ -24,14 +24,16 @@ _WORDS, _WORD_BITS = 3, 20
 an integer below ``2^53``, and ``N sum d^2 = (sum d)^2`` holds if and only if all are the same."""
 
 
-def header(question: str, same: Mapping[str, object]) -> list[float]:
+def header(question: str, same: Mapping[str, object], begun: int) -> list[float]:
     """Return the first numbers of a message.
 
     Args:
         question: What is asked.
         same: What must be the same on all workers.
+        begun: The number of messages that were begun early.
     """
-    words = [*_digest(question)[:1], *_digest(repr(sorted(same.items())))]
+    level = begun & ((1 << _WORD_BITS) - 1)
+    words = [*_digest(question)[:1], level, *_digest(repr(sorted(same.items())))]
     return [0.0, 0.0, *(float(number) for word in words for number in (word, word * word))]
 
 
@@ -80,9 +82,14 @@ class Answer:
         return next(self._are_equal())
 
     @property
+    def is_level(self) -> bool:
+        """Whether all workers have begun as many messages early."""
+        return next(itertools.islice(self._are_equal(), 1, None))
+
+    @property
     def is_same(self) -> bool:
         """Whether what must be the same is the same on all workers."""
-        return all(itertools.islice(self._are_equal(), 1, None))
+        return all(itertools.islice(self._are_equal(), 2, None))
 
     def _are_equal(self) -> Iterator[bool]:
         """Yield whether each word is the same on all workers."""

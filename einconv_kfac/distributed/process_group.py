@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from einconv_kfac.distributed.collectives import Collectives, wait
+from einconv_kfac.distributed.early_sums import Channel, EarlySums, Found
 from einconv_kfac.distributed.message import HEADER, LENGTH, PAYLOAD, Answer, failure, header
 from einconv_kfac.distributed.parcel import emptied, filled, packing_of
-from einconv_kfac.distributed.summable import add_up_
+from einconv_kfac.distributed.reduction import Reduction
+from einconv_kfac.distributed.summable import (
+    Summable,
+    counts_of,
+    receivers_of,
+    replace_,
+    tensors_of,
+    wanted_of,
+)
 from einconv_kfac.distributed.triangles import Packing, Symmetric
 from einconv_kfac.distributed.workers import (
     NOBODY,
@@ -29,8 +38,6 @@ from einconv_kfac.distributed.workers import (
 COMMIT = "the end of the step"
 SMALLEST_NORM = 2.0**-1000
 """Norms below count as this one, whose logarithm is finite."""
-BUCKET_ENTRIES = 1 << 22
-"""Entries of a message in which sums of large tensors are sent."""
 NORM_TOLERANCE = 1e-6
 """Relative difference up to which norms of gradients count as the same."""
 
@@ -45,11 +52,15 @@ class ProcessGroup(Workers):
     Args:
         group: The process group, of more than one process.
         device: The device of small messages.
+        dtype: The data type in which sums of matrices are sent, if theirs has more bits.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group, self._device = group, device
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        self._collectives, self._device = Collectives(group, device), device
+        self._group, self._dtype, self._early = group, dtype, EarlySums(group, dtype)
+        self.rank, self.size = self._collectives.rank, self._collectives.size
         self._last: tuple[Any, Tensor] | None = None  # the message that the last step was taken
 
     @contextmanager
@@ -63,7 +74,7 @@ class ProcessGroup(Workers):
         except BaseException as error:
             self._report_(error)
             raise
-        self._last = self._sent(self._message(COMMIT))
+        self._last = self._sent(self._message(COMMIT, {"plan": self._early.agree_()}))
 
     def agree(self, flag: Tensor, question: str, same: Compared = Same) -> bool:
         """See `Workers`."""
@@ -95,34 +106,62 @@ class ProcessGroup(Workers):
         owners: Mapping[str, int] = NOBODY,
     ) -> dict[str, S]:
         """See `Workers`."""
-        layers = complete()
-        add_up_(layers, self._device, self._sums, owners)
+        layers, early = complete(), self._early
+        counts = Reduction([counts_of(layers, self._device)], [None], self._collectives)
+        own = [float(early.is_current), float(early.is_wanted and early.channel is None)]
+        are_current, want = self._asked(own, "sums", {"shapes of sums": counts.signature})
+        early.finish_()
+        found = early.found(layers) if are_current == 1 else None
+        replace_(layers, *(found or self._found(layers, counts, owners)))
+        if want == 1:
+            early.channel = Channel.of(self._group, self._device)
         return layers
+
+    def _found(
+        self, layers: Mapping[str, Summable], counts: Reduction, owners: Mapping[str, int]
+    ) -> Found:
+        """Return sums over workers, in two rounds of messages."""
+        counts.begin_()
+        (total,) = counts.found()
+        assert total is not None
+        wanted = wanted_of(layers, total)
+        self._early.learn_(layers, wanted)
+        receivers = receivers_of(layers, wanted, owners)
+        return total, wanted, self._sums(tensors_of(layers, wanted), receivers)
 
     def _sums(
         self, tensors: Sequence[Tensor | Symmetric], receivers: Sequence[int | None]
     ) -> Sequence[Tensor | None]:
         """Return the sums of tensors over workers, in few messages for each receiver."""
-        indices: dict[int | None, list[int]] = defaultdict(list)
-        for index, receiver in enumerate(receivers):
-            indices[receiver].append(index)
-        packings = {r: Packing([tensors[i] for i in own]) for r, own in indices.items()}
-        shapes = [(receiver, packing.signature) for receiver, packing in packings.items()]
-        self._asked([], "sums", {"shapes of sums": shapes})
-        works = [
-            self._begun(part, receiver)
-            for receiver, packing in packings.items()
-            for buffer in packing.buffers
-            for part in torch.split(buffer, BUCKET_ENTRIES)
-        ]
-        for work in works:
-            self._wait(work)
-        found: list[Tensor | None] = [None] * len(tensors)
-        for receiver, packing in packings.items():
-            if receiver in (None, self.rank):
-                for index, total in zip(indices[receiver], packing.unpacked()):
-                    found[index] = total
-        return found
+        if not tensors:
+            return []
+        reduction = Reduction(tensors, receivers, self._collectives, self._dtype)
+        self._asked([], "sums", {"shapes of sums": reduction.signature})
+        reduction.begin_()
+        return reduction.found()
+
+    def expect_(
+        self, complete: Callable[[], Mapping[str, Summable]], owners: Mapping[str, int] = NOBODY
+    ) -> None:
+        """See `Workers`."""
+        self._early.plan_(complete(), owners)
+
+    def begin_(self, complete: Callable[[], Mapping[str, Summable]]) -> None:
+        """See `Workers`."""
+        self._early.begin_(complete, self._have_agreed)
+
+    def drop_(self) -> None:
+        """See `Workers`."""
+        self._early.drop_()
+
+    def _have_agreed(self) -> bool:
+        """Return whether all workers took the last step, and plan the same for the next."""
+        if self._last is None:
+            return False
+        work, message = self._last
+        wait(work)
+        answer = Answer(message.tolist(), self.size)
+        return not answer.failed and answer.is_common and answer.is_same and answer.is_level
 
     def shared(
         self,
@@ -133,16 +172,18 @@ class ProcessGroup(Workers):
         """See `Workers`; every worker has what was sent, to the bit, also of its own results."""
         empty, tensors = emptied({index: pack(result) for index, result in found.items()})
         self._asked([], "results", {})
-        containers = self._gathered(empty)
+        containers = self._collectives.objects(empty)
         packings = [
             Packing(tensors) if rank == self.rank else packing_of(own, self._device)
             for rank, own in enumerate(containers)
         ]
         works = [
-            self._sent_by(rank, buffer) for rank, p in enumerate(packings) for buffer in p.buffers
+            self._collectives.sent_by_(rank, buffer)
+            for rank, p in enumerate(packings)
+            for buffer in p.buffers
         ]
         for work in works:
-            self._wait(work)
+            wait(work)
         sent = [filled(own, p.unpacked()) for own, p in zip(containers, packings)]
         return {index: unpack(index, value) for own in sent for index, value in own.items()}
 
@@ -166,25 +207,27 @@ class ProcessGroup(Workers):
     def _part(self, payload: Tensor, question: str, same: Mapping[str, object]) -> Tensor:
         """Send one message, check it, and return the sums of its payload."""
         work, message = self._sent(self._message(question, same, payload))
-        self._wait(work)
+        wait(work)
         answer = Answer(message.tolist(), self.size)
         if answer.failed:
             raise WorkersError(f"The step must succeed on all workers, {answer.reason()}.")
         if not answer.is_common:
-            questions = self._gathered(question)
+            questions = self._collectives.objects(question)
             raise WorkersError(
                 f"The workers must do the same in each step, got {questions[0]} on worker 0 and "
                 f"{next(q for q in questions if q != questions[0])} on another."
             )
         if not answer.is_same:
             raise self._difference(same)
+        if not answer.is_level:
+            self._early.level_(self._collectives)
         return message[HEADER : HEADER + len(payload)]
 
     def _message(
         self, question: str, same: Mapping[str, object] | None = None, payload: Tensor | None = None
     ) -> Tensor:
         """Return a message on the device."""
-        start = header(question, same or {})
+        start = header(question, same or {}, self._early.count)
         message = torch.tensor([*start, *[0.0] * (LENGTH - HEADER)], dtype=torch.float64)
         message = message.to(self._device)
         if payload is not None:
@@ -193,26 +236,7 @@ class ProcessGroup(Workers):
 
     def _sent(self, message: Tensor) -> tuple[Any, Tensor]:
         """Begin to add a message up over workers."""
-        return self._begun(message), message
-
-    def _begun(self, tensor: Tensor, receiver: int | None = None) -> Any:
-        """Begin to add a tensor up over workers, in place, for one of them or for all."""
-        with _lost():
-            if receiver is None:
-                return dist.all_reduce(tensor, group=self._group, async_op=True)
-            target = dist.get_global_rank(self._group, receiver)
-            return dist.reduce(tensor, target, group=self._group, async_op=True)
-
-    def _sent_by(self, rank: int, tensor: Tensor) -> Any:
-        """Begin to send a tensor from one worker to all, in place."""
-        source = dist.get_global_rank(self._group, rank)
-        with _lost():
-            return dist.broadcast(tensor, source, group=self._group, async_op=True)
-
-    def _wait(self, work: Any) -> None:
-        """Wait until a message has arrived."""
-        with _lost():
-            work.wait()
+        return self._collectives.added_up_(message), message
 
     def _report_(self, error: BaseException) -> None:
         """Tell the other workers that this one failed, in place of the message they wait for.
@@ -222,7 +246,7 @@ class ProcessGroup(Workers):
         message = torch.tensor(failure(self.rank, error), dtype=torch.float64).to(self._device)
         try:
             work, message = self._sent(message)
-            self._wait(work)
+            wait(work)
         except WorkersError:
             return  # the error at hand says more
         answer = Answer(message.tolist(), self.size)
@@ -234,7 +258,7 @@ class ProcessGroup(Workers):
         last, self._last = self._last, None
         if last is None:
             return
-        self._wait(last[0])
+        wait(last[0])
         answer = Answer(last[1].tolist(), self.size)
         if answer.failed:
             raise WorkersError(
@@ -244,7 +268,7 @@ class ProcessGroup(Workers):
 
     def _difference(self, same: Mapping[str, object]) -> WorkersError:
         """Return the error for what is not the same on all workers; all of them call it."""
-        found = self._gathered({name: repr(value) for name, value in same.items()})
+        found = self._collectives.objects({name: repr(value) for name, value in same.items()})
         for name in found[0]:
             for rank, other in enumerate(found):
                 if other.get(name) != found[0][name]:
@@ -254,13 +278,6 @@ class ProcessGroup(Workers):
                     )
         return WorkersError("All workers must have the same state, got different ones.")
 
-    def _gathered(self, value: Any) -> list[Any]:
-        """Return a value of every worker."""
-        found: list[Any] = [None] * self.size
-        with _lost():
-            dist.all_gather_object(found, value, group=self._group)
-        return found
-
 
 def _log_norm(norms: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return the binary logarithm of the norm of tensors, from those of each."""
@@ -268,15 +285,3 @@ def _log_norm(norms: Sequence[Tensor], device: torch.device) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=device)
     norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms)).double())
     return norm.clamp_min(SMALLEST_NORM).log2()
-
-
-@contextmanager
-def _lost() -> Iterator[None]:
-    """Raise a `WorkersError` where torch cannot reach another worker."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise WorkersError(
-            f"All workers must be reached, got {type(error).__name__}: {error}. Restart them from "
-            "a saved state."
-        ) from error

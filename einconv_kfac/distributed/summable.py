@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -63,13 +63,59 @@ class Summable(Protocol):
         """Return the sums; there are always as many."""
 
 
-Sums = Callable[[Sequence[Tensor | Symmetric], Sequence["int | None"]], Sequence["Tensor | None"]]
-"""Returns the sums of tensors over workers, each on one of them or, for ``None``, on all; ``None``
-elsewhere."""
+@dataclass(frozen=True)
+class Wanted:
+    """A sum that some worker has.
+
+    Args:
+        layer: The layer's name.
+        index: The index of the sum among those of the layer.
+        dtype: The widest of the data types that workers have it in.
+    """
+
+    layer: str
+    index: int
+    dtype: torch.dtype
 
 
-def add_up_(
-    layers: Mapping[str, Summable], device: torch.device, sums: Sums, owners: Mapping[str, int]
+def counts_of(layers: Mapping[str, Summable], device: torch.device) -> Tensor:
+    """Return numbers of examples and terms, and which sums are there, as one vector."""
+    rows = (row for name in sorted(layers) for row in _row(layers[name]))
+    return torch.tensor([float(number) for number in rows], dtype=torch.float64, device=device)
+
+
+def wanted_of(layers: Mapping[str, Summable], total: Tensor) -> list[Wanted]:
+    """Return the sums that some worker has, from the sum of `counts_of` over workers."""
+    found = []
+    for name, (_, presence) in _rows(layers, total).items():
+        for index in range(len(layers[name].parts())):
+            own = presence[index * len(_DTYPES) : (index + 1) * len(_DTYPES)]
+            dtypes = [dtype for dtype, count in zip(_DTYPES, own) if count]
+            if dtypes:
+                found.append(Wanted(name, index, dtypes[-1]))
+    return found
+
+
+def tensors_of(
+    layers: Mapping[str, Summable], wanted: Sequence[Wanted]
+) -> list[Tensor | Symmetric]:
+    """Return sums in their data types, zero where there are none."""
+    return [_filled(layers[own.layer].parts()[own.index], own.dtype) for own in wanted]
+
+
+def receivers_of(
+    layers: Mapping[str, Summable], wanted: Sequence[Wanted], owners: Mapping[str, int]
+) -> list[int | None]:
+    """Return the worker that needs each sum; all of a layer without owner, ``None``."""
+    parts = [layers[own.layer].parts()[own.index] for own in wanted]
+    return [None if p.for_all else owners.get(own.layer) for p, own in zip(parts, wanted)]
+
+
+def replace_(
+    layers: Mapping[str, Summable],
+    total: Tensor,
+    wanted: Sequence[Wanted],
+    results: Sequence[Tensor | None],
 ) -> None:
     """Replace the sums of layers by those over all workers.
 
@@ -78,47 +124,30 @@ def add_up_(
 
     Args:
         layers: The layers, the same on all workers.
-        device: The device of counts.
-        sums: Adds tensors up.
-        owners: The workers that own layers; all have the sums of a layer without one.
+        total: The sum of `counts_of` over workers.
+        wanted: The sums that some worker has.
+        results: Their totals, where this worker needs them.
     """
+    for name, (counts, _) in _rows(layers, total).items():
+        layers[name].set_counts_(counts)
+    for own, result in zip(wanted, results):
+        layers[own.layer].parts()[own.index].assign(result)
+
+
+def _row(layer: Summable) -> list[int]:
+    """Return the numbers of one layer, and whether each sum is there in each of the data types."""
+    values = [part.value for part in layer.parts()]
+    presence = [int(v is not None and v.dtype == dtype) for v in values for dtype in _DTYPES]
+    return [*layer.counts(), *presence]
+
+
+def _rows(layers: Mapping[str, Summable], total: Tensor) -> dict[str, tuple[list[int], list[int]]]:
+    """Return numbers of examples and terms, and of workers that have sums, by layer."""
     names = sorted(layers)
-    own = [layers[name] for name in names]
-    rows = [[*layer.counts(), *_presence(layer.parts())] for layer in own]
-    flat = [float(number) for row in rows for number in row]
-    (total,) = sums([torch.tensor(flat, dtype=torch.float64, device=device)], [None])
-    assert total is not None
-    found = iter(torch.split(total, [len(row) for row in rows]))
-    wanted: list[tuple[SumPart, torch.dtype]] = []
-    receivers: list[int | None] = []
-    for name, layer in zip(names, own):
-        numbers = [round(number) for number in next(found).tolist()]
-        counts = len(layer.counts())
-        layer.set_counts_(numbers[:counts])
-        parts = [*_wanted(layer.parts(), numbers[counts:])]
-        receivers += [None if part.for_all else owners.get(name) for part, _ in parts]
-        wanted += parts
-    results = sums([_filled(p, dtype) for p, dtype in wanted], receivers) if wanted else []
-    for (part, _), result in zip(wanted, results):
-        part.assign(result)
-
-
-def _presence(parts: Sequence[SumPart]) -> Iterator[int]:
-    """Yield whether each sum is there, in each of the data types."""
-    for part in parts:
-        yield from (int(part.value is not None and part.value.dtype == d) for d in _DTYPES)
-
-
-def _wanted(
-    parts: Sequence[SumPart], presence: Sequence[int]
-) -> Iterator[tuple[SumPart, torch.dtype]]:
-    """Yield the sums that some worker has, with the widest of their data types."""
-    width = len(_DTYPES)
-    for index, part in enumerate(parts):
-        own = presence[index * width : (index + 1) * width]
-        dtypes = [dtype for dtype, count in zip(_DTYPES, own) if count]
-        if dtypes:
-            yield part, dtypes[-1]
+    sizes = [len(_row(layers[name])) for name in names]
+    numbers = [[round(own) for own in row.tolist()] for row in torch.split(total, sizes)]
+    counts = [len(layers[name].counts()) for name in names]
+    return {name: (row[:own], row[own:]) for name, row, own in zip(names, numbers, counts)}
 
 
 def _filled(part: SumPart, dtype: torch.dtype) -> Tensor | Symmetric:

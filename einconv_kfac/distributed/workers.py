@@ -110,6 +110,26 @@ class Workers:
         """
         return sums
 
+    def expect_(
+        self, complete: Callable[[], Mapping[str, Summable]], owners: Mapping[str, int] = NOBODY
+    ) -> None:
+        """Prepare for sums that `begin_` adds up.
+
+        Args:
+            complete: Returns the layers of the next `combined`, with sums or without.
+            owners: See `combined`.
+        """
+
+    def begin_(self, complete: Callable[[], Mapping[str, Summable]]) -> None:
+        """Begin to add up sums that `combined` will ask for, if all workers expect the same.
+
+        Args:
+            complete: Returns the layers, with the sums of this worker.
+        """
+
+    def drop_(self) -> None:
+        """Have `combined` not use what `begin_` has begun, since the sums have changed."""
+
     def assigned(self, costs: Sequence[float], loads: Sequence[float] = ()) -> list[int]:
         """Return the worker of each task: the largest first, each to who has least work.
 

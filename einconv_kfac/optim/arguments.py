@@ -9,12 +9,14 @@ from numbers import Integral, Real
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from einconv_kfac.distributed.detection import stored_model
 
 LARGEST_INTEGER = 2**63
 """Integers from here on do not fit a tensor's operations."""
+COMMUNICATION_DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 SEED_BOUNDS = (-(2**63), 2**64)
 """Bounds of a seed, of `torch.Generator.manual_seed`."""
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
@@ -89,6 +91,22 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` must be True or False, got {shown(value)}.")
     return value
+
+
+def communication_dtype_of(value: Any) -> torch.dtype | None:
+    """Return the argument ``communication_dtype``.
+
+    Raises:
+        ValueError: If it is neither ``None`` nor a data type that entries are rounded to.
+    """
+    if value is not None and not any(value is dtype for dtype in COMMUNICATION_DTYPES):
+        names = ", ".join(str(dtype) for dtype in COMMUNICATION_DTYPES)
+        raise ValueError(
+            f"`communication_dtype` must be None or one of {names}, got {shown(value)}. Leave it "
+            "out to send factors in their own data type."
+        )
+    found: torch.dtype | None = value
+    return found
 
 
 def choice(name: str, value: Any, choices: Sequence[str]) -> str:

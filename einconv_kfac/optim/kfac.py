@@ -17,6 +17,7 @@ from einconv_kfac.optim.curvature_optimizer import CurvatureOptimizer
 from einconv_kfac.optim.diagnostics import Report
 from einconv_kfac.optim.factors.comparison import check_alike
 from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.factors.ownership import Sharing
 from einconv_kfac.optim.hyperparameters import Clip
 from einconv_kfac.optim.inverses.protocol import Inverse
 from einconv_kfac.optim.model_walk import named_parameters
@@ -81,6 +82,9 @@ class KFAC(CurvatureOptimizer):
         divide_factors: Whether each layer's factors are on one of several workers only, which
             inverts them: half of the messages with factors, and a part of their memory. All
             workers must then call `state_dict`, and ``inverse_in_background`` must be ``False``.
+        communication_dtype: Data type in which several workers send factors, which are rounded
+            twice: ``torch.float16`` (errors below ``2^-10 sqrt(A_ii A_jj)``) or
+            ``torch.bfloat16`` (``2^-7``). By default, and for inverses, it is their own.
         factor_fraction: Fraction of each batch's examples, drawn at random, for the factors.
         curvature_fraction: Fraction of each batch's examples, drawn at random, from which the
             quadratic model takes its curvature, for models whose layers treat every example alone.
@@ -140,6 +144,7 @@ class KFAC(CurvatureOptimizer):
         inverse: Inverse = "factored",
         inverse_in_background: bool = False,
         divide_factors: bool = False,
+        communication_dtype: torch.dtype | None = None,
         factor_fraction: float = 1.0,
         curvature_fraction: float = 1.0,
         kl_clip: Clip = "auto",
@@ -184,7 +189,7 @@ class KFAC(CurvatureOptimizer):
             exclude=exclude,
             inverse=inverse,
             in_background=inverse_in_background,
-            divide_factors=divide_factors,
+            sharing=Sharing(divide_factors, communication_dtype),
             seed=seed,
         )
         self._model, self._settings, self._rule = self._preconditioner.model, settings, rule

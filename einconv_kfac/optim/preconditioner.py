@@ -20,6 +20,7 @@ from einconv_kfac.optim.arguments import check_trainable, flag, plain
 from einconv_kfac.optim.factors.comparison import check_alike
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.finiteness import NOT_FINITE
+from einconv_kfac.optim.factors.ownership import Sharing
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, PERIODS, Hyperparameters
 from einconv_kfac.optim.inverses.protocol import Inverse
 from einconv_kfac.optim.parameters import check_dense, check_names
@@ -56,6 +57,7 @@ class KFACPreconditioner:
         inverse: How the damped curvature is inverted.
         inverse_in_background: Whether a thread inverts.
         divide_factors: Whether each layer's factors are on one of several workers only.
+        communication_dtype: Data type in which several workers send factors; see `KFAC`.
         factor_fraction: Fraction of each batch's examples that the factors are averaged over.
         max_factor_size: Largest number of rows of a factor; of larger ones, the diagonal is used.
         seed: Seed of sampled targets and examples.
@@ -92,6 +94,7 @@ class KFACPreconditioner:
         inverse: Inverse = "factored",
         inverse_in_background: bool = False,
         divide_factors: bool = False,
+        communication_dtype: torch.dtype | None = None,
         factor_fraction: float = 1.0,
         max_factor_size: int = 8192,
         seed: int = 0,
@@ -113,7 +116,7 @@ class KFACPreconditioner:
             exclude=exclude,
             inverse=inverse,
             in_background=inverse_in_background,
-            divide_factors=divide_factors,
+            sharing=Sharing(divide_factors, communication_dtype),
             seed=seed,
         )
         try:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree
 from worker_cases import FIXED, MANY, Case, Training, all_weights, noisy_net
 
-SAVED, STEPS = 3, 5
+SAVED, STEPS = 2, 4
 CASES = {
     "automatic": Case({"weight_decay": 0.01}, model=noisy_net),
     "automatic, ekfac": Case({"inverse": "ekfac", "divide_factors": True}, sizes=MANY),

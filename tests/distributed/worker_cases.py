@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from einconv_kfac import KFAC, KFACPreconditioner
 
-PARTS, STEPS = 4, 5
+PARTS, STEPS = 4, 4
 BOTH = 2, 4
 FIXED = {"lr": 0.05, "adaptive": False}
 
@@ -371,8 +371,10 @@ def trained(case: Case, rank: int = 0, size: int = 1) -> Tensor:
 
 def warm_up() -> None:
     """Train a little on one worker, for what is imported and cached on the way."""
-    for options in (FIXED, {}):
+    for options in (FIXED, {}, {**FIXED, "inverse": "ekfac"}):
         Training(Case(options)).step(0)
+    torch.compile(conv_net(), backend="eager")(image_batch()[0])
+    torch.compiler.reset()
 
 
 def trained_whole(case: Case) -> Tensor:

@@ -73,25 +73,26 @@ class Collector:
         workers: Workers = ALONE,
     ) -> None:
         self.workers, self._estimator, self.seed = workers, estimator, seed
-        self._step, self._count = 0, 0
-        self._part = fraction("factor_fraction", part)
+        self._step, self._count, self._part = 0, 0, fraction("factor_fraction", part)
         self._model = unwrapped(model)
         self._layers: dict[str, Layer] = {}
         self.moments: dict[str, LayerSums] = {}
         self.bases: dict[str, EigenBlock] = {}  # in which squared gradients are summed
         self.due: set[str] = set()
         self.owners: Mapping[str, int] = NOBODY  # workers that alone need the sums of layers
-        self.has_seen_loss = False  # since the optimizer was made
-        self._capture = LayerCapture([])
+        self.has_seen_loss, self._capture = False, LayerCapture([])  # since it was made
         self._past: dict[tuple[Any, ...], list[str]] = {}
         self._seen: tuple[Any, ...] = ()
         compiled, loss_fn = compiled_wrappers(model), estimator.loss_fn
+        self._wrapper = wrapper = parallel_wrapper(model)
         assert loss_fn is None or isinstance(loss_fn, nn.Module)
-        hooks, entry = (self._add_, self._forget_), recorded_module(model)
-        self.recorder = Recorder(self._model, loss_fn, *hooks, self._capture, entry)
+        self._is_early = wrapper is not None and workers.size > 1
+        add, entry = self._add_early_ if self._is_early else self._add_, recorded_module(model)
+        hooks = loss_fn, add, self._forget_
+        self.recorder = Recorder(self._model, *hooks, self._capture, entry)
         self.replay = Replay(self._model, self.recorder.paused, compiled=bool(compiled))
         self._undo = [self._capture.remove]
-        if (wrapper := parallel_wrapper(model)) is not None:
+        if wrapper is not None:
             self._undo.append(PassedOutputs(wrapper).remove)
         self._undo += [_run_uncompiled_(module, self._capture) for module in compiled]
         weakref.finalize(self, _undo_, self._undo)
@@ -101,6 +102,7 @@ class Collector:
         self._layers[layer.name] = layer
         self._capture.watch(layer)
         self.moments.pop(layer.name, None)
+        self.workers.drop_()
 
     def begin_(self, due: Iterable[str], bases: dict[str, EigenBlock], step: int) -> None:
         """Drop what was collected, and collect for these layers from now on.
@@ -115,10 +117,13 @@ class Collector:
         self.recorder.take()
         self.due = set(due)
         self._capture.enabled = bool(self.due)
+        if self._is_early:
+            self.workers.expect_(self._complete, self.owners)
 
     def drop_due_(self) -> None:
         """Drop what was collected, and let the coming step do without."""
         self.moments, self.due = {}, set()
+        self.workers.drop_()
 
     def combine_(self) -> None:
         """Add what the other workers collected."""
@@ -138,6 +143,14 @@ class Collector:
     def _forget_(self) -> None:
         """Forget what was collected in this step, since its gradients were dropped."""
         self.moments, self._count = {}, 0
+        self.workers.drop_()
+
+    def _add_early_(self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor) -> None:
+        """Add a batch and, if its gradients are averaged next, begin to add up what is due."""
+        self.workers.drop_()
+        self._add_(evaluation, calls, loss)
+        if self.due and self._wrapper is not None and self._wrapper.require_backward_grad_sync:
+            self.workers.begin_(self._complete)
 
     def _add_(self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor) -> None:
         """Add a batch, from the graph of its outputs, unless its loss is not finite.

@@ -38,5 +38,7 @@ def check_alike(curvature: RunningCurvature, settings: Mapping[str, Any]) -> Non
 
 def _described(value: Any) -> object:
     """Return a value whose text is the same on all workers: of functions and rules, the name."""
+    if isinstance(value, torch.dtype):
+        return str(value)
     is_object = callable(value) or type(value).__module__ != "builtins"
     return getattr(value, "__qualname__", type(value).__qualname__) if is_object else value

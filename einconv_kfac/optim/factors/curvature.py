@@ -23,7 +23,7 @@ from einconv_kfac.optim.factors.curvature_state import (
     snapshot_of,
 )
 from einconv_kfac.optim.factors.output_change import relative_change
-from einconv_kfac.optim.factors.ownership import Ownership
+from einconv_kfac.optim.factors.ownership import DEFAULT_SHARING, Ownership, Sharing
 from einconv_kfac.optim.factors.preconditioning import preconditioned
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
 from einconv_kfac.optim.factors.running import RunningFactors
@@ -50,7 +50,7 @@ class RunningCurvature:
         inverse: Name of the kind of inverse.
         in_background: Whether a thread inverts.
         seed: Seed of sampled targets and examples.
-        divide_factors: Whether each layer's factors are on one worker only.
+        sharing: How several workers share factors.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RunningCurvature:
         inverse: str = "factored",
         in_background: bool = False,
         seed: int = 0,
-        divide_factors: bool = False,
+        sharing: Sharing = DEFAULT_SHARING,
     ) -> None:
         self.layers: dict[str, RunningFactors] = {}
         self.steps = 0
@@ -75,9 +75,10 @@ class RunningCurvature:
         self._in_background = flag("inverse_in_background", in_background)
         self._excluded = excluded_modules(self.model, exclude)
         self._kind = kind_of(inverse, estimator.fisher)
-        self.workers, self.stored = workers_of(model), stored_model(model)
+        self._sharing, dtype = sharing, sharing.communication_dtype
+        self.workers, self.stored = workers_of(model, dtype), stored_model(model)
         self.stored.divide_()
-        self._ownership = Ownership.of(self.workers, divide_factors, in_background)
+        self._ownership = Ownership.of(self.workers, sharing.divide_factors, in_background)
         work = self._kind, in_background, self.workers, self._ownership.owners
         self._refresh = Refresh(self.layers, *work)
         self._parameters: Collection[str] | None = None
@@ -244,14 +245,13 @@ class RunningCurvature:
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of a constructor of what owns this curvature."""
         given = [entry.name for entry in fields(self.estimator) if entry.init]
-        own = {name: getattr(self.estimator, name) for name in given}
         return {
-            **own,
+            **{name: getattr(self.estimator, name) for name in given},
             "model": self._entry,
             "exclude": self._exclude,
             "inverse": self._kind.name,
             "inverse_in_background": self._in_background,
-            "divide_factors": self._ownership.is_wanted,
+            **vars(self._sharing),
             "seed": self.seed,
         }
 

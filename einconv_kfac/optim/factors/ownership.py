@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.cholesky import Pair
 from einconv_kfac.distributed.workers import Workers
-from einconv_kfac.optim.arguments import flag
+from einconv_kfac.optim.arguments import communication_dtype_of, flag
 from einconv_kfac.optim.factors.running import RunningFactors
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How several workers share factors.
+
+    Args:
+        divide_factors: Whether each layer's factors are on one worker only.
+        communication_dtype: The data type in which factors are sent; their own for ``None``.
+    """
+
+    divide_factors: bool = False
+    communication_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        flag("divide_factors", self.divide_factors)
+        communication_dtype_of(self.communication_dtype)
+
+
+DEFAULT_SHARING = Sharing()
 
 
 class Ownership:
@@ -41,7 +64,7 @@ class Ownership:
         Raises:
             ValueError: If threads invert, which need all factors.
         """
-        if flag("divide_factors", divide_factors) and in_background:
+        if divide_factors and in_background:
             raise ValueError(
                 "`divide_factors` must be False where inverse_in_background=True, got True: the "
                 "thread of each worker inverts all factors. Leave one of them out."
