@@ -2,11 +2,15 @@
 
 On a GPU one call of cuDNN takes the place of the many products of the other kernels. Its precision
 is that of ``torch.nn.functional.conv2d``: ``torch.backends.cudnn.allow_tf32`` decides about TF32,
-and ``torch.backends.cudnn.deterministic`` about the order of sums.
+and ``torch.backends.cudnn.deterministic`` about the order of sums. On a CPU oneDNN computes float32
+without unfolding; the other kernels are faster there for kernels of one entry, for input VJPs with
+few channels and a stride, and for weight VJPs of large depthwise kernels.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -15,8 +19,14 @@ from torch import Tensor
 from einconv_kfac.geometry import Geometry
 from einconv_kfac.padding import padded
 
-DEVICES = ("cuda",)
-"""Types of devices whose library is faster than the other kernels."""
+ALWAYS_FASTER = ("cuda",)
+"""Types of devices whose library is faster than the other kernels for all sizes."""
+
+FEW_CHANNELS = 4
+"""Channels of a group up to which input VJPs with a stride are faster by the other kernels."""
+
+LARGE_DEPTHWISE_ENTRIES = 25
+"""Entries of a depthwise kernel above which weight VJPs are faster by the other kernels."""
 
 MOST_AXES = 3
 """Number of axes of the library's largest convolution."""
@@ -25,10 +35,39 @@ convolution: Any = torch.ops.aten.convolution
 convolution_backward: Any = torch.ops.aten.convolution_backward
 
 
-def applies(geometry: Geometry, x: Tensor) -> bool:
-    """Return whether the library computes a convolution, and faster than the other kernels."""
-    real = x.is_floating_point()
-    return x.device.type in DEVICES and real and 1 <= geometry.ndim <= MOST_AXES
+def applies(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> bool:
+    """Return whether the library computes a contraction, and faster than the other kernels.
+
+    Args:
+        geometry: The convolution.
+        role: The tensor that is contracted, as in `contract_convolution`.
+        first: The first of the others.
+        second: The second of the others.
+    """
+    if not (first.is_floating_point() and 1 <= geometry.ndim <= MOST_AXES):
+        return False
+    return first.device.type in ALWAYS_FASTER or _is_faster_on_host(geometry, role, first, second)
+
+
+def _is_faster_on_host(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> bool:
+    """Return whether oneDNN computes a contraction on the host, faster than the other kernels."""
+    mkldnn = torch.backends.mkldnn
+    by_onednn = first.device.type == "cpu" and first.dtype == second.dtype == torch.float32
+    entries = prod(geometry.kernel_size)
+    if not (by_onednn and entries > 1 and mkldnn.enabled and _has_onednn()):
+        return False
+    if role == "x":
+        strided = any(axis.stride > 1 for axis in geometry.axes)
+        return first.shape[1] > FEW_CHANNELS or not strided
+    depthwise = role == "w" and first.shape[1] == geometry.groups > 1
+    return not depthwise or entries <= LARGE_DEPTHWISE_ENTRIES
+
+
+@cache
+def _has_onednn() -> bool:
+    """Return whether torch was built with oneDNN."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available
 
 
 def forward(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Te
     """
     if 0 in (first.numel(), second.numel()):
         return first.new_zeros(result_shape(geometry, role, first, second))
-    if library.applies(geometry, first):
+    if library.applies(geometry, role, first, second):
         return LIBRARY[role](geometry, first, second)  # operands of any layout
     return contraction(geometry, role, first, second)(
         geometry, first.contiguous(), second.contiguous()
