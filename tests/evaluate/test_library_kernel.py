@@ -60,6 +60,7 @@ SINGLE = conv_geometry((6, 6), 1)
 SQUARE = conv_geometry((6, 6), 3, padding=1)
 STRIDED = conv_geometry((8, 8), 3, stride=2)
 DEPTHWISE = conv_geometry((6, 6), 3, padding=1, groups=8)
+STRIDED_DEPTHWISE = conv_geometry((8, 8), 3, stride=2, groups=8)
 LARGE_DEPTHWISE = conv_geometry((9, 9), 7, padding=3, groups=8)
 
 
@@ -72,6 +73,7 @@ LARGE_DEPTHWISE = conv_geometry((9, 9), 7, padding=3, groups=8)
         (STRIDED, 8, "vxw"),
         (STRIDED, 3, "vw"),
         (DEPTHWISE, 8, "vxw"),
+        (STRIDED_DEPTHWISE, 8, "vxw"),
         (LARGE_DEPTHWISE, 8, "vx"),
     ],
 )

@@ -23,7 +23,7 @@ ALWAYS_FASTER = ("cuda",)
 """Types of devices whose library is faster than the other kernels for all sizes."""
 
 FEW_CHANNELS = 4
-"""Channels of a group up to which input VJPs with a stride are faster by the other kernels."""
+"""Channels of the input up to which input VJPs with a stride are faster by other kernels."""
 
 LARGE_DEPTHWISE_ENTRIES = 25
 """Entries of a depthwise kernel above which weight VJPs are faster by the other kernels."""
@@ -58,7 +58,7 @@ def _is_faster_on_host(geometry: Geometry, role: str, first: Tensor, second: Ten
         return False
     if role == "x":
         strided = any(axis.stride > 1 for axis in geometry.axes)
-        return first.shape[1] > FEW_CHANNELS or not strided
+        return geometry.groups * first.shape[1] > FEW_CHANNELS or not strided
     depthwise = role == "w" and first.shape[1] == geometry.groups > 1
     return not depthwise or entries <= LARGE_DEPTHWISE_ENTRIES
 
