@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.sending import sent
 from einconv_kfac.optim.vectors import Direction, entries, layer_of, norms
 
 LARGEST_JOINED_ENTRIES = 1 << 12
@@ -129,8 +130,8 @@ def _dots(names: list[str], a: Direction, b: Direction) -> Iterator[Tensor]:
 
 @lru_cache(maxsize=16)
 def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return numbers on a device; the host waits only for those that it has not sent before."""
-    return torch.tensor(numbers).to(device)
+    """Return numbers on a device, to which they are sent once; the host does not wait."""
+    return sent(torch.tensor(numbers), device)
 
 
 def _squares(names: Sequence[str], direction: Direction) -> Iterator[Tensor]:
