@@ -8,6 +8,7 @@ from typing import Any
 from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
 from einconv_kfac.optim.step.damping.levenberg_marquardt import LARGEST_NOISE
+from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.step.rounding import ROUNDING_MARGIN
 
 DISAGREEMENT_PERIOD = 100
@@ -33,6 +34,7 @@ class Agreement:
         self.noise = 1.0
         self._compared: int | None = None
         self._expected: tuple[float, float, float] | None = None
+        self._unread: Unread | None = None
 
     @property
     def is_close(self) -> bool:
@@ -54,16 +56,32 @@ class Agreement:
             rounding: The rounding error of the objective.
             step: The number of steps taken before.
         """
-        self._expected, self._compared = (before, after, rounding), step
+        self._expected, self._compared, self._unread = (before, after, rounding), step, None
+
+    def expect_later_(self, numbers: Unread, step: int) -> None:
+        """Keep the numbers of `expect_`, which the host reads when they are needed.
+
+        Args:
+            numbers: The objective before and after the step, and its rounding error.
+            step: The number of steps taken before.
+        """
+        self._expected, self._compared, self._unread = None, step, numbers
+
+    def _read_(self) -> tuple[float, float, float] | None:
+        """Return the numbers that are kept."""
+        if self._unread is not None:
+            (before,), (after,), (rounding,) = self._unread.read()
+            self._expected, self._unread = (before, after, rounding), None
+        return self._expected
 
     def sample_(self, value: float) -> None:
         """Compare the objective of the next batch, if one is kept.
 
         A difference within rounding is none.
         """
-        if self._expected is None:
+        if (expected := self._read_()) is None:
             return
-        before, after, rounding = self._expected
+        before, after, rounding = expected
         difference, reduction = abs(value - after), abs(before - after)
         if difference <= ROUNDING_MARGIN * rounding:
             self.noise = 0.0
@@ -74,7 +92,7 @@ class Agreement:
 
     def drop_(self) -> None:
         """Drop the objective that is kept."""
-        self._expected = None
+        self._expected = self._unread = None
 
     schema = Record(
         {"noise": NUMBER, "compared": Maybe(COUNT), "expected": Maybe(Listed(NUMBER, 3))}
@@ -82,11 +100,12 @@ class Agreement:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers."""
-        kept = self._expected and list(self._expected)
+        expected = self._read_()
+        kept = expected and list(expected)
         return {"noise": self.noise, "compared": self._compared, "expected": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         self.noise, self._compared = state["noise"], state["compared"]
-        kept = state["expected"]
+        kept, self._unread = state["expected"], None
         self._expected = kept and (kept[0], kept[1], kept[2])

@@ -99,6 +99,7 @@ class AutomaticStep:
         mix, prepared = None if begun is None else begun.mix, None
         if asked.is_late and mix is not None:
             prepared = self._preparation.prepared(objective, followed.direction, mix, sample)
+            self._ask_(objective)
         first = self._first.numbers(objective, asked)
         if previous and self._rollback.is_needed(first.value):
             if begun is not None:
@@ -213,8 +214,9 @@ class AutomaticStep:
         return self._taken(update, {**numbers, "predicted": predicted})
 
     def _ask_(self, objective: Objective) -> None:
-        """Ask for the objective before a step, with which the step will be compared."""
-        self._reduction.ask_(objective, self._curvature.steps)
+        """Ask for the objective before a step, with which the step is likely to be compared."""
+        is_bounded = self._fit.subspace.was_bounded
+        self._reduction.ask_(objective, self._curvature.steps, is_bounded=is_bounded)
 
     def _noise(self) -> float:
         """Return the fraction of slopes that batches do not share; 0 where the batch repeats."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.vectors import Direction
 
 BACKTRACKING_FACTOR = 0.25
@@ -20,6 +21,8 @@ def backtrack_(
 ) -> float:
     """Shorten a step until the objective is small enough, or else take it back.
 
+    On a GPU an attempt is made before the host has read whether the one before it was enough.
+
     Args:
         parameters: The parameters after the step, by name.
         update: The step; it is shortened in place.
@@ -29,18 +32,24 @@ def backtrack_(
     Returns:
         The fraction of the step that is left.
     """
-    fraction = 1.0
-    for _ in range(BACKTRACKING_ATTEMPTS):
-        _scale_(parameters, update, BACKTRACKING_FACTOR)
-        fraction *= BACKTRACKING_FACTOR
-        if bool(value() <= allowed):
+    own, steps = [parameters[name] for name in update], [*update.values()]
+    fraction, asked = 1.0, None
+    for share in (*[BACKTRACKING_FACTOR] * BACKTRACKING_ATTEMPTS, 0.0):
+        kept = [tensor.clone() for tensor in (*own, *steps) if asked is not None]
+        _scale_(own, steps, share)
+        following = Unread(value() <= allowed) if share else None
+        if asked is not None and asked.read()[0][0]:  # the attempt before was small enough
+            torch._foreach_copy_([*own, *steps], kept)
             return fraction
-    _scale_(parameters, update, 0.0)
-    return 0.0
+        fraction, asked = fraction * share, following
+        if asked is not None and not asked.is_late:
+            if asked.read()[0][0]:
+                return fraction
+            asked = None
+    return fraction
 
 
-def _scale_(parameters: Direction, update: Direction, fraction: float) -> None:
+def _scale_(parameters: list[Tensor], steps: list[Tensor], fraction: float) -> None:
     """Shorten a step that was taken to a fraction."""
-    own = [parameters[name] for name in update]
-    torch._foreach_sub_(own, [*update.values()], alpha=1 - fraction)
-    torch._foreach_mul_([*update.values()], fraction)
+    torch._foreach_sub_(parameters, steps, alpha=1 - fraction)
+    torch._foreach_mul_(steps, fraction)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from einconv_kfac.optim.state_schema import NUMBER, Each, Record
 from einconv_kfac.optim.step.layer_products import LayerProducts, PendingProducts
-from einconv_kfac.optim.step.reading import sent
+from einconv_kfac.optim.step.reading import sent_rows
 
 SMALLEST_GAIN, CONFIDENT_GAIN, LARGEST_GAIN = 0.5, 2.0, 16.0
 """Bounds of the gain: minimum, maximum without evidence, maximum with evidence."""
@@ -108,7 +108,7 @@ class LayerGains:
         states = [self._layers.get(layer, _Layer()) for layer in products.layers]
         past, own, momentum, _, parameters = products.totals()
         rows = zip(*(_foreseen(state, weight) for state in states))
-        confirmed, slope, promised, bound, grown, shrunk = sent([*rows], own)
+        confirmed, slope, promised, bound, grown, shrunk = sent_rows([*rows], own)
         confirmed = torch.addcmul(confirmed, slope, past)
         share = -ASCENT_TOLERANCE * weight**2 / 2
         excess = own * (share * factor) + confirmed + promised

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.sending import sent
 from einconv_kfac.optim.vectors import Direction, layers_of, norms, real_vectors
 
 Vectors = Mapping[str, Tensor]
@@ -131,8 +132,8 @@ def _dots(names: list[str], a: Vectors, b: Vectors) -> Iterator[Tensor]:
 
 @lru_cache(maxsize=16)
 def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return numbers on a device; the host waits only for those that it has not sent before."""
-    return torch.tensor(numbers).to(device)
+    """Return numbers on a device, to which they are sent once; the host does not wait."""
+    return sent(torch.tensor(numbers), device)
 
 
 def _squares(names: Sequence[str], vectors: Vectors) -> Iterator[Tensor]:

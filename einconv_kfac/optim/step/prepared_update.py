@@ -16,11 +16,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.sending import sent
 from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.fit import Fit
 from einconv_kfac.optim.step.layer_products import LARGEST_JOINED_ENTRIES, on_device
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.reading import sent
+from einconv_kfac.optim.step.reading import sent_rows
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.slow_momentum import BUFFER, SlowMomentum
@@ -107,7 +108,7 @@ class Preparation:
         shares = own.index_select(0, on_device(index, own.device)) * ((1 - weight) / trust)
         if len(set(rates)) == 1:
             return shares if rates[0] == 1 else shares / rates[0]
-        return shares / sent([rates], own)[0]
+        return shares / sent_rows([rates], own)[0]
 
     def is_right(
         self,
@@ -192,4 +193,4 @@ def _multiplied_each(tensors: Sequence[Tensor], factors: Tensor) -> list[Tensor]
 @lru_cache(maxsize=16)
 def _repeated(numbers: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
     """Return numbers, each as often as a count says, on a device; sent once."""
-    return torch.tensor(numbers).repeat_interleave(torch.tensor(counts)).to(device)
+    return sent(torch.tensor(numbers).repeat_interleave(torch.tensor(counts)), device)

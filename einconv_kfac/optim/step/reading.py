@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.late_numbers import LateNumbers
+from einconv_kfac.curvature.devices.sending import sent
 
 
 class Unread:
@@ -51,17 +52,11 @@ def _joined(parts: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     return torch.cat(known) if known else flat[0], [part.numel() for part in flat]
 
 
-def sent(rows: Sequence[Sequence[float]], like: Tensor) -> Sequence[Tensor]:
+def sent_rows(rows: Sequence[Sequence[float]], like: Tensor) -> Sequence[Tensor]:
     """Return vectors of one length on the device of a tensor; the host does not wait.
 
     Args:
         rows: The vectors.
         like: A tensor of the data type and the device.
     """
-    table = torch.tensor(rows, dtype=like.dtype)
-    if not like.is_cuda:
-        return table.unbind()
-    pinned = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
-    pinned.copy_(table)
-    found = torch.empty(table.shape, dtype=table.dtype, device=like.device)
-    return found.copy_(pinned, non_blocking=True).unbind()
+    return sent(torch.tensor(rows, dtype=like.dtype), like.device).unbind()

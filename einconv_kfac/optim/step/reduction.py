@@ -17,6 +17,7 @@ from einconv_kfac.optim.step.backtracking import backtrack_
 from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION_PERIOD
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.step.rounding import ROUNDING_MARGIN, rounding_of
 from einconv_kfac.optim.vectors import Direction
 
@@ -94,29 +95,32 @@ class Reduction:
         """
         self._known, asked = None, self._asked
         self._asked = None
-        if objective.settings.damping is None:
-            compared = self._safeguard or self.is_due(step)
-        else:
-            compared = is_bounded
-        if not (compared or self._safeguard):
+        if not (compared := self._compares(objective, step, is_bounded)) and not self._safeguard:
             return None
         if asked is not None and asked[0]() is objective:
             return Before(asked[1] - others, asked[2])
         rounding = rounding_of(self._replay, objective) if compared else None
         return Before(objective.value() - others, rounding)
 
-    def ask_(self, objective: Objective, step: int) -> None:
+    def ask_(self, objective: Objective, step: int, *, is_bounded: bool = False) -> None:
         """Ask for what `before` will return, if the step is to be compared.
 
         Args:
             objective: The objective.
             step: The number of steps taken.
+            is_bounded: Whether the step is likely to be shortened.
         """
-        if objective.settings.damping is not None or not (self._safeguard or self.is_due(step)):
+        if not self._compares(objective, step, is_bounded):
             return
         if self._asked is None or self._asked[0]() is not objective:
             value, rounding = objective.value(), rounding_of(self._replay, objective)
             self._asked = ref(objective), value, rounding
+
+    def _compares(self, objective: Objective, step: int, is_bounded: bool) -> bool:
+        """Return whether a step is to be compared."""
+        if objective.settings.damping is not None:
+            return is_bounded
+        return self._safeguard or self.is_due(step)
 
     def adapt_(
         self,
@@ -179,9 +183,8 @@ class Reduction:
         """
         if before is None or before.rounding is None or not agreement.is_due(step):
             return
-        own = [before.value, self.value(objective), before.rounding]
-        value, after, rounding = torch.stack(own).tolist()
-        agreement.expect_(value, after, rounding, step)
+        numbers = Unread(before.value, self.value(objective), before.rounding)
+        agreement.expect_later_(numbers, step)
 
     def is_due(self, step: int) -> bool:
         """Return whether the damping adapts after a step."""

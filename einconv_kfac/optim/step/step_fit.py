@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.refresh import Inverses
 from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.carried_fit import CarriedMix
-from einconv_kfac.optim.step.damping.search import DampingSearch
+from einconv_kfac.optim.step.damping.search import DampingSearch, Trials
+from einconv_kfac.optim.step.damping.trials import DampingTrials, StagedFit
 from einconv_kfac.optim.step.fit import Fit, Momentum
-from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.quadratic_model import PendingModel, Products
+from einconv_kfac.optim.step.objective import Objective, on_gpu
+from einconv_kfac.optim.step.pending_fit import PendingFit, SolvedFit
+from einconv_kfac.optim.step.quadratic_model import Products
 from einconv_kfac.optim.step.subspace import SubspaceFit, descent
 from einconv_kfac.optim.vectors import Direction
 
 
 @dataclass(frozen=True)
 class BegunFit:
-    """A fit whose numbers the device was asked for.
+    """A fit whose numbers the device was asked for: of one damping, or of several.
 
     Args:
-        directions: The descent directions.
-        products: The Jacobian-vector products, with the quadratic model of the fit.
+        pending: The fit, or ``None`` where dampings are tried.
+        trials: The trials of dampings.
     """
 
-    directions: Sequence[Direction]
-    products: Products
+    pending: PendingFit | None = None
+    trials: Trials | None = None
 
 
 class StepFit:
@@ -77,19 +78,19 @@ class StepFit:
         covered = self._curvature.precondition(objective.gradient)
         return self.subspace.mixed(objective, covered, momentum.direction)
 
-    def begun_(self, objective: Objective, momentum: Momentum, damping: float) -> BegunFit | None:
-        """Ask the device for the numbers of a fit; ``None`` if dampings are to be tried.
+    def begun_(self, objective: Objective, momentum: Momentum, damping: float) -> BegunFit:
+        """Ask the device for the numbers of a fit, or of the first trials of dampings.
 
         Inverses that are due are computed.
         """
-        if objective.settings.damping is None and self._searches(self._curvature.steps):
-            return None
+        if self._tries(objective):
+            trials = self._trials(objective, momentum, damping)
+            trials.ask_(self.search.first())
+            return BegunFit(trials=trials)
         self._curvature.refresh_(damping * self.search.scale, objective.decay)
         products = Products(self._curvature.replay, objective)
         directions = self._directions(objective, None)
-        spanned = self.subspace.spanned(objective, directions, momentum)
-        products.pending = PendingModel(objective, spanned, products)
-        return BegunFit(directions, products)
+        return BegunFit(self.subspace.begun(objective, directions, momentum, products))
 
     def best_(
         self,
@@ -109,25 +110,41 @@ class StepFit:
             damping: The damping.
             begun: The fit, if the device was asked for its numbers.
         """
-        curvature, search = self._curvature, self.search
-        given = objective.settings.damping is not None
-        if begun is not None:
-            own = momentum, damping, begun.products
-            found = self.subspace.full(objective, begun.directions, *own)
-            return self.subspace.keep_(objective, found, momentum)
-        products = Products(curvature.replay, objective)
+        begun, search = begun or BegunFit(), self.search
+        if begun.pending is None and self._tries(objective):
+            trials = begun.trials or self._trials(objective, momentum, damping)
+            best = search.best_(self._curvature.steps, trials)
+            self._curvature.use_(best.inverses)
+            return self.subspace.keep_(objective, best.fit, momentum)
+        pending = begun.pending or self.begun_(objective, momentum, damping).pending
+        assert pending is not None
+        found = self.subspace.finished_(self.subspace.solved(pending, damping))
+        return self.subspace.keep_(objective, found, momentum)
 
-        def fit(inverses: Inverses | None = None) -> Fit:
+    def _tries(self, objective: Objective) -> bool:
+        """Return whether dampings are tried in the coming step."""
+        return objective.settings.damping is None and self._searches(self._curvature.steps)
+
+    def _trials(
+        self, objective: Objective, momentum: Momentum, damping: float
+    ) -> DampingTrials[PendingFit, SolvedFit]:
+        """Return what tries scales of the damping."""
+        curvature, subspace = self._curvature, self.subspace
+        products, invert = (
+            Products(curvature.replay, objective),
+            curvature.trial_inverses(objective.decay),
+        )
+
+        def begun(inverses: Inverses) -> PendingFit:
             directions = self._directions(objective, inverses)
-            return self.subspace.full(objective, directions, momentum, damping, products)
+            return subspace.begun(objective, directions, momentum, products)
 
-        if given or not self._searches(curvature.steps):
-            curvature.refresh_(damping * search.scale, objective.decay)
-            return self.subspace.keep_(objective, fit(), momentum)
-        invert = curvature.trial_inverses(objective.decay)
-        best = search.best_(curvature.steps, lambda scale: invert(damping * scale), fit)
-        curvature.use_(best.inverses)
-        return self.subspace.keep_(objective, best.fit, momentum)
+        def solved(pending: PendingFit) -> SolvedFit:
+            return subspace.solved(pending, damping)
+
+        is_ahead = on_gpu(objective) and objective.workers.size == 1
+        fit = StagedFit(begun, solved, subspace.finished_)
+        return DampingTrials(lambda scale: invert(damping * scale), fit, is_ahead)
 
     def _directions(self, objective: Objective, inverses: Inverses | None) -> list[Direction]:
         """Return the descent directions, with given inverses or the present ones."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
@@ -15,10 +14,11 @@ from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
 from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.carried_fit import CarriedFit, CarriedMix
-from einconv_kfac.optim.step.fit import Along, Fit, Momentum
+from einconv_kfac.optim.step.fit import Fit, Momentum
 from einconv_kfac.optim.step.layer_products import pending_products
 from einconv_kfac.optim.step.objective import Objective, on_gpu
-from einconv_kfac.optim.step.quadratic_model import Products, quadratic_model
+from einconv_kfac.optim.step.pending_fit import PendingFit, SolvedFit
+from einconv_kfac.optim.step.quadratic_model import PendingModel, Products
 from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.vectors import Direction, scaled
@@ -53,6 +53,8 @@ class SubspaceFit:
 
     Attributes:
         reach: Change of the layers' outputs per length of a step, when it was last computed.
+        was_bounded: Whether the bound on that change shortened the last step of which it was
+            computed.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class SubspaceFit:
         self._carried = CarriedFit()
         self._fitted: int | None = None
         self.reach = math.inf
-        self._is_near = self._is_close = False
+        self._is_near = self._is_close = self.was_bounded = False
 
     def is_due(self, step: int) -> bool:
         """Return whether coefficients are to be fitted in a step."""
@@ -182,35 +184,59 @@ class SubspaceFit:
             damping: The damping of the quadratic model.
             products: The Jacobian-vector products that are known.
         """
-        descents, fixed = len(directions), None
+        pending = self.begun(objective, directions, momentum, products)
+        return self.finished_(self.solved(pending, damping))
+
+    def begun(
+        self,
+        objective: Objective,
+        directions: Sequence[Direction],
+        momentum: Momentum,
+        products: Products,
+    ) -> PendingFit:
+        """Ask for the quadratic model of a fit; see `full`."""
         spanned = self.spanned(objective, directions, momentum)
-        if is_spanned := len(spanned) > descents:
-            fixed = {descents: momentum.coefficient or 0.0}
-        model = quadratic_model(self._curvature.replay, objective, spanned, products)
-        trusted = self._trust.corrected(model, descents)
-        coefficients = trusted.minimum(damping, fixed)
-        along = Along.of(model, trusted, coefficients, damping)
-        unknown = coefficients[:0] if model.unobserved is None else model.unobserved
-        numbers = torch.cat([along, coefficients, unknown]).tolist()
-        own, rest = (
-            tuple(numbers[len(along) :][: len(spanned)]),
-            numbers[len(along) + len(spanned) :],
-        )
-        fit = Fit(spanned, own, Along(*numbers[: len(along)]), own, tuple(rest))
+        model = PendingModel(objective, spanned, products)
+        return PendingFit(objective, spanned, len(directions), momentum, products, model)
+
+    def solved(self, pending: PendingFit, damping: float) -> SolvedFit:
+        """Return the coefficients of a fit, once the host has read the model.
+
+        Args:
+            pending: The fit.
+            damping: The damping of the quadratic model.
+        """
+        objective, momentum = pending.objective, pending.momentum
+        model = pending.model(self._curvature.replay)
+        trusted = self._trust.corrected(model, pending.descents)
+        fit = pending.minimum(model, trusted, damping)
         if not math.isfinite(fit.expected):
-            return fit
-        point, update = (objective.parameters, objective.gradient), fit.update(objective)
+            return SolvedFit(pending, fit)
+        update = fit.update(objective)
+        change = self._change(objective, update)
         if momentum.coefficient is not None:
-            return self._bounded(objective, fit, float(self._change(objective, update)))
-        pending = pending_products(point, momentum.direction, update)
-        asked = Unread(self._change(objective, update), pending.numbers)
-        if asked.is_late:
-            self._meanwhile(objective)
-        (change,), found = asked.read()
-        fit = replace(fit, products=pending.of(found))
-        if momentum.direction and not is_spanned:
-            fit = fit.with_slow_momentum()
-        return self._bounded(objective, fit, change)
+            return SolvedFit(pending, fit, Unread(change))
+        point = objective.parameters, objective.gradient
+        products = pending_products(point, momentum.direction, update)
+        return SolvedFit(pending, fit, Unread(change, products.numbers), products)
+
+    def finished_(self, solved: SolvedFit) -> Fit:
+        """Return a fit within the bound on the change of the layers' outputs, which the host reads.
+
+        Args:
+            solved: The fit.
+        """
+        begun, fit = solved.begun, solved.fit
+        if solved.asked is None:
+            return fit
+        if solved.asked.is_late:
+            self._meanwhile(begun.objective)
+        (change,), *found = solved.asked.read()
+        if solved.products is not None:
+            fit = replace(fit, products=solved.products.of(found[0]))
+            if begun.momentum.direction and not begun.has_momentum:
+                fit = fit.with_slow_momentum()
+        return self._bounded(begun.objective, fit, change)
 
     def spanned(
         self, objective: Objective, directions: Sequence[Direction], momentum: Momentum
@@ -242,6 +268,7 @@ class SubspaceFit:
         """
         self.reach = change / length if (length := fit.length) else math.inf
         self._is_close = change > LIKELY_FRACTION * _bound(objective)
+        self.was_bounded = change > _bound(objective)
         if change <= (bound := _bound(objective)):
             return fit
         if not math.isfinite(change):

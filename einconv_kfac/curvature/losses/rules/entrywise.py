@@ -22,6 +22,9 @@ from einconv_kfac.curvature.losses.loss_rule import LossExample
 _ROUNDING = 32
 """Multiple of the machine precision to which a negative curvature is taken for rounding."""
 
+_CONVEX = (nn.MSELoss, nn.HuberLoss, nn.SmoothL1Loss)
+"""Losses that are convex whatever the targets; their subclasses may be other functions."""
+
 
 def _regression(generator: Generator) -> tuple[Tensor, Tensor]:
     """Draw outputs and targets of ``[4, 3, 2]``; the targets are probabilities."""
@@ -78,6 +81,8 @@ class EntrywiseRule(DiagonalRule):
                 "linear. fisher='empirical' takes any loss."
             )
         (curvature,) = torch.autograd.grad(slope.sum(), entries)
+        if weights is None and type(loss) in _CONVEX:  # the host need not wait for a check
+            return curvature.clamp_min(0)
         return _not_negative(curvature, slope.detach(), loss)
 
     def closed_product(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from einconv_kfac.optim.factors.refresh import Inverses
 from einconv_kfac.optim.schedule import is_due
@@ -38,6 +38,16 @@ class Trial:
     fit: Fit
 
 
+class Trials(Protocol):
+    """Tries scales of the damping in one step."""
+
+    def ask_(self, scales: Sequence[float]) -> None:
+        """Ask a GPU for trials that are likely to be needed, before the host reads others."""
+
+    def trial_(self, scale: float) -> Trial:
+        """Return the trial of a scale."""
+
+
 class DampingSearch:
     """Searches the scale of the inverses' damping that promises the largest reduction.
 
@@ -62,28 +72,30 @@ class DampingSearch:
         share = EARLY_CLOSE_SHARE if is_close else EARLY_SEARCH_SHARE
         return is_due(step, self._searched, SEARCH_PERIOD, share)
 
-    def best_(
-        self,
-        step: int,
-        invert: Callable[[float], Inverses],
-        fit: Callable[[Inverses], Fit],
-    ) -> Trial:
+    def first(self) -> list[float]:
+        """Return the scales that are tried first: most searches try these three alone."""
+        scales = [self.scale]
+        for factor in (SCALE_STEP, 1 / SCALE_STEP):
+            scales += [*_powers(self.scale, factor)][:1]
+        return scales
+
+    def best_(self, step: int, trials: Trials) -> Trial:
         """Return the best trial, and keep its scale.
+
+        Beyond the first trials, that of the following scale is asked for before one is read.
 
         Args:
             step: The number of steps taken.
-            invert: Inverts the factors with a scale of the damping.
-            fit: Returns the best step with given inverses.
+            trials: Tries scales.
         """
-
-        def tried(scale: float) -> Trial:
-            inverses = invert(scale)
-            return Trial(scale, inverses, fit(inverses))
-
-        start = best = tried(self.scale)
+        trials.ask_(self.first())
+        start = best = trials.trial_(self.scale)
         for factor in (SCALE_STEP, 1 / SCALE_STEP):
-            for scale in _powers(start.scale, factor):
-                trial = tried(scale)
+            scales = [*_powers(start.scale, factor)]
+            for index, scale in enumerate(scales):
+                if index:
+                    trials.ask_(scales[index : index + 2])
+                trial = trials.trial_(scale)
                 if not trial.fit.rank < best.fit.rank:
                     break
                 best = trial

@@ -10,7 +10,7 @@ from optim_cases import conv_net, image_batch, train_step
 from torch import nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.step.damping.search import SCALE_BOUNDS, DampingSearch
+from einconv_kfac.optim.step.damping.search import SCALE_BOUNDS, DampingSearch, Trial
 
 
 class Ranked:
@@ -25,12 +25,19 @@ def searched(promised: Any) -> tuple[list[float], float]:
     search: Any = DampingSearch()
     tried: list[float] = []
 
-    def invert(scale: float) -> float:
-        tried.append(scale)
-        return scale
+    class Trials:
+        def ask_(self, scales: list[float]) -> None:
+            asked.update(scales)
 
-    best = search.best_(0, invert, lambda scale: Ranked(promised(scale)))
-    assert best.inverses == best.scale == search.scale
+        def trial_(self, scale: float) -> Any:
+            assert scale in asked
+            tried.append(scale)
+            return Trial(scale, {}, Ranked(promised(scale)))  # type: ignore[arg-type]
+
+    asked: set[float] = set()
+    best = search.best_(0, Trials())
+    assert best.scale == search.scale
+    assert len(asked - set(tried)) <= 2  # a smaller scale than the first, and one after the last
     return tried, best.scale
 
 

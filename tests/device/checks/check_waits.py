@@ -1,0 +1,183 @@
+"""Waits of the host in steps that are not ordinary: at most two, with the processor's values.
+
+These are steps that try dampings, steps that are shortened or undone, and others that are
+fitted and compared. The first step also checks the model, and is left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from simulated_device import held, simulated, to_device
+from small_training import batches, network
+from torch import Tensor, nn
+
+from einconv_kfac import KFAC
+from einconv_kfac.optim.step import reduction
+from einconv_kfac.optim.step.damping.search import DampingSearch
+
+MOST = 2
+MOST_SAFEGUARDED = 3
+"""Of a step that is fitted, compared, and compared again with its momentum."""
+TOLERANCE = {"rtol": 1e-7, "atol": 1e-9}
+seen: set[str] = set()
+"""Names of the statistics of the last training."""
+
+
+def curved() -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A regression whose loss is far from quadratic, with four batches that differ."""
+    generator = torch.Generator().manual_seed(3)
+    x = 3 * torch.randn(4, 16, 6, generator=generator, dtype=torch.float64)
+    y = 30 * torch.randn(4, 16, 3, generator=generator, dtype=torch.float64)
+    torch.manual_seed(0)
+    hidden = [nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh()]
+    return nn.Sequential(*hidden, nn.Linear(16, 3)).double(), nn.MSELoss(), [*zip(x, y)]
+
+
+@contextmanager
+def trials_noted() -> Iterator[list[int]]:
+    """Note in how many trials of each search the rank was asked for."""
+    counts: list[int] = []
+    kept = DampingSearch.best_
+
+    def noted(self: DampingSearch, step: int, trials: Any) -> Any:
+        tried, counted = trials.trial_, len(counts)
+        counts.append(0)
+
+        def trial_(scale: float) -> Any:
+            counts[counted] += 1
+            return tried(scale)
+
+        trials.trial_ = trial_
+        return kept(self, step, trials)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DampingSearch, "best_", noted)
+        yield counts
+
+
+def train(
+    case: tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]],
+    steps: int,
+    factors: dict[int, float],
+    is_there: bool,
+    **options: Any,
+) -> tuple[list[float], list[int], KFAC]:
+    """Return losses, waits and the optimizer after steps on one device."""
+    model, loss_fn, data = copy.deepcopy(case)
+    losses, waits = [], []
+    seen.clear()
+    with simulated() if is_there else nullcontext() as record:
+        if is_there:
+            model = to_device(model)
+            data = [(to_device(x), to_device(y)) for x, y in data]
+        opt = KFAC(model, loss_fn, fisher="exact", **options)
+        for step in range(steps):
+            x, y = data[step % len(data)]
+            opt.zero_grad()
+            if record is not None:
+                record.reset()
+            loss = factors.get(step, 1.0) * loss_fn(model(x), y)
+            loss.backward()
+            opt.step()
+            losses.append(float(held(loss.detach())))
+            if record is not None:
+                assert not record.mixtures
+                waits.append(record.waited)
+            seen.update(opt.statistics())
+    return losses, waits, opt
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "factors", "most"),
+    [
+        ({"lr": 8.0}, 18, {}, MOST),  # searches that go on beyond the first three trials
+        ({"inverse_update_period": 4, "factor_update_period": 2}, 12, {}, MOST),
+        ({"momentum": 0.5}, 8, {}, MOST),
+        ({}, 26, {22: 1e6, 24: 1e-3}, MOST),  # a step is undone; coefficients do not hold
+        ({"damping": 1e-2, "lr": 2.0}, 12, {}, MOST),  # beyond the bound on the outputs
+        ({"safeguard": True}, 12, {}, MOST_SAFEGUARDED),
+    ],
+)
+def test_steps_wait_at_most_twice(
+    options: dict[str, Any], steps: int, factors: dict[int, float], most: int
+) -> None:
+    case = curved()
+    with trials_noted() as here:
+        expected, _, own = train(case, steps, factors, False, **options)
+    with trials_noted() as there:
+        found, waits, other = train(case, steps, factors, True, **options)
+    assert max(waits[1:]) <= most, waits
+    assert there == here  # the same trials are compared, though others were made as well
+    if options == {"lr": 8.0}:
+        assert max(there) > 3
+    assert ("rejected" in seen) == (1e6 in factors.values())
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), **TOLERANCE)
+    numbers = other.statistics()
+    for name, value in own.statistics().items():
+        assert numbers[name] == pytest.approx(value, rel=1e-5, abs=1e-9, nan_ok=True), name
+
+
+def test_a_late_search_waits_at_most_twice() -> None:
+    """As every hundredth step does, on the network of the budgets."""
+    with simulated() as record, trials_noted() as counts:
+        model, loss_fn = to_device(network(torch.float32)), nn.CrossEntropyLoss()
+        opt = KFAC(model, loss_fn)
+        waits = []
+        for step, batch in enumerate(batches(4, torch.float32)):
+            if step == 2:
+                state = opt.state_dict()
+                state["kfac"]["preconditioner"]["steps"] = 1000  # the last search is long ago
+                opt.load_state_dict(state)
+            x, y = map(to_device, batch)
+            opt.zero_grad()
+            record.reset()
+            loss_fn(model(x), y).backward()
+            opt.step()
+            waits.append(record.waited)
+    assert len(counts) == 3
+    assert max(waits[1:]) <= MOST, waits
+
+
+@pytest.mark.parametrize("accepted", range(1, 10))
+def test_attempts_to_shorten_a_step_do_not_wait(accepted: int) -> None:
+    """For each number of attempts, after the last of which the step is taken back."""
+    sizes = [(3,), (2, 2)]
+    start = {str(i): torch.randn(size, dtype=torch.float64) for i, size in enumerate(sizes)}
+    step = {name: torch.randn_like(tensor) for name, tensor in start.items()}
+    (left, here), (other, there) = (
+        attempted(start, step, accepted, is_there) for is_there in (False, True)
+    )
+    assert left == other == (0.0 if accepted > 8 else 0.25**accepted)
+    assert all(torch.equal(a, b) for a, b in zip(here, there))
+
+
+def attempted(
+    start: dict[str, Tensor], step: dict[str, Tensor], accepted: int, is_there: bool
+) -> tuple[float, list[Tensor]]:
+    """Return the fraction that is left of a step, and parameters and step, on one device."""
+    calls: list[int] = []
+    with simulated() if is_there else nullcontext() as record:
+
+        def moved(tensor: Tensor) -> Tensor:
+            return to_device(tensor) if is_there else tensor.clone()
+
+        own = {n: moved(t + step[n]) for n, t in start.items()}
+        update = {n: moved(t) for n, t in step.items()}
+        allowed = moved(torch.zeros((), dtype=torch.float64))
+
+        def value() -> Tensor:
+            calls.append(0)
+            return allowed + (accepted - len(calls))  # falls to what is allowed
+
+        if record is not None:
+            record.reset()
+        left = reduction.backtrack_(own, update, value, allowed)
+        assert record is None or record.waited == 0
+        assert len(calls) == min(accepted + is_there, 8)  # a GPU is one ahead
+        return left, held([*own.values(), *update.values()])
