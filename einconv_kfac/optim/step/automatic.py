@@ -219,8 +219,8 @@ class AutomaticStep:
         self._reduction.ask_(objective, self._curvature.steps, is_bounded=is_bounded)
 
     def _noise(self) -> float:
-        """Return the fraction of slopes that batches do not share; 0 where the batch repeats."""
-        return min(self._trust.noise, self._agreement.noise)
+        """Return how much batches differ at one point; 0 where the batch repeats."""
+        return self._agreement.noise
 
     def _taken(self, update: Direction, numbers: Statistics) -> Taken:
         """Return a step with its statistics."""

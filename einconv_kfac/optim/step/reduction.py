@@ -60,7 +60,7 @@ class Reduction:
     Args:
         replay: Runs the model again.
         rule: The damping rule, which adapts to the ratio.
-        noise: Returns the fraction of slopes that batches do not share.
+        noise: Returns how much batches differ at one point; see `Agreement`.
         safeguard: Whether to compare after every step.
 
     Attributes:

@@ -51,11 +51,6 @@ class SlopeTrust:
         return min(max(self._average / self._weight, SMALLEST_TRUST), 1.0)
 
     @property
-    def noise(self) -> float:
-        """The fraction of slopes that later batches did not confirm; 1 before the first sample."""
-        return min(max(1 - self.average, 0.0), 1.0) if self._weight else 1.0
-
-    @property
     def average(self) -> float:
         """The bias-corrected average of the samples, without bounds."""
         return self._average / self._weight

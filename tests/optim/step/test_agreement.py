@@ -38,7 +38,7 @@ def test_there_is_no_floor_where_the_batch_repeats(options: dict[str, float]) ->
     noise, dampings = [], []
     for _ in range(STEPS):
         train_step(net, loss_fn, opt, batch(0))
-        noise.append(opt._step._trust.noise)
+        noise.append(1 - opt._step._trust.fraction)
         dampings.append(opt._step._rule.damping(0))
     assert opt._step._agreement.noise == 0
     assert max(noise[2:]) > 0.01
@@ -55,6 +55,19 @@ def test_the_floor_holds_where_batches_differ() -> None:
         if seed:
             assert opt._step._agreement.noise > 0
             assert opt._step._rule.damping(0) >= opt._step._rule.floor * (1 - 1e-12)
+
+
+def test_the_floor_holds_where_slopes_are_confirmed() -> None:
+    """Batches differ little in the direction of descent, and more than a step reduces."""
+    torch.manual_seed(0)
+    net, loss_fn = nn.Linear(2, 1, bias=False).double(), nn.MSELoss()
+    opt = KFAC(net, loss_fn, fisher="exact", lr=0.05, momentum=0.0)
+    for seed in range(STEPS):
+        x, _ = batch(seed)
+        x[:, 0] = 1.0  # the slope along the first weight is that of all batches
+        train_step(net, loss_fn, opt, (x, 10 + x[:, 1:]))
+    assert opt._step._trust.fraction > 0.9
+    assert opt._step._rule.damping(0) >= opt._step._rule.floor * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": WEIGHT_DECAY}, {"momentum": 0.5}])
