@@ -89,6 +89,38 @@ class CurvatureOptimizer(Optimizer):
         self._settle_()
         self._preconditioner.discard_()
 
+    def can_replay(self) -> bool:
+        """Return whether the coming step neither updates nor inverts factors.
+
+        With ``capturable=True`` such a step may be captured in a CUDA graph, or replayed.
+        """
+        return self._settings.capturable and self._preconditioner.is_ordinary
+
+    def replay(self, graph: Any) -> bool:
+        """Replay a captured step in place of the coming one, and count it, if it `can_replay`.
+
+        The inverses that the graph uses are always the present ones. A graph is to be captured
+        anew after `load_state_dict`, and after changes of the model or of numbers in groups; a
+        learning rate that is a tensor may change in place.
+
+        Args:
+            graph: What captured forward pass, backward pass and `step`: a ``torch.cuda.CUDAGraph``,
+                or any object with a method ``replay``.
+
+        Returns:
+            Whether it was replayed. If not, the step is to be taken as usual.
+
+        >>> model, loss_fn = nn.Linear(4, 2), nn.MSELoss()
+        >>> opt = KFAC(model, loss_fn, lr=0.1, adaptive=False, capturable=True)
+        >>> opt.replay(None)  # the first step updates and inverts factors
+        False
+        """
+        if not self.can_replay():
+            return False
+        graph.replay()
+        self._preconditioner.finish_()
+        return True
+
     def state_dict(self, *, include_factors: bool = True) -> dict[str, Any]:
         """Return everything that continuing needs; it loads with ``weights_only=True``.
 

@@ -33,7 +33,10 @@ PERIODS = ("factor_update_period", "inverse_update_period")
 _OPTIONAL = ("damping", "kl_clip", "max_step_norm", "momentum")
 _FRACTIONS = ("factor_fraction", "curvature_fraction")
 _NUMBERS = ("lr", "weight_decay", *_SCHEDULED, *PERIODS, *_FRACTIONS)
-_FLAGS = ("adaptive", "nesterov", "decoupled_weight_decay", "safeguard", "maximize")
+_FLAGS = (
+    *("adaptive", "nesterov", "decoupled_weight_decay", "safeguard", "maximize"),
+    "capturable",
+)
 _FIXED_ONLY = ("nesterov", "decoupled_weight_decay", "max_step_norm", "kl_clip")
 
 
@@ -62,6 +65,7 @@ class Hyperparameters:
     decoupled_weight_decay: bool = False
     safeguard: bool = False
     maximize: bool = False
+    capturable: bool = False
     factor_fraction: float = 1.0
     curvature_fraction: float = 1.0
 
@@ -108,6 +112,23 @@ class Hyperparameters:
                 "`safeguard` must be False where adaptive=False or a `damping` is given, got "
                 "True: it corrects the damping. Leave `damping` out, and pass adaptive=True."
             )
+        if self.capturable:
+            self._check_capturable()
+
+    def _check_capturable(self) -> None:
+        """Raise a ``ValueError`` if the host decides something in steps that may be captured."""
+        if self.adaptive:
+            raise ValueError(
+                "`capturable` must be False when adaptive=True, got True: the host chooses the "
+                "size of each step. Pass adaptive=False with `lr`, or leave `capturable` out."
+            )
+        for name in _SCHEDULED:
+            if callable(value := getattr(self, name)) and name != "factor_decay":
+                raise ValueError(
+                    f"`{name}` must be a number when capturable=True, got {value!r}: a captured "
+                    "step repeats the number that it was captured with. Pass a number, or capture "
+                    "no step."
+                )
 
     def at(self, step: int) -> Hyperparameters:
         """Return the numbers for a step, checked again."""

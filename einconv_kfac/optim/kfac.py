@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.devices.stream_capture import is_capturing
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.exclusion import Exclusion
@@ -24,9 +25,15 @@ from einconv_kfac.optim.model_walk import named_parameters
 from einconv_kfac.optim.parameters import check_gaps, parameters_of
 from einconv_kfac.optim.pickling import rebuilt, temporary_tensors
 from einconv_kfac.optim.schedule import Schedule
+from einconv_kfac.optim.step.capturable import check_capture
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.fallback import Fallback, FallbackKind
-from einconv_kfac.optim.step.modes import check_ascent, settings_of, step_of
+from einconv_kfac.optim.step.modes import (
+    check_settings,
+    group_defaults,
+    settings_of,
+    step_of,
+)
 from einconv_kfac.optim.step.optimizer_state import OptimizerState
 from einconv_kfac.optim.step.runner import StepRunner
 
@@ -98,6 +105,10 @@ class KFAC(CurvatureOptimizer):
         safeguard: Whether to evaluate the objective again after every step instead of every
             tenth: a step after which its own batch's loss has grown is shortened or taken back,
             and the damping grows. Needs a damping that is not given.
+        capturable: Whether a CUDA graph may capture steps that neither update nor invert factors
+            (see `replay`). They make the host wait for nothing, are left out by the device without
+            a report where a number is not finite, and take ``lr`` from a tensor if it is one.
+            Needs ``adaptive=False``.
         exclude: Modules, names of modules or patterns of names (``"encoder.*"``), with all that
             they contain, that are left to the fallback.
         fallback: Direction of the parameters without factors: ``"gradient"``, the default with
@@ -153,6 +164,7 @@ class KFAC(CurvatureOptimizer):
         decoupled_weight_decay: bool = False,
         safeguard: bool = False,
         maximize: bool = False,
+        capturable: bool = False,
         exclude: Exclusion = (),
         fallback: FallbackKind | None = None,
         strict: bool = False,
@@ -177,14 +189,14 @@ class KFAC(CurvatureOptimizer):
             decoupled_weight_decay=decoupled_weight_decay,
             safeguard=safeguard,
             maximize=maximize,
+            capturable=capturable,
         )
-        check_ascent(settings)
-        given = loss_fn, fisher, plain(mc_samples), approximation, max_factor_size
         self._fallback = Fallback.of(fallback, adaptive)
+        check_settings(settings, model, self._fallback, inverse_in_background)
         self._strict, self._log_to = flag("strict", strict), callback("log_to", log_to)
         self._preconditioner = RunningCurvature(
             model,
-            FisherEstimator(*given),
+            FisherEstimator(loss_fn, fisher, plain(mc_samples), approximation, max_factor_size),
             settings,
             exclude=exclude,
             inverse=inverse,
@@ -194,20 +206,20 @@ class KFAC(CurvatureOptimizer):
         )
         self._model, self._settings, self._rule = self._preconditioner.model, settings, rule
         self._names = {p: name for name, p in self._model.named_parameters()}
-        self._begin(params)
+        self._begin(params, group_defaults(settings, lr))
         self._step = step_of(self._preconditioner, settings, rule, self._fallback)
         own = self._fallback, settings, self._names, is_sum(loss_fn)
         self._runner, self._report = StepRunner(self._preconditioner, self._step, *own), Report()
         self._state = OptimizerState(self._preconditioner, self._step, settings, self._names)
 
-    def _begin(self, params: Iterable[Any] | None) -> None:
+    def _begin(self, params: Iterable[Any] | None, defaults: dict[str, Any]) -> None:
         """Make the parameter groups, and cover their layers."""
         self._is_covering = False  # while torch adds the groups one by one
         curvature = self._preconditioner
         try:
             with curvature.workers.together():
                 own = parameters_of(self._model, params)
-                super().__init__(own, self._settings.group_defaults())
+                super().__init__(own, defaults)
                 self._is_covering = True
                 curvature.cover_(self._own_names())
                 curvature.begin_()
@@ -241,6 +253,8 @@ class KFAC(CurvatureOptimizer):
         After any error, an interrupt among them, parameters and state are as they were before, and
         the batches since the last step are dropped; an error of ``log_to`` comes after the step.
         """
+        if is_capturing():
+            check_capture(self._settings, self._preconditioner)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -254,7 +268,7 @@ class KFAC(CurvatureOptimizer):
             self._accept_assigned_(present)
             self._preconditioner.cover_unfrozen_(present)
             found = self._runner.run_(self)
-        if found is not None:
+        if found is not None and not is_capturing():
             self._earlier, self._report = self._report.without_updates(), Report(*found)
             if self._log_to is not None and self._settle_():
                 self._log_to(self._preconditioner.steps - 1, self.statistics())

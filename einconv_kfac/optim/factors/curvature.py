@@ -203,6 +203,11 @@ class RunningCurvature:
         step = self.steps if step is None else step
         return self._refresh.is_due(self._intervals(step), step)
 
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether the coming step neither updates nor inverts factors."""
+        return not self.collector.due and not self.inverts()
+
     def _intervals(self, step: int) -> dict[str, int]:
         """Return after how many steps inverses are due at a step, by layer."""
         own = self.layers.items()

@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.stream_capture import is_capturing
+
 NOT_FINITE = "{} was not finite; the step was skipped."
 
 
@@ -84,7 +86,8 @@ class Finiteness:
         try:
             yield
         except (RuntimeError, ValueError):
-            self.require_()
+            if not is_capturing():
+                self.require_()
             raise
 
     def be_late_(self) -> None:

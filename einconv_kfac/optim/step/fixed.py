@@ -14,7 +14,7 @@ from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.finiteness import Finiteness
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, DEFAULT_MOMENTUM
 from einconv_kfac.optim.state_schema import Record
-from einconv_kfac.optim.step.clipping import kl_clip_factor, norm_factor
+from einconv_kfac.optim.step.clipping import clip_
 from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.parameter_change import ParameterChange
@@ -58,11 +58,21 @@ class FixedStep:
         if inverts and (name := _not_finite(objective, direction)):
             warnings.warn(NOT_FINITE.format(name), RuntimeWarning, stacklevel=7)
             return Taken({"damping": damping})
-        clip = _clip_(direction, objective)
+        return self._moved(objective, direction, damping)
+
+    def _moved(self, objective: Objective, direction: Direction, damping: float) -> Taken:
+        """Return the step along a preconditioned gradient.
+
+        Args:
+            objective: The objective.
+            direction: The preconditioned gradient; it is clipped in place.
+            damping: The damping.
+        """
+        clip = clip_(direction, objective)
         steps = {**direction, **objective.others}
         alike: dict[tuple[float, float], list[str]] = defaultdict(list)
         for name in objective.parameters:
-            alike[objective.rates[name], self._momentum(objective, name)].append(name)
+            alike[objective.rates[name], self._momentum_of(objective, name)].append(name)
         moved: dict[str, tuple[Tensor, float]] = {}
         changes = []
         for (rate, momentum), names in alike.items():
@@ -71,7 +81,7 @@ class FixedStep:
             changes.append(_change(objective, names, velocities, rate))
         return Taken({"damping": damping, "clip": clip}, moved, changes=changes)
 
-    def _momentum(self, objective: Objective, name: str) -> float:
+    def _momentum_of(self, objective: Objective, name: str) -> float:
         """Return a parameter's momentum; Adam's direction has its own."""
         if name in objective.others and self._fallback.has_momentum:
             return 0.0
@@ -106,26 +116,6 @@ def _not_finite(objective: Objective, direction: Direction) -> str | None:
     (ours,), (theirs,) = read(own.flag, own.flag if finite.is_known else finite.flag)
     finite.confirm_(finite.is_known or theirs)
     return None if ours else own.fault(own.by_entry().tolist())
-
-
-def _clip_(direction: Direction, objective: Objective) -> Tensor:
-    """Clip a direction in place, and return the factor."""
-    gradient, rates, settings = objective.gradient, objective.rates, objective.settings
-    kl_bound, norm_bound = settings.kl_bound(), settings.norm_bound()
-    if not direction or (kl_bound is None and norm_bound is None):
-        return torch.ones(())
-    factors = []
-    if kl_bound is not None:
-        factors.append(kl_clip_factor(direction, gradient, rates, kl_bound))
-    if norm_bound is not None:
-        factors.append(norm_factor(direction, rates, norm_bound))
-    factor = factors[0] if len(factors) == 1 else factors[0].minimum(factors[1])
-    alike: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for tensor in direction.values():
-        alike[tensor.dtype].append(tensor)
-    for tensors in alike.values():
-        torch._foreach_mul_(tensors, factor.to(tensors[0]))
-    return factor
 
 
 def _change(

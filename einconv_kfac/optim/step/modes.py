@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
+
+from einconv_kfac.distributed.detection import stored_model, workers_of
 from einconv_kfac.optim.arguments import flag
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.step.automatic import AutomaticStep
+from einconv_kfac.optim.step.capturable import CapturableStep
 from einconv_kfac.optim.step.damping.levenberg_marquardt import LevenbergMarquardt
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.fallback import Fallback
@@ -60,12 +64,13 @@ def step_of(
 ) -> Step:
     """Return the step of a mode; the rule is that of Levenberg and Marquardt by default."""
     if not settings.adaptive:
-        return FixedStep(curvature, fallback)
+        kind = CapturableStep if settings.capturable else FixedStep
+        return kind(curvature, fallback)
     rule = LevenbergMarquardt() if rule is None else rule
     return AutomaticStep(curvature, rule, settings.safeguard)
 
 
-def check_ascent(settings: Hyperparameters) -> None:
+def _check_ascent(settings: Hyperparameters) -> None:
     """Raise a ``ValueError`` if an objective is to be maximised by its quadratic model.
 
     The quadratic model of a negated loss that is convex in the output has no minimum.
@@ -76,3 +81,45 @@ def check_ascent(settings: Hyperparameters) -> None:
             "got True. Minimise the negated objective, `loss = optimizer.observe(-objective)`, or "
             "pass adaptive=False."
         )
+
+
+def check_settings(
+    settings: Hyperparameters, model: nn.Module, fallback: Fallback, in_background: bool
+) -> None:
+    """Raise a ``ValueError`` if steps are asked for that cannot be taken.
+
+    Args:
+        settings: The hyper-parameters.
+        model: The model.
+        fallback: How parameters without factors are trained.
+        in_background: Whether a thread inverts.
+    """
+    _check_ascent(settings)
+    if not settings.capturable:
+        return
+    if fallback.has_momentum:
+        raise ValueError(
+            f"`fallback` must be 'gradient' when capturable=True, got {fallback.kind!r}, whose "
+            "steps are counted by the host. Leave `fallback` out."
+        )
+    if in_background:
+        raise ValueError(
+            "`inverse_in_background` must be False when capturable=True, got True: a capture of "
+            "the stream would contain the thread's work. Leave one of the two out."
+        )
+    if (count := workers_of(model).size) > 1 or stored_model(model).is_divided:
+        raise ValueError(
+            f"`capturable` must be False for a model of several workers, got True for {count}: the "
+            "host takes part in their messages. Leave it out."
+        )
+
+
+def group_defaults(settings: Hyperparameters, lr: Any) -> dict[str, Any]:
+    """Return what parameter groups start from: a learning rate on the device stays there.
+
+    Args:
+        settings: The hyper-parameters.
+        lr: The learning rate as it was given.
+    """
+    own = settings.group_defaults()
+    return {**own, "lr": lr} if settings.capturable and isinstance(lr, Tensor) else own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -39,6 +39,7 @@ class Objective:
         memory: The optimizer's state, by name.
         workers: The workers, each with batches of its own; the objective is the mean over them.
         finite: Whether its numbers are finite.
+        rate_tensors: Learning rates that are tensors, by name; the host does not read them.
     """
 
     parameters: Direction
@@ -52,6 +53,7 @@ class Objective:
     memory: Memory
     workers: Workers = ALONE
     finite: Finiteness = KNOWN
+    rate_tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def value(self) -> Tensor:
         """Return the objective from the recorded losses, for the present parameters."""
@@ -77,12 +79,14 @@ class Point:
         gradient: Gradient by name, weight decay included.
         decay: Weight decay that is part of the objective, by name.
         by_parameter: Hyper-parameters of each parameter's group, by name.
+        rate_tensors: Learning rates that are tensors, by name.
     """
 
     parameters: Direction
     gradient: Direction
     decay: Mapping[str, float]
     by_parameter: Mapping[str, Hyperparameters]
+    rate_tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -120,7 +124,8 @@ class Point:
             if weight:
                 ours, theirs = ([own[name] for name in alike] for own in (gradient, parameters))
                 gradient.update(zip(alike, torch._foreach_add(ours, theirs, alpha=weight)))
-        return Point(parameters, gradient, decay, by_parameter)
+        rates = _rate_tensors(groups, names, by_parameter)
+        return Point(parameters, gradient, decay, by_parameter, rates)
 
     @property
     def rates(self) -> dict[str, float]:
@@ -138,7 +143,20 @@ class Point:
     ) -> Objective:
         """Return the objective of a step from here; see `Objective` for the arguments."""
         at = (self.parameters, self.gradient, self.decay, self.rates, settings, self.by_parameter)
-        return Objective(*at, batches, others, memory, workers, finite)
+        return Objective(*at, batches, others, memory, workers, finite, self.rate_tensors)
+
+
+def _rate_tensors(
+    groups: Iterable[Mapping[str, Any]],
+    names: Mapping[nn.Parameter, str],
+    by_parameter: Mapping[str, Hyperparameters],
+) -> dict[str, Tensor]:
+    """Return the learning rates that the host is not to read, numbers on the device, by name."""
+    if not any(own.capturable for own in by_parameter.values()):
+        return {}
+    own = [(group["lr"], group["params"]) for group in groups]
+    known = [(lr.detach().reshape(()), ps) for lr, ps in own if isinstance(lr, Tensor)]
+    return {names[p]: rate for rate, parameters in known for p in parameters}
 
 
 def _names_by_number(numbers: Mapping[str, float]) -> dict[float, list[str]]:
@@ -182,8 +200,17 @@ def settings_by_parameter(
         names: Names of their parameters.
         settings: The optimizer's hyper-parameters, which groups override.
     """
-    own = [(settings.with_overrides(group), group["params"]) for group in groups]
+    own = [
+        (settings.with_overrides(_numbers(group, settings)), group["params"]) for group in groups
+    ]
     return {names[parameter]: each for each, parameters in own for parameter in parameters}
+
+
+def _numbers(group: Mapping[str, Any], settings: Hyperparameters) -> Mapping[str, Any]:
+    """Return a parameter group without a learning rate that the host is not to read."""
+    if settings.capturable and isinstance(group["lr"], Tensor):
+        return {name: value for name, value in group.items() if name != "lr"}
+    return group
 
 
 def scaler_factor(

@@ -11,18 +11,21 @@ from typing import TypeAlias
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from einconv_kfac.curvature.devices.stream_capture import is_capturing
 from einconv_kfac.distributed.workers import Same
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.finiteness import KNOWN, NOT_FINITE, Finiteness, NotFiniteError
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.replay.batch import Batch, with_subsets
 from einconv_kfac.optim.replay.environment import without_autocast
+from einconv_kfac.optim.step.capturable import check_begun
 from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.late_check import LateCheck, restore_memory_
 from einconv_kfac.optim.step.objective import (
     Objective,
     Point,
     memory_of,
+    on_gpu,
     scaler_factor,
     settings_by_parameter,
     total_weight,
@@ -102,8 +105,8 @@ class StepRunner:
             with undone as last, without_autocast(curvature.model):
                 with finite.before_errors():
                     taken = self._take_(optimizer, point, batches, settings, finite)
-                curvature.finish_()
-                if finite.is_late:
+                curvature.discard_() if is_capturing() else curvature.finish_()
+                if finite.is_late and not self.settings.capturable:
                     self.late.begin_(finite)
                 last.apply_([*taken.changes, *self._stored(point.parameters)])
         except NotFiniteError as error:
@@ -202,11 +205,13 @@ class StepRunner:
             return Taken({})
         if self._may_be_late(optimizer, objective):
             finite.be_late_()
+        if is_capturing():
+            check_begun(objective)
         before = {name: dict(own) for name, own in memory.items() if finite.is_late}
         taken = self.step.take_(objective)
         for name, state in moments.items():
             memory[name].update(state)
-        if finite.is_late:
+        if finite.is_late and not self.settings.capturable:
             undo_ = restore_memory_(memory, before, finite)
             self.late.prepare_(undo_, self._take_back_)
         curvature.stored.keep_(optimizer.state, point.parameters, memory)
@@ -241,6 +246,6 @@ class StepRunner:
             or self.curvature.stored.is_divided
         ):
             return False
-        if not all(own.is_cuda for own in objective.parameters.values()):
+        if not (self.settings.capturable or on_gpu(objective)):
             return False
-        return not self.curvature.collector.due and not self.curvature.inverts()
+        return self.curvature.is_ordinary

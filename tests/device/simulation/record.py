@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,12 +60,14 @@ class Record:
 
     Attributes:
         started: Number of launches from the beginning on.
+        on_wait: Called before a wait is noted.
     """
 
     launched: list[Launch] = field(default_factory=list)
     waits: Counter[str] = field(default_factory=Counter)
     mixtures: Counter[str] = field(default_factory=Counter)
     started: int = 0
+    on_wait: Callable[[str], None] = field(default=lambda what: None)
 
     def reset(self) -> None:
         """Forget what was noted."""
@@ -102,6 +104,7 @@ class Record:
 
     def note_wait(self, what: str) -> None:
         """Note that the host waits."""
+        self.on_wait(what)
         self.waits[f"{what} {place()}"] += 1
 
     def note_operands(

@@ -21,6 +21,7 @@ from contextlib import contextmanager  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
+from graph import Graphs  # noqa: E402
 from record import NO_LAUNCH, Record  # noqa: E402
 from torch import Generator, Tensor, nn  # noqa: E402
 from torch.utils._mode_utils import no_dispatch  # noqa: E402
@@ -162,7 +163,9 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         RECORD.note_operands(name, args, there, here)
     known: dict[int, DeviceTensor] = {id(tensor.held): tensor for tensor in there}
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
+    GRAPHS.save(func, inner_args, inner_kwargs)
     result = _compute(func, name, inner_args, inner_kwargs)
+    GRAPHS.note(func, name, (inner_args, inner_kwargs), result)
     if not (name in NO_LAUNCH or func.is_view) and there:
         _note_launch(func, name, (args, inner_args, inner_kwargs), there, result)
     for generator in (leaf for leaf in leaves if isinstance(leaf, Generator)):
@@ -266,6 +269,7 @@ class _Event:
 
     def synchronize(self) -> None:
         """Wait for what was launched before."""
+        GRAPHS.refuse("an event")
         if RECORD.started == self._started:
             RECORD.note_wait("an event")
 
@@ -283,6 +287,9 @@ class _Stream:
         """Wait for what is never late."""
 
 
+GRAPHS = Graphs(_compute, RECORD)
+
+
 def _announce() -> None:
     """Have ``torch.cuda`` say that there is one device."""
     torch.cuda._lazy_init = lambda: None
@@ -296,6 +303,9 @@ def _announce() -> None:
     torch.backends.cudnn.is_acceptable = lambda tensor: False  # its RNNs have no simulation
     torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore
     torch.cuda.Event = _Event  # type: ignore
+    torch.cuda.CUDAGraph = GRAPHS.new  # type: ignore
+    torch.cuda.graph = GRAPHS.capturing  # type: ignore
+    torch.cuda.is_current_stream_capturing = lambda: GRAPHS.is_capturing
     torch.cuda.stream = lambda stream: stream or _Stream()  # type: ignore
 
 

@@ -1,0 +1,10 @@
+"""Whether a CUDA graph is capturing what is asked of the device."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_capturing() -> bool:
+    """Return whether the present stream is being captured: nothing is computed then."""
+    return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

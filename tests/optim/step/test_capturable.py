@@ -1,0 +1,178 @@
+"""Steps that CUDA graphs may capture, on the processor: they are those of fixed rates."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import conv_net, image_batch, train_step
+from torch import nn
+from torch.optim.lr_scheduler import LinearLR
+
+from einconv_kfac import KFAC
+
+FIXED = {"adaptive": False, "fisher": "exact"}
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"nesterov": True, "momentum": 0.7, "weight_decay": 1e-2},
+    {"decoupled_weight_decay": True, "weight_decay": 0.1, "max_step_norm": 0.05},
+    {"kl_clip": None, "momentum": 0.0, "maximize": True},
+    {"exclude": ["0"], "inverse": "exact"},
+]
+SEEDS = range(6)
+
+
+def model_of() -> tuple[nn.Module, nn.Module]:
+    return conv_net().double(), nn.CrossEntropyLoss()
+
+
+def trained(
+    lr: Any, steps: int = 6, schedule: bool = False, **options: Any
+) -> tuple[nn.Module, nn.Module, KFAC]:
+    model, loss_fn = model_of()
+    opt = KFAC(model, loss_fn, lr=lr, **{**FIXED, **options})
+    state = opt.state_dict()
+    state["kfac"]["preconditioner"]["steps"] = 1000  # when most steps are ordinary ones
+    opt.load_state_dict(state)
+    scheduler = LinearLR(opt, 1.0, 0.1, total_iters=steps) if schedule else None
+    for seed in range(steps):
+        x, y = image_batch(seed=seed)
+        train_step(model, loss_fn, opt, (x.double(), y))
+        if scheduler is not None:
+            scheduler.step()
+    return model, loss_fn, opt
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_steps_are_those_of_fixed_rates(
+    options: dict[str, Any], as_tensor: bool, schedule: bool
+) -> None:
+    own, _, plain = trained(0.05, schedule=schedule, **options)
+    lr = torch.tensor(0.05, dtype=torch.float64) if as_tensor else 0.05
+    other, _, opt = trained(lr, schedule=schedule, capturable=True, **options)
+    for p, q in zip(own.parameters(), other.parameters()):
+        torch.testing.assert_close(q, p, rtol=1e-10, atol=1e-12)
+    assert isinstance(opt.param_groups[0]["lr"], torch.Tensor) == as_tensor
+    found, expected = opt.statistics(), plain.statistics()
+    assert found == pytest.approx(expected, rel=1e-9)
+    norms = opt.layer_statistics()
+    for name, numbers in plain.layer_statistics().items():
+        assert norms[name]["update_norm"] == pytest.approx(numbers["update_norm"], rel=1e-9)
+
+
+def test_groups_may_have_rates_of_their_own() -> None:
+    results = []
+    for kind in (float, torch.tensor):
+        model, loss_fn = model_of()
+        first, *others = model.parameters()
+        groups = [{"params": [first], "lr": kind(0.01)}, {"params": others}]
+        is_tensor = kind is not float
+        opt = KFAC(model, loss_fn, lr=0.1, params=groups, capturable=is_tensor, **FIXED)
+        for seed in SEEDS:
+            x, y = image_batch(seed=seed)
+            train_step(model, loss_fn, opt, (x.double(), y))
+        results.append([*model.parameters()])
+    for own, other in zip(*results):
+        torch.testing.assert_close(other, own, rtol=1e-6, atol=1e-8)  # 0.01 is in float32
+
+
+def copied(model: nn.Module, loss_fn: nn.Module, opt: KFAC, how: str) -> tuple[Any, Any, Any]:
+    if how == "pickle":
+        found: tuple[Any, Any, Any] = pickle.loads(pickle.dumps((model, loss_fn, opt)))
+        return found
+    if how == "deepcopy":
+        return copy.deepcopy((model, loss_fn, opt))
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    again, other = copy.deepcopy(model), nn.CrossEntropyLoss()
+    made = KFAC(again, other, lr=torch.tensor(9.0), capturable=True, **FIXED)
+    made.load_state_dict(torch.load(file, weights_only=True))
+    return again, other, made
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "state_dict"])
+def test_copies_go_on_as_the_original(how: str) -> None:
+    own = trained(torch.tensor(0.05, dtype=torch.float64), capturable=True)
+    other = copied(*own, how)
+    assert torch.equal(other[2].param_groups[0]["lr"], own[2].param_groups[0]["lr"])
+    assert other[2].param_groups[0]["lr"] is not own[2].param_groups[0]["lr"]
+    for model, loss_fn, opt in (own, other):
+        for seed in SEEDS:
+            x, y = image_batch(seed=seed + 20)
+            train_step(model, loss_fn, opt, (x.double(), y))
+    assert all(map(torch.equal, own[0].parameters(), other[0].parameters()))
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counts() -> None:
+    model, loss_fn, opt = trained(0.05, capturable=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert opt.can_replay()
+    x, y = image_batch(seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_fn(model(x.double()), y).mul(float("nan")).backward()
+        opt.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    assert opt.state_dict()["kfac"]["preconditioner"]["steps"] == 1007
+
+
+class Replayed:
+    """Stands for a graph."""
+
+    count = 0
+
+    def replay(self) -> None:
+        self.count += 1
+
+
+def test_replays_count_as_steps() -> None:
+    """So that factors are updated every tenth step, as without replays."""
+    model, loss_fn, opt = trained(0.05, steps=1, capturable=True)
+    graph, taken = Replayed(), []
+    for number in range(1, 25):
+        if opt.replay(graph):
+            continue
+        x, y = image_batch(seed=number)
+        train_step(model, loss_fn, opt, (x.double(), y))
+        taken.append(number)
+    assert taken == [10, 20]
+    assert graph.count == 22
+    assert opt.state_dict()["kfac"]["preconditioner"]["steps"] == 1025
+
+
+def test_only_capturable_steps_are_replayed() -> None:
+    _, _, opt = trained(0.05)
+    graph = Replayed()
+    assert not opt.can_replay()
+    assert not opt.replay(graph)
+    assert not graph.count
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"adaptive": True}, "`capturable` must be False when adaptive=True, got True"),
+        ({"damping": lambda step: 0.1}, "`damping` must be a number when capturable=True"),
+        ({"momentum": lambda step: 0.1}, "`momentum` must be a number when capturable=True"),
+        ({"kl_clip": lambda step: 0.1}, "`kl_clip` must be a number when capturable=True"),
+        ({"fallback": "adam"}, "`fallback` must be 'gradient' when capturable=True, got 'adam'"),
+        ({"inverse_in_background": True}, "`inverse_in_background` must be False when capturable"),
+        ({"capturable": 1.5}, "`capturable` must be"),
+        ({"lr": torch.tensor(-0.1)}, "`lr` must be a number"),
+        ({"lr": torch.ones(2)}, "`lr` must be a number"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], match: str) -> None:
+    model, loss_fn = model_of()
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    with pytest.raises(ValueError, match=match):
+        KFAC(model, loss_fn, **{"lr": 0.1, "capturable": True, **FIXED, **options})
+    assert hooks == sum(len(module._forward_hooks) for module in model.modules())
