@@ -147,13 +147,13 @@ class Refresh:
 
     def _arrived_(self, ready: Mapping[str, Pending]) -> Inverses:
         """Return the inverses of threads, or drop those that failed and raise their error."""
-        errors = {name: pending.found.exception() for name, pending in ready.items()}
+        errors = {name: pending.found.error() for name, pending in ready.items()}
         failed = {name: error for name, error in errors.items() if error is not None}
         for name in failed:
             self._running[name].pending = None
         for error in failed.values():
             raise error
-        return {name: pending.found.result()[name] for name, pending in ready.items()}
+        return {name: pending.found.of(name) for name, pending in ready.items()}
 
     def _begin_(
         self,
@@ -165,6 +165,6 @@ class Refresh:
         """Have a thread invert the factors of layers."""
         if names:
             wanted = [self._running[name].task(dampings[name]) for name in names]
-            future = begun(self._kind.timed, [task for task in wanted if task is not None])
+            found = begun(self._kind.timed, [task for task in wanted if task is not None])
             for name in names:
-                self._running[name].pending = Pending(step, step + delay(intervals[name]), future)
+                self._running[name].pending = Pending(step, step + delay(intervals[name]), found)

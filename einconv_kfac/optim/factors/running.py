@@ -138,7 +138,7 @@ class RunningFactors:
     def restore_(self, snapshot: dict[str, Any]) -> None:
         """Take back what happened since a snapshot; an inverse that failed is due again."""
         vars(self).update(snapshot)
-        if self.pending is not None and self.pending.has_failed:
+        if self.pending is not None and self.pending.found.has_failed:
             self.pending = None
 
     def state_dict(self, factors: Pair | None = None) -> dict[str, Any]:
@@ -157,9 +157,9 @@ class RunningFactors:
     def _pending_state(self) -> dict[str, Any] | None:
         """Return the state of an inverse to come; none if it failed, for then it is due again."""
         pending = self.pending
-        if pending is None or pending.found.exception() is not None:  # waits for the thread
+        if pending is None or pending.found.error() is not None:  # waits for the thread
             return None
-        found = pending.found.result()[self.layer.name]
+        found = pending.found.of(self.layer.name)
         return {
             "begun": pending.begun,
             "due": pending.due,

@@ -28,6 +28,8 @@ RATES: dict[str, Callable[[], Any]] = {
     "tensor": lambda: to_device(torch.tensor(0.1, dtype=torch.float64)),
 }
 
+CASES = [*((name, "tensor") for name in OPTIONS), ("clipped", "number"), ("decoupled", "number")]
+
 
 def late(model: nn.Module, **options: Any) -> Any:
     """Return an optimizer late in training, when most steps are ordinary ones."""
@@ -46,8 +48,7 @@ def step(model: nn.Module, opt: Any, x: Tensor, y: Tensor) -> Tensor:
     return loss
 
 
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("name", "rate"), CASES)
 def test_ordinary_steps_wait_for_nothing_and_are_all_alike(name: str, rate: str) -> None:
     with simulated() as record:
         model = to_device(network())
@@ -66,8 +67,7 @@ def test_ordinary_steps_wait_for_nothing_and_are_all_alike(name: str, rate: str)
     assert all(own == lists[0] for own in lists)
 
 
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("name", "rate"), CASES)
 def test_replayed_steps_are_those_that_are_not_captured(name: str, rate: str) -> None:
     """With updates of factors and inverses in between, and a schedule of the learning rate."""
     data = batches(18)

@@ -23,6 +23,9 @@ NO_LAUNCH = {
 }
 """Operators without a kernel, besides views."""
 
+HOST_READS = {"_local_scalar_dense", "item"}
+"""Operators without a kernel for which the host reads a number."""
+
 WAITS = {
     *("_local_scalar_dense", "item", "is_nonzero", "equal"),  # the host reads a number
     *("nonzero", "masked_select", "_unique2", "unique_dim", "bincount"),  # or a size
@@ -59,6 +62,7 @@ class Record:
     """Everything noted since the last `reset`; each wait and mixture has its place in the code.
 
     Attributes:
+        races: Reads of what another stream may not have written yet.
         started: Number of launches from the beginning on.
         on_wait: Called before a wait is noted.
     """
@@ -66,6 +70,7 @@ class Record:
     launched: list[Launch] = field(default_factory=list)
     waits: Counter[str] = field(default_factory=Counter)
     mixtures: Counter[str] = field(default_factory=Counter)
+    races: Counter[str] = field(default_factory=Counter)
     started: int = 0
     on_wait: Callable[[str], None] = field(default=lambda what: None)
 
@@ -74,6 +79,7 @@ class Record:
         self.launched.clear()
         self.waits.clear()
         self.mixtures.clear()
+        self.races.clear()
 
     @property
     def launches(self) -> int:
@@ -106,6 +112,10 @@ class Record:
         """Note that the host waits."""
         self.on_wait(what)
         self.waits[f"{what} {place()}"] += 1
+
+    def note_race(self, what: str) -> None:
+        """Note that something is read which may not be there yet."""
+        self.races[f"{what} {place()}"] += 1
 
     def note_operands(
         self, name: str, args: Sequence[Any], there: Sequence[Tensor], here: Sequence[Tensor]

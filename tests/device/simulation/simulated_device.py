@@ -20,9 +20,10 @@ from collections.abc import Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from typing import Any  # noqa: E402
 
+import streams  # noqa: E402
 import torch  # noqa: E402
 from graph import Graphs  # noqa: E402
-from record import NO_LAUNCH, Record  # noqa: E402
+from record import HOST_READS, NO_LAUNCH, Record  # noqa: E402
 from torch import Generator, Tensor, nn  # noqa: E402
 from torch.utils._mode_utils import no_dispatch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -70,7 +71,11 @@ class DeviceTensor(Tensor):
     def tolist(self) -> Any:
         """Return the values as numbers."""
         RECORD.note_wait("tolist")
+        streams.note(RECORD, "tolist", [self.held], [])
         return self.held.tolist()
+
+    def record_stream(self, stream: Any) -> None:
+        """Keep the memory until a stream has read it; here it is kept as long as the tensor."""
 
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(_without_lists(index))
@@ -127,9 +132,9 @@ def to_device(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return _module_to_device(value)
     with torch.no_grad():
-        return DeviceTensor(
-            value.detach().to("meta" if _OnDevice.shapes_only else "cpu", copy=True)
-        )
+        copied = value.detach().to("meta" if _OnDevice.shapes_only else "cpu", copy=True)
+        streams.forget(copied)
+        return DeviceTensor(copied)
 
 
 def _module_to_device(model: nn.Module) -> nn.Module:
@@ -166,6 +171,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     GRAPHS.save(func, inner_args, inner_kwargs)
     result = _compute(func, name, inner_args, inner_kwargs)
     GRAPHS.note(func, name, (inner_args, inner_kwargs), result)
+    if not (func.is_view or _OnDevice.shapes_only):
+        _note_stream(func, name, inner_args, there, result)
     if not (name in NO_LAUNCH or func.is_view) and there:
         _note_launch(func, name, (args, inner_args, inner_kwargs), there, result)
     for generator in (leaf for leaf in leaves if isinstance(leaf, Generator)):
@@ -186,6 +193,16 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return known[id(value)] if id(value) in known else DeviceTensor(value)
 
     return tree_map(outer, result)
+
+
+def _note_stream(
+    func: Any, name: str, args: tuple[Any, ...], there: list[DeviceTensor], result: Any
+) -> None:
+    """Note what an operator reads and writes in the present stream."""
+    read = [] if name in NO_LAUNCH - HOST_READS else [tensor.held for tensor in there]
+    changed = args[0] if func._schema.is_mutable and args else ()
+    made = [leaf for leaf in tree_leaves((result, changed)) if isinstance(leaf, Tensor)]
+    streams.note(RECORD, name, read, made)
 
 
 def _inner(value: Any) -> Any:
@@ -257,37 +274,8 @@ def _operations(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> in
     return 0 if count is None else int(count(*args, **kwargs, out_val=result))
 
 
-class _Event:
-    """A point in the order of launches.
-
-    The host waits for it only if nothing was launched behind it: the device is busy otherwise.
-    """
-
-    def record(self) -> None:
-        """Take the present point."""
-        self._started = RECORD.started
-
-    def synchronize(self) -> None:
-        """Wait for what was launched before."""
-        GRAPHS.refuse("an event")
-        if RECORD.started == self._started:
-            RECORD.note_wait("an event")
-
-
-class _Stream:
-    """The only stream."""
-
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        """Wait for what is never late."""
-
-
 GRAPHS = Graphs(_compute, RECORD)
+streams.Event.record_of, streams.Event.refuse = RECORD, GRAPHS.refuse
 
 
 def _announce() -> None:
@@ -301,12 +289,13 @@ def _announce() -> None:
     torch.cuda.get_rng_state = lambda device=CUDA: _default_generator.get_state()
     torch.cuda.set_rng_state = lambda state, device=CUDA: _default_generator.set_state(state)
     torch.backends.cudnn.is_acceptable = lambda tensor: False  # its RNNs have no simulation
-    torch.cuda.current_stream = lambda device=None: _Stream()  # type: ignore
-    torch.cuda.Event = _Event  # type: ignore
+    torch.cuda.current_stream = streams.current_stream  # type: ignore
+    torch.cuda.Stream = streams.Stream  # type: ignore
+    torch.cuda.Event = streams.Event  # type: ignore
     torch.cuda.CUDAGraph = GRAPHS.new  # type: ignore
     torch.cuda.graph = GRAPHS.capturing  # type: ignore
     torch.cuda.is_current_stream_capturing = lambda: GRAPHS.is_capturing
-    torch.cuda.stream = lambda stream: stream or _Stream()  # type: ignore
+    torch.cuda.stream = lambda stream: streams.Inside(stream, _OnDevice)  # type: ignore
 
 
 _announce()
