@@ -110,6 +110,7 @@ class CurvatureOptimizer(Optimizer):
         Returns:
             Whether it was replayed. If not, the step is to be taken as usual.
 
+        >>> from einconv_kfac import KFAC
         >>> model, loss_fn = nn.Linear(4, 2), nn.MSELoss()
         >>> opt = KFAC(model, loss_fn, lr=0.1, adaptive=False, capturable=True)
         >>> opt.replay(None)  # the first step updates and inverts factors

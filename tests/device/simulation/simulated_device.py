@@ -295,6 +295,7 @@ def _announce() -> None:
     torch.cuda.CUDAGraph = GRAPHS.new  # type: ignore
     torch.cuda.graph = GRAPHS.capturing  # type: ignore
     torch.cuda.is_current_stream_capturing = lambda: GRAPHS.is_capturing
+    torch.cuda.is_initialized = lambda: GRAPHS.is_capturing  # as little as it needs
     torch.cuda.stream = lambda stream: streams.Inside(stream, _OnDevice)  # type: ignore
 
 
