@@ -14,7 +14,8 @@ from einconv_kfac.curvature.devices.sending import sent
 class Unread:
     """Entries of small tensors that the host is going to read.
 
-    On a GPU, what is asked of the device before the host reads them keeps it busy meanwhile.
+    On a GPU, what is asked of the device before the host reads them keeps it busy meanwhile. On
+    other devices they are read at once, and no tensor is kept.
 
     Args:
         parts: Real tensors on one device; those without entries may be anywhere.
@@ -24,13 +25,13 @@ class Unread:
     """
 
     def __init__(self, *parts: Tensor) -> None:
-        self._numbers, self._sizes = _joined(parts)
-        self.is_late = self._numbers.is_cuda
-        self._late = LateNumbers(self._numbers) if self.is_late else None
+        numbers, self._sizes = _joined(parts)
+        self.is_late = numbers.is_cuda
+        self._numbers = LateNumbers(numbers) if self.is_late else numbers.tolist()
 
     def read(self) -> list[list[float]]:
         """Return the entries of each tensor."""
-        own = iter(self._numbers.tolist() if self._late is None else self._late.read())
+        own = iter(self._numbers if isinstance(self._numbers, list) else self._numbers.read())
         return [[next(own) for _ in range(size)] for size in self._sizes]
 
 
