@@ -99,7 +99,7 @@ class AutomaticStep:
         mix, prepared = None if begun is None else begun.mix, None
         if asked.is_late and mix is not None:
             prepared = self._preparation.prepared(objective, followed.direction, mix, sample)
-            self._ask_(objective)
+            self._ask_(objective, is_fitted=False)
         first = self._first.numbers(objective, asked)
         if previous and self._rollback.is_needed(first.value):
             if begun is not None:
@@ -157,7 +157,7 @@ class AutomaticStep:
         is_given = objective.settings.damping is not None
         if self._fit.is_due(step, is_given=is_given):
             return True
-        return not is_given and (self._reduction.is_due(step) or self._rule.damping(step) is None)
+        return not is_given and self._rule.damping(step) is None
 
     def _checked(self, objective: Objective) -> Objective:
         """Return the objective with batches that can be replayed at the present point."""
@@ -192,7 +192,7 @@ class AutomaticStep:
         rate, steps = max(objective.rates.values()), self._curvature.steps
         update = fit.update(objective, rate)
         others = self._unobserved.change(fit, rate, objective)
-        before = self._reduction.before(objective, steps, others, is_bounded=fit.is_bounded)
+        before = self._reduction.before(objective, fit, steps, others)
         torch._foreach_add_([objective.parameters[name] for name in update], [*update.values()])
         predicted = fit.predicted(rate)
         left = self._reduction.adapt_(objective, update, before, predicted, steps)
@@ -213,10 +213,11 @@ class AutomaticStep:
         numbers = {"damping": damping, "step_size": fit.mix[0], "momentum": coefficient}
         return self._taken(update, {**numbers, "predicted": predicted})
 
-    def _ask_(self, objective: Objective) -> None:
+    def _ask_(self, objective: Objective, *, is_fitted: bool = True) -> None:
         """Ask for the objective before a step, with which the step is likely to be compared."""
+        adapts = is_fitted and self._reduction.is_due(objective, self._curvature.steps)
         is_bounded = self._fit.subspace.was_bounded
-        self._reduction.ask_(objective, self._curvature.steps, is_bounded=is_bounded)
+        self._reduction.ask_(objective, is_bounded=is_bounded, adapts=adapts)
 
     def _noise(self) -> float:
         """Return how much batches differ at one point; 0 where the batch repeats."""

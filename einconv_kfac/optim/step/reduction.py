@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.replay.replay import Replay
-from einconv_kfac.optim.schedule import is_due
+from einconv_kfac.optim.schedule import interval
 from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.backtracking import backtrack_
 from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION_PERIOD
 from einconv_kfac.optim.step.damping.rule import DampingRule
-from einconv_kfac.optim.step.objective import Objective
+from einconv_kfac.optim.step.fit import Fit
+from einconv_kfac.optim.step.objective import Objective, common_momentum
 from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.step.rounding import ROUNDING_MARGIN, rounding_of
 from einconv_kfac.optim.vectors import Direction
@@ -34,10 +35,12 @@ class Before:
     Args:
         value: Its value.
         rounding: Its rounding error, if the change by the step is to be compared.
+        adapts: Whether the damping adapts to that change.
     """
 
     value: Tensor
     rounding: Tensor | None
+    adapts: bool = True
 
     def allowed(self, predicted: float = 0.0) -> Tensor:
         """Return the largest value after the step that does not count as growth.
@@ -54,8 +57,8 @@ class Before:
 class Reduction:
     """Compares the change of the objective by a step with the predicted one.
 
-    The comparison is made on the batch of the step, every `ADAPTATION_PERIOD` steps or, as a
-    safeguard, after every step.
+    The comparison is made on the batch of the step, where that was fitted to it, about every
+    `ADAPTATION_PERIOD` steps or, as a safeguard, after every step.
 
     Args:
         replay: Runs the model again.
@@ -81,7 +84,7 @@ class Reduction:
         self._known: tuple[list[int], Tensor] | None = None  # versions of parameters, value there
 
     def before(
-        self, objective: Objective, step: int, others: float = 0.0, *, is_bounded: bool = False
+        self, objective: Objective, fit: Fit, step: int, others: float = 0.0
     ) -> Before | None:
         """Return the objective before a step, with its rounding if the step is to be compared.
 
@@ -89,38 +92,40 @@ class Reduction:
 
         Args:
             objective: The objective.
+            fit: The step; one that was shortened is compared if the damping is given.
             step: The number of steps taken.
             others: The change by terms that the recorded losses do not contain.
-            is_bounded: Whether the step was shortened; it is compared then if the damping is given.
         """
+        adapts = not fit.is_carried and self.is_due(objective, step)
         self._known, asked = None, self._asked
         self._asked = None
-        if not (compared := self._compares(objective, step, is_bounded)) and not self._safeguard:
+        compared = self._compares(objective, is_bounded=fit.is_bounded, adapts=adapts)
+        if not compared and not self._safeguard:
             return None
         if asked is not None and asked[0]() is objective:
-            return Before(asked[1] - others, asked[2])
+            return Before(asked[1] - others, asked[2], adapts)
         rounding = rounding_of(self._replay, objective) if compared else None
-        return Before(objective.value() - others, rounding)
+        return Before(objective.value() - others, rounding, adapts)
 
-    def ask_(self, objective: Objective, step: int, *, is_bounded: bool = False) -> None:
+    def ask_(self, objective: Objective, *, is_bounded: bool, adapts: bool) -> None:
         """Ask for what `before` will return, if the step is to be compared.
 
         Args:
             objective: The objective.
-            step: The number of steps taken.
             is_bounded: Whether the step is likely to be shortened.
+            adapts: Whether the damping is to adapt.
         """
-        if not self._compares(objective, step, is_bounded):
+        if not self._compares(objective, is_bounded=is_bounded, adapts=adapts):
             return
         if self._asked is None or self._asked[0]() is not objective:
             value, rounding = objective.value(), rounding_of(self._replay, objective)
             self._asked = ref(objective), value, rounding
 
-    def _compares(self, objective: Objective, step: int, is_bounded: bool) -> bool:
+    def _compares(self, objective: Objective, *, is_bounded: bool, adapts: bool) -> bool:
         """Return whether a step is to be compared."""
         if objective.settings.damping is not None:
             return is_bounded
-        return self._safeguard or self.is_due(step)
+        return self._safeguard or adapts
 
     def adapt_(
         self,
@@ -150,22 +155,24 @@ class Reduction:
         difference, allowed = self.value(objective) - before.value, before.allowed(predicted)
         numbers = [difference, before.rounding, allowed - before.value]
         change, rounding, growth = torch.stack(numbers).tolist()
-        self._adapt_rule_(change, predicted, rounding, step)
+        self._adapt_rule_(change, predicted, rounding, step if before.adapts else None)
         if change <= growth:
             return 1.0
         if abs(predicted) > ROUNDING_MARGIN * rounding or not math.isfinite(change):
             self._rule.after_rejection(BACKTRACKED_FACTOR)
         return backtrack_(objective.parameters, update, lambda: self.value(objective), allowed)
 
-    def _adapt_rule_(self, change: float, predicted: float, rounding: float, step: int) -> None:
-        """Adapt the damping to the ratio, unless that is one of roundings.
+    def _adapt_rule_(
+        self, change: float, predicted: float, rounding: float, step: int | None
+    ) -> None:
+        """Keep the ratio, and adapt the damping to it at a step, unless it is one of roundings.
 
         A loss that did not change in any bit was rounded to the same number.
         """
         is_known = change != 0 and abs(predicted) > ROUNDING_MARGIN * rounding
         if is_known:
             self.ratio = change / predicted
-        if self.is_due(step):
+        if step is not None:
             self.adapted = step
             if is_known:
                 self._rule.after_ratio(self.ratio, predicted, self._noise())
@@ -186,9 +193,20 @@ class Reduction:
         numbers = Unread(before.value, self.value(objective), before.rounding)
         agreement.expect_later_(numbers, step)
 
-    def is_due(self, step: int) -> bool:
-        """Return whether the damping adapts after a step."""
-        return is_due(step, self.adapted, ADAPTATION_PERIOD)
+    def is_due(self, objective: Objective, step: int) -> bool:
+        """Return whether the damping is to adapt after a step that is fitted to its batch.
+
+        Where not every step is fitted, those that are come forward by up to half a period, since a
+        step that is fitted for this alone would cost more.
+
+        Args:
+            objective: The objective.
+            step: The number of steps taken before.
+        """
+        if self.adapted is None:
+            return True
+        least = 0.5 if common_momentum(objective) is None else 1.0
+        return step - self.adapted >= least * interval(step, ADAPTATION_PERIOD)
 
     def value(self, objective: Objective) -> Tensor:
         """Return the objective at the present parameters, evaluated once after each change."""

@@ -14,8 +14,11 @@ from einconv_kfac.optim.step.fit import Fit, Momentum
 from einconv_kfac.optim.step.objective import Objective, on_gpu
 from einconv_kfac.optim.step.pending_fit import PendingFit, SolvedFit
 from einconv_kfac.optim.step.quadratic_model import Products
-from einconv_kfac.optim.step.subspace import SubspaceFit, descent
+from einconv_kfac.optim.step.subspace import FIT_PERIOD, SubspaceFit, descent
 from einconv_kfac.optim.vectors import Direction
+
+LONGEST_WAIT = FIT_PERIOD // 2
+"""Steps that a fit waits for an inversion, after which another fit would be due."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,18 @@ class StepFit:
     def is_due(self, step: int, *, is_given: bool) -> bool:
         """Return whether a step is to be fitted to its batch.
 
-        Coefficients are those of directions by the same inverses, and do not hold for others.
+        Coefficients are those of directions by the same inverses, and do not hold for others. A fit
+        that is due shortly before an inversion waits for that, and so does a search.
 
         Args:
             step: The step.
             is_given: Whether the damping is given, and not searched.
         """
-        if self.subspace.is_due(step) or self._curvature.inverts(step):
+        if self._curvature.inverts(step) or self.subspace.fitted is None:
             return True
-        return not is_given and self._searches(step)
+        if not self.subspace.is_due(step) and (is_given or not self._searches(step)):
+            return False
+        return not any(self._curvature.inverts(step + wait) for wait in range(1, LONGEST_WAIT + 1))
 
     def _searches(self, step: int) -> bool:
         """Return whether to search the damping of the inverses at a step."""

@@ -52,6 +52,7 @@ class SubspaceFit:
         meanwhile: Asks a GPU for what follows a fit, before the host waits for its last numbers.
 
     Attributes:
+        fitted: The step that was fitted last; ``None`` where the next is to be fitted in any case.
         reach: Change of the layers' outputs per length of a step, when it was last computed.
         was_bounded: Whether the bound on that change shortened the last step of which it was
             computed.
@@ -69,24 +70,24 @@ class SubspaceFit:
         self._agreement = agreement
         self._meanwhile = meanwhile
         self._carried = CarriedFit()
-        self._fitted: int | None = None
+        self.fitted: int | None = None
         self.reach = math.inf
         self._is_near = self._is_close = self.was_bounded = False
 
     def is_due(self, step: int) -> bool:
         """Return whether coefficients are to be fitted in a step."""
-        return is_due(step, self._fitted, FIT_PERIOD)
+        return is_due(step, self.fitted, FIT_PERIOD)
 
     def drop_(self) -> None:
         """Fit anew in the next step, whose coefficients may have been too large in this one."""
-        self._fitted = None
+        self.fitted = None
 
     def keep_(self, objective: Objective, fit: Fit, momentum: Momentum) -> Fit:
         """Keep the coefficients of a fit for the steps that follow, and return it.
 
         Those of a step with a given momentum are not kept: they make up for the momentum.
         """
-        self._fitted = self._curvature.steps
+        self.fitted = self._curvature.steps
         if momentum.coefficient is None:
             mix = fit.mix[: len(fit.mix) - bool(momentum.direction)]
             self._carried.keep_(objective, mix, fit.along.slope, fit.along.bend)
@@ -280,12 +281,12 @@ class SubspaceFit:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers."""
         carried = self._carried.state_dict()
-        return {"carried": carried, "fitted": self._fitted, "reach": self.reach}
+        return {"carried": carried, "fitted": self.fitted, "reach": self.reach}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         self._carried.load_state_dict(state["carried"])
-        self._fitted, self.reach = state["fitted"], state["reach"]
+        self.fitted, self.reach = state["fitted"], state["reach"]
 
 
 def _bound(objective: Objective) -> float:

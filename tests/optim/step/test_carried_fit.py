@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from einconv_kfac import KFAC
 from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.damping.levenberg_marquardt import LARGEST_NOISE
 from einconv_kfac.optim.step.slow_momentum import BUFFER
+from einconv_kfac.optim.step.step_fit import LONGEST_WAIT
 from einconv_kfac.optim.step.subspace import FIT_PERIOD
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -47,9 +49,22 @@ def test_products_are_computed_at_fits_alone(products: list[int]) -> None:
         products.clear()
         train_step(model, loss_fn, opt, image_batch(32, seed=seed))
         counts.append(len(products))
-    assert counts[FIT_PERIOD - 1]
-    assert counts[-1]
-    assert sum(map(bool, counts)) <= 4  # gradients may have grown in between
+    fits = [step for step, count in enumerate(counts, start=1) if count]
+    assert 2 <= len(fits) <= 4  # gradients may have grown in between
+    assert all(later - fit <= FIT_PERIOD for fit, later in pairwise([0, *fits]))
+
+
+def test_a_fit_waits_for_an_inversion_that_is_near(products: list[int]) -> None:
+    period = FIT_PERIOD + LONGEST_WAIT - 1
+    model, loss_fn, opt = late(inverse_update_period=period)
+    fits = []
+    for step in range(1, 3 * period + 1):
+        products.clear()
+        train_step(model, loss_fn, opt, image_batch(32, seed=0))
+        fits += [step] * bool(products)
+    later = [step for step in fits if step > period]  # gradients may have grown before
+    assert later == [2 * period, 3 * period]
+    assert opt._step._reduction.adapted == opt._preconditioner.steps - 1
 
 
 def test_a_step_between_fits_is_that_multiple_of_the_preconditioned_gradient() -> None:

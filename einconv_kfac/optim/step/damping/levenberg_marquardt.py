@@ -10,7 +10,7 @@ from einconv_kfac.optim.state_schema import NUMBER, Maybe, Record
 
 INITIAL_FRACTION = 0.1
 """First damping, as a fraction of the curvature along the first gradient."""
-FLOOR_FRACTION = 1e-1
+FLOOR_FRACTION = 2e-2
 """Smallest damping where batches differ, as a fraction of the first: on its own batch the loss
 falls as predicted even for a step that fits noise."""
 ADAPTATION_PERIOD = 10

@@ -55,9 +55,9 @@ def test_the_first_damping_follows_the_curvature_and_rejections_raise_the_floor(
     rule.after_ratio(1.0, -1.0, NOISY)
     assert rule.damping(0) is None
     rule.initial(5.0)
-    assert (rule.damping(0), rule.floor) == (pytest.approx(0.5), pytest.approx(0.05))
+    assert (rule.damping(0), rule.floor) == (pytest.approx(0.5), pytest.approx(0.01))
     rule.after_rejection(4.0)
-    assert (rule.damping(0), rule.floor) == (pytest.approx(2.0), pytest.approx(0.2))
+    assert (rule.damping(0), rule.floor) == (pytest.approx(2.0), pytest.approx(0.04))
 
 
 @pytest.mark.parametrize(
