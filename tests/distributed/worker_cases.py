@@ -45,7 +45,7 @@ class Case:
         groups: Makes parameter groups.
         preconditions: Whether another optimizer takes the steps.
         whole: Whether one worker with the whole batch must do the same.
-        workers: The numbers of workers; without any, every other case has 2 and the rest 4.
+        workers: The numbers of workers; without any, every fourth case has 4 and the rest 2.
         sharded: Whether `fully_shard` divides the model and each of its layers.
         whole_options: Other options of the one worker with the whole batch; it is then the only
             one to compare with.
@@ -245,7 +245,7 @@ _CASES: dict[str, Case] = {
     **DIVIDED,
 }
 CASES = {
-    name: case if case.workers else replace(case, workers=(BOTH[index % 2],))
+    name: case if case.workers else replace(case, workers=(4 if index % 4 == 1 else 2,))
     for index, (name, case) in enumerate(_CASES.items())
 }
 
