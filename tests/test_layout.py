@@ -25,9 +25,10 @@ ALLOWED: Mapping[str, set[str]] = {
     "evaluate": {"geometry", "padding", "network", "expressions"},
     "functionals": TENSORS,
     "modules": TENSORS | {"functionals"},
-    "distributed": set(),
-    "curvature": TENSORS | {"distributed"},
-    "optim": TENSORS | {"distributed", "curvature"},
+    "torch_versions": set(),
+    "distributed": {"torch_versions"},
+    "curvature": TENSORS | {"torch_versions", "distributed"},
+    "optim": TENSORS | {"torch_versions", "distributed", "curvature"},
 }
 """The rooms that a room may import."""
 
