@@ -14,6 +14,8 @@ ROOMS = ("geometry", "padding", "network", "expressions", "evaluate", "functiona
 
 def file_of(module: str) -> Path | None:
     """The file of a module of the package."""
+    if module.partition(".")[0] != PACKAGE.name:
+        return None
     path = PACKAGE.parent / module.replace(".", "/")
     files = (path.with_suffix(".py"), path / "__init__.py")
     return next((file for file in files if file.is_file()), None)
