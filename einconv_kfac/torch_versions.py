@@ -29,7 +29,7 @@ def packs_saved_tensors() -> bool:
     top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if top is not None:
         return top(True) is not None
-    try:  # torch 2.4 has no such question; disabling fails where there are hooks
+    try:  # torch 2.6 has no such question; disabling fails where there are hooks
         with disable_saved_tensors_hooks("Asked whether there are hooks."):
             return False
     except RuntimeError:
@@ -37,7 +37,7 @@ def packs_saved_tensors() -> bool:
 
 
 def gradient_edge(tensor: Tensor) -> GradientEdge:
-    """Return where the gradient of a tensor is computed; torch 2.4 asks a view with a graph."""
+    """Return where the gradient of a tensor is computed; torch 2.6 asks a view with a graph."""
     with torch.enable_grad():
         return get_gradient_edge(tensor)
 
@@ -51,7 +51,7 @@ def all_gather_single(*args: Any, **kwargs: Any) -> Any:
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
-    """Return whether ``fully_shard`` was called on a model; before torch 2.6 it is not public."""
+    """Return whether ``fully_shard`` was called on a model; some builds of torch have none."""
     try:
         from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415
     except ImportError:
