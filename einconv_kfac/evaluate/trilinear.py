@@ -166,7 +166,12 @@ def _mapped_as_groups(
 
 
 def _is_batched(tensor: Tensor) -> bool:
-    """Return whether a tensor is one of ``is_grads_batched=True``; `torch.func.vmap` has others."""
+    """Return whether a tensor is one of ``is_grads_batched=True``; `torch.func.vmap` has others.
+
+    None is while a function is compiled, which cannot ask.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 

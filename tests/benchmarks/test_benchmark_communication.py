@@ -6,11 +6,16 @@ from pathlib import Path
 
 import communication
 import pytest
+import torch
 
 LARGEST_DEVIATION = 2.0
 """Per cent."""
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason=f"`fully_shard` of torch {torch.__version__} needs a GPU",
+)
 def test_records_what_is_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     communication.main(["--quick", "--output", str(tmp_path)])
     lines = (tmp_path / "communication-quick.txt").read_text().splitlines()

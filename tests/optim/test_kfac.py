@@ -117,8 +117,10 @@ def test_automatic_training_reduces_the_loss(random_layers: bool, fisher: Any) -
     model, loss_fn = conv_net(random_layers=random_layers), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn, fisher=fisher)
     losses = [train_step(model, loss_fn, opt, image_batch(24)) for _ in range(25)]
-    last = sum(losses[-5:]) / 5 if random_layers else losses[-1]  # dropout changes each loss
-    assert last < 0.3 * losses[0]
+    if random_layers:  # dropout changes each loss, and so do random numbers of other versions
+        assert sum(losses[-10:]) / 10 < 0.6 * losses[0]
+    else:
+        assert losses[-1] < 0.3 * losses[0]
 
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])

@@ -166,10 +166,11 @@ def test_steps_leave_no_graph_and_no_hooks_behind() -> None:
 
     for seed in range(3):
         train_step(model, loss_fn, opt, image_batch(seed=seed))
-    before = alive()
+    tensors, registered = alive()
     for seed in range(40):
         train_step(model, loss_fn, opt, image_batch(seed=seed))
-    assert alive() == before
+    assert alive()[0] <= tensors
+    assert alive()[1] == registered
 
 
 @pytest.mark.parametrize("schedule", [1, lambda step: 2 if step else 1])

@@ -78,6 +78,22 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def grid_has_curvature() -> bool:
+    """Return whether this version of torch differentiates samples of a grid twice."""
+    x = torch.ones(1, 1, 2, 2, dtype=torch.float64, requires_grad=True)
+    sampled = functional.grid_sample(x, torch.zeros_like(x).view(1, 1, 2, 2), align_corners=False)
+    (slope,) = torch.autograd.grad(sampled.square().sum(), x, create_graph=True)
+    try:
+        torch.autograd.grad(slope.sum(), x)
+    except RuntimeError:
+        return False
+    return True
+
+
+if not grid_has_curvature():
+    del LOSSES["grid"]
+
+
 def read(loss: Callable[[Tensor], Tensor]) -> tuple[Reading, Tensor, Tensor]:
     """Read a loss of an output ``[4, 6, 3]``."""
     output = X.clone().requires_grad_() * 1.0

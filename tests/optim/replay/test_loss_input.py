@@ -219,7 +219,9 @@ def test_replays_leave_no_hooks_and_no_graphs() -> None:
         opt.step()
         if seed in {4, 29}:
             counts.append(alive())
-    assert counts[0] == counts[1]
+    (early, hooks), (late, left) = counts
+    assert late <= early
+    assert hooks == left
 
 
 class StudentT(nn.Module):
