@@ -264,12 +264,20 @@ class Way:
         return {**MODES[self.mode], "fallback": "gradient", **own}
 
 
-def work(rank: int, size: int, folder: str, subject: str, steps: int, way: Way) -> None:
-    """Train in one process, and save what was sent in the first and in the last step."""
+def work(rank: int, size: int, folder: str, subject: str, runs: Sequence[tuple[int, Way]]) -> None:
+    """Train some runs in one process, and save what each sent in its first and last step."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     start = f"file://{folder}/store"
     distributed.init_process_group("gloo", init_method=start, rank=rank, world_size=size)
+    found = [trained(size, subject, steps, way) for steps, way in runs]
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    distributed.destroy_process_group()
+
+
+def trained(size: int, subject: str, steps: int, way: Way) -> tuple[Traffic, Traffic]:
+    """Return what one worker takes part in, in the first of some steps and in the last."""
     torch.manual_seed(0)
     model, loss_fn = SUBJECTS[subject].made(full=False), nn.CrossEntropyLoss()
     if way.sharded:
@@ -284,17 +292,17 @@ def work(rank: int, size: int, folder: str, subject: str, steps: int, way: Way) 
         found.append(traffic := Traffic())
         with recorded(traffic):
             opt.step()
-    if rank == 0:
-        torch.save((found[0], found[-1]), f"{folder}/found.pt")
-    distributed.destroy_process_group()
+    return found[0], found[-1]
 
 
-def measured(subject: str, size: int, steps: int, way: Way) -> tuple[Traffic, Traffic]:
-    """Return what one worker takes part in, in the first of some steps and in the last."""
+def measured(
+    subject: str, size: int, runs: Sequence[tuple[int, Way]]
+) -> list[tuple[Traffic, Traffic]]:
+    """Return what one worker takes part in, for each of some runs, in the same processes."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (size, folder, subject, steps, way)
+        arguments = (size, folder, subject, runs)
         start_processes(work, arguments, nprocs=size, start_method="spawn")  # type: ignore[no-untyped-call]
-        found: tuple[Traffic, Traffic] = torch.load(f"{folder}/found.pt", weights_only=False)
+        found: list[tuple[Traffic, Traffic]] = torch.load(f"{folder}/found.pt", weights_only=False)
     return found
 
 
@@ -344,10 +352,12 @@ def rows_recorded(
     for subject in subjects:
         sizes = Sizes.of(SUBJECTS[subject].made(full=False))
         for workers in counts:
-            for way in ways:
-                is_long = workers == min(counts) and not (way.divides or way.short)
-                count = steps if is_long else 1
-                first, last = measured(subject, workers, count, way)
+            lengths = [
+                steps if workers == min(counts) and not (way.divides or way.short) else 1
+                for way in ways
+            ]
+            runs = [*zip(lengths, ways)]
+            for (count, way), (first, last) in zip(runs, measured(subject, workers, runs)):
                 ours = expected(sizes, way)
                 own = {kind: first.sizes.get(kind, 0) for kind in ours}
                 kinds = [kind for kind in FACTORS if kind in ours]

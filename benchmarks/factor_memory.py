@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -53,6 +52,6 @@ def memory(layer: Layer, approximation: str) -> dict[str, float]:
     """Return the copies of the input that each of `MEASURED` needs, in fresh processes."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "einconv_kfac.curvature"])
-    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        jobs = {name: pool.submit(copies, layer, approximation, name) for name in MEASURED}
-        return {name: job.result() for name, job in jobs.items()}
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        jobs = {n: pool.apply_async(copies, (layer, approximation, n)) for n in MEASURED}
+        return {name: job.get() for name, job in jobs.items()}

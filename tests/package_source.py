@@ -5,10 +5,15 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "einconv_kfac"
+SPEC = find_spec("einconv_kfac")
+assert SPEC is not None
+assert SPEC.origin is not None
+PACKAGE = Path(SPEC.origin).resolve().parent
+"""What the tests import: the package of this checkout, or one that a wheel has installed."""
 
 
 @cache
@@ -16,7 +21,7 @@ def files() -> dict[str, Path]:
     """The files of the package by dotted name; a folder's `__init__` has the folder's."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 

@@ -7,15 +7,16 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from package_source import PACKAGE
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "einconv_kfac"
 ROOMS = ("geometry", "padding", "network", "expressions", "evaluate", "functionals", "modules")
 
 
 def file_of(module: str) -> Path | None:
     """The file of a module of the package."""
-    path = ROOT / module.replace(".", "/")
+    if module.partition(".")[0] != PACKAGE.name:
+        return None
+    path = PACKAGE.parent / module.replace(".", "/")
     files = (path.with_suffix(".py"), path / "__init__.py")
     return next((file for file in files if file.is_file()), None)
 

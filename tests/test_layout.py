@@ -25,9 +25,10 @@ ALLOWED: Mapping[str, set[str]] = {
     "evaluate": {"geometry", "padding", "network", "expressions"},
     "functionals": TENSORS,
     "modules": TENSORS | {"functionals"},
-    "distributed": set(),
-    "curvature": TENSORS | {"distributed"},
-    "optim": TENSORS | {"distributed", "curvature"},
+    "torch_versions": set(),
+    "distributed": {"torch_versions"},
+    "curvature": TENSORS | {"torch_versions", "distributed"},
+    "optim": TENSORS | {"torch_versions", "distributed", "curvature"},
 }
 """The rooms that a room may import."""
 
@@ -185,6 +186,7 @@ def test_rule_holds(rule: str) -> None:
     assert not known - found, f"no longer breaks the rule '{rule}': remove it from KNOWN"
 
 
+@pytest.mark.skipif(PACKAGE.parent != ROOT, reason="the package of a wheel has no link beside it")
 def test_root_link_resolves() -> None:
     assert (ROOT / "optim").is_symlink()
     assert (ROOT / "optim").resolve() == PACKAGE / "optim"

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from einconv_kfac.distributed.workers import WorkersError
+from einconv_kfac.torch_versions import all_gather_single
 
 
 class Collectives:
@@ -57,7 +58,9 @@ class Collectives:
     def collected_(self, received: Tensor, part: Tensor) -> Any:
         """Begin to collect a part of each worker on all, ``[workers, length]``."""
         with lost():
-            return _all_gather(_bytes(received), _bytes(part), group=self._group, async_op=True)
+            return all_gather_single(
+                _bytes(received), _bytes(part), group=self._group, async_op=True
+            )
 
     def objects(self, value: Any) -> list[Any]:
         """Return a value of every worker."""
@@ -88,10 +91,3 @@ def lost() -> Iterator[None]:
 def _bytes(tensor: Tensor) -> Tensor:
     """Return the memory of a tensor; not every backend sends every data type."""
     return tensor.flatten().view(torch.uint8)
-
-
-def _all_gather(*args: Any, **kwargs: Any) -> Any:
-    """Gather equal parts into one tensor."""
-    gather: Any = getattr(dist, "all_gather_single", None)  # from torch 2.13 on
-    gather = dist.all_gather_into_tensor if gather is None else gather
-    return gather(*args, **kwargs)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from einconv_kfac.distributed.stored import is_divided
+from einconv_kfac.torch_versions import is_fully_sharded
 
 REMEDY = (
     "Call `fully_shard` on the layers and then on the model itself, with a mesh of one dimension, "
@@ -22,7 +23,7 @@ def check_rows(model: nn.Module) -> None:
     """
     from torch.distributed.tensor import Shard  # noqa: PLC0415
 
-    if not _is_fully_sharded(model):
+    if not is_fully_sharded(model):
         name = next(n for n, p in model.named_parameters() if is_divided(p))
         raise ValueError(
             f"The parameters of a model must be whole tensors, got a DTensor for '{name}' though "
@@ -51,15 +52,6 @@ def check_rows(model: nn.Module) -> None:
         _check_policies(name, module)
 
 
-def _is_fully_sharded(model: nn.Module) -> bool:
-    """Return whether `fully_shard` was called on a model."""
-    try:
-        from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415
-    except ImportError:  # before torch 2.6
-        return False
-    return isinstance(model, FSDPModule)
-
-
 def _check_policies(name: str, module: Any) -> None:
     """Raise a ``ValueError`` if a part of a model is computed or kept in another way than stored.
 
@@ -67,7 +59,7 @@ def _check_policies(name: str, module: Any) -> None:
         name: Its name.
         module: The part.
     """
-    if not _is_fully_sharded(module):
+    if not is_fully_sharded(module):
         return
     state = module._get_fsdp_state()
     policy = getattr(state, "_mp_policy", None)

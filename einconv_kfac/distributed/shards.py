@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from einconv_kfac.distributed.stored import is_divided, local_of, pair_, stored_of
 from einconv_kfac.distributed.workers import Workers
+from einconv_kfac.torch_versions import all_gather_single
 
 State: TypeAlias = dict[str, Any]
 States: TypeAlias = Mapping[str, State]
@@ -188,9 +189,7 @@ def _gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     sent = torch.cat([local_of(t).flatten() for t in tensors])
     sent = torch.nn.functional.pad(sent, (0, longest - len(sent)))
     received = sent.new_empty(size * longest)
-    gather: Any = getattr(torch.distributed, "all_gather_single", None)  # from torch 2.13 on
-    gather = torch.distributed.all_gather_into_tensor if gather is None else gather
-    gather(received, sent, group=group)
+    all_gather_single(received, sent, group=group)
     by_worker = zip(torch.split(received, longest), sizes)
     parts = [torch.split(rows[: sum(own)], own) for rows, own in by_worker]
     return [torch.cat(own).view(t.shape) for t, own in zip(tensors, zip(*parts))]

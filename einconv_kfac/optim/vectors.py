@@ -260,6 +260,7 @@ def scaled(direction: Direction, factors: Mapping[str, float]) -> Direction:
     return dict(zip(direction, torch._foreach_mul(list(direction.values()), numbers)))
 
 
+@cache
 def layer_of(name: str) -> str:
     """Return the name of the module that a parameter belongs to."""
     return name.rpartition(".")[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,24 +27,33 @@ def _device() -> None:
     guard.built()
 
 
-@pytest.mark.parametrize("checks", CHECKS)
-def test_on_a_simulated_device(checks: str) -> None:
-    """Run one file; ``python -m pytest`` with the same arguments repeats it by hand."""
-    options = ["-q", "-p", "simulated_device", "-p", "no:cacheprovider", "-o", "addopts="]
-    file = ["-o", "python_files=check_*.py", str(HERE / "checks" / f"{checks}.py")]
+@pytest.fixture(scope="module")
+def process() -> Iterator[subprocess.Popen[str]]:
+    """The process that forks one for each file."""
     paths = [str(HERE / "simulation"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *file],
-        check=False,
-        cwd=HERE.parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, f"{run.stdout[-6000:]}\n{run.stderr[-2000:]}"
-    assert " passed" in run.stdout
+    pipe = subprocess.PIPE
+    command = [sys.executable, str(HERE / "simulation" / "checks_process.py")]
+    root = HERE.parents[1]
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, text=True, cwd=root, env=environment
+    ) as made:
+        yield made
+
+
+@pytest.mark.parametrize("checks", CHECKS)
+def test_on_a_simulated_device(checks: str, process: subprocess.Popen[str], tmp_path: Path) -> None:
+    """Run one file; ``python -m pytest -p simulated_device`` with the same options repeats it."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    output = tmp_path / "output.txt"
+    process.stdin.write(f"{HERE / 'checks' / checks}.py\t{output}\n")
+    process.stdin.flush()
+    status = process.stdout.readline()
+    printed = output.read_text()
+    assert status == "0\n", printed[-8000:]
+    assert " passed" in printed
 
 
 def test_the_device_stays_in_its_process() -> None:

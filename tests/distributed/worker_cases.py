@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from einconv_kfac import KFAC, KFACPreconditioner
 
+DIVIDES_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+"""Whether `fully_shard` works on a CPU, which it does not in torch 2.6."""
 PARTS, STEPS = 4, 4
 BOTH = 2, 4
 FIXED = {"lr": 0.05, "adaptive": False}
@@ -45,7 +47,7 @@ class Case:
         groups: Makes parameter groups.
         preconditions: Whether another optimizer takes the steps.
         whole: Whether one worker with the whole batch must do the same.
-        workers: The numbers of workers; without any, every other case has 2 and the rest 4.
+        workers: The numbers of workers; without any, every fourth case has 4 and the rest 2.
         sharded: Whether `fully_shard` divides the model and each of its layers.
         whole_options: Other options of the one worker with the whole batch; it is then the only
             one to compare with.
@@ -245,14 +247,15 @@ _CASES: dict[str, Case] = {
     **DIVIDED,
 }
 CASES = {
-    name: case if case.workers else replace(case, workers=(BOTH[index % 2],))
+    name: case if case.workers else replace(case, workers=(4 if index % 4 == 1 else 2,))
     for index, (name, case) in enumerate(_CASES.items())
 }
 
 
 def cases_of(size: int) -> dict[str, Case]:
-    """The cases for a number of workers."""
-    return {name: case for name, case in CASES.items() if size == 1 or size in case.workers}
+    """The cases for a number of workers that this version of torch has."""
+    own = {name: case for name, case in CASES.items() if size == 1 or size in case.workers}
+    return {name: case for name, case in own.items() if DIVIDES_ON_CPU or not case.sharded}
 
 
 def batches(case: Case, step: int) -> list[tuple[Tensor, Tensor]]:

@@ -103,11 +103,6 @@ def test_vmap(options: dict[str, Any], in_dims: tuple[int | None, int | None]) -
         torch.testing.assert_close(ours, torchs)
 
 
-NEEDS_NEWER_TRACING = pytest.mark.skipif(
-    torch.__version__.startswith("2.4."), reason="torch 2.4 cannot trace the layers"
-)
-
-
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
@@ -115,7 +110,6 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@NEEDS_NEWER_TRACING
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiles_without_graph_breaks() -> None:
     layers = ConvNd(2, 4, 4, 3, padding="same", groups=2), ConvTransposeNd(2, 4, 2, 2, 2)
@@ -136,9 +130,7 @@ def test_compiles_without_graph_breaks() -> None:
     )
 
 
-@NEEDS_NEWER_TRACING
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.filterwarnings("ignore:At pre-dispatch tracing")  # of torch 2.4
 def test_exports() -> None:
     model = torch.nn.Sequential(ConvNd(2, 4, 6, 3, stride=2), ConvTransposeNd(2, 6, 2, 2, 2))
     x = torch.randn(2, 4, 7, 6)

@@ -132,9 +132,6 @@ def test_converted_network_trains_as_the_original(
     assert curves[0][-1] < curves[0][0]
 
 
-@pytest.mark.skipif(
-    torch.__version__.startswith("2.4."), reason="torch 2.4 cannot trace the layers"
-)
 def test_converted_network_compiles(networks: tuple[nn.Module, nn.Module]) -> None:
     torch._dynamo.reset()
     converted = networks[1].eval()

@@ -75,6 +75,19 @@ CASES = [
 ]
 
 
+def small_net() -> nn.Module:
+    """Return a network of two layers, for steps that are many."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+
+
+def small_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random inputs with random classes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (6,), generator=generator)
+
+
 @pytest.mark.parametrize(("made", "mode", "name"), CASES)
 def test_wrong_arguments_are_refused_by_name_or_harmless(
     made: Callable[..., Any], mode: dict[str, Any], name: str
@@ -85,7 +98,7 @@ def test_wrong_arguments_are_refused_by_name_or_harmless(
             continue  # losses that the model returns
         if name == "mc_samples" and value is HUGE:
             continue  # it is taken at its word
-        model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+        model, loss_fn = small_net(), nn.CrossEntropyLoss()
         options = {"model": model, "loss_fn": loss_fn, **mode, name: value}
         try:
             opt = made(**options)
@@ -96,7 +109,7 @@ def test_wrong_arguments_are_refused_by_name_or_harmless(
             continue
         if name in ("log_to", "model", "loss_fn"):
             continue  # a function's errors are its own, and it may be another model
-        x, y = image_batch()
+        x, y = small_batch()
         for _ in range(2):
             model.zero_grad()
             loss_fn(model(x), y).backward()
@@ -123,14 +136,14 @@ def test_wrong_hyperparameters_are_refused_by_name(name: str) -> None:
 )
 def test_wrong_numbers_of_groups_are_refused_by_name(name: str) -> None:
     for value in ODD:
-        model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+        model, loss_fn = small_net(), nn.CrossEntropyLoss()
         groups = [{"params": model.parameters(), name: value}]
         try:
             opt = KFAC(model, loss_fn, params=groups, **FIXED)
         except ValueError as error:
             refusal(error, name, value)
             continue
-        train_step(model, loss_fn, opt, image_batch())
+        train_step(model, loss_fn, opt, small_batch())
         assert value is HUGE or weights(model).isfinite().all()
 
 

@@ -47,6 +47,7 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step")  # SequentialLR's own
 @pytest.mark.parametrize("options", MODES)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_set_what_they_set_for_sgd(name: str, options: dict[str, Any]) -> None:

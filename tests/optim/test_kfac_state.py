@@ -32,8 +32,13 @@ def saved(**parts: Any) -> dict[str, Any]:
     return torch.load(buffer, weights_only=True)
 
 
-@pytest.mark.parametrize("options", MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        *((torch.float32, options) for options in MODES),
+        *((torch.float64, MODES[index]) for index in (0, 1, 4)),
+    ],
+)
 def test_resumed_training_is_bit_identical(options: dict[str, Any], dtype: torch.dtype) -> None:
     batches = [(x.to(dtype), y) for x, y in (image_batch(seed=s) for s in range(22))]
     loss_fn = nn.CrossEntropyLoss()

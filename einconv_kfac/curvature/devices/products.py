@@ -19,6 +19,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.devices.device_registry import profile_of
 from einconv_kfac.curvature.devices.operations import Operation
+from einconv_kfac.torch_versions import multiplies_in_tf32
 
 ONEDNN_LEAST_MACS = 1 << 20
 """Multiply-accumulates of a product from which the call of oneDNN costs less than it saves."""
@@ -48,12 +49,7 @@ def rounds_to_tf32(x: Tensor) -> bool:
 
     They follow torch's own setting: ``torch.backends.cuda.matmul``.
     """
-    if profile_of(x.device.type).tf32_mac_price == 1.0:
-        return False
-    setting = torch.backends.cuda.matmul
-    if hasattr(torch.backends, "fp32_precision"):  # torch 2.9; the older name may then raise
-        return bool(setting.fp32_precision == "tf32")
-    return bool(setting.allow_tf32)
+    return profile_of(x.device.type).tf32_mac_price != 1.0 and multiplies_in_tf32()
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

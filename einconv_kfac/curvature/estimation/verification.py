@@ -22,6 +22,7 @@ from einconv_kfac.curvature.losses import canonical_scores, loss_rule
 from einconv_kfac.curvature.losses.loss_call import targets_of
 from einconv_kfac.curvature.text_table import table
 from einconv_kfac.distributed.wrappers import unwrapped
+from einconv_kfac.torch_versions import load_forward_mode
 
 _JACOBIAN_ENTRIES = 1 << 26
 """Number of entries of the gradients that are held at a time; one layer may have more."""
@@ -198,6 +199,7 @@ def _loss_scale(loss_fn: nn.Module, output: Tensor, target: Any, roots: Sequence
     generator = torch.Generator(output.device).manual_seed(0)
     signs = torch.randint(2, output.shape, generator=generator, device=output.device)
     u = (2 * signs - 1).to(output.dtype)
+    load_forward_mode()
     tangent = torch.func.jvp(link, (scores,), (u,))[1]
     products = torch.stack([(root * tangent).reshape(len(u), -1).sum(1) for root in roots])
     entries = scores.detach().requires_grad_()

@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node
+
+from einconv_kfac.torch_versions import gradient_edge
 
 Edge: TypeAlias = tuple[Node, int]
 """A node and the index of one of its forward outputs: one tensor of the graph."""
@@ -22,7 +24,7 @@ _IDENTITIES = ("BackwardHookFunction",)
 
 def edge_of(tensor: Tensor) -> Edge:
     """Return the edge of a tensor that requires gradients."""
-    edge = get_gradient_edge(tensor)
+    edge = gradient_edge(tensor)
     return edge.node, edge.output_nr
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from einconv_kfac.distributed.stored import all_stored, graph_leaf, is_divided, local_of
 from einconv_kfac.distributed.workers import ALONE, Workers
 from einconv_kfac.optim.model_walk import named_modules, parameters_in
+from einconv_kfac.torch_versions import gradient_edge
 
 PROBES = 3
 """Number of parameters whose gradients are compared."""
@@ -162,6 +162,6 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 def _is_accumulated(parameter: nn.Parameter) -> bool:
     """Return whether the backward pass that is running adds to ``.grad`` of a parameter."""
     try:
-        return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
+        return bool(torch._C._will_engine_execute_node(gradient_edge(parameter).node))
     except RuntimeError:  # `torch.autograd.grad` by this parameter
         return False

@@ -8,9 +8,7 @@ forward mode): the gradient ``J^T w`` is linear in ``w``, so that ``J d`` is the
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -19,6 +17,7 @@ from torch.autograd import forward_ad
 
 from einconv_kfac.optim.replay.environment import ONE_THREAD
 from einconv_kfac.optim.vectors import Direction, entries, precise, sum_of
+from einconv_kfac.torch_versions import load_forward_mode
 
 Function: TypeAlias = Callable[[Direction], tuple[Tensor, ...]]
 """Returns outputs for parameters; those that are not given keep their values."""
@@ -44,7 +43,8 @@ def forward_products(
     Raises:
         NotImplementedError: If an operator has no forward mode, or one that fails.
     """
-    _load_forward_mode()
+    with ONE_THREAD:
+        load_forward_mode()
     found = []
     try:
         for direction in directions:
@@ -55,14 +55,6 @@ def forward_products(
     except RuntimeError as error:  # or the function fails without tangents as well
         raise NotImplementedError("Forward mode failed.") from error
     return found[0][0], [tangents for _, tangents in found]
-
-
-@cache
-def _load_forward_mode() -> None:
-    """Make torch compile its forward-mode formulas, and hide its warning about the compiler."""
-    with ONE_THREAD, warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
 
 
 def _forward_product(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.optim.replay.subsample import Subset
+from einconv_kfac.torch_versions import packs_saved_tensors
 
 LINEAR = (
     nn.Linear,
@@ -51,7 +52,7 @@ class LayerOutputs:
     def keep_(self, module: nn.Module, output: Tensor) -> None:
         """Keep the output of one call; of checkpointed activations, keep that there is one."""
         kept: _Output | None = None
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if packs_saved_tensors():
             self.drop_(module)
         elif type(module) in LINEAR:
             kept = _Output(output.detach(), output._version)

@@ -63,7 +63,7 @@ class AutomaticStep:
         self._rollback = Rollback()
         self._reduction = Reduction(self._replay, rule, self._noise, safeguard)
         subspace = SubspaceFit(curvature, self._trust, self._agreement, self._ask_)
-        self._fit = StepFit(curvature, subspace, self._agreement)
+        self._fit = StepFit(curvature, subspace)
         self._preparation = Preparation(self._fit.subspace, self._trust, self._slow, safeguard)
         self._guarded = GuardedMomentum(self._slow, self._reduction, safeguard)
         self._dampings = DampingSource(rule, self._replay)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class LayerGains:
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """Return the state as numbers."""
-        return {layer: asdict(state) for layer, state in self._layers.items()}
+        return {layer: dict(vars(state)) for layer, state in self._layers.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
         """Take over a state."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -38,6 +38,11 @@ class LayerProducts:
     momentum: float = 0.0
     update: float = 0.0
     parameters: float = 0.0
+
+    def scaled(self, factor: float) -> LayerProducts:
+        """Return the products for a multiple of the step."""
+        own, update = self.own * factor, self.update * factor**2
+        return LayerProducts(self.past, own, self.momentum, update, self.parameters)
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,4 @@ def scaled_products(
     products: Mapping[str, LayerProducts], factor: float
 ) -> dict[str, LayerProducts]:
     """Return the products of each layer for a multiple of the step."""
-    return {
-        layer: replace(own, own=own.own * factor, update=own.update * factor**2)
-        for layer, own in products.items()
-    }
+    return {layer: own.scaled(factor) for layer, own in products.items()}

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.refresh import Inverses
-from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.damping.search import DampingSearch, Trials
 from einconv_kfac.optim.step.damping.trials import DampingTrials, StagedFit
@@ -40,18 +39,14 @@ class StepFit:
     Args:
         curvature: Running curvature of the model.
         subspace: Fits the coefficients of directions.
-        agreement: Whether batches agree.
 
     Attributes:
         subspace: See above.
         search: Searches the damping of the inverses.
     """
 
-    def __init__(
-        self, curvature: RunningCurvature, subspace: SubspaceFit, agreement: Agreement
-    ) -> None:
+    def __init__(self, curvature: RunningCurvature, subspace: SubspaceFit) -> None:
         self._curvature = curvature
-        self._agreement = agreement
         self.subspace = subspace
         self.search = DampingSearch()
 
@@ -67,13 +62,9 @@ class StepFit:
         """
         if self._curvature.inverts(step) or self.subspace.fitted is None:
             return True
-        if not self.subspace.is_due(step) and (is_given or not self._searches(step)):
+        if not self.subspace.is_due(step) and (is_given or not self.search.is_due(step)):
             return False
         return not any(self._curvature.inverts(step + wait) for wait in range(1, LONGEST_WAIT + 1))
-
-    def _searches(self, step: int) -> bool:
-        """Return whether to search the damping of the inverses at a step."""
-        return self.search.is_due(step, is_close=self._agreement.is_close)
 
     def mixed_(self, objective: Objective, momentum: Momentum, damping: float) -> CarriedMix | None:
         """Return the directions with the coefficients of the last fit; see `SubspaceFit.mixed`.
@@ -129,7 +120,7 @@ class StepFit:
 
     def _tries(self, objective: Objective) -> bool:
         """Return whether dampings are tried in the coming step."""
-        return objective.settings.damping is None and self._searches(self._curvature.steps)
+        return objective.settings.damping is None and self.search.is_due(self._curvature.steps)
 
     def _trials(
         self, objective: Objective, momentum: Momentum, damping: float

@@ -20,6 +20,8 @@ from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.geometry import conv_geometry
 
 HERE = Path(__file__).parent
+FIRST_TRITON = (3, 6)
+"""What the extra `gpu` asks for."""
 FIRST_NUMPY_WITHOUT_INTERPRETER = (2, 4)
 GEOMETRIES = int(os.environ.get("EK_GEOMETRIES", "40"))
 """Geometries that are drawn; the environment may ask for more."""
@@ -30,6 +32,8 @@ def reason_to_skip(interprets: bool) -> str | None:
         version("triton")
     except PackageNotFoundError:
         return "Triton is not installed"
+    if tuple(map(int, version("triton").split(".")[:2])) < FIRST_TRITON:
+        return f"the kernel needs triton 3.6 or newer, got {version('triton')}"
     numpy = tuple(map(int, version("numpy").split(".")[:2]))
     if interprets and numpy >= FIRST_NUMPY_WITHOUT_INTERPRETER:
         return f"Triton's interpreter needs numpy before 2.4, got {version('numpy')}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from simulated_device import held, simulated, to_device
-from small_training import batches, network, optimizer
+from small_training import CLASSES, batches, network, optimizer
 from torch import Tensor, nn
 
 FIXED = {"adaptive": False, "capturable": True, "fisher": "exact"}
@@ -110,7 +110,7 @@ def test_replayed_steps_are_those_that_are_not_captured(name: str, rate: str) ->
 def plain() -> nn.Module:
     """A network without running statistics, which batches that are not finite would spoil."""
     torch.manual_seed(0)
-    layers = [nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), nn.Linear(8, 10)]
+    layers = [nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), nn.Linear(8, CLASSES)]
     return nn.Sequential(*layers).double()
 
 

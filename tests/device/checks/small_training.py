@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from einconv_kfac import KFAC
 
+CLASSES = 3
+"""Few, since an exact Fisher has a backward pass for each."""
+
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     layers = [
         *(nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
-        *(nn.Conv2d(8, 8, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(32, 10)),
+        *(nn.Conv2d(8, 8, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(32, CLASSES)),
     ]
     return nn.Sequential(*layers).to(dtype)
 
@@ -25,7 +28,7 @@ def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor
     return [
         (
             torch.randn(16, 3, 8, 8, generator=generator, dtype=dtype),
-            torch.randint(10, (16,), generator=generator),
+            torch.randint(CLASSES, (16,), generator=generator),
         )
         for _ in range(count)
     ]

@@ -24,11 +24,12 @@ from typing import Any  # noqa: E402
 import streams  # noqa: E402
 import torch  # noqa: E402
 from graph import Graphs  # noqa: E402
+from nesting import leaves_of, mapped  # noqa: E402
 from record import HOST_READS, NO_LAUNCH, Record  # noqa: E402
 from torch import Generator, Tensor, nn  # noqa: E402
 from torch.utils._mode_utils import no_dispatch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
+from torch.utils._pytree import tree_map  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
@@ -155,10 +156,9 @@ def _module_to_device(model: nn.Module) -> nn.Module:
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator on what its tensors hold, and note it."""
     name = func.overloadpacket.__name__
-    leaves = tree_leaves((args, kwargs))
+    leaves = leaves_of((args, kwargs))
     there = [leaf for leaf in leaves if isinstance(leaf, DeviceTensor)]
-    here = [leaf for leaf in leaves if type(leaf) is not DeviceTensor and isinstance(leaf, Tensor)]
-    here = [leaf for leaf in here if not isinstance(leaf, DeviceTensor)]
+    here = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, DeviceTensor)]
     target = kwargs.get("device")
     kind = None if target is None else torch.device(target).type
     if not there and kind != "cuda":
@@ -168,7 +168,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     else:
         RECORD.note_operands(name, args, there, here)
     known: dict[int, DeviceTensor] = {id(tensor.held): tensor for tensor in there}
-    inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
+    inner_args, inner_kwargs = mapped(_inner, args), mapped(_inner, kwargs)
     GRAPHS.save(func, inner_args, inner_kwargs)
     result = _compute(func, name, inner_args, inner_kwargs)
     GRAPHS.note(func, name, (inner_args, inner_kwargs), result)
@@ -193,7 +193,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             value = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
         return known[id(value)] if id(value) in known else DeviceTensor(value)
 
-    return tree_map(outer, result)
+    return mapped(outer, result)
 
 
 def _note_stream(
@@ -202,7 +202,7 @@ def _note_stream(
     """Note what an operator reads and writes in the present stream."""
     read = [] if name in NO_LAUNCH - HOST_READS else [tensor.held for tensor in there]
     changed = args[0] if func._schema.is_mutable and args else ()
-    made = [leaf for leaf in tree_leaves((result, changed)) if isinstance(leaf, Tensor)]
+    made = [leaf for leaf in leaves_of((result, changed)) if isinstance(leaf, Tensor)]
     streams.note(RECORD, name, read, made)
 
 
@@ -257,7 +257,7 @@ def _note_launch(
     """Note what an operator moves and computes."""
     args, inner_args, inner_kwargs = arguments
     old = {id(tensor.held) for tensor in there}
-    new = [t for t in tree_leaves(result) if isinstance(t, Tensor) and id(t) not in old]
+    new = [t for t in leaves_of(result) if isinstance(t, Tensor) and id(t) not in old]
     moved = sum(_bytes(t) for t in (*(tensor.held for tensor in there), *new))
     RECORD.note_launch(name, args, moved, _operations(func, name, inner_args, inner_kwargs, result))
 

@@ -13,10 +13,8 @@ from einconv_kfac.optim.step.fit import Fit
 
 SEARCH_PERIOD = 100
 """Steps between two searches."""
-EARLY_SEARCH_SHARE = 4 / 3
-"""Early in training a search is due each time the number of steps has about quadrupled."""
-EARLY_CLOSE_SHARE = 2
-"""Where batches agree, it is due each time that number has about doubled."""
+EARLY_SEARCH_SHARE = 2
+"""Early in training a search is due each time the number of steps has about doubled."""
 SCALE_STEP = 3.0
 """Factor between the scales of two trials."""
 AHEAD = 2
@@ -64,15 +62,13 @@ class DampingSearch:
         self.scale = 1.0
         self._searched: int | None = None
 
-    def is_due(self, step: int, *, is_close: bool) -> bool:
+    def is_due(self, step: int) -> bool:
         """Return whether to search at a step.
 
         Args:
             step: The number of steps taken.
-            is_close: Whether batches agree.
         """
-        share = EARLY_CLOSE_SHARE if is_close else EARLY_SEARCH_SHARE
-        return is_due(step, self._searched, SEARCH_PERIOD, share)
+        return is_due(step, self._searched, SEARCH_PERIOD, EARLY_SEARCH_SHARE)
 
     def first(self) -> list[float]:
         """Return the scales that are tried first: most searches try three alone.

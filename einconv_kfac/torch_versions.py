@@ -1,0 +1,70 @@
+"""What differs between the versions of torch that are supported; no other file asks for one."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, disable_saved_tensors_hooks, get_gradient_edge
+
+
+@cache
+def load_forward_mode() -> None:
+    """Make torch compile its forward-mode formulas, and hide its warning about the compiler.
+
+    The first dual number of a process calls ``torch.jit.script``, which warns with a
+    ``DeprecationWarning``, and in the newest versions with a ``FutureWarning``.
+    """
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", r".torch\.jit\.script.")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
+
+
+def packs_saved_tensors() -> bool:
+    """Return whether hooks pack what operations save for the backward pass, as checkpoints do."""
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None:
+        return top(True) is not None
+    try:  # torch 2.6 has no such question; disabling fails where there are hooks
+        with disable_saved_tensors_hooks("Asked whether there are hooks."):
+            return False
+    except RuntimeError:
+        return True
+
+
+def gradient_edge(tensor: Tensor) -> GradientEdge:
+    """Return where the gradient of a tensor is computed; torch 2.6 asks a view with a graph."""
+    with torch.enable_grad():
+        return get_gradient_edge(tensor)
+
+
+def all_gather_single(*args: Any, **kwargs: Any) -> Any:
+    """Gather equal parts of all workers into one tensor; the name is that of torch 2.13."""
+    from torch import distributed  # noqa: PLC0415 - heavy
+
+    gather: Any = getattr(distributed, "all_gather_single", None)
+    return (distributed.all_gather_into_tensor if gather is None else gather)(*args, **kwargs)
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Return whether ``fully_shard`` was called on a model; some builds of torch have none."""
+    try:
+        from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415
+    except ImportError:
+        return False
+    return isinstance(model, FSDPModule)
+
+
+def multiplies_in_tf32() -> bool:
+    """Return whether CUDA rounds the operands of products in float32 to TF32.
+
+    From torch 2.9 on the older of the two settings may raise an error.
+    """
+    setting = torch.backends.cuda.matmul
+    if hasattr(torch.backends, "fp32_precision"):
+        return bool(setting.fp32_precision == "tf32")
+    return bool(setting.allow_tf32)
