@@ -15,11 +15,14 @@ from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.example_layout import (
     SCATTERED,
     ExampleLayout,
-    bit_probes,
     candidates,
-    found_layout,
-    meets,
     parts,
+)
+from einconv_kfac.curvature.estimation.layout_probes import (
+    Probed,
+    bit_probes,
+    found_layouts,
+    meets,
     probes,
 )
 from einconv_kfac.curvature.objective.graph import kind_of_node, reached_nodes
@@ -127,10 +130,9 @@ def arrange(
         chosen = [calls[i] for i in new]
         mixes = normalises_batches(graph)
         passes = [backpropagate(vectors, chosen) for vectors in probes(outputs)]
-        for index, call, *gradients in zip(new, chosen, *passes):
-            known = [torch.zeros(call.y_shape) if g is None else g for g in gradients]
-            if any(bool(gradient.any()) for gradient in known):
-                layouts[signatures[index]] = found_layout(call, known, examples, mixes=mixes)
+        probed = [Probed(call, own, examples) for call, *own in zip(chosen, *passes)]
+        found_ones = zip(new, found_layouts(probed, mixes=mixes))
+        layouts.update({signatures[i]: e for i, (is_reached, e) in found_ones if is_reached})
         if by_example:
             unordered = [i for i in new if layouts.get(signatures[i]) == SCATTERED]
             several = _shared(calls, unordered, outputs, examples, backpropagate)

@@ -7,21 +7,12 @@ queries). A probe shows it: the gradient of one example's output is zero in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Generator, Tensor
-
-from einconv_kfac.curvature.estimation.capture import LayerCall
-
-SHARED_PART = 0.25
-"""Least part of the gradients of two examples that meets in the same rows, if they share these."""
-
-MIXING_RATIO = 2.0
-"""Least ratio of the gradient in an example's own row to that in the row of another, for layers
-that mix examples, such as batch normalisation."""
+from torch import Tensor
 
 
 class ExampleLayout(Protocol):
@@ -107,97 +98,12 @@ def candidates(
     return [e for e in layouts if e.fits(x_shape, examples) and e.fits(y_shape, examples)]
 
 
-def probes(outputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield random vectors at the outputs, of the first and of the second example alone.
-
-    Args:
-        outputs: Tensors like the outputs, ``[n, ...]``.
-    """
-    generator = Generator().manual_seed(0)
-    drawn = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
-    for example in range(2):
-        yield [only(vector, example) for vector in drawn]
-
-
-def bit_probes(
-    outputs: Sequence[Tensor], examples: int
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield, for each bit of the examples' numbers, vectors of those with and without it."""
-    generator = Generator().manual_seed(1)
-    drawn = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
-    for bit in range((examples - 1).bit_length()):
-        yield _of_bit(drawn, bit, 1), _of_bit(drawn, bit, 0)
-
-
-def _of_bit(vectors: Sequence[Tensor], bit: int, value: int) -> list[Tensor]:
-    """Return vectors ``[n, ...]`` that are zero for examples with another bit in their number."""
-    own = []
-    for vector in vectors:
-        if not vector.ndim:  # of all examples
-            own.append(vector)
-            continue
-        numbers = torch.arange(len(vector), device=vector.device)
-        mask = ((numbers >> bit) & 1 == value).reshape(-1, *[1] * (vector.ndim - 1))
-        own.append(torch.where(mask, vector, torch.zeros_like(vector)))
-    return own
-
-
 def only(vector: Tensor, example: int) -> Tensor:
     """Return a vector that is zero for all examples but one."""
     result = torch.zeros_like(vector)
     if vector.ndim and example < len(vector):
         result[example] = vector[example]
     return result
-
-
-def found_layout(
-    call: LayerCall, gradients: Sequence[Tensor], examples: int, *, mixes: bool
-) -> ExampleLayout | None:
-    """Return the layout of a call, or ``None`` if its rows are shared between examples.
-
-    Args:
-        call: The call.
-        gradients: The gradients at its output for the two `probes`.
-        examples: The number of examples.
-        mixes: Whether the model normalises over the batch, so that rows of other examples have
-            gradients as well.
-    """
-    possible = candidates(call.x.shape, call.y_shape, examples)
-    for layout in possible:
-        shares = [_shares(layout, gradient, examples) for gradient in gradients]
-        others = [total - float(own[i]) for i, (total, own) in enumerate(shares)]
-        if all(other <= 0 for other in others):
-            return layout
-    if FIRST in possible:
-        if mixes:
-            return FIRST
-        (_, first), (_, second) = [_shares(FIRST, gradient, examples) for gradient in gradients]
-        if first[0] > MIXING_RATIO * second[0] and second[1] > MIXING_RATIO * first[1]:
-            return FIRST
-    rows = -1 if call.has_free_positions else 1
-    first, second = [_row_shares(gradient, rows) for gradient in gradients]
-    return None if float(torch.minimum(first, second).sum()) >= SHARED_PART else SCATTERED
-
-
-def meets(call: LayerCall, one: Tensor, other: Tensor) -> bool:
-    """Return whether two gradients at a call are nonzero in the same rows."""
-    rows = -1 if call.has_free_positions else 1
-    return bool(torch.minimum(_row_shares(one, rows), _row_shares(other, rows)).any())
-
-
-def _row_shares(gradient: Tensor, end: int) -> Tensor:
-    """Return the part of each row, ``shape[:end]``, in a squared gradient."""
-    squares = gradient.detach().double().abs().square()
-    rows = squares.reshape(*squares.shape[:end], -1).sum(-1).flatten()
-    return rows / rows.sum().clamp_min(torch.finfo(rows.dtype).tiny)
-
-
-def _shares(layout: ExampleLayout, gradient: Tensor, examples: int) -> tuple[float, Tensor]:
-    """Return the number of rows of all, and the part of each example, in a squared gradient."""
-    rows = layout.by_example(gradient, examples).double().abs().square()
-    own = rows.flatten(1).sum(1)
-    own = own / own.sum().clamp_min(torch.finfo(own.dtype).tiny)
-    return float(own.sum()), own
 
 
 def parts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from torch import Generator, Tensor, nn
@@ -30,6 +31,7 @@ from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts
 from einconv_kfac.optim.factors.finiteness import Finiteness
 from einconv_kfac.optim.factors.sampled_moments import sampled
+from einconv_kfac.optim.factors.seen_calls import SeenCalls
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.replay.passing import PassedOutputs
@@ -82,7 +84,7 @@ class Collector:
         self.owners: Mapping[str, int] = NOBODY  # workers that alone need the sums of layers
         self.has_seen_loss, self._capture = False, LayerCapture([])  # since it was made
         self._past: dict[tuple[Any, ...], list[str]] = {}
-        self._seen: tuple[Any, ...] = ()
+        self._seen = SeenCalls(estimator.layouts)
         compiled, loss_fn = compiled_wrappers(model), estimator.loss_fn
         self._wrapper = wrapper = parallel_wrapper(model)
         assert loss_fn is None or isinstance(loss_fn, nn.Module)
@@ -155,8 +157,8 @@ class Collector:
     def _add_(self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor) -> None:
         """Add a batch, from the graph of its outputs, unless its loss is not finite.
 
-        The host waits for that only with calls that were not seen before, of which more is found
-        out from numbers: a step whose loss is not finite is skipped anyway.
+        The host reads that only with calls that were not seen before, of which more is found out
+        from numbers: a step whose loss is not finite is skipped anyway.
         """
         self.has_seen_loss = True
         number, self._count = self.workers.number(self._count), self._count + 1
@@ -164,13 +166,11 @@ class Collector:
         kind = tuple((call.layer, call.x.shape) for call in own)
         if not (own and evaluation.outputs and evaluation.examples):
             return
-        if kind != self._seen and not bool(loss.isfinite().all()):
-            return
-        self._seen = kind
         generator = stream(evaluation.weight.device, "factors", self.seed, self._step, number)
+        add = partial(self._add_own_, evaluation, own, generator)
         try:
             with without_autocast(self._model):
-                self._add_own_(evaluation, own, generator)
+                self._seen.add_(kind, loss, add, self._forget_)
         except BaseException:
             self._forget_()
             raise

@@ -205,7 +205,7 @@ class Replay:
 
         Where parameters were changed after a forward pass, its outputs and loss are evaluated
         again, and those that depend on the same calls are joined. That the model repeats its
-        output is checked once, and in every product.
+        output is checked once, and in every product. Inside of `doubting` that is left open.
 
         Args:
             batches: The batches, at least one.
@@ -217,21 +217,23 @@ class Replay:
         """
         batches = [self._moved(self._restored(batch)) for batch in batches]
         if not self.is_checked:
-            self._check_products_(batches[0], parameters, direction)
-            self.is_checked = True
+            self.check_products_(batches[0], parameters, direction)
         return joined(batches)
 
-    def _check_products_(self, batch: Batch, parameters: Direction, direction: Direction) -> None:
+    def check_products_(self, batch: Batch, parameters: Direction, direction: Direction) -> None:
         """Check that a batch can be differentiated, and choose how.
 
         Forward mode also differentiates what the model computes without gradients. Where that makes
         a difference to the backward pass, two of these take its place.
+
+        For the other arguments and errors see `check`.
         """
         forwards = batch.curvature_forwards()
 
         def repeated(given: Direction) -> Outputs:
             outputs = run_all(forwards, self._model, given)
-            check_repeated(batch, outputs)
+            if not self._is_repeated_(batch, outputs):
+                check_repeated(batch, outputs)
             return outputs
 
         with self._paused(), torch.enable_grad(), GradientSwitch() as switch:
@@ -244,6 +246,7 @@ class Replay:
             eps = [own.precision(t.dtype) for own, t in zip(environments, tangents)]
             self.forward_mode = adjoint.agrees(tangents, max(eps, default=0.0))
             self.jacobian_products(batch, parameters, [direction])
+        self.is_checked = True
 
     def check_outputs(self, batches: Sequence[Batch]) -> None:
         """Raise a ``RuntimeError`` if the model, run as a whole, does not repeat its outputs."""

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from einconv_kfac.optim.step.guarded_momentum import GuardedMomentum
 from einconv_kfac.optim.step.layer_gains import mean_gain
 from einconv_kfac.optim.step.objective import Objective, common_momentum
 from einconv_kfac.optim.step.prepared_update import Preparation, PreparedUpdate
-from einconv_kfac.optim.step.reduction import Reduction
+from einconv_kfac.optim.step.reduction import Compared, Reduction
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER, Rollback, last_update, undo_
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.slow_momentum import SlowMomentum
@@ -89,7 +88,7 @@ class AutomaticStep:
         momentum = common_momentum(objective)
         is_due = momentum is not None or self._is_due(objective)
         self._replay.check_recorded(objective.batches)
-        objective = self._checked(objective) if is_due else objective
+        objective = self._first.checked(objective, may_doubt=True) if is_due else objective
         slow = self._slow.direction(objective.memory, objective.rates)
         previous = last_update(objective.memory)
         followed = Momentum(slow if momentum is None else previous, momentum)
@@ -100,6 +99,10 @@ class AutomaticStep:
         if asked.is_late and mix is not None:
             prepared = self._preparation.prepared(objective, followed.direction, mix, sample)
             self._ask_(objective, is_fitted=False)
+        if begun is not None and begun.first is not None:
+            begun = self._first.continue_(begun)
+        elif begun is not None and begun.fit is not None:
+            self._ask_(objective)
         first = self._first.numbers(objective, asked)
         if previous and self._rollback.is_needed(first.value):
             if begun is not None:
@@ -111,12 +114,11 @@ class AutomaticStep:
             self._rollback.accept_(first.value)
             self._agreement.sample_(first.value)
             self._trust.accept_(first.slopes)
-            damping = self._first.damping_(objective) if begun is None else begun.damping
-            if damping is None:
+            begun = self._first.settled_(objective, begun, first)
+            if begun is None:
                 return Taken({})
-            own = begun or Begun(damping)
-            taken = self._carried_(objective, followed, own, first, prepared) or self._fitted_(
-                objective, followed, own, is_due=is_due
+            taken = self._carried_(objective, followed, begun, first, prepared) or self._fitted_(
+                objective, followed, begun, is_due=is_due
             )
         steps = self._curvature.steps + 1
         self._curvature.recorder.keeps_layers = momentum is not None or self._is_due(
@@ -159,13 +161,6 @@ class AutomaticStep:
             return True
         return not is_given and self._rule.damping(step) is None
 
-    def _checked(self, objective: Objective) -> Objective:
-        """Return the objective with batches that can be replayed at the present point."""
-        if not self._replay.is_checked:
-            objective.finite.require_()
-        at = objective.batches, objective.parameters, objective.gradient
-        return replace(objective, batches=self._replay.check(*at))
-
     def _fitted_(
         self, objective: Objective, followed: Momentum, begun: Begun, *, is_due: bool
     ) -> Taken:
@@ -177,7 +172,8 @@ class AutomaticStep:
             begun: The step that was begun.
             is_due: Whether a fit is due.
         """
-        objective = objective if is_due else self._checked(objective)
+        if not is_due:
+            objective = self._first.checked(objective, may_doubt=False)
         fit = self._fit.best_(objective, followed, begun.damping, begun.fit)
         return self._tried_(objective, followed, fit, begun.damping)
 
@@ -195,14 +191,18 @@ class AutomaticStep:
         before = self._reduction.before(objective, fit, steps, others)
         torch._foreach_add_([objective.parameters[name] for name in update], [*update.values()])
         predicted = fit.predicted(rate)
-        left = self._reduction.adapt_(objective, update, before, predicted, steps)
+        trust, is_slow = self._trust.fraction, followed.coefficient is None
+        left, added = 1.0, None
+        if before is not None:
+            whole = fit.scaled(rate).products if is_slow else None
+            at = Compared(predicted, whole, steps)
+            left, added = self._guarded.adapt_(objective, update, before, at, trust)
         if left < 1:
             self._fit.subspace.drop_()
         fit = fit.scaled(rate * left)
-        coefficient, is_slow = fit.mix[-1], followed.coefficient is None
-        if is_slow:
-            own = self._trust.fraction, fit.products
-            coefficient = self._guarded.add_(objective, update, before, *own)
+        coefficient = fit.mix[-1] if added is None else added
+        if is_slow and added is None:
+            coefficient = self._guarded.add_(objective, update, before, trust, fit.products)
         self._reduction.expect_(objective, before, self._agreement, steps)
         coefficient = coefficient if followed.direction else 0.0
         for name, tensor in update.items():
@@ -216,7 +216,7 @@ class AutomaticStep:
     def _ask_(self, objective: Objective, *, is_fitted: bool = True) -> None:
         """Ask for the objective before a step, with which the step is likely to be compared."""
         adapts = is_fitted and self._reduction.is_due(objective, self._curvature.steps)
-        is_bounded = self._fit.subspace.was_bounded
+        is_bounded = is_fitted or self._fit.subspace.was_bounded
         self._reduction.ask_(objective, is_bounded=is_bounded, adapts=adapts)
 
     def _noise(self) -> float:

@@ -40,6 +40,8 @@ class Objective:
         workers: The workers, each with batches of its own; the objective is the mean over them.
         finite: Whether its numbers are finite.
         rate_tensors: Learning rates that are tensors, by name; the host does not read them.
+        doubts: Flags that must be set for the batches to be those of a model that repeats its
+            outputs, where the host has not read that yet.
     """
 
     parameters: Direction
@@ -54,6 +56,7 @@ class Objective:
     workers: Workers = ALONE
     finite: Finiteness = KNOWN
     rate_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    doubts: Sequence[Tensor] = ()
 
     def value(self) -> Tensor:
         """Return the objective from the recorded losses, for the present parameters."""
@@ -170,6 +173,11 @@ def _names_by_number(numbers: Mapping[str, float]) -> dict[float, list[str]]:
 def on_gpu(objective: Objective) -> bool:
     """Return whether all parameters are on a GPU."""
     return all(own.is_cuda for own in objective.parameters.values())
+
+
+def is_late(objective: Objective) -> bool:
+    """Return whether the device is asked for numbers before the host has read others."""
+    return on_gpu(objective) and objective.workers.size == 1
 
 
 def common_momentum(objective: Objective) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from weakref import ref
 
@@ -17,6 +17,7 @@ from einconv_kfac.optim.step.backtracking import backtrack_
 from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION_PERIOD
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.fit import Fit
+from einconv_kfac.optim.step.layer_products import LayerProducts
 from einconv_kfac.optim.step.objective import Objective, common_momentum
 from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.step.rounding import ROUNDING_MARGIN, rounding_of
@@ -52,6 +53,21 @@ class Before:
         if self.rounding is not None:
             tolerance = tolerance.maximum(ROUNDING_MARGIN * self.rounding)
         return self.value + tolerance + max(predicted, 0.0)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A step that is compared.
+
+    Args:
+        predicted: The change that the model predicted.
+        products: Its inner products by layer, if they are known.
+        step: The number of steps taken before.
+    """
+
+    predicted: float
+    products: Mapping[str, LayerProducts] | None
+    step: int
 
 
 class Reduction:
@@ -127,15 +143,28 @@ class Reduction:
             return is_bounded
         return self._safeguard or adapts
 
+    def asked(self, objective: Objective, before: Before, predicted: float) -> Tensor | None:
+        """Return the numbers of `adapt_`, ``[3]``; ``None`` if the step is not to be compared.
+
+        Args:
+            objective: The objective; its parameters are the new ones.
+            before: The objective before the step.
+            predicted: The change that the model predicted.
+        """
+        if before.rounding is None or not predicted:
+            return None
+        difference, allowed = self.value(objective) - before.value, before.allowed(predicted)
+        return torch.stack([difference, before.rounding, allowed - before.value])
+
     def adapt_(
         self,
         objective: Objective,
         update: Direction,
-        before: Before | None,
-        predicted: float,
-        step: int,
+        before: Before,
+        at: Compared,
+        numbers: Sequence[float],
     ) -> float:
-        """Compare the change of the objective with the predicted one, where that is due.
+        """Adapt the damping to the change of the objective and the predicted one.
 
         A predicted change within the rounding of the objective leaves the damping alone. Where
         the objective has grown instead, the step is shortened until it does not grow.
@@ -143,23 +172,20 @@ class Reduction:
         Args:
             objective: The objective; its parameters are the new ones.
             update: The step that was just taken; it is shortened in place.
-            before: The objective before the step, if it is needed.
-            predicted: The change that the model predicted.
-            step: The number of steps taken before.
+            before: The objective before the step.
+            at: The step as the model sees it.
+            numbers: The change, its rounding, and the largest change that is no growth.
 
         Returns:
             The fraction of the step that is left.
         """
-        if before is None or before.rounding is None or not predicted:
-            return 1.0
-        difference, allowed = self.value(objective) - before.value, before.allowed(predicted)
-        numbers = [difference, before.rounding, allowed - before.value]
-        change, rounding, growth = torch.stack(numbers).tolist()
-        self._adapt_rule_(change, predicted, rounding, step if before.adapts else None)
+        (change, rounding, growth), predicted = numbers, at.predicted
+        self._adapt_rule_(change, predicted, rounding, at.step if before.adapts else None)
         if change <= growth:
             return 1.0
         if abs(predicted) > ROUNDING_MARGIN * rounding or not math.isfinite(change):
             self._rule.after_rejection(BACKTRACKED_FACTOR)
+        allowed = before.allowed(predicted)
         return backtrack_(objective.parameters, update, lambda: self.value(objective), allowed)
 
     def _adapt_rule_(

@@ -10,7 +10,7 @@ from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.damping.search import DampingSearch, Trials
 from einconv_kfac.optim.step.damping.trials import DampingTrials, StagedFit
 from einconv_kfac.optim.step.fit import Fit, Momentum
-from einconv_kfac.optim.step.objective import Objective, on_gpu
+from einconv_kfac.optim.step.objective import Objective, is_late
 from einconv_kfac.optim.step.pending_fit import PendingFit, SolvedFit
 from einconv_kfac.optim.step.quadratic_model import Products
 from einconv_kfac.optim.step.subspace import FIT_PERIOD, SubspaceFit, descent
@@ -139,9 +139,8 @@ class StepFit:
         def solved(pending: PendingFit) -> SolvedFit:
             return subspace.solved(pending, damping)
 
-        is_ahead = on_gpu(objective) and objective.workers.size == 1
         fit = StagedFit(begun, solved, subspace.finished_)
-        return DampingTrials(lambda scale: invert(damping * scale), fit, is_ahead)
+        return DampingTrials(lambda scale: invert(damping * scale), fit, is_late(objective))
 
     def _directions(self, objective: Objective, inverses: Inverses | None) -> list[Direction]:
         """Return the descent directions, with given inverses or the present ones."""

@@ -1,7 +1,7 @@
 """Waits of the host in steps that are not ordinary: at most two, with the processor's values.
 
-These are steps that try dampings, steps that are shortened or undone, and others that are
-fitted and compared. The first step also checks the model, and is left out.
+These are steps that try dampings, steps that are shortened or undone, others that are fitted and
+compared, and the first step, which also checks the model.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from einconv_kfac.optim.step import reduction
 from einconv_kfac.optim.step.damping.search import DampingSearch
 
 MOST = 2
-MOST_SAFEGUARDED = 3
-"""Of a step that is fitted, compared, and compared again with its momentum."""
+MOST_AT_FIRST = 3
+"""Of a first step with a given damping, which is beyond the bound on the outputs: the layouts of
+the examples, the change of the outputs, and that of the objective."""
 TOLERANCE = {"rtol": 1e-7, "atol": 1e-9}
 seen: set[str] = set()
 """Names of the statistics of the last training."""
@@ -101,7 +102,10 @@ def train(
         ({"momentum": 0.5}, 8, {}, MOST),
         ({}, 26, {22: 1e6, 24: 1e-3}, MOST),  # a step is undone; coefficients do not hold
         ({"damping": 1e-2, "lr": 2.0}, 12, {}, MOST),  # beyond the bound on the outputs
-        ({"safeguard": True}, 12, {}, MOST_SAFEGUARDED),
+        ({"damping": 1e-2, "lr": 2.0}, 12, {3: 1e6, 5: 1e-3}, MOST),
+        ({"safeguard": True}, 12, {}, MOST),  # compared again with its momentum
+        ({"safeguard": True, "lr": 8.0}, 18, {}, MOST),  # the momentum is dropped
+        ({"safeguard": True, "weight_decay": 1e-3}, 12, {4: 1e6}, MOST),
     ],
 )
 def test_steps_wait_at_most_twice(
@@ -113,6 +117,7 @@ def test_steps_wait_at_most_twice(
     with trials_noted() as there:
         found, waits, other = train(case, steps, factors, True, **options)
     assert max(waits[1:]) <= most, waits
+    assert waits[0] <= (MOST_AT_FIRST if "damping" in options else MOST), waits
     assert there == here  # the same trials are compared, though others were made as well
     if options == {"lr": 8.0}:
         assert max(there) > 3
@@ -121,6 +126,41 @@ def test_steps_wait_at_most_twice(
     numbers = other.statistics()
     for name, value in own.statistics().items():
         assert numbers[name] == pytest.approx(value, rel=1e-5, abs=1e-9, nan_ok=True), name
+
+
+@pytest.mark.parametrize("inverse", ["exact", "ekfac"])
+@pytest.mark.parametrize(
+    ("options", "most", "at_first"),
+    [
+        ({"adaptive": False, "lr": 0.1}, 2, 3),
+        ({}, 3, 3),
+        ({"adaptive": False, "lr": 0.1, "inverse_in_background": True}, 1, 3),
+        ({"inverse_in_background": True}, 2, 3),
+    ],
+)
+def test_eigendecompositions_are_one_wait(
+    inverse: str, options: dict[str, Any], most: int, at_first: int
+) -> None:
+    """However many there are; and none where a thread beside the training loop waits for them.
+
+    All steps are due to invert; those that try dampings invert in the loop itself.
+    """
+    with simulated() as record, trials_noted() as counts:
+        model, loss_fn = to_device(network(torch.float32)), nn.CrossEntropyLoss()
+        opt = KFAC(model, loss_fn, inverse=inverse, **options)
+        waits = []
+        for batch in batches(12, torch.float32):
+            x, y = map(to_device, batch)
+            searches = len(counts)
+            opt.zero_grad()
+            record.reset()
+            loss_fn(model(x), y).backward()
+            opt.step()
+            assert not record.races
+            is_search = len(counts) > searches and "inverse_in_background" in options
+            waits.append(record.waited - is_search)
+    assert waits[0] <= at_first
+    assert max(waits[1:]) <= most, waits
 
 
 def test_a_late_search_waits_at_most_twice() -> None:

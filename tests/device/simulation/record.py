@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,8 @@ class Record:
     """Everything noted since the last `reset`; each wait and mixture has its place in the code.
 
     Attributes:
+        waits_aside: Waits of threads beside the main one, which itself waits where it asks for what
+            they found.
         races: Reads of what another stream may not have written yet.
         started: Number of launches from the beginning on.
         on_wait: Called before a wait is noted.
@@ -69,6 +72,7 @@ class Record:
 
     launched: list[Launch] = field(default_factory=list)
     waits: Counter[str] = field(default_factory=Counter)
+    waits_aside: Counter[str] = field(default_factory=Counter)
     mixtures: Counter[str] = field(default_factory=Counter)
     races: Counter[str] = field(default_factory=Counter)
     started: int = 0
@@ -78,6 +82,7 @@ class Record:
         """Forget what was noted."""
         self.launched.clear()
         self.waits.clear()
+        self.waits_aside.clear()
         self.mixtures.clear()
         self.races.clear()
 
@@ -111,7 +116,8 @@ class Record:
     def note_wait(self, what: str) -> None:
         """Note that the host waits."""
         self.on_wait(what)
-        self.waits[f"{what} {place()}"] += 1
+        is_main = threading.current_thread() is threading.main_thread()
+        (self.waits if is_main else self.waits_aside)[f"{what} {place()}"] += 1
 
     def note_race(self, what: str) -> None:
         """Note that something is read which may not be there yet."""

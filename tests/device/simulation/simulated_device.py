@@ -17,6 +17,7 @@ import guard
 LIBRARY = guard.load()
 
 from collections.abc import Iterator  # noqa: E402
+from concurrent import futures  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -278,8 +279,18 @@ GRAPHS = Graphs(_compute, RECORD)
 streams.Event.record_of, streams.Event.refuse = RECORD, GRAPHS.refuse
 
 
+def _waited(*args: Any, **kwargs: Any) -> Any:
+    """Wait for threads, which may themselves wait for the device."""
+    RECORD.note_wait("threads")
+    return _wait(*args, **kwargs)
+
+
+_wait = futures.wait
+
+
 def _announce() -> None:
     """Have ``torch.cuda`` say that there is one device."""
+    futures.wait = _waited
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1

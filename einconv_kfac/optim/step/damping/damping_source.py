@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from einconv_kfac.optim.replay.replay import Replay
-from einconv_kfac.optim.step.damping.first_curvature import first_curvature
+from einconv_kfac.optim.step.damping.first_curvature import FirstCurvature
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.objective import Objective
 
@@ -41,12 +41,24 @@ class DampingSource:
             return cast("float", given) * self.factor
         damping = self._rule.damping(step)
         if damping is None:
-            curvature = first_curvature(self._replay, objective)
-            if curvature is None:
-                return None
-            self._rule.initial(curvature)
-            damping = self._rule.damping(step)
-            assert damping is not None
+            curvature = FirstCurvature(self._replay, objective)
+            return self.first_(curvature, float(objective.value()), step)
+        return damping
+
+    def first_(self, curvature: FirstCurvature, value: float, step: int) -> float | None:
+        """Set the first damping, and return it; ``None`` if every gradient is zero.
+
+        Args:
+            curvature: The curvature along the first gradient.
+            value: The objective.
+            step: The number of steps taken.
+        """
+        found = curvature.read(value)
+        if found is None:
+            return None
+        self._rule.initial(found)
+        damping = self._rule.damping(step)
+        assert damping is not None
         return damping
 
     def is_known(self, objective: Objective, step: int) -> bool:

@@ -17,6 +17,8 @@ EARLY_SEARCH_SHARE = 2
 """Early in training a search is due each time the number of steps has about doubled."""
 SCALE_STEP = 3.0
 """Factor between the scales of two trials."""
+AHEAD = 2
+"""Number of trials that are asked for before the first of them is read."""
 SCALE_BOUNDS = (1e-3, 1e3)
 """Bounds on the scale, a multiple of the damping of the quadratic model."""
 
@@ -69,16 +71,20 @@ class DampingSearch:
         return is_due(step, self._searched, SEARCH_PERIOD, EARLY_SEARCH_SHARE)
 
     def first(self) -> list[float]:
-        """Return the scales that are tried first: most searches try these three alone."""
+        """Return the scales that are tried first: most searches try three alone.
+
+        The last scale of a direction is not left for itself.
+        """
         scales = [self.scale]
         for factor in (SCALE_STEP, 1 / SCALE_STEP):
-            scales += [*_powers(self.scale, factor)][:1]
+            own = [*_powers(self.scale, factor)]
+            scales += own[: 1 + (len(own) == AHEAD)]
         return scales
 
     def best_(self, step: int, trials: Trials) -> Trial:
         """Return the best trial, and keep its scale.
 
-        Beyond the first trials, that of the following scale is asked for before one is read.
+        Beyond the first trials, those of the following scales are asked for before one is read.
 
         Args:
             step: The number of steps taken.
@@ -90,7 +96,7 @@ class DampingSearch:
             scales = [*_powers(start.scale, factor)]
             for index, scale in enumerate(scales):
                 if index:
-                    trials.ask_(scales[index : index + 2])
+                    trials.ask_(_next(scales[index:]))
                 trial = trials.trial_(scale)
                 if not trial.fit.rank < best.fit.rank:
                     break
@@ -116,3 +122,8 @@ def _powers(start: float, factor: float) -> Iterator[float]:
     smallest, largest = SCALE_BOUNDS
     while smallest <= (start := start * factor) <= largest:
         yield start
+
+
+def _next(scales: Sequence[float]) -> Sequence[float]:
+    """Return the scales to ask for next: two, and the last one not by itself."""
+    return scales[: AHEAD + (len(scales) == AHEAD + 1)]

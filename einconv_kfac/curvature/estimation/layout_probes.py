@@ -1,0 +1,196 @@
+"""Random vectors at the outputs of a model, which show the layout of each call's examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from einconv_kfac.curvature.devices.sending import sent
+from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.curvature.estimation.example_layout import (
+    FIRST,
+    SCATTERED,
+    ExampleLayout,
+    candidates,
+    only,
+)
+
+SHARED_PART = 0.25
+"""Least part of the gradients of two examples that meets in the same rows, if they share these."""
+
+MIXING_RATIO = 2.0
+"""Least ratio of the gradient in an example's own row to that in the row of another, for layers
+that mix examples, such as batch normalisation."""
+
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def probes(outputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield random vectors at the outputs, of the first and of the second example alone.
+
+    Args:
+        outputs: Tensors like the outputs, ``[n, ...]``.
+    """
+    generator = Generator().manual_seed(0)
+    drawn = [_drawn(o, generator) for o in outputs]
+    for example in range(2):
+        yield [only(vector, example) for vector in drawn]
+
+
+def bit_probes(
+    outputs: Sequence[Tensor], examples: int
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield, for each bit of the examples' numbers, vectors of those with and without it."""
+    generator = Generator().manual_seed(1)
+    drawn = [_drawn(o, generator) for o in outputs]
+    for bit in range((examples - 1).bit_length()):
+        yield _of_bit(drawn, bit, 1), _of_bit(drawn, bit, 0)
+
+
+def _drawn(like: Tensor, generator: Generator) -> Tensor:
+    """Return random numbers of the host like a tensor; the host does not wait for a GPU."""
+    return sent(torch.randn(like.shape, generator=generator), like.device).to(like.dtype)
+
+
+def _of_bit(vectors: Sequence[Tensor], bit: int, value: int) -> list[Tensor]:
+    """Return vectors ``[n, ...]`` that are zero for examples with another bit in their number."""
+    own = []
+    for vector in vectors:
+        if not vector.ndim:  # of all examples
+            own.append(vector)
+            continue
+        numbers = torch.arange(len(vector), device=vector.device)
+        mask = ((numbers >> bit) & 1 == value).reshape(-1, *[1] * (vector.ndim - 1))
+        own.append(torch.where(mask, vector, torch.zeros_like(vector)))
+    return own
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A call, and the gradients at its output for the two `probes`.
+
+    Args:
+        call: The call.
+        gradients: The gradients; ``None`` where no graph leads to the call.
+        examples: The number of examples.
+    """
+
+    call: LayerCall
+    gradients: Sequence[Tensor | None]
+    examples: int
+
+    @property
+    def possible(self) -> list[ExampleLayout]:
+        """The layouts that the call can have."""
+        return candidates(self.call.x.shape, self.call.y_shape, self.examples)
+
+    def known(self) -> list[Tensor]:
+        """Return the gradients, zero where there are none."""
+        like = self.call.x
+        return [
+            torch.zeros(self.call.y_shape, device=like.device) if g is None else g
+            for g in self.gradients
+        ]
+
+    def shares(self) -> list[Tensor]:
+        """Return numbers that decide on the layout, as far as it is regular.
+
+        For each possible layout and each gradient these are its `_shares`; where no layout is
+        possible, whether each gradient has entries that are not zero.
+        """
+        gradients = self.known()
+        if not self.possible:
+            return [gradient.any().double().reshape(1) for gradient in gradients]
+        return [
+            _shares(e, gradient, self.examples) for e in self.possible for gradient in gradients
+        ]
+
+    def overlap(self) -> Tensor:
+        """Return the part of the gradients of two examples that meets in the same rows."""
+        rows = -1 if self.call.has_free_positions else 1
+        first, second = [_row_shares(gradient, rows) for gradient in self.known()]
+        return torch.minimum(first, second).sum().reshape(1)
+
+
+def found_layouts(
+    probed: Sequence[Probed], *, mixes: bool
+) -> list[tuple[bool, ExampleLayout | None]]:
+    """Return whether a probe reached each call, and its layout.
+
+    The layout is ``None`` if rows are shared between examples. The host waits once, and a second
+    time if a call has no regular layout.
+
+    Args:
+        probed: The calls.
+        mixes: Whether the model normalises over the batch, so that rows of other examples have
+            gradients as well.
+    """
+    numbers = iter(_read([part for own in probed for part in own.shares()]))
+    regular: list[tuple[bool, ExampleLayout | None]] = []
+    for own in probed:
+        count = max(len(own.possible), 1)
+        shares = [[next(numbers) for _ in own.gradients] for _ in range(count)]
+        reached = any(total != 0 for total, *_ in shares[0])
+        regular.append((reached, _regular(own.possible, shares, mixes=mixes)))
+    others = [own for own, (reached, e) in zip(probed, regular) if reached and e is None]
+    overlaps = iter(_read([own.overlap() for own in others]))
+
+    def layout(reached: bool, known: ExampleLayout | None) -> ExampleLayout | None:
+        if known is not None or not reached:
+            return known
+        return None if next(overlaps)[0] >= SHARED_PART else SCATTERED
+
+    return [(reached, layout(reached, e)) for reached, e in regular]
+
+
+def _regular(
+    possible: Sequence[ExampleLayout], shares: Sequence[Sequence[list[float]]], *, mixes: bool
+) -> ExampleLayout | None:
+    """Return the layout of a call whose examples have rows of their own, ``None`` for others.
+
+    Args:
+        possible: The layouts that it can have.
+        shares: For each of them the `_shares` of the two gradients.
+        mixes: See `found_layouts`.
+    """
+    for layout, pair in zip(possible, shares):
+        if all(total - own[i] <= 0 for i, (total, *own) in enumerate(pair)):
+            return layout
+    if FIRST not in possible:
+        return None
+    first, second = [
+        [part / max(total, _TINY) for part in own] for total, *own in shares[possible.index(FIRST)]
+    ]
+    is_own = first[0] > MIXING_RATIO * second[0] and second[1] > MIXING_RATIO * first[1]
+    return FIRST if mixes or is_own else None
+
+
+def _read(parts: Sequence[Tensor]) -> list[list[float]]:
+    """Return the entries of vectors, for all of which the host waits once."""
+    if not parts:
+        return []
+    own = iter(torch.cat([part.to(parts[0].device) for part in parts]).tolist())
+    return [[next(own) for _ in range(len(part))] for part in parts]
+
+
+def meets(call: LayerCall, one: Tensor, other: Tensor) -> bool:
+    """Return whether two gradients at a call are nonzero in the same rows."""
+    rows = -1 if call.has_free_positions else 1
+    return bool(torch.minimum(_row_shares(one, rows), _row_shares(other, rows)).any())
+
+
+def _row_shares(gradient: Tensor, end: int) -> Tensor:
+    """Return the part of each row, ``shape[:end]``, in a squared gradient."""
+    squares = gradient.detach().double().abs().square()
+    rows = squares.reshape(*squares.shape[:end], -1).sum(-1).flatten()
+    return rows / rows.sum().clamp_min(_TINY)
+
+
+def _shares(layout: ExampleLayout, gradient: Tensor, examples: int) -> Tensor:
+    """Return the sum of squares of a gradient, and the parts of the first two examples, ``[3]``."""
+    rows = layout.by_example(gradient, examples).double().abs().square()
+    own = rows.flatten(1).sum(1)
+    return torch.cat([own.sum().reshape(1), own[:2]])
