@@ -22,6 +22,9 @@ from einconv_kfac.optim.step import reduction
 from einconv_kfac.optim.step.damping.search import DampingSearch
 
 MOST = 2
+MOST_TO_THE_END = 3
+"""Where a search goes as far as the bound on the scale: for the third trial, the last one, and the
+change of the objective."""
 MOST_AT_FIRST = 3
 """Of a first step with a given damping, which is beyond the bound on the outputs: the layouts of
 the examples, the change of the outputs, and that of the objective."""
@@ -97,14 +100,14 @@ def train(
 @pytest.mark.parametrize(
     ("options", "steps", "factors", "most"),
     [
-        ({"lr": 8.0}, 18, {}, MOST),  # searches that go on beyond the first three trials
+        ({"lr": 8.0}, 18, {}, MOST_TO_THE_END),  # searches that go on beyond the first three trials
         ({"inverse_update_period": 4, "factor_update_period": 2}, 12, {}, MOST),
         ({"momentum": 0.5}, 8, {}, MOST),
         ({}, 26, {22: 1e6, 24: 1e-3}, MOST),  # a step is undone; coefficients do not hold
         ({"damping": 1e-2, "lr": 2.0}, 12, {}, MOST),  # beyond the bound on the outputs
         ({"damping": 1e-2, "lr": 2.0}, 12, {3: 1e6, 5: 1e-3}, MOST),
         ({"safeguard": True}, 12, {}, MOST),  # compared again with its momentum
-        ({"safeguard": True, "lr": 8.0}, 18, {}, MOST),  # the momentum is dropped
+        ({"safeguard": True, "lr": 8.0}, 18, {}, MOST_TO_THE_END),  # the momentum is dropped
         ({"safeguard": True, "weight_decay": 1e-3}, 12, {4: 1e6}, MOST),
     ],
 )

@@ -1,0 +1,139 @@
+"""The first step, whose checks the host reads with its other numbers: as on the processor."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from simulated_device import held, simulated, to_device
+from small_training import batches, network, optimizer
+from torch import Tensor, nn
+
+TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}
+MOST_WAITS = {"weight_decay": 3}
+"""Where it is not two: the search of the damping ends with the last of its trials."""
+
+
+def step(model: nn.Module, opt: Any, x: Tensor, y: Tensor, factor: float = 1.0) -> None:
+    opt.zero_grad()
+    (factor * opt.loss_fn(model(x), y)).backward()
+    opt.step()
+
+
+class Drifting(nn.Module):
+    """A model whose outputs depend on how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.inner(x)
+        return y * self.calls
+
+
+class Detached(nn.Module):
+    """A model that takes the gradient of its energy by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.Tanh()).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            energy = self.inner(x).square().sum()
+            (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return force.flatten(1)[:, :10]
+
+
+@pytest.mark.parametrize("build", [network, Detached])
+@pytest.mark.parametrize("options", [{}, {"safeguard": True}, {"weight_decay": 1e-2}])
+def test_it_is_that_of_the_processor(build: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    here = build()
+    there = copy.deepcopy(here)
+    own = optimizer(here, fisher="exact", **options)
+    data = batches(3)
+    for x, y in data:
+        step(here, own, x, y)
+    with simulated() as record:
+        there = to_device(there)
+        other = optimizer(there, fisher="exact", **options)
+        for index, batch in enumerate(data):
+            x, y = map(to_device, batch)
+            record.reset()
+            step(there, other, x, y)
+            assert not record.mixtures
+            if not index and build is network:
+                most = max((MOST_WAITS.get(name, 2) for name in options), default=2)
+                assert record.waited <= most, record.waits
+        for p, q in zip(here.parameters(), there.parameters()):
+            torch.testing.assert_close(held(q.detach()), p.detach(), **TOLERANCE)
+        assert other.statistics()["damping"] == pytest.approx(own.statistics()["damping"])
+
+
+def test_a_model_that_does_not_repeat_its_output_is_refused() -> None:
+    """Again and again, before anything is changed."""
+    with simulated():
+        torch.manual_seed(0)
+        model, (x, y) = to_device(Drifting()), map(to_device, batches(1)[0])
+        opt = optimizer(model)
+        before = [held(p.detach()).clone() for p in model.parameters()]
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="must repeat its output"):
+                step(model, opt, x, y)
+        assert opt.state_dict()["kfac"]["preconditioner"]["steps"] == 0
+        assert all(map(torch.equal, before, [held(p.detach()) for p in model.parameters()]))
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 0.0, -1.0])
+def test_what_comes_after_a_first_step_that_is_not_taken(factor: float) -> None:
+    """A loss that is not finite, no gradient, or a negative weight: then the next is the first."""
+    results = []
+    for is_there in (False, True):
+        with simulated() if is_there else torch.enable_grad():
+            model, data = network(), batches(4)
+            if is_there:
+                model = to_device(model)
+                data = [(to_device(x), to_device(y)) for x, y in data]
+            opt = optimizer(model, fisher="exact")
+            if factor == 0:
+                step(model, opt, *data[0], factor)
+            elif factor < 0:
+                with pytest.raises(RuntimeError, match="negative"):
+                    step(model, opt, *data[0], factor)
+            else:
+                with pytest.warns(RuntimeWarning, match="not finite"):
+                    step(model, opt, *data[0], factor)
+            for x, y in data[1:]:
+                step(model, opt, x, y)
+            results.append([held(p.detach()) for p in model.parameters()])
+    for own, other in zip(*results):
+        torch.testing.assert_close(other, own, **TOLERANCE)
+
+
+def test_inputs_that_are_not_finite_do_not_decide_on_layouts() -> None:
+    """Of the first batch, of which the layouts of the examples are found out."""
+    results = []
+    for is_there in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), nn.Linear(8, 10)).double()
+        with simulated() if is_there else torch.enable_grad():
+            data = batches(4)
+            data[0] = torch.full_like(data[0][0], float("nan")), data[0][1]
+            if is_there:
+                model = to_device(model)
+                data = [(to_device(x), to_device(y)) for x, y in data]
+            opt = optimizer(model, fisher="exact")
+            with pytest.warns(RuntimeWarning, match="not finite"):
+                step(model, opt, *data[0])
+            for x, y in data[1:]:
+                step(model, opt, x, y)
+            results.append([held(p.detach()) for p in model.parameters()])
+    for own, other in zip(*results):
+        torch.testing.assert_close(other, own, **TOLERANCE)
