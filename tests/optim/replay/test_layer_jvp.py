@@ -18,13 +18,21 @@ NETS = {
         nn.ConvTranspose2d(4, 2, 2, stride=2, bias=False),
         nn.Flatten(),
     ),
+    "transposed": lambda: nn.Sequential(
+        nn.ConvTranspose2d(2, 3, (3, 2), (2, 1), (1, 0), output_padding=(1, 0)),
+        nn.Tanh(),
+        nn.ConvTranspose2d(3, 4, 2, dilation=2),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 2, 3, groups=2, bias=False),
+        nn.Flatten(),
+    ),
     "batch norm": lambda: nn.Sequential(
         nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.ReLU(inplace=True), nn.BatchNorm1d(3), nn.GELU()
     ),
     "no affine map": lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False)),
     "shared": lambda: nn.Sequential(*[nn.Linear(4, 4)] * 3),
 }
-INPUTS = {"convolutions": (5, 2, 6, 6), "batch norm": (5, 2, 7)}
+INPUTS = {"convolutions": (5, 2, 6, 6), "transposed": (5, 2, 3, 4), "batch norm": (5, 2, 7)}
 
 
 @pytest.mark.parametrize("frozen", ["", "weight", "bias"])

@@ -16,7 +16,7 @@ SEARCH_PERIOD = 100
 EARLY_SEARCH_SHARE = 2
 """Early in training a search is due each time the number of steps has about doubled."""
 SCALE_STEP = 3.0
-"""Factor between the scales of two trials."""
+"""Factor between the scales of the first two trials; as long as that helps, strides grow."""
 AHEAD = 2
 """Number of trials that are asked for before the first of them is read."""
 SCALE_BOUNDS = (1e-3, 1e3)
@@ -51,8 +51,9 @@ class Trials(Protocol):
 class DampingSearch:
     """Searches the scale of the inverses' damping that promises the largest reduction.
 
-    Larger scales are tried as long as they help, otherwise smaller ones. Martens and Grosse (2015)
-    also choose among several dampings by the change that the quadratic model predicts.
+    Larger scales are tried as long as they help, with strides that grow, otherwise smaller ones.
+    Where a long stride went too far, later searches return. Martens and Grosse (2015) also choose
+    among several dampings by the change that the quadratic model predicts.
 
     Attributes:
         scale: The present scale.
@@ -118,9 +119,17 @@ class DampingSearch:
 
 
 def _powers(start: float, factor: float) -> Iterator[float]:
-    """Yield ``start`` times powers of a factor, from the first on, within `SCALE_BOUNDS`."""
+    """Yield ``start`` times the powers 1, 3, 6, 10, ... of a factor, within `SCALE_BOUNDS`.
+
+    Each stride is one power longer than the one before; the last one ends at the bound.
+    """
     smallest, largest = SCALE_BOUNDS
-    while smallest <= (start := start * factor) <= largest:
+    stride = 0
+    while smallest <= start * factor <= largest:
+        stride += 1
+        for _ in range(stride):
+            if smallest <= start * factor <= largest:
+                start *= factor
         yield start
 
 

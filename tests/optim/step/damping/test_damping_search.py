@@ -45,9 +45,9 @@ def searched(promised: Any) -> tuple[list[float], float]:
     ("promised", "tried", "best"),
     [
         ({1: -1.0}, [1, 3, 1 / 3], 1),  # neither helps
-        ({1: -1.0, 3: -2.0, 9: -1.5}, [1, 3, 9], 3),  # larger helps, smaller is not tried
-        ({1: -1.0, 1 / 3: -2.0, 1 / 9: -3.0}, [1, 3, 1 / 3, 1 / 9, 1 / 27], 1 / 9),
-        ({1: math.inf, 3: math.inf, 1 / 3: -1.0}, [1, 3, 1 / 3, 1 / 9], 1 / 3),
+        ({1: -1.0, 3: -2.0, 27: -1.5}, [1, 3, 27], 3),  # larger helps, smaller is not tried
+        ({1: -1.0, 1 / 3: -2.0, 1 / 27: -3.0}, [1, 3, 1 / 3, 1 / 27, 1 / 729], 1 / 27),
+        ({1: math.inf, 3: math.inf, 1 / 3: -1.0}, [1, 3, 1 / 3, 1 / 27], 1 / 3),
     ],
 )
 def test_trials_go_on_as_long_as_they_help(
