@@ -260,6 +260,20 @@ def scaled(direction: Direction, factors: Mapping[str, float]) -> Direction:
     return dict(zip(direction, torch._foreach_mul(list(direction.values()), numbers)))
 
 
+def multiplied(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
+    """Return tensors times a number, which may be on the device."""
+    if not isinstance(factor, Tensor):
+        return list(torch._foreach_mul(list(tensors), factor))
+    alike: dict[torch.dtype, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        alike[tensor.dtype].append(index)
+    found: dict[int, Tensor] = {}
+    for dtype, own in alike.items():
+        each = torch._foreach_mul([tensors[index] for index in own], factor.to(dtype))
+        found.update(zip(own, each))
+    return [found[index] for index in range(len(tensors))]
+
+
 @cache
 def layer_of(name: str) -> str:
     """Return the name of the module that a parameter belongs to."""

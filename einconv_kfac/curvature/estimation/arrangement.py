@@ -19,9 +19,9 @@ from einconv_kfac.curvature.estimation.example_layout import (
     parts,
 )
 from einconv_kfac.curvature.estimation.layout_probes import (
+    AskedLayouts,
     Probed,
     bit_probes,
-    found_layouts,
     meets,
     probes,
 )
@@ -95,87 +95,129 @@ class ArrangedCall:
         return [tensor] if self.call.has_free_positions else list(tensor.unbind(1))
 
 
-def arrange(
-    calls: Sequence[LayerCall],
-    outputs: Sequence[Tensor],
-    graph: Sequence[Tensor | GradientEdge],
-    examples: int,
-    layouts: Layouts,
-    backpropagate: Backpropagate,
-    *,
-    by_example: bool,
-) -> list[ArrangedCall]:
-    """Return calls with their layouts; two probes find those that are not known.
+@dataclass(frozen=True)
+class Arrangement:
+    """Arranges the calls of one batch; two probes find the layouts that are not known.
 
     Args:
-        calls: The calls.
         outputs: Tensors like the outputs of the model, ``[n, ...]``.
         graph: The outputs with their graph.
         examples: The number of examples.
         layouts: The known layouts, which are added to.
         backpropagate: Runs a backward pass.
         by_example: Whether shared rows need a gradient for each example.
-
-    Layers some of whose calls alone have rows in no regular order are treated as layers whose rows
-    are shared.
-
-    Raises:
-        ValueError: If a call is not a batch, or a hook may have changed its output.
     """
-    for call in calls:
-        check_call(call)
-    signatures = _signatures(calls, examples)
-    new = [i for i, signature in enumerate(signatures) if signature not in layouts]
-    if new and examples > 1:
+
+    outputs: Sequence[Tensor]
+    graph: Sequence[Tensor | GradientEdge]
+    examples: int
+    layouts: Layouts
+    backpropagate: Backpropagate
+    by_example: bool
+
+    def ask(self, calls: Sequence[LayerCall]) -> AskedLayouts | None:
+        """Ask a GPU for the layouts that `arranged_` will need; ``None`` where it needs none.
+
+        Args:
+            calls: Calls, also those that the outputs may not depend on.
+        """
+        if not any(call.x.is_cuda for call in calls) or not self._new(calls):
+            return None
+        reached = reached_nodes(self.graph)
+        own = [call for call in calls if call.output.node in reached]
+        if not all(call.is_batch and call.is_own for call in own):
+            return None  # an error, which `arranged_` raises
+        new = self._new(own)
+        return self._probed([own[index] for index in new]) if new else None
+
+    def arranged_(
+        self, calls: Sequence[LayerCall], asked: AskedLayouts | None = None
+    ) -> list[ArrangedCall]:
+        """Return calls with their layouts, and keep these.
+
+        Args:
+            calls: The calls.
+            asked: What `ask` returned.
+
+        Layers some of whose calls alone have rows in no regular order are treated as layers whose
+        rows are shared.
+
+        Raises:
+            ValueError: If a call is not a batch, or a hook may have changed its output.
+        """
+        for call in calls:
+            check_call(call)
+        signatures, examples = _signatures(calls, self.examples), self.examples
+        self._find_(calls, signatures, asked)
+        known = self.layouts
+        scattered = {c.layer for c, s in zip(calls, signatures) if known.get(s) == SCATTERED}
+        found = [
+            known[signature] if signature in known else _guessed(call, examples, scattered)
+            for call, signature in zip(calls, signatures)
+        ]
+        shared = {c.layer for c, e in zip(calls, found) if c.layer in scattered and e is None}
+        found = [
+            None if c.layer in shared else SCATTERED if c.layer in scattered else e
+            for c, e in zip(calls, found)
+        ]
+        mixed = {c.layer for c, e in zip(calls, found) if e is not None}
+        return [
+            ArrangedCall(c, e, self.by_example or c.layer in mixed, examples, c.layer in scattered)
+            for c, e in zip(calls, found)
+        ]
+
+    def _new(self, calls: Sequence[LayerCall]) -> list[int]:
+        """Return the indices of calls whose layouts are found by probes."""
+        if self.examples <= 1:
+            return []
+        signatures = _signatures(calls, self.examples)
+        return [i for i, signature in enumerate(signatures) if signature not in self.layouts]
+
+    def _probed(self, calls: Sequence[LayerCall]) -> AskedLayouts:
+        """Return the layouts of calls, for which the device is asked."""
+        mixes = normalises_batches(self.graph)
+        passes = [self.backpropagate(vectors, calls) for vectors in probes(self.outputs)]
+        probed = [Probed(call, own, self.examples) for call, *own in zip(calls, *passes)]
+        return AskedLayouts(probed, mixes=mixes)
+
+    def _find_(
+        self,
+        calls: Sequence[LayerCall],
+        signatures: Sequence[Signature],
+        asked: AskedLayouts | None,
+    ) -> None:
+        """Find the layouts that are not known, and keep them; see `arranged_`."""
+        layouts = self.layouts
+        if self.examples == 1:
+            for call, signature in zip(calls, signatures):
+                possible = candidates(call.x.shape, call.y_shape, 1)
+                layouts.setdefault(signature, possible[0] if possible else None)
+            return
+        if not (new := self._new(calls)):
+            return
         chosen = [calls[i] for i in new]
-        mixes = normalises_batches(graph)
-        passes = [backpropagate(vectors, chosen) for vectors in probes(outputs)]
-        probed = [Probed(call, own, examples) for call, *own in zip(chosen, *passes)]
-        found_ones = zip(new, found_layouts(probed, mixes=mixes))
-        layouts.update({signatures[i]: e for i, (is_reached, e) in found_ones if is_reached})
-        if by_example:
+        if asked is None or not asked.are_of(chosen):
+            asked = self._probed(chosen)
+        found = zip(new, asked.read())
+        layouts.update({signatures[i]: e for i, (is_reached, e) in found if is_reached})
+        if self.by_example:
             unordered = [i for i in new if layouts.get(signatures[i]) == SCATTERED]
-            several = _shared(calls, unordered, outputs, examples, backpropagate)
+            several = self._shared(calls, unordered)
             layouts.update(dict.fromkeys((signatures[i] for i in several), None))
-    for index in new if examples == 1 else ():
-        possible = candidates(calls[index].x.shape, calls[index].y_shape, 1)
-        layouts[signatures[index]] = possible[0] if possible else None
-    scattered = {c.layer for c, s in zip(calls, signatures) if layouts.get(s) == SCATTERED}
-    found = [
-        layouts[signature] if signature in layouts else _guessed(call, examples, scattered)
-        for call, signature in zip(calls, signatures)
-    ]
-    shared = {c.layer for c, e in zip(calls, found) if c.layer in scattered and e is None}
-    found = [
-        None if c.layer in shared else SCATTERED if c.layer in scattered else e
-        for c, e in zip(calls, found)
-    ]
-    mixed = {c.layer for c, e in zip(calls, found) if e is not None}
-    return [
-        ArrangedCall(call, e, by_example or call.layer in mixed, examples, call.layer in scattered)
-        for call, e in zip(calls, found)
-    ]
 
+    def _shared(self, calls: Sequence[LayerCall], indices: Sequence[int]) -> set[int]:
+        """Return which of some calls have rows that several examples share.
 
-def _shared(
-    calls: Sequence[LayerCall],
-    indices: Sequence[int],
-    outputs: Sequence[Tensor],
-    examples: int,
-    backpropagate: Backpropagate,
-) -> set[int]:
-    """Return which of some calls have rows that several examples share.
-
-    Any two examples differ in a bit of their numbers, so for each bit the gradients of the examples
-    that have it and of those that lack it are compared.
-    """
-    chosen, shared = [calls[i] for i in indices], set()
-    for pair in bit_probes(outputs, examples) if indices else ():
-        passes = [backpropagate(vectors, chosen) for vectors in pair]
-        for index, call, one, other in zip(indices, chosen, *passes):
-            if one is not None and other is not None and meets(call, one, other):
-                shared.add(index)
-    return shared
+        Any two examples differ in a bit of their numbers, so for each bit the gradients of the
+        examples that have it and of those that lack it are compared.
+        """
+        chosen, shared = [calls[i] for i in indices], set()
+        for pair in bit_probes(self.outputs, self.examples) if indices else ():
+            passes = [self.backpropagate(vectors, chosen) for vectors in pair]
+            for index, call, one, other in zip(indices, chosen, *passes):
+                if one is not None and other is not None and meets(call, one, other):
+                    shared.add(index)
+        return shared
 
 
 def _guessed(call: LayerCall, examples: int, scattered: set[str]) -> ExampleLayout:

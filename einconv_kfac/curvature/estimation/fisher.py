@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 
 from einconv_kfac.curvature.estimation.arrangement import (
     ArrangedCall,
+    Arrangement,
     Layouts,
-    arrange,
     check_call,
     scattered_rows,
 )
@@ -122,30 +122,31 @@ class FisherEstimator:
             for call in calls:
                 check_call(call)
             return
+        arrangement = self._arrangement(evaluation)
         if self.fisher == "forward-only":
             reached = reached_nodes(evaluation.outputs)
             used = [call for call in calls if call.output.node in reached]
-            self._add_inputs_(moments, self._arranged(used, evaluation))
+            self._add_inputs_(moments, arrangement.arranged_(used))
             return
         sources, vectors = evaluation.outputs, self._roots(evaluation, generator)
         if self.fisher == "empirical":
             sources, own_roots = empirical_roots(evaluation)
             vectors = iter([own_roots])
         arranged: list[ArrangedCall] | None = None
+        asked = arrangement.ask(calls)  # the gradients below keep a GPU busy meanwhile
         for roots in vectors:
             own = calls if arranged is None else [each.call for each in arranged]
             found = call_gradients(sources, roots, own)
             if arranged is None:
                 used = [call for call, gradient in zip(calls, found) if gradient is not None]
-                arranged = self._arranged(used, evaluation)
+                arranged = arrangement.arranged_(used, asked)
                 self._add_inputs_(moments, arranged)
             single = self._single(arranged, evaluation, roots)
             self._add_root_(moments, arranged, [g for g in found if g is not None], single)
 
-    def _arranged(self, calls: Sequence[LayerCall], evaluation: Evaluation) -> list[ArrangedCall]:
-        """Return calls with their examples in the first dimension."""
-        return arrange(
-            calls,
+    def _arrangement(self, evaluation: Evaluation) -> Arrangement:
+        """Return what arranges the calls of a batch."""
+        return Arrangement(
             evaluation.like_outputs(),
             evaluation.outputs,
             evaluation.examples,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.devices.late_numbers import LateNumbers
 from einconv_kfac.curvature.devices.sending import sent
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.example_layout import (
@@ -115,35 +116,46 @@ class Probed:
         return torch.minimum(first, second).sum().reshape(1)
 
 
-def found_layouts(
-    probed: Sequence[Probed], *, mixes: bool
-) -> list[tuple[bool, ExampleLayout | None]]:
-    """Return whether a probe reached each call, and its layout.
-
-    The layout is ``None`` if rows are shared between examples. The host waits once, and a second
-    time if a call has no regular layout.
+class AskedLayouts:
+    """Layouts of calls, of which the device was asked for the numbers that decide on them.
 
     Args:
         probed: The calls.
         mixes: Whether the model normalises over the batch, so that rows of other examples have
             gradients as well.
     """
-    numbers = iter(_read([part for own in probed for part in own.shares()]))
-    regular: list[tuple[bool, ExampleLayout | None]] = []
-    for own in probed:
-        count = max(len(own.possible), 1)
-        shares = [[next(numbers) for _ in own.gradients] for _ in range(count)]
-        reached = any(total != 0 for total, *_ in shares[0])
-        regular.append((reached, _regular(own.possible, shares, mixes=mixes)))
-    others = [own for own, (reached, e) in zip(probed, regular) if reached and e is None]
-    overlaps = iter(_read([own.overlap() for own in others]))
 
-    def layout(reached: bool, known: ExampleLayout | None) -> ExampleLayout | None:
-        if known is not None or not reached:
-            return known
-        return None if next(overlaps)[0] >= SHARED_PART else SCATTERED
+    def __init__(self, probed: Sequence[Probed], *, mixes: bool) -> None:
+        self._probed, self._mixes = probed, mixes
+        self._numbers = _Numbers([part for own in probed for part in own.shares()])
 
-    return [(reached, layout(reached, e)) for reached, e in regular]
+    def are_of(self, calls: Sequence[LayerCall]) -> bool:
+        """Return whether they are those of these calls."""
+        own = [each.call for each in self._probed]
+        return len(own) == len(calls) and all(a is b for a, b in zip(own, calls))
+
+    def read(self) -> list[tuple[bool, ExampleLayout | None]]:
+        """Return whether a probe reached each call, and its layout.
+
+        The layout is ``None`` if rows are shared between examples. The host waits a second time if
+        a call has no regular layout.
+        """
+        numbers = iter(self._numbers.read())
+        regular: list[tuple[bool, ExampleLayout | None]] = []
+        for own in self._probed:
+            count = max(len(own.possible), 1)
+            shares = [[next(numbers) for _ in own.gradients] for _ in range(count)]
+            reached = any(total != 0 for total, *_ in shares[0])
+            regular.append((reached, _regular(own.possible, shares, mixes=self._mixes)))
+        others = [own for own, (reached, e) in zip(self._probed, regular) if reached and e is None]
+        overlaps = iter(_Numbers([own.overlap() for own in others]).read())
+
+        def layout(reached: bool, known: ExampleLayout | None) -> ExampleLayout | None:
+            if known is not None or not reached:
+                return known
+            return None if next(overlaps)[0] >= SHARED_PART else SCATTERED
+
+        return [(reached, layout(reached, e)) for reached, e in regular]
 
 
 def _regular(
@@ -154,7 +166,7 @@ def _regular(
     Args:
         possible: The layouts that it can have.
         shares: For each of them the `_shares` of the two gradients.
-        mixes: See `found_layouts`.
+        mixes: See `AskedLayouts`.
     """
     for layout, pair in zip(possible, shares):
         if all(total - own[i] <= 0 for i, (total, *own) in enumerate(pair)):
@@ -168,12 +180,24 @@ def _regular(
     return FIRST if mixes or is_own else None
 
 
-def _read(parts: Sequence[Tensor]) -> list[list[float]]:
-    """Return the entries of vectors, for all of which the host waits once."""
-    if not parts:
-        return []
-    own = iter(torch.cat([part.to(parts[0].device) for part in parts]).tolist())
-    return [[next(own) for _ in range(len(part))] for part in parts]
+class _Numbers:
+    """Entries of vectors, all of which the host reads at once.
+
+    Args:
+        parts: The vectors.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._sizes = [len(part) for part in parts]
+        own = [part.to(parts[0].device) for part in parts]
+        joined = torch.cat(own) if own else torch.empty(0)
+        self._joined = LateNumbers(joined) if joined.is_cuda else joined
+
+    def read(self) -> list[list[float]]:
+        """Return the entries of each vector."""
+        late = self._joined
+        own = iter(late.read() if isinstance(late, LateNumbers) else late.tolist())
+        return [[next(own) for _ in range(size)] for size in self._sizes]
 
 
 def meets(call: LayerCall, one: Tensor, other: Tensor) -> bool:

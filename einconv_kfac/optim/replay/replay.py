@@ -61,22 +61,26 @@ class Replay:
         self._paused = paused
         self._compiled = compiled
 
-    def outputs(self, batch: Batch, *, subset: bool = False) -> list[Tensor]:
+    def outputs(
+        self, batch: Batch, given: Direction | None = None, *, subset: bool = False
+    ) -> list[Tensor]:
         """Return the outputs that the loss depends on, ``[n, ...]`` each, and the parameters.
 
         Args:
             batch: The batch.
+            given: The parameters that take other values than the present ones.
             subset: Whether to evaluate the examples that the curvature is computed from.
         """
-        forwards = batch.curvature_forwards() if subset else batch.forwards
+        forwards, given = batch.curvature_forwards() if subset else batch.forwards, given or {}
         with self._paused():
-            outputs = self._evaluated(forwards)
-        return [*outputs, *(self._model.get_parameter(name).detach() for name in batch.parameters)]
+            outputs = self._evaluated(forwards, given)
+        others = {n: self._model.get_parameter(n) for n in batch.parameters if n not in given}
+        return [*outputs, *((given | others)[name].detach() for name in batch.parameters)]
 
-    def batch_loss(self, batch: Batch) -> Tensor:
-        """Return the loss of a batch for the present parameters."""
+    def batch_loss(self, batch: Batch, given: Direction | None = None) -> Tensor:
+        """Return the loss of a batch; see `outputs`."""
         assert batch.loss_model is not None
-        outputs = self.outputs(batch)
+        outputs = self.outputs(batch, given)
         with self._paused():
             return batch.loss_model.value(outputs).detach()
 
@@ -283,14 +287,14 @@ class Replay:
             model = model.at(outputs)
         return replace(batch, outputs=outputs, loss=loss, loss_model=model, has_moved=True)
 
-    def _evaluated(self, forwards: Sequence[ForwardPass]) -> Outputs:
-        """Return the tensors of forward passes for the present parameters."""
+    def _evaluated(self, forwards: Sequence[ForwardPass], given: Direction) -> Outputs:
+        """Return the tensors of forward passes; for ``given`` see `outputs`."""
         if not self.takes_gradients:
             try:
                 with torch.no_grad():
-                    return tuple(o.detach() for o in run_all(forwards, self._model, {}))
+                    return tuple(o.detach() for o in run_all(forwards, self._model, given))
             except RuntimeError as error:
                 if "grad" not in str(error):
                     raise
         with torch.enable_grad():
-            return tuple(o.detach() for o in run_all(forwards, self._model, {}))
+            return tuple(o.detach() for o in run_all(forwards, self._model, given))

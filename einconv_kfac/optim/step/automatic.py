@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.step.agreement import Agreement
+from einconv_kfac.optim.step.asking_ahead import AskingAhead
 from einconv_kfac.optim.step.automatic_state import check_automatic_state
 from einconv_kfac.optim.step.damping.damping_source import DampingSource
 from einconv_kfac.optim.step.damping.rule import DampingRule
@@ -62,8 +62,8 @@ class AutomaticStep:
         self._slow = SlowMomentum()
         self._rollback = Rollback()
         self._reduction = Reduction(self._replay, rule, self._noise, safeguard)
-        subspace = SubspaceFit(curvature, self._trust, self._agreement, self._ask_)
-        self._fit = StepFit(curvature, subspace)
+        subspace = SubspaceFit(curvature, self._trust, self._agreement)
+        self._fit = StepFit(curvature, subspace, AskingAhead(self._reduction))
         self._preparation = Preparation(self._fit.subspace, self._trust, self._slow, safeguard)
         self._guarded = GuardedMomentum(self._slow, self._reduction, safeguard)
         self._dampings = DampingSource(rule, self._replay)
@@ -186,10 +186,10 @@ class AutomaticStep:
     def _moved_(self, objective: Objective, followed: Momentum, fit: Fit, damping: float) -> Taken:
         """Move the parameters by a step and by the slow momentum, as far as they prove good."""
         rate, steps = max(objective.rates.values()), self._curvature.steps
-        update = fit.update(objective, rate)
+        update = fit.update(objective, rate) if fit.ahead is None else fit.ahead.update
         others = self._unobserved.change(fit, rate, objective)
         before = self._reduction.before(objective, fit, steps, others)
-        torch._foreach_add_([objective.parameters[name] for name in update], [*update.values()])
+        self._reduction.move_(objective, update, fit.ahead)
         predicted = fit.predicted(rate)
         trust, is_slow = self._trust.fraction, followed.coefficient is None
         left, added = 1.0, None

@@ -91,6 +91,19 @@ class Along:
 
 
 @dataclass(frozen=True)
+class StepAhead:
+    """A step and its objective, of which a GPU was asked before the host has read its length.
+
+    Args:
+        update: The step times learning rates, by parameter name.
+        value: The objective after it.
+    """
+
+    update: Direction
+    value: Tensor
+
+
+@dataclass(frozen=True)
 class Fit:
     """A step: a linear combination of directions.
 
@@ -106,6 +119,7 @@ class Fit:
         is_bounded: Whether the bound on the change of the layers' outputs shortened it. With a
             given damping, the objective is evaluated after such a step.
         is_carried: Whether the coefficients are those of an earlier fit.
+        ahead: The step itself, if a GPU was asked for it.
     """
 
     directions: Sequence[Direction]
@@ -116,6 +130,7 @@ class Fit:
     products: dict[str, LayerProducts] | None = None
     is_bounded: bool = False
     is_carried: bool = False
+    ahead: StepAhead | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -152,6 +167,7 @@ class Fit:
             along=self.along.scaled(factor),
             mix=tuple(factor * c for c in self.mix),
             products=products,
+            ahead=None,
         )
 
     def moved(self, last: float = 0.0) -> float:

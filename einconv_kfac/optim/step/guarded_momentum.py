@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from einconv_kfac.optim.step.layer_products import LayerProducts
 from einconv_kfac.optim.step.objective import Objective, is_late
-from einconv_kfac.optim.step.reading import read
+from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.step.reduction import Before, Compared, Reduction
 from einconv_kfac.optim.step.slow_momentum import BUFFER, SlowMomentum
 from einconv_kfac.optim.vectors import Direction
@@ -22,13 +21,13 @@ class MomentumAhead:
 
     Args:
         coefficient: Its coefficient.
-        is_good: Whether the objective has not grown by both, ``[1]``.
+        is_good: Whether the objective has not grown by both.
         update: The step without it.
         undo_: Restores everything as it was without it.
     """
 
     coefficient: float
-    is_good: Tensor
+    is_good: Unread
     update: Direction
     undo_: Callable[[], None]
 
@@ -95,8 +94,9 @@ class GuardedMomentum:
         asked = self.reduction.asked(objective, before, at.predicted)
         if asked is None:
             return 1.0, None
+        unread = Unread(asked)
         ahead = self._ahead_(objective, update, before, at.products, trust)
-        numbers, flags = read(asked, asked[:0] if ahead is None else ahead.is_good)
+        (numbers,) = unread.read()
         is_whole = numbers[0] <= numbers[-1]
         if ahead is not None and not is_whole:
             ahead.undo_()
@@ -104,7 +104,8 @@ class GuardedMomentum:
         if ahead is None or not is_whole:
             return left, None
         own = ahead.update
-        return left, ahead.coefficient if flags[0] else self._dropped_(objective, update, own)
+        is_good = ahead.is_good.read()[0][0]
+        return left, ahead.coefficient if is_good else self._dropped_(objective, update, own)
 
     def _ahead_(
         self,
@@ -131,7 +132,7 @@ class GuardedMomentum:
                 if (buffer := buffers[name]) is not None:
                     own[BUFFER] = buffer
 
-        is_good = (self.reduction.value(objective) <= before.allowed()).reshape(1)
+        is_good = Unread(self.reduction.value(objective) <= before.allowed())
         own = dict(zip(update, kept[len(update) :]))
         return MomentumAhead(coefficient, is_good, own, undo_)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.fit import Along, Fit, Momentum
@@ -88,12 +89,14 @@ class SolvedFit:
     Args:
         begun: The fit as it was begun.
         fit: The step before it is bounded.
-        asked: The change, and the inner products by layer if they are asked for; ``None`` for a
-            step that is not finite.
+        change: The change of the layers' outputs by the step; ``None`` for a step that is not
+            finite.
+        asked: The change, and the inner products by layer if they are asked for.
         products: These inner products.
     """
 
     begun: PendingFit
     fit: Fit
+    change: Tensor | None = None
     asked: Unread | None = None
     products: PendingProducts | None = None

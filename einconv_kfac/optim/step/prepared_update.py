@@ -26,7 +26,7 @@ from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.slow_momentum import BUFFER, SlowMomentum
 from einconv_kfac.optim.step.subspace import SubspaceFit
-from einconv_kfac.optim.vectors import Direction, layer_of
+from einconv_kfac.optim.vectors import Direction, layer_of, multiplied
 
 SMALLEST_COUNT = 4
 """Number of small tensors up to which operations are started for each."""
@@ -80,7 +80,7 @@ class Preparation:
         trust = self.trust.pending_fraction(sample)
         factor = self.subspace.pending_factor(objective, mix, trust) * max(rates.values())
         names, weight = [*mix.direction], self.slow.weight
-        own = _multiplied([*mix.direction.values()], factor)
+        own = multiplied([*mix.direction.values()], factor)
         shares = self._shares(mix, trust, factor, [rates[name] for name in names])
         later = dict(zip(names, _multiplied_each(own, shares)))
         update = dict(zip(names, own))
@@ -145,20 +145,6 @@ class Preparation:
             memory[name][MOMENTUM_BUFFER] = tensor
         own = {"step_size": rate * fit.mix[0], "momentum": coefficient}
         return update, {**own, "predicted": fit.predicted(rate)}
-
-
-def _multiplied(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
-    """Return tensors times a number, which may be on the device."""
-    if not isinstance(factor, Tensor):
-        return list(torch._foreach_mul(list(tensors), factor))
-    alike: dict[torch.dtype, list[int]] = defaultdict(list)
-    for index, tensor in enumerate(tensors):
-        alike[tensor.dtype].append(index)
-    found: dict[int, Tensor] = {}
-    for dtype, own in alike.items():
-        each = torch._foreach_mul([tensors[index] for index in own], factor.to(dtype))
-        found.update(zip(own, each))
-    return [found[index] for index in range(len(tensors))]
 
 
 def _multiplied_each(tensors: Sequence[Tensor], factors: Tensor) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import ref
 
 import torch
@@ -16,7 +16,7 @@ from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.backtracking import backtrack_
 from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION_PERIOD
 from einconv_kfac.optim.step.damping.rule import DampingRule
-from einconv_kfac.optim.step.fit import Fit
+from einconv_kfac.optim.step.fit import Fit, StepAhead
 from einconv_kfac.optim.step.layer_products import LayerProducts
 from einconv_kfac.optim.step.objective import Objective, common_momentum
 from einconv_kfac.optim.step.reading import Unread
@@ -123,8 +123,8 @@ class Reduction:
         rounding = rounding_of(self._replay, objective) if compared else None
         return Before(objective.value() - others, rounding, adapts)
 
-    def ask_(self, objective: Objective, *, is_bounded: bool, adapts: bool) -> None:
-        """Ask for what `before` will return, if the step is to be compared.
+    def ask_(self, objective: Objective, *, is_bounded: bool, adapts: bool) -> bool:
+        """Ask for what `before` will return, if the step is to be compared; return whether it is.
 
         Args:
             objective: The objective.
@@ -132,10 +132,24 @@ class Reduction:
             adapts: Whether the damping is to adapt.
         """
         if not self._compares(objective, is_bounded=is_bounded, adapts=adapts):
-            return
+            return False
         if self._asked is None or self._asked[0]() is not objective:
             value, rounding = objective.value(), rounding_of(self._replay, objective)
             self._asked = ref(objective), value, rounding
+        return True
+
+    def move_(self, objective: Objective, update: Direction, ahead: StepAhead | None) -> None:
+        """Add a step to the parameters.
+
+        Args:
+            objective: The objective.
+            update: The step.
+            ahead: The same with its objective, if a GPU was asked for it.
+        """
+        parameters = [objective.parameters[name] for name in update]
+        torch._foreach_add_(parameters, [*update.values()])
+        if ahead is not None:
+            self._known = _versions(objective), ahead.value
 
     def _compares(self, objective: Objective, *, is_bounded: bool, adapts: bool) -> bool:
         """Return whether a step is to be compared."""
@@ -236,8 +250,17 @@ class Reduction:
 
     def value(self, objective: Objective) -> Tensor:
         """Return the objective at the present parameters, evaluated once after each change."""
-        versions = [parameter._version for parameter in objective.parameters.values()]
+        versions = _versions(objective)
         if self._known is None or self._known[0] != versions:
-            losses = [batch.weight * self._replay.batch_loss(batch) for batch in objective.batches]
-            self._known = versions, objective.with_decay(losses)
+            self._known = versions, self.evaluated(objective)
         return self._known[1]
+
+    def evaluated(self, objective: Objective, given: Direction | None = None) -> Tensor:
+        """Return the objective at its parameters, or at others if they are given."""
+        losses = [b.weight * self._replay.batch_loss(b, given) for b in objective.batches]
+        return replace(objective, parameters=given or objective.parameters).with_decay(losses)
+
+
+def _versions(objective: Objective) -> list[int]:
+    """Return the versions of the parameters, which every change in place counts up."""
+    return [parameter._version for parameter in objective.parameters.values()]

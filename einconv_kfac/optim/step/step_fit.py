@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.refresh import Inverses
+from einconv_kfac.optim.step.asking_ahead import AskingAhead
 from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.damping.search import DampingSearch, Trials
 from einconv_kfac.optim.step.damping.trials import DampingTrials, StagedFit
@@ -39,14 +40,17 @@ class StepFit:
     Args:
         curvature: Running curvature of the model.
         subspace: Fits the coefficients of directions.
+        asking: Asks a GPU for steps before the host has read all numbers of a fit.
 
     Attributes:
         subspace: See above.
         search: Searches the damping of the inverses.
     """
 
-    def __init__(self, curvature: RunningCurvature, subspace: SubspaceFit) -> None:
-        self._curvature = curvature
+    def __init__(
+        self, curvature: RunningCurvature, subspace: SubspaceFit, asking: AskingAhead
+    ) -> None:
+        self._curvature, self._asking = curvature, asking
         self.subspace = subspace
         self.search = DampingSearch()
 
@@ -115,7 +119,10 @@ class StepFit:
             return self.subspace.keep_(objective, best.fit, momentum)
         pending = begun.pending or self.begun_(objective, momentum, damping).pending
         assert pending is not None
-        found = self.subspace.finished_(self.subspace.solved(pending, damping))
+        solved, ahead = self.subspace.solved(pending, damping), None
+        if (factor := self.subspace.bounded_factor(solved)) is not None:
+            ahead = self._asking.step(objective, solved.fit, self._curvature.steps, factor)
+        found = replace(self.subspace.finished_(solved), ahead=ahead)
         return self.subspace.keep_(objective, found, momentum)
 
     def _tries(self, objective: Objective) -> bool:
@@ -139,7 +146,10 @@ class StepFit:
         def solved(pending: PendingFit) -> SolvedFit:
             return subspace.solved(pending, damping)
 
-        fit = StagedFit(begun, solved, subspace.finished_)
+        def ahead(fit: Fit) -> Fit:
+            return self._asking.with_step(objective, fit, curvature.steps)
+
+        fit = StagedFit(begun, solved, subspace.finished_, ahead)
         return DampingTrials(lambda scale: invert(damping * scale), fit, is_late(objective))
 
     def _directions(self, objective: Objective, inverses: Inverses | None) -> list[Direction]:

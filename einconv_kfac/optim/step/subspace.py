@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +49,6 @@ class SubspaceFit:
         curvature: Running curvature of the model, which replays the batches.
         trust: The trust in the slopes along descent directions.
         agreement: Whether batches agree.
-        meanwhile: Asks a GPU for what follows a fit, before the host waits for its last numbers.
 
     Attributes:
         fitted: The step that was fitted last; ``None`` where the next is to be fitted in any case.
@@ -59,16 +58,11 @@ class SubspaceFit:
     """
 
     def __init__(
-        self,
-        curvature: RunningCurvature,
-        trust: SlopeTrust,
-        agreement: Agreement,
-        meanwhile: Callable[[Objective], None],
+        self, curvature: RunningCurvature, trust: SlopeTrust, agreement: Agreement
     ) -> None:
         self._curvature = curvature
         self._trust = trust
         self._agreement = agreement
-        self._meanwhile = meanwhile
         self._carried = CarriedFit()
         self.fitted: int | None = None
         self.reach = math.inf
@@ -216,10 +210,10 @@ class SubspaceFit:
         update = fit.update(objective)
         change = self._change(objective, update)
         if momentum.coefficient is not None:
-            return SolvedFit(pending, fit, Unread(change))
+            return SolvedFit(pending, fit, change, Unread(change))
         point = objective.parameters, objective.gradient
         products = pending_products(point, momentum.direction, update)
-        return SolvedFit(pending, fit, Unread(change, products.numbers), products)
+        return SolvedFit(pending, fit, change, Unread(change, products.numbers), products)
 
     def finished_(self, solved: SolvedFit) -> Fit:
         """Return a fit within the bound on the change of the layers' outputs, which the host reads.
@@ -230,8 +224,6 @@ class SubspaceFit:
         begun, fit = solved.begun, solved.fit
         if solved.asked is None:
             return fit
-        if solved.asked.is_late:
-            self._meanwhile(begun.objective)
         (change,), *found = solved.asked.read()
         if solved.products is not None:
             fit = replace(fit, products=solved.products.of(found[0]))
@@ -275,6 +267,12 @@ class SubspaceFit:
         if not math.isfinite(change):
             return replace(fit, along=replace(fit.along, trusted=math.nan))
         return replace(fit.scaled(bound / change), is_bounded=True)
+
+    @staticmethod
+    def bounded_factor(solved: SolvedFit) -> Tensor | None:
+        """Return the fraction of a step within the bound, on the device; ``None`` if not finite."""
+        bound, change = _bound(solved.begun.objective), solved.change
+        return None if change is None else (bound / change).clamp_max(1)
 
     schema = Record({"carried": CarriedFit.schema, "fitted": Maybe(COUNT), "reach": NUMBER})
 

@@ -31,12 +31,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 BUDGETS = {  # launches, waits
-    ("fixed", "ordinary"): (71, 0),
-    ("fixed", "factors"): (218, 1),
-    ("fixed", "inverses"): (402, 1),
-    ("automatic", "ordinary"): (180, 0),
+    ("fixed", "ordinary"): (69, 0),
+    ("fixed", "factors"): (214, 1),
+    ("fixed", "inverses"): (400, 1),
+    ("automatic", "ordinary"): (179, 0),
     ("automatic", "factors"): (319, 0),
-    ("automatic", "inverses"): (645, 2),
+    ("automatic", "inverses"): (606, 1),
 }
 """What a step of a model with four layers may ask of the device, with both passes.
 

@@ -44,6 +44,12 @@ class Trials(Protocol):
     def ask_(self, scales: Sequence[float]) -> None:
         """Ask a GPU for trials that are likely to be needed, before the host reads others."""
 
+    def ahead_(self, best: Trial, scale: float) -> Trial:
+        """Return the best trial so far, before the host waits for that of a scale.
+
+        Where a GPU was asked for no other trial after that, it is asked for the step of the best.
+        """
+
     def trial_(self, scale: float) -> Trial:
         """Return the trial of a scale."""
 
@@ -98,11 +104,12 @@ class DampingSearch:
             for index, scale in enumerate(scales):
                 if index:
                     trials.ask_(_next(scales[index:]))
+                best = trials.ahead_(best, scale)
                 trial = trials.trial_(scale)
                 if not trial.fit.rank < best.fit.rank:
                     break
                 best = trial
-            if best is not start:
+            if best.scale != start.scale:
                 break
         self.scale, self._searched = best.scale, step
         return best

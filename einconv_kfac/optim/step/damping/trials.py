@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from einconv_kfac.optim.factors.refresh import Inverses
@@ -22,11 +22,13 @@ class StagedFit(Generic[Begun, Solved]):
         begun: Asks for the quadratic model of a step with given inverses.
         solved: Reads the model, and asks for the numbers of its minimum.
         finished_: Reads these, and returns the step.
+        ahead: Asks a GPU for the step itself, and returns the fit with it.
     """
 
     begun: Callable[[Inverses], Begun]
     solved: Callable[[Begun], Solved]
     finished_: Callable[[Solved], Fit]
+    ahead: Callable[[Fit], Fit]
 
 
 @dataclass
@@ -61,6 +63,16 @@ class DampingTrials(Generic[Begun, Solved]):
                 self._begun[scale] = inverses, self.fit.begun(inverses)
             except RuntimeError:
                 break
+
+    def ahead_(self, best: Trial, scale: float) -> Trial:
+        """See `Trials`."""
+        if not self.is_ahead:
+            return best
+        if scale not in self._solved:
+            self._solve_(scale)
+        if self._begun or scale != [*self._solved][-1]:
+            return best
+        return replace(best, fit=self.fit.ahead(best.fit))
 
     def trial_(self, scale: float) -> Trial:
         """See `Trials`."""
