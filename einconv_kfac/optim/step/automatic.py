@@ -120,6 +120,7 @@ class AutomaticStep:
             taken = self._carried_(objective, followed, begun, first, prepared) or self._fitted_(
                 objective, followed, begun, is_due=is_due
             )
+            self._slow.restart_(objective.memory, first.value, repeats=not self._agreement.noise)
         steps = self._curvature.steps + 1
         self._curvature.recorder.keeps_layers = momentum is not None or self._is_due(
             objective, steps

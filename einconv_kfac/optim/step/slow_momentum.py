@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from einconv_kfac.optim.state_schema import COUNT, Record
+from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
 from einconv_kfac.optim.step.layer_gains import LayerGains
 from einconv_kfac.optim.step.layer_products import LayerProducts, layer_products
 from einconv_kfac.optim.step.objective import Memory, Objective
@@ -17,6 +17,8 @@ BUFFER = "slow_momentum"
 
 WINDOW = 5
 """The momentum decays over about the latest fraction ``1 / WINDOW`` of the steps."""
+RESTART_PERIOD = 10
+"""Steps between two looks at the objective of a batch that repeats."""
 
 
 class SlowMomentum:
@@ -33,11 +35,16 @@ class SlowMomentum:
     a second momentum as in AdEMAMix (Pagliardini et al., 2024), whose memory grows with time as
     that of the averages of Shamir and Zhang (2013), so that noise decays without a schedule.
     Each layer has a gain of its own (`LayerGains`).
+
+    Where batches repeat, the momentum accelerates instead, and can lead too far for many steps in
+    directions of large curvature. There it restarts when the objective has grown (the function
+    scheme of O'Donoghue and Candès, 2015), over a period, since it may well grow for a few steps.
     """
 
     def __init__(self) -> None:
         self.steps = 0
         self.gains = LayerGains()
+        self._seen: tuple[float, int] | None = None  # an objective, and the steps before it
 
     @property
     def weight(self) -> float:
@@ -124,19 +131,37 @@ class SlowMomentum:
             memory[name][BUFFER] = tensor
         return weight
 
+    def restart_(self, memory: Memory, value: float, *, repeats: bool) -> None:
+        """Drop the momentum where a batch repeats and its objective has grown over a period.
+
+        Args:
+            memory: The optimizer's state.
+            value: The objective before the step.
+            repeats: Whether the batch repeats.
+        """
+        known, steps = self._seen or (value, self.steps)
+        if not repeats:
+            self._seen = None
+        elif self._seen is None or self.steps - steps >= RESTART_PERIOD:
+            if value > known:
+                self.drop_(memory)
+            self._seen = value, self.steps
+
     def drop_(self, memory: Memory) -> None:
         """Drop a momentum that led too far, and the gains."""
         for state in memory.values():
             state.pop(BUFFER, None)
-        self.gains = LayerGains()
+        self.gains, self._seen = LayerGains(), None
 
-    schema = Record({"steps": COUNT, "gains": LayerGains.schema})
+    schema = Record({"steps": COUNT, "gains": LayerGains.schema, "seen": Maybe(Listed(NUMBER, 2))})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers; the momentum itself is part of the optimizer's state."""
-        return {"steps": self.steps, "gains": self.gains.state_dict()}
+        seen = self._seen and [*self._seen]
+        return {"steps": self.steps, "gains": self.gains.state_dict(), "seen": seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         self.steps = state["steps"]
         self.gains.load_state_dict(state["gains"])
+        self._seen = state["seen"] and (state["seen"][0], int(state["seen"][1]))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from optim_cases import conv_net, image_batch, objective_of, train_step, weights
+from sklearn.datasets import load_diabetes
 from torch import nn
 
 from einconv_kfac import KFAC
@@ -17,7 +18,12 @@ from einconv_kfac.optim.step.layer_gains import (
     SMALLEST_GAIN,
     SMALLEST_REMAINDER,
 )
-from einconv_kfac.optim.step.slow_momentum import BUFFER, WINDOW, SlowMomentum
+from einconv_kfac.optim.step.slow_momentum import (
+    BUFFER,
+    RESTART_PERIOD,
+    WINDOW,
+    SlowMomentum,
+)
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 
@@ -104,3 +110,38 @@ def test_small_noisy_batches_lead_to_the_optimum() -> None:
     least = float((y - rows @ torch.linalg.lstsq(rows, y).solution).square().mean())
     excess = float(loss_fn(model(x), y).detach()) - least
     assert excess < 0.05 * least
+
+
+def test_it_restarts_where_the_objective_of_a_batch_that_repeats_has_grown() -> None:
+    slow, memory = SlowMomentum(), {"w": dict[str, Any]()}
+    kept = []
+    for value in [3.0] * RESTART_PERIOD + [4.0] * RESTART_PERIOD + [3.5] * RESTART_PERIOD:
+        slow.add_(objective_of({"w": torch.zeros(2)}, memory=memory), {"w": torch.ones(2)}, 1.0)
+        slow.restart_(memory, value, repeats=True)
+        kept.append(BUFFER in memory["w"])
+    assert [index for index, is_kept in enumerate(kept) if not is_kept] == [RESTART_PERIOD]
+
+
+def test_it_goes_on_where_batches_differ() -> None:
+    slow, memory = SlowMomentum(), {"w": dict[str, Any]()}
+    for value in range(3 * RESTART_PERIOD):
+        slow.add_(objective_of({"w": torch.zeros(2)}, memory=memory), {"w": torch.ones(2)}, 1.0)
+        slow.restart_(memory, float(value), repeats=False)
+        assert BUFFER in memory["w"]
+
+
+def test_raw_features_are_fitted_and_stay_so() -> None:
+    """Columns of sizes 1 to 90,000, in single precision."""
+    data, target = load_diabetes(return_X_y=True, scaled=False)
+    x, y = torch.tensor(data[:354]).float(), torch.tensor(target[:354]).float()[:, None] / 77
+    x = torch.cat([x, x * x], 1)
+    columns = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    solution = torch.linalg.lstsq(columns, y.double(), driver="gelsd").solution
+    optimum = float((columns @ solution - y).square().mean())
+    for seed in (2, 4):
+        torch.manual_seed(seed)
+        model, loss_fn = nn.Linear(20, 1), nn.MSELoss()
+        opt = KFAC(model, loss_fn)
+        for _ in range(300):
+            train_step(model, loss_fn, opt, (x, y))
+        assert float(loss_fn(model(x), y).detach()) < 1.05 * optimum
