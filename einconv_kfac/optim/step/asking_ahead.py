@@ -33,8 +33,8 @@ class AskingAhead:
     ) -> StepAhead | None:
         """Return a step, and the objective after it if the two are going to be compared.
 
-        It is ``None`` on other devices. An evaluation that fails is left to the host, which meets
-        that again when it takes the step.
+        It is ``None`` on other devices, and where the fit has failed. An evaluation that fails is
+        left to the host, which meets that again when it takes the step.
 
         Args:
             objective: The objective.
@@ -42,7 +42,7 @@ class AskingAhead:
             step: The number of steps taken before.
             factor: What it is multiplied by, a number on the device, or ``None``.
         """
-        if not is_late(objective):
+        if not is_late(objective) or fit.is_failure:
             return None
         update = fit.update(objective, max(objective.rates.values()))
         if factor is not None:
