@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.devices.sending import sent
 from einconv_kfac.curvature.objective.loss_model import LossModel
 from einconv_kfac.distributed.random_streams import stream
 from einconv_kfac.distributed.workers import ALONE, Workers
@@ -91,4 +92,4 @@ def with_subsets(
 def _drawn(output: Tensor, part: float, generator: Generator) -> Subset:
     """Return a random subset of the examples of an output ``[n, ...]``."""
     size = output.shape[0] if output.ndim else 1
-    return Subset(random_rows(size, part, generator).to(output.device), size)
+    return Subset(sent(random_rows(size, part, generator), output.device), size)

@@ -31,10 +31,10 @@ class AskingAhead:
     def step(
         self, objective: Objective, fit: Fit, step: int, factor: Tensor | None = None
     ) -> StepAhead | None:
-        """Return a step that is likely to be compared, with the objective after it.
+        """Return a step, and the objective after it if the two are going to be compared.
 
-        It is ``None`` on other devices, where it will not be compared, and where it fails: the host
-        meets that again when it takes the step.
+        It is ``None`` on other devices, and where the fit has failed. An evaluation that fails is
+        left to the host, which meets that again when it takes the step.
 
         Args:
             objective: The objective.
@@ -42,20 +42,20 @@ class AskingAhead:
             step: The number of steps taken before.
             factor: What it is multiplied by, a number on the device, or ``None``.
         """
-        adapts = self.reduction.is_due(objective, step)
-        if not is_late(objective):
-            return None
-        if not self.reduction.ask_(objective, is_bounded=True, adapts=adapts):
+        if not is_late(objective) or fit.is_failure:
             return None
         update = fit.update(objective, max(objective.rates.values()))
         if factor is not None:
             update = dict(zip(update, multiplied([*update.values()], factor)))
+        adapts = self.reduction.is_due(objective, step)
+        if not self.reduction.ask_(objective, is_bounded=True, adapts=adapts):
+            return StepAhead(update)
         own = [objective.parameters[name] for name in update]
         moved = dict(zip(update, torch._foreach_add(own, [*update.values()])))
         try:
             return StepAhead(update, self.reduction.evaluated(objective, moved))
         except (RuntimeError, ValueError):
-            return None
+            return StepAhead(update)
 
     def with_step(self, objective: Objective, fit: Fit, step: int) -> Fit:
         """Return a fit with its step; for the arguments see `step`."""

@@ -92,15 +92,15 @@ class Along:
 
 @dataclass(frozen=True)
 class StepAhead:
-    """A step and its objective, of which a GPU was asked before the host has read its length.
+    """A step that a GPU was asked for before the host has read its length.
 
     Args:
         update: The step times learning rates, by parameter name.
-        value: The objective after it.
+        value: The objective after it, if the device was asked for that.
     """
 
     update: Direction
-    value: Tensor
+    value: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -144,11 +144,11 @@ class Reduction:
         Args:
             objective: The objective.
             update: The step.
-            ahead: The same with its objective, if a GPU was asked for it.
+            ahead: The same, if a GPU was asked for it.
         """
         parameters = [objective.parameters[name] for name in update]
         torch._foreach_add_(parameters, [*update.values()])
-        if ahead is not None:
+        if ahead is not None and ahead.value is not None:
             self._known = _versions(objective), ahead.value
 
     def _compares(self, objective: Objective, *, is_bounded: bool, adapts: bool) -> bool:

@@ -91,12 +91,20 @@ def train(
     return losses, waits, opt
 
 
+def go_on_late_(opt: KFAC) -> None:
+    """Let an optimizer go on as after a thousand steps, when periods are no longer short."""
+    state = opt.state_dict()
+    state["kfac"]["preconditioner"]["steps"] = 1000
+    opt.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("options", "steps", "factors"),
     [
         ({"lr": 8.0}, 18, {}),  # searches that go on beyond the first three trials
         ({"inverse_update_period": 4, "factor_update_period": 2}, 12, {}),
         ({"momentum": 0.5}, 8, {}),
+        ({"curvature_fraction": 0.5}, 8, {}),
         ({}, 26, {22: 1e6, 24: 1e-3}),  # a step is undone; coefficients do not hold
         ({"damping": 1e-2, "lr": 2.0}, 12, {}),  # beyond the bound on the outputs
         ({"damping": 1e-2, "lr": 2.0}, 12, {3: 1e6, 5: 1e-3}),
@@ -132,6 +140,7 @@ def test_steps_wait_at_most_once(
         {},
         {"damping": 1e-2, "lr": 2.0},
         {"safeguard": True, "lr": 8.0},
+        {"inverse_update_period": 3, "factor_update_period": 3},  # of fits that are not compared
     ],
 )
 @pytest.mark.parametrize("in_background", [False, True])
@@ -146,6 +155,8 @@ def test_eigendecompositions_are_one_wait(
         model, loss_fn = to_device(network(torch.float32)), nn.CrossEntropyLoss()
         options = {**options, "inverse_in_background": in_background}
         opt = KFAC(model, loss_fn, inverse=inverse, **options)
+        if "inverse_update_period" in options:
+            go_on_late_(opt)
         for step, batch in enumerate(batches(12, torch.float32)):
             x, y = map(to_device, batch)
             searches = len(counts)
@@ -166,9 +177,7 @@ def test_a_late_search_waits_at_most_once() -> None:
         waits = []
         for step, batch in enumerate(batches(4, torch.float32)):
             if step == 2:
-                state = opt.state_dict()
-                state["kfac"]["preconditioner"]["steps"] = 1000  # the last search is long ago
-                opt.load_state_dict(state)
+                go_on_late_(opt)  # the last search is long ago
             x, y = map(to_device, batch)
             opt.zero_grad()
             record.reset()
