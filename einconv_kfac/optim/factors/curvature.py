@@ -24,7 +24,7 @@ from einconv_kfac.optim.factors.curvature_state import (
 )
 from einconv_kfac.optim.factors.output_change import relative_change
 from einconv_kfac.optim.factors.ownership import DEFAULT_SHARING, Ownership, Sharing
-from einconv_kfac.optim.factors.preconditioning import preconditioned
+from einconv_kfac.optim.factors.preconditioning import Preconditioning
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.hyperparameters import GroupSettings, Hyperparameters
@@ -81,6 +81,7 @@ class RunningCurvature:
         self._ownership = Ownership.of(self.workers, sharing.divide_factors, in_background)
         work = self._kind, in_background, self.workers, self._ownership.owners
         self._refresh = Refresh(self.layers, *work)
+        self._preconditioning = Preconditioning(self.layers)
         self._parameters: Collection[str] | None = None
         self._known: dict[str, nn.Parameter] = {}  # when they were covered
         self._owners = owners_of(self.model)
@@ -232,7 +233,7 @@ class RunningCurvature:
             gradient: Gradients by parameter name.
             inverses: Inverses to use instead of the present ones.
         """
-        return preconditioned(self.layers, gradient, inverses)
+        return self._preconditioning.applied(gradient, inverses)
 
     def relative_change(self, update: Direction, parameters: Direction) -> Tensor:
         """Return the sum over layers of the relative changes of their outputs by an update."""

@@ -37,7 +37,10 @@ class FactoredInverse(LayerInverse):
 
     def apply(self, rows: Tensor) -> Tensor:
         """See `LayerInverse`."""
-        return times(self.b, times_on_right(rows.to(self.a.dtype), self.a, product), product)
+        rows = rows.to(self.a.dtype)
+        if self.a.ndim == self.b.ndim == rows.ndim:  # none is kept as its diagonal
+            return product(self.b, product(rows, self.a))
+        return times(self.b, times_on_right(rows, self.a, product), product)
 
     @property
     def form(self) -> Hashable:
