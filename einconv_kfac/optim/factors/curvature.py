@@ -20,13 +20,12 @@ from einconv_kfac.optim.factors.curvature_state import (
     CURVATURE_STATE_VERSION,
     check_curvature_state,
     loaded_layers,
-    snapshot_of,
 )
 from einconv_kfac.optim.factors.output_change import relative_change
 from einconv_kfac.optim.factors.ownership import DEFAULT_SHARING, Ownership, Sharing
 from einconv_kfac.optim.factors.preconditioning import Preconditioning
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
-from einconv_kfac.optim.factors.running import RunningFactors
+from einconv_kfac.optim.factors.running import RunningFactors, names_with_factors, snapshot_of
 from einconv_kfac.optim.hyperparameters import GroupSettings, Hyperparameters
 from einconv_kfac.optim.inverses.registry import kind_of
 from einconv_kfac.optim.model_walk import named_parameters
@@ -141,8 +140,8 @@ class RunningCurvature:
 
     def without_factors(self, gradient: Direction) -> Direction:
         """Return the gradients that the coming step will not precondition."""
-        known = [n for n, own in self.layers.items() if own.has_factors]
-        layers = [self.layers[name].layer for name in {*known, *self.collector.moments}]
+        known = {*names_with_factors(self.layers), *self.collector.moments}
+        layers = [self.layers[name].layer for name in known]
         covered = {n for own in layers if own.weight in gradient for n in own.parameters}
         return {name: tensor for name, tensor in gradient.items() if name not in covered}
 
@@ -153,8 +152,8 @@ class RunningCurvature:
     def begin_(self) -> None:
         """Drop what was collected, and decide which layers the next step collects for."""
         self.settings = GroupSettings(self._schedules.at(self.steps), self.settings.by_parameter)
-        own = self.layers.items()
-        work = {n: (r.factor_step, self._of(r).factor_update_period) for n, r in own}
+        periods = self._numbers("factor_update_period")
+        work = {n: (own.factor_step, periods[n]) for n, own in self.layers.items()}
         self.collector.begin_(due_names(self.steps, work), self._refresh.bases(), self.steps)
 
     def discard_(self) -> None:
@@ -172,12 +171,11 @@ class RunningCurvature:
         Raises:
             RuntimeError: If nothing was ever collected.
         """
-        found = [
-            Contribution(running := self.layers[name], moments, self._of(running).factor_decay)
-            for name, moments in self.collector.moments.items()
-        ]
-        workers = self.workers.size if self.loss_weight is None else 1
-        move_averages_(found, self.estimator, self.loss_weight, self.steps, workers)
+        if moments := self.collector.moments:
+            decays = self._numbers("factor_decay")
+            found = [Contribution(self.layers[n], m, decays[n]) for n, m in moments.items()]
+            workers = self.workers.size if self.loss_weight is None else 1
+            move_averages_(found, self.estimator, self.loss_weight, self.steps, workers)
         known = any(own.factor_step is not None for own in self.layers.values())
         if self.layers and not (known or self.collector.has_seen_loss):
             raise RuntimeError(NEVER_SEEN)
@@ -193,26 +191,23 @@ class RunningCurvature:
             RuntimeError: If a damped factor is singular. No inverse is changed then.
         """
         step = self.steps
-        self._refresh.refresh_(self._dampings(damping, decay), self._intervals(step), step)
+        own = intervals(step, self._numbers("inverse_update_period"))
+        self._refresh.refresh_(self._dampings(damping, decay), own, step)
 
     def set_damping_(self, damping: float, decay: Mapping[str, float]) -> None:
         """Set the damping where that is free, and recompute no inverse; see `refresh_`."""
-        self._refresh.set_damping_(self._dampings(damping, decay))
+        if not self._kind.damping_needs_decomposition:
+            self._refresh.set_damping_(self._dampings(damping, decay))
 
     def inverts(self, step: int | None = None) -> bool:
         """Return whether a step, by default the coming one, takes inverses that are new."""
         step = self.steps if step is None else step
-        return self._refresh.is_due(self._intervals(step), step)
+        return self._refresh.is_due(self._numbers("inverse_update_period"), step)
 
     @property
     def is_ordinary(self) -> bool:
         """Whether the coming step neither updates nor inverts factors."""
         return not self.collector.due and not self.inverts()
-
-    def _intervals(self, step: int) -> dict[str, int]:
-        """Return after how many steps inverses are due at a step, by layer."""
-        own = self.layers.items()
-        return intervals(step, {n: self._of(each).inverse_update_period for n, each in own})
 
     def trial_inverses(self, decay: Mapping[str, float]) -> Callable[[float], Inverses]:
         """Return a function that inverts with a damping; it raises like `refresh_`.
@@ -241,12 +236,15 @@ class RunningCurvature:
 
     def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
         """Return the dampings by layer, weight decay included."""
-        weights = {name: running.layer.weight for name, running in self.layers.items()}
-        return self.settings.dampings(weights, damping, decay)
+        return self.settings.dampings(self._weights(), damping, decay)
 
-    def _of(self, running: RunningFactors) -> Any:
-        """Return the numbers that hold for a layer."""
-        return self.settings.of(running.layer.weight)
+    def _numbers(self, name: str) -> dict[str, Any]:
+        """Return a hyper-parameter by layer."""
+        return self.settings.numbers(name, self._weights())
+
+    def _weights(self) -> dict[str, str]:
+        """Return the names of the layers' weights."""
+        return {name: running.layer.weight for name, running in self.layers.items()}
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of a constructor of what owns this curvature."""
