@@ -153,7 +153,7 @@ class Hyperparameters:
         for name, value in given.items():
             if callable(value):
                 raise ValueError(f"`{name}` of a parameter group must be a number, got {value!r}.")
-        if {type(value) for value in (*given.values(), *vars(self).values())} <= _PLAIN:
+        if {type(value) for value in (*given.values(), *vars(self).values())} <= IMMUTABLE:
             return _overridden(self, **given)
         return replace(self, safeguard=False, **given)
 
@@ -179,7 +179,8 @@ _OWN = {entry.name for entry in fields(Hyperparameters)} - set(GROUP_OVERRIDES)
 """What the optimizer alone sets."""
 
 
-_PLAIN = frozenset({int, float, bool, str, type(None)})
+IMMUTABLE = frozenset({int, float, bool, str, type(None)})
+"""Types of numbers that never change in place."""
 
 
 @lru_cache(maxsize=64, typed=True)
