@@ -6,7 +6,8 @@ generator for each module, which takes two to three times as long.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from operator import is_
 
 from torch import nn
 
@@ -50,3 +51,48 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 seen.add(id(parameter))
                 found[f"{name}.{key}" if name else key] = parameter
     return found
+
+
+class ModelTree:
+    """The modules and parameters of a model, found again only where one was added or replaced.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._entries: list[object] = []
+        self._modules: dict[str, nn.Module] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Return what `named_modules` returns at present."""
+        self._find_()
+        return self._modules
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return what `named_parameters` returns at present."""
+        self._find_()
+        return self._parameters
+
+    def _find_(self) -> None:
+        """Find modules and parameters, unless all are the known ones."""
+        entries = _entries(self._modules.values())
+        known = self._entries
+        if not entries or len(entries) != len(known) or not all(map(is_, entries, known)):
+            self._modules = named_modules(self._model)
+            self._parameters = named_parameters(self._model)
+            self._entries = _entries(self._modules.values())
+
+
+def _entries(modules: Iterable[nn.Module]) -> list[object]:
+    """Return names and objects of all that modules have themselves."""
+    entries: list[object] = []
+    for module in modules:
+        children, parameters = module._modules, module._parameters
+        entries += children.keys()
+        entries += children.values()
+        entries += parameters.keys()
+        entries += parameters.values()
+    return entries

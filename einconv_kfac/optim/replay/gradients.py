@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from einconv_kfac.distributed.stored import all_stored, graph_leaf, is_divided, local_of
 from einconv_kfac.distributed.workers import ALONE, Workers
-from einconv_kfac.optim.model_walk import named_modules, parameters_in
+from einconv_kfac.optim.model_walk import ModelTree
 from einconv_kfac.torch_versions import gradient_edge
 
 PROBES = 3
@@ -58,17 +58,17 @@ class GradientWatch:
     """Compares gradients at the end of a backward pass with those at the next pass or step.
 
     Args:
-        model: The model.
+        tree: The modules and parameters of the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, tree: ModelTree) -> None:
+        self._tree = tree
         self._probes: list[_Probe] = []
         self._parameters: list[nn.Parameter] = []  # when the last pass began
 
     def lands(self) -> bool:
         """Return whether the backward pass that is running adds to the gradient of a parameter."""
-        self._parameters = parameters_in(named_modules(self._model).values())
+        self._parameters = [*self._tree.parameters().values()]
         return any(
             parameter.requires_grad and _is_accumulated(graph_leaf(parameter))
             for parameter in self._parameters
