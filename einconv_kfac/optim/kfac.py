@@ -258,7 +258,9 @@ class KFAC(CurvatureOptimizer):
         with workers.together():
             self._settle_()
             self._preconditioner.stored.divide_()
-            present = self._preconditioner.recorder.tree.parameters()
+            tree = self._preconditioner.recorder.tree
+            tree.find_()
+            present = tree.parameters
             self._accept_assigned_(present)
             self._preconditioner.cover_unfrozen_(present)
             found = self._runner.run_(self)

@@ -58,41 +58,39 @@ class ModelTree:
 
     Args:
         model: The model.
+
+    Attributes:
+        modules: What `named_modules` returned when `find_` was called last.
+        parameters: What `named_parameters` returned then.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._entries: list[object] = []
-        self._modules: dict[str, nn.Module] = {}
-        self._parameters: dict[str, nn.Parameter] = {}
+        self.modules: Mapping[str, nn.Module] = {}
+        self.parameters: Mapping[str, nn.Parameter] = {}
+        self.find_()
 
-    def modules(self) -> Mapping[str, nn.Module]:
-        """Return what `named_modules` returns at present."""
-        self._find_()
-        return self._modules
-
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """Return what `named_parameters` returns at present."""
-        self._find_()
-        return self._parameters
-
-    def _find_(self) -> None:
-        """Find modules and parameters, unless all are the known ones."""
-        entries = _entries(self._modules.values())
+    def find_(self) -> bool:
+        """Find modules and parameters; return whether one of them is new or at another place."""
+        entries = _entries(self.modules.values())
         known = self._entries
-        if not entries or len(entries) != len(known) or not all(map(is_, entries, known)):
-            self._modules = named_modules(self._model)
-            self._parameters = named_parameters(self._model)
-            self._entries = _entries(self._modules.values())
+        if entries and len(entries) == len(known) and all(map(is_, entries, known)):
+            return False
+        self.modules = named_modules(self._model)
+        self.parameters = named_parameters(self._model)
+        self._entries = _entries(self.modules.values())
+        return True
 
 
 def _entries(modules: Iterable[nn.Module]) -> list[object]:
     """Return names and objects of all that modules have themselves."""
     entries: list[object] = []
     for module in modules:
-        children, parameters = module._modules, module._parameters
-        entries += children.keys()
-        entries += children.values()
-        entries += parameters.keys()
-        entries += parameters.values()
+        if children := module._modules:
+            entries += children.keys()
+            entries += children.values()
+        if parameters := module._parameters:
+            entries += parameters.keys()
+            entries += parameters.values()
     return entries

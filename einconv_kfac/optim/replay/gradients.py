@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.distributed.stored import all_stored, graph_leaf, is_divided, local_of
+from einconv_kfac.distributed.stored import all_stored, graph_leaves, is_divided, local_of
 from einconv_kfac.distributed.workers import ALONE, Workers
 from einconv_kfac.optim.model_walk import ModelTree
 from einconv_kfac.torch_versions import gradient_edge
@@ -64,15 +64,12 @@ class GradientWatch:
     def __init__(self, tree: ModelTree) -> None:
         self._tree = tree
         self._probes: list[_Probe] = []
-        self._parameters: list[nn.Parameter] = []  # when the last pass began
 
     def lands(self) -> bool:
         """Return whether the backward pass that is running adds to the gradient of a parameter."""
-        self._parameters = [*self._tree.parameters().values()]
-        return any(
-            parameter.requires_grad and _is_accumulated(graph_leaf(parameter))
-            for parameter in self._parameters
-        )
+        if _are_accumulated(self._tree.parameters.values()):
+            return True
+        return self._tree.find_() and _are_accumulated(self._tree.parameters.values())
 
     def look_after_pass_(self) -> None:
         """Look at the gradients at the end of the backward pass that is running.
@@ -86,7 +83,7 @@ class GradientWatch:
         """Look at gradients of up to `PROBES` parameters."""
         found = [
             (parameter, gradient)
-            for parameter in all_stored(self._parameters)
+            for parameter in all_stored(self._tree.parameters.values())
             if (gradient := parameter.grad) is not None and not gradient.is_sparse
         ]
         chosen = found if len(found) <= PROBES else [found[0], found[len(found) // 2], found[-1]]
@@ -159,9 +156,14 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten().double() for tensor in tensors])
 
 
-def _is_accumulated(parameter: nn.Parameter) -> bool:
+def _are_accumulated(parameters: Iterable[nn.Parameter]) -> bool:
     """Return whether the backward pass that is running adds to ``.grad`` of a parameter."""
+    return any(own.requires_grad and _is_accumulated(own) for own in graph_leaves(parameters))
+
+
+def _is_accumulated(leaf: Tensor) -> bool:
+    """Return whether the backward pass that is running adds to ``.grad`` of a tensor."""
     try:
-        return bool(torch._C._will_engine_execute_node(gradient_edge(parameter).node))
+        return bool(torch._C._will_engine_execute_node(gradient_edge(leaf).node))
     except RuntimeError:  # `torch.autograd.grad` by this parameter
         return False

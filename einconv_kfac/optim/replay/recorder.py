@@ -186,7 +186,8 @@ class Recorder:
 
     def _kept(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         """Return what a replay of a call needs."""
-        modules, parameters = self.tree.modules(), self.tree.parameters().values()
+        self.tree.find_()
+        modules, parameters = self.tree.modules, self.tree.parameters.values()
         copied = self._buffers.copied_(modules)
         return ModelCall(
             args,
@@ -214,7 +215,7 @@ class Recorder:
             self._running = self._outputs = None
             self._pending.end_(output)
             if self.keeps_outputs:
-                self._buffers.compare_(self.tree.modules())
+                self._buffers.compare_(self.tree.modules)
             if self._loss_fn is None:
                 for loss in losses_of(output):
                     self.observe_(loss, inner=True)
