@@ -21,6 +21,7 @@ from einconv_kfac.optim.factors.curvature_state import (
     check_curvature_state,
     loaded_layers,
 )
+from einconv_kfac.optim.factors.layer_numbers import LayerNumbers
 from einconv_kfac.optim.factors.output_change import relative_change
 from einconv_kfac.optim.factors.ownership import DEFAULT_SHARING, Ownership, Sharing
 from einconv_kfac.optim.factors.preconditioning import Preconditioning
@@ -66,7 +67,7 @@ class RunningCurvature:
     ) -> None:
         self.layers: dict[str, RunningFactors] = {}
         self.steps = 0
-        self.settings = GroupSettings(settings)
+        self._numbers = LayerNumbers(self.layers, settings)
         self.loss_weight: Tensor | None = None  # of the averaged curvature, for the coming update
         self.estimator = estimator
         self._schedules, self.model = settings, unwrapped(model)
@@ -145,14 +146,19 @@ class RunningCurvature:
         covered = {n for own in layers if own.weight in gradient for n in own.parameters}
         return {name: tensor for name, tensor in gradient.items() if name not in covered}
 
+    @property
+    def settings(self) -> GroupSettings:
+        """The hyper-parameters of the coming step."""
+        return self._numbers.settings
+
     def set_groups_(self, own: Hyperparameters, groups: Mapping[str, Hyperparameters]) -> None:
         """Set the hyper-parameters of a step: the optimizer's, and those of each parameter."""
-        self.settings = GroupSettings(own, groups)
+        self._numbers.set_(own, groups)
 
     def begin_(self) -> None:
         """Drop what was collected, and decide which layers the next step collects for."""
-        self.settings = GroupSettings(self._schedules.at(self.steps), self.settings.by_parameter)
-        periods = self._numbers("factor_update_period")
+        self._numbers.set_(self._schedules.at(self.steps), self.settings.by_parameter)
+        periods = self._numbers.of("factor_update_period")
         work = {n: (own.factor_step, periods[n]) for n, own in self.layers.items()}
         self.collector.begin_(due_names(self.steps, work), self._refresh.bases(), self.steps)
 
@@ -172,7 +178,7 @@ class RunningCurvature:
             RuntimeError: If nothing was ever collected.
         """
         if moments := self.collector.moments:
-            decays = self._numbers("factor_decay")
+            decays = self._numbers.of("factor_decay")
             found = [Contribution(self.layers[n], m, decays[n]) for n, m in moments.items()]
             workers = self.workers.size if self.loss_weight is None else 1
             move_averages_(found, self.estimator, self.loss_weight, self.steps, workers)
@@ -191,18 +197,18 @@ class RunningCurvature:
             RuntimeError: If a damped factor is singular. No inverse is changed then.
         """
         step = self.steps
-        own = intervals(step, self._numbers("inverse_update_period"))
-        self._refresh.refresh_(self._dampings(damping, decay), own, step)
+        own = intervals(step, self._numbers.of("inverse_update_period"))
+        self._refresh.refresh_(self._numbers.dampings(damping, decay), own, step)
 
     def set_damping_(self, damping: float, decay: Mapping[str, float]) -> None:
         """Set the damping where that is free, and recompute no inverse; see `refresh_`."""
         if not self._kind.damping_needs_decomposition:
-            self._refresh.set_damping_(self._dampings(damping, decay))
+            self._refresh.set_damping_(self._numbers.dampings(damping, decay))
 
     def inverts(self, step: int | None = None) -> bool:
         """Return whether a step, by default the coming one, takes inverses that are new."""
         step = self.steps if step is None else step
-        return self._refresh.is_due(self._numbers("inverse_update_period"), step)
+        return self._refresh.is_due(self._numbers.of("inverse_update_period"), step)
 
     @property
     def is_ordinary(self) -> bool:
@@ -215,7 +221,7 @@ class RunningCurvature:
         Decompositions are shared where the kind of inverse allows it. For ``decay`` see there.
         """
         trial = self._refresh.trial()
-        return lambda damping: trial(self._dampings(damping, decay))
+        return lambda damping: trial(self._numbers.dampings(damping, decay))
 
     def use_(self, inverses: Inverses) -> None:
         """Take over inverses."""
@@ -233,18 +239,6 @@ class RunningCurvature:
     def relative_change(self, update: Direction, parameters: Direction) -> Tensor:
         """Return the sum over layers of the relative changes of their outputs by an update."""
         return self._ownership.total(relative_change(self.layers.values(), update, parameters))
-
-    def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
-        """Return the dampings by layer, weight decay included."""
-        return self.settings.dampings(self._weights(), damping, decay)
-
-    def _numbers(self, name: str) -> dict[str, Any]:
-        """Return a hyper-parameter by layer."""
-        return self.settings.numbers(name, self._weights())
-
-    def _weights(self) -> dict[str, str]:
-        """Return the names of the layers' weights."""
-        return {name: running.layer.weight for name, running in self.layers.items()}
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of a constructor of what owns this curvature."""
@@ -266,7 +260,8 @@ class RunningCurvature:
 
         def restore() -> None:
             restore_layers()
-            self.steps, self.settings = steps, settings
+            self.steps = steps
+            self._numbers.restore_(settings)
             self.seed = self.collector.seed = seed
             self.begin_()
 

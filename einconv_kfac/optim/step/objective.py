@@ -245,7 +245,8 @@ def memory_of(
     owners = zip(parameters, all_stored(parameters.values()))
     memory = stored.whole_states({name: state[owner] for name, owner in owners})
     for name, own in memory.items():
+        device, dtype = parameters[name].device, precise(parameters[name].dtype)
         for key, value in own.items():
-            if isinstance(value, Tensor):
-                own[key] = value.to(parameters[name].device, precise(parameters[name].dtype))
+            if isinstance(value, Tensor) and (value.dtype != dtype or value.device != device):
+                own[key] = value.to(device, dtype)
     return memory
