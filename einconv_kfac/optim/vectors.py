@@ -46,10 +46,13 @@ def entries(tensor: Tensor) -> Tensor:
     return flat if flat.dtype == dtype else flat.to(dtype)
 
 
-def real_vectors(direction: Direction, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the `entries` of some tensors of a direction."""
-    tensors = [(name, direction[name]) for name in names]
-    return {n: t.flatten() if t.dtype in IN_FULL else entries(t) for n, t in tensors}
+def real_vectors(names: Iterable[str], *directions: Direction) -> list[dict[str, Tensor]]:
+    """Return the `entries` of some tensors of each direction that has them."""
+    found: list[dict[str, Tensor]] = []
+    for direction in directions:
+        own = [(name, direction[name]) for name in names if name in direction]
+        found.append({n: t.flatten() if t.dtype in IN_FULL else entries(t) for n, t in own})
+    return found
 
 
 def inner(a: Direction, b: Direction, weights: Mapping[str, float] | None = None) -> Tensor:

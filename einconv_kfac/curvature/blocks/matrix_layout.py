@@ -80,7 +80,10 @@ class Layout:
 
     def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
         """Return matrices ``[*v, g, co, d]`` as tensors ``[*v, *shape]`` by parameter name."""
-        return self._tensors(matrix if self.bias is None else matrix[..., :-1], matrix[..., -1])
+        if self.bias is None:
+            return self._tensors(matrix, None)
+        last = matrix.shape[-1] - 1
+        return self._tensors(matrix.narrow(-1, 0, last), matrix.select(-1, last))
 
     def is_transpose_of(self, other: Layout) -> bool:
         """Return whether the matrices are the transposes of another layout's, of one weight.
@@ -117,14 +120,14 @@ class Layout:
         bias = self._checked(tensors, self.bias, self.bias_shape)
         return rows, bias.reshape(*rows.shape[:-1], 1)
 
-    def _tensors(self, rows: Tensor, column: Tensor) -> dict[str, Tensor]:
+    def _tensors(self, rows: Tensor, column: Tensor | None) -> dict[str, Tensor]:
         """Return the tensors of a weight ``[*v, g, co, d]`` and a bias ``[*v, g, co]``."""
         free = rows.shape[:-3]
         if not self._is_in_order:
             rows = rows.reshape(*free, *self._permuted)
             rows = rows.permute(*range(len(free)), *self._inverse_from_end)
         result = {self.weight: rows.reshape(*free, *self.weight_shape)}
-        if self.bias is not None:
+        if self.bias is not None and column is not None:
             result[self.bias] = column.reshape(*free, *self.bias_shape)
         return result
 

@@ -29,19 +29,27 @@ class _Probe:
         gradient: The tensor that ``.grad`` was.
         version: Its version.
         value: A copy of some of its entries.
+        is_divided: Whether it is a DTensor, whose version does not tell of changes.
     """
 
     parameter: nn.Parameter
     gradient: Tensor
     version: int
     value: Tensor
+    is_divided: bool
+
+    @staticmethod
+    def of(parameter: nn.Parameter, gradient: Tensor) -> _Probe:
+        """Return the present gradient of a parameter."""
+        value = _entries(gradient).clone()
+        return _Probe(parameter, gradient, gradient._version, value, is_divided(gradient))
 
     @property
     def is_intact(self) -> bool:
         """Whether ``.grad`` is the same tensor with the same values."""
         if self.parameter.grad is not self.gradient:
             return False
-        if is_divided(self.gradient):  # whose version does not tell
+        if self.is_divided:
             return torch.equal(_entries(self.gradient), self.value)
         return self.gradient._version == self.version
 
@@ -87,7 +95,7 @@ class GradientWatch:
             if (gradient := parameter.grad) is not None and not gradient.is_sparse
         ]
         chosen = found if len(found) <= PROBES else [found[0], found[len(found) // 2], found[-1]]
-        self._probes = [_Probe(p, g, g._version, _entries(g).clone()) for p, g in chosen]
+        self._probes = [_Probe.of(*own) for own in chosen]
 
     def are_cleared(self) -> bool:
         """Return whether all gradients of the last pass were dropped or zeroed since."""
@@ -102,7 +110,7 @@ class GradientWatch:
             workers: The workers, who look at their rows together if gradients are divided.
         """
         probes = [probe for probe in self._probes if probe.parameter.grad is not None]
-        are_divided = any(is_divided(probe.gradient) for probe in probes)
+        are_divided = any(probe.is_divided for probe in probes)
         is_intact = all(probe.is_intact for probe in probes)
         if not probes or (is_intact and not are_divided):
             return None

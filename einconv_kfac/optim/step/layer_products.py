@@ -103,8 +103,7 @@ def pending_products(
     parameters, gradient = point
     names = [name for name, tensor in update.items() if tensor.numel()]
     followed = [name for name in names if name in momentum]
-    g, u, w = (real_vectors(own, names) for own in (gradient, update, parameters))
-    m = real_vectors(momentum, followed)
+    g, u, w, m = real_vectors(names, gradient, update, parameters, momentum)
     parts = [*_dots(followed, g, m), *_dots(names, g, u)]  # which change the order of names
     columns = [followed, names, followed, names, names]
     vectors = [v[name] for v, own in zip((m, u, w), columns[2:]) for name in own]
