@@ -12,9 +12,19 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, disable_saved_tensors_hooks, get_gradient_edge
 
 
+def load_forward_mode() -> bool:
+    """Make torch compile forward-mode formulas of rare operators; return if that was not done yet.
+
+    That takes a third of a second, which `make_dual` leaves out.
+    """
+    before = _load_forward_mode.cache_info().currsize
+    _load_forward_mode()
+    return not before
+
+
 @cache
-def load_forward_mode() -> None:
-    """Make torch compile its forward-mode formulas, and hide its warning about the compiler.
+def _load_forward_mode() -> None:
+    """Compile the formulas, and hide torch's warning about the compiler.
 
     The first dual number of a process calls ``torch.jit.script``, which warns with a
     ``DeprecationWarning``, and in the newest versions with a ``FutureWarning``.
@@ -22,6 +32,17 @@ def load_forward_mode() -> None:
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.filterwarnings("ignore", r".torch\.jit\.script.")
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
+
+
+def make_dual(value: Tensor, tangent: Tensor) -> Tensor:
+    """Return a value with a tangent, without `load_forward_mode`.
+
+    Operators that need it raise a ``NotImplementedError``.
+    """
+    level: int = forward_ad._current_level
+    make: Any = torch._VF._make_dual
+    found: Tensor = make(value, tangent, level=level)
+    return found
 
 
 def packs_saved_tensors() -> bool:

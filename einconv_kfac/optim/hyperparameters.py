@@ -30,6 +30,7 @@ GROUP_OVERRIDES = (
 """What a parameter group may set, as numbers."""
 _SCHEDULED = ("damping", "kl_clip", "max_step_norm", "factor_decay", "momentum")
 PERIODS = ("factor_update_period", "inverse_update_period")
+_FUNCTIONS = (*_SCHEDULED, *PERIODS)
 _OPTIONAL = ("damping", "kl_clip", "max_step_norm", "momentum")
 _FRACTIONS = ("factor_fraction", "curvature_fraction")
 _NUMBERS = ("lr", "weight_decay", *_SCHEDULED, *PERIODS, *_FRACTIONS)
@@ -132,9 +133,8 @@ class Hyperparameters:
 
     def at(self, step: int) -> Hyperparameters:
         """Return the numbers for a step, checked again."""
-        names = (*_SCHEDULED, *PERIODS)
-        values = {name: getattr(self, name) for name in names}
-        numbers = {n: value_at(n, value, step) for n, value in values.items() if callable(value)}
+        given = [(name, getattr(self, name)) for name in _FUNCTIONS]
+        numbers = {name: value_at(name, own, step) for name, own in given if callable(own)}
         return replace(self, **numbers) if numbers else self
 
     def with_overrides(self, group: Mapping[str, Any]) -> Hyperparameters:
@@ -153,7 +153,7 @@ class Hyperparameters:
         for name, value in given.items():
             if callable(value):
                 raise ValueError(f"`{name}` of a parameter group must be a number, got {value!r}.")
-        if {type(value) for value in (*given.values(), *vars(self).values())} <= _PLAIN:
+        if {type(value) for value in (*given.values(), *vars(self).values())} <= IMMUTABLE:
             return _overridden(self, **given)
         return replace(self, safeguard=False, **given)
 
@@ -179,7 +179,8 @@ _OWN = {entry.name for entry in fields(Hyperparameters)} - set(GROUP_OVERRIDES)
 """What the optimizer alone sets."""
 
 
-_PLAIN = frozenset({int, float, bool, str, type(None)})
+IMMUTABLE = frozenset({int, float, bool, str, type(None)})
+"""Types of numbers that never change in place."""
 
 
 @lru_cache(maxsize=64, typed=True)
@@ -204,9 +205,15 @@ class GroupSettings:
     own: Hyperparameters
     by_parameter: Mapping[str, Hyperparameters] = field(default_factory=dict)
 
-    def of(self, weight: str) -> Any:
-        """Return the numbers that hold for a parameter."""
-        return self.by_parameter.get(weight, self.own)
+    def numbers(self, name: str, weights: Mapping[str, str]) -> dict[str, Any]:
+        """Return a hyper-parameter of layers.
+
+        Args:
+            name: The hyper-parameter.
+            weights: The names of the layers' weights.
+        """
+        given, own = self.by_parameter, self.own
+        return {layer: getattr(given.get(w, own), name) for layer, w in weights.items()}
 
     def dampings(
         self, weights: Mapping[str, str], default: float, decay: Mapping[str, float]

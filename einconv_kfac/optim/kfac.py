@@ -21,7 +21,6 @@ from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.ownership import Sharing
 from einconv_kfac.optim.hyperparameters import Clip
 from einconv_kfac.optim.inverses.protocol import Inverse
-from einconv_kfac.optim.model_walk import named_parameters
 from einconv_kfac.optim.parameters import check_gaps, parameters_of
 from einconv_kfac.optim.pickling import rebuilt, temporary_tensors
 from einconv_kfac.optim.schedule import Schedule
@@ -259,7 +258,9 @@ class KFAC(CurvatureOptimizer):
         with workers.together():
             self._settle_()
             self._preconditioner.stored.divide_()
-            present = named_parameters(self._model)
+            tree = self._preconditioner.recorder.tree
+            tree.find_()
+            present = tree.parameters
             self._accept_assigned_(present)
             self._preconditioner.cover_unfrozen_(present)
             found = self._runner.run_(self)

@@ -6,7 +6,8 @@ generator for each module, which takes two to three times as long.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from operator import is_
 
 from torch import nn
 
@@ -50,3 +51,46 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 seen.add(id(parameter))
                 found[f"{name}.{key}" if name else key] = parameter
     return found
+
+
+class ModelTree:
+    """The modules and parameters of a model, found again only where one was added or replaced.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        modules: What `named_modules` returned when `find_` was called last.
+        parameters: What `named_parameters` returned then.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._entries: list[object] = []
+        self.modules: Mapping[str, nn.Module] = {}
+        self.parameters: Mapping[str, nn.Parameter] = {}
+        self.find_()
+
+    def find_(self) -> bool:
+        """Find modules and parameters; return whether one of them is new or at another place."""
+        entries = _entries(self.modules.values())
+        known = self._entries
+        if entries and len(entries) == len(known) and all(map(is_, entries, known)):
+            return False
+        self.modules = named_modules(self._model)
+        self.parameters = named_parameters(self._model)
+        self._entries = _entries(self.modules.values())
+        return True
+
+
+def _entries(modules: Iterable[nn.Module]) -> list[object]:
+    """Return names and objects of all that modules have themselves."""
+    entries: list[object] = []
+    for module in modules:
+        if children := module._modules:
+            entries += children.keys()
+            entries += children.values()
+        if parameters := module._parameters:
+            entries += parameters.keys()
+            entries += parameters.values()
+    return entries

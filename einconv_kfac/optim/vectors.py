@@ -23,6 +23,8 @@ Direction: TypeAlias = dict[str, Tensor]
 
 LARGEST_JOINED_ENTRIES = 1 << 14
 """Entries of a tensor up to which copying it costs less than starting an operation for it."""
+IN_FULL = frozenset({torch.float32, torch.float64})
+"""Real data types that are precise, see `precise`."""
 JOINED_ENTRIES = 1 << 20
 """Entries of a vector of several tensors: what is copied at a time."""
 
@@ -44,9 +46,13 @@ def entries(tensor: Tensor) -> Tensor:
     return flat if flat.dtype == dtype else flat.to(dtype)
 
 
-def real_vectors(direction: Direction, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the `entries` of some tensors of a direction."""
-    return {name: entries(direction[name]) for name in names}
+def real_vectors(names: Iterable[str], *directions: Direction) -> list[dict[str, Tensor]]:
+    """Return the `entries` of some tensors of each direction that has them."""
+    found: list[dict[str, Tensor]] = []
+    for direction in directions:
+        own = [(name, direction[name]) for name in names if name in direction]
+        found.append({n: t.flatten() if t.dtype in IN_FULL else entries(t) for n, t in own})
+    return found
 
 
 def inner(a: Direction, b: Direction, weights: Mapping[str, float] | None = None) -> Tensor:
@@ -239,17 +245,18 @@ def combination(
     """
     names, count = list(names), len(directions)
     result: Direction = {}
-    holders: dict[str, tuple[int, ...]] = dict.fromkeys(names, (0,))
+    groups: dict[tuple[int, ...], list[str]] = {(0,): names} if names else {}
     if count > 1:
         holders = {n: tuple(i for i in range(count) if n in directions[i]) for n in names}
-    for (first, *others), own in _grouped(holders).items():
+        groups = _grouped(holders)
+    for (first, *others), own in groups.items():
         terms = [directions[first][name] for name in own]
-        terms = [term.to(precise(term.dtype)) for term in terms]
+        terms = [t if t.dtype in IN_FULL else t.to(precise(t.dtype)) for t in terms]
         totals = list(torch._foreach_mul(terms, coefficients[first]))
         for i in others:
             torch._foreach_add_(totals, [directions[i][n] for n in own], alpha=coefficients[i])
         result.update(zip(own, totals))
-    return {name: result[name] for name in names}
+    return result if len(groups) == 1 else {name: result[name] for name in names}
 
 
 def scaled(direction: Direction, factors: Mapping[str, float]) -> Direction:
@@ -278,11 +285,6 @@ def multiplied(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor
 def layer_of(name: str) -> str:
     """Return the name of the module that a parameter belongs to."""
     return name.rpartition(".")[0]
-
-
-def layers_of(names: Iterable[str]) -> list[str]:
-    """Return the name of the module of each parameter."""
-    return [layer_of(name) for name in names]
 
 
 def by_layer(names: Iterable[str]) -> dict[str, list[str]]:

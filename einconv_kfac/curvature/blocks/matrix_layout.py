@@ -45,6 +45,8 @@ class Layout:
     bias_shape: tuple[int, ...] = ()
     parameters: tuple[str, ...] = field(init=False, repr=False, compare=False)
     shape: tuple[int, int, int] = field(init=False, repr=False, compare=False)
+    _is_in_order: bool = field(init=False, repr=False, compare=False)
+    _rows: tuple[int, int, int] = field(init=False, repr=False, compare=False)
     _permuted: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _order_from_end: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _inverse_from_end: tuple[int, ...] = field(init=False, repr=False, compare=False)
@@ -57,6 +59,8 @@ class Layout:
         derived = {
             "parameters": (self.weight,) if self.bias is None else (self.weight, self.bias),
             "shape": (g, co, prod(d) + (self.bias is not None)),
+            "_is_in_order": self.order == tuple(range(count)),
+            "_rows": (g, co, prod(d)),
             "_permuted": permuted,
             # counted from the last dimension, so that leading dimensions do not shift them
             "_order_from_end": tuple(dim - count for dim in self.order),
@@ -76,7 +80,10 @@ class Layout:
 
     def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
         """Return matrices ``[*v, g, co, d]`` as tensors ``[*v, *shape]`` by parameter name."""
-        return self._tensors(matrix if self.bias is None else matrix[..., :-1], matrix[..., -1])
+        if self.bias is None:
+            return self._tensors(matrix, None)
+        last = matrix.shape[-1] - 1
+        return self._tensors(matrix.narrow(-1, 0, last), matrix.select(-1, last))
 
     def is_transpose_of(self, other: Layout) -> bool:
         """Return whether the matrices are the transposes of another layout's, of one weight.
@@ -103,20 +110,24 @@ class Layout:
         """Return the weight as ``[*v, g, co, d]`` and the bias as ``[*v, g, co, 1]``."""
         weight = self._checked(tensors, self.weight, self.weight_shape)
         free = weight.shape[: weight.ndim - len(self.weight_shape)]
-        split = weight.reshape(*free, *self.split)
-        rows = split.permute(*range(len(free)), *self._order_from_end).flatten(len(free) + 2)
+        if self._is_in_order:
+            rows = weight.reshape(*free, *self._rows)
+        else:
+            split = weight.reshape(*free, *self.split)
+            rows = split.permute(*range(len(free)), *self._order_from_end).flatten(len(free) + 2)
         if self.bias is None:
             return rows, None
         bias = self._checked(tensors, self.bias, self.bias_shape)
         return rows, bias.reshape(*rows.shape[:-1], 1)
 
-    def _tensors(self, rows: Tensor, column: Tensor) -> dict[str, Tensor]:
+    def _tensors(self, rows: Tensor, column: Tensor | None) -> dict[str, Tensor]:
         """Return the tensors of a weight ``[*v, g, co, d]`` and a bias ``[*v, g, co]``."""
         free = rows.shape[:-3]
-        split = rows.reshape(*free, *self._permuted)
-        split = split.permute(*range(len(free)), *self._inverse_from_end)
-        result = {self.weight: split.reshape(*free, *self.weight_shape)}
-        if self.bias is not None:
+        if not self._is_in_order:
+            rows = rows.reshape(*free, *self._permuted)
+            rows = rows.permute(*range(len(free)), *self._inverse_from_end)
+        result = {self.weight: rows.reshape(*free, *self.weight_shape)}
+        if self.bias is not None and column is not None:
             result[self.bias] = column.reshape(*free, *self.bias_shape)
         return result
 

@@ -63,6 +63,11 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return torch.stack([multiply(a, b.mT) for a, b in zip(left, right)])
 
 
+def product_of_three(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
+    """Return the products ``left (middle right)``, see `product`."""
+    return product(left, product(middle, right))
+
+
 def add_matmul_(
     target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float, rows: int = 0
 ) -> None:

@@ -13,6 +13,7 @@ from einconv_kfac.curvature.objective.graph import Edge
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.reading import Reading, Values
 from einconv_kfac.curvature.objective.tail import Tail
+from einconv_kfac.torch_versions import make_dual
 
 
 @dataclass(frozen=True)
@@ -82,5 +83,4 @@ def _unpacked(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _dual(value: Tensor, tangent: Tensor) -> Tensor:
     """Return a value with a tangent."""
-    found: Tensor = forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
-    return found
+    return make_dual(value, tangent)

@@ -20,13 +20,13 @@ from einconv_kfac.optim.factors.curvature_state import (
     CURVATURE_STATE_VERSION,
     check_curvature_state,
     loaded_layers,
-    snapshot_of,
 )
+from einconv_kfac.optim.factors.layer_numbers import LayerNumbers
 from einconv_kfac.optim.factors.output_change import relative_change
 from einconv_kfac.optim.factors.ownership import DEFAULT_SHARING, Ownership, Sharing
-from einconv_kfac.optim.factors.preconditioning import preconditioned
+from einconv_kfac.optim.factors.preconditioning import Preconditioning
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
-from einconv_kfac.optim.factors.running import RunningFactors
+from einconv_kfac.optim.factors.running import RunningFactors, names_with_factors, snapshot_of
 from einconv_kfac.optim.hyperparameters import GroupSettings, Hyperparameters
 from einconv_kfac.optim.inverses.registry import kind_of
 from einconv_kfac.optim.model_walk import named_parameters
@@ -67,7 +67,7 @@ class RunningCurvature:
     ) -> None:
         self.layers: dict[str, RunningFactors] = {}
         self.steps = 0
-        self.settings = GroupSettings(settings)
+        self._numbers = LayerNumbers(self.layers, settings)
         self.loss_weight: Tensor | None = None  # of the averaged curvature, for the coming update
         self.estimator = estimator
         self._schedules, self.model = settings, unwrapped(model)
@@ -81,6 +81,7 @@ class RunningCurvature:
         self._ownership = Ownership.of(self.workers, sharing.divide_factors, in_background)
         work = self._kind, in_background, self.workers, self._ownership.owners
         self._refresh = Refresh(self.layers, *work)
+        self._preconditioning = Preconditioning(self.layers)
         self._parameters: Collection[str] | None = None
         self._known: dict[str, nn.Parameter] = {}  # when they were covered
         self._owners = owners_of(self.model)
@@ -140,20 +141,25 @@ class RunningCurvature:
 
     def without_factors(self, gradient: Direction) -> Direction:
         """Return the gradients that the coming step will not precondition."""
-        known = [n for n, own in self.layers.items() if own.has_factors]
-        layers = [self.layers[name].layer for name in {*known, *self.collector.moments}]
+        known = {*names_with_factors(self.layers), *self.collector.moments}
+        layers = [self.layers[name].layer for name in known]
         covered = {n for own in layers if own.weight in gradient for n in own.parameters}
         return {name: tensor for name, tensor in gradient.items() if name not in covered}
 
+    @property
+    def settings(self) -> GroupSettings:
+        """The hyper-parameters of the coming step."""
+        return self._numbers.settings
+
     def set_groups_(self, own: Hyperparameters, groups: Mapping[str, Hyperparameters]) -> None:
         """Set the hyper-parameters of a step: the optimizer's, and those of each parameter."""
-        self.settings = GroupSettings(own, groups)
+        self._numbers.set_(own, groups)
 
     def begin_(self) -> None:
         """Drop what was collected, and decide which layers the next step collects for."""
-        self.settings = GroupSettings(self._schedules.at(self.steps), self.settings.by_parameter)
-        own = self.layers.items()
-        work = {n: (r.factor_step, self._of(r).factor_update_period) for n, r in own}
+        self._numbers.set_(self._schedules.at(self.steps), self.settings.by_parameter)
+        periods = self._numbers.of("factor_update_period")
+        work = {n: (own.factor_step, periods[n]) for n, own in self.layers.items()}
         self.collector.begin_(due_names(self.steps, work), self._refresh.bases(), self.steps)
 
     def discard_(self) -> None:
@@ -171,12 +177,11 @@ class RunningCurvature:
         Raises:
             RuntimeError: If nothing was ever collected.
         """
-        found = [
-            Contribution(running := self.layers[name], moments, self._of(running).factor_decay)
-            for name, moments in self.collector.moments.items()
-        ]
-        workers = self.workers.size if self.loss_weight is None else 1
-        move_averages_(found, self.estimator, self.loss_weight, self.steps, workers)
+        if moments := self.collector.moments:
+            decays = self._numbers.of("factor_decay")
+            found = [Contribution(self.layers[n], m, decays[n]) for n, m in moments.items()]
+            workers = self.workers.size if self.loss_weight is None else 1
+            move_averages_(found, self.estimator, self.loss_weight, self.steps, workers)
         known = any(own.factor_step is not None for own in self.layers.values())
         if self.layers and not (known or self.collector.has_seen_loss):
             raise RuntimeError(NEVER_SEEN)
@@ -192,26 +197,23 @@ class RunningCurvature:
             RuntimeError: If a damped factor is singular. No inverse is changed then.
         """
         step = self.steps
-        self._refresh.refresh_(self._dampings(damping, decay), self._intervals(step), step)
+        own = intervals(step, self._numbers.of("inverse_update_period"))
+        self._refresh.refresh_(self._numbers.dampings(damping, decay), own, step)
 
     def set_damping_(self, damping: float, decay: Mapping[str, float]) -> None:
         """Set the damping where that is free, and recompute no inverse; see `refresh_`."""
-        self._refresh.set_damping_(self._dampings(damping, decay))
+        if not self._kind.damping_needs_decomposition:
+            self._refresh.set_damping_(self._numbers.dampings(damping, decay))
 
     def inverts(self, step: int | None = None) -> bool:
         """Return whether a step, by default the coming one, takes inverses that are new."""
         step = self.steps if step is None else step
-        return self._refresh.is_due(self._intervals(step), step)
+        return self._refresh.is_due(self._numbers.of("inverse_update_period"), step)
 
     @property
     def is_ordinary(self) -> bool:
         """Whether the coming step neither updates nor inverts factors."""
         return not self.collector.due and not self.inverts()
-
-    def _intervals(self, step: int) -> dict[str, int]:
-        """Return after how many steps inverses are due at a step, by layer."""
-        own = self.layers.items()
-        return intervals(step, {n: self._of(each).inverse_update_period for n, each in own})
 
     def trial_inverses(self, decay: Mapping[str, float]) -> Callable[[float], Inverses]:
         """Return a function that inverts with a damping; it raises like `refresh_`.
@@ -219,7 +221,7 @@ class RunningCurvature:
         Decompositions are shared where the kind of inverse allows it. For ``decay`` see there.
         """
         trial = self._refresh.trial()
-        return lambda damping: trial(self._dampings(damping, decay))
+        return lambda damping: trial(self._numbers.dampings(damping, decay))
 
     def use_(self, inverses: Inverses) -> None:
         """Take over inverses."""
@@ -232,20 +234,11 @@ class RunningCurvature:
             gradient: Gradients by parameter name.
             inverses: Inverses to use instead of the present ones.
         """
-        return preconditioned(self.layers, gradient, inverses)
+        return self._preconditioning.applied(gradient, inverses)
 
     def relative_change(self, update: Direction, parameters: Direction) -> Tensor:
         """Return the sum over layers of the relative changes of their outputs by an update."""
         return self._ownership.total(relative_change(self.layers.values(), update, parameters))
-
-    def _dampings(self, damping: float, decay: Mapping[str, float]) -> dict[str, float]:
-        """Return the dampings by layer, weight decay included."""
-        weights = {name: running.layer.weight for name, running in self.layers.items()}
-        return self.settings.dampings(weights, damping, decay)
-
-    def _of(self, running: RunningFactors) -> Any:
-        """Return the numbers that hold for a layer."""
-        return self.settings.of(running.layer.weight)
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of a constructor of what owns this curvature."""
@@ -267,7 +260,8 @@ class RunningCurvature:
 
         def restore() -> None:
             restore_layers()
-            self.steps, self.settings = steps, settings
+            self.steps = steps
+            self._numbers.restore_(settings)
             self.seed = self.collector.seed = seed
             self.begin_()
 

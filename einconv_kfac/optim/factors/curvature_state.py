@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from einconv_kfac.optim.arguments import shown
@@ -61,19 +61,6 @@ def loaded_layers(
     if states is None:
         return {name: own.anew() for name, own in layers.items()}
     return {name: own.loaded(states[name]) for name, own in layers.items()}
-
-
-def snapshot_of(layers: dict[str, RunningFactors]) -> Callable[[], None]:
-    """Return a function that restores layers, in the same dictionary."""
-    saved = {name: (own, own.snapshot()) for name, own in layers.items()}
-
-    def restore() -> None:
-        layers.clear()
-        for name, (own, snapshot) in saved.items():
-            own.restore_(snapshot)
-            layers[name] = own
-
-    return restore
 
 
 def _check_layers(layers: Mapping[str, RunningFactors], states: Any, kind: Kind) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from einconv_kfac.curvature.blocks.cholesky import Pair
 from einconv_kfac.distributed.workers import Workers
 from einconv_kfac.optim.arguments import communication_dtype_of, flag
-from einconv_kfac.optim.factors.running import RunningFactors
+from einconv_kfac.optim.factors.running import RunningFactors, names_with_factors
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Ownership:
 
     def _gathered(self, layers: Mapping[str, RunningFactors]) -> dict[str, Pair]:
         """Return the factors of all layers that have some."""
-        names = sorted(name for name, own in layers.items() if own.has_factors)
+        names = sorted(names_with_factors(layers))
         known = [(index, layers[name].factors) for index, name in enumerate(names)]
         found = {index: factors for index, factors in known if factors is not None}
         with self._workers.together():

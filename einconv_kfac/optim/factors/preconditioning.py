@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from operator import is_
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.batching import LARGEST_BATCHED_DIMENSION
@@ -17,28 +19,72 @@ from einconv_kfac.optim.vectors import Direction, precise
 
 AtHand: TypeAlias = tuple[Layer, LayerInverse]
 """A layer, and its inverse on the device of the gradients."""
+Stacks: TypeAlias = list[list[AtHand]]
+"""Layers that are preconditioned together."""
 
 
-def preconditioned(
-    layers: Mapping[str, RunningFactors],
-    gradient: Direction,
-    inverses: Mapping[str, Inverted] | None = None,
-) -> Direction:
-    """Return inverses times gradients, at least in float32, in the order of the gradients.
+class Preconditioning:
+    """Applies the inverses of layers to gradients.
+
+    Which layers are preconditioned together is decided again only where inverses have changed, or
+    names, data types or devices of gradients.
 
     Args:
-        layers: The layers, by name.
-        gradient: Gradients by parameter name. Where a layer's bias has none, zero stands for it.
-        inverses: Inverses by layer, instead of the present ones.
+        layers: The layers, by name; others may come.
     """
-    stacks: dict[Hashable, list[AtHand]] = defaultdict(list)
+
+    def __init__(self, layers: Mapping[str, RunningFactors]) -> None:
+        self._layers = layers
+        self._inverses: list[LayerInverse | None] = []
+        self._gradients: list[tuple[str, torch.dtype, torch.device]] = []
+        self._stacks: Stacks = []
+
+    def applied(
+        self, gradient: Direction, inverses: Mapping[str, Inverted] | None = None
+    ) -> Direction:
+        """Return inverses times gradients, at least in float32, in the order of the gradients.
+
+        Args:
+            gradient: Gradients by parameter name. Where a layer's bias has none, zero stands for
+                it.
+            inverses: Inverses by layer, instead of the present ones.
+        """
+        if inverses is None:
+            stacks = self._present_stacks(gradient)
+        else:
+            stacks = _stacks(self._layers, gradient, inverses)
+        result: Direction = {}
+        for stack in stacks:
+            apply = _applied if len(stack) == 1 else _applied_together
+            result.update(apply(stack, gradient))
+        return {name: result[name] for name in gradient if name in result}
+
+    def _present_stacks(self, gradient: Direction) -> Stacks:
+        """Return what is preconditioned together by the present inverses."""
+        given = [(name, own.dtype, own.device) for name, own in gradient.items()]
+        found = [running.inverse for running in self._layers.values()]
+        if self._gradients != given or not _are_same(self._inverses, found):
+            self._stacks = _stacks(self._layers, gradient, None)
+            self._inverses = [running.inverse for running in self._layers.values()]
+            self._gradients = given
+        return self._stacks
+
+
+def _are_same(known: Sequence[object], found: Sequence[object]) -> bool:
+    """Return whether two lists have the same objects."""
+    return len(known) == len(found) and all(map(is_, known, found))
+
+
+def _stacks(
+    layers: Mapping[str, RunningFactors],
+    gradient: Direction,
+    inverses: Mapping[str, Inverted] | None,
+) -> Stacks:
+    """Return what is preconditioned together; see `Preconditioning.applied`."""
+    found: dict[Hashable, list[AtHand]] = defaultdict(list)
     for layer, inverse in _at_hand(layers, gradient, inverses):
-        stacks[_form(layer, inverse, gradient)].append((layer, inverse))
-    result: Direction = {}
-    for stack in stacks.values():
-        apply = _applied if len(stack) == 1 else _applied_together
-        result.update(apply(stack, gradient))
-    return {name: result[name] for name in gradient if name in result}
+        found[_form(layer, inverse, gradient)].append((layer, inverse))
+    return list(found.values())
 
 
 def _at_hand(
@@ -71,8 +117,8 @@ def _applied(layers: Sequence[AtHand], gradient: Direction) -> Direction:
     ((layer, inverse),) = layers
     if not gradient.keys() >= set(layer.parameters):
         gradient = {**layer.zeros(), **gradient}
-    rows = layer.to_matrix(gradient)
-    return _precise(layer.from_matrix(inverse.apply(rows)), rows)
+    rows = layer.layout.to_matrix(gradient)
+    return _precise(layer.layout.from_matrix(inverse.apply(rows)), rows)
 
 
 def _applied_together(layers: Sequence[AtHand], gradient: Direction) -> Direction:

@@ -13,6 +13,7 @@ from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.background import Pending, begun, delay
 from einconv_kfac.optim.inverses.placement import Placement
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind
+from einconv_kfac.optim.schedule import is_due
 
 Inverses: TypeAlias = dict[str, Inverted]
 """Damped inverses of the layers that have factors, by name."""
@@ -76,9 +77,17 @@ class Refresh:
         for name, own in self._running.items():
             own.inverse = own.inverse and own.inverse.with_damping(dampings[name])
 
-    def is_due(self, intervals: Mapping[str, int], step: int) -> bool:
-        """Return whether `refresh_` has inverses to compute or to take over."""
-        return any(self._work(intervals, step))
+    def is_due(self, periods: Mapping[str, int], step: int) -> bool:
+        """Return whether `refresh_` has inverses to compute or to take over.
+
+        Args:
+            periods: The largest number of steps between two inversions, by layer.
+            step: The step.
+        """
+        running = self._running.items()
+        begun = [own.pending.due for _, own in running if own.pending is not None]
+        last = {(own.inverse_step, periods[n]) for n, own in running if own.pending is None}
+        return any(due <= step for due in begun) or any(is_due(step, *own) for own in last)
 
     def _work(
         self, intervals: Mapping[str, int], step: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -131,12 +131,8 @@ class RunningFactors:
             self.inverse = moved
         return moved
 
-    def snapshot(self) -> dict[str, Any]:
-        """Return everything that a step changes, for `restore_`."""
-        return dict(vars(self))
-
     def restore_(self, snapshot: dict[str, Any]) -> None:
-        """Take back what happened since a snapshot; an inverse that failed is due again."""
+        """Take back what happened since `snapshot_of`; an inverse that failed is due again."""
         vars(self).update(snapshot)
         if self.pending is not None and self.pending.found.has_failed:
             self.pending = None
@@ -217,3 +213,21 @@ class RunningFactors:
             times = pending["begun"], pending["due"]
             made.pending = Pending.of(*times, self.layer.name, found)
         return made
+
+
+def snapshot_of(layers: dict[str, RunningFactors]) -> Callable[[], None]:
+    """Return a function that restores layers, in the same dictionary."""
+    saved = {name: (own, dict(vars(own))) for name, own in layers.items()}
+
+    def restore() -> None:
+        layers.clear()
+        for name, (own, snapshot) in saved.items():
+            own.restore_(snapshot)
+            layers[name] = own
+
+    return restore
+
+
+def names_with_factors(layers: Mapping[str, RunningFactors]) -> list[str]:
+    """Return the names of layers that have factors, on this worker or on another."""
+    return [n for n, own in layers.items() if own.factors is not None or own._is_elsewhere]

@@ -12,7 +12,7 @@ from torch import Tensor
 from einconv_kfac.curvature.blocks.cholesky import invert_damped
 from einconv_kfac.curvature.blocks.diagonal_factor import times, times_on_right
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
-from einconv_kfac.curvature.devices.products import product
+from einconv_kfac.curvature.devices.products import product, product_of_three
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
 from einconv_kfac.optim.state_schema import NUMBER, Record, Schema, constant, tensor_of
 
@@ -37,7 +37,10 @@ class FactoredInverse(LayerInverse):
 
     def apply(self, rows: Tensor) -> Tensor:
         """See `LayerInverse`."""
-        return times(self.b, times_on_right(rows.to(self.a.dtype), self.a, product), product)
+        rows = rows.to(self.a.dtype)
+        if self.a.ndim == self.b.ndim == rows.ndim:  # none is kept as its diagonal
+            return product_of_three(self.b, rows, self.a)
+        return times(self.b, times_on_right(rows, self.a, product), product)
 
     @property
     def form(self) -> Hashable:

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from einconv_kfac.optim.model_walk import named_modules
-
 COPIED_ENTRIES = 1 << 16
 """Number of entries up to which a buffer is copied before every forward pass."""
 
@@ -42,11 +40,15 @@ class ChangingBuffers:
             if buffer.numel() <= COPIED_ENTRIES or name in self._large
         }
 
-    def compare_(self, model: nn.Module) -> None:
-        """Find the large buffers that the forward pass has changed; call it afterwards."""
+    def compare_(self, modules: Mapping[str, nn.Module]) -> None:
+        """Find the large buffers that the forward pass has changed; call it afterwards.
+
+        Args:
+            modules: The modules of the model by name.
+        """
         self._large |= {
             name
-            for name, buffer in _buffers(named_modules(model)).items()
+            for name, buffer in _buffers(modules).items()
             if buffer.numel() > COPIED_ENTRIES
             and self._before.get(name) != (id(buffer), buffer._version)
         }

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.distributed.stored import all_stored, graph_leaf, is_divided, local_of
+from einconv_kfac.distributed.stored import all_stored, graph_leaves, is_divided, local_of
 from einconv_kfac.distributed.workers import ALONE, Workers
-from einconv_kfac.optim.model_walk import named_modules, parameters_in
+from einconv_kfac.optim.model_walk import ModelTree
 from einconv_kfac.torch_versions import gradient_edge
 
 PROBES = 3
@@ -29,19 +29,27 @@ class _Probe:
         gradient: The tensor that ``.grad`` was.
         version: Its version.
         value: A copy of some of its entries.
+        is_divided: Whether it is a DTensor, whose version does not tell of changes.
     """
 
     parameter: nn.Parameter
     gradient: Tensor
     version: int
     value: Tensor
+    is_divided: bool
+
+    @staticmethod
+    def of(parameter: nn.Parameter, gradient: Tensor) -> _Probe:
+        """Return the present gradient of a parameter."""
+        value = _entries(gradient).clone()
+        return _Probe(parameter, gradient, gradient._version, value, is_divided(gradient))
 
     @property
     def is_intact(self) -> bool:
         """Whether ``.grad`` is the same tensor with the same values."""
         if self.parameter.grad is not self.gradient:
             return False
-        if is_divided(self.gradient):  # whose version does not tell
+        if self.is_divided:
             return torch.equal(_entries(self.gradient), self.value)
         return self.gradient._version == self.version
 
@@ -58,21 +66,18 @@ class GradientWatch:
     """Compares gradients at the end of a backward pass with those at the next pass or step.
 
     Args:
-        model: The model.
+        tree: The modules and parameters of the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, tree: ModelTree) -> None:
+        self._tree = tree
         self._probes: list[_Probe] = []
-        self._parameters: list[nn.Parameter] = []  # when the last pass began
 
     def lands(self) -> bool:
         """Return whether the backward pass that is running adds to the gradient of a parameter."""
-        self._parameters = parameters_in(named_modules(self._model).values())
-        return any(
-            parameter.requires_grad and _is_accumulated(graph_leaf(parameter))
-            for parameter in self._parameters
-        )
+        if _are_accumulated(self._tree.parameters.values()):
+            return True
+        return self._tree.find_() and _are_accumulated(self._tree.parameters.values())
 
     def look_after_pass_(self) -> None:
         """Look at the gradients at the end of the backward pass that is running.
@@ -86,11 +91,11 @@ class GradientWatch:
         """Look at gradients of up to `PROBES` parameters."""
         found = [
             (parameter, gradient)
-            for parameter in all_stored(self._parameters)
+            for parameter in all_stored(self._tree.parameters.values())
             if (gradient := parameter.grad) is not None and not gradient.is_sparse
         ]
         chosen = found if len(found) <= PROBES else [found[0], found[len(found) // 2], found[-1]]
-        self._probes = [_Probe(p, g, g._version, _entries(g).clone()) for p, g in chosen]
+        self._probes = [_Probe.of(*own) for own in chosen]
 
     def are_cleared(self) -> bool:
         """Return whether all gradients of the last pass were dropped or zeroed since."""
@@ -105,7 +110,7 @@ class GradientWatch:
             workers: The workers, who look at their rows together if gradients are divided.
         """
         probes = [probe for probe in self._probes if probe.parameter.grad is not None]
-        are_divided = any(is_divided(probe.gradient) for probe in probes)
+        are_divided = any(probe.is_divided for probe in probes)
         is_intact = all(probe.is_intact for probe in probes)
         if not probes or (is_intact and not are_divided):
             return None
@@ -159,9 +164,14 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten().double() for tensor in tensors])
 
 
-def _is_accumulated(parameter: nn.Parameter) -> bool:
+def _are_accumulated(parameters: Iterable[nn.Parameter]) -> bool:
     """Return whether the backward pass that is running adds to ``.grad`` of a parameter."""
+    return any(own.requires_grad and _is_accumulated(own) for own in graph_leaves(parameters))
+
+
+def _is_accumulated(leaf: Tensor) -> bool:
+    """Return whether the backward pass that is running adds to ``.grad`` of a tensor."""
     try:
-        return bool(torch._C._will_engine_execute_node(gradient_edge(parameter).node))
+        return bool(torch._C._will_engine_execute_node(gradient_edge(leaf).node))
     except RuntimeError:  # `torch.autograd.grad` by this parameter
         return False

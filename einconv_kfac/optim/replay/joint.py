@@ -90,6 +90,8 @@ def joined(batches: Sequence[Batch]) -> list[Batch]:
     Args:
         batches: Batches that can be replayed.
     """
+    if len(batches) == 1:
+        return list(batches)
     groups: list[tuple[set[int], list[Batch]]] = []
     for batch in batches:
         numbers = {forward.number for forward in batch.forwards}

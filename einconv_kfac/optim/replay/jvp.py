@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from einconv_kfac.optim.replay.environment import ONE_THREAD
 from einconv_kfac.optim.vectors import Direction, entries, precise, sum_of
-from einconv_kfac.torch_versions import load_forward_mode
+from einconv_kfac.torch_versions import load_forward_mode, make_dual
 
 Function: TypeAlias = Callable[[Direction], tuple[Tensor, ...]]
 """Returns outputs for parameters; those that are not given keep their values."""
@@ -43,8 +43,6 @@ def forward_products(
     Raises:
         NotImplementedError: If an operator has no forward mode, or one that fails.
     """
-    with ONE_THREAD:
-        load_forward_mode()
     found = []
     try:
         for direction in directions:
@@ -53,7 +51,11 @@ def forward_products(
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # or the function fails without tangents as well
-        raise NotImplementedError("Forward mode failed.") from error
+        with ONE_THREAD:
+            is_new = load_forward_mode()
+        if not is_new:
+            raise NotImplementedError("Forward mode failed.") from error
+        return forward_products(function, parameters, directions, with_gradients=with_gradients)
     return found[0][0], [tangents for _, tangents in found]
 
 
@@ -64,10 +66,7 @@ def _forward_product(
     own, scale = _in_range(direction, parameters)
     with ONE_THREAD, forward_ad.dual_level():
         duals = {
-            name: forward_ad.make_dual(  # type: ignore[no-untyped-call]
-                parameters[name].detach(), tangent
-            )
-            for name, tangent in own.items()
+            name: make_dual(parameters[name].detach(), tangent) for name, tangent in own.items()
         }
         parts = [
             forward_ad.unpack_dual(output)  # type: ignore[no-untyped-call]

@@ -29,6 +29,7 @@ from einconv_kfac.evaluate import contract_convolution
 from einconv_kfac.geometry import conv_geometry
 from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOutputs
 from einconv_kfac.optim.replay.substitution import Forwards
+from einconv_kfac.torch_versions import make_dual
 
 Forward: TypeAlias = Callable[..., Tensor]
 
@@ -181,5 +182,4 @@ def _parts(tensor: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 def _dual(value: Tensor, tangent: Tensor) -> Tensor:
     """Join value and tangent."""
-    dual: Tensor = forward_ad.make_dual(value, tangent)  # type: ignore[no-untyped-call]
-    return dual
+    return make_dual(value, tangent)

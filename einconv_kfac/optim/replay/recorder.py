@@ -25,7 +25,7 @@ from einconv_kfac.curvature.estimation.evaluation import Evaluation
 from einconv_kfac.curvature.losses.loss_registry import is_built_in
 from einconv_kfac.curvature.objective.outputs import losses_of
 from einconv_kfac.distributed.stored import graph_leaf
-from einconv_kfac.optim.model_walk import named_modules, parameters_in
+from einconv_kfac.optim.model_walk import ModelTree
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.buffers import ChangingBuffers
 from einconv_kfac.optim.replay.call_hooks import CallHooks, Hook, detach
@@ -60,6 +60,7 @@ class Recorder:
         keeps_outputs: Whether what a replay needs is kept: buffers, outputs of layers, losses as
             functions of outputs.
         keeps_layers: Whether outputs of layers are kept as well, which makes products cheaper.
+        tree: The modules and parameters of the model.
         gradients: Watches the gradients between backward passes and steps.
     """
 
@@ -85,7 +86,8 @@ class Recorder:
         self._buffers = ChangingBuffers()
         self._outputs: LayerOutputs | None = None  # of the call that is running
         self._running: nn.Module | None = None  # the module of that call
-        self.gradients = GradientWatch(model)
+        self.tree = ModelTree(model)
+        self.gradients = GradientWatch(self.tree)
         self._handles = self._attached()
         weakref.finalize(self, detach, self._handles)
 
@@ -184,8 +186,8 @@ class Recorder:
 
     def _kept(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         """Return what a replay of a call needs."""
-        modules = named_modules(self._model)
-        parameters = parameters_in(modules.values())
+        self.tree.find_()
+        modules, parameters = self.tree.modules, self.tree.parameters.values()
         copied = self._buffers.copied_(modules)
         return ModelCall(
             args,
@@ -213,7 +215,7 @@ class Recorder:
             self._running = self._outputs = None
             self._pending.end_(output)
             if self.keeps_outputs:
-                self._buffers.compare_(self._model)
+                self._buffers.compare_(self.tree.modules)
             if self._loss_fn is None:
                 for loss in losses_of(output):
                     self.observe_(loss, inner=True)

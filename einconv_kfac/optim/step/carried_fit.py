@@ -11,7 +11,6 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.joint import joined
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
 from einconv_kfac.optim.step.fit import Along, Fit
@@ -65,6 +64,7 @@ class CarriedFit:
         self._ratio = self._slope = 0.0
         self._kind: int | None = None
         self._size = 0
+        self._kinds = ObjectiveKinds()
 
     def keep_(self, objective: Objective, mix: Sequence[float], slope: float, bend: float) -> None:
         """Keep a fit.
@@ -77,21 +77,27 @@ class CarriedFit:
         """
         self.mix, self._slope = tuple(mix), slope
         self._ratio = -bend / slope if slope else 0.0
-        self._kind, self._size = kind_of(objective), size_of(objective.batches)
+        self._kind, self._size = self._kinds.of(objective)
 
     def mixed(
-        self, objective: Objective, directions: Sequence[Direction], followed: Direction
+        self,
+        objective: Objective,
+        directions: Sequence[Direction],
+        factor: float,
+        followed: Direction,
     ) -> CarriedMix | None:
         """Return the mix with the kept coefficients, or ``None`` where the objective is another.
 
         Args:
             objective: The objective.
-            directions: The descent directions.
+            directions: The descent directions, divided by a factor.
+            factor: The factor, 1 or -1.
             followed: The slow momentum, times learning rates.
         """
         if not self._is_for(objective, len(directions)):
             return None
-        mixed = combination(objective.parameters, self.mix, directions)
+        coefficients = [factor * coefficient for coefficient in self.mix]
+        mixed = combination(objective.parameters, coefficients, directions)
         point = objective.parameters, objective.gradient
         return CarriedMix(mixed, pending_products(point, followed, mixed))
 
@@ -121,9 +127,9 @@ class CarriedFit:
         """Return whether the coefficients hold for an objective with a number of directions."""
         if not (len(self.mix) == count and self._slope < 0 and 0 < self._ratio < math.inf):
             return False
-        size = size_of(objective.batches)
+        kind, size = self._kinds.of(objective)
         is_alike = size <= LARGEST_SHARE * self._size and self._size <= LARGEST_SHARE * size
-        return is_alike and kind_of(objective) == self._kind
+        return is_alike and kind == self._kind
 
     schema = Record(
         {
@@ -152,22 +158,32 @@ class CarriedFit:
         self._kind, self._size = state["kind"], state["size"]
 
 
-def kind_of(objective: Objective) -> int:
-    """Return a number that is the same for objectives with the same parts.
+class ObjectiveKinds:
+    """Numbers that are the same for objectives with the same parts.
 
-    These are the parameters, their relative learning rates and weight decays, and the losses.
+    These are the parameters, their relative learning rates and weight decays, and the losses. The
+    number is computed again only where one of them may have changed.
     """
+
+    def __init__(self) -> None:
+        self._settings: object = None
+        self._parts: object = None
+        self._kind = 0
+
+    def of(self, objective: Objective) -> tuple[int, int]:
+        """Return the number of an objective, and the number of entries of all its outputs."""
+        batches = joined(objective.batches)
+        losses = [(type(b.loss_model).__name__, len(b.outputs), b.parameters) for b in batches]
+        parts = [*objective.parameters], losses
+        if self._settings is not objective.by_parameter or self._parts != parts:
+            self._settings, self._parts = objective.by_parameter, parts
+            self._kind = _kind_of(objective, losses)
+        return self._kind, sum(output.numel() for b in batches for output in b.outputs)
+
+
+def _kind_of(objective: Objective, losses: Sequence[object]) -> int:
+    """Return a checksum of the parts of an objective."""
     largest = max(objective.rates.values()) or 1.0
     rates = [rate / largest for rate in objective.rates.values()]
-    losses = [
-        (type(b.loss_model).__name__, len(b.outputs), b.parameters)
-        for b in joined(objective.batches)
-    ]
     parts = [*objective.rates], rates, [*objective.decay.values()], losses
     return crc32(repr(parts).encode())
-
-
-def size_of(batches: Sequence[Batch]) -> int:
-    """Return the number of entries of the outputs of all batches."""
-    outputs: list[Tensor] = [output for batch in joined(batches) for output in batch.outputs]
-    return sum(output.numel() for output in outputs)

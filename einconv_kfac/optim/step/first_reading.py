@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
-from einconv_kfac.optim.factors.curvature_state import snapshot_of
+from einconv_kfac.optim.factors.running import snapshot_of
 from einconv_kfac.optim.replay.checks import check_weights
 from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.damping.damping_source import DampingSource

@@ -158,6 +158,8 @@ class Fit:
 
     def scaled(self, factor: float) -> Fit:
         """Return a multiple of the step."""
+        if factor == 1:
+            return self
         products = self.products
         if products is not None:
             products = scaled_products(products, factor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.sending import sent
-from einconv_kfac.optim.vectors import Direction, layers_of, norms, real_vectors
+from einconv_kfac.optim.vectors import Direction, layer_of, norms, real_vectors
 
 Vectors = Mapping[str, Tensor]
 """The entries of tensors, by parameter name."""
@@ -64,7 +64,7 @@ class PendingProducts:
         rows = {layer: [0.0] * len(self.columns) for layer in self.layers}
         found = iter(numbers)
         for index, names in enumerate(self.columns):
-            for layer, number in zip(layers_of(names), found):
+            for layer, number in zip(map(layer_of, names), found):
                 rows[layer][index] += number
         return {layer: LayerProducts(*row) for layer, row in rows.items()}
 
@@ -75,7 +75,7 @@ class PendingProducts:
         index = tuple(
             row * count + places[layer]
             for row, names in enumerate(self.columns)
-            for layer in layers_of(names)
+            for layer in map(layer_of, names)
         )
         sums = self.numbers.new_zeros(len(self.columns) * count)
         sums.index_add_(0, on_device(index, sums.device), self.numbers)
@@ -103,28 +103,23 @@ def pending_products(
     parameters, gradient = point
     names = [name for name, tensor in update.items() if tensor.numel()]
     followed = [name for name in names if name in momentum]
-    g, u, w = (real_vectors(own, names) for own in (gradient, update, parameters))
-    m = real_vectors(momentum, followed)
-    columns = (
-        (followed, _dots(followed, g, m)),
-        (names, _dots(names, g, u)),
-        (followed, _squares(followed, m)),
-        (names, _squares(names, u)),
-        (names, _squares(names, w)),
-    )
-    parts = [part for _, own in columns for part in own]
+    g, u, w, m = real_vectors(names, gradient, update, parameters, momentum)
+    parts = [*_dots(followed, g, m), *_dots(names, g, u)]  # which change the order of names
+    columns = [followed, names, followed, names, names]
+    vectors = [v[name] for v, own in zip((m, u, w), columns[2:]) for name in own]
+    squares = [torch.stack(norms(vectors)).double().square()] if vectors else []
     none = torch.zeros(0, dtype=torch.float64)
-    numbers = torch.cat([part.double() for part in parts]) if parts else none
-    return PendingProducts(
-        [*dict.fromkeys(layers_of(update))], [own for own, _ in columns], numbers
-    )
+    numbers = torch.cat([*(part.double() for part in parts), *squares]) if squares else none
+    return PendingProducts([*dict.fromkeys(map(layer_of, update))], columns, numbers)
 
 
 def _dots(names: list[str], a: Vectors, b: Vectors) -> Iterator[Tensor]:
     """Yield inner products in the order of names, which is changed: small tensors come last."""
     small = [name for name in names if b[name].numel() <= LARGEST_JOINED_ENTRIES]
     joined = small if len(small) > SMALLEST_COUNT else []
-    names[:] = [*(name for name in names if name not in set(joined)), *joined]
+    if joined:
+        others = set(names).difference(joined)
+        names[:] = [*(name for name in names if name in others), *joined]
     alone = names[: len(names) - len(joined)]
     if alone:
         yield torch.stack([torch.dot(a[name], b[name]) for name in alone])
@@ -139,12 +134,6 @@ def _dots(names: list[str], a: Vectors, b: Vectors) -> Iterator[Tensor]:
 def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """Return numbers on a device, to which they are sent once; the host does not wait."""
     return sent(torch.tensor(numbers), device)
-
-
-def _squares(names: Sequence[str], vectors: Vectors) -> Iterator[Tensor]:
-    """Yield squared norms, in float64."""
-    if names:
-        yield torch.stack(norms([vectors[name] for name in names])).double().square()
 
 
 def scaled_products(

@@ -196,31 +196,6 @@ def common_momentum(objective: Objective) -> float | None:
     return cast("float | None", value)
 
 
-def settings_by_parameter(
-    groups: Iterable[Mapping[str, Any]],
-    names: Mapping[nn.Parameter, str],
-    settings: Hyperparameters,
-) -> dict[str, Hyperparameters]:
-    """Return the hyper-parameters of each parameter's group, by name.
-
-    Args:
-        groups: Parameter groups.
-        names: Names of their parameters.
-        settings: The optimizer's hyper-parameters, which groups override.
-    """
-    own = [
-        (settings.with_overrides(_numbers(group, settings)), group["params"]) for group in groups
-    ]
-    return {names[parameter]: each for each, parameters in own for parameter in parameters}
-
-
-def _numbers(group: Mapping[str, Any], settings: Hyperparameters) -> Mapping[str, Any]:
-    """Return a parameter group without a learning rate that the host is not to read."""
-    if settings.capturable and isinstance(group["lr"], Tensor):
-        return {name: value for name, value in group.items() if name != "lr"}
-    return group
-
-
 def scaler_factor(
     batches: Sequence[Batch], scale: Tensor | None, sums: bool, workers: Workers = ALONE
 ) -> Tensor:
@@ -270,7 +245,8 @@ def memory_of(
     owners = zip(parameters, all_stored(parameters.values()))
     memory = stored.whole_states({name: state[owner] for name, owner in owners})
     for name, own in memory.items():
+        device, dtype = parameters[name].device, precise(parameters[name].dtype)
         for key, value in own.items():
-            if isinstance(value, Tensor):
-                own[key] = value.to(parameters[name].device, precise(parameters[name].dtype))
+            if isinstance(value, Tensor) and (value.dtype != dtype or value.device != device):
+                own[key] = value.to(device, dtype)
     return memory

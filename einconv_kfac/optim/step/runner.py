@@ -20,6 +20,7 @@ from einconv_kfac.optim.replay.batch import Batch, with_subsets
 from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.step.capturable import check_begun
 from einconv_kfac.optim.step.fallback import Fallback
+from einconv_kfac.optim.step.group_settings import SettingsByParameter
 from einconv_kfac.optim.step.late_check import LateCheck, restore_memory_
 from einconv_kfac.optim.step.objective import (
     Objective,
@@ -27,7 +28,6 @@ from einconv_kfac.optim.step.objective import (
     memory_of,
     on_gpu,
     scaler_factor,
-    settings_by_parameter,
     total_weight,
 )
 from einconv_kfac.optim.step.optimizer_state import restored_on_error
@@ -51,6 +51,9 @@ class StepRunner:
         names: Names of the model's parameters.
         sums: Whether the loss is a sum over examples, not a mean.
         late: The check of the last step; it is settled before another step is run.
+
+    Attributes:
+        by_parameter: Hyper-parameters of each parameter's group.
     """
 
     curvature: RunningCurvature
@@ -60,6 +63,10 @@ class StepRunner:
     names: Mapping[nn.Parameter, str]
     sums: bool
     late: LateCheck = field(default_factory=LateCheck)
+    by_parameter: SettingsByParameter = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_parameter", SettingsByParameter(self.names))
 
     def run_(self, optimizer: Optimizer) -> Found | None:
         """Take a step, and return it with norms of gradients; ``None`` if it was skipped.
@@ -69,7 +76,7 @@ class StepRunner:
         """
         curvature, steps = self.curvature, self.curvature.steps
         settings = self.settings.at(steps)
-        by_parameter = settings_by_parameter(optimizer.param_groups, self.names, settings)
+        by_parameter = self.by_parameter.of(optimizer.param_groups, settings)
         try:
             with curvature.stored.gathered(curvature.workers):
                 return self._run_(optimizer, settings, by_parameter)

@@ -11,7 +11,7 @@ from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
 from einconv_kfac.optim.step.layer_gains import LayerGains
 from einconv_kfac.optim.step.layer_products import LayerProducts, layer_products
 from einconv_kfac.optim.step.objective import Memory, Objective
-from einconv_kfac.optim.vectors import Direction, layers_of, scaled
+from einconv_kfac.optim.vectors import Direction, layer_of, scaled
 
 BUFFER = "slow_momentum"
 
@@ -92,7 +92,7 @@ class SlowMomentum:
             return weight
         shares = [
             (1 - weight) * remainders[layer] / (trust * rates[name])
-            for name, layer in zip(trained, layers_of(trained))
+            for name, layer in zip(trained, map(layer_of, trained))
         ]
         later = dict(zip(trained, torch._foreach_mul([*trained.values()], shares)))
         if known := [name for name in trained if name in momentum]:

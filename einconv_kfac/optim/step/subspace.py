@@ -14,6 +14,7 @@ from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
 from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.carried_fit import CarriedFit, CarriedMix
+from einconv_kfac.optim.step.descent import descents
 from einconv_kfac.optim.step.fit import Fit, Momentum
 from einconv_kfac.optim.step.layer_products import pending_products
 from einconv_kfac.optim.step.objective import Objective, on_gpu
@@ -21,7 +22,7 @@ from einconv_kfac.optim.step.pending_fit import PendingFit, SolvedFit
 from einconv_kfac.optim.step.quadratic_model import PendingModel, Products
 from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.step.slope_trust import SlopeTrust
-from einconv_kfac.optim.vectors import Direction, scaled
+from einconv_kfac.optim.vectors import Direction
 
 FIT_PERIOD = 10
 """Steps between two fits of the coefficients, which take a Jacobian-vector product for each
@@ -99,8 +100,8 @@ class SubspaceFit:
             covered: The preconditioned gradient of the parameters that have factors.
             followed: The slow momentum, times learning rates.
         """
-        directions = [descent(objective, d) for d in (covered, objective.others) if d]
-        mix = self._carried.mixed(objective, directions, followed)
+        ascents = [ascent for ascent in (covered, objective.others) if ascent]
+        mix = self._carried.mixed(objective, *descents(objective, ascents), followed)
         if mix is None or not (self._is_near or (self._is_close and on_gpu(objective))):
             return mix
         return replace(mix, change=self._change(objective, mix.direction))
@@ -290,9 +291,3 @@ class SubspaceFit:
 def _bound(objective: Objective) -> float:
     """Return the bound on the change of the layers' outputs."""
     return LARGEST_CHANGE if objective.settings.damping is None else GIVEN_CHANGE
-
-
-def descent(objective: Objective, ascent: Direction) -> Direction:
-    """Return the direction opposite to one; learning rates count relative to the largest one."""
-    largest = max(objective.rates.values()) or 1.0
-    return scaled(ascent, {name: -rate / largest for name, rate in objective.rates.items()})

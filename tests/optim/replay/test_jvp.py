@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.func import functional_call, jvp
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.jvp import forward_products
 from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
 
@@ -201,3 +204,45 @@ def test_a_model_that_does_not_repeat_itself_is_refused(forward_mode: bool) -> N
     with pytest.raises(RuntimeError, match="must repeat its output"):
         train_step(model, loss_fn, opt, image_batch())
     assert torch.equal(before, weights(model))
+
+
+def test_first_step_compiles_nothing() -> None:
+    """Torch's own `make_dual` compiles formulas of operators that hardly any model has."""
+    script = """
+import sys, torch
+from torch import nn
+from einconv_kfac import KFAC
+model, loss_fn = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), nn.CrossEntropyLoss()
+opt = KFAC(model, loss_fn)
+loss_fn(model(torch.eye(4)), torch.tensor([0, 1, 0, 1])).backward()
+opt.step()
+print([name for name in sys.modules if "decompositions_for_jvp" in name])
+"""
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert found.stdout.decode().strip() == "[]"
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_products_are_repeated_where_formulas_were_not_compiled(
+    is_new: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[bool] = []
+
+    def load() -> bool:
+        loaded.append(is_new and not loaded)
+        return loaded[-1]
+
+    def function(values: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        if not any(loaded):
+            raise NotImplementedError("Trying to use forward AD with an operator.")
+        return (values["w"] ** 2,)
+
+    monkeypatch.setattr("einconv_kfac.optim.replay.jvp.load_forward_mode", load)
+    point, direction = {"w": torch.tensor([3.0])}, {"w": torch.tensor([2.0])}
+    if is_new:
+        _, [(product,)] = forward_products(function, point, [direction])
+        assert product.item() == 12
+    else:
+        with pytest.raises(NotImplementedError):
+            forward_products(function, point, [direction])
+    assert len(loaded) == 1
