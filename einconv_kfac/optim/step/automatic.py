@@ -121,10 +121,8 @@ class AutomaticStep:
                 objective, followed, begun, is_due=is_due
             )
             self._slow.restart_(objective.memory, first.value, repeats=not self._agreement.noise)
-        steps = self._curvature.steps + 1
-        self._curvature.recorder.keeps_layers = momentum is not None or self._is_due(
-            objective, steps
-        )
+        is_next = momentum is not None or self._is_due(objective, self._curvature.steps + 1)
+        self._curvature.recorder.keeps_layers = is_next
         return taken
 
     def _carried_(
