@@ -161,28 +161,6 @@ class SubspaceFit:
             return not fit.is_bounded
         return fit.is_bounded or abs(fit.coefficients[0]) * numbers[-1] <= _bound(objective)
 
-    def full(
-        self,
-        objective: Objective,
-        directions: Sequence[Direction],
-        momentum: Momentum,
-        damping: float,
-        products: Products,
-    ) -> Fit:
-        """Return the best combination of descent directions and of the momentum.
-
-        The change of the layers' outputs is kept within `LARGEST_CHANGE`.
-
-        Args:
-            objective: The objective.
-            directions: The descent directions.
-            momentum: The momentum.
-            damping: The damping of the quadratic model.
-            products: The Jacobian-vector products that are known.
-        """
-        pending = self.begun(objective, directions, momentum, products)
-        return self.finished_(self.solved(pending, damping))
-
     def begun(
         self,
         objective: Objective,
@@ -190,7 +168,14 @@ class SubspaceFit:
         momentum: Momentum,
         products: Products,
     ) -> PendingFit:
-        """Ask for the quadratic model of a fit; see `full`."""
+        """Ask for the quadratic model of the best combination of directions and of the momentum.
+
+        Args:
+            objective: The objective.
+            directions: The descent directions.
+            momentum: The momentum.
+            products: The Jacobian-vector products that are known.
+        """
         spanned = self.spanned(objective, directions, momentum)
         model = PendingModel(objective, spanned, products)
         return PendingFit(objective, spanned, len(directions), momentum, products, model)
