@@ -38,7 +38,7 @@ _FLAGS = (
     *("adaptive", "nesterov", "decoupled_weight_decay", "safeguard", "maximize"),
     "capturable",
 )
-_FIXED_ONLY = ("nesterov", "decoupled_weight_decay", "max_step_norm", "kl_clip")
+_FIXED_ONLY = ("nesterov", "max_step_norm", "kl_clip")
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ class KFAC(CurvatureOptimizer):
             may set ``lr``, ``weight_decay``, ``momentum``, ``damping`` (of its layers' inverses),
             ``factor_decay`` and the two periods, as numbers.
         adaptive: Whether step size, momentum and damping are automatic. ``curvature_fraction`` and
-            ``safeguard`` need ``adaptive=True``; ``kl_clip``, ``max_step_norm``, ``nesterov`` and
-            ``decoupled_weight_decay`` need ``adaptive=False``.
+            ``safeguard`` need ``adaptive=True``; ``kl_clip``, ``max_step_norm`` and ``nesterov``
+            need ``adaptive=False``.
         momentum: Coefficient of the previous update; by default 0.9, or the slow momentum.
         damping: Multiple of the identity added to the curvature, in its units; by default 0.03
             if not ``adaptive``, otherwise set by the Levenberg-Marquardt rule. Another rule
@@ -93,7 +93,8 @@ class KFAC(CurvatureOptimizer):
         max_step_norm: Bound on the Euclidean norm of ``lr d``, before momentum; none by default.
         nesterov: Whether momentum is Nesterov's, as in ``torch.optim.SGD``.
         decoupled_weight_decay: Whether weight decay shrinks the parameters by ``lr`` times
-            itself and leaves gradient and curvature alone (Loshchilov and Hutter, 2019).
+            itself in every step and leaves gradient and curvature alone (Loshchilov and Hutter,
+            2019). Where ``lr`` is 1, values are smaller than those of AdamW.
         maximize: Whether the loss is maximised, as in torch's optimizers; with ``adaptive=True``
             write ``loss = optimizer.observe(-objective)`` instead.
         safeguard: Whether to evaluate the objective again after every step instead of every

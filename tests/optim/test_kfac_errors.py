@@ -37,11 +37,6 @@ WRONG_MODE: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"kl_clip": 1e-3}, "`kl_clip` must not be set when adaptive=True, got 0.001", FIXED),
     ({"max_step_norm": 1.0}, "`max_step_norm` must not be set when adaptive=True", FIXED),
     ({"nesterov": True}, "`nesterov` must not be set when adaptive=True, got True", FIXED),
-    (
-        {"decoupled_weight_decay": True},
-        "`decoupled_weight_decay` must not be set when adaptive=True",
-        FIXED,
-    ),
     ({**FIXED, "curvature_fraction": 0.5}, "`curvature_fraction` must be 1 when.*got 0.5", {}),
     ({**FIXED, "safeguard": True}, "`safeguard` must be False where adaptive=False", {}),
     ({"adaptive": False}, "`lr` must be given when adaptive=False, got None", {"lr": 0.1}),

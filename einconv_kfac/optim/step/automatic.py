@@ -16,6 +16,7 @@ from einconv_kfac.optim.step.asking_ahead import AskingAhead
 from einconv_kfac.optim.step.automatic_state import check_automatic_state
 from einconv_kfac.optim.step.damping.damping_source import DampingSource
 from einconv_kfac.optim.step.damping.rule import DampingRule
+from einconv_kfac.optim.step.decoupled_decay import decay_
 from einconv_kfac.optim.step.first_reading import Begun, FirstNumbers, FirstReading
 from einconv_kfac.optim.step.fit import Fit, Momentum
 from einconv_kfac.optim.step.guarded_momentum import GuardedMomentum
@@ -202,6 +203,7 @@ class AutomaticStep:
         coefficient = fit.mix[-1] if added is None else added
         if is_slow and added is None:
             coefficient = self._guarded.add_(objective, update, before, trust, fit.products)
+        decay_(objective, update)
         self._reduction.expect_(objective, before, self._agreement, steps)
         coefficient = coefficient if followed.direction else 0.0
         for name, tensor in update.items():

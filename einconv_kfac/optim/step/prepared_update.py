@@ -18,6 +18,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.devices.sending import sent
 from einconv_kfac.optim.step.carried_fit import CarriedMix
+from einconv_kfac.optim.step.decoupled_decay import decay_
 from einconv_kfac.optim.step.fit import Fit
 from einconv_kfac.optim.step.layer_products import LARGEST_JOINED_ENTRIES, on_device
 from einconv_kfac.optim.step.objective import Objective
@@ -138,6 +139,7 @@ class Preparation:
         """Take a step whose update was prepared; return the update, and numbers of the step."""
         rate, update = max(objective.rates.values()), prepared.update
         torch._foreach_add_([objective.parameters[name] for name in update], [*update.values()])
+        decay_(objective, update)
         trust, memory, products = self.trust.fraction, objective.memory, fit.scaled(rate).products
         assert products is not None
         coefficient = self.slow.keep_(memory, prepared.later, products, trust)

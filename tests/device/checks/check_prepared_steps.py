@@ -18,6 +18,7 @@ TOLERANCE = {"rtol": 1e-7, "atol": 1e-9}
 OPTIONS: dict[str, dict[str, Any]] = {
     "automatic": {},
     "decay": {"weight_decay": 1e-2},
+    "decoupled": {"weight_decay": 1e-2, "decoupled_weight_decay": True},
     "damping": {"damping": 0.3},
     "rates": {"lr": 0.5},
     "small-layers-joined": {"exclude": ["0"]},

@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "automatic": {},
     "automatic-decay": {"safeguard": True, "weight_decay": 1e-3},
+    "automatic-decoupled": {"decoupled_weight_decay": True, "weight_decay": 1e-2},
     "exact": {"inverse": "exact"},
     "ekfac": {"inverse": "ekfac"},
     "reduce": {"approximation": "reduce"},

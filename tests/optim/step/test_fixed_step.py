@@ -80,9 +80,7 @@ def test_the_norm_constraint_bounds_the_step(bound: float) -> None:
     assert opt.statistics()["clip"] == pytest.approx(factor)
 
 
-@pytest.mark.parametrize(
-    "option", [{"nesterov": True}, {"decoupled_weight_decay": True}, {"max_step_norm": 1.0}]
-)
+@pytest.mark.parametrize("option", [{"nesterov": True}, {"max_step_norm": 1.0}])
 def test_the_automatic_step_refuses_them(option: dict[str, Any]) -> None:
     (name,) = option
     with pytest.raises(ValueError, match=f"`{name}` must not be set when adaptive=True"):
