@@ -78,14 +78,13 @@ def own_memory_(optimizer: Optimizer, state: Mapping[str, Any], *, is_static: bo
     """Give the states of parameters, which torch has loaded, the form and the memory of a mode.
 
     ``torch.optim.Optimizer.load_state_dict`` rounds them to the parameters' data type, and shares
-    memory with the saved state. They are kept in float32 at least, and have memory of their own
-    where steps change it in place. There a count of steps is a tensor on the device, elsewhere a
-    number.
+    memory with the saved state, which another optimizer may change in place. They are kept in
+    float32 at least, and a count of steps as a number, or as a tensor on the device.
 
     Args:
         optimizer: The optimizer, which has loaded the state.
         state: The saved state.
-        is_static: Whether steps change the states in place.
+        is_static: Whether the device counts the steps.
     """
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -96,7 +95,7 @@ def own_memory_(optimizer: Optimizer, state: Mapping[str, Any], *, is_static: bo
             if key == COUNT_KEY:
                 count = value.clone() if isinstance(value, Tensor) else value
                 own[key] = count_on(device, count, is_static)
-            elif isinstance(value, Tensor) and (is_static or dtype != parameter.dtype):
+            elif isinstance(value, Tensor):
                 own[key] = value.to(device, dtype, copy=True)
 
 
