@@ -186,8 +186,8 @@ class KFAC(CurvatureOptimizer):
             maximize=maximize,
             capturable=capturable,
         )
-        self._fallback = Fallback.of(fallback, adaptive)
-        check_settings(settings, model, self._fallback, inverse_in_background)
+        self._fallback = Fallback.of(fallback, adaptive, settings.capturable)
+        check_settings(settings, model, inverse_in_background)
         self._strict, self._log_to = flag("strict", strict), callback("log_to", log_to)
         self._preconditioner = RunningCurvature(
             model,

@@ -16,6 +16,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "decoupled": {"decoupled_weight_decay": True, "weight_decay": 1e-2},
     "exact": {"inverse": "exact"},
     "ekfac": {"inverse": "ekfac"},
+    "adam": {"exclude": ["0"], "fallback": "adam"},
 }
 
 

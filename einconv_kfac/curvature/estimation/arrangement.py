@@ -65,6 +65,11 @@ class ArrangedCall:
         """Whether one row of calls stands for all examples together."""
         return self.layout == SCATTERED or (self.layout is None and not self.by_example)
 
+    def is_like(self, other: ArrangedCall) -> bool:
+        """Return whether the examples of another arrangement of the call are the same."""
+        own, theirs = ((a.layout, a.by_example, a.is_scattered) for a in (self, other))
+        return own == theirs
+
     def calls(self) -> list[LayerCall]:
         """Return the call as calls with ``[n, ...]``, or ``[1, ...]`` for all examples together."""
         like = torch.empty(self.call.y_shape, device="meta")
@@ -147,9 +152,30 @@ class Arrangement:
         """
         for call in calls:
             check_call(call)
-        signatures, examples = _signatures(calls, self.examples), self.examples
+        signatures = _signatures(calls, self.examples)
         self._find_(calls, signatures, asked)
-        known = self.layouts
+        return self._arranged(calls, signatures, self.layouts)
+
+    def guessed(self, calls: Sequence[LayerCall]) -> list[ArrangedCall] | None:
+        """Return calls with their usual layouts where these are not known.
+
+        They are as a rule those that `arranged_` returns, but the host waits for nothing; ``None``
+        if a call can have no layout.
+        """
+        signatures = _signatures(calls, self.examples)
+        usual = dict(self.layouts)
+        for index in self._new(calls):
+            call = calls[index]
+            if not (possible := candidates(call.x.shape, call.y_shape, self.examples)):
+                return None
+            usual[signatures[index]] = possible[0]
+        return self._arranged(calls, signatures, usual)
+
+    def _arranged(
+        self, calls: Sequence[LayerCall], signatures: Sequence[Signature], known: Layouts
+    ) -> list[ArrangedCall]:
+        """Return calls with known layouts; see `arranged_`."""
+        examples = self.examples
         scattered = {c.layer for c, s in zip(calls, signatures) if known.get(s) == SCATTERED}
         found = [
             known[signature] if signature in known else _guessed(call, examples, scattered)

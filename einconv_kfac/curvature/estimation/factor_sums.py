@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,11 @@ class FactorSums:
             size = batch_size(self._layer, group) if examples is None else examples
             self._terms += self._sharing.term_count(size, sum(self._positions(group)))
             self.inputs = self._input_factor(group, **_into(self.inputs, size))
+
+    def snapshot(self) -> Callable[[], None]:
+        """See `Moments`; the sum is copied, since inputs are added to it in place."""
+        known = {**vars(self), "inputs": None if self.inputs is None else self.inputs.clone()}
+        return lambda: vars(self).update(known)
 
     def add_gradients_(
         self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float

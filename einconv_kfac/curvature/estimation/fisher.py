@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
@@ -126,7 +126,7 @@ class FisherEstimator:
         if self.fisher == "forward-only":
             reached = reached_nodes(evaluation.outputs)
             used = [call for call in calls if call.output.node in reached]
-            self._add_inputs_(moments, arrangement.arranged_(used))
+            self._add_inputs_alone_(moments, used, arrangement)
             return
         sources, vectors = evaluation.outputs, self._roots(evaluation, generator)
         if self.fisher == "empirical":
@@ -183,6 +183,30 @@ class FisherEstimator:
                 raise scattered_rows(name)
             together = own[0].is_together
             moments[name].add_inputs_(calls, own[0].examples if together else None)
+
+    def _add_inputs_alone_(
+        self, moments: Mapping[str, Moments], calls: Sequence[LayerCall], arrangement: Arrangement
+    ) -> None:
+        """Add the inputs of calls of which no gradients are needed.
+
+        While the host waits for layouts, a GPU adds the inputs by the usual ones. Where those turn
+        out to be others, the inputs are added anew.
+        """
+        asked = arrangement.ask(calls)
+        guess = None if asked is None else arrangement.guessed(calls)
+        undo: list[Callable[[], None]] = []
+        if guess is not None:
+            undo = [moments[name].snapshot() for name in _by_layer(guess)]
+            try:
+                self._add_inputs_(moments, guess)
+            except (RuntimeError, ValueError):  # of layouts that may not be the calls' own
+                guess = None
+        arranged = arrangement.arranged_(calls, asked)
+        if guess is not None and all(a.is_like(b) for a, b in zip(guess, arranged)):
+            return
+        for restore in undo:
+            restore()
+        self._add_inputs_(moments, arranged)
 
     def add_weights_(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,9 @@ class Moments(Protocol):
             examples: The number of examples that each call represents, if it is not the size of
                 its input.
         """
+
+    def snapshot(self) -> Callable[[], None]:
+        """Return a function that takes back the inputs that are added from now on."""
 
     def add_gradients_(
         self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
@@ -108,6 +111,16 @@ class LayerMoments:
         """See `Moments`."""
         for sums, own, _ in self._by_use(calls, calls):
             sums.add_inputs_(own, examples)
+
+    def snapshot(self) -> Callable[[], None]:
+        """See `Moments`."""
+        undo = [sums.snapshot() for sums in self._sums.values()]
+
+        def restore() -> None:
+            for each in undo:
+                each()
+
+        return restore
 
     @torch.no_grad()
     def add_gradients_(

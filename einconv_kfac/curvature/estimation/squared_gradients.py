@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +69,11 @@ class SquaredGradients:
         a = torch.cat([self._columns(call) for call in calls], dim=-1)  # n g d s
         self._basis_is_pending = a.shape[-1] > channels
         self._inputs = a.mT if self._basis_is_pending else self._rotated_rows(a.mT)
+
+    def snapshot(self) -> Callable[[], None]:
+        """See `Moments`."""
+        known = dict(vars(self))
+        return lambda: vars(self).update(known)
 
     def _add_indices_(self, indices: Tensor, size: int) -> None:
         """Keep one-hot inputs, given by the entries ``[n, s]`` that are 1."""

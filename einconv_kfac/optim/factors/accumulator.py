@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from torch import Tensor
@@ -52,6 +52,18 @@ class LayerSums(LayerMoments):
         if self.squares is not None:
             self.squares.add_inputs_(calls, examples)
         self.seconds += perf_counter() - start
+
+    def snapshot(self) -> Callable[[], None]:
+        """See `Moments`."""
+        restore_sums = super().snapshot()
+        restore_squares = None if self.squares is None else self.squares.snapshot()
+
+        def restore() -> None:
+            restore_sums()
+            if restore_squares is not None:
+                restore_squares()
+
+        return restore
 
     def add_gradients_(
         self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float

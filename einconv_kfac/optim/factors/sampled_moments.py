@@ -42,6 +42,10 @@ class SampledMoments:
         size = batch_size(self._moments.layer, calls) if examples is None else examples
         self._moments.add_inputs_(self._chosen(calls), size)
 
+    def snapshot(self) -> Callable[[], None]:
+        """See `Moments`."""
+        return self._moments.snapshot()
+
     def add_gradients_(
         self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
     ) -> None:

@@ -9,9 +9,9 @@ are, and nobody reports it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -97,18 +97,24 @@ def check_capture(settings: Hyperparameters, curvature: RunningCurvature) -> Non
         )
 
 
-def check_begun(objective: Objective) -> None:
-    """Raise a ``RuntimeError`` if a captured step would begin something in each repetition."""
+def check_begun(objective: Objective, moments: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise a ``RuntimeError`` if a captured step would begin something in each repetition.
+
+    Args:
+        objective: The objective.
+        moments: What the fallback will keep, by parameter name.
+    """
     if not objective.finite.is_late:
         raise RuntimeError(
             "`step` must be without a gradient scaler to be captured in a CUDA graph, got one. "
             "Take it outside of the capture."
         )
     memory = objective.memory
-    if name := next((name for name in memory if MOMENTUM_BUFFER not in memory[name]), None):
+    needed = {name: {MOMENTUM_BUFFER, *moments.get(name, ())} for name in memory}
+    if name := next((name for name in memory if needed[name] - memory[name].keys()), None):
         raise RuntimeError(
             "`step` must have been taken with each parameter before it is captured in a CUDA "
-            f"graph, got '{name}' without momentum. Take a step outside of the capture."
+            f"graph, got '{name}' without momentum or averages. Take a step outside of the capture."
         )
 
 

@@ -8,9 +8,11 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from einconv_kfac.optim.arguments import choice
+from einconv_kfac.optim.factors.finiteness import Finiteness
+from einconv_kfac.optim.step.parameter_change import ParameterChange
+from einconv_kfac.optim.step.selection import or_others
 from einconv_kfac.optim.vectors import Direction, precise
 
 FallbackKind: TypeAlias = Literal["adam", "gradient"]
@@ -20,6 +22,8 @@ DECAYS_WITHOUT_MOMENTUM = (0.0, 0.999)
 quadratic model let parameters run away once the gradient had become small."""
 ADAM_EPSILON = 1e-8
 AVERAGES = ("exp_avg", "exp_avg_sq")
+COUNT_KEY = "step"
+"""Number of gradients in the averages of a parameter, in the optimizer's state."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Fallback:
             and Ba, 2015). They are kept in float32 at least; a complex parameter counts as its
             real and its imaginary part.
         decays: Decays of ``m`` and ``v``. With a first of 0, the direction is one of ascent.
+        is_static: Whether the averages stay where they are in memory, and the device counts the
+            steps, for CUDA graphs.
 
     Raises:
         ValueError: If it is another kind.
@@ -39,16 +45,17 @@ class Fallback:
 
     kind: FallbackKind
     decays: tuple[float, float] = ADAM_DECAYS
+    is_static: bool = False
 
     def __post_init__(self) -> None:
         choice("fallback", self.kind, get_args(FallbackKind))
 
     @staticmethod
-    def of(kind: FallbackKind | None, adaptive: bool) -> Fallback:
+    def of(kind: FallbackKind | None, adaptive: bool, is_static: bool) -> Fallback:
         """Return the fallback of a mode, of the mode's default kind for ``None``."""
         default: FallbackKind = "adam" if adaptive else "gradient"
         decays = DECAYS_WITHOUT_MOMENTUM if adaptive else ADAM_DECAYS
-        return Fallback(default if kind is None else kind, decays)
+        return Fallback(default if kind is None else kind, decays, is_static)
 
     def directions(
         self, gradient: Direction, memory: Mapping[str, dict[str, Any]]
@@ -61,8 +68,50 @@ class Fallback:
         """
         if self.kind == "gradient":
             return dict(gradient), {}
-        moments = {n: _moments(memory[n], g, self.decays) for n, g in gradient.items()}
+        moments = {n: self._moments(memory[n], g) for n, g in gradient.items()}
         return {name: _adam(own, self.decays) for name, own in moments.items()}, moments
+
+    def keep_(
+        self,
+        memory: Mapping[str, dict[str, Any]],
+        moments: Mapping[str, dict[str, Any]],
+        finite: Finiteness,
+    ) -> list[ParameterChange]:
+        """Keep the state that follows from `directions`, since the step is taken.
+
+        Args:
+            memory: The optimizer's state, by parameter name.
+            moments: The state that follows, by parameter name.
+            finite: Whether all numbers are finite.
+
+        Returns:
+            Changes of tensors that stay where they are.
+        """
+        old: list[Tensor] = []
+        new: list[Tensor] = []
+        for name, state in moments.items():
+            for key, value in state.items():
+                if self.is_static and key in memory[name]:
+                    old.append(memory[name][key])
+                    new.append(value)
+                else:
+                    memory[name][key] = value
+        if not old:
+            return []
+        return [
+            ParameterChange.replacing(old, or_others(new, old, finite) if finite.is_late else new)
+        ]
+
+    def _moments(self, state: Mapping[str, Any], gradient: Tensor) -> dict[str, Any]:
+        """Return the moving averages after one more gradient."""
+        count = state.get(COUNT_KEY, 0) + 1
+        new: dict[str, Any] = {COUNT_KEY: count_on(gradient.device, count, self.is_static)}
+        gradient = gradient.to(precise(gradient.dtype))
+        values = (gradient, _by_part(_square, gradient))
+        for name, decay, value in zip(AVERAGES, self.decays, values):
+            before = state[name] if name in state else torch.zeros_like(value)
+            new[name] = before.lerp(value, 1 - decay)
+        return new
 
     @property
     def has_momentum(self) -> bool:
@@ -70,43 +119,34 @@ class Fallback:
         return self.kind == "adam"
 
 
-def restore_precision_(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Take over the state of parameters in low precision again, in the precision it is kept in.
-
-    ``torch.optim.Optimizer.load_state_dict`` has rounded it to the parameters' data type.
+def count_on(device: torch.device, count: float | Tensor, is_static: bool) -> int | Tensor:
+    """Return a count of steps as a number, or as ``torch.optim.Adam`` has it on a device.
 
     Args:
-        optimizer: The optimizer, which has loaded the state.
-        state: The state.
+        device: The device.
+        count: The count.
+        is_static: Whether it is to be on the device.
     """
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, parameter in zip(numbers, parameters):
-        if (dtype := precise(parameter.dtype)) == parameter.dtype:
-            continue
-        for key, value in state["state"].get(number, {}).items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                optimizer.state[parameter][key] = value.to(parameter.device, dtype, copy=True)
-
-
-def _moments(
-    state: Mapping[str, Any], gradient: Tensor, decays: tuple[float, float]
-) -> dict[str, Any]:
-    """Return the moving averages after one more gradient."""
-    new: dict[str, Any] = {"step": state.get("step", 0) + 1}
-    gradient = gradient.to(precise(gradient.dtype))
-    for name, decay, value in zip(AVERAGES, decays, (gradient, _by_part(_square, gradient))):
-        before = state[name] if name in state else torch.zeros_like(value)
-        new[name] = before.lerp(value, 1 - decay)
-    return new
+    if not is_static:
+        return int(count)
+    if isinstance(count, Tensor):
+        return count.to(device, torch.float32)
+    return torch.full((), float(count), dtype=torch.float32, device=device)
 
 
 def _adam(moments: Mapping[str, Any], decays: tuple[float, float]) -> Tensor:
     """Return Adam's direction."""
-    mean, square = (
-        moments[name] / (1 - decay ** moments["step"]) for name, decay in zip(AVERAGES, decays)
-    )
+    count, averages = moments[COUNT_KEY], [moments[name] for name in AVERAGES]
+    corrections = [_correction(decay, count, averages[0].dtype) for decay in decays]
+    mean, square = (own / correction for own, correction in zip(averages, corrections))
     return _by_part(_normalized, mean, square)
+
+
+def _correction(decay: float, count: int | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """Return the sum of the weights in an average of a data type: ``1 - decay^count``."""
+    if not isinstance(count, Tensor):
+        return float(1 - decay**count)
+    return (1 - decay ** count.double()).to(dtype.to_real())
 
 
 def _square(gradient: Tensor) -> Tensor:

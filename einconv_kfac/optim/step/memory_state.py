@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from einconv_kfac.optim.arguments import shown
 from einconv_kfac.optim.hyperparameters import Hyperparameters
-from einconv_kfac.optim.state_schema import COUNT, Record, tensor_of
-from einconv_kfac.optim.step.fallback import AVERAGES
+from einconv_kfac.optim.state_schema import COUNT, Leaf, Record, tensor_of
+from einconv_kfac.optim.step.fallback import AVERAGES, COUNT_KEY, count_on
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
 from einconv_kfac.optim.step.slow_momentum import BUFFER
+from einconv_kfac.optim.vectors import precise
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -72,6 +74,31 @@ def check_memory(
         _schema(known[key]).check(f"state of '{names[known[key]]}'", own)
 
 
+def own_memory_(optimizer: Optimizer, state: Mapping[str, Any], *, is_static: bool) -> None:
+    """Give the states of parameters, which torch has loaded, the form and the memory of a mode.
+
+    ``torch.optim.Optimizer.load_state_dict`` rounds them to the parameters' data type, and shares
+    memory with the saved state, which another optimizer may change in place. They are kept in
+    float32 at least, and a count of steps as a number, or as a tensor on the device.
+
+    Args:
+        optimizer: The optimizer, which has loaded the state.
+        state: The saved state.
+        is_static: Whether the device counts the steps.
+    """
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters):
+        device, dtype = parameter.device, precise(parameter.dtype)
+        for key, value in state["state"].get(number, {}).items():
+            own = optimizer.state[parameter]
+            if key == COUNT_KEY:
+                count = value.clone() if isinstance(value, Tensor) else value
+                own[key] = count_on(device, count, is_static)
+            elif isinstance(value, Tensor):
+                own[key] = value.to(device, dtype, copy=True)
+
+
 def _pairs(groups: Groups, saved: Groups) -> Iterator[tuple[Any, nn.Parameter]]:
     """Yield the saved key of each parameter, and the parameter.
 
@@ -91,4 +118,17 @@ def _schema(parameter: Tensor) -> Record:
     """Return what the state of a parameter must be."""
     tensors = (MOMENTUM_BUFFER, BUFFER, *AVERAGES)
     entries = dict.fromkeys(tensors, tensor_of(parameter.shape))
-    return Record({**entries, "step": COUNT}, optional=True)
+    return Record({**entries, COUNT_KEY: _STEPS}, optional=True)
+
+
+def _is_count(value: Any) -> bool:
+    """Return whether a value is a count of steps, as a number or as a tensor."""
+    if not isinstance(value, Tensor):
+        return COUNT.holds(value)
+    if value.shape or not value.is_floating_point():
+        return False
+    number = float(value)
+    return number >= 0 and number.is_integer()
+
+
+_STEPS = Leaf("an integer that is not negative, or a floating-point tensor of one,", _is_count)

@@ -83,25 +83,17 @@ def _check_ascent(settings: Hyperparameters) -> None:
         )
 
 
-def check_settings(
-    settings: Hyperparameters, model: nn.Module, fallback: Fallback, in_background: bool
-) -> None:
+def check_settings(settings: Hyperparameters, model: nn.Module, in_background: bool) -> None:
     """Raise a ``ValueError`` if steps are asked for that cannot be taken.
 
     Args:
         settings: The hyper-parameters.
         model: The model.
-        fallback: How parameters without factors are trained.
         in_background: Whether a thread inverts.
     """
     _check_ascent(settings)
     if not settings.capturable:
         return
-    if fallback.has_momentum:
-        raise ValueError(
-            f"`fallback` must be 'gradient' when capturable=True, got {fallback.kind!r}, whose "
-            "steps are counted by the host. Leave `fallback` out."
-        )
     if in_background:
         raise ValueError(
             "`inverse_in_background` must be False when capturable=True, got True: a capture of "

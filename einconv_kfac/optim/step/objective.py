@@ -17,6 +17,7 @@ from einconv_kfac.optim.factors.finiteness import KNOWN, Finiteness
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.parameters import check_dense
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.step.fallback import COUNT_KEY
 from einconv_kfac.optim.vectors import Direction, precise, squared_norm, sum_of
 
 Memory: TypeAlias = Mapping[str, dict[str, Any]]
@@ -235,7 +236,7 @@ def memory_of(
 ) -> Memory:
     """Return the optimizer's state by parameter name, moved to its parameter's device and dtype.
 
-    The state of a parameter in low precision is kept in float32.
+    The state of a parameter in low precision is kept in float32, and so are counts of steps.
 
     Args:
         parameters: Parameters by name.
@@ -247,6 +248,7 @@ def memory_of(
     for name, own in memory.items():
         device, dtype = parameters[name].device, precise(parameters[name].dtype)
         for key, value in own.items():
-            if isinstance(value, Tensor) and (value.dtype != dtype or value.device != device):
-                own[key] = value.to(device, dtype)
+            kind = torch.float32 if key == COUNT_KEY else dtype
+            if isinstance(value, Tensor) and (value.dtype != kind or value.device != device):
+                own[key] = value.to(device, kind)
     return memory

@@ -17,8 +17,7 @@ from einconv_kfac.optim.factors.curvature_state import CURVATURE_STATE_VERSION, 
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.state_schema import Anything, Record
 from einconv_kfac.optim.step.carried_state import carry_, taken_out
-from einconv_kfac.optim.step.fallback import restore_precision_
-from einconv_kfac.optim.step.memory_state import check_groups, check_memory
+from einconv_kfac.optim.step.memory_state import check_groups, check_memory, own_memory_
 from einconv_kfac.optim.step.parameter_change import ParameterChange
 from einconv_kfac.optim.step.step_protocol import Step
 from einconv_kfac.optim.vectors import Direction
@@ -91,7 +90,7 @@ class OptimizerState:
             return others
 
         def load(_: Optimizer) -> None:
-            restore_precision_(optimizer, whole[0])
+            own_memory_(optimizer, whole[0], is_static=self.settings.capturable)
             self.curvature.load_state_dict(found[0]["preconditioner"])
             self.step.load_state_dict(found[0][self.step.mode], self._present())
 

@@ -213,16 +213,15 @@ class StepRunner:
         if self._may_be_late(optimizer, objective):
             finite.be_late_()
         if is_capturing():
-            check_begun(objective)
+            check_begun(objective, moments)
         before = {name: dict(own) for name, own in memory.items() if finite.is_late}
         taken = self.step.take_(objective)
-        for name, state in moments.items():
-            memory[name].update(state)
+        kept = self.fallback.keep_(memory, moments, finite)
         if finite.is_late and not self.settings.capturable:
             undo_ = restore_memory_(memory, before, finite)
             self.late.prepare_(undo_, self._take_back_)
         curvature.stored.keep_(optimizer.state, point.parameters, memory)
-        return taken
+        return replace(taken, changes=[*taken.changes, *kept])
 
     def _stored(self, parameters: Direction) -> list[ParameterChange]:
         """Return the change of what is stored of parameters where that is not all of them."""

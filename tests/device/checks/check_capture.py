@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ekfac": {"inverse": "ekfac"},
     "no-momentum": {"momentum": 0.0, "kl_clip": None},
     "excluded": {"exclude": ["0"]},
+    "adam": {"exclude": ["0"], "fallback": "adam", "weight_decay": 1e-2},
 }
 RATES: dict[str, Callable[[], Any]] = {
     "number": lambda: 0.1,
@@ -119,7 +120,14 @@ def tensors_of(model: nn.Module, opt: Any) -> list[Tensor]:
     return [held(tensor.detach()).clone() for tensor in (*model.parameters(), *memory)]
 
 
-@pytest.mark.parametrize("options", [{}, {"nesterov": True, "decoupled_weight_decay": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nesterov": True, "decoupled_weight_decay": True},
+        {"fallback": "adam", "exclude": ["1"]},
+    ],
+)
 @pytest.mark.parametrize("is_captured", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_device_leaves_out_steps_that_are_not_finite(
@@ -187,6 +195,20 @@ def test_what_cannot_be_captured_is_refused(options: dict[str, Any], match: str)
             opt.step()
         assert opt.state_dict()["kfac"]["preconditioner"]["steps"] == counted
         assert all(map(torch.equal, before, [held(p.detach()) for p in model.parameters()]))
+
+
+def test_averages_that_a_capture_would_begin_are_refused() -> None:
+    """As with a state of an optimizer that had none."""
+    with simulated():
+        model, (x, y) = to_device(network()), map(to_device, batches(1)[0])
+        known = late(model, lr=0.1, exclude=["0"])
+        step(model, known, x, y)
+        opt = late(model, lr=0.1, exclude=["0"], fallback="adam")
+        opt.load_state_dict(known.state_dict())
+        opt.loss_fn(model(x), y).backward()
+        graph = torch.cuda.graph(torch.cuda.CUDAGraph())
+        with pytest.raises(RuntimeError, match=r"got '0.weight' without .* averages"), graph:
+            opt.step()
 
 
 @pytest.mark.parametrize("inverse", ["factored", "exact", "ekfac"])

@@ -64,6 +64,58 @@ class Unused(nn.Module):
         return y
 
 
+class TimeFirst(nn.Module):
+    """A model that has as many positions as a batch of 16 has examples, and has them first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(12, 8).double(), nn.Linear(8, 10).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(len(x), 16, 12).transpose(0, 1)
+        y: Tensor = self.last(self.inner(rows).tanh().mean(0))
+        return y
+
+
+@pytest.mark.parametrize("build", [network, TimeFirst])
+@pytest.mark.parametrize("inverse", ["factored", "exact"])
+@pytest.mark.parametrize("options", [{}, {"adaptive": False, "lr": 0.1}])
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("sizes", [(16,), (8, 16)])
+def test_layouts_without_gradients_are_no_wait_of_their_own(
+    build: Any, inverse: str, options: dict[str, Any], approximation: str, sizes: tuple[int, ...]
+) -> None:
+    """Also where they are not the usual ones, in the first batch of a step or in a later one."""
+    given = {"fisher": "forward-only", "approximation": approximation, "inverse": inverse}
+    torch.manual_seed(0)
+    here = build()
+    there = copy.deepcopy(here)
+    pairs = [
+        [(x[:size], y[:size]) for size, (x, y) in zip(sizes, data)]
+        for data in (batches(2), batches(4)[2:])
+    ]
+    own = optimizer(here, **given, **options)
+    for pair in pairs:
+        own.zero_grad()
+        for x, y in pair:
+            own.loss_fn(here(x), y).backward()
+        own.step()
+    with simulated() as record:
+        there = to_device(there)
+        other = optimizer(there, **given, **options)
+        for pair in pairs:
+            parts = [(to_device(x), to_device(y)) for x, y in pair]
+            other.zero_grad()
+            record.reset()
+            for x, y in parts:
+                other.loss_fn(there(x), y).backward()
+            other.step()
+            assert not record.mixtures
+            assert record.waited <= 1 + (inverse == "exact"), record.waits
+        for p, q in zip(here.parameters(), there.parameters()):
+            torch.testing.assert_close(held(q.detach()), p.detach(), **TOLERANCE)
+
+
 @pytest.mark.parametrize("build", [network, Detached, Unused])
 @pytest.mark.parametrize("options", [{}, {"safeguard": True}, {"weight_decay": 1e-2}])
 def test_it_is_that_of_the_processor(build: Any, options: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"decoupled_weight_decay": True, "weight_decay": 0.1, "max_step_norm": 0.05},
     {"kl_clip": None, "momentum": 0.0, "maximize": True},
     {"exclude": ["0"], "inverse": "exact"},
+    {"exclude": ["0"], "fallback": "adam", "weight_decay": 1e-2},
 ]
 SEEDS = range(6)
 
@@ -83,7 +84,9 @@ def test_groups_may_have_rates_of_their_own() -> None:
         torch.testing.assert_close(other, own, rtol=1e-6, atol=1e-8)  # 0.01 is in float32
 
 
-def copied(model: nn.Module, loss_fn: nn.Module, opt: KFAC, how: str) -> tuple[Any, Any, Any]:
+def copied(
+    model: nn.Module, loss_fn: nn.Module, opt: KFAC, how: str, **options: Any
+) -> tuple[Any, Any, Any]:
     if how == "pickle":
         found: tuple[Any, Any, Any] = pickle.loads(pickle.dumps((model, loss_fn, opt)))
         return found
@@ -93,15 +96,19 @@ def copied(model: nn.Module, loss_fn: nn.Module, opt: KFAC, how: str) -> tuple[A
     torch.save(opt.state_dict(), file)
     file.seek(0)
     again, other = copy.deepcopy(model), nn.CrossEntropyLoss()
-    made = KFAC(again, other, lr=torch.tensor(9.0), capturable=True, **FIXED)
+    made = KFAC(again, other, lr=torch.tensor(9.0), capturable=True, **FIXED, **options)
     made.load_state_dict(torch.load(file, weights_only=True))
     return again, other, made
 
 
+ADAM = {"exclude": ["0"], "fallback": "adam"}
+
+
+@pytest.mark.parametrize("options", [{}, ADAM])
 @pytest.mark.parametrize("how", ["pickle", "deepcopy", "state_dict"])
-def test_copies_go_on_as_the_original(how: str) -> None:
-    own = trained(torch.tensor(0.05, dtype=torch.float64), capturable=True)
-    other = copied(*own, how)
+def test_copies_go_on_as_the_original(how: str, options: dict[str, Any]) -> None:
+    own = trained(torch.tensor(0.05, dtype=torch.float64), capturable=True, **options)
+    other = copied(*own, how, **options)
     assert torch.equal(other[2].param_groups[0]["lr"], own[2].param_groups[0]["lr"])
     assert other[2].param_groups[0]["lr"] is not own[2].param_groups[0]["lr"]
     for model, loss_fn, opt in (own, other):
@@ -122,6 +129,88 @@ def test_a_step_that_is_not_finite_is_left_out_and_counts() -> None:
         opt.step()
     assert all(map(torch.equal, before, model.parameters()))
     assert opt.state_dict()["kfac"]["preconditioner"]["steps"] == 1007
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_averages_of_a_step_that_is_not_finite_stay(value: float) -> None:
+    model, loss_fn, opt = trained(0.05, capturable=True, **ADAM)
+    owned = [own for own in opt.state.values() if "exp_avg" in own]
+    tensors = [own[key] for own in owned for key in ("step", "exp_avg", "exp_avg_sq")]
+    before = [tensor.clone() for tensor in tensors]
+    x, y = image_batch(seed=0)
+    loss_fn(model(x.double()), y).mul(value).backward()
+    opt.step()
+    assert all(map(torch.equal, before, tensors))
+    train_step(model, loss_fn, opt, (x.double(), y))
+    assert [int(own["step"]) for own in owned] == [7] * len(owned)
+    assert all(own["exp_avg"] is tensor for own, tensor in zip(owned, tensors[1::3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("from_capturable", [False, True])
+def test_states_load_in_the_other_mode(dtype: torch.dtype, from_capturable: bool) -> None:
+    """A count of steps is a number or a tensor, and training goes on in the same way."""
+    results = []
+    for changes in (False, True):
+        model, loss_fn = conv_net().to(dtype), nn.CrossEntropyLoss()
+        given = {"lr": 0.05, **FIXED, **ADAM}
+        opt = KFAC(model, loss_fn, capturable=from_capturable, **given)
+        for seed in range(8):
+            if changes and seed == 4:
+                saved = opt.state_dict()
+                opt = KFAC(model, loss_fn, capturable=not from_capturable, **given)
+                opt.load_state_dict(saved)
+            x, y = image_batch(seed=seed)
+            train_step(model, loss_fn, opt, (x.to(dtype), y))
+        results.append([p.detach() for p in model.parameters()])
+        counts = [own["step"] for own in opt.state.values() if "step" in own]
+        assert len(counts) == 2
+        for count in counts:
+            assert count == 8
+            assert isinstance(count, torch.Tensor) == (from_capturable != changes)
+            if isinstance(count, torch.Tensor):
+                assert (count.dtype, count.shape) == (torch.float32, ())
+    for own, other in zip(*results):
+        torch.testing.assert_close(other, own)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_loaded_state_has_memory_of_its_own(capturable: bool) -> None:
+    own = trained(0.05, capturable=True, **ADAM)
+    model, loss_fn = copy.deepcopy(own[:2])
+    opt = KFAC(model, loss_fn, lr=0.05, capturable=capturable, **FIXED, **ADAM)
+    opt.load_state_dict(own[2].state_dict())
+    before = copy.deepcopy([*opt.state.values()])
+    x, y = image_batch(seed=20)
+    train_step(*own, (x.double(), y))
+    for state, known in zip(opt.state.values(), before):
+        assert all(torch.equal(*map(torch.as_tensor, (state[key], known[key]))) for key in known)
+
+
+@pytest.mark.parametrize("count", [-1.0, 0.5, float("nan"), float("inf")])
+def test_counts_that_cannot_be_are_refused(count: float) -> None:
+    _, _, opt = trained(0.05, capturable=True, **ADAM)
+    state = opt.state_dict()
+    next(own for own in state["state"].values() if "step" in own)["step"] = torch.tensor(count)
+    with pytest.raises(ValueError, match="an integer that is not negative, or a"):
+        opt.load_state_dict(state)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
+def test_parameters_without_factors_are_trained_as_by_torch(weight_decay: float) -> None:
+    model, loss_fn = model_of()
+    other = copy.deepcopy(model)
+    given = {"exclude": [type(m) for m in model], "fallback": "adam", "capturable": True}
+    opt = KFAC(model, loss_fn, lr=0.01, weight_decay=weight_decay, **FIXED, **given)
+    adam = torch.optim.Adam(other.parameters(), lr=0.01, weight_decay=weight_decay)
+    for seed in range(30):
+        x, y = image_batch(seed=seed)
+        train_step(model, loss_fn, opt, (x.double(), y))
+        adam.zero_grad()
+        loss_fn(other(x.double()), y).backward()
+        adam.step()
+    for p, q in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
 class Replayed:
@@ -163,7 +252,6 @@ def test_only_capturable_steps_are_replayed() -> None:
         ({"damping": lambda step: 0.1}, "`damping` must be a number when capturable=True"),
         ({"momentum": lambda step: 0.1}, "`momentum` must be a number when capturable=True"),
         ({"kl_clip": lambda step: 0.1}, "`kl_clip` must be a number when capturable=True"),
-        ({"fallback": "adam"}, "`fallback` must be 'gradient' when capturable=True, got 'adam'"),
         ({"inverse_in_background": True}, "`inverse_in_background` must be False when capturable"),
         ({"capturable": 1.5}, "`capturable` must be"),
         ({"lr": torch.tensor(-0.1)}, "`lr` must be a number"),
