@@ -64,6 +64,8 @@ class LayerRule(ABC):
             ``A`` of ``"expand"`` is then diagonal.
         weight: Name of the weight in the module.
         bias: Name of the bias in the module, if it has one.
+        has_own_scale: Whether the factors of such layers, and of layers before them, may be off by
+            a factor of their own, for which the automatic step has a coefficient.
         has_free_positions: Whether positions may have any number of dimensions between those of
             examples and features.
         revealed: Types of submodules whose hooks the module bypasses unless it is watched.
@@ -72,6 +74,7 @@ class LayerRule(ABC):
     kinds: ClassVar[tuple[Kind, ...]] = ()
     examples: ClassVar[tuple[LayerExample, ...]] = ()
     preconditioned = True
+    has_own_scale = False
     has_free_positions = False
     one_hot = False
     weight, bias = "weight", "bias"

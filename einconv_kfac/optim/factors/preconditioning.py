@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import TypeAlias
 
@@ -68,6 +68,32 @@ class Preconditioning:
             self._inverses = [running.inverse for running in self._layers.values()]
             self._gradients = given
         return self._stacks
+
+
+def scaled_apart(layers: Iterable[Layer]) -> frozenset[str]:
+    """Return the parameters up to the last layer whose factors may be off by a factor of their own.
+
+    Args:
+        layers: The layers of a model, in the order in which it defines them, which is taken to be
+            that of their calls.
+    """
+    names: list[str] = []
+    apart: frozenset[str] = frozenset()
+    for layer in layers:
+        names += layer.parameters
+        if layer.rule.has_own_scale:
+            apart = frozenset(names)
+    return apart
+
+
+def by_scale(direction: Direction, apart: Collection[str]) -> list[Direction]:
+    """Return the parts of a direction that have coefficients of their own, without empty ones."""
+    if not apart:
+        return [direction] if direction else []
+    parts: list[Direction] = [{}, {}]
+    for name, tensor in direction.items():
+        parts[name in apart][name] = tensor
+    return [part for part in parts if part]
 
 
 def _are_same(known: Sequence[object], found: Sequence[object]) -> bool:

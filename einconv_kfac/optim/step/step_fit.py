@@ -156,4 +156,5 @@ class StepFit:
     def _directions(self, objective: Objective, inverses: Inverses | None) -> list[Direction]:
         """Return the descent directions, with given inverses or the present ones."""
         covered = self._curvature.precondition(objective.gradient, inverses)
-        return [descent(objective, own) for own in (covered, objective.others) if own]
+        ascents = [*self._curvature.by_scale(covered), objective.others]
+        return [descent(objective, ascent) for ascent in ascents if ascent]

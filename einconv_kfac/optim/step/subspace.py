@@ -100,7 +100,8 @@ class SubspaceFit:
             covered: The preconditioned gradient of the parameters that have factors.
             followed: The slow momentum, times learning rates.
         """
-        ascents = [ascent for ascent in (covered, objective.others) if ascent]
+        ascents = [*self._curvature.by_scale(covered), objective.others]
+        ascents = [ascent for ascent in ascents if ascent]
         mix = self._carried.mixed(objective, *descents(objective, ascents), followed)
         if mix is None or not (self._is_near or (self._is_close and on_gpu(objective))):
             return mix

@@ -46,10 +46,14 @@ class RecurrentRule(LinearRule):
     Those of padded sequences have one more entry, see `recurrent_steps`. With ``"reduce"``, the
     steps of weights with a call for each are averaged over the longest sequence.
 
+    The approximation leaves out how steps depend on each other. So it may be off by a factor as
+    large as their number, also for layers whose gradients come through these.
+
     Args:
         weight: Its name.
     """
 
+    has_own_scale = True
     kinds = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
     examples = (
         LayerExample(lambda: _Inputs(nn.GRU(4, 3, batch_first=True)), (3, 2, 4)),
