@@ -215,10 +215,10 @@ class Collector:
             evaluation: The batch.
             calls: The calls of all layers that are due.
         """
-        counts = Counter(call.layer for call in calls)
+        counts = Counter((call.layer, call.has_parameters) for call in calls)
         kind = len(evaluation.outputs), *sorted(counts.items())
         if kind not in self._past:
-            known = [self._layers[name] for name in counts]
+            known = [self._layers[name] for name in {name for name, _ in counts}]
             layers = [own for own in known if own.rule.weight in own.module._parameters]
             self._past[kind] = sorted(used_past_calls(evaluation.outputs, calls, layers))
         return self._past[kind]

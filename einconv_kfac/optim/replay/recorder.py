@@ -192,6 +192,7 @@ class Recorder:
         """Return what a replay of a call needs."""
         self.tree.find_()
         modules, parameters = self.tree.modules, self.tree.parameters.values()
+        others = (n for n, p in self.tree.parameters.items() if not isinstance(p, nn.Parameter))
         copied = self._buffers.copied_(modules)
         return ModelCall(
             args,
@@ -201,6 +202,7 @@ class Recorder:
             state_of(parameters),
             chained=self._pending.chained(args, kwargs),
             module=self._calls.name_of(model),
+            replaced=next(others, ""),
         )
 
     def _after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
@@ -267,6 +269,8 @@ class Recorder:
         except BaseException:
             self.take()  # and what was collected from earlier losses
             raise
+        if any(each.call.replaced for each in batch.forwards):
+            self.tree.find_()  # by now the model has its own parameters again
         self.gradients.look_after_pass_()
 
     def _drop_cleared_(self) -> None:
