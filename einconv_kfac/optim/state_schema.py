@@ -46,6 +46,7 @@ COUNT = Leaf(
     "an integer that is not negative",
     lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
 )
+FLAG = Leaf("True or False", lambda v: isinstance(v, bool))
 INTEGER = Leaf("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
 TEXT = Leaf("a text", lambda v: isinstance(v, str))
 FLOATING = Leaf(

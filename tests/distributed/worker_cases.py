@@ -247,6 +247,12 @@ _CASES: dict[str, Case] = {
     "preconditioner, ekfac": Case({"inverse": "ekfac"}, sizes=MANY, preconditions=True),
     **SHARDED,
     **DIVIDED,
+    "unused, sum": Case(
+        {**FIXED, "lr": 0.002, "fisher": "exact"},
+        wrapper={"find_unused_parameters": True},
+        model=Branches,
+        loss=lambda: nn.CrossEntropyLoss(reduction="sum"),
+    ),
 }
 CASES = {
     name: case if case.workers else replace(case, workers=(4 if index % 4 == 1 else 2,))

@@ -179,3 +179,45 @@ def test_a_compiled_frozen_part_is_no_obstacle() -> None:
         steps(model, loss_fn, KFAC(model, loss_fn, 0.1, adaptive=False))
         found.append(weights(model))
     torch.testing.assert_close(*found)
+
+
+def compiled_criterion(model: nn.Module, opt: KFAC) -> Callable[[], Tensor]:
+    own = torch.compile(nn.functional.cross_entropy, backend="aot_eager")
+    return lambda: opt.observe(own(model(X), Y))
+
+
+def compiled_scaling(model: nn.Module, opt: KFAC) -> Callable[[], Tensor]:
+    own = torch.compile(lambda out: 2 * out + 1, backend="aot_eager")
+    return lambda: opt.observe(nn.functional.cross_entropy(own(model(X)), Y))
+
+
+def compiled_penalty(model: nn.Module, opt: KFAC) -> Callable[[], Tensor]:
+    own = torch.compile(lambda: model.head.weight.square().sum(), backend="aot_eager")
+    return lambda: opt.observe(nn.functional.cross_entropy(model(X), Y) + own())
+
+
+def compiled_whole(model: nn.Module, opt: KFAC) -> Callable[[], Tensor]:
+    own = torch.compile(lambda: nn.functional.cross_entropy(model(X), Y), backend="aot_eager")
+    return lambda: opt.observe(own())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize(
+    "compile_", [compiled_criterion, compiled_scaling, compiled_penalty, compiled_whole]
+)
+def test_a_compiled_function_that_is_read_is_refused_by_the_backward_pass(
+    compile_: Callable[[nn.Module, KFAC], Callable[[], Tensor]], options: dict[str, Any]
+) -> None:
+    model, loss_fn = Net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, **options)
+    loss, before = compile_(model, opt)(), weights(model)
+    with pytest.raises(RuntimeError, match="Call this function uncompiled"):
+        loss.backward()
+    assert torch.equal(before, weights(model))
+    assert all(p.grad is None for p in model.parameters())
+    for _ in range(7):
+        opt.zero_grad()
+        opt.observe(loss_fn(model(X), Y)).backward()
+        opt.step()
+    torch.testing.assert_close(weights(model), uncompiled(options), rtol=1e-9, atol=1e-11)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from optim_cases import assert_same, conv_net, image_batch, train_step, weights
-from torch import nn
+from torch import Tensor, nn
 
 from einconv_kfac import KFAC, KFACPreconditioner
 
@@ -59,6 +59,58 @@ def test_resumed_training_is_bit_identical(options: dict[str, Any], dtype: torch
     for batch in batches[12:]:
         train_step(resumed, loss_fn, again, batch)
     assert torch.equal(weights(model), weights(resumed))
+
+
+class ActorCritic(nn.Module):
+    """A network that returns a policy and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(6, 16), nn.Tanh())
+        self.policy, self.values = nn.Linear(16, 4), nn.Linear(16, 1)
+        self.double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.trunk(x)
+        return self.policy(hidden).log_softmax(1), self.values(hidden).squeeze(1)
+
+
+def explore(model: nn.Module, opt: KFAC, seed: int) -> list[Tensor]:
+    """Act once, take six clipped steps on what came of it, and return the parameters of each."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, generator=generator, dtype=torch.float64)
+    best = (x @ torch.randn(6, 3, generator=generator, dtype=torch.float64)).argmax(1)
+    torch.manual_seed(seed)
+    old, value = (each.detach() for each in model(x))
+    action = torch.distributions.Categorical(logits=old).sample()[:, None]
+    reward = (action[:, 0] == best).double()
+    gain, found = reward - value, []
+    for rows in (rows for _ in range(3) for rows in torch.randperm(64).split(32)):
+        scores, value = model(x[rows])
+        ratio = (scores - old[rows]).gather(1, action[rows])[:, 0].exp()
+        surrogate = torch.min(ratio * gain[rows], ratio.clamp(0.8, 1.2) * gain[rows]).mean()
+        entropy = -(scores * scores.exp()).sum(1).mean()
+        opt.zero_grad()
+        error = (reward[rows] - value).square().mean()
+        opt.observe(0.5 * error - surrogate - 0.01 * entropy).backward()
+        opt.step()
+        found.append(weights(model))
+    return found
+
+
+def test_a_fit_that_comes_unforeseen_after_resuming_is_bit_identical() -> None:
+    model, states = ActorCritic(), []
+    opt = KFAC(model)
+    for seed in range(14):
+        states.append(saved(model=model.state_dict(), opt=opt.state_dict()))
+        states[-1]["steps"] = explore(model, opt, seed)
+    for seed, state in enumerate(states[1:], start=1):
+        other = ActorCritic()
+        own = KFAC(other)
+        other.load_state_dict(state["model"])
+        own.load_state_dict(state["opt"])
+        assert_same(explore(other, own, seed), state["steps"])
 
 
 @pytest.mark.parametrize("options", MODES)
@@ -143,9 +195,9 @@ def test_loading_a_state_of_other_layers_or_modes_is_refused() -> None:
     with pytest.raises(ValueError, match="same `adaptive`"):
         KFAC(one, loss_fn).load_state_dict(KFAC(one, loss_fn, 0.1, adaptive=False).state_dict())
     previous = {**KFAC(one, loss_fn).state_dict(), "kfac": {"version": 5, "automatic": {}}}
-    with pytest.raises(ValueError, match="must be a KFAC state of version 8, got 5"):
+    with pytest.raises(ValueError, match="must be a KFAC state of version 9, got 5"):
         KFAC(one, loss_fn).load_state_dict(previous)
-    with pytest.raises(ValueError, match="must be a KFAC state of version 8, got a state without"):
+    with pytest.raises(ValueError, match="must be a KFAC state of version 9, got a state without"):
         KFACPreconditioner(one, loss_fn).load_state_dict({"layers": {}, "inverse": "factored"})
     with pytest.raises(ValueError, match="must be a KFAC state of version"):
         KFAC(one, loss_fn).load_state_dict(torch.optim.SGD(one.parameters(), 0.1).state_dict())

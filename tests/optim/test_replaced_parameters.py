@@ -10,6 +10,8 @@ import pytest
 import torch
 from optim_cases import assert_same, conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
 from einconv_kfac import KFAC, KFACPreconditioner
 
@@ -196,3 +198,54 @@ def test_what_was_gathered_is_discarded_on_purpose(options: dict[str, Any]) -> N
         train_step(twin, loss_fn, other, image_batch(seed=seed))
     assert torch.equal(weights(model), weights(twin))
     assert_same(opt.state_dict()["kfac"], other.state_dict()["kfac"])
+
+
+def adapted(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Scores of some images after a step of gradient descent on the others."""
+    names, own = zip(*net.named_parameters())
+    scores = functional_call(net, dict(zip(names, own)), (x[:6],))
+    slopes = torch.autograd.grad(cross_entropy(scores, y[:6]), own, create_graph=True)
+    moved = {name: p - 0.1 * slope for name, p, slope in zip(names, own, slopes)}
+    return functional_call(net, moved, (x[6:],))
+
+
+class Adapted(nn.Module):
+    """The same as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return adapted(self.net, x, y)
+
+
+def adapt(opt: KFAC, scores: Callable[[], Tensor], count: int = 12) -> list[float]:
+    losses = []
+    for _ in range(count):
+        opt.zero_grad()
+        loss = opt.observe(cross_entropy(scores(), image_batch()[1][6:]))
+        loss.backward()
+        opt.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_tensors_in_place_of_parameters_are_refused_and_in_a_module_they_train() -> None:
+    net, batch = conv_net(), image_batch()
+    opt = KFAC(net)
+    before = weights(net)
+    with pytest.raises(RuntimeError, match=r"own parameters .* in place of '0.weight'"):
+        adapt(opt, lambda: adapted(net, *batch))
+    assert torch.equal(before, weights(net))
+    model = Adapted()
+    losses = adapt(KFAC(model), lambda: model(*batch))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_tensors_in_place_of_parameters_train_with_fixed_rates() -> None:
+    net, model, batch = conv_net(), Adapted(), image_batch()
+    options: dict[str, Any] = {"lr": 0.1, "adaptive": False, "fisher": "exact"}
+    adapt(KFAC(net, **options), lambda: adapted(net, *batch))
+    adapt(KFAC(model, **options), lambda: model(*batch))
+    torch.testing.assert_close(weights(net), weights(model), rtol=1e-9, atol=1e-11)

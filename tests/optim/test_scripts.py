@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed import HashStore
+from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -271,6 +272,25 @@ def physics_informed() -> list[float]:
         return opt.observe(residual.square().mean() + 100 * ends.square().mean())
 
     return steps(opt, loss)
+
+
+class Masked(nn.Module):
+    """A network of which some weights are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor, kept: Tensor) -> Tensor:
+        first: Tensor = self.net[0].weight
+        return functional_call(self.net, {"0.weight": first * kept}, (x,))
+
+
+@script("other tensors in place of parameters (`functional_call`: MAML, noise, masks)")
+def other_tensors() -> list[float]:
+    model, loss_fn, (x, y) = Masked(), nn.CrossEntropyLoss(), data()
+    kept = (torch.arange(96) % 5 != 0).view(16, 6)
+    return steps(KFAC(model, loss_fn), lambda: torch.as_tensor(loss_fn(model(x, kept), y)))
 
 
 @script("a variational autoencoder")

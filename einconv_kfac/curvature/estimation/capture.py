@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class LayerCall:
         is_batch: Whether the input is a batch with at least one example.
         is_own: Whether the output is what the layer itself computed, before hooks of others.
         source: Node of the input in the autograd graph, if it has one.
+        has_parameters: Whether the module had its parameters in the call, and no other tensors in
+            their place.
     """
 
     layer: str
@@ -46,6 +49,7 @@ class LayerCall:
     is_batch: bool = True
     is_own: bool = True
     source: Node | None = None
+    has_parameters: bool = True
 
 
 def _do_nothing(*_: object) -> None:
@@ -105,6 +109,7 @@ class _CallRecorder:
             is_batch,
             is_own,
             get_gradient_edge(x).node if x.requires_grad else None,
+            all(isinstance(p, (nn.Parameter, NoneType)) for p in module._parameters.values()),
         )
         self._capture.calls.append(call)
 

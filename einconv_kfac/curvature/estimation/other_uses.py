@@ -1,10 +1,10 @@
 """Uses of weights past the calls of their layers, found in the autograd graph.
 
 The factors of a layer describe its calls. A weight may be used elsewhere as well: transposed, in
-a function (``functional.linear(z, layer.weight.t())``), or in a derivative of the network that
-the forward pass takes (``torch.autograd.grad(u, x, create_graph=True)``). In the graph of the
-outputs, every path from a parameter must then lead to the output of a recorded call before it
-meets any other operation.
+a function (``functional.linear(z, layer.weight.t())``), in a derivative of the network that
+the forward pass takes (``torch.autograd.grad(u, x, create_graph=True)``), or in a tensor that
+``torch.func.functional_call`` puts in its place. In the graph of the outputs, every path from a
+parameter must then lead to the output of a recorded call before it meets any other operation.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def used_past_calls(
         starts = [
             leaves[id(p)] for own in layer.tensors().values() if id(p := graph_leaf(own)) in leaves
         ]
-        if not _all_lead_to(starts, own, consumers, set(roots)):
+        are_own = all(call.has_parameters for call in own)
+        if not (are_own and _all_lead_to(starts, own, consumers, set(roots))):
             found.add(layer.name)
     return found
 

@@ -20,6 +20,12 @@ _KEY = "einconv_kfac"
 _INSIDE = "inside"
 _IDENTITIES = ("BackwardHookFunction",)
 """Python functions that return their input; torch inserts them for backward hooks."""
+_COMPILED = (
+    "The loss must be computed without `torch.compile`, got a compiled function between the "
+    "model's output, or its parameters, and the loss. Compiled code frees what its backward pass "
+    "needs, so that the dependence of the loss on the model cannot be read. Call this function "
+    "uncompiled. A compiled model is no obstacle: pass `torch.compile(model)` to KFAC, and call it."
+)
 
 
 def edge_of(tensor: Tensor) -> Edge:
@@ -164,6 +170,8 @@ def _called(node: Node, gradients: Sequence[Tensor | None]) -> Sequence[Tensor |
 
 def _called_function(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """Return what a function that is written in Python passes on to the edges of its inputs."""
+    if node._forward_cls.__module__.startswith("torch._functorch"):
+        raise RuntimeError(_COMPILED)
     given = [zeros_at((node, i)) if g is None else g for i, g in enumerate(gradients)]
     results = node.apply(*given)
     results = results if isinstance(results, tuple) else (results,)

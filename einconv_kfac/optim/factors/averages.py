@@ -27,17 +27,18 @@ class Contribution:
         running: The averages.
         moments: The contribution.
         decay: Decay of the averages.
+        weight: Weight in the objective of the losses that the factors are of; 1 for ``None``.
     """
 
     running: RunningFactors
     moments: LayerSums
     decay: float
+    weight: Tensor | None = None
 
 
 def move_averages_(
     contributions: Sequence[Contribution],
     estimator: FisherEstimator,
-    weight: Tensor | None,
     step: int,
     workers: int = 1,
 ) -> None:
@@ -48,34 +49,38 @@ def move_averages_(
     Args:
         contributions: What is averaged, by layer.
         estimator: Makes factors of moments.
-        weight: Weight in the objective of the loss that the factors are of; 1 for ``None``.
         step: The step.
-        workers: The number of workers, by which a sum of losses is divided if the weight is not
+        workers: The number of workers, by which a sum of losses is divided if the weights are not
             known.
     """
     scales = [estimator.scale(own.moments.examples / workers) for own in contributions]
     at_hand = [index for index, own in enumerate(contributions) if own.running.is_owned]
     present = [contributions[index] for index in at_hand]
     found = averaged([own.moments for own in present])
-    _scale_([b for _, b in found], [scales[index] for index in at_hand], weight)
+    weights = [own.weight for own in present]
+    _scale_([b for _, b in found], [scales[index] for index in at_hand], weights)
     _move_(present, found)
     for own, scale in zip(contributions, scales):
         if not own.running.is_owned:
             own.running.updated_elsewhere_()
         if own.moments.squares is not None:
-            total: Any = scale if weight is None else weight * scale
+            total: Any = scale if own.weight is None else own.weight * scale
             squares = own.moments.squares.block(total)
             own.running.correct_(squares.values, own.decay)
         own.running.factor_step = step
         own.running.factor_seconds = own.moments.seconds
 
 
-def _scale_(factors: list[Tensor], scales: list[float], weight: Tensor | None) -> None:
-    """Multiply each factor by its number, and all by a weight."""
+def _scale_(factors: list[Tensor], scales: list[float], weights: Sequence[Tensor | None]) -> None:
+    """Multiply each factor by its number and by its weight."""
     if any(scale != 1 for scale in scales):
         torch._foreach_mul_(factors, scales)
-    if weight is not None and factors:
-        torch._foreach_mul_(factors, weight.to(factors[0]))
+    alike: dict[int, tuple[Tensor, list[Tensor]]] = {}
+    for factor, weight in zip(factors, weights):
+        if weight is not None:
+            alike.setdefault(id(weight), (weight, []))[1].append(factor)
+    for weight, own in alike.values():
+        torch._foreach_mul_(own, weight.to(own[0]))
 
 
 def _move_(contributions: Sequence[Contribution], factors: Sequence[Pair]) -> None:

@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import Generator, Tensor, nn
 
@@ -28,7 +28,7 @@ from einconv_kfac.distributed.wrappers import (
 )
 from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
-from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts
+from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts, run_uncompiled_
 from einconv_kfac.optim.factors.finiteness import Finiteness
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.factors.seen_calls import SeenCalls
@@ -96,7 +96,7 @@ class Collector:
         self._undo = [self._capture.remove]
         if wrapper is not None:
             self._undo.append(PassedOutputs(wrapper).remove)
-        self._undo += [_run_uncompiled_(module, self._capture) for module in compiled]
+        self._undo += [run_uncompiled_(module, self._capture) for module in compiled]
         weakref.finalize(self, _undo_, self._undo)
 
     def watch(self, layer: Layer) -> None:
@@ -147,25 +147,34 @@ class Collector:
         self.moments, self._count = {}, 0
         self.workers.drop_()
 
-    def _add_early_(self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor) -> None:
+    def _add_early_(
+        self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor
+    ) -> frozenset[str]:
         """Add a batch and, if its gradients are averaged next, begin to add up what is due."""
         self.workers.drop_()
-        self._add_(evaluation, calls, loss)
+        added = self._add_(evaluation, calls, loss)
         if self.due and self._wrapper is not None and self._wrapper.require_backward_grad_sync:
             self.workers.begin_(self._complete)
+        return added
 
-    def _add_(self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor) -> None:
+    def _add_(
+        self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor
+    ) -> frozenset[str]:
         """Add a batch, from the graph of its outputs, unless its loss is not finite.
 
         The host reads that only with calls that were not seen before, of which more is found out
         from numbers: a step whose loss is not finite is skipped anyway.
+
+        Returns:
+            The layers to which the batch was added.
         """
         self.has_seen_loss = True
         number, self._count = self.workers.number(self._count), self._count + 1
         own = [call for call in calls if call.layer in self.due]
         kind = tuple((call.layer, call.x.shape) for call in own)
         if not (own and evaluation.outputs and evaluation.examples):
-            return
+            return frozenset()
+        before = {name: sum(moments.counts()) for name, moments in self.moments.items()}
         generator = stream(evaluation.weight.device, "factors", self.seed, self._step, number)
         add = partial(self._add_own_, evaluation, own, generator)
         try:
@@ -174,6 +183,8 @@ class Collector:
         except BaseException:
             self._forget_()
             raise
+        present = self.moments.items()
+        return frozenset(n for n, m in present if sum(m.counts()) > before.get(n, 0))
 
     def _add_own_(
         self, evaluation: Evaluation, own: Sequence[LayerCall], generator: Generator
@@ -204,10 +215,10 @@ class Collector:
             evaluation: The batch.
             calls: The calls of all layers that are due.
         """
-        counts = Counter(call.layer for call in calls)
+        counts = Counter((call.layer, call.has_parameters) for call in calls)
         kind = len(evaluation.outputs), *sorted(counts.items())
         if kind not in self._past:
-            known = [self._layers[name] for name in counts]
+            known = [self._layers[name] for name in {name for name, _ in counts}]
             layers = [own for own in known if own.rule.weight in own.module._parameters]
             self._past[kind] = sorted(used_past_calls(evaluation.outputs, calls, layers))
         return self._past[kind]
@@ -284,17 +295,3 @@ def _undo_(actions: list[Callable[[], None]]) -> None:
     """Call what undoes something, once."""
     while actions:
         actions.pop()()
-
-
-def _run_uncompiled_(compiled: nn.Module, capture: LayerCapture) -> Callable[[], None]:
-    """Have a compiled model run uncompiled while calls are captured; return what undoes that."""
-    fast, plain = compiled.forward, cast("nn.Module", compiled._orig_mod)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (plain if capture.enabled else fast)(*args, **kwargs)
-
-    def undo() -> None:
-        compiled.forward = fast
-
-    compiled.forward = forward
-    return undo

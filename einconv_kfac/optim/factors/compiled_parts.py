@@ -1,10 +1,13 @@
-"""Parts of a model that are compiled by themselves, where no hook sees the calls of layers."""
+"""Compiled models and parts of models, where no hook sees the calls of layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from torch import nn
+
+from einconv_kfac.curvature.estimation.capture import LayerCapture
 
 
 def compiled_parts(model: nn.Module, layers: Sequence[str]) -> list[str]:
@@ -40,3 +43,17 @@ def _is_compiled(module: nn.Module) -> bool:
 def _contains(outer: str, inner: str) -> bool:
     """Return whether a module, by its name, is another one or contains it."""
     return not outer or inner == outer or inner.startswith(f"{outer}.")
+
+
+def run_uncompiled_(compiled: nn.Module, capture: LayerCapture) -> Callable[[], None]:
+    """Have a compiled model run uncompiled while calls are captured; return what undoes that."""
+    fast, plain = compiled.forward, cast("nn.Module", compiled._orig_mod)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (plain if capture.enabled else fast)(*args, **kwargs)
+
+    def undo() -> None:
+        compiled.forward = fast
+
+    compiled.forward = forward
+    return undo

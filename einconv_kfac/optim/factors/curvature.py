@@ -68,7 +68,7 @@ class RunningCurvature:
         self.layers: dict[str, RunningFactors] = {}
         self.steps = 0
         self._numbers = LayerNumbers(self.layers, settings)
-        self.loss_weight: Tensor | None = None  # of the averaged curvature, for the coming update
+        self.loss_weights: Mapping[str, Tensor] | None = None  # by layer, for the coming update
         self.estimator = estimator
         self._schedules, self.model = settings, unwrapped(model)
         self.seed, self._entry, self._exclude = seed_value(seed), model, exclude
@@ -181,9 +181,13 @@ class RunningCurvature:
         """
         if moments := self.collector.moments:
             decays = self._numbers.of("factor_decay")
-            found = [Contribution(self.layers[n], m, decays[n]) for n, m in moments.items()]
-            workers = self.workers.size if self.loss_weight is None else 1
-            move_averages_(found, self.estimator, self.loss_weight, self.steps, workers)
+            weights = self.loss_weights or {}
+            found = [
+                Contribution(self.layers[name], own, decays[name], weights.get(name))
+                for name, own in moments.items()
+            ]
+            workers = self.workers.size if self.loss_weights is None else 1
+            move_averages_(found, self.estimator, self.steps, workers)
         known = any(own.factor_step is not None for own in self.layers.values())
         if self.layers and not (known or self.collector.has_seen_loss):
             raise RuntimeError(NEVER_SEEN)

@@ -34,7 +34,7 @@ class Batch:
         subset: The examples that its curvature is computed from, if not all.
         has_moved: Whether parameters were changed after the passes, and outputs and loss are those
             of the present ones.
-        is_penalty: Whether the loss depends on parameters alone.
+        layers: Names of the layers whose factors it contributed to.
     """
 
     forwards: tuple[ForwardPass, ...]
@@ -48,7 +48,7 @@ class Batch:
     refusal: str | None = None
     subset: Subset | None = None
     has_moved: bool = False
-    is_penalty: bool = False
+    layers: frozenset[str] = frozenset()
 
     def curvature_forwards(self) -> list[ForwardPass]:
         """Return the forward passes that the curvature is computed from, those of the subset.

@@ -44,6 +44,13 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
             "call inside, where compiled code skips the hooks that record it. Compile the "
             "part before the loss and pass that here, or pass adaptive=False."
         )
+    if others := [each.call.replaced for each in batch.forwards if each.call.replaced]:
+        raise RuntimeError(
+            "The model must be called with its own parameters when adaptive=True, got another "
+            f"tensor in place of '{others[0]}', as by `torch.func.functional_call`. Make that call "
+            "in the `forward` of a module that has the model as a part, and pass that module, or "
+            "pass adaptive=False."
+        )
     if unknown := batch.loss_model.unknown():
         raise RuntimeError(refusal_of(unknown))
     _check_chained(model, batch.forwards)

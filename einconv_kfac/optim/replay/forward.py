@@ -39,6 +39,7 @@ class ModelCall:
         outputs: The outputs of layers, as far as they were kept.
         chained: The arguments that depend on earlier calls.
         module: The name of the part of the model that was called, if not all of it.
+        replaced: The name of a parameter in whose place the call used another tensor, if any.
     """
 
     args: tuple[Any, ...]
@@ -49,6 +50,7 @@ class ModelCall:
     outputs: LayerOutputs = field(default_factory=LayerOutputs)
     chained: tuple[ChainedArgument, ...] = ()
     module: str = ""
+    replaced: str = ""
 
     def ended(self) -> ModelCall:
         """Return the call after it has ended."""

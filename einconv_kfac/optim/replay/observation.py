@@ -195,7 +195,7 @@ class ReadObservation:
         reading = evaluation.reading
         loss, total = (reading.weight * self._loss).sum(), _total(weight)
         if not replayed:
-            return Batch((), (), (), None, loss, total, is_penalty=not reading.outputs)
+            return Batch((), (), (), None, loss, total)
         by_call: dict[int, list[tuple[LossInput, Edge]]] = {}
         for edge in reading.outputs:
             owner = self._source(edge)
@@ -218,7 +218,6 @@ class ReadObservation:
                 for call, inputs in forwards
                 for each, _ in inputs
             ),
-            is_penalty=not reading.outputs,
         )
 
 

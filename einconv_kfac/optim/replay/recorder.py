@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,8 +39,11 @@ from einconv_kfac.optim.replay.observation import GivenObservation, Observation,
 from einconv_kfac.optim.replay.pending import PendingCalls
 from einconv_kfac.optim.replay.versions import Versions, state_of
 
-OnBackward = Callable[[Evaluation, list[LayerCall], Tensor], None]
-"""Called when the backward pass of a loss begins, with the calls of layers and its value."""
+OnBackward = Callable[[Evaluation, list[LayerCall], Tensor], frozenset[str]]
+"""Called when the backward pass of a loss begins, with the calls of layers and its value.
+
+It returns the names of the layers whose factors the loss contributed to.
+"""
 
 
 class Recorder:
@@ -188,6 +192,7 @@ class Recorder:
         """Return what a replay of a call needs."""
         self.tree.find_()
         modules, parameters = self.tree.modules, self.tree.parameters.values()
+        others = (n for n, p in self.tree.parameters.items() if not isinstance(p, nn.Parameter))
         copied = self._buffers.copied_(modules)
         return ModelCall(
             args,
@@ -197,6 +202,7 @@ class Recorder:
             state_of(parameters),
             chained=self._pending.chained(args, kwargs),
             module=self._calls.name_of(model),
+            replaced=next(others, ""),
         )
 
     def _after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
@@ -258,11 +264,13 @@ class Recorder:
             with self.paused(), torch.enable_grad():
                 evaluation, calls = observation.evaluation(weight)
                 batch = observation.batch(evaluation, weight, replayed=self.keeps_outputs)
-                self._on_backward(evaluation, calls, batch.loss)
-                self._batches.append(batch)
+                layers = self._on_backward(evaluation, calls, batch.loss)
+                self._batches.append(replace(batch, layers=layers))
         except BaseException:
             self.take()  # and what was collected from earlier losses
             raise
+        if any(each.call.replaced for each in batch.forwards):
+            self.tree.find_()  # by now the model has its own parameters again
         self.gradients.look_after_pass_()
 
     def _drop_cleared_(self) -> None:

@@ -27,7 +27,10 @@ def refusal_of(unknown: Sequence[str]) -> str:
             "compute derivatives of the model in the `forward` of a module that returns them, and "
             "pass that module"
         )
-    whole = "compute the loss in a module, call that on the output, and pass it: KFAC(model, it)"
+    whole = (
+        "compute the loss in a module, call that on the output (on several outputs as one tensor, "
+        "by `torch.cat`), and pass it: KFAC(model, it)"
+    )
     return (
         "The operations between the model's output and the loss must be known when adaptive=True, "
         f"got {', '.join(unknown)}. {_sentence([*known, *([] if derivatives else [whole])])}, or "

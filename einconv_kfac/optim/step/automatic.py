@@ -54,12 +54,10 @@ class AutomaticStep:
     moves_parameters = True
 
     def __init__(self, curvature: RunningCurvature, rule: DampingRule, safeguard: bool) -> None:
-        self._curvature = curvature
-        self._replay = curvature.replay
+        self._curvature, self._replay = curvature, curvature.replay
         curvature.recorder.keeps_outputs = True
         self._rule = rule
-        self._trust = SlopeTrust()
-        self._agreement = Agreement()
+        self._trust, self._agreement = SlopeTrust(), Agreement()
         self._slow = SlowMomentum()
         self._rollback = Rollback()
         self._reduction = Reduction(self._replay, rule, self._noise, safeguard)
@@ -263,6 +261,7 @@ class AutomaticStep:
         return {
             "adapted": self._reduction.adapted,
             "agreement": self._agreement.state_dict(),
+            "keeps_layers": self._curvature.recorder.keeps_layers,
             "raised": self._dampings.factor,
             "rule": self._rule.state_dict(),
             "search": self._fit.search.state_dict(),
@@ -291,6 +290,7 @@ class AutomaticStep:
         """See `Step`."""
         self._reduction.adapted = state["adapted"]
         self._agreement.load_state_dict(state["agreement"])
+        self._curvature.recorder.keeps_layers = state["keeps_layers"]
         self._dampings.factor = state["raised"]
         self._rule.load_state_dict(state["rule"])
         self._fit.search.load_state_dict(state["search"])

@@ -25,10 +25,10 @@ from einconv_kfac.optim.step.late_check import LateCheck, restore_memory_
 from einconv_kfac.optim.step.objective import (
     Objective,
     Point,
+    layer_weights,
     memory_of,
     on_gpu,
     scaler_factor,
-    total_weight,
 )
 from einconv_kfac.optim.step.optimizer_state import restored_on_error
 from einconv_kfac.optim.step.parameter_change import ParameterChange
@@ -198,7 +198,8 @@ class StepRunner:
         curvature = self.curvature
         curvature.set_groups_(settings, point.by_parameter)
         if curvature.collector.due:
-            curvature.loss_weight = total_weight(batches, self.sums, curvature.workers)
+            due, workers = sorted(curvature.collector.due), curvature.workers
+            curvature.loss_weights = layer_weights(batches, due, self.sums, workers)
             curvature.collector.combine_()
         plain = curvature.without_factors(point.gradient)
         memory = memory_of(point.parameters, optimizer.state, curvature.stored)

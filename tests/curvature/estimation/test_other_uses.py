@@ -64,6 +64,21 @@ def only_functional(layer: nn.Linear, x: Tensor) -> Tensor:
     return functional.linear(x, layer.weight, layer.bias)
 
 
+def masked(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A call of the module with a part of its weight, scaled."""
+    mask = torch.arange(layer.weight.numel()).view_as(layer.weight) % 3
+    return functional_call(layer, {"weight": layer.weight * mask}, (x,))
+
+
+def after_a_step(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A call of the module after a step of gradient descent on another loss."""
+    names, own = zip(*layer.named_parameters())
+    loss = functional_call(layer, dict(zip(names, own)), (x.cos(),)).square().sum()
+    slopes = torch.autograd.grad(loss, own, create_graph=True)
+    moved = {name: p - 0.1 * slope for name, p, slope in zip(names, own, slopes)}
+    return functional_call(layer, moved, (x,))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor], tuple[int, ...]]]
 MODELS = {
     "transposed": (lambda: nn.Linear(4, 3), transposed, (3, 4)),
@@ -76,6 +91,8 @@ MODELS = {
         functional_convolution,
         (2, 1, 3, 3),
     ),
+    "masked": (lambda: nn.Linear(4, 3), masked, (3, 4)),
+    "after a step": (lambda: nn.Linear(4, 3), after_a_step, (3, 4)),
     "only functional": (lambda: nn.Linear(4, 3), only_functional, (3, 4)),
 }
 

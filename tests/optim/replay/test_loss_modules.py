@@ -242,6 +242,40 @@ def test_a_loss_in_the_loop_is_refused_and_as_a_module_it_trains(name: str) -> N
     assert losses[-1] < 0.9 * losses[0]
 
 
+class Farthest(nn.Module):
+    """The largest distances between two outputs."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return (first - second).square().sum(-1).flatten().topk(12).values.mean()
+
+
+class FarthestOfOne(nn.Module):
+    """The same of one tensor, which has the outputs one after the other."""
+
+    def forward(self, both: Tensor) -> Tensor:
+        value: Tensor = Farthest()(*both.chunk(2))
+        return value
+
+
+def test_a_module_of_several_outputs_is_refused_and_of_one_tensor_it_trains() -> None:
+    model, loss_fn, losses = Then(same), Farthest(), []
+    opt = KFAC(model, loss_fn)
+    loss_fn(model(X), model(-X)).backward()
+    with pytest.raises(RuntimeError, match=r"several outputs as one tensor, by `torch.cat`"):
+        opt.step()
+    opt.remove_hooks()
+    model.zero_grad()
+    one = FarthestOfOne()
+    opt = KFAC(model, one)
+    for _ in range(12):
+        opt.zero_grad()
+        loss = one(torch.cat([model(X), model(-X)]))
+        loss.backward()
+        opt.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
 class Noisy(nn.Module):
     """A loss that draws random numbers; its operation does not keep its input."""
 

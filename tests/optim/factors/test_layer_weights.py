@@ -1,0 +1,130 @@
+"""The weight of factors where not every loss of a step depends on every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import weights
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from einconv_kfac import KFAC, kronecker_factors
+
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+MODES: list[dict[str, Any]] = [
+    {},
+    {"inverse": "ekfac"},
+    {"lr": 0.1, "adaptive": False},
+    {"lr": 0.1, "adaptive": False, "inverse": "ekfac"},
+]
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(48, 6, generator=GENERATOR, dtype=torch.float64)
+SCORES = X @ torch.randn(6, 3, generator=GENERATOR, dtype=torch.float64)
+Y, VALUES = SCORES.argmax(1), SCORES.sin()
+
+
+class TwoHeads(nn.Module):
+    """A network that returns scores and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+        self.scores, self.values = nn.Linear(8, 3), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.trunk(x)
+        return self.scores(hidden), self.values(hidden)
+
+
+class Experts(nn.Module):
+    """A network that sends a batch to one of two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+        self.double()
+
+    def forward(self, x: Tensor, expert: int = 0) -> Tensor:
+        scores: Tensor = self.experts[expert](x)
+        return scores
+
+
+def one_loss(model: nn.Module, opt: KFAC) -> None:
+    scores, values = model(X)
+    opt.observe(cross_entropy(scores, Y) + 0.3 * mse_loss(values, VALUES)).backward()
+
+
+def two_backward_passes(model: nn.Module, opt: KFAC) -> None:
+    scores, values = model(X)
+    opt.observe(cross_entropy(scores, Y)).backward(retain_graph=True)
+    opt.observe(0.3 * mse_loss(values, VALUES)).backward()
+
+
+def two_losses(model: nn.Module, opt: KFAC) -> None:
+    scores, values = model(X)
+    first = opt.observe(cross_entropy(scores, Y))
+    second = opt.observe(0.3 * mse_loss(values, VALUES))
+    (first + second).backward()
+
+
+def two_forward_passes(model: nn.Module, opt: KFAC) -> None:
+    opt.observe(cross_entropy(model(X)[0], Y)).backward()
+    opt.observe(0.3 * mse_loss(model(X)[1], VALUES)).backward()
+
+
+def trained(backward: Callable[[nn.Module, KFAC], None], options: dict[str, Any]) -> Tensor:
+    model = TwoHeads()
+    opt = KFAC(model, fisher="exact", **options)
+    for _ in range(6):
+        opt.zero_grad()
+        backward(model, opt)
+        opt.step()
+    return weights(model)
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("backward", [two_backward_passes, two_losses, two_forward_passes])
+def test_losses_of_single_heads_are_their_sum(
+    backward: Callable[[nn.Module, KFAC], None], options: dict[str, Any]
+) -> None:
+    torch.testing.assert_close(trained(backward, options), trained(one_loss, options), **EXACT)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_expert_of_one_micro_batch_has_the_factors_of_its_part(reduction: str) -> None:
+    """Its weight is that of the losses that depend on it: their sum, or their mean for sums."""
+    model, loss_fn = Experts(), nn.CrossEntropyLoss(reduction=reduction)
+    opt = KFAC(model, loss_fn, 0.1, adaptive=False, fisher="exact")
+    parts = [slice(0, 16), slice(16, 32), slice(32, 48)]
+    for expert, share, part in zip((0, 1, 0), (0.5, 0.3, 0.2), parts):
+        (share * loss_fn(model(X[part], expert), Y[part])).backward()
+    own = {"experts.0": ([0, 2], (0.7, 0.35 * 32)), "experts.1": ([1], (0.3, 0.3 * 16))}
+    expected = {}
+    for name, (batches, numbers) in own.items():
+        data = [tuple(torch.cat([t[parts[i]] for i in batches]) for t in (X, Y))]
+        found = kronecker_factors(model.get_submodule(name), loss_fn, data, fisher="exact")[""]
+        expected[name] = [found.A, numbers[reduction == "sum"] * found.B]
+    opt.step()
+    layers = opt.state_dict()["kfac"]["preconditioner"]["layers"]
+    for name, factors in expected.items():
+        torch.testing.assert_close(list(layers[name]["factors"]), factors, **EXACT)
+
+
+def test_a_penalty_has_no_part_in_the_weight() -> None:
+    found = []
+    for has_penalty in (False, True):
+        model = TwoHeads()
+        opt = KFAC(model, lr=0.1, adaptive=False, fisher="exact")
+        if has_penalty:
+            opt.observe(1e-3 * model.scores.weight.square().sum()).backward()
+        one_loss(model, opt)
+        opt.step()
+        layers = opt.state_dict()["kfac"]["preconditioner"]["layers"]
+        found.append([list(layer["factors"]) for layer in layers.values()])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
