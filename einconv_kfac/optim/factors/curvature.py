@@ -24,7 +24,7 @@ from einconv_kfac.optim.factors.curvature_state import (
 from einconv_kfac.optim.factors.layer_numbers import LayerNumbers
 from einconv_kfac.optim.factors.output_change import relative_change
 from einconv_kfac.optim.factors.ownership import DEFAULT_SHARING, Ownership, Sharing
-from einconv_kfac.optim.factors.preconditioning import Preconditioning, by_scale, scaled_apart
+from einconv_kfac.optim.factors.preconditioning import Preconditioning, scaled_apart
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
 from einconv_kfac.optim.factors.running import RunningFactors, names_with_factors, snapshot_of
 from einconv_kfac.optim.hyperparameters import GroupSettings, Hyperparameters
@@ -86,7 +86,7 @@ class RunningCurvature:
         self._known: dict[str, nn.Parameter] = {}  # when they were covered
         self._owners = owners_of(self.model)
         self._trained: list[bool] = []
-        self._apart: frozenset[str] = frozenset()
+        self.apart: frozenset[str] = frozenset()  # parameters with a coefficient of their own
         own = self.seed, settings.factor_fraction, self.workers
         self.collector = Collector(model, estimator, *own)
         self.collector.owners = self._ownership.owners
@@ -101,7 +101,7 @@ class RunningCurvature:
         self._parameters = parameters
         present = named_parameters(self.model)
         self._trained = [p.requires_grad for p in present.values()]
-        self._apart = scaled_apart(found := find_layers(self.model))
+        self.apart = scaled_apart(found := find_layers(self.model))
         for layer in found:
             known = self.layers.get(layer.name)
             if parameters is not None and layer.weight not in parameters:
@@ -182,10 +182,8 @@ class RunningCurvature:
         if moments := self.collector.moments:
             decays = self._numbers.of("factor_decay")
             weights = self.loss_weights or {}
-            found = [
-                Contribution(self.layers[name], own, decays[name], weights.get(name))
-                for name, own in moments.items()
-            ]
+            layers, own = self.layers, moments.items()
+            found = [Contribution(layers[n], m, decays[n], weights.get(n)) for n, m in own]
             workers = self.workers.size if self.loss_weights is None else 1
             move_averages_(found, self.estimator, self.steps, workers)
         known = any(own.factor_step is not None for own in self.layers.values())
@@ -241,10 +239,6 @@ class RunningCurvature:
             inverses: Inverses to use instead of the present ones.
         """
         return self._preconditioning.applied(gradient, inverses)
-
-    def by_scale(self, direction: Direction) -> list[Direction]:
-        """Return the parts of a preconditioned gradient that have coefficients of their own."""
-        return by_scale(direction, self._apart)
 
     def relative_change(self, update: Direction, parameters: Direction) -> Tensor:
         """Return the sum over layers of the relative changes of their outputs by an update."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.factors.preconditioning import by_scale
 from einconv_kfac.optim.factors.refresh import Inverses
 from einconv_kfac.optim.step.asking_ahead import AskingAhead
 from einconv_kfac.optim.step.carried_fit import CarriedMix
@@ -156,5 +157,5 @@ class StepFit:
     def _directions(self, objective: Objective, inverses: Inverses | None) -> list[Direction]:
         """Return the descent directions, with given inverses or the present ones."""
         covered = self._curvature.precondition(objective.gradient, inverses)
-        ascents = [*self._curvature.by_scale(covered), objective.others]
+        ascents = [*by_scale(covered, self._curvature.apart), objective.others]
         return [descent(objective, ascent) for ascent in ascents if ascent]

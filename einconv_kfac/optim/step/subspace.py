@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.factors.preconditioning import by_scale
 from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
 from einconv_kfac.optim.step.agreement import Agreement
@@ -100,7 +101,7 @@ class SubspaceFit:
             covered: The preconditioned gradient of the parameters that have factors.
             followed: The slow momentum, times learning rates.
         """
-        ascents = [*self._curvature.by_scale(covered), objective.others]
+        ascents = [*by_scale(covered, self._curvature.apart), objective.others]
         ascents = [ascent for ascent in ascents if ascent]
         mix = self._carried.mixed(objective, *descents(objective, ascents), followed)
         if mix is None or not (self._is_near or (self._is_close and on_gpu(objective))):
