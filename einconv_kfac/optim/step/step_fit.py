@@ -88,7 +88,7 @@ class StepFit:
         """
         if self._tries(objective):
             trials = self._trials(objective, momentum, damping)
-            trials.ask_(self.search.first())
+            trials.ask_(self.search.first(self._curvature.steps))
             return BegunFit(trials=trials)
         self._curvature.refresh_(damping * self.search.scale, objective.decay)
         products = Products(self._curvature.replay, objective)

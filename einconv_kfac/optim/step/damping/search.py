@@ -16,7 +16,11 @@ SEARCH_PERIOD = 100
 EARLY_SEARCH_SHARE = 2
 """Early in training a search is due each time the number of steps has about doubled."""
 SCALE_STEP = 3.0
-"""Factor between the scales of the first two trials; as long as that helps, strides grow."""
+"""Factor between the scales of the first two trials; as long as that helps, strides grow.
+
+From `SEARCH_PERIOD` steps on, a search goes no further than that: its scale holds for as many
+steps, and the batch that decides may be unlike others.
+"""
 AHEAD = 2
 """Number of trials that are asked for before the first of them is read."""
 SCALE_BOUNDS = (1e-3, 1e3)
@@ -58,8 +62,9 @@ class DampingSearch:
     """Searches the scale of the inverses' damping that promises the largest reduction.
 
     Larger scales are tried as long as they help, with strides that grow, otherwise smaller ones.
-    Where a long stride went too far, later searches return. Martens and Grosse (2015) also choose
-    among several dampings by the change that the quadratic model predicts.
+    Where a long stride went too far, later searches return; they take one stride each. Martens and
+    Grosse (2015) also choose among several dampings by the change that the quadratic model
+    predicts.
 
     Attributes:
         scale: The present scale.
@@ -77,14 +82,17 @@ class DampingSearch:
         """
         return is_due(step, self._searched, SEARCH_PERIOD, EARLY_SEARCH_SHARE)
 
-    def first(self) -> list[float]:
+    def first(self, step: int) -> list[float]:
         """Return the scales that are tried first: most searches try three alone.
 
         The last scale of a direction is not left for itself.
+
+        Args:
+            step: The number of steps taken.
         """
         scales = [self.scale]
         for factor in (SCALE_STEP, 1 / SCALE_STEP):
-            own = [*_powers(self.scale, factor)]
+            own = _scales(step, self.scale, factor)
             scales += own[: 1 + (len(own) == AHEAD)]
         return scales
 
@@ -97,10 +105,10 @@ class DampingSearch:
             step: The number of steps taken.
             trials: Tries scales.
         """
-        trials.ask_(self.first())
+        trials.ask_(self.first(step))
         start = best = trials.trial_(self.scale)
         for factor in (SCALE_STEP, 1 / SCALE_STEP):
-            scales = [*_powers(start.scale, factor)]
+            scales = _scales(step, start.scale, factor)
             for index, scale in enumerate(scales):
                 if index:
                     trials.ask_(_next(scales[index:]))
@@ -123,6 +131,11 @@ class DampingSearch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         self.scale, self._searched = state["scale"], state["searched"]
+
+
+def _scales(step: int, start: float, factor: float) -> list[float]:
+    """Return the scales to try from one on, for factors above or below 1."""
+    return [*_powers(start, factor)][: 1 if step >= SEARCH_PERIOD else None]
 
 
 def _powers(start: float, factor: float) -> Iterator[float]:

@@ -10,7 +10,12 @@ from optim_cases import conv_net, image_batch, train_step
 from torch import nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.step.damping.search import SCALE_BOUNDS, DampingSearch, Trial
+from einconv_kfac.optim.step.damping.search import (
+    SCALE_BOUNDS,
+    SEARCH_PERIOD,
+    DampingSearch,
+    Trial,
+)
 
 
 class Ranked:
@@ -20,7 +25,7 @@ class Ranked:
         self.rank = rank
 
 
-def searched(promised: Any) -> tuple[list[float], float]:
+def searched(promised: Any, step: int = 0) -> tuple[list[float], float]:
     """Return the scales that are tried, and the best, for a promised change by scale."""
     search: Any = DampingSearch()
     tried: list[float] = []
@@ -38,7 +43,7 @@ def searched(promised: Any) -> tuple[list[float], float]:
             return Trial(scale, {}, Ranked(promised(scale)))  # type: ignore[arg-type]
 
     asked: set[float] = set()
-    best = search.best_(0, Trials())
+    best = search.best_(step, Trials())
     assert best.scale == search.scale
     assert len(asked - set(tried)) <= 2  # a smaller scale than the first, and one after the last
     return tried, best.scale
@@ -68,6 +73,15 @@ def test_trials_stay_within_their_bounds() -> None:
     scales, best = searched(lambda scale: -scale)
     assert all(SCALE_BOUNDS[0] <= scale <= SCALE_BOUNDS[1] for scale in scales)
     assert 3 * best > SCALE_BOUNDS[1]
+
+
+@pytest.mark.parametrize("step", [SEARCH_PERIOD, 1000])
+def test_a_late_search_goes_no_further_than_one_factor(step: int) -> None:
+    """However much the batch of that step promises: its scale holds for a hundred steps."""
+    for sign, best in ((1, 3.0), (-1, 1 / 3)):
+        scales, found = searched(lambda scale, sign=sign: -(scale**sign), step)
+        assert scales == pytest.approx([1, 3] if sign == 1 else [1, 3, 1 / 3])
+        assert found == pytest.approx(best)
 
 
 def test_searches_are_frequent_early_and_rare_later(monkeypatch: pytest.MonkeyPatch) -> None:
