@@ -47,8 +47,7 @@ class AskingAhead:
         update = fit.update(objective, max(objective.rates.values()))
         if factor is not None:
             update = dict(zip(update, multiplied([*update.values()], factor)))
-        adapts = self.reduction.is_due(objective, step)
-        if not self.reduction.ask_(objective, is_bounded=True, adapts=adapts):
+        if not self.reduction.ask_(objective, step, is_bounded=True, is_fitted=True):
             return StepAhead(update)
         own = [objective.parameters[name] for name in update]
         moved = dict(zip(update, torch._foreach_add(own, [*update.values()])))

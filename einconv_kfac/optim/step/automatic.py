@@ -62,7 +62,7 @@ class AutomaticStep:
         self._rollback = Rollback()
         self._reduction = Reduction(self._replay, rule, self._noise, safeguard)
         subspace = SubspaceFit(curvature, self._trust, self._agreement)
-        self._fit = StepFit(curvature, subspace, AskingAhead(self._reduction))
+        self._fit = StepFit(curvature, subspace, AskingAhead(self._reduction), self._agreement)
         self._preparation = Preparation(self._fit.subspace, self._trust, self._slow, safeguard)
         self._guarded = GuardedMomentum(self._slow, self._reduction, safeguard)
         self._dampings = DampingSource(rule, self._replay)
@@ -214,9 +214,8 @@ class AutomaticStep:
 
     def _ask_(self, objective: Objective, *, is_fitted: bool = True) -> None:
         """Ask for the objective before a step, with which the step is likely to be compared."""
-        adapts = is_fitted and self._reduction.is_due(objective, self._curvature.steps)
-        is_bounded = is_fitted or self._fit.subspace.was_bounded
-        self._reduction.ask_(objective, is_bounded=is_bounded, adapts=adapts)
+        is_bounded, step = is_fitted or self._fit.subspace.was_bounded, self._curvature.steps
+        self._reduction.ask_(objective, step, is_bounded=is_bounded, is_fitted=is_fitted)
 
     def _noise(self) -> float:
         """Return how much batches differ at one point; 0 where the batch repeats."""

@@ -73,8 +73,9 @@ class Compared:
 class Reduction:
     """Compares the change of the objective by a step with the predicted one.
 
-    The comparison is made on the batch of the step, where that was fitted to it, about every
-    `ADAPTATION_PERIOD` steps or, as a safeguard, after every step.
+    The comparison is made on the batch of the step: where that was fitted to it, which is about
+    every `ADAPTATION_PERIOD` steps and where the last coefficients do not hold, or, as a safeguard,
+    after every step. With a given momentum every step is fitted, and one per period is compared.
 
     Args:
         replay: Runs the model again.
@@ -112,10 +113,11 @@ class Reduction:
             step: The number of steps taken.
             others: The change by terms that the recorded losses do not contain.
         """
-        adapts = not fit.is_carried and self.is_due(objective, step)
+        is_fitted = not fit.is_carried
+        adapts = is_fitted and self.is_due(objective, step)
         self._known, asked = None, self._asked
         self._asked = None
-        compared = self._compares(objective, is_bounded=fit.is_bounded, adapts=adapts)
+        compared = self._compares(objective, step, is_bounded=fit.is_bounded, is_fitted=is_fitted)
         if not compared and not self._safeguard:
             return None
         if asked is not None and asked[0]() is objective:
@@ -123,15 +125,16 @@ class Reduction:
         rounding = rounding_of(self._replay, objective) if compared else None
         return Before(objective.value() - others, rounding, adapts)
 
-    def ask_(self, objective: Objective, *, is_bounded: bool, adapts: bool) -> bool:
+    def ask_(self, objective: Objective, step: int, *, is_bounded: bool, is_fitted: bool) -> bool:
         """Ask for what `before` will return, if the step is to be compared; return whether it is.
 
         Args:
             objective: The objective.
+            step: The number of steps taken.
             is_bounded: Whether the step is likely to be shortened.
-            adapts: Whether the damping is to adapt.
+            is_fitted: Whether the step is fitted to its batch.
         """
-        if not self._compares(objective, is_bounded=is_bounded, adapts=adapts):
+        if not self._compares(objective, step, is_bounded=is_bounded, is_fitted=is_fitted):
             return False
         if self._asked is None or self._asked[0]() is not objective:
             value, rounding = objective.value(), rounding_of(self._replay, objective)
@@ -151,11 +154,15 @@ class Reduction:
         if ahead is not None and ahead.value is not None:
             self._known = _versions(objective), ahead.value
 
-    def _compares(self, objective: Objective, *, is_bounded: bool, adapts: bool) -> bool:
+    def _compares(
+        self, objective: Objective, step: int, *, is_bounded: bool, is_fitted: bool
+    ) -> bool:
         """Return whether a step is to be compared."""
         if objective.settings.damping is not None:
             return is_bounded
-        return self._safeguard or adapts
+        if self._safeguard or (is_fitted and common_momentum(objective) is None):
+            return True
+        return is_fitted and self.is_due(objective, step)
 
     def asked(self, objective: Objective, before: Before, predicted: float) -> Tensor | None:
         """Return the numbers of `adapt_`, ``[3]``; ``None`` if the step is not to be compared.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.preconditioning import by_scale
 from einconv_kfac.optim.factors.refresh import Inverses
+from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.asking_ahead import AskingAhead
 from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.damping.search import DampingSearch, Trials
@@ -43,6 +44,7 @@ class StepFit:
         curvature: Running curvature of the model.
         subspace: Fits the coefficients of directions.
         asking: Asks a GPU for steps before the host has read all numbers of a fit.
+        agreement: Whether batches agree.
 
     Attributes:
         subspace: See above.
@@ -50,11 +52,15 @@ class StepFit:
     """
 
     def __init__(
-        self, curvature: RunningCurvature, subspace: SubspaceFit, asking: AskingAhead
+        self,
+        curvature: RunningCurvature,
+        subspace: SubspaceFit,
+        asking: AskingAhead,
+        agreement: Agreement,
     ) -> None:
         self._curvature, self._asking = curvature, asking
         self.subspace = subspace
-        self.search = DampingSearch()
+        self.search = DampingSearch(agreement)
 
     def is_due(self, step: int, *, is_given: bool) -> bool:
         """Return whether a step is to be fitted to its batch.
@@ -114,7 +120,7 @@ class StepFit:
             begun: The fit, if the device was asked for its numbers.
         """
         begun, search = begun or BegunFit(), self.search
-        if begun.pending is None and self._tries(objective):
+        if begun.trials or (begun.pending is None and self._tries(objective)):
             trials = begun.trials or self._trials(objective, momentum, damping)
             best = search.best_(self._curvature.steps, trials)
             self._curvature.use_(best.inverses)

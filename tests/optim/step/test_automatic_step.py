@@ -77,6 +77,31 @@ def test_a_step_is_shortened_until_its_own_loss_does_not_grow() -> None:
     assert shortened > 0
 
 
+def test_a_step_that_is_fitted_before_a_comparison_is_due_is_compared() -> None:
+    """Another number of examples is fitted at once, late in training too."""
+    model, loss_fn, opt = wavy()
+    state = opt.state_dict()
+    state["kfac"]["preconditioner"]["steps"] = 1000  # fits and comparisons are rare by then
+    opt.load_state_dict(state)
+    reduction = opt._step._reduction
+    early = shortened = 0
+    for seed in range(24):
+        before, adapted, reduction.ratio = weights(model), reduction.adapted, math.nan
+        x, y = (tensor[: 6 if seed % 2 else 16] for tensor in wavy_batch(seed))
+        slow = {p: opt.state[p][BUFFER].clone() for p in model.parameters() if opt.state[p]}
+        loss = train_step(model, loss_fn, opt, (x, y))
+        assert not math.isnan(reduction.ratio)
+        alone = deepcopy(model)  # after the step without the slow momentum
+        followed = opt.param_groups[0]["lr"] * opt.statistics()["momentum"]
+        for own, p in zip(alone.parameters(), model.parameters()):
+            own.data -= followed * slow.get(p, torch.zeros(()))
+        assert not grown(alone, loss_fn, (x, y), loss)
+        torch.testing.assert_close(buffers(model, opt), weights(model) - before, **EXACT)
+        early += reduction.adapted == adapted
+        shortened += reduction.adapted == adapted and reduction.ratio < -0.01
+    assert early > shortened > 0
+
+
 def test_what_is_left_of_a_step_is_a_power_of_the_shortening(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 from einconv_kfac.optim.factors.refresh import Inverses
 from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
+from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.fit import Fit
 
 SEARCH_PERIOD = 100
-"""Steps between two searches."""
+"""Steps between two searches. From as many steps on, there are none where batches differ."""
 EARLY_SEARCH_SHARE = 2
 """Early in training a search is due each time the number of steps has about doubled."""
 SCALE_STEP = 3.0
@@ -66,12 +67,19 @@ class DampingSearch:
     Grosse (2015) also choose among several dampings by the change that the quadratic model
     predicts.
 
+    Where batches differ, the batch that decides is unlike those of the many steps that follow a
+    late search. Training without late searches ends at lower losses there.
+
+    Args:
+        agreement: Whether batches agree, or repeat.
+
     Attributes:
         scale: The present scale.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agreement: Agreement) -> None:
         self.scale = 1.0
+        self._agreement = agreement
         self._searched: int | None = None
 
     def is_due(self, step: int) -> bool:
@@ -80,6 +88,8 @@ class DampingSearch:
         Args:
             step: The number of steps taken.
         """
+        if step >= SEARCH_PERIOD and not self._agreement.is_close:
+            return False
         return is_due(step, self._searched, SEARCH_PERIOD, EARLY_SEARCH_SHARE)
 
     def first(self, step: int) -> list[float]:

@@ -10,6 +10,8 @@ from optim_cases import conv_net, image_batch, train_step
 from torch import nn
 
 from einconv_kfac import KFAC
+from einconv_kfac.optim.step.agreement import Agreement
+from einconv_kfac.optim.step.damping.levenberg_marquardt import LARGEST_NOISE
 from einconv_kfac.optim.step.damping.search import (
     SCALE_BOUNDS,
     SEARCH_PERIOD,
@@ -27,7 +29,7 @@ class Ranked:
 
 def searched(promised: Any, step: int = 0) -> tuple[list[float], float]:
     """Return the scales that are tried, and the best, for a promised change by scale."""
-    search: Any = DampingSearch()
+    search: Any = DampingSearch(Agreement())
     tried: list[float] = []
 
     class Trials:
@@ -82,6 +84,15 @@ def test_a_late_search_goes_no_further_than_one_factor(step: int) -> None:
         scales, found = searched(lambda scale, sign=sign: -(scale**sign), step)
         assert scales == pytest.approx([1, 3] if sign == 1 else [1, 3, 1 / 3])
         assert found == pytest.approx(best)
+
+
+@pytest.mark.parametrize("noise", [0.0, LARGEST_NOISE, 1.0])
+def test_there_is_no_late_search_where_batches_differ(noise: float) -> None:
+    agreement = Agreement()
+    search = DampingSearch(agreement)
+    agreement.noise = noise
+    assert [search.is_due(step) for step in (0, SEARCH_PERIOD - 1)] == [True, True]
+    assert search.is_due(SEARCH_PERIOD) == search.is_due(5000) == (noise == 0)
 
 
 def test_searches_are_frequent_early_and_rare_later(monkeypatch: pytest.MonkeyPatch) -> None:
