@@ -88,9 +88,9 @@ class DampingSearch:
         Args:
             step: The number of steps taken.
         """
-        if step >= SEARCH_PERIOD and not self._agreement.is_close:
+        if not is_due(step, self._searched, SEARCH_PERIOD, EARLY_SEARCH_SHARE):
             return False
-        return is_due(step, self._searched, SEARCH_PERIOD, EARLY_SEARCH_SHARE)
+        return self._searched is None or step < SEARCH_PERIOD or self._agreement.is_close
 
     def first(self, step: int) -> list[float]:
         """Return the scales that are tried first: most searches try three alone.
