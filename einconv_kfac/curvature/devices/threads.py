@@ -2,8 +2,9 @@
 
 torch divides each operation over its threads, which wait for each other at its end. A factor has
 hundreds of small operations. Beside other processes, a thread often has no processor when the
-others wait for it. So a factor is divided into a few tasks that run on threads of their own, on
-which torch does not divide operations, and there is one wait for all of them.
+others wait for it. So a factor is divided into a few tasks, in which torch does not divide
+operations, and there is one wait for all of them. They run on torch's own threads, or, where these
+cannot be had or start late, on others.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from threading import Barrier, Lock, Thread
 
 import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.device_registry import profile_of
+from einconv_kfac.curvature.devices.thread_team import torch_team
 
 Task = Callable[[], None]
 
@@ -55,21 +58,32 @@ def run_tasks(tasks: Sequence[Task], threads: int) -> None:
         for task in tasks:
             task()
         return
-    pool, waiting, inference = _POOLS[threads], deque(tasks), torch.is_inference_mode_enabled()
-    runs = [
-        pool.submit(_run, waiting, inference=inference) for _ in range(min(threads, len(tasks)))
-    ]
+    waiting, inference = deque(tasks), torch.is_inference_mode_enabled()
+    run = partial(_run, waiting, inference=inference)
+    team = torch_team() if threads == torch.get_num_threads() else None
+    if team is not None and len(tasks) == 1:
+        team.run_undivided(run)
+    elif team is not None and team.is_ready():
+        team.run(run)
+    else:
+        _run_in_pool(run, waiting, threads)
+
+
+def _run_in_pool(run: Task, waiting: deque[Task], threads: int) -> None:
+    """Run tasks on threads of ours; ``run`` runs those that wait."""
+    pool = _POOLS[threads]
+    runs = [pool.submit(run) for _ in range(min(threads, len(waiting)))]
     try:
         wait(runs)
     finally:  # no task writes to tensors of a call that was interrupted
         waiting.clear()
         wait(runs)
-    for run in runs:
-        run.result()
+    for own in runs:
+        own.result()
 
 
 def _run(waiting: deque[Task], *, inference: bool) -> None:
-    """Run tasks on a thread of a pool until none is left."""
+    """Run tasks on this thread until none is left."""
     with torch.inference_mode(inference), torch.no_grad():
         while waiting:
             try:

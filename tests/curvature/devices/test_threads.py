@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from threading import Thread, get_ident
 
@@ -10,6 +11,15 @@ import pytest
 import torch
 
 from einconv_kfac.curvature.devices.threads import run_tasks, threads_for
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Let torch have two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def _threads_of_new_thread() -> int:
@@ -66,13 +76,14 @@ def test_inference_mode_is_that_of_the_caller() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.usefixtures("two_threads")
 def test_forked_process() -> None:
-    run_tasks([lambda: None], 2)
+    run_tasks([lambda: None, lambda: None], 2)
     child = os.fork()
     if not child:
         found: list[int] = []
-        run_tasks([partial(found.append, 1)], 2)
-        os._exit(0 if found == [1] else 1)
+        run_tasks([partial(found.append, 1), partial(found.append, 1)], 2)
+        os._exit(0 if found == [1, 1] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
