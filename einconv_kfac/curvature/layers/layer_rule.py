@@ -205,8 +205,13 @@ class LayerRule(ABC):
         return second_moment(sharing.gradients(g), count, **into)
 
 
-def _record_call(
-    record: Record, _: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
-) -> None:
-    """Record the first input and the output of a call, as a forward hook."""
-    record(inputs[0] if inputs else next(iter(keywords.values())), output)
+def _record_call(record: Record, _: Any, inputs: tuple[Any, ...], *rest: Any) -> None:
+    """Record the first input and the output of a call, as a forward hook.
+
+    Torch leaves out the keyword arguments where the hook is removed while the hooks of a module
+    are called, as by the garbage collector after the optimizer.
+    """
+    *keywords, output = rest
+    values = [*inputs, *(value for own in keywords for value in own.values())]
+    if values:
+        record(values[0], output)

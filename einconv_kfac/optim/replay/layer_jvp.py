@@ -130,13 +130,21 @@ def _transposed(module: Any, weight: Tensor, x: Tensor, output: Tensor) -> Tenso
 
 def _evaluated(module: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """Return the output of a linear module for other parameters."""
-    before = dict(module._parameters)
-    module._parameters.update(weight=weight, bias=bias)
+    places = {name: _place(module, name) for name in ("weight", "bias")}
+    before = {name: place[name] for name, place in places.items()}
+    places["weight"]["weight"], places["bias"]["bias"] = weight, bias
     try:
         result: Tensor = type(module).forward(module, x)
     finally:
-        module._parameters.update(before)
+        for name, place in places.items():
+            place[name] = before[name]
     return result
+
+
+def _place(module: Any, name: str) -> dict[str, Any]:
+    """Return where a module has a tensor; a hook that computes it makes it a plain attribute."""
+    places = vars(module), module._parameters, module._buffers
+    return next(place for place in places if name in place)
 
 
 def _normalizing(module: Any, statistics: Iterator[Tensor | None]) -> Forward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -75,3 +76,20 @@ def test_same_function_trains_alike(name: str, late: bool, options: dict[str, An
     torch.testing.assert_close(
         trained(hooked, late=late, **options), trained(plain, late=late, **options)
     )
+
+
+def test_an_earlier_optimizer_may_be_collected_in_a_forward_pass() -> None:
+    model, loss_fn = nn.Sequential(nn.Linear(4, 1)), nn.MSELoss()
+    opts = [KFAC(model, loss_fn)]
+
+    def collect(*_: object) -> None:
+        del opts[:-1]
+        gc.collect()
+
+    model[0].register_forward_hook(collect, prepend=True)
+    opts.append(KFAC(model, loss_fn))
+    before = model[0].weight.detach().clone()
+    loss_fn(model(torch.randn(8, 4)), torch.randn(8, 1)).backward()
+    opts[-1].step()
+    assert len(opts) == 1
+    assert not torch.equal(before, model[0].weight)
