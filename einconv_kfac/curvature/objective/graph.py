@@ -170,13 +170,19 @@ def _called(node: Node, gradients: Sequence[Tensor | None]) -> Sequence[Tensor |
 
 def _called_function(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """Return what a function that is written in Python passes on to the edges of its inputs."""
-    if node._forward_cls.__module__.startswith("torch._functorch"):
+    if _is_compiled(node):
         raise RuntimeError(_COMPILED)
     given = [zeros_at((node, i)) if g is None else g for i, g in enumerate(gradients)]
     results = node.apply(*given)
     results = results if isinstance(results, tuple) else (results,)
     needed = iter([r for r, need in zip(results, node.needs_input_grad) if need])
     return [None if edge is None else next(needed, None) for edge in inputs_of(node)]
+
+
+def _is_compiled(node: Any) -> bool:
+    """Return whether a function that is written in Python runs compiled code."""
+    found: bool = node._forward_cls.__module__.startswith("torch._functorch")
+    return found
 
 
 def _fitted(gradient: Tensor, edge: Edge) -> Tensor:
@@ -211,3 +217,9 @@ def reached_nodes(outputs: Sequence[Tensor | GradientEdge]) -> set[Node]:
             found.add(node)
             waiting += [parent for parent, _ in node.next_functions]
     return found
+
+
+def has_compiled_code(outputs: Sequence[Tensor | GradientEdge]) -> bool:
+    """Return whether the graphs of outputs have nodes of compiled code."""
+    nodes = reached_nodes(outputs)
+    return any(isinstance(node, BackwardCFunction) and _is_compiled(node) for node in nodes)

@@ -28,7 +28,12 @@ from einconv_kfac.distributed.wrappers import (
 )
 from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
-from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts, run_uncompiled_
+from einconv_kfac.optim.factors.compiled_parts import (
+    advice,
+    compiled_parts,
+    may_be_compiled,
+    run_uncompiled_,
+)
 from einconv_kfac.optim.factors.finiteness import Finiteness
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.factors.seen_calls import SeenCalls
@@ -43,13 +48,6 @@ NEVER_SEEN = (
     "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
     "loss as `loss_fn(model(x), y)` with the module given here, outside of compiled functions, and "
     "call `loss.backward()`; gradients by torch.func or autograd.grad have no recorded loss."
-)
-
-UNSEEN = (
-    "Compiled models: pass `torch.compile(model)` itself here and call that. Checkpointed layers: "
-    "pass use_reentrant=False. Layers that are not called as modules, or only reached by another "
-    "loss: name them in `exclude`. Models that return no tensors: return them, or a tuple, a "
-    "mapping or an object that has them."
 )
 
 
@@ -143,7 +141,7 @@ class Collector:
         return LayerSums(self._layers[name], approximation, self.bases.get(name), size)
 
     def _forget_(self) -> None:
-        """Forget what was collected in this step, since its gradients were dropped."""
+        """Forget what was collected in this step."""
         self.moments, self._count = {}, 0
         self.workers.drop_()
 
@@ -172,7 +170,7 @@ class Collector:
         number, self._count = self.workers.number(self._count), self._count + 1
         own = [call for call in calls if call.layer in self.due]
         kind = tuple((call.layer, call.x.shape) for call in own)
-        if not (own and evaluation.outputs and evaluation.examples):
+        if not (self.due and evaluation.outputs and evaluation.examples):
             return frozenset()
         before = {name: sum(moments.counts()) for name, moments in self.moments.items()}
         generator = stream(evaluation.weight.device, "factors", self.seed, self._step, number)
@@ -190,12 +188,12 @@ class Collector:
         self, evaluation: Evaluation, own: Sequence[LayerCall], generator: Generator
     ) -> None:
         """Add the calls of a batch that are due."""
-        for name in {call.layer for call in own} - self.moments.keys():
+        past = self._used_past_calls(evaluation, own)
+        for name in {call.layer for call in own}.union(past) - self.moments.keys():
             self.moments[name] = self._sums(name)
         moments: Mapping[str, Moments] = self.moments
         if self._part < 1:
             moments = sampled(self.moments, self._part, generator)
-        past = self._used_past_calls(evaluation, own)
         with self._capture.paused():  # checkpointed layers run again
             others = [call for call in own if call.layer not in past]
             if others:
@@ -209,18 +207,20 @@ class Collector:
         self.moments = {name: m for name, m in self.moments.items() if m.examples}
 
     def _used_past_calls(self, evaluation: Evaluation, calls: Sequence[LayerCall]) -> list[str]:
-        """Return the layers whose weights are used past their calls; the graph is walked once.
+        """Return the layers whose weights are used past their calls, or without calls.
 
         Args:
             evaluation: The batch.
             calls: The calls of all layers that are due.
         """
-        counts = Counter((call.layer, call.has_parameters) for call in calls)
-        kind = len(evaluation.outputs), *sorted(counts.items())
-        if kind not in self._past:
-            known = [self._layers[name] for name in {name for name, _ in counts}]
-            layers = [own for own in known if own.rule.weight in own.module._parameters]
-            self._past[kind] = sorted(used_past_calls(evaluation.outputs, calls, layers))
+        counts, outputs = Counter((c.layer, c.has_parameters) for c in calls), evaluation.outputs
+        kind, known = (len(outputs), *sorted(counts.items())), {name for name, _ in counts}
+        if (uncalled := self.due - known) or kind not in self._past:
+            if uncalled and not may_be_compiled(self._model, uncalled, outputs):
+                known |= uncalled
+            layers = [self._layers[name] for name in sorted(known)]
+            layers = [own for own in layers if own.rule.weight in own.module._parameters]
+            self._past[kind] = sorted(used_past_calls(outputs, calls, layers))
         return self._past[kind]
 
     def check(self, batches: Sequence[Batch]) -> None:
@@ -234,10 +234,9 @@ class Collector:
             raise RuntimeError(NEVER_SEEN)
         if missing:
             names = ", ".join(f"'{name}'" for name in sorted(missing))
-            parts = compiled_parts(self._model, missing)
             raise RuntimeError(
                 f"The factors of {names} need calls that the loss depends on, got none, though "
-                f"there is a gradient. {advice(parts) if parts else UNSEEN}"
+                f"there is a gradient. {advice(compiled_parts(self._model, missing))}"
             )
 
     def _is_trained(self, name: str) -> bool:
@@ -265,12 +264,10 @@ class Collector:
         found = self.finiteness(gradient, losses, known)
         if self.workers.agree(found.flag, "are all numbers finite", same):
             return None
-        flags = found.by_entry()
+        flags, others = found.by_entry(), "A loss, gradient or Kronecker factor of another worker"
         if self.workers.agree(flags.all(), "is each number finite"):
             return None
-        return (
-            found.fault(flags.tolist()) or "A loss, gradient or Kronecker factor of another worker"
-        )
+        return found.fault(flags.tolist()) or others
 
     def finiteness(
         self, gradient: Direction, losses: Sequence[Tensor], known: Sequence[Tensor]

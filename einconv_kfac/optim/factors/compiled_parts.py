@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from einconv_kfac.curvature.estimation.capture import LayerCapture
+from einconv_kfac.curvature.objective.graph import has_compiled_code
+
+UNSEEN = (
+    "Compiled models: pass `torch.compile(model)` itself here and call that. Checkpointed layers: "
+    "pass use_reentrant=False. Layers that only another loss reaches: name them in `exclude`. "
+    "Models that return no tensors: return them, or a tuple, a mapping or an object that has them."
+)
 
 
-def compiled_parts(model: nn.Module, layers: Sequence[str]) -> list[str]:
+def compiled_parts(model: nn.Module, layers: Collection[str]) -> list[str]:
     """Return the names of the outermost compiled modules that contain one of several layers.
 
     Args:
@@ -26,8 +34,27 @@ def compiled_parts(model: nn.Module, layers: Sequence[str]) -> list[str]:
     return found
 
 
+def may_be_compiled(
+    model: nn.Module, layers: Collection[str], outputs: Sequence[Tensor | GradientEdge]
+) -> bool:
+    """Return whether layers whose calls no hook saw may run in compiled code.
+
+    Args:
+        model: The model.
+        layers: Names of the layers.
+        outputs: Outputs of the model.
+    """
+    return bool(compiled_parts(model, layers)) or has_compiled_code(outputs)
+
+
 def advice(parts: Sequence[str]) -> str:
-    """Return what to write if parts of a model are compiled by themselves."""
+    """Return what to write where no calls were seen.
+
+    Args:
+        parts: The parts of a model that are compiled by themselves.
+    """
+    if not parts:
+        return UNSEEN
     names = ", ".join(f"'{name}'" if name else "the model" for name in parts)
     return (
         f"Compiled by itself is {names}: compile the whole model in place of it, by "
