@@ -62,6 +62,25 @@ def plain(model: nn.Module, _: KFAC) -> Tensor:
     return loss
 
 
+def checkpointed_loss(model: nn.Module, opt: KFAC) -> Tensor:
+    """Compute the loss in pieces, whose activations are computed again in the backward pass."""
+
+    def piece(scores: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(scores, targets, reduction="sum")
+
+    pairs = zip(model(X).chunk(3), Y.chunk(3))
+    loss = sum((checkpoint(piece, *own, use_reentrant=False) for own in pairs), torch.zeros(()))
+    opt.observe(loss / len(X)).backward()
+    return loss / len(X)
+
+
+def whole_checkpointed(model: nn.Module, *, use_reentrant: bool) -> Tensor:
+    x = X.clone().requires_grad_()
+    loss: Tensor = CROSS_ENTROPY(checkpoint(model, x, use_reentrant=use_reentrant), Y)
+    loss.backward()
+    return loss
+
+
 def observing(loss: Callable[[Tensor], Tensor]) -> Script:
     """Observe a functional loss of the output."""
 
@@ -168,18 +187,6 @@ class Checkpointed(nn.Module):
         x = x.clone().requires_grad_()
         inner = checkpoint(self.net[0], x, use_reentrant=self.use_reentrant)
         return self.net[2](self.net[1](inner))
-
-
-class Bypassed(nn.Module):
-    """A network that uses a layer's weight and does not call the layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = net()
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = functional.linear(x, self.net[0].weight, self.net[0].bias)
-        return self.net[2](inner.tanh())
 
 
 class Overwriting(nn.Module):
@@ -377,12 +384,21 @@ CASES: dict[str, Refused] = {
         build=lambda: Checkpointed(True),
         remedied=lambda: Checkpointed(False),
     ),
-    "a layer that is not called": Refused(
-        "factors of 'net.0' need calls.*name them in `exclude`",
+    "a loss inside of a checkpoint": Refused(
+        "must be computed outside of `torch.utils.checkpoint`.*of the output of the model",
+        checkpointed_loss,
         plain,
+    ),
+    "a loss module inside of a checkpoint": Refused(
+        "must be computed outside of `torch.utils.checkpoint`",
+        checkpointed_loss,
         plain,
-        build=Bypassed,
-        remedied_options={"exclude": ["net.0"]},
+        options={"lr": 0.1, "adaptive": False},
+    ),
+    "a reentrant checkpoint of the whole model": Refused(
+        "whose gradient is in `.grad`.*use_reentrant=True",
+        lambda model, _: whole_checkpointed(model, use_reentrant=True),
+        lambda model, _: whole_checkpointed(model, use_reentrant=False),
     ),
     "a count of calls": Refused(
         "must repeat its output.*state between calls only in buffers",

@@ -109,6 +109,23 @@ def penalty() -> list[float]:
     )
 
 
+@script(
+    "a loss of tensors inside of the model (features that a hook or an attribute keeps, an "
+    "auxiliary loss)"
+)
+def inner_tensors() -> list[float]:
+    model, loss_fn, (x, y) = net(), nn.CrossEntropyLoss(), data()
+    kept: list[Tensor] = []
+    model[1].register_forward_hook(lambda _, __, hidden: kept.append(hidden))
+    opt = KFAC(model, loss_fn)
+
+    def loss() -> Tensor:
+        scores = model(x)
+        return opt.observe(loss_fn(scores, y) + 0.01 * kept.pop().square().mean())
+
+    return steps(opt, loss)
+
+
 @script("weights of examples")
 def example_weights() -> list[float]:
     model, (x, y) = net(), data()
@@ -229,7 +246,10 @@ class Residual(nn.Module):
         return curvature + math.pi**2 * (math.pi * x).sin(), ends
 
 
-@script("parts of the model called one after the other (`model.encoder(x)`, `model.decoder(z)`)")
+@script(
+    "parts of the model called one after the other (`model.encoder(x)`, `model.decoder(z)`), or "
+    "beside the whole"
+)
 def parts_of_a_model() -> list[float]:
     torch.manual_seed(0)
     model = nn.ModuleDict({"encoder": nn.Linear(6, 4), "decoder": nn.Linear(4, 6)})

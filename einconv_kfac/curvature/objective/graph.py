@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -122,6 +122,26 @@ def dependents(root: Edge, stops: Stops) -> list[Node]:
             stack.append((node, True))
             stack += [(edge[0], False) for edge in edges if not stops(edge)]
     return ordered
+
+
+def first_met(starts: Iterable[Edge], stops: Stops) -> set[Edge]:
+    """Return the edges at which a walk through the graph ends.
+
+    Args:
+        starts: Where it begins.
+        stops: Whether it ends at an edge.
+    """
+    found: set[Edge] = set()
+    seen: set[Node] = set()
+    waiting = list(starts)
+    while waiting:
+        edge = waiting.pop()
+        if stops(edge):
+            found.add(edge)
+        elif edge[0] not in seen:
+            seen.add(edge[0])
+            waiting += [each for each in inputs_of(edge[0]) if each is not None]
+    return found
 
 
 def backpropagated(

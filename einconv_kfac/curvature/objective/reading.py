@@ -20,6 +20,7 @@ from einconv_kfac.curvature.objective.graph import (
     Edge,
     backpropagated,
     dependents,
+    first_met,
     inputs_of,
     kind_of_node,
     leaf_of,
@@ -32,6 +33,7 @@ from einconv_kfac.curvature.objective.nodes.slices import is_assignment
 from einconv_kfac.curvature.objective.nodes.squares import squared
 from einconv_kfac.curvature.objective.tail import Operation, Tail
 from einconv_kfac.curvature.objective.terms import Term
+from einconv_kfac.curvature.objective.units import drawn, example_of_units
 
 Values = Callable[[Edge], "Tensor | None"]
 """Returns the recorded value of a model's output at an edge, or ``None`` for another edge."""
@@ -47,6 +49,7 @@ class Reading:
         output: Returns the value of a model's output at an edge, ``None`` elsewhere.
         parameters: The parameters of the model, whose values a loss may use itself.
         call_at: Returns the call of a loss module whose result is at an edge.
+        layers: The outputs of calls of layers.
 
     Attributes:
         root: The edge of the loss.
@@ -54,6 +57,8 @@ class Reading:
         weight: The weight of each number in the loss.
         sources: Edges of the outputs and parameters that the loss depends on.
         outputs: Those that are outputs.
+        ends: The gradients of the loss at the outputs, and at outputs of layers that the loss
+            depends on past these, by edge.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Reading:
         output: Values,
         parameters: Mapping[Tensor, str],
         call_at: CallAt = no_call,
+        layers: Iterable[Edge] = (),
     ) -> None:
         self.loss, self.weight, self.root = loss, weight, root
         self._output, self._parameters = output, parameters
@@ -74,6 +80,13 @@ class Reading:
             self._gradients = backpropagated(start, self._nodes, self._is_source, self._seen)
         self.sources = list(self._gradients)
         self.outputs = [edge for edge in self.sources if output(edge) is not None]
+        nodes = set(self._nodes)
+        self._inner = {edge for edge in layers if edge[0] in nodes and edge != self.root}
+        self.ends = {edge: self._gradients[edge] for edge in self.outputs}
+        if self._inner:
+            self.ends = dict.fromkeys([*self.outputs, *self._inner], weight)
+            found = self._at_ends(start)
+            self.ends = {edge: found[edge] for edge in self.ends if edge in found}
         self._nonlinear = [node for node in self._nodes if not self._is_linear(node)]
         self._calls = enclosed_calls(self._nodes, call_at, self._is_source)
         self._terms = [*self._registered_terms()]
@@ -122,32 +135,38 @@ class Reading:
         return LinearMap(self.root, self._nodes, self._is_source)
 
     def sample(self, generator: Generator) -> dict[Edge, Tensor]:
-        """Draw gradients at the outputs whose second moment is the curvature of the loss."""
+        """Draw gradients at the ends whose second moment is the curvature of the loss."""
         start: dict[Edge, Tensor] = {}
         for term in self._terms:
             for edge, root in term.gradients(term.sample(generator)).items():
                 start[edge] = start[edge] + root if edge in start else root
-        return self._at_outputs(start)
+        return self._at_ends(start)
 
     def roots(self) -> Iterator[dict[Edge, Tensor]]:
-        """Yield gradients at the outputs whose outer products sum to the curvature.
+        """Yield gradients at the ends whose outer products sum to the curvature.
 
         Each touches one unit (a class score vector, an entry) of every example.
         """
+        values = {edge: self._value(edge) for edge in self.outputs}
+        device = next(iter(self._gradients.values())).device
         for term in self._terms:
-            for root in term.roots(self._example_of(term)):
-                yield self._at_outputs(term.gradients(root))
+            for root in term.roots(example_of_units(term, values, device)):
+                yield self._at_ends(term.gradients(root))
 
-    def _at_outputs(self, start: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]:
-        """Return gradients of the graph as gradients at the outputs."""
-        stopped = {edge: g for edge, g in start.items() if self._is_source(edge)}
+    def _at_ends(self, start: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]:
+        """Return gradients of the graph as gradients at the ends."""
+        stopped = {edge: g for edge, g in start.items() if self._is_end(edge)}
         inner = {edge: g.to(_dtype(edge)) for edge, g in start.items() if edge not in stopped}
         with torch.no_grad():
-            found = backpropagated(inner, self._nodes, self._is_source)
+            found = backpropagated(inner, self._nodes, self._is_end)
         for edge, gradient in stopped.items():
             own = gradient.to(_dtype(edge))
             found[edge] = found[edge] + own if edge in found else own
-        return {edge: g for edge, g in found.items() if edge in self.outputs}
+        return {edge: g for edge, g in found.items() if edge in self.ends}
+
+    def _is_end(self, edge: Edge) -> bool:
+        """Return whether an edge is a source, or the output of a layer past the outputs."""
+        return edge in self._inner or self._is_source(edge)
 
     def _is_source(self, edge: Edge) -> bool:
         """Return whether an edge is an output of the model or one of its parameters."""
@@ -229,7 +248,7 @@ class Reading:
     def _is_same(self, first: Edge, second: Edge) -> bool:
         """Return whether two tensors of equal value have the same derivative by the sources."""
         ends = [LinearMap(edge, self._nodes, self._is_source) for edge in (first, second)]
-        random = {e: _drawn(self._value(e), seed) for seed, e in enumerate(self.sources)}
+        random = {e: drawn(self._value(e), seed) for seed, e in enumerate(self.sources)}
         left, right = (each(random) for each in ends)
         return left is not None and right is not None and torch.allclose(left, right)
 
@@ -240,52 +259,15 @@ class Reading:
         return Term(edges, maps, curvature)
 
     def _empirical_terms(self) -> Iterator[Term]:
-        """Yield the empirical Fisher at the outputs that no other term gives curvature."""
+        """Yield the empirical Fisher at the ends that no other term gives curvature."""
         curved = {edge for term in self._terms for edge in term.sources}
-        for edge in self.outputs:
-            gradient = self._gradients[edge]
+        if self._inner:
+            starts = [edge for term in self._terms for edge in term.argument]
+            curved |= first_met(starts, self._is_end)
+        for edge, gradient in self.ends.items():
             if edge not in curved and gradient.ndim:
                 identity = LinearMap(edge, self._nodes, self._is_source)
                 yield Term((edge,), (identity,), Empirical(gradient))
-
-    def _example_of(self, term: Term) -> Tensor:
-        """Return the example of each unit of a term, or -1 for several; flat."""
-        values = [self._value(edge) for edge in self.outputs if edge in term.sources]
-        sizes = {len(value) for value in values if value.ndim}
-        rows = term.curvature.rows
-        found = torch.full((rows.numel(),), -2, dtype=torch.long)
-        for example in range(max(sizes, default=0)):
-            vectors = {edge: _only(self._value(edge), example) for edge in self.outputs}
-            tangent = term.tangent(vectors)
-            if tangent is None:
-                continue
-            touched = _by_unit(tangent != 0, term.curvature).cpu()
-            found[touched] = torch.where(found[touched] == -2, example, -1)
-        return found.where(found != -2, -1).to(next(iter(self._gradients.values())).device)
-
-
-def _only(value: Tensor, example: int) -> Tensor:
-    """Return random numbers for one example and zeros for the others, ``[n, ...]``."""
-    result = torch.zeros_like(value)
-    if value.ndim and example < len(value):
-        result[example] = _drawn(value[example])
-    return result
-
-
-def _drawn(like: Tensor, seed: int = 0) -> Tensor:
-    """Return random numbers in the shape of a tensor, the same for the same seed."""
-    generator = Generator(like.device).manual_seed(seed)
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def _by_unit(touched: Tensor, curvature: LocalCurvature) -> Tensor:
-    """Return whether each unit has an entry that is touched; flat."""
-    dim: Any = getattr(curvature, "dim", None)
-    if dim is not None:
-        touched = touched.any(dim)
-    elif touched.ndim > len(curvature.rows):
-        touched = touched.flatten(len(curvature.rows)).any(-1)
-    return touched.flatten()
 
 
 def _dtype(edge: Edge) -> torch.dtype:

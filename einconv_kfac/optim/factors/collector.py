@@ -47,7 +47,8 @@ from einconv_kfac.optim.vectors import Direction, totals
 NEVER_SEEN = (
     "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
     "loss as `loss_fn(model(x), y)` with the module given here, outside of compiled functions, and "
-    "call `loss.backward()`; gradients by torch.func or autograd.grad have no recorded loss."
+    "call `loss.backward()`; gradients by torch.func, autograd.grad or a checkpoint "
+    "with use_reentrant=True have no recorded loss."
 )
 
 

@@ -38,7 +38,7 @@ class CallHooks:
     """The hooks before and after calls of a model.
 
     Most scripts call the whole model. Some call parts of it, such as an encoder and a decoder;
-    these are watched until a call of the whole model comes first.
+    these are watched until the end of the first step, and after it if one of them was called.
 
     Args:
         model: The model.
@@ -54,6 +54,7 @@ class CallHooks:
         self._last: dict[nn.Module, RemovableHandle] = {}
         self._names = {model: ""}
         self._parts: list[RemovableHandle] = []
+        self._calls_parts = False
         self.handles = self._attached(model)
 
     def watch_parts_(self, losses: Iterable[nn.Module]) -> None:
@@ -77,12 +78,16 @@ class CallHooks:
 
     def begin_(self, module: nn.Module) -> None:
         """Begin the outermost call of a module: the hook after it becomes the last one."""
-        if module is self._model:
-            detach(self._parts)
-        self._parts = []
+        self._calls_parts |= module is not self._model
         hooks: Any = module._forward_hooks
         if self._last[module].id in hooks:
             hooks.move_to_end(self._last[module].id)  # behind hooks that came later
+
+    def end_step_(self) -> None:
+        """Leave the parts alone from now on, unless one of them was called by itself."""
+        if not self._calls_parts:
+            detach(self._parts)
+        self._parts = []
 
     def name_of(self, module: nn.Module) -> str:
         """Return the name of a part; the whole model has none."""

@@ -122,19 +122,16 @@ class ReadObservation:
         model: The model.
         pending: The calls of the model.
         loss: The loss, with its graph.
-        inner: Whether the model computed the loss, so that outputs of layers count as outputs.
 
     Attributes:
         parts: The losses that are parts of this one.
     """
 
-    def __init__(
-        self, model: nn.Module, pending: PendingCalls, loss: Tensor, *, inner: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, pending: PendingCalls, loss: Tensor) -> None:
         self._names: dict[Tensor, str] = {
             graph_leaf(p): name for name, p in model.named_parameters()
         }
-        self._pending, self._inner = pending, inner
+        self._pending = pending
         self._loss, self._tensor = loss.detach(), weakref.ref(loss)
         self._root: Edge | None = edge_of(loss)
         self._layer_calls = pending.layer_calls()
@@ -153,7 +150,7 @@ class ReadObservation:
         def stops(edge: Edge) -> bool:
             if (part := self._pending.loss_at(edge)) is not None:
                 self.parts.append(part)
-            owner = self._pending.source_at(edge, inner=self._inner)
+            owner = self._pending.source_at(edge)
             if owner is None or edge == self._root:
                 self._uses_parameters |= leaf_of(edge) in self._names
                 return False
@@ -177,12 +174,13 @@ class ReadObservation:
         self._root = None  # a hook of the graph that refers to the graph would keep it alive
         own = weight / _total(weight)
         at = self._pending.call_at
-        reading = Reading(root, self._loss, own, self._value, self._names, at)
+        layers = [(call.output.node, call.output.output_nr) for call in self._layer_calls]
+        reading = Reading(root, self._loss, own, self._value, self._names, at, layers)
         return ReadEvaluation(reading), self._layer_calls
 
     def _source(self, edge: Edge) -> tuple[PendingCall, LossInput] | None:
         """Return which tensor of which call an edge is, or ``None``."""
-        return self._pending.source_at(edge, inner=self._inner, among=self._calls)
+        return self._pending.source_at(edge, among=self._calls)
 
     def _value(self, edge: Edge) -> Tensor | None:
         """Return the value of a tensor of a call in the recorded pass."""

@@ -147,7 +147,7 @@ class PendingCalls:
         """
 
         def source_at(edge: Edge) -> tuple[Source, Tensor] | None:
-            own = self.source_at(edge)
+            own = self.source_at(edge, inner=False)
             return None if own is None else ((own[0].number, own[1]), own[0].values[own[1]])
 
         return chained_arguments(args, kwargs, source_at, self._names)
@@ -211,14 +211,14 @@ class PendingCalls:
         self,
         edge: Edge,
         *,
-        inner: bool = False,
+        inner: bool = True,
         among: Mapping[int, PendingCall] | None = None,
     ) -> tuple[PendingCall, LossInput] | None:
         """Return which tensor of which call an edge of the graph is, or ``None``.
 
         Args:
             edge: The edge.
-            inner: Whether to look for outputs of layers as well.
+            inner: Whether outputs of layers count, past what the model returns.
             among: The calls by number; those that are pending by default.
         """
         mark = mark_of(edge, (id(self), True)) or mark_of(within(edge), (id(self), True))
@@ -249,7 +249,7 @@ class PendingCalls:
         """Return the call whose output a wrapper passed on as a tensor, and which it is."""
         if not argument.requires_grad or within(edge_of(argument)) == edge_of(argument):
             return None
-        return self.source_at(edge_of(argument))
+        return self.source_at(edge_of(argument), inner=False)
 
     def layer_calls(self) -> list[LayerCall]:
         """Return all calls of layers so far."""

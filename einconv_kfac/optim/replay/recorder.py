@@ -37,6 +37,7 @@ from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOu
 from einconv_kfac.optim.replay.loss_input import loss_arguments
 from einconv_kfac.optim.replay.observation import GivenObservation, Observation, ReadObservation
 from einconv_kfac.optim.replay.pending import PendingCalls
+from einconv_kfac.optim.replay.unknown_operations import explained_checkpoints
 from einconv_kfac.optim.replay.versions import Versions, state_of
 
 OnBackward = Callable[[Evaluation, list[LayerCall], Tensor], frozenset[str]]
@@ -103,8 +104,9 @@ class Recorder:
     def take(self) -> list[Batch]:
         """Return the batches whose gradients are in ``.grad``, and drop everything recorded."""
         self._drop_cleared_()
-        batches, self._batches = self._batches, []
-        self._outputs = None
+        batches, self._batches, self._outputs = self._batches, [], None
+        if batches:
+            self._calls.end_step_()
         self.gradients.forget_()
         self._pending.clear_()
         return batches
@@ -142,16 +144,15 @@ class Recorder:
             )
         return loss
 
-    def observe_(self, loss: Tensor, *, inner: bool = False) -> bool:
+    def observe_(self, loss: Tensor) -> bool:
         """Record a loss when it is backpropagated, from its graph; return whether it is one.
 
         Args:
             loss: The loss, one number.
-            inner: Whether the model computed it, so that outputs of layers are looked for.
         """
         if not (self.enabled and torch.is_grad_enabled() and loss.requires_grad):
             return False
-        observation = ReadObservation(self._model, self._pending, loss, inner=inner)
+        observation = ReadObservation(self._model, self._pending, loss)
         if observation.is_empty:
             return False
         for part in observation.parts:
@@ -179,7 +180,7 @@ class Recorder:
     ) -> None:
         """Record the arguments and the environment of a call of the model, or of a part of it.
 
-        Parts are watched until the first call of the whole model, which most scripts call alone.
+        Parts are watched until the first step ends, and after it if one was called by itself.
         """
         if self._running is None and self._is_recording():
             self._running = model
@@ -212,7 +213,7 @@ class Recorder:
                 self._outputs.keep_(module, output)
             else:
                 self._outputs.drop_(module)
-        if self._loss_fn is None and self.enabled and torch.is_grad_enabled():
+        if (self._loss_fn is None or self.keeps_outputs) and self._is_recording():
             self._pending.mark_layer_(module, output)
 
     def _after_model(self, model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
@@ -224,7 +225,7 @@ class Recorder:
                 self._buffers.compare_(self.tree.modules)
             if self._loss_fn is None:
                 for loss in losses_of(output):
-                    self.observe_(loss, inner=True)
+                    self.observe_(loss)
 
     def _after_loss(
         self, loss_fn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
@@ -261,7 +262,7 @@ class Recorder:
         """Record a batch, whose backward pass begins."""
         self._drop_cleared_()
         try:
-            with self.paused(), torch.enable_grad():
+            with self.paused(), torch.enable_grad(), explained_checkpoints():
                 evaluation, calls = observation.evaluation(weight)
                 batch = observation.batch(evaluation, weight, replayed=self.keeps_outputs)
                 layers = self._on_backward(evaluation, calls, batch.loss)

@@ -1,8 +1,9 @@
-"""What to write where operations between a model's output and a loss are not known."""
+"""What to write where a loss, or operations between a model's output and it, are not known."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 REMEDIES = {
     "Relu": "write `x.clamp(min=0)` in place of `relu(x)`",
@@ -12,6 +13,14 @@ REMEDIES = {
     "CopySlices": "make a new tensor in place of changing a part of one in place",
 }
 """What can be written in place of operations that do not keep their input."""
+
+
+NO_LOSS = (
+    "`step` needs the loss it steps on, but saw none whose gradient is in `.grad`. Compute it as "
+    "`loss_fn(model(x), y)` with the module given to KFAC, outside of compiled functions, or write "
+    "`loss = optimizer.observe(loss)` before `loss.backward()`; gradients by torch.func, "
+    "autograd.grad or a checkpoint with use_reentrant=True have no recorded loss."
+)
 
 
 def refusal_of(unknown: Sequence[str]) -> str:
@@ -36,6 +45,23 @@ def refusal_of(unknown: Sequence[str]) -> str:
         f"got {', '.join(unknown)}. {_sentence([*known, *([] if derivatives else [whole])])}, or "
         "pass adaptive=False."
     )
+
+
+@contextmanager
+def explained_checkpoints() -> Iterator[None]:
+    """Say what to write where torch refuses to read the graph of checkpointed code."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "torch.utils.checkpoint" not in str(error):
+            raise
+        raise RuntimeError(
+            "The loss must be computed outside of `torch.utils.checkpoint`, and layers inside of "
+            "it need use_reentrant=False, got a graph that torch lets nobody read twice. "
+            "Compute the loss outside of the checkpoint, of the output of the model, or pass "
+            "use_reentrant=False where layers are checkpointed (Transformers: "
+            "gradient_checkpointing_kwargs={'use_reentrant': False})."
+        ) from error
 
 
 def refusal_between(unknown: Sequence[str]) -> str:

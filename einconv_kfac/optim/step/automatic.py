@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.replay.unknown_operations import NO_LOSS
 from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.asking_ahead import AskingAhead
 from einconv_kfac.optim.step.automatic_state import check_automatic_state
@@ -75,12 +76,7 @@ class AutomaticStep:
         if not objective.parameters:
             return
         if not objective.batches:
-            raise RuntimeError(
-                "`step` needs the loss it steps on, but saw none whose gradient is in `.grad`. "
-                "Compute it as `loss_fn(model(x), y)` with the module given to KFAC, outside of "
-                "compiled functions, or write `loss = optimizer.observe(loss)` before "
-                "`loss.backward()`; gradients by torch.func or autograd.grad have no recorded loss."
-            )
+            raise RuntimeError(NO_LOSS)
 
     def take_(self, objective: Objective) -> Taken:
         """See `Step`."""

@@ -1,0 +1,103 @@
+"""Losses of tensors inside of the model, and of parts called beside it, against returned ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from einconv_kfac import KFAC
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(16, 5, generator=GENERATOR, dtype=torch.float64)
+Z = torch.randn(7, 5, generator=GENERATOR, dtype=torch.float64)
+Y = torch.randint(3, (16,), generator=GENERATOR)
+MODES: dict[str, dict[str, Any]] = {
+    "automatic": {},
+    "fixed": {"lr": 0.1, "adaptive": False},
+    "corrected": {"lr": 0.1, "adaptive": False, "inverse": "ekfac"},
+    "empirical": {"lr": 0.1, "adaptive": False, "fisher": "empirical"},
+}
+
+
+class Returning(nn.Module):
+    """Returns scores, features and the encoding of other inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
+        self.head = nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Any:
+        features = self.encoder(x).sin()
+        scores = self.head(features)
+        return scores, features, scores if z is None else self.encoder(z)
+
+
+class Storing(Returning):
+    """Returns scores only, and keeps the features."""
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Any:
+        scores, self.features, _ = super().forward(x, z)
+        return scores
+
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "squares": lambda features: 0.3 * functional.mse_loss(features, X[:, :4]),
+    "magnitudes": lambda features: 0.3 * functional.l1_loss(features, X[:, :4]),
+    "balance": lambda features: (features.softmax(1).mean(0) ** 2).sum(),
+}
+
+
+def trained(
+    model: Returning, loss: Callable[[Any], Tensor], options: dict[str, Any], *, given: bool = False
+) -> Tensor:
+    """The parameters after some steps."""
+    loss_fn = nn.CrossEntropyLoss() if given else None
+    opt = KFAC(model, loss_fn, **{"fisher": "exact", **options})
+    for _ in range(4):
+        opt.zero_grad()
+        opt.observe(loss(model)).backward()
+        opt.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("mode", MODES)
+def test_features_that_the_model_keeps_count_as_returned_ones(
+    mode: str, name: str, given: bool
+) -> None:
+    def returned(model: Returning) -> Tensor:
+        scores, features, _ = model(X)
+        return functional.cross_entropy(scores, Y) + LOSSES[name](features)
+
+    def kept(model: Storing) -> Tensor:
+        scores = model(X)
+        return functional.cross_entropy(scores, Y) + LOSSES[name](model.features)
+
+    expected = trained(Returning(), returned, MODES[mode])
+    found = trained(Storing(), kept, MODES[mode], given=given)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("mode", ["automatic", "fixed"])
+def test_a_part_called_after_the_whole_counts_as_inside_of_it(mode: str, given: bool) -> None:
+    def inside(model: Returning) -> Tensor:
+        scores, _, code = model(X, Z)
+        return functional.cross_entropy(scores, Y) + functional.mse_loss(code, Z[:, :4])
+
+    def beside(model: Returning) -> Tensor:
+        loss = functional.cross_entropy(model(X)[0], Y)
+        return loss + functional.mse_loss(model.encoder(Z), Z[:, :4])
+
+    expected = trained(Returning(), inside, MODES[mode])
+    found = trained(Returning(), beside, MODES[mode], given=given)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
