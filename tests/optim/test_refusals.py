@@ -339,6 +339,14 @@ CASES: dict[str, Refused] = {
         remedied=Penalized,
         loss_fn=None,
     ),
+    "a derivative in the loop with fixed rates": Refused(
+        r"Derivatives of the model must be .*weights of \['0', '2'\].*Pass that module",
+        penalty,
+        inner_penalty,
+        remedied=Penalized,
+        loss_fn=None,
+        options={"lr": 0.1, "adaptive": False},
+    ),
     "an input that is used again": Refused(
         r"got argument 0 of the model, which was overwritten.*\.clone\(\)",
         reused_input,

@@ -130,6 +130,15 @@ class Reading:
             LinearMap(self.root, self._nodes, stops),
         )
 
+    def derivatives(self) -> list[str]:
+        """Return the derivatives of operations that the loss depends on, if it uses parameters.
+
+        They come from derivatives of the model that were taken between its output and the loss.
+        """
+        if len(self.sources) == len(self.outputs):
+            return []
+        return sorted({k for node in self._nodes if (k := kind_of_node(node)).endswith("Backward")})
+
     def derivative(self) -> LinearMap:
         """Return the derivative of the loss by its sources."""
         return LinearMap(self.root, self._nodes, self._is_source)

@@ -26,6 +26,7 @@ from einconv_kfac.optim.replay.pending import (
     PendingCalls,
     forward_passes,
 )
+from einconv_kfac.optim.replay.unknown_operations import refusal_of_derivatives
 from einconv_kfac.optim.replay.versions import Versions
 
 
@@ -193,6 +194,7 @@ class ReadObservation:
         reading = evaluation.reading
         loss, total = (reading.weight * self._loss).sum(), _total(weight)
         if not replayed:
+            self._check_derivatives(reading)
             return Batch((), (), (), None, loss, total)
         by_call: dict[int, list[tuple[LossInput, Edge]]] = {}
         for edge in reading.outputs:
@@ -217,6 +219,17 @@ class ReadObservation:
                 for each, _ in inputs
             ),
         )
+
+    def _check_derivatives(self, reading: Reading) -> None:
+        """Raise a ``RuntimeError`` if the loss uses layers in derivatives outside of the model."""
+        if not (kinds := reading.derivatives()):
+            return
+        leaves = (leaf_of(edge) for edge in reading.sources)
+        names = [f"{self._names[leaf]}." for leaf in leaves if leaf is not None]
+        layers = {call.layer for call in self._layer_calls}
+        used = sorted(each for each in layers if any(n.startswith(f"{each}.") for n in names))
+        if used:
+            raise RuntimeError(refusal_of_derivatives(kinds, used))
 
 
 def _total(weight: Tensor) -> Tensor:

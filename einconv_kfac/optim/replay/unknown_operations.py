@@ -42,8 +42,9 @@ def refusal_of(unknown: Sequence[str]) -> str:
     )
     return (
         "The operations between the model's output and the loss must be known when adaptive=True, "
-        f"got {', '.join(unknown)}. {_sentence([*known, *([] if derivatives else [whole])])}, or "
-        "pass adaptive=False."
+        f"got {', '.join(unknown)}. "
+        + _sentence([*known, *([] if derivatives else [whole, "pass adaptive=False"])])
+        + "."
     )
 
 
@@ -62,6 +63,21 @@ def explained_checkpoints() -> Iterator[None]:
             "use_reentrant=False where layers are checkpointed (Transformers: "
             "gradient_checkpointing_kwargs={'use_reentrant': False})."
         ) from error
+
+
+def refusal_of_derivatives(kinds: Sequence[str], layers: Sequence[str]) -> str:
+    """Return the message about derivatives of the model outside of it.
+
+    Args:
+        kinds: The derivatives of operations.
+        layers: The names of layers whose weights they use.
+    """
+    return (
+        "Derivatives of the model must be computed in the `forward` of a module that returns them, "
+        f"got {', '.join(kinds)} between model and loss, which use the weights of {list(layers)} "
+        "past the calls that factors describe. Pass that module, KFAC(module), and take the loss "
+        f"of what it returns, or leave the layers out: exclude={list(layers)}."
+    )
 
 
 def refusal_between(unknown: Sequence[str]) -> str:
