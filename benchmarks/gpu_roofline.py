@@ -40,7 +40,7 @@ def kernel_seconds(launch: Any, precision: str) -> float:
     if precision == "bfloat16" and "dtype" not in launch.name and launch.name not in MIXED:
         rate = OPERATIONS_PER_SECOND["float32"]
     busy = max(launch.moved / BYTES_PER_SECOND, launch.operations / rate)
-    return float(launch.count * max(SHORTEST_KERNEL, busy / launch.count))
+    return float(launch.kernels * max(SHORTEST_KERNEL, busy / launch.kernels))
 
 
 MIXED = ("addmm", "baddbmm")

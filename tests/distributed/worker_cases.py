@@ -25,7 +25,7 @@ from einconv_kfac import KFAC, KFACPreconditioner
 
 DIVIDES_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 """Whether `fully_shard` works on a CPU, which it does not in torch 2.6."""
-PARTS, STEPS = 4, 4
+PARTS, STEPS = 4, 3
 BOTH = 2, 4
 FIXED = {"lr": 0.05, "adaptive": False}
 

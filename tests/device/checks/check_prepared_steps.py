@@ -67,7 +67,7 @@ def compare(here: nn.Module, there: nn.Module, own: Any, other: Any) -> None:
 def test_they_are_those_of_the_processor(name: str) -> None:
     """Within the bound on the layers' outputs and beyond it, with each kind of number."""
     here = network()
-    there, data = copy.deepcopy(here), batches(24)
+    there, data = copy.deepcopy(here), batches(14)
     own = late(here, **OPTIONS[name])
     for x, y in data:
         step(here, own, x, y)

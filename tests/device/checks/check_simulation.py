@@ -29,7 +29,7 @@ def test_launches_waits_and_mixtures_are_noted() -> None:
         assert record.waited == 0
         record.reset()
         torch._foreach_mul_([torch.ones(3, device="cuda")] * 90, 2.0)
-        assert [launch.count for launch in record.launched if "foreach" in launch.name] == [3]
+        assert [launch.kernels for launch in record.launched if "foreach" in launch.name] == [3]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -81,7 +81,7 @@ def test_steps_stay_within_their_budgets(step_rule: str) -> None:
         state = opt.state_dict()
         state["kfac"]["preconditioner"]["steps"] = 1000  # periods are shorter at first
         opt.load_state_dict(state)
-        for step, batch in enumerate(batches(21, torch.float32)):
+        for step, batch in enumerate(batches(16, torch.float32)):
             opt.zero_grad()
             x, y = map(to_device, batch)
             record.reset()
@@ -115,7 +115,7 @@ def test_an_ordinary_step_that_is_not_finite_changes_nothing(
     """The host reads that later, and then the step does not count; so it is on the processor."""
     periods = {"factor_update_period": 3, "inverse_update_period": 3, "fisher": "exact"}
     options = {**FIXED, **periods, **options}
-    data = batches(9)
+    data = batches(7)
     results = []
     for is_late in (False, True):
         model = network()
@@ -148,7 +148,7 @@ def test_an_ordinary_step_that_is_not_finite_changes_nothing(
             elif not is_read:
                 train(model, opt, own[3:4])
             assert opt.state_dict()["kfac"]["preconditioner"]["steps"] == 1003 - is_read
-            train(model, opt, own[4:9])
+            train(model, opt, own[4:7])
             results.append([held(p.detach()) for p in model.parameters()])
     for own, other in zip(*results):
         torch.testing.assert_close(own, other, **TOLERANCE)

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,21 +39,20 @@ INDEXING = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_imp
 PACKAGE = "/einconv_kfac/"
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """An operator on the device.
 
     Args:
         name: The operator.
         where: File and line of the package that called it.
-        count: Kernels that are started.
+        kernels: How many are started.
         moved: Bytes of operands and results.
         operations: Floating point operations of matrix products.
     """
 
     name: str
     where: str
-    count: int
+    kernels: int
     moved: int
     operations: int
 
@@ -89,7 +88,7 @@ class Record:
     @property
     def launches(self) -> int:
         """Number of kernels."""
-        return sum(launch.count for launch in self.launched)
+        return sum(launch.kernels for launch in self.launched)
 
     @property
     def moved(self) -> int:
@@ -110,7 +109,7 @@ class Record:
         """Return the number of kernels by file and line of the package."""
         found: Counter[str] = Counter()
         for launch in self.launched:
-            found[launch.where] += launch.count
+            found[launch.where] += launch.kernels
         return found
 
     def note_wait(self, what: str) -> None:

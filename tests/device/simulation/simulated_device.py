@@ -19,18 +19,19 @@ LIBRARY = guard.load()
 from collections.abc import Iterator  # noqa: E402
 from concurrent import futures  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
+from types import NoneType  # noqa: E402
 from typing import Any  # noqa: E402
 
 import streams  # noqa: E402
 import torch  # noqa: E402
 from graph import Graphs  # noqa: E402
 from nesting import leaves_of, mapped  # noqa: E402
-from record import HOST_READS, NO_LAUNCH, Record  # noqa: E402
+from operators import OPERATORS, Operator  # noqa: E402
+from record import Record  # noqa: E402
 from torch import Generator, Tensor, nn  # noqa: E402
 from torch.utils._mode_utils import no_dispatch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
-from torch.utils.flop_counter import flop_registry  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
 RECORD = Record()
@@ -114,6 +115,11 @@ class _OnDevice(TorchDispatchMode):
 
     shapes_only = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and torch's wrapper costs as much as a small operator."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -155,61 +161,97 @@ def _module_to_device(model: nn.Module) -> nn.Module:
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator on what its tensors hold, and note it."""
-    name = func.overloadpacket.__name__
-    leaves = leaves_of((args, kwargs))
-    there = [leaf for leaf in leaves if isinstance(leaf, DeviceTensor)]
-    here = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, DeviceTensor)]
-    target = kwargs.get("device")
+    own = OPERATORS.get(func) or OPERATORS.setdefault(func, Operator.of(func))
+    name = own.name
+    there: list[DeviceTensor] = []
+    other: list[Any] = []
+    inner_args = _taken(args, there, other)
+    inner_kwargs = _taken(kwargs, there, other) if kwargs else {}
+    target = kwargs.get("device") if kwargs else None
     kind = None if target is None else torch.device(target).type
     if not there and kind != "cuda":
         return func(*args, **{key: value for key, value in kwargs.items() if key != "pin_memory"})
+    here = [leaf for leaf in other if isinstance(leaf, Tensor)] if other else other
     if name == "_to_copy" and kind is not None and (kind == "cpu" or not there):
         RECORD.note_wait(f"copy to {kind}")
     else:
         RECORD.note_operands(name, args, there, here)
-    known: dict[int, DeviceTensor] = {id(tensor.held): tensor for tensor in there}
-    inner_args, inner_kwargs = mapped(_inner, args), mapped(_inner, kwargs)
+    if other:
+        inner_args, inner_kwargs = mapped(_inner, inner_args), mapped(_inner, inner_kwargs)
     GRAPHS.save(func, inner_args, inner_kwargs)
     result = _compute(func, name, inner_args, inner_kwargs)
     GRAPHS.note(func, name, (inner_args, inner_kwargs), result)
-    if not (func.is_view or _OnDevice.shapes_only):
-        _note_stream(func, name, inner_args, there, result)
-    if not (name in NO_LAUNCH or func.is_view) and there:
-        _note_launch(func, name, (args, inner_args, inner_kwargs), there, result)
-    for generator in (leaf for leaf in leaves if isinstance(leaf, Generator)):
+    if not own.is_view:
+        made = [leaf for leaf in leaves_of(result) if isinstance(leaf, Tensor)]
+        if not _OnDevice.shapes_only:
+            _note_stream(own, inner_args, there, made)
+        if own.launches and there:
+            _note_launch(own, (args, inner_args, inner_kwargs), there, made, result)
+    for generator in (leaf for leaf in other if isinstance(leaf, Generator)):
         if generator.device.type == "cuda":
             LIBRARY.copy_engine(_twins[id(generator)][1]._cdata, generator._cdata)
-    if torch.Tag.inplace_view in func.tags:
+    if own.changes_view:
         with no_dispatch():
             func(*args, **kwargs)
         return args[0]
     if kind == "cpu" or (name == "copy_" and not isinstance(args[0], DeviceTensor)):
         return args[0] if name == "copy_" else result
+    return _outer(result, there)
 
-    def outer(value: Any) -> Any:
-        if not isinstance(value, Tensor) or isinstance(value, DeviceTensor):
-            return value
-        if value._is_zerotensor():
-            value = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-        return known[id(value)] if id(value) in known else DeviceTensor(value)
 
-    return mapped(outer, result)
+HOST_ONLY = {int, float, bool, complex, str, NoneType, torch.dtype, torch.layout}
+"""Types of arguments that every device takes as they are."""
+
+
+def _taken(value: Any, there: list[DeviceTensor], other: list[Any]) -> Any:
+    """Return a structure with what the device's tensors hold, and gather its leaves.
+
+    Args:
+        value: Arguments of an operator.
+        there: Where to add the tensors on the device.
+        other: Where to add tensors of the host, devices and generators.
+    """
+    kind = type(value)
+    if kind is DeviceTensor:
+        there.append(value)
+        return value.held
+    if kind in HOST_ONLY:
+        return value
+    if kind is tuple or kind is list:
+        return kind([_taken(part, there, other) for part in value])
+    if kind is dict:
+        return {key: _taken(part, there, other) for key, part in value.items()}
+    other.append(value)
+    return value
+
+
+def _outer(value: Any, there: list[DeviceTensor]) -> Any:
+    """Return what the caller gets for a result: an operand if that is what was changed."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([_outer(part, there) for part in value])
+    if not isinstance(value, Tensor) or kind is DeviceTensor:
+        return value
+    for tensor in there:
+        if tensor.held is value:
+            return tensor
+    if value._is_zerotensor():
+        value = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+    return DeviceTensor(value)
 
 
 def _note_stream(
-    func: Any, name: str, args: tuple[Any, ...], there: list[DeviceTensor], result: Any
+    own: Operator, args: tuple[Any, ...], there: list[DeviceTensor], made: list[Tensor]
 ) -> None:
     """Note what an operator reads and writes in the present stream."""
-    read = [] if name in NO_LAUNCH - HOST_READS else [tensor.held for tensor in there]
-    changed = args[0] if func._schema.is_mutable and args else ()
-    made = [leaf for leaf in leaves_of((result, changed)) if isinstance(leaf, Tensor)]
-    streams.note(RECORD, name, read, made)
+    read = [tensor.held for tensor in there] if own.reads else []
+    if own.is_mutable and args:
+        made = made + [leaf for leaf in leaves_of(args[0]) if isinstance(leaf, Tensor)]
+    streams.note(RECORD, own.name, read, made)
 
 
 def _inner(value: Any) -> Any:
     """Return what an operator on the host gets for an argument."""
-    if isinstance(value, DeviceTensor):
-        return value.held
     if isinstance(value, torch.device) and value.type == "cuda":
         return torch.device("meta" if _OnDevice.shapes_only else "cpu")
     if isinstance(value, Tensor) and _OnDevice.shapes_only:
@@ -252,27 +294,19 @@ def _mixed_product(
 
 
 def _note_launch(
-    func: Any, name: str, arguments: tuple[Any, Any, Any], there: list[Any], result: Any
+    own: Operator, arguments: tuple[Any, Any, Any], there: list[Any], made: list[Any], result: Any
 ) -> None:
     """Note what an operator moves and computes."""
     args, inner_args, inner_kwargs = arguments
-    old = {id(tensor.held) for tensor in there}
-    new = [t for t in leaves_of(result) if isinstance(t, Tensor) and id(t) not in old]
-    moved = sum(_bytes(t) for t in (*(tensor.held for tensor in there), *new))
-    RECORD.note_launch(name, args, moved, _operations(func, name, inner_args, inner_kwargs, result))
+    held = [tensor.held for tensor in there]
+    known = {id(tensor) for tensor in held}
+    moved = sum(map(_bytes, held)) + sum(_bytes(t) for t in made if id(t) not in known)
+    RECORD.note_launch(own.name, args, moved, own.operations(inner_args, inner_kwargs, result))
 
 
 def _bytes(tensor: Tensor) -> int:
     """Return the bytes of memory that a tensor views, each counted once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
-def _operations(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
-    """Return the floating point operations of a matrix product, 0 for other operators."""
-    if name in ("addmm_", "baddbmm_", "addbmm_", "addmm", "baddbmm"):
-        return 2 * args[1].numel() * args[2].shape[-1]
-    count = flop_registry.get(func.overloadpacket)
-    return 0 if count is None else int(count(*args, **kwargs, out_val=result))
 
 
 GRAPHS = Graphs(_compute, RECORD)

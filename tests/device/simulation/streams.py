@@ -132,15 +132,14 @@ def note(record: Record, name: str, read: Iterable[Tensor], written: Iterable[Te
         written: The tensors that it makes or changes.
     """
     stream, own = current_stream(), host_known()
-    for tensor in _in_memory(read):
-        number, time = _written.get(tensor.untyped_storage().data_ptr(), (stream.number, 0))
-        if number != stream.number and time > max(stream.known.get(number, 0), own.get(number, 0)):
+    here = stream.number
+    for tensor in read:
+        if tensor._is_zerotensor():  # of forward mode, without memory
+            continue
+        number, time = _written.get(tensor.untyped_storage().data_ptr(), (here, 0))
+        if number != here and time > max(stream.known.get(number, 0), own.get(number, 0)):
             record.note_race(name)
     stream.time += 1
-    for tensor in _in_memory(written):
-        _written[tensor.untyped_storage().data_ptr()] = stream.number, stream.time
-
-
-def _in_memory(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the tensors that have memory, which symbolic zeros of forward mode lack."""
-    return [tensor for tensor in tensors if not tensor._is_zerotensor()]
+    for tensor in written:
+        if not tensor._is_zerotensor():
+            _written[tensor.untyped_storage().data_ptr()] = here, stream.time
