@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
         threads = max(1, torch.get_num_threads() // worker["workercount"])
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
+    else:  # those that run tests are not started yet; their threads wait without spinning
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+
+from fresh_interpreter import printed
 
 SCRIPT = """
 import json, sys
@@ -18,10 +19,7 @@ STANDARD = set(sys.stdlib_module_names)
 
 def test_import_brings_only_the_package_and_the_standard_library() -> None:
     """Modules are counted, since their number holds on any machine and their time does not."""
-    output = subprocess.run(
-        [sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True
-    ).stdout
-    added = json.loads(output)
+    added = json.loads(printed(SCRIPT))
     assert "einconv_kfac.optim.kfac" in added
     others = [name for name in added if name.split(".")[0] != "einconv_kfac"]
     foreign = [name for name in others if name.split(".")[0] not in STANDARD]

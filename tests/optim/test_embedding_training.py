@@ -128,7 +128,7 @@ def test_language_models_train_and_resume(
     opt = KFAC(model, LOSS, inverse=inverse, inverse_update_period=2, **mode, **options)
     covered = {name for name, kind in opt.coverage().items() if kind == "kfac"}
     assert covered >= {"wte.weight", "wpe.weight", "up.weight"}
-    losses = train(model, opt, 8)
+    losses = train(model, opt, 6)
     assert losses[-1] < losses[0]
     stream = io.BytesIO()
     torch.save((model.state_dict(), opt.state_dict()), stream)

@@ -139,7 +139,7 @@ def test_a_copied_model_records_nothing_and_trains_with_an_optimizer_of_its_own(
 def test_a_model_that_changes_its_dtype(options: dict[str, Any], steps: int) -> None:
     model, loss_fn = conv_net(random_layers=True).float(), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn, **with_kl_clip(options, 1e-1))
-    batches = [image_batch(24, seed=seed % 2) for seed in range(16)]
+    batches = [image_batch(24, seed=seed % 2) for seed in range(10)]
     losses = [train_step(model, loss_fn, opt, (x.float(), y)) for x, y in batches[:steps]]
     model.double()
     losses += [train_step(model, loss_fn, opt, batch) for batch in batches[steps:]]

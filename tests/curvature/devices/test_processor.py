@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,19 @@ def test_kinds_differ_where_they_should() -> None:
     assert pumped == {"amd-avx512-double-pumped", "no-avx512"}
 
 
+def drawn(case: str) -> torch.Tensor:
+    """An input."""
+    geometry, batch, channels = CASES[case]
+    shape = (batch, geometry.groups * channels, *geometry.input_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def reference(case: str) -> torch.Tensor:
+    """The factor of an input by its definition."""
+    return factor(columns(drawn(case).double(), CASES[case][0]), "expand")
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", PROCESSORS)
@@ -82,9 +96,9 @@ def test_factors_on_each_processor(kind: str, case: str) -> None:
     geometry, batch, channels = CASES[case]
     names = ("kernel_size", "stride", "padding", "dilation", "groups")
     options: dict[str, Any] = {name: getattr(geometry, name) for name in names}
-    shape = (batch, geometry.groups * channels, *geometry.input_size)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    expected = factor(columns(x.double(), geometry), "expand")
+    x = drawn(case)
+    shape = tuple(x.shape)
+    expected = reference(case)
     problem = Problem(geometry, batch, channels, torch.float32, "cpu")
     with simulated(kind):
         assert choose(problem) in applicable(problem)

@@ -89,7 +89,7 @@ def test_training_on_some_examples(random_layers: bool, options: dict[str, Any])
         own = {"factor_fraction": 0.3, **with_kl_clip(options, 0.1)}
         opt = KFAC(model, loss_fn, **own)
         losses = []
-        for step in range(25):
+        for step in range(16):
             torch.manual_seed(step)
             state = torch.get_rng_state()
             x, y = image_batch(24)
