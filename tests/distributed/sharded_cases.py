@@ -74,7 +74,7 @@ class Script:
 def evaluations(options: dict[str, Any], rank: int, size: int) -> Script:
     """The model is evaluated before the optimizer is made, and between steps."""
     script = Script(options, rank, size, Script.evaluate)
-    for number in range(4):
+    for number in range(3):
         script.opt.zero_grad()
         script.evaluate()
         script.backward(number)
@@ -87,7 +87,7 @@ def evaluations(options: dict[str, Any], rank: int, size: int) -> Script:
 def zeroed(options: dict[str, Any], rank: int, size: int) -> Script:
     """Gradients are overwritten with zeros, those of a batch without a step among them."""
     script = Script(options, rank, size)
-    for number in range(4):
+    for number in range(3):
         script.opt.zero_grad(set_to_none=False)
         script.backward(10 + number)
         script.opt.zero_grad(set_to_none=False)
@@ -99,7 +99,7 @@ def zeroed(options: dict[str, Any], rank: int, size: int) -> Script:
 def accumulated(options: dict[str, Any], rank: int, size: int) -> Script:
     """Gradients of two batches are added up, each averaged over workers."""
     script = Script(options, rank, size)
-    for number in range(4):
+    for number in range(3):
         script.opt.zero_grad()
         script.backward(number, 0.5)
         script.backward(10 + number, 0.5)
@@ -125,7 +125,7 @@ def with_another_optimizer(options: dict[str, Any], rank: int, size: int) -> Scr
     own = [p for layer in script.module[1:] for p in layer.parameters()]
     script.opt.remove_hooks()
     script.opt = KFAC(script.model, script.loss_fn, params=own, **options)
-    for number in range(4):
+    for number in range(3):
         script.opt.zero_grad()
         others.zero_grad()
         script.backward(number)
@@ -137,7 +137,7 @@ def with_another_optimizer(options: dict[str, Any], rank: int, size: int) -> Scr
 def clipped(options: dict[str, Any], rank: int, size: int) -> Script:
     """Gradients are clipped."""
     script = Script(options, rank, size)
-    for number in range(4):
+    for number in range(3):
         script.opt.zero_grad()
         script.backward(number)
         nn.utils.clip_grad_norm_(script.module.parameters(), 0.1)
