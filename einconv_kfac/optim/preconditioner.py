@@ -20,6 +20,7 @@ from einconv_kfac.optim.arguments import check_trainable, flag, plain
 from einconv_kfac.optim.factors.comparison import check_alike
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.finiteness import NOT_FINITE
+from einconv_kfac.optim.factors.gradient_scale import check_unscaled, scale_of, without_scale
 from einconv_kfac.optim.factors.ownership import Sharing
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, PERIODS, Hyperparameters
 from einconv_kfac.optim.inverses.protocol import Inverse
@@ -41,6 +42,10 @@ class KFACPreconditioner:
     gradient ``g`` of each linear and convolution layer by ``(B + ..)^-1 g (A + ..)^-1`` with
     factored damping (Martens and Grosse, 2015; Grosse and Martens, 2016, for convolutions).
     Other gradients stay. Arguments are those of `KFAC`.
+
+    The curvature is that of the sum of all losses that were backpropagated, with their weights: the
+    objective whose gradient ``.grad`` holds. Clip gradients afterwards. With a gradient scaler,
+    call ``scaler.unscale_(optimizer)`` before `step`.
 
     Args:
         model: The model.
@@ -142,8 +147,9 @@ class KFACPreconditioner:
         """Replace the gradients of the covered parameters by preconditioned ones.
 
         Raises:
-            RuntimeError: If ``loss_fn`` never saw a batch, or a damped factor cannot be
-                inverted. No gradient is changed then.
+            RuntimeError: If ``loss_fn`` never saw a batch, a damped factor cannot be inverted,
+                or losses have weights of both signs or of a gradient scaler. No gradient is
+                changed then.
         """
         workers = self._curvature.workers
         workers.check("KFACPreconditioner")
@@ -182,7 +188,8 @@ class KFACPreconditioner:
     def _replace_(self, gradient: Direction) -> None:
         """Replace gradients, as the last thing that happens."""
         curvature = self._curvature
-        batches = curvature.recorder.take()
+        scaler = scale_of(curvature.recorder.gradients.factor(curvature.workers))
+        batches = without_scale(curvature.recorder.take(), scaler)
         losses = [batch.loss for batch in batches]
         known = norms(gradient.values())
         same = partial(self._same, gradient, known)
@@ -190,7 +197,9 @@ class KFACPreconditioner:
             curvature.discard_()
             warnings.warn(NOT_FINITE.format(fault), RuntimeWarning, stacklevel=5)
             return
-        curvature.collector.combine_()
+        if curvature.collector.due:
+            check_unscaled(batches)
+        curvature.collector.combine_(batches, scaler)
         curvature.collector.check(batches)
         damping: Any = curvature.settings.own.damping
         with without_autocast(curvature.model):

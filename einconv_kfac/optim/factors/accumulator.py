@@ -16,6 +16,7 @@ from einconv_kfac.curvature.estimation.squared_gradients import SquaredGradients
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.distributed.summable import SumPart
+from einconv_kfac.optim.factors.batch_shares import BatchShares
 
 
 class LayerSums(LayerMoments):
@@ -27,6 +28,7 @@ class LayerSums(LayerMoments):
         basis: The eigenbasis in which squared gradients of single examples are summed, if they
             are wanted.
         max_factor_size: Number of rows above which a factor is replaced by its diagonal.
+        shares: How much each batch counts; all alike by default.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class LayerSums(LayerMoments):
         approximation: Approximation,
         basis: EigenBlock | None = None,
         max_factor_size: int = DEFAULT_MAX_FACTOR_SIZE,
+        shares: BatchShares | None = None,
     ) -> None:
         super().__init__(layer, approximation, max_factor_size)
+        self.shares = BatchShares() if shares is None else shares
         self.squares = None if basis is None else SquaredGradients(layer, basis)
         self.seconds = 0.0
 
@@ -47,19 +51,21 @@ class LayerSums(LayerMoments):
 
     def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
         """See `LayerMoments`."""
-        start = perf_counter()
+        start, before = perf_counter(), self.examples
         super().add_inputs_(calls, examples)
+        self.shares.count_(self.examples - before)
         if self.squares is not None:
             self.squares.add_inputs_(calls, examples)
         self.seconds += perf_counter() - start
 
     def snapshot(self) -> Callable[[], None]:
         """See `Moments`."""
-        restore_sums = super().snapshot()
+        restore_sums, restore_shares = super().snapshot(), self.shares.snapshot()
         restore_squares = None if self.squares is None else self.squares.snapshot()
 
         def restore() -> None:
             restore_sums()
+            restore_shares()
             if restore_squares is not None:
                 restore_squares()
 
@@ -69,7 +75,7 @@ class LayerSums(LayerMoments):
         self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
     ) -> None:
         """See `Moments`."""
-        start = perf_counter()
+        start, scale = perf_counter(), scale * self.shares.share
         super().add_gradients_(calls, gradients, scale)
         if self.squares is not None:
             self.squares.add_gradients_(calls, gradients, scale)
@@ -78,11 +84,13 @@ class LayerSums(LayerMoments):
     def add_examples_(self, examples: int) -> None:
         """See `Moments`."""
         super().add_examples_(examples)
+        self.shares.count_(examples)
         if self.squares is not None:
             self.squares.add_examples_(examples)
 
     def add_weight_gradient_(self, gradient: Tensor, scale: float) -> None:
         """See `Moments`."""
+        scale *= self.shares.share
         super().add_weight_gradient_(gradient, scale)
         if self.squares is not None:
             self.squares.add_weight_gradient_(gradient, scale)

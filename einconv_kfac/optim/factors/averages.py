@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.cholesky import Pair
-from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.estimation.moments import averaged
 from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.running import RunningFactors
@@ -27,44 +26,36 @@ class Contribution:
         running: The averages.
         moments: The contribution.
         decay: Decay of the averages.
-        weight: Weight in the objective of the losses that the factors are of; 1 for ``None``.
+        scale: Factor of the averages over the batches.
+        weight: Another one, on the device; 1 for ``None``.
     """
 
     running: RunningFactors
     moments: LayerSums
     decay: float
+    scale: float = 1.0
     weight: Tensor | None = None
 
 
-def move_averages_(
-    contributions: Sequence[Contribution],
-    estimator: FisherEstimator,
-    step: int,
-    workers: int = 1,
-) -> None:
+def move_averages_(contributions: Sequence[Contribution], step: int) -> None:
     """Move the bias-corrected running averages of layers, into the memory of new factors.
 
     The previous averages are left as they are, for a step that fails.
 
     Args:
         contributions: What is averaged, by layer.
-        estimator: Makes factors of moments.
         step: The step.
-        workers: The number of workers, by which a sum of losses is divided if the weights are not
-            known.
     """
-    scales = [estimator.scale(own.moments.examples / workers) for own in contributions]
-    at_hand = [index for index, own in enumerate(contributions) if own.running.is_owned]
-    present = [contributions[index] for index in at_hand]
+    present = [own for own in contributions if own.running.is_owned]
     found = averaged([own.moments for own in present])
     weights = [own.weight for own in present]
-    _scale_([b for _, b in found], [scales[index] for index in at_hand], weights)
+    _scale_([b for _, b in found], [own.scale for own in present], weights)
     _move_(present, found)
-    for own, scale in zip(contributions, scales):
+    for own in contributions:
         if not own.running.is_owned:
             own.running.updated_elsewhere_()
         if own.moments.squares is not None:
-            total: Any = scale if own.weight is None else own.weight * scale
+            total: Any = own.scale if own.weight is None else own.weight * own.scale
             squares = own.moments.squares.block(total)
             own.running.correct_(squares.values, own.decay)
         own.running.factor_step = step

@@ -28,13 +28,10 @@ from einconv_kfac.distributed.wrappers import (
 )
 from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
-from einconv_kfac.optim.factors.compiled_parts import (
-    advice,
-    compiled_parts,
-    may_be_compiled,
-    run_uncompiled_,
-)
+from einconv_kfac.optim.factors.compiled_parts import may_be_compiled, run_uncompiled_
 from einconv_kfac.optim.factors.finiteness import Finiteness
+from einconv_kfac.optim.factors.loss_weights import ROOT, LossWeights
+from einconv_kfac.optim.factors.missing_calls import calls_error
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.factors.seen_calls import SeenCalls
 from einconv_kfac.optim.replay.batch import Batch
@@ -43,13 +40,6 @@ from einconv_kfac.optim.replay.passing import PassedOutputs
 from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.vectors import Direction, totals
-
-NEVER_SEEN = (
-    "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
-    "loss as `loss_fn(model(x), y)` with the module given here, outside of compiled functions, and "
-    "call `loss.backward()`; gradients by torch.func, autograd.grad or a checkpoint "
-    "with use_reentrant=True have no recorded loss."
-)
 
 
 class Collector:
@@ -83,6 +73,7 @@ class Collector:
         self.owners: Mapping[str, int] = NOBODY  # workers that alone need the sums of layers
         self.has_seen_loss, self._capture = False, LayerCapture([])  # since it was made
         self._past: dict[tuple[Any, ...], list[str]] = {}
+        self.weights = LossWeights(estimator, workers)
         self._seen = SeenCalls(estimator.layouts)
         compiled, loss_fn = compiled_wrappers(model), estimator.loss_fn
         self._wrapper = wrapper = parallel_wrapper(model)
@@ -116,6 +107,7 @@ class Collector:
         self.moments, self.bases = {}, bases
         self._step, self._count = step, 0
         self.recorder.take()
+        self.weights.begin_()
         self.due = set(due)
         self._capture.enabled = bool(self.due)
         if self._is_early:
@@ -126,9 +118,15 @@ class Collector:
         self.moments, self.due = {}, set()
         self.workers.drop_()
 
-    def combine_(self) -> None:
-        """Add what the other workers collected."""
+    def combine_(self, batches: Sequence[Batch], scaler: Tensor | None = None) -> None:
+        """Add what the other workers collected, and find the weights of the losses.
+
+        Args:
+            batches: The batches of the step.
+            scaler: See `LossWeights`.
+        """
         if self.due:
+            self.weights.find_(batches, sorted(self.due), scaler)
             self.moments = self.workers.combined(self.moments, self._complete, self.owners)
             self.moments = {name: m for name, m in self.moments.items() if m.examples}
 
@@ -139,27 +137,29 @@ class Collector:
     def _sums(self, name: str) -> LayerSums:
         """Return the sums of no example of a layer."""
         approximation, size = self._estimator.approximation, self._estimator.max_factor_size
-        return LayerSums(self._layers[name], approximation, self.bases.get(name), size)
+        own = self._layers[name], approximation, self.bases.get(name), size
+        return LayerSums(*own, self.weights.shares())
 
     def _forget_(self) -> None:
         """Forget what was collected in this step."""
         self.moments, self._count = {}, 0
+        self.weights.begin_()
         self.workers.drop_()
 
     def _add_early_(
-        self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor
+        self, evaluation: Evaluation, calls: Sequence[LayerCall], batch: Batch
     ) -> frozenset[str]:
         """Add a batch and, if its gradients are averaged next, begin to add up what is due."""
         self.workers.drop_()
-        added = self._add_(evaluation, calls, loss)
+        added = self._add_(evaluation, calls, batch)
         if self.due and self._wrapper is not None and self._wrapper.require_backward_grad_sync:
             self.workers.begin_(self._complete)
         return added
 
     def _add_(
-        self, evaluation: Evaluation, calls: Sequence[LayerCall], loss: Tensor
+        self, evaluation: Evaluation, calls: Sequence[LayerCall], batch: Batch
     ) -> frozenset[str]:
-        """Add a batch, from the graph of its outputs, unless its loss is not finite.
+        """Add a batch, from the graph of its outputs, unless its loss is not finite or weighs 0.
 
         The host reads that only with calls that were not seen before, of which more is found out
         from numbers: a step whose loss is not finite is skipped anyway.
@@ -173,12 +173,14 @@ class Collector:
         kind = tuple((call.layer, call.x.shape) for call in own)
         if not (self.due and evaluation.outputs and evaluation.examples):
             return frozenset()
+        if (weighted := self.weights.next_(batch.weight, evaluation)) is None:
+            return frozenset()
         before = {name: sum(moments.counts()) for name, moments in self.moments.items()}
         generator = stream(evaluation.weight.device, "factors", self.seed, self._step, number)
-        add = partial(self._add_own_, evaluation, own, generator)
+        add = partial(self._add_own_, weighted, own, generator)
         try:
             with without_autocast(self._model):
-                self._seen.add_(kind, loss, add, self._forget_)
+                self._seen.add_(kind, batch.loss, add, self._forget_)
         except BaseException:
             self._forget_()
             raise
@@ -190,8 +192,9 @@ class Collector:
     ) -> None:
         """Add the calls of a batch that are due."""
         past = self._used_past_calls(evaluation, own)
-        for name in {call.layer for call in own}.union(past) - self.moments.keys():
-            self.moments[name] = self._sums(name)
+        for name in {call.layer for call in own}.union(past):
+            self.moments[name] = self.moments.get(name) or self._sums(name)
+            self.moments[name].shares.begin_(self.weights.current)
         moments: Mapping[str, Moments] = self.moments
         if self._part < 1:
             moments = sampled(self.moments, self._part, generator)
@@ -230,15 +233,10 @@ class Collector:
         Args:
             batches: The batches of the step.
         """
+        self.weights.check()
         missing = [name for name in self.due - self.moments.keys() if self._is_trained(name)]
-        if missing and not batches:
-            raise RuntimeError(NEVER_SEEN)
         if missing:
-            names = ", ".join(f"'{name}'" for name in sorted(missing))
-            raise RuntimeError(
-                f"The factors of {names} need calls that the loss depends on, got none, though "
-                f"there is a gradient. {advice(compiled_parts(self._model, missing))}"
-            )
+            raise calls_error(self._model, missing, has_batches=bool(batches))
 
     def _is_trained(self, name: str) -> bool:
         """Return whether a layer's weight has a gradient that is not zero."""
@@ -275,9 +273,11 @@ class Collector:
     ) -> Finiteness:
         """Return whether they are finite, for this worker and without waiting; see `not_finite`."""
         moments = {name: own.checked() for name, own in self.moments.items()}
-        others = [*losses, *(part for own in moments.values() for part in own)]
+        roots = self.weights.roots
+        others = [*losses, *roots, *(part for own in moments.values() for part in own)]
         named = {
             "The loss": losses,
+            ROOT: roots,
             **{f"The gradient of '{name}'": [own] for name, own in gradient.items()},
             **{f"A Kronecker factor of '{name}'": own for name, own in moments.items()},
         }

@@ -15,13 +15,14 @@ from einconv_kfac.distributed.detection import stored_model, workers_of
 from einconv_kfac.distributed.wrappers import unwrapped
 from einconv_kfac.optim.arguments import flag, seed_value
 from einconv_kfac.optim.factors.averages import Contribution, move_averages_
-from einconv_kfac.optim.factors.collector import NEVER_SEEN, Collector
+from einconv_kfac.optim.factors.collector import Collector
 from einconv_kfac.optim.factors.curvature_state import (
     CURVATURE_STATE_VERSION,
     check_curvature_state,
     loaded_layers,
 )
 from einconv_kfac.optim.factors.layer_numbers import LayerNumbers
+from einconv_kfac.optim.factors.missing_calls import NEVER_SEEN
 from einconv_kfac.optim.factors.output_change import relative_change
 from einconv_kfac.optim.factors.ownership import DEFAULT_SHARING, Ownership, Sharing
 from einconv_kfac.optim.factors.preconditioning import Preconditioning, scaled_apart
@@ -68,7 +69,6 @@ class RunningCurvature:
         self.layers: dict[str, RunningFactors] = {}
         self.steps = 0
         self._numbers = LayerNumbers(self.layers, settings)
-        self.loss_weights: Mapping[str, Tensor] | None = None  # by layer, for the coming update
         self.estimator = estimator
         self._schedules, self.model = settings, unwrapped(model)
         self.seed, self._entry, self._exclude = seed_value(seed), model, exclude
@@ -180,12 +180,10 @@ class RunningCurvature:
             RuntimeError: If nothing was ever collected.
         """
         if moments := self.collector.moments:
-            decays = self._numbers.of("factor_decay")
-            weights = self.loss_weights or {}
-            layers, own = self.layers, moments.items()
-            found = [Contribution(layers[n], m, decays[n], weights.get(n)) for n, m in own]
-            workers = self.workers.size if self.loss_weights is None else 1
-            move_averages_(found, self.estimator, self.steps, workers)
+            decays, layers = self._numbers.of("factor_decay"), self.layers
+            scales = self.collector.weights.scales(moments)
+            found = [Contribution(layers[n], m, decays[n], *scales[n]) for n, m in moments.items()]
+            move_averages_(found, self.steps)
         known = any(own.factor_step is not None for own in self.layers.values())
         if self.layers and not (known or self.collector.has_seen_loss):
             raise RuntimeError(NEVER_SEEN)

@@ -192,7 +192,8 @@ class ReadObservation:
         """See `Observation`."""
         assert isinstance(evaluation, ReadEvaluation)
         reading = evaluation.reading
-        loss, total = (reading.weight * self._loss).sum(), _total(weight)
+        loss = (reading.weight * self._loss).sum()
+        total = _total(weight) if weight.ndim else weight.abs()
         if not replayed:
             self._check_derivatives(reading)
             return Batch((), (), (), None, loss, total)

@@ -40,8 +40,8 @@ from einconv_kfac.optim.replay.pending import PendingCalls
 from einconv_kfac.optim.replay.unknown_operations import explained_checkpoints
 from einconv_kfac.optim.replay.versions import Versions, state_of
 
-OnBackward = Callable[[Evaluation, list[LayerCall], Tensor], frozenset[str]]
-"""Called when the backward pass of a loss begins, with the calls of layers and its value.
+OnBackward = Callable[[Evaluation, list[LayerCall], Batch], frozenset[str]]
+"""Called when the backward pass of a loss begins, with the calls of layers and the batch.
 
 It returns the names of the layers whose factors the loss contributed to.
 """
@@ -265,7 +265,7 @@ class Recorder:
             with self.paused(), torch.enable_grad(), explained_checkpoints():
                 evaluation, calls = observation.evaluation(weight)
                 batch = observation.batch(evaluation, weight, replayed=self.keeps_outputs)
-                layers = self._on_backward(evaluation, calls, batch.loss)
+                layers = self._on_backward(evaluation, calls, batch)
                 self._batches.append(replace(batch, layers=layers))
         except BaseException:
             self.take()  # and what was collected from earlier losses

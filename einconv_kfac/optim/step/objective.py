@@ -216,38 +216,6 @@ def scaler_factor(
     return cast("Tensor", total / count if sums else total)
 
 
-def layer_weights(
-    batches: Sequence[Batch], layers: Sequence[str], sums: bool, workers: Workers = ALONE
-) -> dict[str, Tensor]:
-    """Return the factor of the curvature that is averaged over batches, by layer.
-
-    The objective is the weighted sum of the losses, and the mean of that over workers. Factors
-    average the curvature of means over the batches that depend on the layer, and add that of sums.
-
-    Args:
-        batches: The batches of a step.
-        layers: Names of the layers whose factors are due.
-        sums: Whether the losses are sums over examples, not means.
-        workers: The workers, each with batches of its own.
-    """
-
-    def averaged(total: Tensor, count: float | Tensor) -> Tensor:
-        return total / (count * workers.size) if sums else total
-
-    batches = [batch for batch in batches if batch.layers]
-    total = sum_of([batch.weight.abs() for batch in batches]) if batches else 0.0
-    is_common = all(batch.layers.issuperset(layers) for batch in batches)
-    own = [total, len(batches), float(is_common)]
-    total, count, common = workers.means(own, "weight of the losses")
-    if common == 1:
-        return dict.fromkeys(layers, averaged(total, count)) if count else {}
-    weights = [[b.weight.abs() for b in batches if name in b.layers] for name in layers]
-    own = [*(sum_of(each) if each else 0.0 for each in weights), *map(len, weights)]
-    found = workers.means(own, "weights of the losses of each layer")
-    pairs = zip(layers, found, found[len(layers) :])
-    return {name: averaged(total, count) for name, total, count in pairs if count}
-
-
 def memory_of(
     parameters: Direction, state: Mapping[Any, dict[str, Any]], stored: WholeModel = WHOLE
 ) -> Memory:

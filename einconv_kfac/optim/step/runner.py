@@ -25,7 +25,6 @@ from einconv_kfac.optim.step.late_check import LateCheck, restore_memory_
 from einconv_kfac.optim.step.objective import (
     Objective,
     Point,
-    layer_weights,
     memory_of,
     on_gpu,
     scaler_factor,
@@ -94,7 +93,7 @@ class StepRunner:
     ) -> Found | None:
         """Take a step from the gradients at hand, or skip it."""
         curvature = self.curvature
-        batches, divisor = self._batches(optimizer)
+        batches, divisor, scaler = self._batches(optimizer)
         point = Point.of(
             optimizer.param_groups, self.names, by_parameter, divisor, curvature.stored
         )
@@ -111,7 +110,7 @@ class StepRunner:
                 return None
             with undone as last, without_autocast(curvature.model):
                 with finite.before_errors():
-                    taken = self._take_(optimizer, point, batches, settings, finite)
+                    taken = self._take_(optimizer, point, batches, settings, finite, scaler)
                 curvature.discard_() if is_capturing() else curvature.finish_()
                 if finite.is_late and not self.settings.capturable:
                     self.late.begin_(finite)
@@ -163,10 +162,11 @@ class StepRunner:
             compared["parameters"] = norms(point.parameters.values())
         return Same(values, compared)
 
-    def _batches(self, optimizer: Optimizer) -> tuple[list[Batch], Tensor | None]:
+    def _batches(self, optimizer: Optimizer) -> tuple[list[Batch], Tensor | None, Tensor | None]:
         """Return the batches of this step, and the factor in the gradients that is none of theirs.
 
-        The factor comes from a gradient scaler and, if steps are automatic, from clipping.
+        The factor comes from a gradient scaler and, if steps are automatic, from clipping. The
+        factor of the scaler that the batches' weights were divided by is returned as well.
         """
         scale = getattr(optimizer, "grad_scale", None)  # set by torch.amp.GradScaler for a step
         recorder = self.curvature.recorder
@@ -175,6 +175,7 @@ class StepRunner:
         )
         batches = recorder.take()
         divisor: Tensor | None = scale
+        factor: Tensor | None = None
         if batches and hasattr(optimizer, "found_inf"):
             factor = scaler_factor(batches, scale, self.sums, self.curvature.workers)
             batches = [replace(b, weight=b.weight / factor.to(b.weight)) for b in batches]
@@ -182,9 +183,9 @@ class StepRunner:
         if clipped is not None and batches:
             divisor = clipped if divisor is None else divisor * clipped
         if (part := self.settings.curvature_fraction) == 1:
-            return batches, divisor
+            return batches, divisor, factor
         seed, workers = self.curvature.seed, self.curvature.workers
-        return with_subsets(batches, part, seed, self.curvature.steps, workers), divisor
+        return with_subsets(batches, part, seed, self.curvature.steps, workers), divisor, factor
 
     def _take_(
         self,
@@ -193,14 +194,13 @@ class StepRunner:
         batches: Sequence[Batch],
         settings: Hyperparameters,
         finite: Finiteness,
+        scaler: Tensor | None,
     ) -> Taken:
         """Take a step from a point."""
         curvature = self.curvature
         curvature.set_groups_(settings, point.by_parameter)
         if curvature.collector.due:
-            due, workers = sorted(curvature.collector.due), curvature.workers
-            curvature.loss_weights = layer_weights(batches, due, self.sums, workers)
-            curvature.collector.combine_()
+            curvature.collector.combine_(batches, scaler)
         plain = curvature.without_factors(point.gradient)
         memory = memory_of(point.parameters, optimizer.state, curvature.stored)
         others, moments = self.fallback.directions(plain, memory)

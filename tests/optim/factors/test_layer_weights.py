@@ -105,18 +105,21 @@ def test_losses_of_single_heads_are_their_sum(
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_an_expert_of_one_micro_batch_has_the_factors_of_its_part(reduction: str) -> None:
-    """Its weight is that of the losses that depend on it: their sum, or their mean for sums."""
+    """Its factors are of the weighted sum of the losses that depend on it."""
     model, loss_fn = Experts(), nn.CrossEntropyLoss(reduction=reduction)
     opt = KFAC(model, loss_fn, 0.1, adaptive=False, fisher="exact")
     parts = [slice(0, 16), slice(16, 32), slice(32, 48)]
-    for expert, share, part in zip((0, 1, 0), (0.5, 0.3, 0.2), parts):
+    shares = (0.5, 0.3, 0.2)
+    for expert, share, part in zip((0, 1, 0), shares, parts):
         (share * loss_fn(model(X[part], expert), Y[part])).backward()
-    own = {"experts.0": ([0, 2], (0.7, 0.35 * 32)), "experts.1": ([1], (0.3, 0.3 * 16))}
     expected = {}
-    for name, (batches, numbers) in own.items():
-        data = [tuple(torch.cat([t[parts[i]] for i in batches]) for t in (X, Y))]
-        found = kronecker_factors(model.get_submodule(name), loss_fn, data, fisher="exact")[""]
-        expected[name] = [found.A, numbers[reduction == "sum"] * found.B]
+    for name, batches in {"experts.0": [0, 2], "experts.1": [1]}.items():
+        module = model.get_submodule(name)
+        data = [[(X[parts[i]], Y[parts[i]])] for i in batches]
+        found = [kronecker_factors(module, loss_fn, own, fisher="exact")[""] for own in data]
+        size = 16 if reduction == "sum" else 1
+        b = sum(size * shares[i] * own.B for i, own in zip(batches, found))
+        expected[name] = [sum(own.A for own in found) / len(found), b]
     opt.step()
     layers = opt.state_dict()["kfac"]["preconditioner"]["layers"]
     for name, factors in expected.items():

@@ -1,0 +1,184 @@
+"""The weights of the losses of one step in the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.estimation.evaluation import Evaluation
+from einconv_kfac.curvature.estimation.fisher import FisherEstimator
+from einconv_kfac.curvature.losses.loss_call import is_sum
+from einconv_kfac.distributed.workers import Workers
+from einconv_kfac.optim.factors.accumulator import LayerSums
+from einconv_kfac.optim.factors.batch_shares import BatchShares, Number
+from einconv_kfac.optim.factors.weighted_evaluation import WeightedEvaluation
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.vectors import sum_of
+
+MIXED_SIGNS = (
+    "All losses of a step must have weights of the same sign, got {} and {}, whose curvature is a "
+    "difference and may have no inverse. Pass the whole loss to `observe`, before "
+    "`loss.backward()`: `loss = optimizer.observe(first - second)`."
+)
+ROOT = (
+    "The square root of the ratio of two losses' weights, which must have the same sign (pass the "
+    "whole loss to `observe`),"
+)
+SMALLEST = 2.0**-60
+"""What a first weight of zero is replaced by on a device, since the others are relative to it."""
+
+
+class LossWeights:
+    """The weights of the losses of one step, in the sums of factors and in their averages.
+
+    Weights are relative to the first, see `BatchShares`. The host reads them on a CPU only. Several
+    workers have no first loss in common; their weights are absolute.
+
+    Args:
+        estimator: Which Fisher of which loss.
+        workers: The workers that collect together.
+
+    Attributes:
+        current: The weight of the last loss.
+        roots: Square roots of relative weights that the host has not read.
+    """
+
+    def __init__(self, estimator: FisherEstimator, workers: Workers) -> None:
+        self._estimator, self._workers = estimator, workers
+        self.begin_()
+
+    @property
+    def _is_absolute(self) -> bool:
+        """Whether weights are not relative to that of the first loss."""
+        return self._workers.size > 1 and self._estimator.fisher != "forward-only"
+
+    def begin_(self) -> None:
+        """Begin a step without losses."""
+        self.current: Number = 1.0
+        self._first: Number | None = None
+        self._mixed: tuple[float, float] | None = None
+        self._scaler: Tensor | None = None
+        self._by_layer: Mapping[str, Tensor] = {}
+        self.roots: list[Tensor] = []
+
+    def shares(self) -> BatchShares:
+        """Return the shares of batches in the sums of a layer, before the first."""
+        return BatchShares(is_sum(self._estimator.loss_fn), self._is_absolute)
+
+    def next_(self, weight: Tensor, evaluation: Evaluation) -> Evaluation | None:
+        """Take the next loss, and return it; ``None`` if it contributes nothing.
+
+        Args:
+            weight: The derivative of the objective with respect to the loss.
+            evaluation: The loss, whose weight is in its vectors if the host does not read it.
+        """
+        is_read = weight.device.type == "cpu" and not isinstance(self._first, Tensor)
+        self.current = self._known_(float(weight)) if is_read else self._unread_(weight)
+        if not isinstance(self.current, Tensor):
+            return evaluation if self.current else None
+        self.roots.append(self.current.sqrt())
+        return WeightedEvaluation(evaluation, self.roots[-1])
+
+    def _known_(self, weight: float) -> float:
+        """Return the weight of a loss by the first, which the host has read."""
+        if weight == 0:
+            return 0.0
+        if self._first is None:
+            self._first = weight
+        assert not isinstance(self._first, Tensor)
+        if weight * self._first < 0:
+            self._mixed = self._mixed or (self._first, weight)
+        return abs(weight if self._is_absolute else weight / self._first)
+
+    def _unread_(self, weight: Tensor) -> Number:
+        """Return the weight of a loss by the first, which the host has not read."""
+        if self._is_absolute:
+            return weight.abs()
+        if self._first is None:
+            self._first = weight
+            return 1.0
+        first = torch.as_tensor(self._first, dtype=torch.float32, device=weight.device)
+        return weight.float() / first.where(first.abs() >= SMALLEST, SMALLEST)
+
+    def check(self) -> None:
+        """Raise a ``RuntimeError`` if the host has read weights of both signs."""
+        if self._mixed is not None:
+            raise RuntimeError(MIXED_SIGNS.format(*(f"{own:.6g}" for own in self._mixed)))
+
+    def find_(
+        self, batches: Sequence[Batch], due: Sequence[str], scaler: Tensor | None = None
+    ) -> None:
+        """Find the weight of the losses of each layer.
+
+        Args:
+            batches: The batches of the step.
+            due: Names of the layers whose factors are due, in the order of all workers.
+            scaler: The factor that the batches' weights were divided by since they were recorded.
+        """
+        sums = is_sum(self._estimator.loss_fn)
+        self._by_layer = layer_weights(batches, due, sums, self._workers)
+        self._scaler = scaler
+
+    def scales(self, moments: Mapping[str, LayerSums]) -> dict[str, tuple[float, Tensor | None]]:
+        """Return by what the averages of layers are multiplied: a number, and one on the device.
+
+        Layers with the same number on the device have the same tensor.
+
+        Args:
+            moments: What was collected, by layer.
+        """
+        if self._is_absolute:
+            scaler = None if self._scaler is None else self._scaler.reciprocal()
+            return {n: (own.examples / self._workers.size, scaler) for n, own in moments.items()}
+        found: dict[tuple[object, ...], Tensor] = {}
+        scales: dict[str, tuple[float, Tensor | None]] = {}
+        for name, own in moments.items():
+            weight = self._by_layer.get(name)
+            if weight is not None and self._estimator.fisher != "forward-only":
+                key = id(weight), *own.shares.key(own.examples)
+                if key not in found:
+                    found[key] = _times(weight, own.shares.correction(own.examples))
+                weight = found[key]
+            scales[name] = self._estimator.scale(own.examples), weight
+        return scales
+
+
+def _times(weight: Tensor, factor: Number) -> Tensor:
+    """Return a weight times a factor; one that is known to be 1 takes no operation."""
+    if isinstance(factor, Tensor):
+        return weight * factor.to(weight)
+    return weight if factor == 1 else weight * factor
+
+
+def layer_weights(
+    batches: Sequence[Batch], layers: Sequence[str], sums: bool, workers: Workers
+) -> dict[str, Tensor]:
+    """Return the factor of the curvature that is averaged over batches, by layer.
+
+    The objective is the weighted sum of the losses, and the mean of that over workers. Factors
+    average the curvature of means over the batches that depend on the layer, and add that of sums.
+
+    Args:
+        batches: The batches of a step.
+        layers: Names of the layers whose factors are due.
+        sums: Whether the losses are sums over examples, not means.
+        workers: The workers, each with batches of its own.
+    """
+
+    def averaged(total: Tensor, count: float | Tensor) -> Tensor:
+        return total / (count * workers.size) if sums else total
+
+    batches = [batch for batch in batches if batch.layers]
+    total = sum_of([batch.weight.abs() for batch in batches]) if batches else 0.0
+    is_common = all(batch.layers.issuperset(layers) for batch in batches)
+    own = [total, len(batches), float(is_common)]
+    total, count, common = workers.means(own, "weight of the losses")
+    if common == 1:
+        return dict.fromkeys(layers, averaged(total, count)) if count else {}
+    weights = [[b.weight.abs() for b in batches if name in b.layers] for name in layers]
+    own = [*(sum_of(each) if each else 0.0 for each in weights), *map(len, weights)]
+    found = workers.means(own, "weights of the losses of each layer")
+    pairs = zip(layers, found, found[len(layers) :])
+    return {name: averaged(total, count) for name, total, count in pairs if count}
