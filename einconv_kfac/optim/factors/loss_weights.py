@@ -15,7 +15,7 @@ from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.batch_shares import BatchShares, Number
 from einconv_kfac.optim.factors.weighted_evaluation import WeightedEvaluation
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.vectors import sum_of
+from einconv_kfac.optim.vectors import precise, sum_of
 
 MIXED_SIGNS = (
     "All losses of a step must have weights of the same sign, got {} and {}, whose curvature is a "
@@ -99,8 +99,9 @@ class LossWeights:
         if self._first is None:
             self._first = weight
             return 1.0
-        first = torch.as_tensor(self._first, dtype=torch.float32, device=weight.device)
-        return weight.float() / first.where(first.abs() >= SMALLEST, SMALLEST)
+        dtype = precise(weight.dtype)
+        first = torch.as_tensor(self._first, dtype=dtype, device=weight.device)
+        return weight.to(dtype) / first.where(first.abs() >= SMALLEST, SMALLEST)
 
     def check(self) -> None:
         """Raise a ``RuntimeError`` if the host has read weights of both signs."""

@@ -247,8 +247,8 @@ def test_weights_of_both_signs_are_refused(owner: str) -> None:
         opt.step()
     assert torch.equal(weights(model), before)
     assert torch.equal(model[1].weight.grad, gradient)
+    model = network()
     opt = OWNERS[owner](model, None, fisher="exact")
-    model.zero_grad()
     losses = [loss_fn(model(own.x), own.y) for own in (first, second)]
     opt.observe(losses[0] - 0.3 * losses[1]).backward()
     opt.step()
