@@ -20,7 +20,7 @@ from einconv_kfac.optim.arguments import check_trainable, flag, plain
 from einconv_kfac.optim.factors.comparison import check_alike
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.finiteness import NOT_FINITE
-from einconv_kfac.optim.factors.gradient_scale import check_unscaled, scale_of, without_scale
+from einconv_kfac.optim.factors.gradient_scale import unscaled
 from einconv_kfac.optim.factors.ownership import Sharing
 from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, PERIODS, Hyperparameters
 from einconv_kfac.optim.inverses.protocol import Inverse
@@ -188,8 +188,9 @@ class KFACPreconditioner:
     def _replace_(self, gradient: Direction) -> None:
         """Replace gradients, as the last thing that happens."""
         curvature = self._curvature
-        scaler = scale_of(curvature.recorder.gradients.factor(curvature.workers))
-        batches = without_scale(curvature.recorder.take(), scaler)
+        is_due = bool(curvature.collector.due)
+        products = curvature.recorder.gradients.products() if is_due else None
+        batches, scale = curvature.recorder.take(), 1.0
         losses = [batch.loss for batch in batches]
         known = norms(gradient.values())
         same = partial(self._same, gradient, known)
@@ -197,9 +198,9 @@ class KFACPreconditioner:
             curvature.discard_()
             warnings.warn(NOT_FINITE.format(fault), RuntimeWarning, stacklevel=5)
             return
-        if curvature.collector.due:
-            check_unscaled(batches)
-        curvature.collector.combine_(batches, scaler)
+        if is_due:
+            batches, scale = unscaled(batches, products)
+        curvature.collector.combine_(batches, scale)
         curvature.collector.check(batches)
         damping: Any = curvature.settings.own.damping
         with without_autocast(curvature.model):

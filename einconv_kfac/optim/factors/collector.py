@@ -28,6 +28,7 @@ from einconv_kfac.distributed.wrappers import (
 )
 from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
+from einconv_kfac.optim.factors.batch_shares import Number
 from einconv_kfac.optim.factors.compiled_parts import may_be_compiled, run_uncompiled_
 from einconv_kfac.optim.factors.finiteness import Finiteness
 from einconv_kfac.optim.factors.loss_weights import ROOT, LossWeights
@@ -118,7 +119,7 @@ class Collector:
         self.moments, self.due = {}, set()
         self.workers.drop_()
 
-    def combine_(self, batches: Sequence[Batch], scaler: Tensor | None = None) -> None:
+    def combine_(self, batches: Sequence[Batch], scaler: Number = 1.0) -> None:
         """Add what the other workers collected, and find the weights of the losses.
 
         Args:
@@ -175,6 +176,8 @@ class Collector:
             return frozenset()
         if (weighted := self.weights.next_(batch.weight, evaluation)) is None:
             return frozenset()
+        if self.weights.begins_anew:
+            self.moments = {}
         before = {name: sum(moments.counts()) for name, moments in self.moments.items()}
         generator = stream(evaluation.weight.device, "factors", self.seed, self._step, number)
         add = partial(self._add_own_, weighted, own, generator)

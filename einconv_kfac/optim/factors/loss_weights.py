@@ -42,6 +42,7 @@ class LossWeights:
 
     Attributes:
         current: The weight of the last loss.
+        begins_anew: Whether all losses before it had the weight zero, and contribute nothing.
         roots: Square roots of relative weights that the host has not read.
     """
 
@@ -57,9 +58,10 @@ class LossWeights:
     def begin_(self) -> None:
         """Begin a step without losses."""
         self.current: Number = 1.0
+        self.begins_anew = self._has_zeros = False
         self._first: Number | None = None
         self._mixed: tuple[float, float] | None = None
-        self._scaler: Tensor | None = None
+        self._scaler: Number = 1.0
         self._by_layer: Mapping[str, Tensor] = {}
         self.roots: list[Tensor] = []
 
@@ -75,22 +77,33 @@ class LossWeights:
             evaluation: The loss, whose weight is in its vectors if the host does not read it.
         """
         is_read = weight.device.type == "cpu" and not isinstance(self._first, Tensor)
-        self.current = self._known_(float(weight)) if is_read else self._unread_(weight)
-        if not isinstance(self.current, Tensor):
-            return evaluation if self.current else None
-        self.roots.append(self.current.sqrt())
+        own = self._known_(float(weight)) if is_read else self._unread_(weight)
+        if own is None:
+            return None
+        self.current = own
+        if not isinstance(own, Tensor):
+            return evaluation
+        self.roots.append(own.sqrt())
         return WeightedEvaluation(evaluation, self.roots[-1])
 
-    def _known_(self, weight: float) -> float:
-        """Return the weight of a loss by the first, which the host has read."""
-        if weight == 0:
-            return 0.0
-        if self._first is None:
-            self._first = weight
+    def _known_(self, weight: float) -> float | None:
+        """Return the weight of a loss by the first, which the host has read.
+
+        A weight of zero counts if it is the first, until there is another.
+        """
         assert not isinstance(self._first, Tensor)
+        self.begins_anew = self._first == 0 != weight
+        if weight == 0 and self._first is not None:
+            self._has_zeros = True
+            return None
+        if self._first is None or self.begins_anew:
+            self._has_zeros |= self.begins_anew
+            self._first = weight
         if weight * self._first < 0:
             self._mixed = self._mixed or (self._first, weight)
-        return abs(weight if self._is_absolute else weight / self._first)
+        if self._is_absolute:
+            return abs(weight)
+        return abs(weight / self._first) if weight else 1.0
 
     def _unread_(self, weight: Tensor) -> Number:
         """Return the weight of a loss by the first, which the host has not read."""
@@ -108,9 +121,7 @@ class LossWeights:
         if self._mixed is not None:
             raise RuntimeError(MIXED_SIGNS.format(*(f"{own:.6g}" for own in self._mixed)))
 
-    def find_(
-        self, batches: Sequence[Batch], due: Sequence[str], scaler: Tensor | None = None
-    ) -> None:
+    def find_(self, batches: Sequence[Batch], due: Sequence[str], scaler: Number = 1.0) -> None:
         """Find the weight of the losses of each layer.
 
         Args:
@@ -119,6 +130,11 @@ class LossWeights:
             scaler: The factor that the batches' weights were divided by since they were recorded.
         """
         sums = is_sum(self._estimator.loss_fn)
+        if self._has_zeros:
+            on_host = [b.weight.device.type == "cpu" for b in batches]
+            batches = [
+                b for b, own in zip(batches, on_host) if not own or float(b.weight)
+            ] or batches
         self._by_layer = layer_weights(batches, due, sums, self._workers)
         self._scaler = scaler
 
@@ -131,8 +147,12 @@ class LossWeights:
             moments: What was collected, by layer.
         """
         if self._is_absolute:
-            scaler = None if self._scaler is None else self._scaler.reciprocal()
-            return {n: (own.examples / self._workers.size, scaler) for n, own in moments.items()}
+            size, inverse = float(self._workers.size), None
+            if isinstance(self._scaler, Tensor):
+                inverse = self._scaler.reciprocal()
+            else:
+                size *= self._scaler
+            return {name: (own.examples / size, inverse) for name, own in moments.items()}
         found: dict[tuple[object, ...], Tensor] = {}
         scales: dict[str, tuple[float, Tensor | None]] = {}
         for name, own in moments.items():

@@ -126,6 +126,19 @@ class GradientWatch:
             return factor
         return None
 
+    def products(self) -> Tensor | None:
+        """Return ``b.b, b.n, n.n`` of gradients ``b`` after the last pass and present ones ``n``.
+
+        The device is asked, also where the version of a gradient does not tell of a change, as
+        after `torch.amp.GradScaler.unscale_`. ``None`` without a pass.
+        """
+        probes = [probe for probe in self._probes if probe.parameter.grad is not None]
+        if not probes:
+            return None
+        before = _joined([probe.value for probe in probes])
+        now = _joined([_entries(p.parameter.grad) for p in probes])  # type: ignore[arg-type]
+        return torch.stack([before @ before, before @ now, now @ now])
+
     def forget_(self) -> None:
         """Forget the last backward pass."""
         self._probes = []

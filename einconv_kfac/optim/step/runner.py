@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from einconv_kfac.curvature.devices.stream_capture import is_capturing
 from einconv_kfac.distributed.workers import Same
+from einconv_kfac.optim.factors.batch_shares import Number
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.finiteness import KNOWN, NOT_FINITE, Finiteness, NotFiniteError
 from einconv_kfac.optim.hyperparameters import Hyperparameters
@@ -162,7 +163,7 @@ class StepRunner:
             compared["parameters"] = norms(point.parameters.values())
         return Same(values, compared)
 
-    def _batches(self, optimizer: Optimizer) -> tuple[list[Batch], Tensor | None, Tensor | None]:
+    def _batches(self, optimizer: Optimizer) -> tuple[list[Batch], Tensor | None, Number]:
         """Return the batches of this step, and the factor in the gradients that is none of theirs.
 
         The factor comes from a gradient scaler and, if steps are automatic, from clipping. The
@@ -175,10 +176,10 @@ class StepRunner:
         )
         batches = recorder.take()
         divisor: Tensor | None = scale
-        factor: Tensor | None = None
+        factor: Number = 1.0
         if batches and hasattr(optimizer, "found_inf"):
-            factor = scaler_factor(batches, scale, self.sums, self.curvature.workers)
-            batches = [replace(b, weight=b.weight / factor.to(b.weight)) for b in batches]
+            own = scaler_factor(batches, scale, self.sums, self.curvature.workers)
+            batches, factor = [replace(b, weight=b.weight / own.to(b.weight)) for b in batches], own
             clipped = None if clipped is None else clipped * (1 if scale is not None else factor)
         if clipped is not None and batches:
             divisor = clipped if divisor is None else divisor * clipped
@@ -194,7 +195,7 @@ class StepRunner:
         batches: Sequence[Batch],
         settings: Hyperparameters,
         finite: Finiteness,
-        scaler: Tensor | None,
+        scaler: Number,
     ) -> Taken:
         """Take a step from a point."""
         curvature = self.curvature
