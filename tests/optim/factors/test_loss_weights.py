@@ -15,7 +15,6 @@ from ggn import dense_empirical, dense_ggn
 from optim_cases import conv_net, image_batch, weights, with_kl_clip
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from einconv_kfac import KFAC, KFACPreconditioner
 from einconv_kfac.curvature.estimation.capture import LayerCapture
@@ -288,60 +287,3 @@ def test_equal_weights_are_the_mean_to_the_last_bit() -> None:
     for name, layer in layers_of(opt).items():
         for found, mean in zip(layer["factors"], moments[name].factors()):
             assert torch.equal(found, mean)
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_weights_take_few_operations_for_all_layers() -> None:
-    counts = []
-    for weight in (0.5, 0.3):
-        model = network()
-        opt = KFAC(model, CROSS_ENTROPY, fisher="exact", **FIXED)
-        with Operations() as operations:
-            parts = [part(0.5, 8, 0), part(weight, 8, 1)]
-            by_module(model, opt, [own._replace(loss_fn=CROSS_ENTROPY) for own in parts])
-            opt.step()
-        counts.append(operations.count)
-    assert counts[0] < counts[1] <= counts[0] + 4
-
-
-@pytest.mark.parametrize("init_scale", [2.0**7, 2.0**16])
-def test_the_preconditioner_behind_a_gradient_scaler(init_scale: float) -> None:
-    """Once gradients are unscaled, it is as without; before, large weights are refused."""
-    found = []
-    for scale in (None, init_scale):
-        model, own = network(), part(0.6, 8, 0)
-        preconditioner = KFACPreconditioner(model, CROSS_ENTROPY, fisher="exact")
-        sgd = torch.optim.SGD(model.parameters(), 0.1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-        for _ in range(3):
-            sgd.zero_grad()
-            scaler.scale(own.weight * CROSS_ENTROPY(model(own.x), own.y)).backward()
-            scaler.unscale_(sgd)
-            preconditioner.step()
-            scaler.step(sgd)
-            scaler.update()
-        found.append(weights(model))
-    torch.testing.assert_close(*found, **EXACT)
-
-
-def test_the_preconditioner_refuses_the_weights_of_a_gradient_scaler() -> None:
-    model, own = network(), part(1.0, 8, 0)
-    preconditioner = KFACPreconditioner(model, CROSS_ENTROPY)
-    (2.0**16 * CROSS_ENTROPY(model(own.x), own.y)).backward()
-    gradient = model[1].weight.grad.clone()
-    with pytest.raises(RuntimeError, match=r"less than 1024, got 65536.*unscale_\(optimizer\)"):
-        preconditioner.step()
-    assert torch.equal(gradient, model[1].weight.grad)
-    model.zero_grad()
-    preconditioner.observe(2.0**16 * CROSS_ENTROPY(model(own.x), own.y)).backward()
-    preconditioner.step()
-    assert not torch.equal(gradient, model[1].weight.grad)
