@@ -92,9 +92,11 @@ def test_there_is_no_late_search_where_batches_differ(noise: float) -> None:
     agreement = Agreement()
     search = DampingSearch(agreement)
     agreement.noise = noise
-    assert search.is_due(0) and search.is_due(5000)
+    assert search.is_due(0)
+    assert search.is_due(5000)
     search.load_state_dict({"scale": 1.0, "searched": 5})
-    assert search.is_due(SEARCH_PERIOD - 1) and not search.is_due(6)
+    assert search.is_due(SEARCH_PERIOD - 1)
+    assert not search.is_due(6)
     assert search.is_due(SEARCH_PERIOD + 5) == search.is_due(5000) == (noise == 0)
 
 
