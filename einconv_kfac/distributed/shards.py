@@ -231,9 +231,10 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for hooks, before in changed:
-            added = {key: hook for key, hook in hooks.items() if key not in before}
+            present = dict(hooks)
+            kept = {k: hook for k, hook in before.items() if k in present or _is_dividing(hook)}
             hooks.clear()
-            hooks.update({**before, **added})
+            hooks.update({**kept, **present})
 
 
 def _is_dividing(hook: Any) -> bool:

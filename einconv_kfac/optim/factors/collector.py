@@ -78,6 +78,7 @@ class Collector:
         self._seen = SeenCalls(estimator.layouts)
         compiled, loss_fn = compiled_wrappers(model), estimator.loss_fn
         self._wrapper = wrapper = parallel_wrapper(model)
+        self._is_compiled = bool(compiled)
         assert loss_fn is None or isinstance(loss_fn, nn.Module)
         self._is_early = wrapper is not None and workers.size > 1
         add, entry = self._add_early_ if self._is_early else self._add_, recorded_module(model)
@@ -223,7 +224,8 @@ class Collector:
         counts, outputs = Counter((c.layer, c.has_parameters) for c in calls), evaluation.outputs
         kind, known = (len(outputs), *sorted(counts.items())), {name for name, _ in counts}
         if (uncalled := self.due - known) or kind not in self._past:
-            if uncalled and not may_be_compiled(self._model, uncalled, outputs):
+            hidden = self._is_compiled or may_be_compiled(self._model, uncalled, outputs)
+            if uncalled and not hidden:
                 known |= uncalled
             layers = [self._layers[name] for name in sorted(known)]
             layers = [own for own in layers if own.rule.weight in own.module._parameters]

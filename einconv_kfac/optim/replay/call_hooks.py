@@ -76,6 +76,10 @@ class CallHooks:
         first = module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
         return [first, self._last[module]]
 
+    def may_begin(self, module: nn.Module) -> bool:
+        """Return whether a call is the script's own: checkpoints call parts in backward passes."""
+        return module is self._model or torch._C._current_graph_task_id() == -1
+
     def begin_(self, module: nn.Module) -> None:
         """Begin the outermost call of a module: the hook after it becomes the last one."""
         self._calls_parts |= module is not self._model

@@ -251,6 +251,11 @@ class PendingCalls:
             return None
         return self.source_at(edge_of(argument), inner=False)
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether the model or a part of it was called, beside layers of another module."""
+        return any(pending.call is not None for pending in self._pending)
+
     def layer_calls(self) -> list[LayerCall]:
         """Return all calls of layers so far."""
         self._assign_()
@@ -278,8 +283,7 @@ def forward_passes(
     Args:
         given: Calls, with the tensors that a loss depends on.
     """
-    calls: dict[int, PendingCall] = {}
-    waiting = [pending for pending, _ in given]
+    calls, waiting = dict[int, PendingCall](), [pending for pending, _ in given]
     while waiting:
         pending = waiting.pop()
         if pending.number not in calls:
@@ -287,9 +291,8 @@ def forward_passes(
             waiting += pending.earlier.values()
     inputs = {pending.number: tuple(own) for pending, own in given}
     found: list[ForwardPass] = []
-    passed = {
-        source for p in calls.values() if p.call is not None for source in needed(p.call.chained)
-    }
+    known = [pending.call.chained for pending in calls.values() if pending.call is not None]
+    passed = {source for chained in known for source in needed(chained)}
     for number, pending in sorted(calls.items()):
         assert pending.call is not None
         later = tuple(source for at, source in passed if at == number)

@@ -182,7 +182,7 @@ class Recorder:
 
         Parts are watched until the first step ends, and after it if one was called by itself.
         """
-        if self._running is None and self._is_recording():
+        if self._running is None and self._is_recording() and self._calls.may_begin(model):
             self._running = model
             self._calls.begin_(model)
             call = self._kept(model, args, kwargs) if self.keeps_outputs else NOT_REPLAYED
