@@ -45,7 +45,8 @@ class BatchShares:
         self._weight: Number = 1.0
         self._first: tuple[float, int] | None = None
         self._batches = 0
-        self.share, self.total = 1.0, 0.0  # type: float, Number
+        self.share = 1.0
+        self.total: Number = 0.0
 
     def begin_(self, weight: Number) -> None:
         """Begin a batch.
