@@ -136,7 +136,7 @@ class ReadObservation:
         self._loss, self._tensor = loss.detach(), weakref.ref(loss)
         self._root: Edge | None = edge_of(loss)
         self._layer_calls = pending.layer_calls()
-        self._layers_count = pending.has_calls
+        self._has_calls = pending.has_calls
         self._calls = {call.number: call for call in self._found_calls()}
         for call in self._calls.values():
             call.used = True
@@ -176,8 +176,8 @@ class ReadObservation:
         self._root = None  # a hook of the graph that refers to the graph would keep it alive
         own = weight / _total(weight)
         at = self._pending.call_at
-        layers = [(call.output.node, call.output.output_nr) for call in self._layer_calls]
-        layers = layers if self._layers_count else []
+        calls = self._layer_calls if self._has_calls else []
+        layers = [(call.output.node, call.output.output_nr) for call in calls]
         reading = Reading(root, self._loss, own, self._value, self._names, at, layers)
         return ReadEvaluation(reading), self._layer_calls
 
