@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from optim_cases import train_step
 from torch import Tensor, nn
 from torch.func import jacfwd, jvp, vmap
 from torch.nn import functional
@@ -60,13 +61,8 @@ def trained(function: Callable[[Any, Tensor], Tensor], steps: int, **options: An
     model, loss_fn = Wrapped(function), nn.MSELoss()
     torch.manual_seed(1)
     x, y = torch.randn(12, 2).double(), torch.randn(12, 1).double()
-    opt, losses = KFAC(model, loss_fn, fisher="exact", **options), []
-    for _ in range(steps):
-        opt.zero_grad()
-        loss = loss_fn(model(x), y)
-        loss.backward()
-        opt.step()
-        losses.append(float(loss.detach()))
+    opt = KFAC(model, loss_fn, fisher="exact", **options)
+    losses = [train_step(model, loss_fn, opt, (x, y)) for _ in range(steps)]
     assert losses[-1] < losses[0]
     return model
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from optim_cases import train_step
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.utils import prune, spectral_norm
@@ -72,12 +73,7 @@ def test_steps_leave_the_model_as_it_is(name: str) -> None:
     model, loss_fn = network(name), nn.MSELoss()
     x, y = torch.randn(32, 2, 4).double(), torch.randn(32, 2).double()
     names = [list(m._parameters) + list(m._buffers) for m in model.modules()]
-    opt, losses = KFAC(model, loss_fn), []
-    for _ in range(8):
-        opt.zero_grad()
-        loss = loss_fn(model(x), y)
-        loss.backward()
-        opt.step()
-        losses.append(float(loss.detach()))
+    opt = KFAC(model, loss_fn)
+    losses = [train_step(model, loss_fn, opt, (x, y)) for _ in range(8)]
     assert losses[-1] < 0.8 * losses[0]
     assert names == [list(m._parameters) + list(m._buffers) for m in model.modules()]
