@@ -30,9 +30,6 @@ INPUTS_PER_RESULTS = 4
 OWN_PHASES = 4
 """About how often tasks wait for each other in an algorithm's own division."""
 
-SHARED_ROWS = 256
-"""Rows of a factor for each thread that shares its panels, which become shorter."""
-
 
 @dataclass(frozen=True)
 class Division:
@@ -85,10 +82,9 @@ def _divisions(problem: Problem, algorithm: Algorithm) -> Iterator[Division]:
     if threads == 1:
         yield Division(UNDIVIDED, 0, work + prices.call * cost.calls)
         return
-    sharing, region = threads, prices.region
-    if algorithm.shares_products:  # by panels, with one wait for all of them
-        sharing, region = min(threads, 1 + problem.size // SHARED_ROWS), 0.0
-    speed = 1 + problem.profile.shared_operation_gain * (sharing - 1)
+    sharing = algorithm.sharing(problem)  # of one product, with one wait
+    region = 0.0 if sharing else prices.region
+    speed = 1 + problem.profile.shared_operation_gain * ((sharing or threads) - 1)
     yield Division(UNDIVIDED, 0, work / speed + (prices.call + region) * cost.calls)
     yield Division(UNDIVIDED, 1, work + prices.call * cost.calls + prices.task)
     for tasks in {1 << i for i in range(1, threads.bit_length())} | {threads}:

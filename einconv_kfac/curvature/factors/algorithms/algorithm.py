@@ -64,9 +64,6 @@ class Algorithm(ABC):
     reads_unmet: ClassVar[bool] = False
     """Whether positions that no kernel entry meets enter products with zeros."""
 
-    shares_products: ClassVar[bool] = False
-    """Whether most of the time is in products of `Update`, which threads share."""
-
     def applies(self, problem: Problem) -> bool:
         """Return whether the algorithm can compute the factor of a problem on its device."""
         return True
@@ -84,6 +81,10 @@ class Algorithm(ABC):
             problem: The problem that ``x`` and the convolution pose.
             update: The update of ``[g, D, D]`` with the problem's groups and size.
         """
+
+    def sharing(self, problem: Problem) -> int:
+        """Return how many threads share one large product, or 0 if there are many operations."""
+        return 0
 
     def task(self, x: Tensor, problem: Problem, update: Update) -> Task:
         """Return `add` as a task; what only needs shapes may be prepared before it runs."""

@@ -15,7 +15,11 @@ from einconv_kfac.curvature.factors.algorithms.algorithm import (
 )
 from einconv_kfac.curvature.factors.chunking import chunk_count, chunk_size, chunks
 from einconv_kfac.curvature.factors.problem import Problem
-from einconv_kfac.curvature.factors.symmetric.update import Update, panels
+from einconv_kfac.curvature.factors.symmetric.update import (
+    Update,
+    panels,
+    threads_for_panels,
+)
 from einconv_kfac.curvature.factors.unfold import unfolded
 
 ROW_COPY_ELEMENTS = 8
@@ -42,7 +46,6 @@ class Im2col(Algorithm):
 
     name = "im2col"
     rank = 5
-    shares_products = True
 
     def cost(self, problem: Problem) -> Cost:
         """Return the work of `add`."""
@@ -62,6 +65,10 @@ class Im2col(Algorithm):
         )
         written = 1.2 * problem.outputs
         return Cost(pairs * columns, problem.size, copied, written, calls, is_mixed=True)
+
+    def sharing(self, problem: Problem) -> int:
+        """Return how many threads share the panels of a product."""
+        return threads_for_panels(problem.size, problem.threads)
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, with ``a`` the columns of the unfolded input."""

@@ -11,10 +11,16 @@ from torch import Tensor
 
 from einconv_kfac.curvature.devices.device_registry import profile_of
 from einconv_kfac.curvature.devices.products import operand_dtype
+from einconv_kfac.curvature.devices.threads import threads_for
 from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
 from einconv_kfac.curvature.factors.chunking import chunk_size, chunks
 from einconv_kfac.curvature.factors.problem import Problem
-from einconv_kfac.curvature.factors.symmetric.update import Update, copy_upper_to_lower_, panels
+from einconv_kfac.curvature.factors.symmetric.update import (
+    Update,
+    copy_upper_to_lower_,
+    panels,
+    threads_for_panels,
+)
 from einconv_kfac.geometry import Geometry
 
 LONG_EXAMPLE_POSITIONS = 256
@@ -24,7 +30,16 @@ LONG_ONEDNN_POSITIONS = 8192
 """Positions of a single example from which oneDNN's product is worth adding to the others."""
 
 ONE_CALL_MACS = 1 << 24
-"""Multiplications up to which one call for all examples is no slower than a gathered copy."""
+"""Multiplications up to which one sum over few examples is no slower than a gathered copy."""
+
+FEW_EXAMPLES = 16
+"""Examples up to which a sum of their products, one call for each, is no slower."""
+
+FEW_CHANNELS = 64
+"""Channels up to which the products of all examples are computed at once and then added."""
+
+FEW_CHANNELS_OF_THREADS = 192
+"""The same with several threads, which divide the examples among themselves."""
 
 GATHERED_MACS = 3 << 24
 """Multiplications for which all examples are gathered at once."""
@@ -36,23 +51,21 @@ def add_columns_(x: Tensor, update: Update) -> None:
     Where the examples do not follow each other in memory, long ones are multiplied one by
     one, which needs no copy, and short ones are gathered; so are those that oneDNN multiplies,
     where a product costs less than adding it up. As oneDNN copies them once more, half are
-    gathered at a time, unless adding up large products costs more than that.
+    gathered at a time, unless adding up large products costs more than that. The products of
+    few channels are computed in one call.
     """
     profile, dtype = profile_of(x.device.type), operand_dtype(x, update.out.dtype)
-    same = x.dtype == dtype
-    cached, macs = profile.is_cached, x.numel() * x.shape[2]
+    same, cached = x.dtype == dtype, profile.is_cached
     onednn = profile.multiplies_by_onednn and update.out.dtype == torch.float32
     is_long = x.shape[3] >= (LONG_ONEDNN_POSITIONS if onednn else LONG_EXAMPLE_POSITIONS)
     limit = chunk_size(x.device.type, x.numel())
     if x.stride(2) == 1 and same:
         limit = x.numel()  # channels last
-    elif cached and same and x.shape[1] == 1 and macs <= ONE_CALL_MACS:
-        update.out[0].addbmm_(x[:, 0], x[:, 0].mT, beta=update.beta, alpha=update.alpha)
-        copy_upper_to_lower_(update.out)
+    elif cached and same and _add_in_one_call_(x, update):
         return
     elif cached and is_long:
         limit = 1
-    elif cached and x.numel() > update.out.numel() and macs > GATHERED_MACS:
+    elif cached and x.numel() > update.out.numel() and x.numel() * x.shape[2] > GATHERED_MACS:
         limit = min(limit, -(-x.numel() // 2))
     parts = list(chunks(x, 1.0, limit))
     for part in parts:
@@ -63,12 +76,32 @@ def add_columns_(x: Tensor, update: Update) -> None:
             update = update.added()
 
 
+def _add_in_one_call_(x: Tensor, update: Update) -> bool:
+    """Add ``sum_{n,s} x x^T`` without gathering, where that is faster; return whether it was."""
+    examples, groups, channels, positions = x.shape
+    few = FEW_CHANNELS if threads_for(x) == 1 else FEW_CHANNELS_OF_THREADS
+    if channels == 1:
+        norms = torch.linalg.vector_norm(x, dim=3, keepdim=True)
+        update.set_(norms.square().sum(0), update.out)
+        return True
+    if groups > 1:
+        return False
+    x = x[:, 0]
+    if channels <= min(few, positions):  # the products need no more memory than the input
+        update.set_(torch.bmm(x, x.mT).sum(0, keepdim=True), update.out)
+    elif examples <= FEW_EXAMPLES and x.numel() * channels <= ONE_CALL_MACS:
+        update.out[0].addbmm_(x, x.mT, beta=update.beta, alpha=update.alpha)
+    else:
+        return False
+    copy_upper_to_lower_(update.out)
+    return True
+
+
 class Pointwise(Algorithm):
     """The product of the input with its transpose, for kernels of one entry."""
 
     name = "pointwise"
     rank = 6
-    shares_products = True
     is_always_fastest = True
 
     def applies(self, problem: Problem) -> bool:
@@ -82,6 +115,12 @@ class Pointwise(Algorithm):
         columns = problem.batch * problem.geometry.positions * problem.geometry.groups
         calls = problem.batch * (3 + len(bounds))
         return Cost(pairs * columns, problem.size, 0.0, problem.outputs, calls)
+
+    def sharing(self, problem: Problem) -> int:
+        """Return how many threads share the products of few channels, or the panels of one."""
+        if problem.size <= FEW_CHANNELS_OF_THREADS:
+            return problem.threads
+        return threads_for_panels(problem.size, problem.threads)
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, from positions that the entry meets."""

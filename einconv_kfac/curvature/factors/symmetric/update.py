@@ -25,6 +25,9 @@ PANEL = 128
 STRIP = 64
 """Rows of a panel that are copied to columns at a time, so that both stay in a cache."""
 
+SHARED_ROWS = 256
+"""Rows of a factor for each thread that shares its panels, which become shorter."""
+
 SHARED_MACS = 1 << 26
 """Multiplications of a product from which threads share its panels."""
 
@@ -81,7 +84,7 @@ class Update:
         if last and not self.is_begun and is_symmetric_by_itself(self.out, a, self.alpha):
             add_whole_(self.out, a, self.beta, self.alpha)
             return
-        if last and self.beta == 0 and halves_are_faster(size, length):
+        if last and self.beta == 0 and halves_are_faster(size, length, _threads_of(a)):
             self._set_whole_(a)
             return
         if last and profile_of(kind).is_cached and (groups == 1 or size > 2 * PANEL):
@@ -157,9 +160,12 @@ def _threads_of(a: Tensor) -> int:
     return threads_for(a) if groups * size**2 * length >= SHARED_MACS else 1
 
 
-def halves_are_faster(size: int, length: int) -> bool:
-    """Return whether half of ``a a^T`` plus its transpose is faster than panels of rows."""
-    return size <= (2 * PANEL if length <= SHORT_SUM_TERMS else PANEL)
+def halves_are_faster(size: int, length: int, threads: int = 1) -> bool:
+    """Return whether half of ``a a^T`` plus its transpose is faster than panels of rows.
+
+    Two panels are not of one length, so threads do not share them evenly.
+    """
+    return size <= (2 * PANEL if length <= SHORT_SUM_TERMS or threads > 1 else PANEL)
 
 
 def panels(size: int, device: str) -> list[int]:
@@ -169,6 +175,11 @@ def panels(size: int, device: str) -> list[int]:
     the multiplications of a full square; on other devices a product must be large to be fast.
     """
     return [*range(0, size, profile_of(device).panel_rows), size]
+
+
+def threads_for_panels(size: int, threads: int) -> int:
+    """Return how many threads share the panels of ``size`` rows about evenly."""
+    return min(threads, 1 + size // SHARED_ROWS)
 
 
 def _shares(bounds: list[Range], threads: int) -> list[list[Range]]:
@@ -184,11 +195,8 @@ def _shares(bounds: list[Range], threads: int) -> list[list[Range]]:
 def _parts(matrices: Tensor) -> Iterator[tuple[int, int]]:
     """Yield the bounds of parts of a batch ``[g, D, D]`` that stay in a cache."""
     batch, rows, columns = matrices.shape
-    count = (
-        max(1, DIAGONAL // (rows * columns))
-        if profile_of(matrices.device.type).is_cached
-        else batch
-    )
+    is_cached = profile_of(matrices.device.type).is_cached
+    count = max(1, DIAGONAL // (rows * columns)) if is_cached else batch
     for start in range(0, batch, count):
         yield start, start + count
 
