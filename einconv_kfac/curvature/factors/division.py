@@ -82,11 +82,11 @@ def _divisions(problem: Problem, algorithm: Algorithm) -> Iterator[Division]:
     if threads == 1:
         yield Division(UNDIVIDED, 0, work + prices.call * cost.calls)
         return
-    sharing = algorithm.sharing(problem)  # of one product, with one wait
-    region = 0.0 if sharing else prices.region
-    speed = 1 + problem.profile.shared_operation_gain * ((sharing or threads) - 1)
-    yield Division(UNDIVIDED, 0, work / speed + (prices.call + region) * cost.calls)
-    yield Division(UNDIVIDED, 1, work + prices.call * cost.calls + prices.task)
+    calls = prices.call * cost.calls
+    waits = prices.region * (cost.calls if cost.waits is None else cost.waits)
+    speed = 1 + problem.profile.shared_operation_gain * (algorithm.sharing(problem) - 1)
+    yield Division(UNDIVIDED, 0, work / speed + calls + waits)
+    yield Division(UNDIVIDED, 1, work + calls)
     for tasks in {1 << i for i in range(1, threads.bit_length())} | {threads}:
         for kind in _kinds(problem, algorithm, tasks):
             yield Division(kind, tasks, _seconds(problem, algorithm, kind, tasks))

@@ -33,6 +33,7 @@ class Cost:
         calls: Operations started.
         is_mixed: Whether inputs in a low precision are multiplied as they are, where the device
             does so.
+        waits: Operations at whose end several threads wait for each other; all if ``None``.
     """
 
     macs: float
@@ -41,6 +42,7 @@ class Cost:
     written: float
     calls: float
     is_mixed: bool = False
+    waits: float | None = None
 
 
 class Algorithm(ABC):
@@ -83,8 +85,8 @@ class Algorithm(ABC):
         """
 
     def sharing(self, problem: Problem) -> int:
-        """Return how many threads share one large product, or 0 if there are many operations."""
-        return 0
+        """Return how many threads of a problem share its operations about evenly."""
+        return problem.threads
 
     def task(self, x: Tensor, problem: Problem, update: Update) -> Task:
         """Return `add` as a task; what only needs shapes may be prepared before it runs."""

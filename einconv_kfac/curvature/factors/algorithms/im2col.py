@@ -64,7 +64,9 @@ class Im2col(Algorithm):
             * (GROUPED_COPY_PRICE if problem.geometry.groups > 1 else 1.0)
         )
         written = 1.2 * problem.outputs
-        return Cost(pairs * columns, problem.size, copied, written, calls, is_mixed=True)
+        waits = 2 * count  # for the unfolded input, and for its product
+        macs = pairs * columns
+        return Cost(macs, problem.size, copied, written, calls, is_mixed=True, waits=waits)
 
     def sharing(self, problem: Problem) -> int:
         """Return how many threads share the panels of a product."""

@@ -114,7 +114,7 @@ class Pointwise(Algorithm):
         pairs = sum((stop - start) * (problem.size - start) for start, stop in pairwise(bounds))
         columns = problem.batch * problem.geometry.positions * problem.geometry.groups
         calls = problem.batch * (3 + len(bounds))
-        return Cost(pairs * columns, problem.size, 0.0, problem.outputs, calls)
+        return Cost(pairs * columns, problem.size, 0.0, problem.outputs, calls, waits=1)
 
     def sharing(self, problem: Problem) -> int:
         """Return how many threads share the products of few channels, or the panels of one."""
