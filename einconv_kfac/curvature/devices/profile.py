@@ -80,7 +80,7 @@ class DeviceProfile:
     runs_triton: bool = False
     multiplies_by_onednn: bool = False
     shared_operation_gain: float = 0.7
-    python_share: float = 1.0
+    python_share: float = 1.5
     mkl_half_speed_width: int = 0
 
     def of_unknown(self) -> DeviceProfile:

@@ -24,7 +24,7 @@ from einconv_kfac.curvature.factors.symmetric.update import Update
 
 UNDIVIDED, GROUPS, EXAMPLES, OWN = "undivided", "groups", "examples", "own"
 
-INPUTS_PER_RESULTS = 4
+INPUTS_PER_RESULTS = 1
 """Elements of the input per element of the results that tasks over examples add."""
 
 OWN_PHASES = 4

@@ -19,7 +19,7 @@ def profile_on(processor: Processor) -> DeviceProfile:
     half_speed = DOUBLE_PUMPED_HALF_SPEED_WIDTH if processor.is_double_pumped else 0
     return DeviceProfile(
         device="cpu",
-        prices=Prices(9.2e-12, 0.0, 0.56e-9, 1.5e-9, 1.8e-6, region=50e-6, task=100e-6),
+        prices=Prices(9.2e-12, 0.0, 0.56e-9, 1.5e-9, 1.8e-6, region=50e-6, task=200e-6),
         smallest_chunk_elements=1 << 16,
         largest_chunk_elements=1 << 20,
         panel_rows=128,

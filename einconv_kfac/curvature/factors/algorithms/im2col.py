@@ -28,6 +28,9 @@ ROW_COPY_ELEMENTS = 8
 GROUPED_COPY_PRICE = 1.4
 """Price of copying for batches of small products, relative to that for a single one."""
 
+ADDED_CHUNK_PRICE = 0.2
+"""Price of adding the product of one more chunk to an entry, relative to writing the entry."""
+
 
 def _growth(problem: Problem) -> float:
     """Return how many times larger than the input the unfolded input is."""
@@ -63,7 +66,7 @@ class Im2col(Algorithm):
             * short
             * (GROUPED_COPY_PRICE if problem.geometry.groups > 1 else 1.0)
         )
-        written = 1.2 * problem.outputs
+        written = (1.2 + ADDED_CHUNK_PRICE * (count - 1)) * problem.outputs
         waits = 2 * count  # for the unfolded input, and for its product
         macs = pairs * columns
         return Cost(macs, problem.size, copied, written, calls, is_mixed=True, waits=waits)
