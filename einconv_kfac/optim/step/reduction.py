@@ -25,6 +25,8 @@ from einconv_kfac.optim.vectors import Direction
 
 BACKTRACKED_FACTOR = 2.0
 """Factor by which the damping and its floor grow when a step is shortened."""
+FAILURE_RATIO = 1 / 4
+"""Ratio of a predicted reduction below which the damping adapts even if that is not due."""
 RELATIVE_ROUNDING = 1e-4
 """Growth of the objective, relative to its size, that is attributed to rounding."""
 
@@ -212,7 +214,7 @@ class Reduction:
     def _adapt_rule_(
         self, change: float, predicted: float, rounding: float, step: int | None
     ) -> None:
-        """Keep the ratio, and adapt the damping to it at a step, unless it is one of roundings.
+        """Keep the ratio, and adapt the damping to it if due or low, unless it is one of roundings.
 
         A loss that did not change in any bit was rounded to the same number.
         """
@@ -221,8 +223,9 @@ class Reduction:
             self.ratio = change / predicted
         if step is not None:
             self.adapted = step
-            if is_known:
-                self._rule.after_ratio(self.ratio, predicted, self._noise())
+        is_failure = predicted < 0 and not self.ratio >= FAILURE_RATIO
+        if is_known and (step is not None or is_failure):
+            self._rule.after_ratio(self.ratio, predicted, self._noise())
 
     def expect_(
         self, objective: Objective, before: Before | None, agreement: Agreement, step: int

@@ -72,8 +72,10 @@ def test_a_step_is_shortened_until_its_own_loss_does_not_grow() -> None:
             assert state._rule.damping(0) == pytest.approx(
                 damping / ADAPTATION * BACKTRACKED_FACTOR
             )
-            highest = min(floor * BACKTRACKED_FACTOR, state._rule.damping(0))
-            assert state._rule.floor == pytest.approx(max(floor, highest))
+            for factor in (1 / ADAPTATION, BACKTRACKED_FACTOR):
+                damping *= factor
+                floor = max(floor, min(floor * factor, damping))
+            assert state._rule.floor == pytest.approx(floor)
     assert shortened > 0
 
 
@@ -156,7 +158,8 @@ def test_every_step_is_checked_if_wanted(safeguard: bool) -> None:
         torch.testing.assert_close(buffers(model, opt), weights(model) - before, **EXACT)
         wrong += grown(model, loss_fn, batch, loss)
         if safeguard and seed and opt.statistics()["ratio"] < -1e-3:
-            highest = min(BACKTRACKED_FACTOR * floor, opt._step._rule.damping(0))
+            factor = BACKTRACKED_FACTOR / ADAPTATION
+            highest = min(factor * floor, opt._step._rule.damping(0))
             assert opt._step._rule.floor == pytest.approx(max(floor, highest))
     assert (wrong > 0) is not safeguard
 

@@ -34,8 +34,9 @@ class LevenbergMarquardt:
 
     The damping shrinks where the ratio of the true to the predicted reduction is above 3/4, and
     grows where it is below 1/4 (Martens and Grosse, 2015), or above 1 for a
-    predicted growth. It stays above a floor, which a rejected step raises, though not beyond the
-    damping.
+    predicted growth. It stays above a floor, which a rejected step and a ratio below 1/4 raise,
+    though not beyond the damping: the first damping, of which the floor is a fraction, is that of
+    one batch, and may be too small for the others.
 
     Where batches hardly differ, the floor falls in proportion to the noise, down to rounding where
     the batch repeats. There the damping also shrinks faster, the more the ratio exceeds 1:
@@ -75,6 +76,8 @@ class LevenbergMarquardt:
             self._damping = self._shrunk(self._damping, ratio, relative)
         elif not 1 / 4 <= ratio <= 1:  # also if it is not a number
             self._damping /= ADAPTATION
+            if predicted < 0 and not ratio > 1:
+                self._raise_floor_(1 / ADAPTATION)
 
     def _shrunk(self, damping: float, ratio: float, noise: float) -> float:
         """Return a damping after a ratio above 3/4: closer to the floor, or at it.
@@ -95,6 +98,11 @@ class LevenbergMarquardt:
         """See `DampingRule`."""
         if self._damping is not None:
             self._damping = min(self._damping * factor, max(self._damping, LARGEST_DAMPING))
+            self._raise_floor_(factor)
+
+    def _raise_floor_(self, factor: float) -> None:
+        """Raise the floor by a factor, though not beyond the damping."""
+        if self._damping is not None:
             self._floor = max(self._floor, min(self._floor * factor, self._damping))
 
     def state_dict(self) -> dict[str, Any]:

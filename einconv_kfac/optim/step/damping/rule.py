@@ -30,7 +30,7 @@ class DampingRule(Protocol):
         """
 
     def after_ratio(self, ratio: float, predicted: float, noise: float) -> None:
-        """Adapt the damping to a reduction ratio.
+        """Adapt the damping to a reduction ratio, about every tenth step and where it is below 1/4.
 
         It is not called where the predicted change is within the rounding of the objective.
 
