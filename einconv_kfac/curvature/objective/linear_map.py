@@ -10,6 +10,12 @@ from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.objective.graph import Edge, Stops, backpropagated, zeros_at
 
+_ONCE = (
+    "The operations between the model's output and the loss must be differentiable twice, got one "
+    "that is not: {} Write it with other operations, as ((x[:, None] - y) ** 2).sum(-1) in place "
+    "of torch.cdist(x, y) ** 2."
+)
+
 
 class LinearMap:
     """The derivative ``J`` of a tensor by the tensors that it depends on.
@@ -52,12 +58,9 @@ class LinearMap:
         if not own:
             return None
         outputs, parts = zip(*own)
-        (product,) = torch.autograd.grad(
-            outputs,
-            self._w,
-            parts,
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+        graph = {"retain_graph": True, "create_graph": create_graph}
+        try:
+            (product,) = torch.autograd.grad(outputs, self._w, parts, **graph, allow_unused=True)
+        except NotImplementedError as error:  # as of `torch.cdist`
+            raise RuntimeError(_ONCE.format(error)) from error
         return product if product is None or create_graph else product.detach()

@@ -66,6 +66,61 @@ class Diagonal:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """A block-diagonal matrix ``R R^T`` over the last dimensions.
+
+    Args:
+        shape: The shape of the argument, ``[*r, *d]``.
+        factors: ``R``, ``[*r, d, d]``.
+    """
+
+    shape: torch.Size
+    factors: Tensor
+
+    @staticmethod
+    def of(blocks: Tensor, shape: torch.Size, tolerance: float) -> Blocks | None:
+        """Return blocks ``[*r, d, d]``, or ``None`` if one is not positive semi-definite.
+
+        Args:
+            blocks: The blocks, which are symmetric up to rounding.
+            shape: The shape of the argument.
+            tolerance: Negative eigenvalues, relative to the largest, that are attributed to
+                rounding.
+        """
+        values, vectors = torch.linalg.eigh((blocks + blocks.mT).double() / 2)
+        if bool(values.min() < -tolerance * values.max()):
+            return None
+        factors = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+        return Blocks(shape, factors.to(blocks.dtype))
+
+    @property
+    def rows(self) -> torch.Size:
+        """See `LocalCurvature`."""
+        return self.factors.shape[:-2]
+
+    def sample(self, generator: Generator) -> Tensor:
+        """See `LocalCurvature`; random signs."""
+        signs = _signs(self.factors.shape[:-1], self.factors, generator)
+        return (self.factors @ signs.unsqueeze(-1)).reshape(self.shape)
+
+    def roots(self) -> Iterator[Tensor]:
+        """See `LocalCurvature`; the columns of ``R``."""
+        for column in self.factors.unbind(-1):
+            yield column.reshape(self.shape)
+
+    def masked(self, root: Tensor, kept: Tensor) -> Tensor:
+        """See `LocalCurvature`."""
+        return root.where(kept.reshape(*kept.shape, *[1] * (root.ndim - kept.ndim)), 0)
+
+    def products(self, vectors: Sequence[Tensor]) -> Tensor:
+        """See `LocalCurvature`."""
+        factors = self.factors.double()
+        own = [v.double().reshape(*self.rows, 1, -1) @ factors for v in vectors]
+        left = torch.stack([each.flatten() for each in own])
+        return left @ left.mT
+
+
+@dataclass(frozen=True)
 class Categorical:
     """``w (diag(p) - p p^T)`` for each distribution ``p`` along one dimension.
 

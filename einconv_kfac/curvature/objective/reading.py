@@ -24,7 +24,9 @@ from einconv_kfac.curvature.objective.graph import (
     inputs_of,
     kind_of_node,
     leaf_of,
+    metadata_of,
 )
+from einconv_kfac.curvature.objective.hessian import may_lack, with_hessians
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Empirical, LocalCurvature
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
@@ -91,6 +93,7 @@ class Reading:
         self._calls = enclosed_calls(self._nodes, call_at, self._is_source)
         self._terms = [*self._registered_terms()]
         self._terms += [*self._curved_terms()]
+        self._take_hessians_()
         self._terms += [*self._empirical_terms()]
 
     def tail(self, sources: Sequence[Edge]) -> Tail:
@@ -165,11 +168,13 @@ class Reading:
     def _at_ends(self, start: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]:
         """Return gradients of the graph as gradients at the ends."""
         stopped = {edge: g for edge, g in start.items() if self._is_end(edge)}
-        inner = {edge: g.to(_dtype(edge)) for edge, g in start.items() if edge not in stopped}
+        inner = {
+            edge: g.to(metadata_of(edge).dtype) for edge, g in start.items() if edge not in stopped
+        }
         with torch.no_grad():
             found = backpropagated(inner, self._nodes, self._is_end)
         for edge, gradient in stopped.items():
-            own = gradient.to(_dtype(edge))
+            own = gradient.to(metadata_of(edge).dtype)
             found[edge] = found[edge] + own if edge in found else own
         return {edge: g for edge, g in found.items() if edge in self.ends}
 
@@ -213,7 +218,7 @@ class Reading:
             for e in edges
         ]
         rule = NODE_RULES.get(kind)
-        if rule is None:
+        if rule is None or any(maps[len(rule.inputs(node)) :]):
             return Operation(kind, (node, 0), tuple((None, each) for each in maps), None)
         values = [
             self._output_before(node, edge) if value is None and edge is not None else value
@@ -243,16 +248,17 @@ class Reading:
     def _curved_terms(self) -> Iterator[Term]:
         """Yield the terms whose curvature is positive semi-definite."""
         hidden = {node for call in self._registered for node in call.nodes}
+        self._curved: set[Node] = set()
         for node in (each for each in self._nonlinear if each not in hidden):
             rule, weight = NODE_RULES.get(kind_of_node(node)), self._seen.get((node, 0))
             if rule is None or weight is None:
                 continue
-            if (square := squared(node, weight, self._is_same)) is not None:
-                yield self._term(square[:1], square[1])
-                continue
-            curvature = rule.curvature(node, rule.inputs(node), weight)
+            square, values = squared(node, weight, self._is_same), rule.inputs(node)
+            own = inputs_of(node)[: len(values)], rule.curvature(node, values, weight)
+            argument, curvature = own if square is None else square
             if curvature is not None:
-                yield self._term(inputs_of(node)[:2], curvature)
+                self._curved.add(node)
+                yield self._term(argument, curvature)
 
     def _is_same(self, first: Edge, second: Edge) -> bool:
         """Return whether two tensors of equal value have the same derivative by the sources."""
@@ -267,6 +273,12 @@ class Reading:
         maps = tuple(LinearMap(edge, self._nodes, self._is_source) for edge in edges)
         return Term(edges, maps, curvature)
 
+    def _take_hessians_(self) -> None:
+        """Take the Hessian by an output where rules of operations do not give it."""
+        is_read = not self._registered and not self._inner
+        if is_read and may_lack(self.root, set(self._nonlinear), self._curved):
+            self._terms = with_hessians(self._terms, self.tail(self.sources), self.outputs)
+
     def _empirical_terms(self) -> Iterator[Term]:
         """Yield the empirical Fisher at the ends that no other term gives curvature."""
         curved = {edge for term in self._terms for edge in term.sources}
@@ -277,11 +289,3 @@ class Reading:
             if edge not in curved and gradient.ndim:
                 identity = LinearMap(edge, self._nodes, self._is_source)
                 yield Term((edge,), (identity,), Empirical(gradient))
-
-
-def _dtype(edge: Edge) -> torch.dtype:
-    """Return the data type of a tensor of the graph."""
-    node, index = edge
-    metadata: Any = node._input_metadata[index]
-    found: torch.dtype = metadata.dtype
-    return found

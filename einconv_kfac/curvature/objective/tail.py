@@ -39,11 +39,19 @@ class Operation:
         """Whether the operation can be evaluated for other inputs."""
         return self.function is not None and all(value is not None for value, _ in self.inputs)
 
-    def change(self, changes: Mapping[Edge, Tensor]) -> Tensor:
-        """Return the change of the output for changes of earlier tensors."""
+    def change(self, changes: Mapping[Edge, Tensor], *, create_graph: bool = False) -> Tensor:
+        """Return the change of the output for changes of earlier tensors.
+
+        Args:
+            changes: The changes by tensor.
+            create_graph: Whether the result has a graph to the changes.
+        """
         assert self.function is not None
         before = [value for value, _ in self.inputs]
-        moved = [None if each is None else each(changes) for _, each in self.inputs]
+        moved = [
+            None if each is None else each(changes, create_graph=create_graph)
+            for _, each in self.inputs
+        ]
         after = [v if d is None else _plus(v, d) for v, d in zip(before, moved)]
         difference: Tensor = self.function(*after) - self.function(*before)
         return difference
@@ -94,17 +102,22 @@ class Tail:
         """See `LossModel`."""
         return sorted({each.kind for each in self.operations if not each.is_known})
 
-    def value(self, outputs: Sequence[Tensor]) -> Tensor:
-        """See `LossModel`."""
-        return (self.weight * self.result(outputs)).sum()
+    def value(self, outputs: Sequence[Tensor], *, create_graph: bool = False) -> Tensor:
+        """See `LossModel`; for ``create_graph`` see `result`."""
+        return (self.weight * self.result(outputs, create_graph=create_graph)).sum()
 
-    def result(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Return each number of the loss."""
+    def result(self, outputs: Sequence[Tensor], *, create_graph: bool = False) -> Tensor:
+        """Return each number of the loss.
+
+        Args:
+            outputs: The outputs.
+            create_graph: Whether the result has a graph to the outputs.
+        """
         changes = {e: _difference(*pair) for e, *pair in zip(self.sources, outputs, self.values)}
-        with torch.no_grad():
+        with torch.set_grad_enabled(create_graph):
             for operation in self.operations:
-                changes[operation.output] = operation.change(changes)
-        change = self.last(changes)
+                changes[operation.output] = operation.change(changes, create_graph=create_graph)
+        change = self.last(changes, create_graph=create_graph)
         return self.loss if change is None else self.loss + change
 
     def slopes(self) -> Sequence[Tensor | None]:

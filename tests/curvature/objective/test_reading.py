@@ -17,6 +17,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(EXAMPLES, POSITIONS, 4, generator=GENERATOR, dtype=torch.float64)
 Y = torch.randint(CLASSES, (EXAMPLES, POSITIONS), generator=GENERATOR)
 T = torch.rand(EXAMPLES, POSITIONS, CLASSES, generator=GENERATOR, dtype=torch.float64)
+SYMMETRIC = torch.tensor([[2.0, 0.5, 0], [0.5, 1, 0.2], [0, 0.2, 3]], dtype=torch.float64)
 WEIGHTS = torch.arange(EXAMPLES * POSITIONS, dtype=torch.float64)
 
 CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,6 +45,44 @@ CONVEX: dict[str, Callable[[Tensor], Tensor]] = {
     "squared norms, kept": lambda o: torch.linalg.norm(o - T, dim=-1, keepdim=True).square().sum(),
     "squared norm": lambda o: 0.5 * torch.norm(o - T) ** 2,
     "norm times norm": lambda o: torch.norm(o - T) * torch.norm(o - T),
+    "norms in another shape": lambda o: (o - T).norm(dim=1).unsqueeze(0).flatten().square().sum(),
+    "tensor as an exponent": lambda o: (o - T).pow(torch.tensor(2.0)).mean(),
+    "powers of numbers": lambda o: (2.0**o).mean() + torch.exp2(-o).mean(),
+    "contraction with itself": lambda o: torch.einsum("nsc,nsc->", o - T, o - T),
+    "batch of products": lambda o: ((o - T).unsqueeze(2) @ (o - T).unsqueeze(3)).mean(),
+    "added products": lambda o: torch.addcmul(T, o - T, o - T, value=0.5).mean(),
+    "trace of a product": lambda o: torch.addmm(
+        torch.ones(12, 12).double(),
+        (o[:, 1:] - T[:, 1:]).reshape(12, -1),
+        o[:, 1:].reshape(12, -1).T,
+    ).trace(),
+    "inner product": lambda o: torch.vdot((o - T).flatten(), (o - T).flatten()),
+    "quadratic form": lambda o: (((o - T) @ SYMMETRIC) * (o - T)).sum(),
+    "bilinear form": lambda o: functional.bilinear(o, o, SYMMETRIC[None]).mean(),
+    "weighted product": lambda o: ((o - T) * (T * (o - T))).sum(),
+    "distance": lambda o: torch.dist(o, T) ** 2,
+    "distance to a row": lambda o: torch.dist(o, T[0, 0]).square(),
+    "roots of squares": lambda o: (o - T).pow(2).sum(1).sqrt().pow(2).mean(),
+    "spectrum": lambda o: torch.fft.fft(o - T).abs().pow(2).mean(),
+    "complex conjugate": lambda o: (torch.complex(o, T) * torch.complex(o, T).conj()).real.sum(),
+    "logarithm of probabilities": lambda o: functional.nll_loss(
+        o.softmax(-1).log().flatten(0, 1), Y.flatten()
+    ),
+    "logarithm of a quotient": lambda o: (
+        -((o.exp() / o.exp().sum(-1, keepdim=True)).gather(-1, Y[..., None]).log().mean())
+    ),
+    "density of probabilities": lambda o: (
+        -torch.distributions.Categorical(probs=o.softmax(-1)).log_prob(Y).mean()
+    ),
+    "logarithm of a sum": lambda o: (
+        o.exp().sum(-1).log() - o.gather(-1, Y[..., None])[..., 0]
+    ).sum(),
+    "events": lambda o: functional.binary_cross_entropy(o.sigmoid(), T),
+    "logarithms of events": lambda o: (
+        -(T * o.sigmoid().log() + (1 - T) * (1 - o.sigmoid()).log()).mean()
+    ),
+    "hyperbolic cosine": lambda o: (o - T).cosh().log().mean(),
+    "smooth absolute value": lambda o: (1 + (o - T) ** 2).sqrt().sum(),
     "squares": lambda o: functional.mse_loss(o, T, reduction="sum") / EXAMPLES,
     "logistic": lambda o: functional.binary_cross_entropy_with_logits(
         o, T, pos_weight=torch.tensor([1.0, 2, 3]).double()
@@ -145,3 +184,56 @@ def test_losses_without_curvature_have_the_empirical_fisher(name: str) -> None:
 def test_an_unknown_operation_is_named() -> None:
     reading, _, _ = read(lambda o: (o - T).relu().mean())
     assert reading.tail(reading.sources).unknown() == ["Relu"]
+
+
+@pytest.mark.parametrize("mode", ["use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_squared_distances_of_all_rows(mode: str, is_first: bool) -> None:
+    weights = torch.rand(EXAMPLES, POSITIONS, POSITIONS, generator=GENERATOR).double()
+
+    def by_rows(o: Tensor) -> Tensor:
+        pair = (o, T) if is_first else (T, o)
+        return (weights * torch.cdist(*pair, compute_mode=mode).square()).sum()
+
+    def by_hand(o: Tensor) -> Tensor:
+        difference = (o[:, :, None] - T[:, None]).square().sum(-1)
+        return (weights * (difference if is_first else difference.mT)).sum()
+
+    reading, output, _ = read(by_rows)
+    expected = hessian(by_hand, output)
+    u = torch.randn(output.shape, generator=GENERATOR, dtype=torch.float64)
+    found = reading.tail(reading.sources).expansion([[u]]).curvature[0, 0]
+    torch.testing.assert_close(found, u.flatten() @ expected @ u.flatten())
+
+
+def test_distances_that_are_not_squared_at_once_are_refused() -> None:
+    reading, output, _ = read(lambda o: torch.cdist(o, T).diagonal(dim1=1, dim2=2).pow(2).sum())
+    tail = reading.tail(reading.sources)
+    with pytest.raises(RuntimeError, match=r"differentiable twice.*in place of torch.cdist"):
+        tail.expansion([[torch.ones_like(output)]])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
+def test_hessians_in_single_precision(scale: float) -> None:
+    def loss(o: Tensor) -> Tensor:
+        return scale * functional.nll_loss(o.softmax(-1).log().flatten(0, 1), Y.flatten())
+
+    torch.manual_seed(0)
+    output = nn.Linear(4, CLASSES)(X.float())
+    mark_(output, NAME, output.detach())
+    value = loss(output)
+    own = (edge_of(value), value.detach(), torch.ones_like(value), lambda e: mark_of(e, NAME), {})
+    reading = Reading(*own)
+    u = torch.randn(2, *output.shape, generator=GENERATOR)
+    found = reading.tail(reading.sources).expansion([[each] for each in u]).curvature
+    flat = u.flatten(1).double()
+    expected = flat @ hessian(loss, output.double()) @ flat.T
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def test_targets_that_depend_on_the_model_are_named() -> None:
+    def loss(o: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(o, (o - 1).sigmoid())
+
+    reading, _, _ = read(loss)
+    assert reading.tail(reading.sources).unknown() == ["BinaryCrossEntropyWithLogits"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.objective.graph import zeros_at
 from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
 from einconv_kfac.curvature.objective.node_rule import Function
 from einconv_kfac.curvature.objective.nodes.elementary import saved_options
@@ -56,6 +57,24 @@ class Product:
         return None
 
 
+@dataclass(frozen=True)
+class AddedProduct(Product):
+    """A product that is added to the first input, which the node does not save.
+
+    Zeros take its place: the output changes as much as this input does.
+    """
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`."""
+        return [zeros_at((node, 0)), *super().inputs(node)[1:]]
+
+
+def _sums(first: str, second: str, *options: str) -> dict[str, Any]:
+    """Return arguments of `AddedProduct`: the names of the factors and of options."""
+    linear = (frozenset({0, 1}), frozenset({0, 2}))
+    return {"saved": (None, first, second), "linear": linear, "options": options}
+
+
 _EITHER = (frozenset({0}), frozenset({1}))
 
 RULES = (
@@ -65,7 +84,28 @@ RULES = (
     Product("Bmm", torch.bmm, ("self", "mat2"), _EITHER),
     Product("Mv", torch.mv, ("self", "vec"), _EITHER),
     Product("Dot", torch.dot, ("self", "tensor"), _EITHER),
-    Product("Addmm", None, (None, "mat1", "mat2"), (frozenset({0, 1}), frozenset({0, 2}))),
+    Product("Vdot", torch.vdot, ("self", "other"), _EITHER),
+    AddedProduct("Addmm", torch.addmm, **_sums("mat1", "mat2", "beta", "alpha")),
+    AddedProduct("Baddbmm", torch.baddbmm, **_sums("batch1", "batch2", "beta", "alpha")),
+    AddedProduct("Addbmm", torch.addbmm, **_sums("batch1", "batch2", "beta", "alpha")),
+    AddedProduct("Addmv", torch.addmv, **_sums("mat", "vec", "beta", "alpha")),
+    AddedProduct("Addr", torch.addr, **_sums("vec1", "vec2", "beta", "alpha")),
+    AddedProduct("Addcmul", torch.addcmul, **_sums("tensor1", "tensor2", "value")),
+    AddedProduct(
+        "Addcdiv",
+        torch.addcdiv,
+        **{**_sums("tensor1", "tensor2", "value"), "linear": (frozenset({0, 1}),)},
+    ),
+    Product(
+        "Trilinear",
+        torch._trilinear,
+        ("i1", "i2", "i3"),
+        tuple(frozenset({index}) for index in range(3)),
+        ("expand1", "expand2", "expand3", "sumdim"),
+    ),
+    Product("Dist", torch.dist, ("self", "other"), (), ("p",)),
+    Product("Hypot", torch.hypot, ("self", "other"), ()),
+    Product("Lerp", torch.lerp, ("self", "end", "weight"), (frozenset({0, 1}), frozenset({2}))),
     Product("Convolution", None, ("input", "weight", None), (frozenset({0}), frozenset({1, 2}))),
     Product("GridSampler2D", None, ("input", "grid"), (frozenset({0}),)),
     Product("Xlogy", torch.xlogy, ("self", "other"), (frozenset({0}),)),

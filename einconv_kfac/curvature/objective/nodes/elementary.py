@@ -80,6 +80,58 @@ class Difference(Entrywise):
 
 
 @dataclass(frozen=True)
+class Power:
+    """A power of numbers or tensors, each of which may depend on the model."""
+
+    kind: str = "Pow"
+
+    def is_linear(self, dependent: Sequence[bool]) -> bool:
+        """See `NodeRule`."""
+        return False
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`; numbers are none."""
+        saved = (node._saved_self, node._saved_exponent)
+        return [each.detach() for each in saved if isinstance(each, Tensor)]
+
+    def function(self, node: Any) -> Function | None:
+        """See `NodeRule`."""
+        if not isinstance(node._saved_self, Tensor):
+            return partial(torch.pow, node._saved_self)
+        if not isinstance(node._saved_exponent, Tensor):
+            return partial(torch.pow, exponent=node._saved_exponent)
+        return torch.pow
+
+    def curvature(
+        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
+    ) -> LocalCurvature | None:
+        """See `NodeRule`; unknown if basis and exponent depend on the model."""
+        function = self.function(node)
+        assert function is not None
+        depend = [edge is not None for edge, _ in node.next_functions]
+        if sum(depend) != 1:
+            return None
+        own = depend.index(True)
+        x = inputs[own]
+        assert x is not None
+
+        def of_one(entries: Tensor) -> Tensor:
+            return function(*inputs[:own], entries, *inputs[own + 1 :])
+
+        return diagonal(of_one, x, weight)
+
+
+def is_square(node: Any) -> bool:
+    """Return whether a node of a power has the exponent two."""
+    exponent = node._saved_exponent
+    if not isinstance(node._saved_self, Tensor):
+        return False
+    if not isinstance(exponent, Tensor):
+        return bool(exponent == 2)
+    return node.next_functions[1][0] is None and bool((exponent.detach() == 2).all())
+
+
+@dataclass(frozen=True)
 class Rectifier:
     """The positive part, whose node keeps no input: it must be an output of the model."""
 
@@ -152,8 +204,9 @@ def _from_power(power: float) -> Callable[[Tensor], Tensor]:
 
 RULES = (
     Rectifier(),
-    Entrywise("Pow", torch.pow, ("exponent",)),
+    Power(),
     Entrywise("Exp", torch.exp, inverse=torch.log),
+    Entrywise("Exp2", torch.exp2, inverse=torch.log2),
     Entrywise("Expm1", torch.expm1, inverse=torch.log1p),
     Entrywise("Log", torch.log),
     Entrywise("Log1P", torch.log1p),

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.objective.graph import Edge, inputs_of, kind_of_node
+from einconv_kfac.curvature.objective.graph import Edge, inputs_of, kind_of_node, metadata_of
 from einconv_kfac.curvature.objective.local_curvature import Diagonal
-from einconv_kfac.curvature.objective.nodes.elementary import CURVATURE_ROUNDING, saved_options
+from einconv_kfac.curvature.objective.nodes.elementary import (
+    CURVATURE_ROUNDING,
+    is_square,
+    saved_options,
+)
 
 Same: TypeAlias = Callable[[Edge, Edge], bool]
 """Returns whether two tensors are the same function of the model's outputs."""
-_PRODUCTS = {"Mul": ("self", "other"), "Dot": ("self", "tensor")}
+_PRODUCTS = {"Mul": ("self", "other"), "Dot": ("self", "tensor"), "Vdot": ("self", "other")}
 """Products of entries, with the names under which their nodes save the factors."""
-_NORMS = {"LinalgVectorNorm": "ord", "Norm": "p"}
+_NORMS = {"LinalgVectorNorm": "ord", "Norm": "p", "Dist": "p"}
 """Norms, with the names under which their nodes save the order."""
 
 
-def squared(node: Any, weight: Tensor, is_same: Same) -> tuple[Edge, Diagonal] | None:
+_DISTANCES = {"Cdist": ("x1", "x2"), "EuclideanDist": ("x1", "x2")}
+"""Distances of all rows of two tensors, with the names under which their nodes save these."""
+_VIEWS = ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze")
+Argument: TypeAlias = Sequence["Edge | None"]
+"""The tensor that is squared, or two tensors whose difference is."""
+
+
+def squared(node: Any, weight: Tensor, is_same: Same) -> tuple[Argument, Diagonal] | None:
     """Return the tensor ``x`` whose entries a node squares, and the curvature ``2 w`` by it.
 
     The other rules see a product of two tensors, or the square of one number. ``None`` if the node
@@ -34,25 +45,28 @@ def squared(node: Any, weight: Tensor, is_same: Same) -> tuple[Edge, Diagonal] |
     found = _base(node, is_same)
     if found is None or weight.is_complex():
         return None
-    edge: Edge | None = found[0]
+    argument: Argument = [found[0]]
     weight = weight.expand(found[1]) if weight.ndim == 0 else weight
-    if _is_norm(found[0][0]):
-        edge, weight = inputs_of(found[0][0])[0], _spread(found[0][0], weight)
+    base, before = _before_views(found[0], weight)
+    if _is_norm(base):
+        argument, weight = inputs_of(base)[:2], _spread(base, before)
+    elif _is_distance(base):
+        argument, weight = _of_rows(base, before)
     elif kind_of_node(node) == "Pow":
         return None  # the rule of powers
     precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
     largest = precise.max() if precise.numel() else precise.sum()
-    if edge is None or not bool(largest > 0):
+    if not any(argument) or not bool(largest > 0):
         return None
     if bool(precise.min() < -CURVATURE_ROUNDING * largest):
         return None
-    return edge, Diagonal(2 * precise.clamp_min(0))
+    return argument, Diagonal(2 * precise.clamp_min(0))
 
 
 def _base(node: Any, is_same: Same) -> tuple[Edge, torch.Size] | None:
     """Return the edge that a node squares, with its shape."""
     kind, edges = kind_of_node(node), inputs_of(node)
-    if kind == "Pow" and node._saved_exponent == 2 and edges[0] is not None:
+    if kind == "Pow" and edges[0] is not None and is_square(node):
         return edges[0], node._saved_self.shape
     if kind not in _PRODUCTS or len(edges) < 2 or edges[0] is None or edges[1] is None:
         return None
@@ -67,10 +81,40 @@ def _base(node: Any, is_same: Same) -> tuple[Edge, torch.Size] | None:
     return edges[0], first.shape
 
 
+def _before_views(edge: Edge, weight: Tensor) -> tuple[Any, Tensor]:
+    """Return the node whose output has been given another shape at most, with its weight."""
+    while kind_of_node(edge[0]) in _VIEWS and (before := inputs_of(edge[0])[0]) is not None:
+        edge, weight = before, weight.reshape(metadata_of(before).shape)
+    return edge[0], weight
+
+
+def _is_distance(node: Any) -> bool:
+    """Return whether a node has the Euclidean distances of rows to rows that are constant."""
+    kind, edges = kind_of_node(node), inputs_of(node)
+    if kind not in _DISTANCES or (edges[0] is not None and edges[1] is not None):
+        return False
+    return kind == "EuclideanDist" or bool(saved_options(node, ("p",))["p"] == 2)
+
+
+def _of_rows(node: Any, weight: Tensor) -> tuple[Argument, Tensor]:
+    """Return the rows ``[*b, n, d]`` that a node takes distances of, with the weights of entries.
+
+    Args:
+        node: The node.
+        weight: The weights of the distances, ``[*b, n, m]``.
+    """
+    edges, names = inputs_of(node), _DISTANCES[kind_of_node(node)]
+    index = 0 if edges[1] is None else 1
+    rows = getattr(node, f"_saved_{names[index]}")
+    return [edges[index]], weight.sum(-2 if index else -1).unsqueeze(-1).expand(rows.shape)
+
+
 def _is_norm(node: Any) -> bool:
     """Return whether a node is a Euclidean norm of real numbers."""
     order = _NORMS.get(kind_of_node(node))
     if order is None or node._saved_self.is_complex():
+        return False
+    if kind_of_node(node) == "Dist" and node._saved_self.shape != node._saved_other.shape:
         return False
     return bool(saved_options(node, (order,))[order] == 2)
 

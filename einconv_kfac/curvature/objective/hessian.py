@@ -1,0 +1,187 @@
+"""The Hessian of a loss by one output of a model, where no rule of a single operation gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from einconv_kfac.curvature.objective.graph import Edge, first_met, inputs_of, kind_of_node
+from einconv_kfac.curvature.objective.linear_map import LinearMap
+from einconv_kfac.curvature.objective.local_curvature import Blocks, Diagonal, LocalCurvature
+from einconv_kfac.curvature.objective.tail import Tail
+from einconv_kfac.curvature.objective.terms import Term
+from einconv_kfac.curvature.objective.units import drawn
+
+LARGEST_BLOCK = 64
+"""Rows up to which the blocks of a Hessian are computed, with one product for each row."""
+
+_PROBABILITIES = {"Sigmoid", "Softmax", "Exp", "Exp2", "Reciprocal", "Div", "Mul", "Pow", "Cosh"}
+_PROBABILITIES |= {"Clamp", "ClampMin", "ClampMax"}
+_ROOTS = {"Sqrt", "Abs", "LinalgVectorNorm", "Norm", "Dist"}
+_UNDONE = {
+    **dict.fromkeys(("Log", "Log1P", "Log2", "Log10", "BinaryCrossEntropy"), _PROBABILITIES),
+    **dict.fromkeys(("Pow", "Mul"), _ROOTS),
+}
+"""Operations that are curved together with those before them in another way than alone."""
+Product = Callable[[Tensor], "Tensor | None"]
+"""Returns the product of the Hessian and a vector."""
+
+
+def may_lack(root: Edge, nonlinear: Collection[Node], curved: Collection[Node]) -> bool:
+    """Return whether the rules of single operations may give less than the Hessian of a loss.
+
+    That is so where the operations next to the loss have no curvature of their own, as the product
+    of two tensors, or undo what is before them, as the logarithm of probabilities.
+
+    Args:
+        root: The edge of the loss.
+        nonlinear: The nonlinear operations between outputs and loss.
+        curved: Those whose curvature is known.
+    """
+    first = _nearest(root, nonlinear)
+    for node in first:
+        if node not in curved:
+            return True
+        before = {kind_of_node(each) for each in _nearest_before(node, nonlinear)}
+        if before & _UNDONE.get(kind_of_node(node), set()):
+            return True
+    return False
+
+
+def with_hessians(terms: Sequence[Term], tail: Tail, outputs: Sequence[Edge]) -> list[Term]:
+    """Return terms, or Hessians by outputs in place of those that give other products.
+
+    Args:
+        terms: The terms that rules of operations give.
+        tail: The loss as a function of the outputs.
+        outputs: The outputs.
+    """
+    result = list(terms)
+    if tail.unknown():
+        return result
+    for edge in outputs:
+        known = [term for term in terms if edge in term.sources]
+        if any(len(term.sources) > 1 for term in known):
+            continue
+        try:
+            found = _hessian_term(tail, edge, known)
+        except RuntimeError:  # an operation without a second derivative
+            continue
+        if found is not None:
+            result = [each for each in result if each not in known] + [found]
+    return result
+
+
+def _nearest(start: Edge, wanted: Collection[Node]) -> set[Node]:
+    """Return the first nodes among those wanted on the way down from an edge."""
+    return {edge[0] for edge in first_met([start], lambda edge: edge[0] in wanted)}
+
+
+def _nearest_before(node: Node, wanted: Collection[Node]) -> set[Node]:
+    """Return the first nodes among those wanted on the way down from a node's inputs."""
+    starts = [edge for edge in inputs_of(node) if edge is not None]
+    return {edge[0] for edge in first_met(starts, lambda edge: edge[0] in wanted)}
+
+
+def _hessian_term(tail: Tail, edge: Edge, known: Sequence[Term]) -> Term | None:
+    """Return the term of an output whose curvature is the Hessian of the loss by it.
+
+    ``None`` if the Hessian is the sum of the terms that are known, not positive semi-definite,
+    or neither diagonal nor of small blocks.
+
+    Args:
+        tail: The loss as a function of the outputs.
+        edge: The output.
+        known: The terms that depend on the output.
+    """
+    value = tail.values[tail.sources.index(edge)]
+    if not value.numel() or value.dtype not in (torch.float32, torch.float64):
+        return None
+    product = _product(tail, edge)
+    if product is None:
+        return None
+    first, second = (drawn(value, seed).to(value.dtype) for seed in (1, 2))
+    found = product(first)
+    if found is None or not bool(found.any()) or not bool(found.isfinite().all()):
+        return None
+    tolerance = torch.finfo(value.dtype).eps ** 0.5
+    if _is_known(known, edge, (first, second), found, tolerance):
+        return None
+    curvature = _curvature(product, first, found, tolerance)
+    if curvature is None:
+        return None
+    return Term((edge,), (LinearMap(edge, (), lambda each: each == edge),), curvature)
+
+
+def _product(tail: Tail, edge: Edge) -> Product | None:
+    """Return products with the Hessian, or ``None`` if other sources share its curvature."""
+    with torch.enable_grad():
+        sources = [value.detach().clone().requires_grad_() for value in tail.values]
+        loss = tail.value(sources, create_graph=True)
+        if not loss.requires_grad:
+            return None
+        own = sources[tail.sources.index(edge)]
+        (slope,) = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
+    if slope is None or not slope.requires_grad:
+        return None
+
+    def product(vector: Tensor) -> Tensor | None:
+        found = torch.autograd.grad(slope, sources, vector, retain_graph=True, allow_unused=True)
+        by_source = dict(zip(tail.sources, found))
+        result = by_source.pop(edge)
+        is_alone = not any(each is not None and bool(each.any()) for each in by_source.values())
+        return result if is_alone else None
+
+    return product
+
+
+def _is_known(
+    known: Sequence[Term], edge: Edge, pair: tuple[Tensor, Tensor], found: Tensor, tolerance: float
+) -> bool:
+    """Return whether the terms that are known have the product that was found."""
+    vectors = [{edge: vector} for vector in pair]
+    parts = [each for term in known if (each := term.products(vectors)) is not None]
+    total = sum(parts[1:], parts[0]) if parts else found.new_zeros(2, 2, dtype=torch.float64)
+    expected = torch.stack([(vector * found).sum().double() for vector in pair])
+    return torch.allclose(total[0], expected, rtol=tolerance, atol=0.0)
+
+
+def _curvature(
+    product: Product, vector: Tensor, found: Tensor, tolerance: float
+) -> LocalCurvature | None:
+    """Return the Hessian, which has a product that is given, as a diagonal or as blocks."""
+
+    def is_found(other: Tensor) -> bool:
+        return bool((other - found).norm() <= tolerance * found.norm())
+
+    diagonal = product(torch.ones_like(vector))
+    if diagonal is not None and is_found(diagonal * vector):
+        if bool(diagonal.min() < -tolerance * diagonal.max()):
+            return None
+        return Diagonal(diagonal.clamp_min(0))
+    for dims in range(1, vector.ndim):
+        rows = vector.shape[: vector.ndim - dims]
+        if vector[(0,) * len(rows)].numel() > LARGEST_BLOCK:
+            return None
+        blocks = _blocks(product, vector, rows)
+        flat = vector.reshape(*rows, -1)
+        if blocks is not None and is_found((blocks @ flat.unsqueeze(-1)).reshape(vector.shape)):
+            return Blocks.of(blocks, vector.shape, tolerance)
+    return None
+
+
+def _blocks(product: Product, like: Tensor, rows: torch.Size) -> Tensor | None:
+    """Return the diagonal blocks ``[*rows, d, d]``, if all others are zero."""
+    columns = []
+    flat = like.reshape(*rows, -1)
+    for column in range(flat.shape[-1]):
+        unit = torch.zeros_like(flat)
+        unit[..., column] = 1
+        found = product(unit.reshape(like.shape))
+        if found is None:
+            return None
+        columns.append(found.reshape(flat.shape))
+    return torch.stack(columns, -1)
