@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,17 @@ from einconv_kfac.optim.arguments import flag, shown
 from einconv_kfac.optim.diagnostics import Report, description
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
+from einconv_kfac.optim.model_walk import named_parameters
 from einconv_kfac.optim.parameters import Training, check_member, training
 from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.optimizer_state import OptimizerState
 from einconv_kfac.optim.step.runner import StepRunner
+
+JOINED = (
+    "{} were frozen when the optimizer was made without `params`; it trains them from now on. "
+    "For a group of their own, call `add_param_group` between unfreezing and the next `step`; "
+    "to leave them to another optimizer, pass `params`."
+)
 
 
 class CurvatureOptimizer(Optimizer):
@@ -31,6 +39,7 @@ class CurvatureOptimizer(Optimizer):
     _earlier: Report = Report()
     _runner: StepRunner
     _is_covering: bool
+    _takes_unfrozen: bool = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its parameters must be the model's, new layers' among them."""
@@ -150,6 +159,7 @@ class CurvatureOptimizer(Optimizer):
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"`state_dict` must be a dictionary, got {shown(state_dict)}.")
         self._settle_()
+        self._take_unfrozen_(named_parameters(self._model))
         with self._state.loading(self):
             super().load_state_dict(state_dict)
 
@@ -178,6 +188,28 @@ class CurvatureOptimizer(Optimizer):
                 group["params"] = [new if p is old else p for p in group["params"]]
             if old in self.state:
                 self.state[new] = self.state.pop(old)
+
+    def _take_unfrozen_(self, present: Mapping[str, nn.Parameter]) -> None:
+        """Train parameters that were frozen when the optimizer was made, if it was given none.
+
+        They join the first group, in the order of the model, as if they had never been frozen.
+
+        Args:
+            present: The model's parameters by name.
+        """
+        own = {parameter for group in self.param_groups for parameter in group["params"]}
+        unfrozen = [
+            name
+            for name, parameter in present.items()
+            if parameter.requires_grad and parameter not in own and parameter in self._names
+        ]
+        if not (unfrozen and self._takes_unfrozen):
+            return
+        first = self.param_groups[0]
+        joined = {*first["params"], *(present[name] for name in unfrozen)}
+        first["params"] = [parameter for parameter in present.values() if parameter in joined]
+        self._preconditioner.cover_(self._own_names())
+        warnings.warn(JOINED.format(shown(unfrozen)), UserWarning, stacklevel=5)
 
     def _own_names(self) -> list[str]:
         """Return the names of the optimizer's parameters."""

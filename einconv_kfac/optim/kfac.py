@@ -54,9 +54,9 @@ class KFAC(CurvatureOptimizer):
         loss_fn: The loss module that the training loop calls. Without it, the loss is what the
             model returns as ``loss``, or what the loop passes to `observe`.
         lr: Scale of the update, 1 by default; required if not ``adaptive``.
-        params: Parameters or parameter groups; all that the model trains by default. A group
-            may set ``lr``, ``weight_decay``, ``momentum``, ``damping`` (of its layers' inverses),
-            ``factor_decay`` and the two periods, as numbers.
+        params: Parameters or parameter groups; by default all that the model trains, now or once
+            they are unfrozen. A group may set ``lr``, ``weight_decay``, ``momentum``, ``damping``
+            (of its layers' inverses), ``factor_decay`` and the two periods, as numbers.
         adaptive: Whether step size, momentum and damping are automatic. ``curvature_fraction`` and
             ``safeguard`` need ``adaptive=True``; ``kl_clip``, ``max_step_norm`` and ``nesterov``
             need ``adaptive=False``.
@@ -215,6 +215,7 @@ class KFAC(CurvatureOptimizer):
             with curvature.workers.together():
                 own = parameters_of(self._model, params)
                 super().__init__(own, defaults)
+                self._takes_unfrozen = params is None
                 self._is_covering = True
                 curvature.cover_(self._own_names())
                 curvature.begin_()
@@ -259,11 +260,11 @@ class KFAC(CurvatureOptimizer):
         with workers.together():
             self._settle_()
             self._preconditioner.stored.divide_()
-            tree = self._preconditioner.recorder.tree
-            tree.find_()
-            present = tree.parameters
+            self._preconditioner.recorder.tree.find_()
+            present = self._preconditioner.recorder.tree.parameters
             self._accept_assigned_(present)
-            self._preconditioner.cover_unfrozen_(present)
+            if self._preconditioner.cover_unfrozen_(present):
+                self._take_unfrozen_(present)
             found = self._runner.run_(self)
         if found is not None and not is_capturing():
             self._earlier, self._report = self._report.without_updates(), Report(*found)
@@ -295,4 +296,4 @@ class KFAC(CurvatureOptimizer):
         }
         state = self.state_dict()
         self._sent = temporary_tensors(state)  # kept, see there
-        return rebuilt, (type(self), given, state)
+        return rebuilt, (type(self), given, state, {"_takes_unfrozen": self._takes_unfrozen})

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+NONE: Mapping[str, Any] = MappingProxyType({})
 
-def rebuilt(kind: Callable[..., Any], given: dict[str, Any], state: dict[str, Any]) -> Any:
-    """Return a copy, from the arguments of its constructor and its state."""
+
+def rebuilt(
+    kind: Callable[..., Any],
+    given: dict[str, Any],
+    state: dict[str, Any],
+    attributes: Mapping[str, Any] = NONE,
+) -> Any:
+    """Return a copy, from the arguments of its constructor, its state and other attributes."""
     made = kind(**given)
+    vars(made).update(attributes)
     made.load_state_dict(state)
     return made
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -162,6 +164,53 @@ def test_parameters_unfrozen_later_are_trained(options: dict[str, Any], added: b
     assert not torch.equal(before, first[0])
     assert opt.coverage()["0.weight"] == "kfac"
     assert opt.state_dict()["kfac"]["preconditioner"]["layers"]["0"]["updates"] >= 2
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("copied", [False, True])
+def test_unfrozen_parameters_join_an_optimizer_of_the_whole_model(
+    options: dict[str, Any], copied: bool
+) -> None:
+    """As if all parameters of the model had been given, which torch's optimizers need."""
+    results = []
+    for is_given in (True, False):
+        model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+        model[2].requires_grad_(False)
+        opt = KFAC(model, loss_fn, params=model.parameters() if is_given else None, **options)
+        for seed in range(3):
+            train_step(model, loss_fn, opt, image_batch(seed=seed))
+        if copied:
+            model, loss_fn, opt = copy.deepcopy((model, loss_fn, opt))
+        model.requires_grad_(True)
+        joins = nullcontext() if is_given else pytest.warns(UserWarning, match=r"\['2.weight', ")
+        with joins:
+            train_step(model, loss_fn, opt, image_batch(seed=3))
+        train_step(model, loss_fn, opt, image_batch(seed=4))
+        results.append(weights(model))
+        assert len(opt.param_groups) == 1
+        assert set(opt.coverage().values()) == {"kfac"}
+
+        again = conv_net()
+        new = KFAC(again, loss_fn, **options)
+        again.load_state_dict(model.state_dict())
+        new.load_state_dict(opt.state_dict())
+        for one, other in ((model, opt), (again, new)):
+            train_step(one, loss_fn, other, image_batch(seed=5))
+        assert torch.equal(weights(model), weights(again))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_unfrozen_parameters_stay_with_params_of_others(options: dict[str, Any]) -> None:
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    model[0].requires_grad_(False)
+    opt = KFAC(model, loss_fn, params=[p for p in model.parameters() if p.requires_grad], **options)
+    before = model[0].weight.detach().clone()
+    model.requires_grad_(True)
+    for seed in range(3):
+        train_step(model, loss_fn, opt, image_batch(seed=seed))
+    assert torch.equal(before, model[0].weight)
+    assert opt.coverage()["0.weight"] == "left out"
 
 
 @pytest.mark.parametrize("options", MODES)

@@ -121,8 +121,10 @@ class RunningCurvature:
         self._known |= found
         return found
 
-    def cover_unfrozen_(self, present: Mapping[str, nn.Parameter] | None = None) -> None:
+    def cover_unfrozen_(self, present: Mapping[str, nn.Parameter] | None = None) -> bool:
         """Cover the layers that were unfrozen, given the model's parameters if they are known.
+
+        Returns whether other parameters are trained than before.
 
         Raises:
             RuntimeError: If a parameter is not the one that was covered.
@@ -131,8 +133,10 @@ class RunningCurvature:
         if any(present.get(name) is not own for name, own in self._known.items()):
             self.assigned_(present)
             check_present(self._known, present)
-        if self._trained != [p.requires_grad for p in present.values()]:
-            self.cover_(self._parameters)
+        if self._trained == [p.requires_grad for p in present.values()]:
+            return False
+        self.cover_(self._parameters)
+        return True
 
     def covered(self) -> set[str]:
         """Return the names of the parameters that factors cover: layers with a trained weight."""
