@@ -30,6 +30,16 @@ def net(*last: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3), *last).double()
 
 
+def linear_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)).double()
+
+
+def linear_layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(5, 3).double()
+
+
 @dataclass(frozen=True)
 class Refused:
     """A script that is refused by a step or by its backward pass.
@@ -111,9 +121,9 @@ def penalty(model: nn.Module, opt: KFAC) -> Tensor:
 class Penalized(nn.Module):
     """A network that returns its output and its derivative by the input."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: nn.Module | None = None) -> None:
         super().__init__()
-        self.net = net()
+        self.net = net() if own is None else own
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach().requires_grad_()
@@ -344,6 +354,24 @@ CASES: dict[str, Refused] = {
         penalty,
         inner_penalty,
         remedied=Penalized,
+        loss_fn=None,
+        options={"lr": 0.1, "adaptive": False},
+    ),
+    "a derivative of a linear network in the loop with fixed rates": Refused(
+        r"got derivatives of linear layers .*weights of \['0', '1'\].*Pass that module",
+        penalty,
+        inner_penalty,
+        build=linear_net,
+        remedied=lambda: Penalized(linear_net()),
+        loss_fn=None,
+        options={"lr": 0.1, "adaptive": False},
+    ),
+    "a derivative of one linear layer in the loop with fixed rates": Refused(
+        r"got derivatives of linear layers .*weights of \[''\].*Pass that module",
+        penalty,
+        inner_penalty,
+        build=linear_layer,
+        remedied=lambda: Penalized(linear_layer()),
         loss_fn=None,
         options={"lr": 0.1, "adaptive": False},
     ),

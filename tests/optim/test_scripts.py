@@ -363,6 +363,13 @@ def absolute() -> list[float]:
     return steps(KFAC(model, loss_fn), lambda: loss_fn(model(x), target), 20)
 
 
+@script("a loss written by hand")
+def by_hand() -> list[float]:
+    model, (x, y) = net(), data()
+    opt, rows = KFAC(model), torch.arange(len(y))
+    return steps(opt, lambda: opt.observe(-model(x).softmax(1).log()[rows, y].mean()))
+
+
 @script("several processes")
 def processes() -> list[float]:
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)

@@ -72,7 +72,7 @@ def _all_lead_to(
 ) -> bool:
     """Return whether every path from some nodes stays inside of calls up to their outputs."""
     ends = {call.output.node for call in calls}
-    inside = {node for call in calls for node in _inside(call)}
+    inside = {node for call in calls for node in nodes_inside(call)}
     seen, waiting = set(), list(starts)
     while waiting:
         node = waiting.pop()
@@ -88,7 +88,7 @@ def _all_lead_to(
     return True
 
 
-def _inside(call: LayerCall) -> set[Node]:
+def nodes_inside(call: LayerCall) -> set[Node]:
     """Return the nodes between the input and the output of a call, and its parameters."""
     if call.source is None:
         stops: set[Node | None] = {None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
 
@@ -141,6 +141,10 @@ class Reading:
         if len(self.sources) == len(self.outputs):
             return []
         return sorted({k for node in self._nodes if (k := kind_of_node(node)).endswith("Backward")})
+
+    def past(self, ends: Collection[Node]) -> set[Node]:
+        """Return the operations on the way to parameters that are neither sources nor ends."""
+        return {*dependents(self.root, lambda e: e[0] in ends or self._is_source(e))}
 
     def derivative(self) -> LinearMap:
         """Return the derivative of the loss by its sources."""

@@ -14,7 +14,9 @@ from einconv_kfac.curvature.objective.graph import has_compiled_code
 UNSEEN = (
     "Compiled models: pass `torch.compile(model)` itself here and call that. Checkpointed layers: "
     "pass use_reentrant=False. Layers that only another loss reaches: name them in `exclude`. "
-    "Models that return no tensors: return them, or a tuple, a mapping or an object that has them."
+    "Models that return no tensors: return them, or a tuple, a mapping or an object that has them. "
+    "Losses of derivatives of the model alone: compute these in the `forward` of a module that "
+    "returns them, and pass that module."
 )
 
 

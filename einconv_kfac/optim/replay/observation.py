@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.evaluation import Evaluation, ReadEvaluation, RuleEvaluation
+from einconv_kfac.curvature.estimation.other_uses import nodes_inside
 from einconv_kfac.curvature.losses import has_rule
 from einconv_kfac.curvature.losses.loss_call import Targets, depends_on_parameters
 from einconv_kfac.curvature.losses.loss_registry import is_overridden
@@ -26,7 +27,7 @@ from einconv_kfac.optim.replay.pending import (
     PendingCalls,
     forward_passes,
 )
-from einconv_kfac.optim.replay.unknown_operations import refusal_of_derivatives
+from einconv_kfac.optim.replay.unknown_operations import LINEAR, refusal_of_derivatives
 from einconv_kfac.optim.replay.versions import Versions
 
 
@@ -225,14 +226,30 @@ class ReadObservation:
 
     def _check_derivatives(self, reading: Reading) -> None:
         """Raise a ``RuntimeError`` if the loss uses layers in derivatives outside of the model."""
-        if not (kinds := reading.derivatives()):
+        kinds = reading.derivatives()
+        if not kinds and len(reading.sources) > len(reading.outputs):
+            kinds = [LINEAR] if self._enters_layers(reading) else []
+        if not kinds:
             return
         leaves = (leaf_of(edge) for edge in reading.sources)
         names = [f"{self._names[leaf]}." for leaf in leaves if leaf is not None]
         layers = {call.layer for call in self._layer_calls}
-        used = sorted(each for each in layers if any(n.startswith(f"{each}.") for n in names))
+        used = [
+            each
+            for each in sorted(layers)
+            if any(name.startswith(f"{each}." if each else "") for name in names)
+        ]
         if used:
             raise RuntimeError(refusal_of_derivatives(kinds, used))
+
+    def _enters_layers(self, reading: Reading) -> bool:
+        """Return whether the loss uses operations inside of a layer's call past its output.
+
+        The derivative of a linear layer is linear, of the weight as the call transposed it.
+        """
+        ends = {call.output.node for call in self._layer_calls}
+        inner = {node for call in self._layer_calls for node in nodes_inside(call)} - ends
+        return any(leaf_of((node, 0)) is None for node in reading.past(ends) & inner)
 
 
 def _total(weight: Tensor) -> Tensor:

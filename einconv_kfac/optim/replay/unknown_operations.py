@@ -14,7 +14,8 @@ REMEDIES = {
 }
 """What can be written in place of operations that do not keep their input."""
 
-
+LINEAR = "derivatives of linear layers"
+"""How derivatives are named that no operation of the graph names."""
 NO_LOSS = (
     "`step` needs the loss it steps on, but saw none whose gradient is in `.grad`. Compute it as "
     "`loss_fn(model(x), y)` with the module given to KFAC, outside of compiled functions, or write "
