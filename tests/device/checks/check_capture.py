@@ -111,16 +111,21 @@ def tensors_of(model: nn.Module, opt: Any) -> list[Tensor]:
     return [held(tensor.detach()).clone() for tensor in (*model.parameters(), *memory)]
 
 
+NOT_FINITE: list[dict[str, Any]] = [
+    {},
+    {"nesterov": True, "decoupled_weight_decay": True},
+    {"fallback": "adam", "exclude": ["1"]},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("value", "is_captured", "options"),
     [
-        {},
-        {"nesterov": True, "decoupled_weight_decay": True},
-        {"fallback": "adam", "exclude": ["1"]},
+        ((float("nan"), float("inf"))[(index + is_captured) % 2], bool(is_captured), options)
+        for index, options in enumerate(NOT_FINITE)
+        for is_captured in (0, 1)
     ],
 )
-@pytest.mark.parametrize("is_captured", [False, True])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_device_leaves_out_steps_that_are_not_finite(
     value: float, is_captured: bool, options: dict[str, Any]
 ) -> None:

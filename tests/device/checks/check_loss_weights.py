@@ -31,11 +31,16 @@ def factors_of(opt: Any) -> list[Tensor]:
     return [held(own) for layer in layers for own in layer["factors"]]
 
 
-@pytest.mark.parametrize("weights", [(0.5, 0.3, 0.2), (1.0, 1.0, 1.0), (0.2, 0.0, 2.0)])
-@pytest.mark.parametrize(
-    "options",
-    [FIXED, {}, {**FIXED, "inverse": "ekfac"}, {**FIXED, "fisher": "empirical"}],
-)
+OPTIONS: list[dict[str, Any]] = [
+    FIXED,
+    {},
+    {**FIXED, "inverse": "ekfac"},
+    {**FIXED, "fisher": "empirical"},
+]
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.3, 0.2), (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize("options", OPTIONS)
 def test_weights_are_those_of_the_processor(
     options: dict[str, Any], weights: tuple[float, ...]
 ) -> None:
@@ -49,12 +54,20 @@ def test_weights_are_those_of_the_processor(
         data = [(to_device(x), to_device(y)) for x, y in data]
         train(there, opt := optimizer(there, **options), data, weights)
         assert not record.mixtures
-    if 0 in weights:  # its inputs count on a device; the first step tells
-        return
     for own, other in zip(factors_of(opt), expected):
         torch.testing.assert_close(own, other, **TOLERANCE)
     for parameter, like in zip(there.parameters(), here.parameters()):
         torch.testing.assert_close(held(parameter), like, **TOLERANCE)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_weight_of_zero_mixes_no_devices(options: dict[str, Any]) -> None:
+    """The inputs of its loss count on a device, as they do not on the processor."""
+    options = {"fisher": "exact", "factor_update_period": 1, **options}
+    with simulated() as record:
+        model, data = to_device(network()), [(to_device(x), to_device(y)) for x, y in batches(3)]
+        train(model, optimizer(model, **options), data, (0.2, 0.0, 2.0))
+        assert not record.mixtures
 
 
 @pytest.mark.parametrize("weights", [(0.2, 0.0, 2.0), (0.0, 0.5, 2.0)])

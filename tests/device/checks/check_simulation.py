@@ -11,7 +11,7 @@ from torch import nn
 
 
 def test_launches_waits_and_mixtures_are_noted() -> None:
-    with simulated() as record:
+    with simulated(measures=True) as record:
         x = to_device(torch.randn(4, 5))
         record.reset()
         y = x @ x.T + 1

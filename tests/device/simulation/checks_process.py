@@ -1,10 +1,13 @@
 """A process that has the simulated device, and forks one for each file of checks.
 
-So torch is imported once, and nothing of one file reaches another.
+So torch, with the compiler that its optimizers import, and the package are imported once, and
+nothing of one file reaches another. Nothing is trained before: a backward pass starts threads, and
+a process that has them cannot fork.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import IO
@@ -12,6 +15,13 @@ from typing import IO
 import pytest
 import simulated_device as device
 import torch
+import torch._dynamo
+
+import einconv_kfac.optim
+from einconv_kfac.optim.inverses import cholesky, eigen, ekfac
+
+IMPORTED = torch._dynamo, einconv_kfac.optim, cholesky, eigen, ekfac
+"""What every file would import."""
 
 
 def _forked(file: str, output: str) -> int:
@@ -48,6 +58,8 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
     """Run a file for each request, and answer with its exit status."""
     with device.simulated():  # what torch imports with its first operator
         device.to_device(torch.zeros(1)).add(1)
+    gc.collect()
+    gc.freeze()  # what children only read
     for line in requests:
         file, output = line.rstrip("\n").split("\t")
         answers.write(f"{_forked(file, output)}\n")

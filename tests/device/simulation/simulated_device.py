@@ -114,6 +114,7 @@ class _OnDevice(TorchDispatchMode):
     """Runs every operator, also those that make the first tensor on the device."""
 
     shapes_only = False
+    measures = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -127,10 +128,15 @@ class _OnDevice(TorchDispatchMode):
 
 
 @contextmanager
-def simulated(shapes_only: bool = False) -> Iterator[Record]:
-    """Run what is inside of the block with the device, and note it from anew."""
+def simulated(shapes_only: bool = False, measures: bool = False) -> Iterator[Record]:
+    """Run what is inside of the block with the device, and note it from anew.
+
+    Args:
+        shapes_only: Whether tensors have no values.
+        measures: Whether bytes and operations are counted, as they are for shapes alone.
+    """
     RECORD.reset()
-    _OnDevice.shapes_only = shapes_only
+    _OnDevice.shapes_only, _OnDevice.measures = shapes_only, measures or shapes_only
     with torch.autograd.set_multithreading_enabled(False), _OnDevice():
         yield RECORD
 
@@ -187,9 +193,9 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _note_stream(own, inner_args, there, made)
         if own.launches and there:
             _note_launch(own, (args, inner_args, inner_kwargs), there, made, result)
-    for generator in (leaf for leaf in other if isinstance(leaf, Generator)):
-        if generator.device.type == "cuda":
-            LIBRARY.copy_engine(_twins[id(generator)][1]._cdata, generator._cdata)
+    for leaf in other:
+        if isinstance(leaf, Generator) and leaf.device.type == "cuda":
+            LIBRARY.copy_engine(_twins[id(leaf)][1]._cdata, leaf._cdata)
     if own.changes_view:
         with no_dispatch():
             func(*args, **kwargs)
@@ -298,6 +304,9 @@ def _note_launch(
 ) -> None:
     """Note what an operator moves and computes."""
     args, inner_args, inner_kwargs = arguments
+    if not _OnDevice.measures:
+        RECORD.note_launch(own.name, args, 0, 0)
+        return
     held = [tensor.held for tensor in there]
     known = {id(tensor) for tensor in held}
     moved = sum(map(_bytes, held)) + sum(_bytes(t) for t in made if id(t) not in known)

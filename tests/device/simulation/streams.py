@@ -131,13 +131,16 @@ def note(record: Record, name: str, read: Iterable[Tensor], written: Iterable[Te
         read: The tensors that it reads or changes, on the host.
         written: The tensors that it makes or changes.
     """
-    stream, own = current_stream(), host_known()
+    stream = current_stream()
     here = stream.number
     for tensor in read:
         if tensor._is_zerotensor():  # of forward mode, without memory
             continue
-        number, time = _written.get(tensor.untyped_storage().data_ptr(), (here, 0))
-        if number != here and time > max(stream.known.get(number, 0), own.get(number, 0)):
+        last = _written.get(tensor.untyped_storage().data_ptr())
+        if last is None or last[0] == here:
+            continue
+        number, time = last
+        if time > max(stream.known.get(number, 0), host_known().get(number, 0)):
             record.note_race(name)
     stream.time += 1
     for tensor in written:
