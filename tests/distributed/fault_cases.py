@@ -10,12 +10,14 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
 import torch
 from optim_cases import conv_net, image_batch, weights
 from torch import distributed, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from einconv_kfac import KFAC, KFACPreconditioner
@@ -262,8 +264,11 @@ def lost(rank: int, size: int, number: int, **options: Any) -> Found:
     found, worker = Found(), Worker(rank, **options)
     worker.step(0)
     worker.backward(1)
+    distributed.barrier()
     if rank == 1:
         os.kill(os.getpid(), number)
+    if number == signal.SIGSTOP:  # nothing that is waited for from here on comes
+        _set_pg_timeout(timedelta(seconds=1))
     with errors(found, "step"):
         worker.opt.step()
         worker.step(2)

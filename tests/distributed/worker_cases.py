@@ -47,7 +47,7 @@ class Case:
         groups: Makes parameter groups.
         preconditions: Whether another optimizer takes the steps.
         whole: Whether one worker with the whole batch must do the same.
-        workers: The numbers of workers; without any, every fourth case has 4 and the rest 2.
+        workers: The numbers of workers; without any, every eighth case has 4 and the rest 2.
         sharded: Whether `fully_shard` divides the model and each of its layers.
         whole_options: Other options of the one worker with the whole batch; it is then the only
             one to compare with.
@@ -130,9 +130,7 @@ def two_groups(model: nn.Module) -> list[dict[str, Any]]:
 MANY = (16,) * PARTS
 PERIODS = {"factor_update_period": 2, "inverse_update_period": 3}
 SHARDED_WORKERS = {
-    **dict.fromkeys(("fixed", "automatic"), (4,)),
-    **dict.fromkeys(("fixed, reduce", "automatic, sampled", "automatic, clipped"), (4,)),
-    **dict.fromkeys(("more workers than rows", "few rows on the last"), (4,)),
+    **dict.fromkeys(("fixed", "automatic", "few rows on the last"), (4,)),
 }
 """The numbers of workers of cases with a divided model, where they are not 2."""
 SHARDED = {
@@ -255,7 +253,7 @@ _CASES: dict[str, Case] = {
     ),
 }
 CASES = {
-    name: case if case.workers else replace(case, workers=(4 if index % 4 == 1 else 2,))
+    name: case if case.workers else replace(case, workers=(4 if index % 8 == 1 else 2,))
     for index, (name, case) in enumerate(_CASES.items())
 }
 

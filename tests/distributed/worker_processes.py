@@ -21,24 +21,22 @@ from typing import IO, Any
 import torch
 from torch import distributed
 
-TIMEOUT_SECONDS = 900
+TIMEOUT = timedelta(minutes=15)
+"""How long a worker waits for another."""
 WARM_UP = "worker_cases", "warm_up"
 
 
-def run_workers(
-    function: str, *sizes: int, timeout: float = TIMEOUT_SECONDS
-) -> dict[int, list[Any]]:
+def run_workers(function: str, *sizes: int) -> dict[int, list[Any]]:
     """What a function returns on each worker, by the number of workers.
 
     Args:
         function: ``module.function``, called with rank and number of workers; 1 stands for a
             process without a process group.
         sizes: The numbers of workers.
-        timeout: Seconds that a worker waits for another.
     """
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(entry).resolve()) for entry in sys.path if entry]
-        _asked(_parent(), [function, folder, timeout, sizes, paths])
+        _asked(_parent(), [function, folder, sizes, paths])
         return {
             size: [_loaded(Path(folder) / f"{size}-{rank}.pt") for rank in range(size)]
             for size in sizes
@@ -81,13 +79,13 @@ def _loaded(path: Path) -> Any:
     return torch.load(path, weights_only=False) if path.exists() else None
 
 
-def _work(function: str, folder: str, timeout: float, rank: int, size: int) -> None:
+def _work(function: str, folder: str, rank: int, size: int) -> None:
     """Run a function as one worker, and save what it returns."""
     module, _, name = function.rpartition(".")
     if size > 1:
-        store = distributed.FileStore(f"{folder}/store-{size}", size)
+        store, timeout = distributed.FileStore(f"{folder}/store-{size}", size), TIMEOUT
         distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+            "gloo", store=store, rank=rank, world_size=size, timeout=timeout
         )
     result = getattr(importlib.import_module(module), name)(rank, size)
     path = Path(folder) / f"{size}-{rank}.pt"
@@ -95,14 +93,14 @@ def _work(function: str, folder: str, timeout: float, rank: int, size: int) -> N
     os.replace(f"{path}.part", path)
 
 
-def _forked(function: str, folder: str, timeout: float, rank: int, size: int) -> int:
+def _forked(function: str, folder: str, rank: int, size: int) -> int:
     """Fork a worker, and return its process."""
     if child := os.fork():
         return child
     code = 1
     try:
         os.dup2(2, 1)  # the pipe is the parent's
-        _work(function, folder, timeout, rank, size)
+        _work(function, folder, rank, size)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -121,7 +119,7 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
     torch.set_num_threads(1)
     is_warm = False
     for line in requests:
-        function, folder, timeout, sizes, paths = json.loads(line)
+        function, folder, sizes, paths = json.loads(line)
         sys.path[:] = paths
         importlib.import_module(function.rpartition(".")[0])
         if not is_warm:
@@ -130,9 +128,7 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
             is_warm = True
         gc.collect()
         gc.freeze()  # what children only read
-        children = [
-            _forked(function, folder, timeout, rank, size) for size in sizes for rank in range(size)
-        ]
+        children = [_forked(function, folder, rank, size) for size in sizes for rank in range(size)]
         for child in _stopped(children):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)

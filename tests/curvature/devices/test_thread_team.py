@@ -100,15 +100,20 @@ def test_a_team_with_a_late_thread_is_left_out(
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("change", ["parallel_info = lambda: 'native'", "get_num_threads = int"])
-def test_other_threads_serve_where_torch_has_no_such_team(change: str) -> None:
+WITHOUT_A_TEAM = """
+from unittest import mock
+import torch
+from einconv_kfac.curvature.devices.thread_team import _found_team, torch_team
+torch.set_num_threads(2)
+for owner, name, change in (
+    (torch.__config__, "parallel_info", lambda: "native"), (torch, "get_num_threads", int)
+):
+    _found_team.cache_clear()
+    with mock.patch.object(owner, name, change):
+        assert torch_team() is None, name
+"""
+
+
+def test_other_threads_serve_where_torch_has_no_such_team() -> None:
     """In a process of its own, since what was found is kept."""
-    owner = "torch.__config__" if "info" in change else "torch"
-    lines = [
-        "import torch",
-        "from einconv_kfac.curvature.devices.thread_team import torch_team",
-        "torch.set_num_threads(2)",
-        f"{owner}.{change}",
-        "assert torch_team() is None",
-    ]
-    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+    subprocess.run([sys.executable, "-c", WITHOUT_A_TEAM], check=True)

@@ -18,7 +18,7 @@ from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.geometry import Axis, Geometry, conv_transpose_geometry
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
-DRAWN = settings(derandomize=True, max_examples=200, deadline=None, database=None)
+DRAWN = settings(derandomize=True, max_examples=100, deadline=None, database=None)
 LARGEST = (12, 8, 5, 4)
 
 

@@ -187,7 +187,7 @@ def test_weights_of_calls_of_the_given_module(owner: str, total: bool) -> None:
 @pytest.mark.parametrize("owner", OWNERS)
 def test_samples_have_the_weights_as_expectation(owner: str) -> None:
     parts = PARTS["two sizes"]
-    model, found = factors(parts, owner=owner, fisher="mc", mc_samples=2000)
+    model, found = factors(parts, owner=owner, fisher="mc", mc_samples=400)
     for name, (_, b) in expected(model, parts).items():
         assert (found[name][1] - b).norm() < 0.1 * b.norm()
 
