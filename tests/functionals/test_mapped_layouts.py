@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -56,11 +57,17 @@ def operands(ndim: int, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return x, torch.randn(3, 4, 4 // options.get("groups", 1), *[3] * ndim, dtype=torch.float64)
 
 
-@DIMENSIONS
-@CASES
-@DIRECTION
-@ALL_LAYOUTS
-@pytest.mark.parametrize("dims", [(0, None), (-1, None), (None, 1), (0, 0), (1, -1), (2, 2)])
+MAPPED = [(0, None), (-1, None), (None, 1), (0, 0), (1, -1), (2, 2)]
+VALUES = (1, 2, 3), OPTIONS, (False, True), [*LAYOUTS], MAPPED
+HALF = [
+    tuple(own[index] for own, index in zip(VALUES, indices))
+    for indices in product(*(range(len(own)) for own in VALUES))
+    if sum(indices) % 2 == 0
+]
+"""Every second of all combinations, with every combination of any four arguments."""
+
+
+@pytest.mark.parametrize(("ndim", "options", "transposed", "layout", "dims"), HALF)
 def test_vmap_and_its_gradients(
     ndim: int,
     options: dict[str, Any],

@@ -40,7 +40,7 @@ def saved(**parts: Any) -> dict[str, Any]:
     ],
 )
 def test_resumed_training_is_bit_identical(options: dict[str, Any], dtype: torch.dtype) -> None:
-    batches = [(x.to(dtype), y) for x, y in (image_batch(seed=s) for s in range(22))]
+    batches = [(x.to(dtype), y) for x, y in (image_batch(seed=s) for s in range(18))]
     loss_fn = nn.CrossEntropyLoss()
     model = conv_net(random_layers=True).to(dtype)
     opt = KFAC(model, loss_fn, **options)
