@@ -92,9 +92,7 @@ RULES = (
     AddedProduct("Addr", torch.addr, **_sums("vec1", "vec2", "beta", "alpha")),
     AddedProduct("Addcmul", torch.addcmul, **_sums("tensor1", "tensor2", "value")),
     AddedProduct(
-        "Addcdiv",
-        torch.addcdiv,
-        **{**_sums("tensor1", "tensor2", "value"), "linear": (frozenset({0, 1}),)},
+        "Addcdiv", torch.addcdiv, (None, "tensor1", "tensor2"), (frozenset({0, 1}),), ("value",)
     ),
     Product(
         "Trilinear",
