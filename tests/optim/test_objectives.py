@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -197,6 +198,27 @@ def test_an_unobserved_term_is_reported_and_followed() -> None:
     with pytest.warns(RuntimeWarning, match=r"not explained by the recorded losses.*observe"):
         _, losses = trained(model, opt, loss)
     assert losses[-1] < losses[0]
+
+
+def test_rounding_is_no_unobserved_term_where_a_loss_vanishes() -> None:
+    """A loss of Poisson's, minus its minimum: trained until slopes are rounding errors."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 3, generator=generator)
+    counts = torch.poisson((1 + 0.3 * x[:, :1]).exp(), generator=generator)
+    shift = 0.0
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        opt = KFAC(model)
+        for _ in range(40):
+            opt.zero_grad()
+            loss = opt.observe(functional.poisson_nll_loss(model(x), counts) - shift)
+            loss.backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                opt.step()
+        shift += loss.item()
+    assert abs(loss.item()) < 1e-5
 
 
 @pytest.mark.parametrize(

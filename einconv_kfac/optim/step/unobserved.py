@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.fit import Fit
@@ -14,7 +16,7 @@ from einconv_kfac.optim.vectors import sum_of
 UNOBSERVED_FRACTION = 0.05
 """Fraction of the slope up to which a difference to the recorded losses counts as rounding."""
 ROUNDING = 1e-5
-"""Slope, relative to the objective, up to which it is attributed to rounding."""
+"""Slope, relative to the size of the losses, up to which it is attributed to rounding."""
 PRECISE_EPSILON = 1e-4
 """Machine epsilon up to which slopes are compared."""
 
@@ -51,7 +53,7 @@ class UnobservedTerms:
         fraction = abs(fit.unobserved[0] / slope)
         if fraction <= UNOBSERVED_FRACTION:
             return 0.0
-        sizes = [(batch.weight * batch.loss).abs().double() for batch in objective.batches]
+        sizes = [_size(batch) for batch in objective.batches]
         own = [sum_of(sizes), float(_is_precise(objective.batches))]
         size, precise = objective.workers.means(own, "size of the losses")
         if precise < 1 or not abs(slope) > ROUNDING * float(size):
@@ -68,6 +70,20 @@ class UnobservedTerms:
                 stacklevel=8,
             )
         return rate * sum(c * slope for c, slope in zip(fit.coefficients, fit.unobserved))
+
+
+def _size(batch: Batch) -> Tensor:
+    """Return the size of a loss: its absolute value, and those of its terms to first order.
+
+    The loss itself vanishes where its terms cancel, as those of Poisson's do, or by a constant.
+    """
+    size = batch.loss.abs().double()
+    slopes = () if batch.loss_model is None else batch.loss_model.slopes()
+    for slope, output in zip(slopes, batch.outputs):
+        if slope is not None:
+            terms = (slope * output).abs().double()
+            size = size + terms.where(terms.isfinite(), 0).sum()
+    return batch.weight.abs().double() * size
 
 
 def _is_precise(batches: Sequence[Batch]) -> bool:
