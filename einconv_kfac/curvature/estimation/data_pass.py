@@ -66,7 +66,8 @@ class DataPass:
         """Add every batch of this worker."""
         with undisturbed(self.model), LayerCapture(self.layers) as capture, torch.enable_grad():
             for index, batch in enumerate(self._batches()):
-                evaluation = evaluation_of(self.model, estimator.loss_fn, batch, self.forward)
+                given = self.model, estimator.loss_fn, batch, self.forward
+                evaluation = evaluation_of(*given, capture.calls)
                 number, device = self.workers.number(index), evaluation.weight.device
                 generator = stream(device, "factors", self.seed, 0, number)
                 calls = capture.take()

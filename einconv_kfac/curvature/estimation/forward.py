@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.evaluation import (
     Evaluation,
     ReadEvaluation,
@@ -26,7 +27,11 @@ Loss: TypeAlias = nn.Module | Callable[..., Tensor] | None
 
 
 def evaluation_of(
-    model: nn.Module, loss_fn: Loss, batch: Any, forward: Forward | None = None
+    model: nn.Module,
+    loss_fn: Loss,
+    batch: Any,
+    forward: Forward | None = None,
+    calls: Sequence[LayerCall] = (),
 ) -> Evaluation:
     """Evaluate a model and any loss on a batch.
 
@@ -36,6 +41,8 @@ def evaluation_of(
             ``forward``, or else the model itself, returns the loss.
         batch: One batch.
         forward: Runs the model on the batch, and returns output and target, or the loss.
+        calls: Receives the calls of layers. A loss may depend on their outputs past that of the
+            model, as on features that an attribute keeps.
 
     Raises:
         ValueError: If there is no loss that depends on the model.
@@ -61,9 +68,9 @@ def evaluation_of(
         return None if index is None else values[index]
 
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    return ReadEvaluation(
-        Reading(edge_of(loss), loss.detach(), torch.ones_like(loss), value, names)
-    )
+    layers = [(call.output.node, call.output.output_nr) for call in calls]
+    own = edge_of(loss), loss.detach(), torch.ones_like(loss), value, names
+    return ReadEvaluation(Reading(*own, layers=layers))
 
 
 def _read_loss(model: nn.Module, loss_fn: Loss, batch: Any, forward: Forward | None) -> Tensor:

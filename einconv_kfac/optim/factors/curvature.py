@@ -22,7 +22,6 @@ from einconv_kfac.optim.factors.curvature_state import (
     loaded_layers,
 )
 from einconv_kfac.optim.factors.layer_numbers import LayerNumbers
-from einconv_kfac.optim.factors.missing_calls import NEVER_SEEN
 from einconv_kfac.optim.factors.output_change import relative_change
 from einconv_kfac.optim.factors.ownership import DEFAULT_SHARING, Ownership, Sharing
 from einconv_kfac.optim.factors.preconditioning import Preconditioning, scaled_apart
@@ -32,6 +31,7 @@ from einconv_kfac.optim.hyperparameters import GroupSettings, Hyperparameters
 from einconv_kfac.optim.inverses.registry import kind_of
 from einconv_kfac.optim.model_walk import named_parameters
 from einconv_kfac.optim.parameters import assigned_parameters, check_present, owners_of
+from einconv_kfac.optim.replay.unknown_operations import NO_LOSS
 from einconv_kfac.optim.schedule import due_names, intervals
 from einconv_kfac.optim.vectors import Direction
 
@@ -190,7 +190,7 @@ class RunningCurvature:
             move_averages_(found, self.steps)
         known = any(own.factor_step is not None for own in self.layers.values())
         if self.layers and not (known or self.collector.has_seen_loss):
-            raise RuntimeError(NEVER_SEEN)
+            raise RuntimeError(NO_LOSS)
 
     def refresh_(self, damping: float, decay: Mapping[str, float]) -> None:
         """Recompute the inverses where they are due, and set the damping where that is free.

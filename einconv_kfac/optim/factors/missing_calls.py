@@ -7,13 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts
-
-NEVER_SEEN = (
-    "`step` needs the factors of at least one batch, but `loss_fn` never saw one. Compute the "
-    "loss as `loss_fn(model(x), y)` with the module given here, outside of compiled functions, and "
-    "call `loss.backward()`; gradients by torch.func, autograd.grad or a checkpoint "
-    "with use_reentrant=True have no recorded loss."
-)
+from einconv_kfac.optim.replay.unknown_operations import NO_LOSS
 
 
 def calls_error(model: nn.Module, missing: Sequence[str], *, has_batches: bool) -> RuntimeError:
@@ -25,7 +19,7 @@ def calls_error(model: nn.Module, missing: Sequence[str], *, has_batches: bool) 
         has_batches: Whether any loss was recorded.
     """
     if not has_batches:
-        return RuntimeError(NEVER_SEEN)
+        return RuntimeError(NO_LOSS)
     names = ", ".join(f"'{name}'" for name in sorted(missing))
     return RuntimeError(
         f"The factors of {names} need calls that the loss depends on, got none, though "

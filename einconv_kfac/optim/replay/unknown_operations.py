@@ -18,7 +18,7 @@ LINEAR = "derivatives of linear layers"
 """How derivatives are named that no operation of the graph names."""
 NO_LOSS = (
     "`step` needs the loss it steps on, but saw none whose gradient is in `.grad`. Compute it as "
-    "`loss_fn(model(x), y)` with the module given to KFAC, outside of compiled functions, or write "
+    "`loss_fn(model(x), y)` with the module given here, outside of compiled functions, or write "
     "`loss = optimizer.observe(loss)` before `loss.backward()`; gradients by torch.func, "
     "autograd.grad or a checkpoint with use_reentrant=True have no recorded loss."
 )
