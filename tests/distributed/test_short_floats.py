@@ -115,5 +115,5 @@ def test_other_data_types_are_refused(value: Any, kind: Any) -> None:
 @pytest.mark.parametrize("kind", [KFAC, KFACPreconditioner])
 def test_copies_keep_the_data_type(kind: Any) -> None:
     opt = kind(conv_net(), nn.CrossEntropyLoss(), communication_dtype=torch.float16)
-    _, (_, given, _), *_ = copy.deepcopy(opt).__reduce__()
+    _, (_, given, *_), *_ = copy.deepcopy(opt).__reduce__()
     assert given["communication_dtype"] is torch.float16

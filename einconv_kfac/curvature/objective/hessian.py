@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from einconv_kfac.curvature.objective.graph import Edge, first_met, inputs_of, kind_of_node
+from einconv_kfac.curvature.objective.graph import (
+    Edge,
+    Stops,
+    first_met,
+    inputs_of,
+    kind_of_node,
+    metadata_of,
+)
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Blocks, Diagonal, LocalCurvature
 from einconv_kfac.curvature.objective.tail import Tail
@@ -26,6 +34,9 @@ _UNDONE = {
     **dict.fromkeys(("Pow", "Mul"), _ROOTS),
 }
 """Operations that are curved together with those before them in another way than alone."""
+_TOGETHER = {*_UNDONE, *_PROBABILITIES, *_ROOTS, "LogSoftmax", "Logsumexp"}
+_BILINEAR = {"Mm", "Bmm", "Mv", "Dot", "Vdot", "Addmm", "Baddbmm", "Addbmm", "Addmv", "Addr"}
+_SELECTIONS = {"Max", "Min", "Sort", "Topk", "Kthvalue", "Median", "Mode", "Cummax", "Cummin"}
 Product = Callable[[Tensor], "Tensor | None"]
 """Returns the product of the Hessian and a vector."""
 
@@ -73,6 +84,57 @@ def with_hessians(terms: Sequence[Term], tail: Tail, outputs: Sequence[Edge]) ->
         if found is not None:
             result = [each for each in result if each not in known] + [found]
     return result
+
+
+def only_argument(root: Edge, nonlinear: Collection[Node], is_source: Stops) -> Edge | None:
+    """Return the tensor by which a model enters operations that are curved together.
+
+    Below them are other nonlinear operations, in low precision those that are cast, or outputs.
+    ``None`` if there are several such tensors.
+
+    Args:
+        root: The edge of the loss.
+        nonlinear: The nonlinear operations between outputs and loss.
+        is_source: Whether an edge is an output of the model or a parameter.
+    """
+    found: set[Edge] = set()
+    for node in _nearest(root, nonlinear):
+        passed = set() if kind_of_node(node) in _BILINEAR else _TOGETHER
+
+        def stops(edge: Edge, passed: Collection[str] = passed) -> bool:
+            is_other = edge[0] in nonlinear and kind_of_node(edge[0]) not in passed
+            return is_source(edge) or (is_other and not is_selection(edge[0])) or _is_raised(edge)
+
+        found |= first_met([edge for edge in inputs_of(node) if edge is not None], stops)
+    return found.pop() if len(found) == 1 else None
+
+
+def hessian_by(tail: Tail, edge: Edge, known: Sequence[Term]) -> LocalCurvature | None:
+    """Return the Hessian of a loss by a tensor; for ``None`` see `_hessian_term`.
+
+    Args:
+        tail: The loss as a function of the tensor.
+        edge: The tensor.
+        known: Terms that rules of operations give, if the tensor is an output.
+    """
+    try:
+        found = _hessian_term(tail, edge, known)
+    except RuntimeError:  # an operation without a second derivative
+        return None
+    return None if found is None else found.curvature
+
+
+def is_selection(node: Any) -> bool:
+    """Return whether a node selects entries of its input, and saves which these are."""
+    return kind_of_node(node) in _SELECTIONS and hasattr(node, "_saved_indices")
+
+
+def _is_raised(edge: Edge) -> bool:
+    """Return whether a tensor was cast to a higher precision."""
+    if kind_of_node(edge[0]) != "ToCopy" or (before := inputs_of(edge[0])[0]) is None:
+        return False
+    before_cast, dtype = metadata_of(before).dtype, metadata_of(edge).dtype
+    return before_cast != dtype and bool(torch.promote_types(before_cast, dtype) == dtype)
 
 
 def _nearest(start: Edge, wanted: Collection[Node]) -> set[Node]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, repeat
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -25,15 +23,23 @@ from einconv_kfac.curvature.objective.graph import (
     kind_of_node,
     leaf_of,
     metadata_of,
+    zeros_at,
 )
-from einconv_kfac.curvature.objective.hessian import may_lack, with_hessians
+from einconv_kfac.curvature.objective.hessian import (
+    hessian_by,
+    is_selection,
+    may_lack,
+    only_argument,
+    with_hessians,
+)
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Empirical, LocalCurvature
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
 from einconv_kfac.curvature.objective.nodes.slices import is_assignment
 from einconv_kfac.curvature.objective.nodes.squares import squared
-from einconv_kfac.curvature.objective.tail import Operation, Tail
+from einconv_kfac.curvature.objective.repeated_operation import Repeated, operation_of
+from einconv_kfac.curvature.objective.tail import Tail
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.units import drawn, example_of_units
 
@@ -96,11 +102,13 @@ class Reading:
         self._take_hessians_()
         self._terms += [*self._empirical_terms()]
 
-    def tail(self, sources: Sequence[Edge]) -> Tail:
+    def tail(self, sources: Sequence[Edge], *, by: Edge | None = None) -> Tail:
         """Return what remains of the reading after the graph is freed.
 
         Args:
             sources: All sources in the order in which the tail takes them.
+            by: A tensor by which all sources enter the loss, and which takes their place. The
+                result is that close to it: selections, as of a maximum, stay.
         """
         calls = [
             call
@@ -110,21 +118,26 @@ class Reading:
         results = {call.edge: call for call in calls}
         hidden = {node for call in calls for node in call.nodes}
         single = {node for node in self._nonlinear if node not in hidden}
+        nodes = self._nodes
+        if by is not None:
+            calls, results, nodes = [], {}, dependents(self.root, lambda edge: edge == by)
+            single = {each for each in nodes if each in self._nonlinear and not is_selection(each)}
+        own = Repeated(self._nodes, self._depends, self._output)
 
         def stops(edge: Edge) -> bool:
-            return edge[0] in single or edge in results or self._is_source(edge)
+            return edge == by or edge[0] in single or edge in results or self._is_source(edge)
 
         operations = [
             result
-            for node in self._nodes
+            for node in nodes
             for result in (
-                *([self._operation(node, stops)] if node in single else ()),
+                *([operation_of(node, own, stops)] if node in single else ()),
                 *(c.operation(self._nodes, stops) for c in calls if c.edge[0] is node),
             )
         ]
         return Tail(
             tuple(sources),
-            tuple(self._value(edge) for edge in sources),
+            tuple(zeros_at(edge) if edge == by else self._value(edge) for edge in sources),
             tuple(self._gradients.get(edge) for edge in sources),
             self.loss,
             self.weight,
@@ -214,30 +227,6 @@ class Reading:
         assert leaf is not None
         return leaf.detach().clone()
 
-    def _operation(self, node: Node, stops: Callable[[Edge], bool]) -> Operation:
-        """Return a nonlinear operation as it can be evaluated again."""
-        kind, edges = kind_of_node(node), inputs_of(node)
-        maps = [
-            LinearMap(e, self._nodes, stops) if e is not None and self._depends(e) else None
-            for e in edges
-        ]
-        rule = NODE_RULES.get(kind)
-        if rule is None or any(maps[len(rule.inputs(node)) :]):
-            return Operation(kind, (node, 0), tuple((None, each) for each in maps), None)
-        values = [
-            self._output_before(node, edge) if value is None and edge is not None else value
-            for value, edge in zip(rule.inputs(node), chain(edges, repeat(None)))
-        ]
-        maps += [None] * (len(values) - len(maps))
-        return Operation(kind, (node, 0), tuple(zip(values, maps)), rule.function(node))
-
-    def _output_before(self, node: Any, edge: Edge) -> Tensor | None:
-        """Return an input that a node does not save, if it is an output that is not overwritten."""
-        value, result = self._output(edge), getattr(node, "_saved_result", None)
-        if value is None or (result is not None and result.data_ptr() == value.data_ptr()):
-            return None
-        return value
-
     def _registered_terms(self) -> Iterator[Term]:
         """Yield the terms of loss modules with a rule that a user registered."""
         self._registered: list[EnclosedCall] = []
@@ -281,7 +270,13 @@ class Reading:
         """Take the Hessian by an output where rules of operations do not give it."""
         is_read = not self._registered and not self._inner
         if is_read and may_lack(self.root, set(self._nonlinear), self._curved):
-            self._terms = with_hessians(self._terms, self.tail(self.sources), self.outputs)
+            by = only_argument(self.root, set(self._nonlinear), self._is_source)
+            if by is not None and not (tail := self.tail([by], by=by)).unknown():
+                known = self._terms if by in self.outputs else ()
+                found = hessian_by(tail, by, known)
+                self._terms = self._terms if found is None else [self._term([by], found)]
+            else:
+                self._terms = with_hessians(self._terms, self.tail(self.sources), self.outputs)
 
     def _empirical_terms(self) -> Iterator[Term]:
         """Yield the empirical Fisher at the ends that no other term gives curvature."""

@@ -67,9 +67,8 @@ class RunningCurvature:
         sharing: Sharing = DEFAULT_SHARING,
     ) -> None:
         self.layers: dict[str, RunningFactors] = {}
-        self.steps = 0
         self._numbers = LayerNumbers(self.layers, settings)
-        self.estimator = estimator
+        self.steps, self.estimator = 0, estimator
         self._schedules, self.model = settings, unwrapped(model)
         self.seed, self._entry, self._exclude = seed_value(seed), model, exclude
         self._in_background = flag("inverse_in_background", in_background)
@@ -90,8 +89,7 @@ class RunningCurvature:
         own = self.seed, settings.factor_fraction, self.workers
         self.collector = Collector(model, estimator, *own)
         self.collector.owners = self._ownership.owners
-        self.recorder = self.collector.recorder
-        self.replay = self.collector.replay
+        self.recorder, self.replay = self.collector.recorder, self.collector.replay
 
     def cover_(self, parameters: Collection[str] | None) -> None:
         """Cover the layers of these parameters (all if ``None``) that are trained now.
@@ -111,6 +109,8 @@ class RunningCurvature:
             if self._excluded.isdisjoint(layer.modules):
                 self.layers[layer.name] = RunningFactors(layer, self.estimator.shapes(layer))
                 self.collector.watch(layer)
+        for name in [own.name for own in found if own.name in self.layers]:
+            self.layers[name] = self.layers.pop(name)  # as in the model
         self._ownership.assign_(self.layers)
         own = self.covered() if parameters is None else parameters
         self._known = {name: present[name] for name in own if name in present} | self._known

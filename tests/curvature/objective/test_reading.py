@@ -231,6 +231,66 @@ def test_hessians_in_single_precision(scale: float) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
+def likelihood_by_hand(scores: Tensor, classes: Tensor) -> Tensor:
+    """Cross entropy with the maximum taken off."""
+    shifted = scores - scores.max(-1, keepdim=True)[0]
+    return -shifted.gather(-1, classes).mean() + shifted.exp().sum(-1).log().mean()
+
+
+def test_a_selection_of_the_recorded_pass_has_its_hessian() -> None:
+    reading, output, _ = read(lambda o: likelihood_by_hand(o, Y[..., None]))
+    expected = hessian(lambda o: functional.cross_entropy(o.transpose(1, 2), Y), output)
+    u = torch.randn(output.shape, generator=GENERATOR, dtype=torch.float64)
+    tail = reading.tail(reading.sources)
+    found = tail.expansion([[u]]).curvature[0, 0]
+    torch.testing.assert_close(found, u.flatten() @ expected @ u.flatten(), rtol=1e-9, atol=0)
+    assert tail.unknown() == ["Max"]
+
+
+def contracted(residual: Tensor) -> Tensor:
+    return torch.einsum("nsc,nsc->", residual, residual)
+
+
+def contrast(exponentials: Tensor) -> Tensor:
+    return -(exponentials.diagonal() / exponentials.sum(1)).log().mean()
+
+
+SPLIT: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "similarities": (
+        lambda o: functional.cross_entropy(o[:, 0] @ o[:, 1].T, torch.arange(EXAMPLES)),
+        lambda o: -(o[:, 0] @ o[:, 1].T).softmax(1).diagonal().log().mean(),
+    ),
+    "quotient of similarities": (
+        lambda o: functional.cross_entropy(o[:, 0] @ o[:, 1].T, torch.arange(EXAMPLES)),
+        lambda o: contrast((o[:, 0] @ o[:, 1].T).exp()),
+    ),
+    "activations": (
+        lambda o: (o.tanh() - T).square().sum(),
+        lambda o: contracted(o.tanh() - T),
+    ),
+    "probabilities": (
+        lambda o: (o.sigmoid() - T).square().sum(),
+        lambda o: contracted(o.sigmoid() - T),
+    ),
+    "low precision": (
+        lambda o: functional.cross_entropy(o.bfloat16().float().transpose(1, 2), Y),
+        lambda o: -o.bfloat16().float().softmax(-1).log().gather(-1, Y[..., None]).mean(),
+    ),
+}
+"""Pairs of losses that are the same functions, curved behind a nonlinear map of the output."""
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_losses_by_hand_are_split_as_those_of_torch(name: str) -> None:
+    u = torch.randn(2, EXAMPLES, POSITIONS, CLASSES, generator=GENERATOR, dtype=torch.float64)
+    found = []
+    for loss in SPLIT[name]:
+        reading, _, _ = read(loss)
+        found.append(reading.tail(reading.sources).expansion([[each] for each in u]).curvature)
+    tolerance = 1e-5 if name == "low precision" else 1e-9
+    torch.testing.assert_close(*found, rtol=tolerance, atol=0)
+
+
 def test_targets_that_depend_on_the_model_are_named() -> None:
     def loss(o: Tensor) -> Tensor:
         return functional.binary_cross_entropy_with_logits(o, (o - 1).sigmoid())

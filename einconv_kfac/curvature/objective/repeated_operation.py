@@ -1,0 +1,60 @@
+"""Nonlinear operations of a graph, as they can be evaluated again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from einconv_kfac.curvature.objective.graph import Edge, Stops, inputs_of, kind_of_node
+from einconv_kfac.curvature.objective.linear_map import LinearMap
+from einconv_kfac.curvature.objective.node_registry import NODE_RULES
+from einconv_kfac.curvature.objective.tail import Operation
+
+
+class Repeated(NamedTuple):
+    """What operations between a model's outputs and a loss are evaluated again from.
+
+    Args:
+        nodes: The operations, in forward order.
+        depends: Whether a tensor depends on the model.
+        output: Returns the recorded value of a model's output at an edge.
+    """
+
+    nodes: Sequence[Node]
+    depends: Callable[[Edge], bool]
+    output: Callable[[Edge], Tensor | None]
+
+
+def operation_of(node: Node, own: Repeated, stops: Stops) -> Operation:
+    """Return a nonlinear operation as it can be evaluated again.
+
+    Args:
+        node: The operation.
+        own: The operations that it belongs to.
+        stops: Whether its inputs are given at an edge.
+    """
+    kind, edges = kind_of_node(node), inputs_of(node)
+    maps = [
+        LinearMap(e, own.nodes, stops) if e is not None and own.depends(e) else None for e in edges
+    ]
+    rule = NODE_RULES.get(kind)
+    if rule is None or any(maps[len(rule.inputs(node)) :]):
+        return Operation(kind, (node, 0), tuple((None, each) for each in maps), None)
+    values = [
+        _output_before(node, own.output(edge)) if value is None and edge is not None else value
+        for value, edge in zip(rule.inputs(node), chain(edges, repeat(None)))
+    ]
+    maps += [None] * (len(values) - len(maps))
+    return Operation(kind, (node, 0), tuple(zip(values, maps)), rule.function(node))
+
+
+def _output_before(node: Any, value: Tensor | None) -> Tensor | None:
+    """Return an input that a node does not save, if it is an output that is not overwritten."""
+    result = getattr(node, "_saved_result", None)
+    if value is None or (result is not None and result.data_ptr() == value.data_ptr()):
+        return None
+    return value
