@@ -133,7 +133,7 @@ class ReadEvaluation:
     @property
     def loss(self) -> GradientEdge:
         """See `Evaluation`."""
-        return GradientEdge(*self.reading.root)
+        return GradientEdge(*self.reading.graph.root)
 
     @property
     def weight(self) -> Tensor:
@@ -143,12 +143,12 @@ class ReadEvaluation:
     @property
     def heads(self) -> Sequence[GradientEdge]:
         """See `Evaluation`."""
-        return [GradientEdge(*edge) for edge in self.reading.ends]
+        return [GradientEdge(*edge) for edge in self.reading.graph.ends]
 
     @property
     def outputs(self) -> Sequence[GradientEdge]:
         """See `Evaluation`."""
-        return [GradientEdge(*within(edge)) for edge in self.reading.ends]
+        return [GradientEdge(*within(edge)) for edge in self.reading.graph.ends]
 
     @property
     def examples(self) -> int:
@@ -162,7 +162,7 @@ class ReadEvaluation:
 
     def like_outputs(self) -> Sequence[Tensor]:
         """See `Evaluation`."""
-        return [zeros_at(edge) for edge in self.reading.ends]
+        return [zeros_at(edge) for edge in self.reading.graph.ends]
 
     def sample(self, generator: Generator) -> Sequence[Tensor]:
         """See `Evaluation`."""
@@ -175,7 +175,7 @@ class ReadEvaluation:
 
     def _filled(self, found: Mapping[Edge, Tensor]) -> Sequence[Tensor]:
         """Return a root vector for each output, of zeros where there is none."""
-        return [found[e] if e in found else zeros_at(e) for e in self.reading.ends]
+        return [found[e] if e in found else zeros_at(e) for e in self.reading.graph.ends]
 
 
 def first_size(outputs: Sequence[Tensor]) -> int:
@@ -186,7 +186,7 @@ def first_size(outputs: Sequence[Tensor]) -> int:
 def loss_gradients(evaluation: Evaluation) -> list[Tensor]:
     """Return the gradient of a loss at each output of the model; the graph is kept."""
     if isinstance(evaluation, ReadEvaluation):
-        return list(evaluation.reading.ends.values())
+        return list(evaluation.reading.graph.ends.values())
     sources: Any = (evaluation.loss,)
     outputs: Any = evaluation.heads
     weights = (evaluation.weight,)

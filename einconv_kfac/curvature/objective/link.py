@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 
 from einconv_kfac.curvature.objective.graph import Edge
 from einconv_kfac.curvature.objective.linear_map import LinearMap
-from einconv_kfac.curvature.objective.reading import Reading, Values
+from einconv_kfac.curvature.objective.loss_graph import Values
+from einconv_kfac.curvature.objective.reading import Reading
 from einconv_kfac.curvature.objective.tail import Tail
 from einconv_kfac.torch_versions import make_dual
 
@@ -43,10 +44,10 @@ class Link:
             parameters: See `Reading`.
         """
         reading = Reading(root, tensor, torch.ones_like(tensor), output, parameters)
-        if not reading.sources:
+        if not reading.graph.sources:
             return None
-        tail = reading.tail(reading.sources)
-        return Link(tuple(reading.sources), tail, reading.derivative())
+        tail = reading.tail(reading.graph.sources)
+        return Link(tuple(reading.graph.sources), tail, reading.graph.derivative())
 
     @property
     def unknown(self) -> Sequence[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property, partial
 
-import torch
 from torch import Generator, Tensor
 from torch.autograd.graph import Node
 
@@ -16,13 +16,10 @@ from einconv_kfac.curvature.objective.enclosed_calls import (
 )
 from einconv_kfac.curvature.objective.graph import (
     Edge,
-    backpropagated,
     dependents,
     first_met,
     inputs_of,
     kind_of_node,
-    leaf_of,
-    metadata_of,
     zeros_at,
 )
 from einconv_kfac.curvature.objective.hessian import (
@@ -34,17 +31,13 @@ from einconv_kfac.curvature.objective.hessian import (
 )
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Empirical, LocalCurvature
+from einconv_kfac.curvature.objective.loss_graph import LossGraph, Values
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
-from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
-from einconv_kfac.curvature.objective.nodes.slices import is_assignment
 from einconv_kfac.curvature.objective.nodes.squares import squared
 from einconv_kfac.curvature.objective.repeated_operation import Repeated, operation_of
 from einconv_kfac.curvature.objective.tail import Tail
 from einconv_kfac.curvature.objective.terms import Term
-from einconv_kfac.curvature.objective.units import drawn, example_of_units
-
-Values = Callable[[Edge], "Tensor | None"]
-"""Returns the recorded value of a model's output at an edge, or ``None`` for another edge."""
+from einconv_kfac.curvature.objective.units import example_of_units
 
 
 class Reading:
@@ -60,13 +53,9 @@ class Reading:
         layers: The outputs of calls of layers.
 
     Attributes:
-        root: The edge of the loss.
+        graph: The operations between outputs and loss.
         loss: The loss, detached.
         weight: The weight of each number in the loss.
-        sources: Edges of the outputs and parameters that the loss depends on.
-        outputs: Those that are outputs.
-        ends: The gradients of the loss at the outputs, and at outputs of layers that the loss
-            depends on past these, by edge.
     """
 
     def __init__(
@@ -79,212 +68,148 @@ class Reading:
         call_at: CallAt = no_call,
         layers: Iterable[Edge] = (),
     ) -> None:
-        self.loss, self.weight, self.root = loss, weight, root
-        self._output, self._parameters = output, parameters
-        self._nodes = dependents(self.root, self._is_source)
-        with torch.no_grad():
-            self._seen: dict[Edge, Tensor] = {}
-            start = {self.root: weight}
-            self._gradients = backpropagated(start, self._nodes, self._is_source, self._seen)
-        self.sources = list(self._gradients)
-        self.outputs = [edge for edge in self.sources if output(edge) is not None]
-        nodes = set(self._nodes)
-        self._inner = {edge for edge in layers if edge[0] in nodes and edge != self.root}
-        self.ends = {edge: self._gradients[edge] for edge in self.outputs}
-        if self._inner:
-            self.ends = dict.fromkeys([*self.outputs, *self._inner], weight)
-            found = self._at_ends(start)
-            self.ends = {edge: found[edge] for edge in self.ends if edge in found}
-        self._nonlinear = [node for node in self._nodes if not self._is_linear(node)]
-        self._calls = enclosed_calls(self._nodes, call_at, self._is_source)
-        self._terms = [*self._registered_terms()]
-        self._terms += [*self._curved_terms()]
-        self._take_hessians_()
-        self._terms += [*self._empirical_terms()]
+        self.loss, self.weight = loss, weight
+        self.graph = LossGraph(root, weight, output, parameters, layers)
+        self._calls = enclosed_calls(self.graph.nodes, call_at, self.graph.is_source)
 
-    def tail(self, sources: Sequence[Edge], *, by: Edge | None = None) -> Tail:
+    def tail(self, sources: Sequence[Edge]) -> Tail:
         """Return what remains of the reading after the graph is freed.
 
         Args:
             sources: All sources in the order in which the tail takes them.
+        """
+        return self._tail(sources, self._find_terms)
+
+    def _tail(
+        self, sources: Sequence[Edge], terms: Callable[[], tuple[Term, ...]], by: Edge | None = None
+    ) -> Tail:
+        """See `tail`.
+
+        Args:
+            sources: All sources.
+            terms: Returns the terms.
             by: A tensor by which all sources enter the loss, and which takes their place. The
                 result is that close to it: selections, as of a maximum, stay.
         """
         calls = [
             call
             for call in self._calls
-            if call in self._registered or call.needs_module(self._nonlinear)
+            if call in self._registered or call.needs_module(self.graph.nonlinear)
         ]
         results = {call.edge: call for call in calls}
         hidden = {node for call in calls for node in call.nodes}
-        single = {node for node in self._nonlinear if node not in hidden}
-        nodes = self._nodes
+        single = {node for node in self.graph.nonlinear if node not in hidden}
+        nodes = self.graph.nodes
         if by is not None:
-            calls, results, nodes = [], {}, dependents(self.root, lambda edge: edge == by)
-            single = {each for each in nodes if each in self._nonlinear and not is_selection(each)}
-        own = Repeated(self._nodes, self._depends, self._output)
+            calls, results, nodes = [], {}, dependents(self.graph.root, lambda edge: edge == by)
+            single = {
+                each for each in nodes if each in self.graph.nonlinear and not is_selection(each)
+            }
+        own = Repeated(self.graph.nodes, self.graph.depends, self.graph.output)
 
         def stops(edge: Edge) -> bool:
-            return edge == by or edge[0] in single or edge in results or self._is_source(edge)
+            return edge == by or edge[0] in single or edge in results or self.graph.is_source(edge)
 
         operations = [
             result
             for node in nodes
             for result in (
                 *([operation_of(node, own, stops)] if node in single else ()),
-                *(c.operation(self._nodes, stops) for c in calls if c.edge[0] is node),
+                *(c.operation(self.graph.nodes, stops) for c in calls if c.edge[0] is node),
             )
         ]
         return Tail(
             tuple(sources),
-            tuple(zeros_at(edge) if edge == by else self._value(edge) for edge in sources),
-            tuple(self._gradients.get(edge) for edge in sources),
+            tuple(zeros_at(edge) if edge == by else self.graph.value(edge) for edge in sources),
+            tuple(self.graph.gradients.get(edge) for edge in sources),
             self.loss,
             self.weight,
-            tuple(self._terms),
+            terms,
             tuple(operations),
-            LinearMap(self.root, self._nodes, stops),
+            LinearMap(self.graph.root, self.graph.nodes, stops),
         )
-
-    def derivatives(self) -> list[str]:
-        """Return the derivatives of operations that the loss depends on, if it uses parameters.
-
-        They come from derivatives of the model that were taken between its output and the loss.
-        """
-        if len(self.sources) == len(self.outputs):
-            return []
-        return sorted({k for node in self._nodes if (k := kind_of_node(node)).endswith("Backward")})
-
-    def past(self, ends: Collection[Node]) -> set[Node]:
-        """Return the operations on the way to parameters that are neither sources nor ends."""
-        return {*dependents(self.root, lambda e: e[0] in ends or self._is_source(e))}
-
-    def derivative(self) -> LinearMap:
-        """Return the derivative of the loss by its sources."""
-        return LinearMap(self.root, self._nodes, self._is_source)
 
     def sample(self, generator: Generator) -> dict[Edge, Tensor]:
         """Draw gradients at the ends whose second moment is the curvature of the loss."""
         start: dict[Edge, Tensor] = {}
-        for term in self._terms:
+        for term in self._find_terms():
             for edge, root in term.gradients(term.sample(generator)).items():
                 start[edge] = start[edge] + root if edge in start else root
-        return self._at_ends(start)
+        return self.graph.at_ends(start)
 
     def roots(self) -> Iterator[dict[Edge, Tensor]]:
         """Yield gradients at the ends whose outer products sum to the curvature.
 
         Each touches one unit (a class score vector, an entry) of every example.
         """
-        values = {edge: self._value(edge) for edge in self.outputs}
-        device = next(iter(self._gradients.values())).device
-        for term in self._terms:
+        values = {edge: self.graph.value(edge) for edge in self.graph.outputs}
+        device = next(iter(self.graph.gradients.values())).device
+        for term in self._find_terms():
             for root in term.roots(example_of_units(term, values, device)):
-                yield self._at_ends(term.gradients(root))
-
-    def _at_ends(self, start: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]:
-        """Return gradients of the graph as gradients at the ends."""
-        stopped = {edge: g for edge, g in start.items() if self._is_end(edge)}
-        inner = {
-            edge: g.to(metadata_of(edge).dtype) for edge, g in start.items() if edge not in stopped
-        }
-        with torch.no_grad():
-            found = backpropagated(inner, self._nodes, self._is_end)
-        for edge, gradient in stopped.items():
-            own = gradient.to(metadata_of(edge).dtype)
-            found[edge] = found[edge] + own if edge in found else own
-        return {edge: g for edge, g in found.items() if edge in self.ends}
-
-    def _is_end(self, edge: Edge) -> bool:
-        """Return whether an edge is a source, or the output of a layer past the outputs."""
-        return edge in self._inner or self._is_source(edge)
-
-    def _is_source(self, edge: Edge) -> bool:
-        """Return whether an edge is an output of the model or one of its parameters."""
-        if edge == self.root:
-            return False
-        leaf = leaf_of(edge)
-        return self._output(edge) is not None if leaf is None else leaf in self._parameters
-
-    def _depends(self, edge: Edge | None) -> bool:
-        """Return whether a tensor depends on the model."""
-        return edge is not None and (edge[0] in self._nodes or self._is_source(edge))
-
-    def _is_linear(self, node: Node) -> bool:
-        """Return whether an operation is linear in what depends on the model."""
-        kind = kind_of_node(node)
-        if kind in LINEAR:
-            return kind != "CopySlices" or is_assignment(node)
-        dependent = [self._depends(edge) for edge in inputs_of(node)]
-        return kind in NODE_RULES and NODE_RULES[kind].is_linear(dependent)
-
-    def _value(self, edge: Edge) -> Tensor:
-        """Return the recorded value of a source."""
-        value = self._output(edge)
-        if value is not None:
-            return value
-        leaf = leaf_of(edge)
-        assert leaf is not None
-        return leaf.detach().clone()
+                yield self.graph.at_ends(term.gradients(root))
 
     def _registered_terms(self) -> Iterator[Term]:
         """Yield the terms of loss modules with a rule that a user registered."""
         self._registered: list[EnclosedCall] = []
         for each in self._calls:
-            curvature = each.call.curvature(self._seen[each.edge])
+            curvature = each.call.curvature(self.graph.seen[each.edge])
             if curvature is not None:
                 self._registered.append(each)
                 argument = each.call.argument
-                jacobian = LinearMap(argument, self._nodes, self._is_source)
-                yield Term((argument,), (jacobian,), curvature)
+                yield Term((argument,), (self.graph.map_to(argument),), curvature)
 
     def _curved_terms(self) -> Iterator[Term]:
         """Yield the terms whose curvature is positive semi-definite."""
         hidden = {node for call in self._registered for node in call.nodes}
         self._curved: set[Node] = set()
-        for node in (each for each in self._nonlinear if each not in hidden):
-            rule, weight = NODE_RULES.get(kind_of_node(node)), self._seen.get((node, 0))
+        for node in (each for each in self.graph.nonlinear if each not in hidden):
+            rule, weight = NODE_RULES.get(kind_of_node(node)), self.graph.seen.get((node, 0))
             if rule is None or weight is None:
                 continue
-            square, values = squared(node, weight, self._is_same), rule.inputs(node)
+            square, values = squared(node, weight, self.graph.are_same), rule.inputs(node)
             own = inputs_of(node)[: len(values)], rule.curvature(node, values, weight)
             argument, curvature = own if square is None else square
             if curvature is not None:
                 self._curved.add(node)
-                yield self._term(argument, curvature)
+                yield _term(self.graph, argument, curvature)
 
-    def _is_same(self, first: Edge, second: Edge) -> bool:
-        """Return whether two tensors of equal value have the same derivative by the sources."""
-        ends = [LinearMap(edge, self._nodes, self._is_source) for edge in (first, second)]
-        random = {e: drawn(self._value(e), seed) for seed, e in enumerate(self.sources)}
-        left, right = (each(random) for each in ends)
-        return left is not None and right is not None and torch.allclose(left, right)
+    @cached_property
+    def _find_terms(self) -> Callable[[], tuple[Term, ...]]:
+        """Return a function that finds the terms, also after the graph is freed."""
+        by_rules = (*self._registered_terms(), *self._curved_terms())
+        return cache(partial(_all_terms, self.graph, self._hessians(by_rules)))
 
-    def _term(self, argument: Iterable[Edge | None], curvature: LocalCurvature) -> Term:
-        """Return a term by its argument, of which constants are left out."""
-        edges = tuple(edge for edge in argument if edge is not None and self._depends(edge))
-        maps = tuple(LinearMap(edge, self._nodes, self._is_source) for edge in edges)
-        return Term(edges, maps, curvature)
+    def _hessians(self, terms: Sequence[Term]) -> Callable[[], Sequence[Term]]:
+        """Return a function that takes Hessians where rules of operations do not give them."""
+        graph, nonlinear = self.graph, set(self.graph.nonlinear)
+        is_read = not self._registered and not graph.inner
+        if not is_read or not may_lack(graph.root, nonlinear, self._curved):
+            return lambda: terms
+        by = only_argument(graph.root, nonlinear, graph.is_source)
+        if by is None or (tail := self._tail([by], tuple, by)).unknown():
+            tail = self._tail(graph.sources, tuple)
+            return partial(with_hessians, terms, tail, graph.outputs)
+        known = terms if by in graph.outputs else ()
 
-    def _take_hessians_(self) -> None:
-        """Take the Hessian by an output where rules of operations do not give it."""
-        is_read = not self._registered and not self._inner
-        if is_read and may_lack(self.root, set(self._nonlinear), self._curved):
-            by = only_argument(self.root, set(self._nonlinear), self._is_source)
-            if by is not None and not (tail := self.tail([by], by=by)).unknown():
-                known = self._terms if by in self.outputs else ()
-                found = hessian_by(tail, by, known)
-                self._terms = self._terms if found is None else [self._term([by], found)]
-            else:
-                self._terms = with_hessians(self._terms, self.tail(self.sources), self.outputs)
+        def by_argument() -> Sequence[Term]:
+            found = hessian_by(tail, by, known)
+            return terms if found is None else [_term(graph, [by], found)]
 
-    def _empirical_terms(self) -> Iterator[Term]:
-        """Yield the empirical Fisher at the ends that no other term gives curvature."""
-        curved = {edge for term in self._terms for edge in term.sources}
-        if self._inner:
-            starts = [edge for term in self._terms for edge in term.argument]
-            curved |= first_met(starts, self._is_end)
-        for edge, gradient in self.ends.items():
-            if edge not in curved and gradient.ndim:
-                identity = LinearMap(edge, self._nodes, self._is_source)
-                yield Term((edge,), (identity,), Empirical(gradient))
+        return by_argument
+
+
+def _all_terms(graph: LossGraph, find: Callable[[], Sequence[Term]]) -> tuple[Term, ...]:
+    """Return the terms found, and the empirical Fisher at ends to which none gives curvature."""
+    terms = find()
+    curved = {edge for term in terms for edge in term.sources}
+    if graph.inner:
+        starts = [edge for term in terms for edge in term.argument]
+        curved |= first_met(starts, graph.is_end)
+    others = {e: g for e, g in graph.ends.items() if e not in curved and g.ndim}
+    return (*terms, *(Term((e,), (graph.map_to(e),), Empirical(g)) for e, g in others.items()))
+
+
+def _term(graph: LossGraph, argument: Iterable[Edge | None], curvature: LocalCurvature) -> Term:
+    """Return a term by its argument, of which constants are left out."""
+    edges = tuple(edge for edge in argument if edge is not None and graph.depends(edge))
+    return Term(edges, tuple(graph.map_to(edge) for edge in edges), curvature)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -70,7 +70,7 @@ class Tail:
         gradients: The derivative of the loss by each.
         loss: The loss in the recorded pass.
         weight: The weight of each of its numbers.
-        terms: The parts with curvature.
+        terms: Finds the parts with curvature, which may take a Hessian.
         operations: The nonlinear operations, from outputs to loss.
         last: How the loss changes with outputs and operations.
     """
@@ -80,7 +80,7 @@ class Tail:
     gradients: tuple[Tensor | None, ...]
     loss: Tensor
     weight: Tensor
-    terms: tuple[Term, ...]
+    terms: Callable[[], tuple[Term, ...]]
     operations: tuple[Operation, ...]
     last: LinearMap
 
@@ -128,7 +128,7 @@ class Tail:
         """See `LossModel`."""
         several = [{e: t for e, t in zip(self.sources, own) if t is not None} for own in tangents]
         total = self.loss.new_zeros(len(several), len(several), dtype=torch.float64)
-        for term in self.terms:
+        for term in self.terms():
             found = term.products(several)
             total = total if found is None else total + found
         return Expansion(torch.stack([self._slope(own) for own in several]), total)

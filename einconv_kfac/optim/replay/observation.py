@@ -201,13 +201,13 @@ class ReadObservation:
             self._check_derivatives(reading)
             return Batch((), (), (), None, loss, total)
         by_call: dict[int, list[tuple[LossInput, Edge]]] = {}
-        for edge in reading.outputs:
+        for edge in reading.graph.outputs:
             owner = self._source(edge)
             assert owner is not None
             by_call.setdefault(owner[0].number, []).append((owner[1], edge))
         forwards = [(self._calls[number], inputs) for number, inputs in sorted(by_call.items())]
         outputs = [edge for _, inputs in forwards for _, edge in inputs]
-        parameters = [edge for edge in reading.sources if edge not in outputs]
+        parameters = [edge for edge in reading.graph.sources if edge not in outputs]
         tail = reading.tail([*outputs, *parameters])
         return Batch(
             forward_passes([(call, [each for each, _ in inputs]) for call, inputs in forwards]),
@@ -226,12 +226,12 @@ class ReadObservation:
 
     def _check_derivatives(self, reading: Reading) -> None:
         """Raise a ``RuntimeError`` if the loss uses layers in derivatives outside of the model."""
-        kinds = reading.derivatives()
-        if not kinds and len(reading.sources) > len(reading.outputs):
+        kinds = reading.graph.derivatives()
+        if not kinds and len(reading.graph.sources) > len(reading.graph.outputs):
             kinds = [LINEAR] if self._enters_layers(reading) else []
         if not kinds:
             return
-        leaves = (leaf_of(edge) for edge in reading.sources)
+        leaves = (leaf_of(edge) for edge in reading.graph.sources)
         names = [f"{self._names[leaf]}." for leaf in leaves if leaf is not None]
         layers = {call.layer for call in self._layer_calls}
         used = [
@@ -249,7 +249,7 @@ class ReadObservation:
         """
         ends = {call.output.node for call in self._layer_calls}
         inner = {node for call in self._layer_calls for node in nodes_inside(call)} - ends
-        return any(leaf_of((node, 0)) is None for node in reading.past(ends) & inner)
+        return any(leaf_of((node, 0)) is None for node in reading.graph.past(ends) & inner)
 
 
 def _total(weight: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def read(loss: Callable[[Tensor], Tensor]) -> tuple[Reading, Tensor, Tensor]:
 @pytest.mark.parametrize("name", LOSSES)
 def test_values_and_slopes_at_other_outputs(name: str) -> None:
     reading, output, value = read(LOSSES[name])
-    tail = reading.tail(reading.sources)
+    tail = reading.tail(reading.graph.sources)
     value.backward()  # frees the graph
     assert not tail.unknown()
     other = output.detach() + 0.3 * torch.randn(output.shape, generator=GENERATOR).double()
@@ -121,7 +121,7 @@ def test_values_and_slopes_at_other_outputs(name: str) -> None:
 def test_curvature_is_not_negative(name: str) -> None:
     reading, output, _ = read(LOSSES[name])
     u = torch.randn(3, *output.shape, generator=GENERATOR, dtype=torch.float64)
-    found = reading.tail(reading.sources).expansion([[each] for each in u]).curvature
+    found = reading.tail(reading.graph.sources).expansion([[each] for each in u]).curvature
     assert float(torch.linalg.eigvalsh(found).min()) > -1e-9 * float(found.trace())
 
 
@@ -159,4 +159,4 @@ def test_operations_that_cannot_be_evaluated_again_are_named(
     loss: Callable[[Tensor], Tensor], kind: str
 ) -> None:
     reading, _, _ = read(loss)
-    assert kind in reading.tail(reading.sources).unknown()
+    assert kind in reading.tail(reading.graph.sources).unknown()

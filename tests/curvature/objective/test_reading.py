@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional
 from einconv_kfac.curvature.objective.graph import edge_of, mark_, mark_of
 from einconv_kfac.curvature.objective.reading import Reading
 
+GRAD = torch.autograd.grad
 EXAMPLES, POSITIONS, CLASSES = 4, 5, 3
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(EXAMPLES, POSITIONS, 4, generator=GENERATOR, dtype=torch.float64)
@@ -128,7 +130,7 @@ def hessian(loss: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
 def test_curvature_is_the_hessian(name: str) -> None:
     reading, output, value = read(CONVEX[name])
     expected = hessian(CONVEX[name], output)
-    tail = reading.tail(reading.sources)
+    tail = reading.tail(reading.graph.sources)
     value.backward()  # frees the graph
     u = torch.randn(2, *output.shape, generator=GENERATOR, dtype=torch.float64)
     found = tail.expansion([[each] for each in u])
@@ -136,6 +138,29 @@ def test_curvature_is_the_hessian(name: str) -> None:
     torch.testing.assert_close(found.curvature, flat @ expected @ flat.T, rtol=1e-9, atol=1e-12)
     slope = torch.autograd.functional.jacobian(CONVEX[name], output.detach()).flatten()
     torch.testing.assert_close(found.slope, flat @ slope, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["contraction with itself", "batch of products"])
+def test_a_hessian_is_taken_when_it_is_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that needs no curvature pays for none; the graph may be freed before."""
+    taken = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("create_graph"):  # as for a Hessian
+            taken.append(args)
+        return GRAD(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    reading, output, value = read(CONVEX[name])
+    tail = reading.tail(reading.graph.sources)
+    assert not taken
+    value.sum().backward()  # type: ignore[no-untyped-call]
+    u = torch.randn_like(output)
+    found = tail.expansion([[u]]).curvature[0, 0]
+    assert taken
+    torch.testing.assert_close(found, u.flatten() @ hessian(CONVEX[name], output) @ u.flatten())
 
 
 @pytest.mark.parametrize("name", CONVEX)
@@ -163,7 +188,7 @@ def test_samples_have_the_second_moment(name: str) -> None:
 def test_values_at_other_outputs(name: str) -> None:
     loss = {**CONVEX, **OTHERS}[name]
     reading, output, value = read(loss)
-    tail = reading.tail(reading.sources)
+    tail = reading.tail(reading.graph.sources)
     value.backward()
     assert not tail.unknown()
     other = output.detach() + 0.3 * torch.randn(output.shape, generator=GENERATOR).double()
@@ -173,7 +198,7 @@ def test_values_at_other_outputs(name: str) -> None:
 @pytest.mark.parametrize("name", ["absolute", "overlap", "margin", "cosine"])
 def test_losses_without_curvature_have_the_empirical_fisher(name: str) -> None:
     reading, output, _ = read(OTHERS[name])
-    tail = reading.tail(reading.sources)
+    tail = reading.tail(reading.graph.sources)
     gradient = torch.autograd.functional.jacobian(OTHERS[name], output.detach())
     u = torch.randn(output.shape, generator=GENERATOR, dtype=torch.float64)
     along = (gradient * u).flatten(1).sum(1)
@@ -183,7 +208,7 @@ def test_losses_without_curvature_have_the_empirical_fisher(name: str) -> None:
 
 def test_an_unknown_operation_is_named() -> None:
     reading, _, _ = read(lambda o: (o - T).relu().mean())
-    assert reading.tail(reading.sources).unknown() == ["Relu"]
+    assert reading.tail(reading.graph.sources).unknown() == ["Relu"]
 
 
 @pytest.mark.parametrize("mode", ["use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist"])
@@ -202,13 +227,13 @@ def test_squared_distances_of_all_rows(mode: str, is_first: bool) -> None:
     reading, output, _ = read(by_rows)
     expected = hessian(by_hand, output)
     u = torch.randn(output.shape, generator=GENERATOR, dtype=torch.float64)
-    found = reading.tail(reading.sources).expansion([[u]]).curvature[0, 0]
+    found = reading.tail(reading.graph.sources).expansion([[u]]).curvature[0, 0]
     torch.testing.assert_close(found, u.flatten() @ expected @ u.flatten())
 
 
 def test_distances_that_are_not_squared_at_once_are_refused() -> None:
     reading, output, _ = read(lambda o: torch.cdist(o, T).diagonal(dim1=1, dim2=2).pow(2).sum())
-    tail = reading.tail(reading.sources)
+    tail = reading.tail(reading.graph.sources)
     with pytest.raises(RuntimeError, match=r"differentiable twice.*in place of torch.cdist"):
         tail.expansion([[torch.ones_like(output)]])
 
@@ -225,7 +250,7 @@ def test_hessians_in_single_precision(scale: float) -> None:
     own = (edge_of(value), value.detach(), torch.ones_like(value), lambda e: mark_of(e, NAME), {})
     reading = Reading(*own)
     u = torch.randn(2, *output.shape, generator=GENERATOR)
-    found = reading.tail(reading.sources).expansion([[each] for each in u]).curvature
+    found = reading.tail(reading.graph.sources).expansion([[each] for each in u]).curvature
     flat = u.flatten(1).double()
     expected = flat @ hessian(loss, output.double()) @ flat.T
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
@@ -241,7 +266,7 @@ def test_a_selection_of_the_recorded_pass_has_its_hessian() -> None:
     reading, output, _ = read(lambda o: likelihood_by_hand(o, Y[..., None]))
     expected = hessian(lambda o: functional.cross_entropy(o.transpose(1, 2), Y), output)
     u = torch.randn(output.shape, generator=GENERATOR, dtype=torch.float64)
-    tail = reading.tail(reading.sources)
+    tail = reading.tail(reading.graph.sources)
     found = tail.expansion([[u]]).curvature[0, 0]
     torch.testing.assert_close(found, u.flatten() @ expected @ u.flatten(), rtol=1e-9, atol=0)
     assert tail.unknown() == ["Max"]
@@ -286,7 +311,9 @@ def test_losses_by_hand_are_split_as_those_of_torch(name: str) -> None:
     found = []
     for loss in SPLIT[name]:
         reading, _, _ = read(loss)
-        found.append(reading.tail(reading.sources).expansion([[each] for each in u]).curvature)
+        found.append(
+            reading.tail(reading.graph.sources).expansion([[each] for each in u]).curvature
+        )
     tolerance = 1e-5 if name == "low precision" else 1e-9
     torch.testing.assert_close(*found, rtol=tolerance, atol=0)
 
@@ -296,4 +323,4 @@ def test_targets_that_depend_on_the_model_are_named() -> None:
         return functional.binary_cross_entropy_with_logits(o, (o - 1).sigmoid())
 
     reading, _, _ = read(loss)
-    assert reading.tail(reading.sources).unknown() == ["BinaryCrossEntropyWithLogits"]
+    assert reading.tail(reading.graph.sources).unknown() == ["BinaryCrossEntropyWithLogits"]

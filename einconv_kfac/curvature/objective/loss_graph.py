@@ -1,0 +1,149 @@
+"""The graph of a loss down to the outputs of a model, and what lies on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from einconv_kfac.curvature.objective.graph import (
+    Edge,
+    backpropagated,
+    dependents,
+    inputs_of,
+    kind_of_node,
+    leaf_of,
+    metadata_of,
+)
+from einconv_kfac.curvature.objective.linear_map import LinearMap
+from einconv_kfac.curvature.objective.node_registry import NODE_RULES
+from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
+from einconv_kfac.curvature.objective.nodes.slices import is_assignment
+from einconv_kfac.curvature.objective.units import drawn
+
+Values = Callable[[Edge], "Tensor | None"]
+"""Returns the recorded value of a model's output at an edge, or ``None`` for another edge."""
+
+
+class LossGraph:
+    """The operations between the outputs of a model and a loss.
+
+    Args:
+        root: The edge of the loss.
+        weight: The weight of each number of the loss.
+        output: Returns the value of a model's output at an edge, ``None`` elsewhere.
+        parameters: The parameters of the model, whose values a loss may use itself.
+        layers: The outputs of calls of layers.
+
+    Attributes:
+        root: The edge of the loss.
+        nodes: The operations, from the loss to the outputs.
+        nonlinear: Those that are not linear in what depends on the model.
+        seen: The gradients at the edges between loss and outputs.
+        gradients: The gradients at the sources.
+        sources: Edges of the outputs and parameters that the loss depends on.
+        outputs: Those that are outputs.
+        inner: The outputs of layers that the loss depends on past the outputs of the model.
+        ends: The gradients at the outputs of the model and of these layers.
+    """
+
+    def __init__(
+        self,
+        root: Edge,
+        weight: Tensor,
+        output: Values,
+        parameters: Mapping[Tensor, str],
+        layers: Iterable[Edge] = (),
+    ) -> None:
+        self.root = root
+        self.output, self._parameters = output, parameters
+        self.nodes = dependents(root, self.is_source)
+        self.seen: dict[Edge, Tensor] = {}
+        with torch.no_grad():
+            start = {root: weight}
+            self.gradients = backpropagated(start, self.nodes, self.is_source, self.seen)
+        self.sources = list(self.gradients)
+        self.outputs = [edge for edge in self.sources if output(edge) is not None]
+        nodes = set(self.nodes)
+        self.inner = {edge for edge in layers if edge[0] in nodes and edge != root}
+        self.ends = {edge: self.gradients[edge] for edge in self.outputs}
+        if self.inner:
+            self.ends = dict.fromkeys([*self.outputs, *self.inner], weight)
+            found = self.at_ends(start)
+            self.ends = {edge: found[edge] for edge in self.ends if edge in found}
+        self.nonlinear = [node for node in self.nodes if not self._is_linear(node)]
+
+    def derivatives(self) -> list[str]:
+        """Return the derivatives of operations that the loss depends on, if it uses parameters.
+
+        They come from derivatives of the model that were taken between its output and the loss.
+        """
+        if len(self.sources) == len(self.outputs):
+            return []
+        return sorted({k for node in self.nodes if (k := kind_of_node(node)).endswith("Backward")})
+
+    def past(self, ends: Collection[Node]) -> set[Node]:
+        """Return the operations on the way to parameters that are neither sources nor ends."""
+        return {*dependents(self.root, lambda e: e[0] in ends or self.is_source(e))}
+
+    def derivative(self) -> LinearMap:
+        """Return the derivative of the loss by its sources."""
+        return self.map_to(self.root)
+
+    def map_to(self, edge: Edge) -> LinearMap:
+        """Return the derivative of a tensor by the sources."""
+        return LinearMap(edge, self.nodes, self.is_source)
+
+    def at_ends(self, start: Mapping[Edge, Tensor]) -> dict[Edge, Tensor]:
+        """Return gradients of the graph as gradients at the ends."""
+        stopped = {edge: g for edge, g in start.items() if self.is_end(edge)}
+        inner = {
+            edge: g.to(metadata_of(edge).dtype) for edge, g in start.items() if edge not in stopped
+        }
+        with torch.no_grad():
+            found = backpropagated(inner, self.nodes, self.is_end)
+        for edge, gradient in stopped.items():
+            own = gradient.to(metadata_of(edge).dtype)
+            found[edge] = found[edge] + own if edge in found else own
+        return {edge: g for edge, g in found.items() if edge in self.ends}
+
+    def is_end(self, edge: Edge) -> bool:
+        """Return whether an edge is a source, or the output of a layer past the outputs."""
+        return edge in self.inner or self.is_source(edge)
+
+    def is_source(self, edge: Edge) -> bool:
+        """Return whether an edge is an output of the model or one of its parameters."""
+        if edge == self.root:
+            return False
+        leaf = leaf_of(edge)
+        return self.output(edge) is not None if leaf is None else leaf in self._parameters
+
+    def depends(self, edge: Edge | None) -> bool:
+        """Return whether a tensor depends on the model."""
+        return edge is not None and (edge[0] in self.nodes or self.is_source(edge))
+
+    def value(self, edge: Edge) -> Tensor:
+        """Return the recorded value of a source."""
+        value = self.output(edge)
+        if value is not None:
+            return value
+        leaf = leaf_of(edge)
+        assert leaf is not None
+        return leaf.detach().clone()
+
+    def are_same(self, first: Edge, second: Edge) -> bool:
+        """Return whether two tensors of equal value have the same derivative by the sources."""
+        ends = [self.map_to(edge) for edge in (first, second)]
+        random = {e: drawn(self.value(e), seed) for seed, e in enumerate(self.sources)}
+        left, right = (each(random) for each in ends)
+        return left is not None and right is not None and torch.allclose(left, right)
+
+    def _is_linear(self, node: Node) -> bool:
+        """Return whether an operation is linear in what depends on the model."""
+        kind = kind_of_node(node)
+        if kind in LINEAR:
+            return kind != "CopySlices" or is_assignment(node)
+        dependent = [self.depends(edge) for edge in inputs_of(node)]
+        return kind in NODE_RULES and NODE_RULES[kind].is_linear(dependent)
