@@ -51,7 +51,12 @@ def parametrize(model: nn.Sequential) -> None:
     nn.utils.parametrizations.weight_norm(model[5])
 
 
-REPLACEMENTS = [new_layer, adapter, parametrize]
+def remove_bias(model: nn.Sequential) -> None:
+    """Remove the bias of a layer."""
+    model[5].bias = None
+
+
+REPLACEMENTS = [new_layer, adapter, parametrize, remove_bias]
 
 
 @pytest.mark.parametrize("options", MODES)
@@ -66,7 +71,7 @@ def test_replaced_parameters_are_refused_and_a_new_optimizer_trains_them(
     before, state = weights(model), deepcopy(opt.state_dict())
     x, y = image_batch()
     loss = loss_fn(model(x), y)
-    with pytest.raises(RuntimeError, match=r"for '[05].weight'. Make a new optimizer"):
+    with pytest.raises(RuntimeError, match=r"for '[05].(weight|bias)'. Make a new optimizer"):
         opt.step()
     assert torch.equal(before, weights(model))
     assert_same(state["kfac"], opt.state_dict()["kfac"])

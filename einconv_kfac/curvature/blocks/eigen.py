@@ -204,17 +204,45 @@ def _eigh_in_float64(factor: Tensor, name: str) -> tuple[Tensor, Tensor]:
             "Leave out the batches or the layer that they come from."
         )
     scale = factor.abs().amax((-2, -1), keepdim=True).double().clamp_min(_SMALLEST_SCALE)
+    scaled = factor.double() / scale
     try:
-        values, vectors = torch.linalg.eigh(factor.double() / scale)
+        values, vectors = torch.linalg.eigh(scaled)
+        failed = not bool(values.isfinite().all() & vectors.isfinite().all())
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
-        raise RuntimeError(f"The eigendecomposition of {name} failed in float64.") from error
+    except RuntimeError:
+        failed = True
+    if failed:
+        parts = [_eigh_beside_zeros(part, name) for part in scaled.unbind()]
+        values, vectors = map(torch.stack, zip(*parts))
     values, vectors = (values * scale[..., 0]).to(factor.dtype), vectors.to(factor.dtype)
     if not bool(values.isfinite().all() & vectors.isfinite().all()):
         raise RuntimeError(
             f"The eigendecomposition of {name} must be finite, but is not in float64 either."
         )
+    return values, vectors
+
+
+def _eigh_beside_zeros(factor: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues ``[d]`` and eigenvectors ``[d, d]`` of one factor without its zero rows.
+
+    The unit vector of a row of zeros is an eigenvector with the eigenvalue zero.
+
+    Raises:
+        RuntimeError: If the decomposition of the other rows fails.
+    """
+    used = (factor != 0).any(-1)
+    rows, zeros = used.nonzero()[:, 0], (~used).nonzero()[:, 0]
+    try:
+        own_values, own_vectors = torch.linalg.eigh(factor[None, rows[:, None], rows])
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(f"The eigendecomposition of {name} failed in float64.") from error
+    values, vectors = factor.new_zeros(len(factor)), torch.zeros_like(factor)
+    values[len(zeros) :] = own_values[0]
+    vectors[zeros, torch.arange(len(zeros), device=factor.device)] = 1
+    vectors[rows, len(zeros) :] = own_vectors[0]
     return values, vectors
 
 

@@ -81,10 +81,10 @@ class Layer:
         return next(use for use in self.uses if use.module is module)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Return the parameters by name."""
+        """Return the parameters by name, without those that were removed since."""
         own = dict(self.module.named_parameters(recurse=False))
-        found = [own[self.rule.weight]] + ([own[self.rule.bias]] if self.bias else [])
-        return dict(zip(self.parameters, found))
+        found = zip(self.parameters, (self.rule.weight, self.rule.bias))
+        return {name: own[attribute] for name, attribute in found if attribute in own}
 
     def zeros(self) -> dict[str, Tensor]:
         """Return a zero tensor for each parameter, by name."""

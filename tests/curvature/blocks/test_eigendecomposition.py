@@ -65,6 +65,30 @@ def test_a_driver_that_fails_in_float32_is_replaced(
         assert torch.equal(found[2], expected[1])
 
 
+@pytest.mark.parametrize("how", ["nan", "error"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_driver_that_fails_for_rows_of_zeros_is_called_without_them(
+    dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = torch.linalg.eigh
+
+    def failing(matrix: Tensor) -> Any:
+        values, vectors = driver(matrix)
+        zeros = (matrix == 0).all(-1).any(-1)
+        if how == "error" and bool(zeros.any()):
+            raise RuntimeError("failed to converge")
+        values[zeros] = torch.nan
+        return values, vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    dense = factors(dtype=dtype)
+    dense[1], dense[2, 3, 3] = 0, 1.0  # no row at all, and other rows than those of the first
+    check(dense, 1e-5)
+    values = eigendecomposition(dense)[0]
+    assert torch.equal(values, values.sort()[0])
+    assert not values[1].any()
+
+
 def test_a_failure_in_float64_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.linalg, "eigh", lambda m: (torch.full(m.shape[:2], torch.nan), torch.zeros_like(m))
