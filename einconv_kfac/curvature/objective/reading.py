@@ -29,6 +29,7 @@ from einconv_kfac.curvature.objective.hessian import (
     only_argument,
     with_hessians,
 )
+from einconv_kfac.curvature.objective.linear_losses import curvature_of_probabilities
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Empirical, LocalCurvature
 from einconv_kfac.curvature.objective.loss_graph import LossGraph, Values
@@ -173,10 +174,21 @@ class Reading:
                 self._curved.add(node)
                 yield _term(self.graph, argument, curvature)
 
+    def _linear_terms(self) -> Iterator[Term]:
+        """Yield the terms of log-probabilities that a loss is linear in."""
+        graph = self.graph
+        starts = [edge for node in graph.nonlinear for edge in inputs_of(node) if edge is not None]
+        starts += [call.call.argument for call in self._registered]
+        bent = first_met(starts, graph.is_end)
+        for edge, gradient in graph.ends.items():
+            own = None if edge in bent else curvature_of_probabilities(edge, gradient)
+            if own is not None:
+                yield Term((edge,), (graph.map_to(edge),), own)
+
     @cached_property
     def _find_terms(self) -> Callable[[], tuple[Term, ...]]:
         """Return a function that finds the terms, also after the graph is freed."""
-        by_rules = (*self._registered_terms(), *self._curved_terms())
+        by_rules = (*self._registered_terms(), *self._curved_terms(), *self._linear_terms())
         return cache(partial(_all_terms, self.graph, self._hessians(by_rules)))
 
     def _hessians(self, terms: Sequence[Term]) -> Callable[[], Sequence[Term]]:
