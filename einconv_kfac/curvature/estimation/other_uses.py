@@ -42,7 +42,7 @@ def used_past_calls(
         starts = [
             leaves[id(p)] for own in layer.tensors().values() if id(p := graph_leaf(own)) in leaves
         ]
-        are_own = all(call.has_parameters for call in own)
+        are_own = all(call.has_parameters for call in own if call.output.node in consumers)
         if not (are_own and _all_lead_to(starts, own, consumers, set(roots))):
             found.add(layer.name)
     return found

@@ -71,8 +71,15 @@ def weight_gradients(
         found = torch.autograd.grad(
             sources, parameters, masked, retain_graph=True, allow_unused=True
         )
-        known = iter(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found))
+        known = iter(
+            torch.zeros_like(p) if g is None else _dense(g) for p, g in zip(parameters, found)
+        )
         yield {
             layer.name: layer.to_matrix({name: next(known) for name in own})
             for layer, own in zip(layers, tensors)
         }
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Return a gradient that may be sparse, as of an embedding in a function."""
+    return gradient.to_dense() if gradient.is_sparse else gradient

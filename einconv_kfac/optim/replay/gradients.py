@@ -72,6 +72,7 @@ class GradientWatch:
     def __init__(self, tree: ModelTree) -> None:
         self._tree = tree
         self._probes: list[_Probe] = []
+        self._running: int | None = None  # the pass whose end was not seen
 
     def lands(self) -> bool:
         """Return whether the backward pass that is running adds to the gradient of a parameter."""
@@ -84,11 +85,13 @@ class GradientWatch:
 
         The look is queued when the pass has ended, behind what averages gradients over workers.
         """
+        self._running = torch._C._current_graph_task_id()
         queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(self._look_))
 
     def _look_(self) -> None:
         """Look at gradients of up to `PROBES` parameters."""
+        self._running = None
         found = [
             (parameter, gradient)
             for parameter in all_stored(self._tree.parameters.values())
@@ -98,8 +101,16 @@ class GradientWatch:
         self._probes = [_Probe.of(*own) for own in chosen]
 
     def are_cleared(self) -> bool:
-        """Return whether all gradients of the last pass were dropped or zeroed since."""
-        return bool(self._probes) and all(probe.is_cleared for probe in self._probes)
+        """Return whether all gradients of the last pass were dropped or zeroed since.
+
+        Of a pass that an error ended, also whether it left none.
+        """
+        if self._probes:
+            return all(probe.is_cleared for probe in self._probes)
+        if self._running in (None, torch._C._current_graph_task_id()):
+            return False
+        found = [parameter.grad for parameter in all_stored(self._tree.parameters.values())]
+        return not any(bool(local_of(g).any()) for g in found if g is not None)
 
     def factor(self, workers: Workers = ALONE) -> Tensor | None:
         """Return by how much the gradients were scaled since the last pass, as by clipping.
@@ -141,7 +152,7 @@ class GradientWatch:
 
     def forget_(self) -> None:
         """Forget the last backward pass."""
-        self._probes = []
+        self._probes, self._running = [], None
 
 
 def _common_factor(square: Tensor, product: Tensor, present: Tensor, changed: Any) -> Tensor | None:

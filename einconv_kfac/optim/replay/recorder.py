@@ -234,7 +234,7 @@ class Recorder:
         if not self.enabled or loss_fn is not self._loss_fn:
             return
         inside = self._pending.inside_(loss_fn)
-        if not torch.is_grad_enabled() or not loss.requires_grad:
+        if not self._is_recording() or not loss.requires_grad:
             return
         arguments = loss_arguments(loss_fn, args, kwargs)
         observation = GivenObservation.of(loss_fn, arguments, loss, self._pending, inside)
