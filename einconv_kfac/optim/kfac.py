@@ -232,6 +232,7 @@ class KFAC(CurvatureOptimizer):
         """Detach from the model and the loss for good; no step can be taken after it."""
         self._preconditioner.collector.remove_hooks()
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters.

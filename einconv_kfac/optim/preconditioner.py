@@ -142,6 +142,7 @@ class KFACPreconditioner:
         """Return the names of the parameters that factors cover."""
         return self._curvature.covered()
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self) -> None:
         """Replace the gradients of the covered parameters by preconditioned ones.

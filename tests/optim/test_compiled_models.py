@@ -10,7 +10,7 @@ import torch
 from optim_cases import weights
 from torch import Tensor, nn
 
-from einconv_kfac import KFAC
+from einconv_kfac import KFAC, KFACPreconditioner
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(24, 5, generator=GENERATOR, dtype=torch.float64)
@@ -163,6 +163,49 @@ def test_a_loss_in_a_compiled_function_is_refused_and_outside_of_it_trains(
     assert torch.equal(before, weights(model))
     steps(model, loss_fn, opt)
     torch.testing.assert_close(weights(model), uncompiled(options), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [*MODES, {"fisher": "empirical"}])
+@pytest.mark.filterwarnings("error")
+def test_a_compiled_step_is_the_plain_one(options: dict[str, Any]) -> None:
+    model, loss_fn = Net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, **options)
+    step = torch.compile(opt.step, backend="aot_eager")
+    for _ in range(7):
+        opt.zero_grad()
+        loss_fn(model(X), Y).backward()
+        step()
+    assert torch.equal(weights(model), uncompiled(options))
+
+
+def test_a_compiled_step_of_a_preconditioner_is_the_plain_one() -> None:
+    found = []
+    for compiled in (False, True):
+        model, loss_fn = Net(), nn.CrossEntropyLoss()
+        preconditioner = KFACPreconditioner(model, loss_fn)
+        step = torch.compile(preconditioner.step, backend="aot_eager")
+        for _ in range(3):
+            model.zero_grad()
+            loss_fn(model(X), Y).backward()
+            (step if compiled else preconditioner.step)()
+            torch.optim.SGD(model.parameters(), 0.1).step()
+        found.append(weights(model))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("options", [*MODES, {"fisher": "empirical"}])
+def test_a_compiled_loop_body_is_refused_by_name(options: dict[str, Any]) -> None:
+    model, loss_fn = Net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, **options)
+
+    @torch.compile(backend="aot_eager")
+    def train() -> None:
+        opt.zero_grad()
+        loss_fn(model(X), Y).backward()
+        opt.step()
+
+    with pytest.raises(RuntimeError, match="outside of compiled functions"):
+        train()
 
 
 def test_a_compiled_frozen_part_is_no_obstacle() -> None:

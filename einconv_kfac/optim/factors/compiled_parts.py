@@ -15,8 +15,8 @@ UNSEEN = (
     "Compiled models: pass `torch.compile(model)` itself here and call that. Checkpointed layers: "
     "pass use_reentrant=False. Layers that only another loss reaches: name them in `exclude`. "
     "Models that return no tensors: return them, or a tuple, a mapping or an object that has them. "
-    "Losses of derivatives of the model alone: compute these in the `forward` of a module that "
-    "returns them, and pass that module."
+    "Models called by torch.vmap, and losses of derivatives of the model alone: do this in the "
+    "`forward` of a module that returns the result, and pass that module."
 )
 
 
