@@ -24,10 +24,11 @@ class PassedOutputs:
     """
 
     def __init__(self, wrapper: nn.parallel.DistributedDataParallel) -> None:
-        self._edges: list[Edge | None] = []
+        self._edges: list[Edge | None] | None = None  # of a call of the wrapper that has not ended
         self._handles: Sequence[RemovableHandle] = (
+            wrapper.register_forward_pre_hook(self._before_wrapper),
             wrapper.module.register_forward_hook(self._after_model),
-            wrapper.register_forward_hook(self._after_wrapper),
+            wrapper.register_forward_hook(self._after_wrapper, always_call=True),
         )
 
     def remove(self) -> None:
@@ -35,9 +36,14 @@ class PassedOutputs:
         for handle in self._handles:
             handle.remove()
 
+    def _before_wrapper(self, _: nn.Module, __: tuple[Any, ...]) -> None:
+        """Begin to keep the outputs of the model."""
+        if not torch.compiler.is_compiling():
+            self._edges = []
+
     def _after_model(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        """Keep the outputs of the model."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        """Keep the outputs of the model in a call of the wrapper; other calls pass nothing on."""
+        if not torch.compiler.is_compiling() and self._edges is not None:
             tensors = tensors_of(output)
             self._edges = [edge_of(t) if t.requires_grad else None for t in tensors]
 
@@ -45,10 +51,10 @@ class PassedOutputs:
         """Note what the outputs of the wrapper are, and forget those of the model."""
         if torch.compiler.is_compiling():
             return
-        for tensor, edge in zip(tensors_of(output), self._edges):
-            if edge is not None:
+        edges, self._edges = self._edges or [], None
+        for tensor, edge in zip(tensors_of(output), edges):
+            if edge is not None and tensor.requires_grad:
                 passed_on_(tensor, edge)
-        self._edges = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return inactive_hook, ()
