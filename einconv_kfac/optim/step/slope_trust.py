@@ -76,7 +76,7 @@ class SlopeTrust:
         self.accept_(self.pending_sample(gradient).tolist())
 
     def pending_sample(self, gradient: Direction) -> Tensor:
-        """Return ``g'.d`` with the next batch's gradient, ``[1]``; ``[0]`` if no ``d`` is kept."""
+        """Return ``g'.d`` with the next batch's gradient, ``[1]``; ``[0]`` if there is none."""
         if not (self._direction and self._slope < 0):
             return torch.zeros(0, dtype=torch.float64)
         kept = {
@@ -84,6 +84,8 @@ class SlopeTrust:
             for n, d in self._direction.items()
             if (g := gradient.get(n)) is not None
         }
+        if not kept:  # the next step trains other parameters
+            return torch.zeros(0, dtype=torch.float64)
         return inner(gradient, kept).reshape(1)
 
     def pending_fraction(self, sample: Tensor) -> float | Tensor:
@@ -139,10 +141,10 @@ class SlopeTrust:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
-        """Take over a state; tensors are copied to the device of the parameters."""
+        """Take over a state; tensors are copied to the device of the parameters that are given."""
         self._average, self._weight = state["average"], state["weight"]
         self._slope, self._moved = state["slope"], state["moved"]
         self._direction = {
-            name: tensor.to(parameters[name].device, copy=True)
+            name: tensor.to(parameters.get(name, tensor).device, copy=True)
             for name, tensor in state["direction"].items()
         }

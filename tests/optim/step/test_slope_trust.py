@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from copy import deepcopy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from optim_cases import Batch, conv_net, image_batch, train_step, weights
+from optim_cases import Batch, assert_same, conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
@@ -124,6 +126,53 @@ def test_nothing_is_learned_from_what_was_not_noted_or_no_descent() -> None:
     trust.drop_()
     trust.sample_({"w": torch.ones(2)})
     assert trust.fraction == pytest.approx(0.5)
+
+
+def test_a_gradient_of_other_parameters_is_no_sample() -> None:
+    trust = sampled(0.5)
+    trust.predict_({"w": torch.ones(2)}, -1.0, 0.0)
+    trust.sample_({"v": torch.ones(2)})
+    assert trust.fraction == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("options", [{}, {"safeguard": True}, {"damping": 0.1, "momentum": 0.5}])
+def test_parts_of_a_model_are_trained_in_turns(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    parts = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)]).double()
+    opt, batch, losses = KFAC(parts, fisher="exact", **options), regression(0), []
+    for number in range(16):
+        for index, part in enumerate(parts):
+            part.requires_grad_(index == number % 2)
+        opt.zero_grad()
+        loss = opt.observe(nn.functional.mse_loss(parts[number % 2](batch[0]), batch[1]))
+        loss.backward()
+        before = weights(parts[1 - number % 2])
+        opt.step()
+        assert torch.equal(before, weights(parts[1 - number % 2]))
+        losses.append(float(loss.detach()))
+    x = torch.cat([batch[0], torch.ones(len(batch[0]), 1, dtype=torch.float64)], dim=1)
+    smallest = (x @ torch.linalg.lstsq(x, batch[1]).solution - batch[1]).square().mean()
+    assert max(losses[-2:]) - smallest < 0.01 * (min(losses[:2]) - smallest)
+
+
+def test_an_error_in_a_step_of_other_parameters_is_shown_and_changes_nothing() -> None:
+    parts = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)]).double()
+    opt, batch = KFAC(parts, fisher="exact"), regression(0)
+
+    def backward(number: int) -> None:
+        opt.zero_grad()
+        opt.observe(nn.functional.mse_loss(parts[number](batch[0]), batch[1])).backward()
+
+    for _ in range(3):
+        backward(0)
+        opt.step()
+    before, state = weights(parts), deepcopy(opt.state_dict())
+    backward(1)
+    fails = mock.patch.object(SlopeTrust, "pending_sample", side_effect=MemoryError("no"))
+    with fails, pytest.raises(MemoryError, match="no"):
+        opt.step()
+    assert torch.equal(before, weights(parts))
+    assert_same(state, opt.state_dict())
 
 
 def test_only_slopes_of_descent_are_corrected() -> None:
