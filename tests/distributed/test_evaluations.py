@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -124,6 +126,33 @@ def test_an_evaluation_of_a_compiled_wrapper_changes_nothing(evaluate: Evaluatio
     found = trained({}, wrapper, evaluate, "eager", uses_all=False)
     bare = trained({}, None, uses_all=False)
     torch.testing.assert_close(found, bare, rtol=1e-9, atol=1e-11)
+
+
+def by_pickle(model: nn.Module) -> nn.Module:
+    found: nn.Module = pickle.loads(pickle.dumps(model))
+    return found
+
+
+@pytest.mark.parametrize("copied", [deepcopy, by_pickle])
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda own: next(iter(own), "plain"))
+def test_a_copy_of_a_wrapper_has_hooks_that_do_nothing(
+    wrapper: dict[str, Any], copied: Callable[[nn.Module], nn.Module]
+) -> None:
+    model, loss_fn = DistributedDataParallel(conv_net(), **wrapper), nn.CrossEntropyLoss()
+    opt, (x, y) = KFAC(model, loss_fn, fisher="exact"), image_batch()
+    loss_fn(model(x), y).backward()
+    opt.step()
+    copy, found = copied(model), []
+    with torch.no_grad():
+        assert torch.equal(copy(x), model(x))
+    for each in (copy, copied(model.module)):
+        again = KFAC(each, loss_fn, fisher="exact")
+        for _ in range(3):
+            again.zero_grad()
+            loss_fn(each(x), y).backward()
+            again.step()
+        found.append(weights(each))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
 
 
 class Traced(torch.autograd.Function):

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from einconv_kfac.curvature.estimation.capture import inactive_hook
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, passed_on_
 from einconv_kfac.curvature.objective.outputs import tensors_of
 
@@ -17,15 +16,20 @@ from einconv_kfac.curvature.objective.outputs import tensors_of
 class PassedOutputs:
     """Notes which tensor of a model each output of its `DistributedDataParallel` is.
 
-    The wrapper copies outputs with ``find_unused_parameters`` or ``static_graph``.
+    The wrapper copies outputs with ``find_unused_parameters`` or ``static_graph``. Copies of the
+    wrapper, by ``deepcopy`` or ``pickle``, have hooks that do nothing.
 
     Args:
-        wrapper: The wrapper.
+        wrapper: The wrapper; ``None`` for a copy.
     """
 
-    def __init__(self, wrapper: nn.parallel.DistributedDataParallel) -> None:
+    def __init__(self, wrapper: nn.parallel.DistributedDataParallel | None = None) -> None:
         self._edges: list[Edge | None] | None = None  # of a call of the wrapper that has not ended
-        self._handles: Sequence[RemovableHandle] = (
+        self._is_active = wrapper is not None
+        self._handles: Sequence[RemovableHandle] = ()
+        if wrapper is None:
+            return
+        self._handles = (
             wrapper.register_forward_pre_hook(self._before_wrapper),
             wrapper.module.register_forward_hook(self._after_model),
             wrapper.register_forward_hook(self._after_wrapper, always_call=True),
@@ -38,7 +42,7 @@ class PassedOutputs:
 
     def _before_wrapper(self, _: nn.Module, __: tuple[Any, ...]) -> None:
         """Begin to keep the outputs of the model."""
-        if not torch.compiler.is_compiling():
+        if self._is_active and not torch.compiler.is_compiling():
             self._edges = []
 
     def _after_model(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -57,4 +61,4 @@ class PassedOutputs:
                 passed_on_(tensor, edge)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return inactive_hook, ()
+        return PassedOutputs, ()
