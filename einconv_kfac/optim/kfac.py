@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.devices.stream_capture import is_capturing
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
+from einconv_kfac.curvature.estimation.preservation import without_gradients
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.curvature.losses.loss_call import is_sum
@@ -232,8 +233,7 @@ class KFAC(CurvatureOptimizer):
         """Detach from the model and the loss for good; no step can be taken after it."""
         self._preconditioner.collector.remove_hooks()
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    @torch.no_grad()
+    @without_gradients
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
+from einconv_kfac.curvature.estimation.preservation import without_gradients
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.distributed.detection import check_whole
@@ -142,8 +143,7 @@ class KFACPreconditioner:
         """Return the names of the parameters that factors cover."""
         return self._curvature.covered()
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    @torch.no_grad()
+    @without_gradients
     def step(self) -> None:
         """Replace the gradients of the covered parameters by preconditioned ones.
 
