@@ -220,6 +220,26 @@ def copied(model: nn.Module, _: KFAC) -> Tensor:
     return loss
 
 
+class Measuring(nn.Module):
+    """A network that looks for the number of its outputs.
+
+    Args:
+        is_late: Whether it does so in each call.
+    """
+
+    def __init__(self, is_late: bool) -> None:
+        super().__init__()
+        self.net, self.is_late = net(), is_late
+        self.size = self.measured()
+
+    def measured(self) -> int:
+        found: Tensor = deepcopy(self.net).to("meta")(torch.empty(1, 5, device="meta").double())
+        return found.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) / (self.measured() if self.is_late else self.size)
+
+
 class Counting(nn.Module):
     """A network that depends on the number of its calls.
 
@@ -442,6 +462,13 @@ CASES: dict[str, Refused] = {
         plain,
         build=lambda: Counting(False),
         remedied=lambda: Counting(True),
+    ),
+    "a layer that is moved": Refused(
+        "must run again.*param must be a Parameter.*cannot move a copy of a layer",
+        plain,
+        plain,
+        build=lambda: Measuring(True),
+        remedied=lambda: Measuring(False),
     ),
     "a generator of its own": Refused(
         "must repeat its output.*random numbers from torch's global generator",

@@ -132,7 +132,7 @@ class ForwardPass:
         args, kwargs = replaced(call.args, call.kwargs, given)
 
         def run() -> Any:
-            return functional_call(called, values, args, kwargs, tie_weights=False)
+            return _called(called, values, args, kwargs)
 
         norms = batch_norms(model)
         values = _values(model, called, parameters, call.environment.buffers, norms)
@@ -146,6 +146,27 @@ class ForwardPass:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(substituted(forwards))
             return found_inputs((*self.inputs, *self.passed), run)
+
+
+def _called(
+    module: nn.Module, values: Direction, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Return what a module returns for other values of parameters and buffers.
+
+    Raises:
+        RuntimeError: If it fails, as it did not when the call was recorded.
+    """
+    try:
+        return functional_call(module, values, args, kwargs, tie_weights=False)
+    except RuntimeError:
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            "The model must run again when a recorded batch is replayed for adaptive=True, got "
+            f"{error!r}. Its parameters are plain tensors then: `forward` cannot move a copy of a "
+            "layer, and must not ask for nn.Parameter. Do this in `__init__`, or pass "
+            "adaptive=False."
+        ) from error
 
 
 def run_all(
