@@ -61,6 +61,19 @@ class Taught(nn.Module):
         return result
 
 
+class Last(nn.Module):
+    """The last output of a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(2, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, _ = self.layer(x.unflatten(1, (2, 2)))
+        last: Tensor = outputs[:, -1]
+        return last
+
+
 PARTS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(4, 3),
     "convolution": lambda: nn.Sequential(
@@ -72,6 +85,8 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "normalized": lambda: nn.Sequential(
         nn.Unflatten(1, (4, 1)), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(4, 3)
     ),
+    "on batch statistics": lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)),
+    "recurrent": Last,
 }
 
 
@@ -93,5 +108,7 @@ def trained(part: str, copied: Copied, options: dict[str, Any]) -> Tensor:
 @pytest.mark.filterwarnings("error", "ignore:Kronecker factors cover:UserWarning")
 def test_a_copied_layer_is_constant(part: str, copied: Copied, options: dict[str, Any]) -> None:
     """As one that is no part of the model: nothing of the replay is copied with the layer."""
+    if part == "on batch statistics" and "curvature_fraction" in options:
+        pytest.skip("examples are not separate")
     found, expected = (trained(part, own, options) for own in (copied, by_state))
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
