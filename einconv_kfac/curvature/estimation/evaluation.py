@@ -13,6 +13,10 @@ from torch.autograd.graph import GradientEdge
 
 from einconv_kfac.curvature.losses import evaluate_loss, has_targets, loss_rule
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, within, zeros_at
+from einconv_kfac.curvature.objective.ignored_labels import (
+    ignores_all_labels,
+    is_mean_of_labels,
+)
 from einconv_kfac.curvature.objective.reading import Reading
 
 
@@ -42,6 +46,10 @@ class Evaluation(Protocol):
     @property
     def is_empty(self) -> bool:
         """Whether no target enters the loss, as if all are ignored."""
+
+    @property
+    def shows_emptiness(self) -> bool:
+        """Whether the loss is not finite if no target enters it, as a mean over targets."""
 
     def like_outputs(self) -> Sequence[Tensor]:
         """Return tensors like the outputs."""
@@ -104,6 +112,11 @@ class RuleEvaluation:
         """See `Evaluation`."""
         return not has_targets(self.loss_fn, self.output, self.target)
 
+    @property
+    def shows_emptiness(self) -> bool:
+        """See `Evaluation`."""
+        return getattr(self.loss_fn, "reduction", "") == "mean"
+
     def like_outputs(self) -> Sequence[Tensor]:
         """See `Evaluation`."""
         return (self.output.detach(),)
@@ -158,7 +171,12 @@ class ReadEvaluation:
     @property
     def is_empty(self) -> bool:
         """See `Evaluation`."""
-        return False
+        return ignores_all_labels(self.reading.graph)
+
+    @property
+    def shows_emptiness(self) -> bool:
+        """See `Evaluation`."""
+        return is_mean_of_labels(self.reading.graph)
 
     def like_outputs(self) -> Sequence[Tensor]:
         """See `Evaluation`."""

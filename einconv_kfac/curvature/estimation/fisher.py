@@ -221,7 +221,7 @@ class FisherEstimator:
 
         The gradients of the weights are taken, in a backward pass for each example and each root
         vector, or of all examples together for `WEIGHT_SAMPLES` samples of ``"mc"``, which are
-        independent between examples.
+        independent between examples. A batch of which no target counts is left out, see `add_`.
 
         Args:
             moments: By layer name.
@@ -239,6 +239,8 @@ class FisherEstimator:
                 f"`fisher` must have gradients for weights that are used past the calls of their "
                 f"layers, as those of {names}, got 'forward-only'. Leave them out: exclude={names}."
             )
+        if evaluation.is_empty:
+            return
         examples, is_empirical = evaluation.examples, self.fisher == "empirical"
         scale = 1.0 if is_sum(self.loss_fn) else float(examples ** (2 if is_empirical else 1))
         for layer in layers:

@@ -205,10 +205,9 @@ class Collector:
         with self._capture.paused():  # checkpointed layers run again
             others = [call for call in own if call.layer not in past]
             if others:
-                # the mean over no target is not finite, so that its step is skipped
-                is_mean = getattr(self._estimator.loss_fn, "reduction", "") == "mean"
+                # a step whose loss is not finite is skipped
                 batch = moments, others, evaluation, generator
-                self._estimator.add_(*batch, may_be_empty=not is_mean)
+                self._estimator.add_(*batch, may_be_empty=not evaluation.shows_emptiness)
             if past:
                 layers = [self._layers[name] for name in past]
                 self._estimator.add_weights_(moments, layers, evaluation, generator, together=True)

@@ -55,6 +55,11 @@ class WeightedEvaluation:
         """See `Evaluation`."""
         return self.evaluation.is_empty
 
+    @property
+    def shows_emptiness(self) -> bool:
+        """See `Evaluation`."""
+        return self.evaluation.shows_emptiness
+
     def like_outputs(self) -> Sequence[Tensor]:
         """See `Evaluation`."""
         return self.evaluation.like_outputs()

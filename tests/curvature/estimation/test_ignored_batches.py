@@ -61,6 +61,59 @@ def test_padding_is_as_absent(
     assert_equal(kronecker_factors(model(), loss_fn, [*data, padding()], **own), expected)
 
 
+class SharedWeight(nn.Module):
+    """A model that uses the weight of a layer past its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.layer(x))
+        return nn.functional.linear(hidden, self.layer.weight)[:, :3]
+
+
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("make", [model, lambda: SharedWeight().double()])
+@pytest.mark.parametrize("is_module", [False, True])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_padding_is_as_absent_from_functions(
+    fisher: Any, is_module: bool, make: Any, options: dict[str, Any]
+) -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return 2 * nn.functional.cross_entropy(output, target, **options)
+
+    loss_fn = nn.CrossEntropyLoss(**options) if is_module else loss
+    own, data = make(), [batch(6, 0), batch(3, 1)]
+    expected = kronecker_factors(own, loss_fn, data, fisher=fisher)
+    for padded in ([padding(), *data], [data[0], padding(), data[1], padding()]):
+        assert_equal(kronecker_factors(own, loss_fn, padded, fisher=fisher), expected)
+
+
+def penalised(output: Tensor, target: Tensor) -> Tensor:
+    scores = nn.functional.cross_entropy(output, target, ignore_index=2, reduction="sum")
+    return scores / len(target) + output.square().mean()
+
+
+def unreduced(output: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output, target, ignore_index=2, reduction="none").mean()
+
+
+def hinge(output: Tensor, target: Tensor) -> Tensor:
+    scores = nn.functional.cross_entropy(output, target, ignore_index=2, reduction="sum")
+    return scores / len(target) + (output - 1000).relu().mean()
+
+
+@pytest.mark.parametrize("loss", [penalised, unreduced, hinge])
+def test_padding_counts_that_enters_a_loss(loss: Any) -> None:
+    linear, (x, y) = nn.Linear(4, 3).double(), batch(5, 0)
+    x = x[:1].expand(5, 4)
+    nothing = torch.full((5,), 2)
+    got = kronecker_factors(linear, loss, [(x, y), (x, nothing)], fisher="exact")[""].to_dense()
+    both = torch.cat([x, x]), torch.cat([y, nothing])
+    torch.testing.assert_close(got, dense_ggn(linear, loss, *both, ""))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_block_is_the_ggn_of_what_counts(reduction: str) -> None:
     linear, (x, y) = nn.Linear(4, 3).double(), batch(1, 0)
