@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.estimation.evaluation import Evaluation
+from einconv_kfac.curvature.estimation.evaluation import Evaluation, RuleEvaluation
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.losses.loss_call import is_sum
 from einconv_kfac.distributed.workers import Workers
@@ -21,6 +21,10 @@ MIXED_SIGNS = (
     "All losses of a step must have weights of the same sign, got {} and {}, whose curvature is a "
     "difference and may have no inverse. Pass the whole loss to `observe`, before "
     "`loss.backward()`: `loss = optimizer.observe(first - second)`."
+)
+REDUCTIONS = (
+    "`loss_fn.reduction` must be the same from the calls of the loss to their backward passes, and "
+    "for all losses of a step, got a mean and a sum. Change it after `step` alone."
 )
 ROOT = (
     "The square root of the ratio of two losses' weights, which must have the same sign (pass the "
@@ -63,11 +67,18 @@ class LossWeights:
         self._mixed: tuple[float, float] | None = None
         self._scaler: Number = 1.0
         self._by_layer: Mapping[str, Tensor] = {}
+        self._recorded_sums: bool | None = None
         self.roots: list[Tensor] = []
+
+    @property
+    def _sums(self) -> bool:
+        """Whether the losses are sums over examples, not means, as when they were recorded."""
+        recorded = self._recorded_sums
+        return is_sum(self._estimator.loss_fn) if recorded is None else recorded
 
     def shares(self) -> BatchShares:
         """Return the shares of batches in the sums of a layer, before the first."""
-        return BatchShares(is_sum(self._estimator.loss_fn), self._is_absolute)
+        return BatchShares(self._sums, self._is_absolute)
 
     def next_(self, weight: Tensor, evaluation: Evaluation) -> Evaluation | None:
         """Take the next loss, and return it; ``None`` if it contributes nothing.
@@ -75,7 +86,11 @@ class LossWeights:
         Args:
             weight: The derivative of the objective with respect to the loss.
             evaluation: The loss, whose weight is in its vectors if the host does not read it.
+
+        Raises:
+            RuntimeError: If losses of the step are means and sums.
         """
+        self._keep_reduction_(evaluation)
         is_read = weight.device.type == "cpu" and not isinstance(self._first, Tensor)
         own = self._known_(float(weight)) if is_read else self._unread_(weight)
         if own is None:
@@ -85,6 +100,21 @@ class LossWeights:
             return evaluation
         self.roots.append(own.sqrt())
         return WeightedEvaluation(evaluation, self.roots[-1])
+
+    def _keep_reduction_(self, evaluation: Evaluation) -> None:
+        """Keep the reduction of a loss; it may change once the step has been taken.
+
+        Raises:
+            RuntimeError: If it differs from that of an earlier loss, or has changed since the call.
+        """
+        found = {is_sum(self._estimator.loss_fn)}
+        if isinstance(evaluation, RuleEvaluation):
+            found.add(is_sum(evaluation.loss_fn))
+        if self._recorded_sums is not None:
+            found.add(self._recorded_sums)
+        if len(found) > 1:
+            raise RuntimeError(REDUCTIONS)
+        (self._recorded_sums,) = found
 
     def _known_(self, weight: float) -> float | None:
         """Return the weight of a loss by the first, which the host has read.
@@ -129,13 +159,12 @@ class LossWeights:
             due: Names of the layers whose factors are due, in the order of all workers.
             scaler: The factor that the batches' weights were divided by since they were recorded.
         """
-        sums = is_sum(self._estimator.loss_fn)
         if self._has_zeros:
             on_host = [b.weight.device.type == "cpu" for b in batches]
             batches = [
                 b for b, own in zip(batches, on_host) if not own or float(b.weight)
             ] or batches
-        self._by_layer = layer_weights(batches, due, sums, self._workers)
+        self._by_layer = layer_weights(batches, due, self._sums, self._workers)
         self._scaler = scaler
 
     def scales(self, moments: Mapping[str, LayerSums]) -> dict[str, tuple[float, Tensor | None]]:
@@ -162,7 +191,7 @@ class LossWeights:
                 if key not in found:
                     found[key] = _times(weight, own.shares.correction(own.examples))
                 weight = found[key]
-            scales[name] = self._estimator.scale(own.examples), weight
+            scales[name] = (float(own.examples) if self._sums else 1.0), weight
         return scales
 
 
