@@ -47,6 +47,7 @@ def trained(inside: str, make: Any, options: dict[str, Any]) -> Tensor:
         (KFAC, {"inverse": "exact", "safeguard": True}),
         (KFAC, {"inverse": "ekfac", "factor_fraction": 0.5}),
         (KFAC, {"adaptive": False, "lr": 0.05}),
+        (KFAC, {"adaptive": False, "lr": 0.05, "fisher": "empirical"}),
         (KFAC, {"adaptive": False, "lr": 0.05, "fallback": "adam", "nesterov": True}),
     ],
 )
@@ -54,3 +55,18 @@ def test_a_step_inside_the_block_is_that_outside(make: Any, options: dict[str, A
     outside = trained("forward", make, options)
     for inside in ("backward", "step"):
         assert torch.equal(trained(inside, make, options), outside)
+
+
+def test_empirical_fisher_is_of_the_gradients_that_were_backpropagated() -> None:
+    torch.manual_seed(0)
+    model, loss_fn = nn.Linear(16, 4), nn.CrossEntropyLoss()
+    opt, found = KFACPreconditioner(model, loss_fn, fisher="empirical"), list[Tensor]()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(torch.randn(64, 16))
+        loss = loss_fn(output, torch.randint(4, (64,)))
+    output.register_hook(found.append)
+    loss.backward()
+    opt.step()
+    rows = 64 * found[0].double()
+    _, b = opt.state_dict()["layers"][""]["factors"]
+    torch.testing.assert_close(b[0].double(), rows.mT @ rows / 64, rtol=1e-5, atol=1e-7)

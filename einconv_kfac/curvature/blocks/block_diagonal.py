@@ -14,12 +14,14 @@ from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.blocks.own_precision import in_own_precision
 from einconv_kfac.curvature.blocks.sums import SumBlock, added, pooled_block
 
 CURVATURE_STATE_VERSION = 1
 """Version of the format of `KroneckerFactors.state_dict`."""
 
 
+@in_own_precision
 class KroneckerFactors(Mapping[str, Any]):
     """Curvature of a model by layer name: an immutable, block-diagonal operator.
 

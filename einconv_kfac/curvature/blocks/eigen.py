@@ -12,11 +12,13 @@ from torch import Generator, Tensor
 from einconv_kfac.curvature.blocks.batching import batched
 from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.blocks.own_precision import in_own_precision
 from einconv_kfac.curvature.devices.products import product
 
 _SMALLEST_SCALE = torch.finfo(torch.float64).tiny
 
 
+@in_own_precision
 @dataclass(frozen=True, eq=False)
 class EigenBlock:
     """A block ``(U_B (x) U_A) diag(values) (U_B (x) U_A)^T`` per channel group.

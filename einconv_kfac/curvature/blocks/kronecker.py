@@ -23,8 +23,10 @@ from einconv_kfac.curvature.blocks.eigen import (
     decompositions,
 )
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.blocks.own_precision import in_own_precision
 
 
+@in_own_precision
 @dataclass(frozen=True, eq=False)
 class KroneckerBlock:
     """One layer's block of the Fisher or GGN: ``scale * B[g] (x) A[g]`` per channel group.

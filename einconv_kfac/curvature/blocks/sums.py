@@ -13,8 +13,10 @@ from einconv_kfac.curvature.blocks.block import Block
 from einconv_kfac.curvature.blocks.diagonal_factor import inner_product
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.blocks.own_precision import in_own_precision
 
 
+@in_own_precision
 @dataclass(frozen=True, eq=False)
 class SumBlock:
     """The sum of blocks of the same parameters, kept as its terms.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -70,19 +71,22 @@ class RuleEvaluation:
         output: The output, ``[n, ...]``.
         target: The target, or several as a tuple.
         given: The loss of the two, if it was computed already.
+        settings: Returns a context in which it is computed, with the settings of autocast.
     """
 
     loss_fn: nn.Module
     output: Tensor
     target: Any
     given: Tensor | None = None
+    settings: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @cached_property
     def loss(self) -> Tensor:
         """See `Evaluation`."""
         if self.given is not None:
             return self.given
-        return evaluate_loss(self.loss_fn, self.output, self.target)
+        with self.settings():
+            return evaluate_loss(self.loss_fn, self.output, self.target)
 
     @property
     def heads(self) -> Sequence[Tensor]:

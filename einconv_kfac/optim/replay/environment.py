@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from einconv_kfac.optim.model_walk import named_modules, parameters_in
 
@@ -33,6 +34,18 @@ class Autocast:
     device_type: str
     enabled: bool
     dtype: torch.dtype
+
+    @staticmethod
+    def now(device_type: str) -> Autocast:
+        """Return the present settings."""
+        enabled = torch.is_autocast_enabled(device_type)
+        return Autocast(device_type, enabled, torch.get_autocast_dtype(device_type))
+
+    def restored(self) -> torch.autocast:
+        """Return a context with these settings."""
+        return torch.autocast(
+            self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False
+        )
 
 
 @contextmanager
@@ -63,6 +76,7 @@ class Environment:
         autocast: The settings of autocast.
         buffers: Copies of buffers that the pass may change, by name.
         training: Whether each module was in training mode.
+        rates: The rate of each module that is a dropout, in the same order; ``None`` of others.
         python_random: State of the generator of Python's ``random``; ``None`` if it is not used.
         numpy_random: State of numpy's global generator; ``None`` if it is not used.
     """
@@ -72,25 +86,25 @@ class Environment:
     autocast: Autocast
     buffers: dict[str, Tensor]
     training: tuple[bool, ...]
+    rates: tuple[float | None, ...] = ()
     python_random: tuple[Any, ...] | None = None
     numpy_random: dict[str, Any] | None = None
 
     @staticmethod
     def now(
-        modules: Iterable[nn.Module],
+        modules: Collection[nn.Module],
         parameters: Iterable[nn.Parameter],
         buffers: dict[str, Tensor],
     ) -> Environment:
         """Return the present environment of a model, with the given copies of its buffers."""
         devices = {parameter.device for parameter in parameters}
         kind = next(iter(devices)).type
-        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         indices = {device.index for device in devices if device.type == "cuda"}
         cuda = {index: torch.cuda.get_rng_state(index) for index in indices}
         training = tuple(module.training for module in modules)
-        autocast = Autocast(kind, enabled, dtype)
-        own = random.getstate(), _numpy_state()
-        return Environment(torch.get_rng_state(), cuda, autocast, buffers, training, *own)
+        rates = tuple(module.p if isinstance(module, _DropoutNd) else None for module in modules)
+        autocast, own = Autocast.now(kind), (random.getstate(), _numpy_state())
+        return Environment(torch.get_rng_state(), cuda, autocast, buffers, training, rates, *own)
 
     def after_call(self) -> Environment:
         """Return what a call that has ended depended on; generators only if it drew numbers."""
@@ -113,12 +127,7 @@ class Environment:
         Args:
             model: The model.
         """
-        autocast = torch.autocast(
-            self.autocast.device_type,
-            dtype=self.autocast.dtype,
-            enabled=self.autocast.enabled,
-            cache_enabled=False,
-        )
+        autocast = self.autocast.restored()
         forked = torch.random.fork_rng(devices=list(self.cuda_random))
         modes, others = self._modes_restored(model), self._generators_restored()
         with ONE_THREAD, forked, autocast, modes, others:
@@ -141,16 +150,22 @@ class Environment:
 
     @contextmanager
     def _modes_restored(self, model: nn.Module) -> Iterator[None]:
-        """Restore the training mode of each module inside the block."""
+        """Restore the training mode of each module, and rates of dropout, inside the block."""
         modules = named_modules(model).values()
         switched = [m for m, mode in zip(modules, self.training) if m.training != mode]
+        pairs: Iterable[tuple[Any, float | None]] = zip(modules, self.rates)
+        rated = [(m, rate, m.p) for m, rate in pairs if rate is not None and m.p != rate]
         for module in switched:
             module.training = not module.training
+        for dropout, rate, _ in rated:
+            dropout.p = rate
         try:
             yield
         finally:
             for module in switched:
                 module.training = not module.training
+            for dropout, _, rate in rated:
+                dropout.p = rate
 
     def precision(self, dtype: torch.dtype) -> float:
         """Return the machine epsilon of computations whose result has a data type."""

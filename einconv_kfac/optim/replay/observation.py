@@ -20,6 +20,7 @@ from einconv_kfac.curvature.objective.loss_model import GivenLoss
 from einconv_kfac.curvature.objective.reading import Reading
 from einconv_kfac.distributed.stored import graph_leaf
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.environment import Autocast
 from einconv_kfac.optim.replay.loss_input import Inside, LossInput, Returned
 from einconv_kfac.optim.replay.pending import (
     ObservedLoss,
@@ -72,7 +73,7 @@ class GivenObservation:
     ) -> None:
         self._loss_fn, self._loss, self._layer_calls = loss_fn, loss, layer_calls
         self._output, *self._targets = arguments
-        self._owner = owner
+        self._owner, self._autocast = owner, Autocast.now(self._output.device.type)
         self._written = Versions([("the output", self._output.detach())])
         self._versions = Versions(("a target of the loss", target) for target in self._targets)
 
@@ -100,7 +101,8 @@ class GivenObservation:
         """See `Observation`."""
         targets = self._targets
         target = targets[0] if len(targets) == 1 else Targets(targets)
-        return RuleEvaluation(self._loss_fn, self._output, target), self._layer_calls
+        own = self._loss_fn, self._output, target
+        return RuleEvaluation(*own, settings=self._autocast.restored), self._layer_calls
 
     def batch(self, evaluation: Evaluation, weight: Tensor, *, replayed: bool) -> Batch:
         """See `Observation`."""
