@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from einconv_kfac.curvature.estimation.call_checks import check_call
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.example_layout import (
     SCATTERED,
@@ -250,34 +251,6 @@ def _guessed(call: LayerCall, examples: int, scattered: set[str]) -> ExampleLayo
     """Return the layout of a call that no probe reached, as those of examples that it lacks."""
     possible = candidates(call.x.shape, call.y_shape, examples)
     return possible[0] if possible and call.layer not in scattered else SCATTERED
-
-
-def scattered_rows(layer: str) -> ValueError:
-    """Return the error for rows that are not known to belong to certain examples."""
-    return ValueError(
-        f"The calls of '{layer}' must each have rows of all examples in the same order, got calls "
-        "of some examples, or rows in no regular order. Use approximation='expand', a `fisher` "
-        "with gradients, factor_fraction=1, and no squared gradients of examples ('ekfac', "
-        f"'diagonal'), or leave the layer out: exclude=['{layer}']."
-    )
-
-
-def check_call(call: LayerCall) -> None:
-    """Raise a ``ValueError`` if a call does not show what a layer computes for a batch."""
-    kind = type(call.module).__name__
-    if not call.is_batch:
-        is_empty = call.x.shape[:1] == (0,)
-        remedy = "Add a batch dimension with `x.unsqueeze(0)`"
-        raise ValueError(
-            f"The input of '{call.layer}' ({kind}) must be a non-empty batch [n, ...], got shape "
-            f"{list(call.x.shape)}. {'Leave out such batches' if is_empty else remedy}."
-        )
-    if not call.is_own:
-        raise ValueError(
-            f"The first forward hook of '{call.layer}' ({kind}) must be the one that records its "
-            "output, got another one before it, which may change the output. Register it without "
-            f"`prepend` and not for all modules, or leave the layer out: exclude=['{call.layer}']."
-        )
 
 
 def normalises_batches(outputs: Sequence[Tensor | GradientEdge]) -> bool:

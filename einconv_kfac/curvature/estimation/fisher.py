@@ -14,9 +14,8 @@ from einconv_kfac.curvature.estimation.arrangement import (
     ArrangedCall,
     Arrangement,
     Layouts,
-    check_call,
-    scattered_rows,
 )
+from einconv_kfac.curvature.estimation.call_checks import check_call, scattered_rows
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.estimation.evaluation import Evaluation, empirical_roots, loss_gradients
 from einconv_kfac.curvature.estimation.example_layout import only

@@ -1,0 +1,46 @@
+"""Calls of layers whose factors cannot be computed."""
+
+from __future__ import annotations
+
+import torch
+
+from einconv_kfac.curvature.estimation.capture import LayerCall
+
+SPARSE_LAYOUTS = frozenset(
+    {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+)
+"""The layouts of tensors that keep the entries other than zero."""
+
+
+def scattered_rows(layer: str) -> ValueError:
+    """Return the error for rows that are not known to belong to certain examples."""
+    return ValueError(
+        f"The calls of '{layer}' must each have rows of all examples in the same order, got calls "
+        "of some examples, or rows in no regular order. Use approximation='expand', a `fisher` "
+        "with gradients, factor_fraction=1, and no squared gradients of examples ('ekfac', "
+        f"'diagonal'), or leave the layer out: exclude=['{layer}']."
+    )
+
+
+def check_call(call: LayerCall) -> None:
+    """Raise a ``ValueError`` if a call does not show what a layer computes for a batch."""
+    kind = type(call.module).__name__
+    if call.x.layout in SPARSE_LAYOUTS:
+        raise ValueError(
+            f"The input of '{call.layer}' ({kind}) must be dense, got a sparse tensor "
+            f"({call.x.layout}). Pass `x.to_dense()`, or leave the layer out: "
+            f"exclude=['{call.layer}']."
+        )
+    if not call.is_batch:
+        is_empty = call.x.shape[:1] == (0,)
+        remedy = "Add a batch dimension with `x.unsqueeze(0)`"
+        raise ValueError(
+            f"The input of '{call.layer}' ({kind}) must be a non-empty batch [n, ...], got shape "
+            f"{list(call.x.shape)}. {'Leave out such batches' if is_empty else remedy}."
+        )
+    if not call.is_own:
+        raise ValueError(
+            f"The first forward hook of '{call.layer}' ({kind}) must be the one that records its "
+            "output, got another one before it, which may change the output. Register it without "
+            f"`prepend` and not for all modules, or leave the layer out: exclude=['{call.layer}']."
+        )
