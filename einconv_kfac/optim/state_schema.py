@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -41,7 +42,16 @@ class Leaf:
             raise ValueError(f"`state_dict` must have {self.rule} at {path}, got {shown(value)}.")
 
 
-NUMBER = Leaf("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool))
+def _is_number_tensor(value: Any) -> bool:
+    """Return whether a value is a tensor of real or complex numbers, none of them NaN."""
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return False
+    return not bool(value.isnan().any())
+
+
+NUMBER = Leaf(
+    "a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and not isnan(v)
+)
 COUNT = Leaf(
     "an integer that is not negative",
     lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
@@ -49,10 +59,7 @@ COUNT = Leaf(
 FLAG = Leaf("True or False", lambda v: isinstance(v, bool))
 INTEGER = Leaf("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
 TEXT = Leaf("a text", lambda v: isinstance(v, str))
-FLOATING = Leaf(
-    "a floating-point tensor",
-    lambda v: isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()),
-)
+FLOATING = Leaf("a floating-point tensor without NaN", _is_number_tensor)
 
 
 NOTHING = Leaf("None", lambda v: v is None)
@@ -62,11 +69,9 @@ def tensor_of(shape: Sequence[int]) -> Leaf:
     """Return the schema of a tensor of real or complex numbers with a shape."""
 
     def holds(value: Any) -> bool:
-        if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
-            return False
-        return value.is_floating_point() or value.is_complex()
+        return _is_number_tensor(value) and tuple(value.shape) == tuple(shape)
 
-    return Leaf(f"a floating-point tensor of shape {list(shape)}", holds)
+    return Leaf(f"a floating-point tensor of shape {list(shape)} without NaN", holds)
 
 
 def constant(expected: str) -> Leaf:
