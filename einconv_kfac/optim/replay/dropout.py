@@ -17,9 +17,10 @@ _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 def batch_masks(model: nn.Module, subset: Subset) -> Forwards:
     """Return forward methods of a model's dropout layers that draw masks for the whole batch.
 
-    The activations of each example are thereby dropped as in the recorded forward pass.
+    The activations of each example are thereby dropped as in the recorded forward pass, whose
+    training modes are restored later.
     """
-    dropping = (m for m in model.modules() if type(m) in _DROPOUT and m.training)
+    dropping = (m for m in model.modules() if type(m) in _DROPOUT)
     return {module: partial(_masked, module, subset) for module in dropping}
 
 
