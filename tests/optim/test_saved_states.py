@@ -12,6 +12,7 @@ import torch
 from optim_cases import assert_same, conv_net, image_batch, train_step, weights
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -210,12 +211,13 @@ def test_a_hook_that_fails_after_loading_takes_it_back() -> None:
     assert_same(before, opt.state_dict())
 
 
+@pytest.mark.parametrize("is_full", [False, True])
 @pytest.mark.parametrize("options", MODES)
-def test_states_survive_distributed_checkpoints(options: dict[str, Any]) -> None:
+def test_states_survive_distributed_checkpoints(options: dict[str, Any], is_full: bool) -> None:
     model, opt = trained(3, **options)
     opt.zero_grad()
-    buffer = io.BytesIO()
-    torch.save(get_optimizer_state_dict(model, opt), buffer)
+    buffer, own = io.BytesIO(), StateDictOptions(full_state_dict=is_full)
+    torch.save(get_optimizer_state_dict(model, opt, options=own), buffer)
     buffer.seek(0)
     state = torch.load(buffer, weights_only=True)
     other = deepcopy(model)
