@@ -34,6 +34,11 @@ from einconv_kfac.optim.vectors import Direction, first_not_finite, norms
 NOT_APPLIED = (
     "The preconditioned gradient of '{}' was not finite; the gradients were left as they were."
 )
+NOTHING_COVERED = (
+    "KFACPreconditioner covers no parameter of the model, so `step` leaves all gradients as they "
+    "are. `einconv_kfac.coverage(model)` has the reasons; "
+    "`einconv_kfac.curvature.register_layer` adds a rule."
+)
 
 
 class KFACPreconditioner:
@@ -133,6 +138,10 @@ class KFACPreconditioner:
         except BaseException:
             self.remove_hooks()
             raise
+        is_whole = parameters is None and isinstance(exclude, tuple) and not exclude
+        is_trained = any(parameter.requires_grad for parameter in model.parameters())
+        if is_whole and is_trained and not self.covered():
+            warnings.warn(NOTHING_COVERED, UserWarning, stacklevel=2)
 
     @property
     def steps(self) -> int:

@@ -250,3 +250,13 @@ def test_the_text_of_an_optimizer_names_model_mode_and_what_is_automatic() -> No
     for part in ("damping: 0.5", "weight_decay: 0.125", "parameters: 6"):
         assert part in text
     assert "automatic" not in repr(KFAC(conv_net(), nn.CrossEntropyLoss(), **FIXED))
+
+
+def test_a_preconditioner_of_nothing_says_so() -> None:
+    model, loss_fn = nn.Sequential(nn.PReLU()), nn.MSELoss()
+    with pytest.warns(UserWarning, match="covers no parameter.*register_layer"):
+        preconditioner = KFACPreconditioner(model, loss_fn)
+    loss_fn(model(torch.tensor([[-1.0]])), torch.ones(1, 1)).backward()
+    (before,) = (p.grad.clone() for p in model.parameters() if p.grad is not None)
+    preconditioner.step()
+    assert torch.equal(model[0].weight.grad, before)

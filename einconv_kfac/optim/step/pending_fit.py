@@ -65,15 +65,19 @@ class PendingFit:
         self.products.pending = self.pending
         return quadratic_model(replay, self.objective, self.directions, self.products)
 
-    def minimum(self, model: QuadraticModel, trusted: QuadraticModel, damping: float) -> Fit:
+    def minimum(
+        self, model: QuadraticModel, trusted: QuadraticModel, damping: float, *, is_noisy: bool
+    ) -> Fit:
         """Return the step at the minimum of the damped model, without a bound on its length.
 
         Args:
             model: The model.
             trusted: The model with the slopes that are trusted.
             damping: The damping.
+            is_noisy: Whether batches differ, so that no descent direction is followed uphill.
         """
-        coefficients = trusted.minimum(damping, self.fixed)
+        find = trusted.downhill if is_noisy else trusted.minimum
+        coefficients = find(damping, self.fixed)
         along = Along.of(model, trusted, coefficients, damping)
         unknown = coefficients[:0] if model.unobserved is None else model.unobserved
         numbers = torch.cat([along, coefficients, unknown]).tolist()

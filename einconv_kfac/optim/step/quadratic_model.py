@@ -60,6 +60,29 @@ class QuadraticModel:
         c[free] = -_solve(matrix[free][:, free], (self.slope + matrix @ c)[free])
         return c
 
+    def downhill(self, damping: float, fixed: Mapping[int, float] | None = None) -> Tensor:
+        """Return `minimum` where it follows no direction uphill, else separate minima ``[m]``.
+
+        The minimum of one batch follows a direction uphill to make up for another one, which is
+        along the noise of this batch as much as along what batches share. The minima along single
+        directions, with the common length that minimises the model, do not.
+
+        Args:
+            damping: Multiple of the identity that is added to the curvature.
+            fixed: Coefficients that are given, by index; these may be of either sign.
+        """
+        fixed = fixed or {}
+        free = [index for index in range(len(self.slope)) if index not in fixed]
+        c = self.minimum(damping, fixed)
+        if not bool((self.slope * c)[free].gt(0).any()):
+            return c
+        matrix = self.curvature + damping * self.gram
+        right = self.slope + matrix @ c.index_fill(0, torch.tensor(free), 0)
+        own = matrix[free][:, free]
+        separate = -torch.where(own.diagonal() > 0, self.slope[free] / own.diagonal(), 0.0)
+        c[free] = separate * -(right[free] @ separate) / (separate @ own @ separate)
+        return c
+
     def change(self, coefficients: Tensor, damping: float) -> Tensor:
         """Return ``M(u)``, the predicted change of the damped objective."""
         return self.slope @ coefficients + self.bend(coefficients, damping) / 2

@@ -192,7 +192,8 @@ class SubspaceFit:
         objective, momentum = pending.objective, pending.momentum
         model = pending.model(self._curvature.replay)
         trusted = self._trust.corrected(model, pending.descents)
-        fit = pending.minimum(model, trusted, damping)
+        is_noisy = not self._agreement.is_close
+        fit = pending.minimum(model, trusted, damping, is_noisy=is_noisy)
         if not math.isfinite(fit.expected):
             return SolvedFit(pending, fit)
         update = fit.update(objective)

@@ -109,6 +109,37 @@ def test_minimum_has_no_slope_left_and_keeps_what_is_fixed() -> None:
     assert model.change(free, 0.1) < model.change(fixed, 0.1)
 
 
+def test_downhill_is_the_minimum_or_that_along_the_separate_minima() -> None:
+    generator, uphill = torch.Generator().manual_seed(0), 0
+    for _ in range(50):
+        root = torch.randn(2, 2, generator=generator).double()
+        slope = torch.randn(2, generator=generator).double()
+        model = QuadraticModel(slope, root @ root.T, torch.eye(2).double())
+        found, damped = model.downhill(0.1), model.curvature + 0.1 * model.gram
+        whole = -torch.linalg.solve(damped, slope)
+        if bool((slope * whole < 0).all()):
+            torch.testing.assert_close(found, whole, **EXACT)
+            continue
+        uphill += 1
+        assert bool((slope * found < 0).all())
+        separate = -slope / damped.diagonal()
+        torch.testing.assert_close(found[0] * separate[1], found[1] * separate[0], **EXACT)
+        left = found @ (damped @ found + slope)  # no slope along the step is left
+        torch.testing.assert_close(left, torch.zeros(()).double(), **EXACT)
+    assert 5 < uphill < 45
+
+
+def test_downhill_keeps_what_is_fixed() -> None:
+    slope = torch.tensor([-1.0, -0.1, -1.0], dtype=torch.float64)
+    coupled = torch.eye(3, dtype=torch.float64)
+    coupled[0, 1] = coupled[1, 0] = 0.9
+    model = QuadraticModel(slope, coupled, torch.zeros(3, 3).double())
+    assert model.minimum(0.0)[1] < 0
+    found = model.downhill(0.0, {2: -0.5})
+    expected = torch.tensor([1.01 / 1.19, 0.101 / 1.19, -0.5], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
 def test_minimum_ignores_a_direction_whose_square_underflows() -> None:
     matrix = torch.tensor([[1.0, 1e-30], [1e-30, 0.0]]).double()
     model = QuadraticModel(

@@ -80,6 +80,34 @@ def test_nor_does_one_with_a_given_damping(damping: float) -> None:
     assert max(changes) == pytest.approx(GIVEN_CHANGE, rel=1e-9)
 
 
+class Shifted(nn.Module):
+    """A shift without factors, beside a layer that can make up for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(36, 8), nn.Linear(8, 3)
+        self.shift = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(torch.tanh(self.first(x.flatten(1)) + self.shift))
+        return result
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_no_parameter_without_factors_goes_uphill_where_batches_differ(differ: bool) -> None:
+    model, loss_fn = Shifted().double(), nn.CrossEntropyLoss()
+    opt, uphill = KFAC(model, loss_fn), 0
+    for seed in range(40):
+        before = model.shift.detach().clone()
+        slow = opt.state[model.shift].get(slow_momentum.BUFFER, torch.zeros(8)).clone()
+        train_step(model, loss_fn, opt, image_batch(32, seed=seed if differ else 0))
+        own = model.shift.detach() - before - opt.statistics()["momentum"] * slow
+        assert model.shift.grad is not None
+        uphill += float(own @ model.shift.grad) > 1e-12
+    assert (uphill == 0) == differ
+
+
 def test_the_change_is_that_of_the_outputs() -> None:
     """The running factors of one batch measure the outputs of the layers on it."""
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
