@@ -49,9 +49,14 @@ def _is_number_tensor(value: Any) -> bool:
     return not bool(value.isnan().any())
 
 
-NUMBER = Leaf(
-    "a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and not isnan(v)
-)
+def _is_number(value: Any) -> bool:
+    """Return whether a value is an integer of any size, or a float that is not NaN."""
+    if isinstance(value, float):
+        return not isnan(value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+NUMBER = Leaf("a number", _is_number)
 COUNT = Leaf(
     "an integer that is not negative",
     lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,

@@ -13,6 +13,7 @@ from torch import nn
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim import LevenbergMarquardt
+from einconv_kfac.optim.state_schema import NUMBER
 
 Options = dict[str, Any]
 LOSS_FN = nn.CrossEntropyLoss()
@@ -289,3 +290,9 @@ def test_nan_is_refused(path: tuple[Any, ...], words: str) -> None:
     part[last] = known
     opt.load_state_dict(state)
     check_training(model, opt)
+
+
+def test_an_integer_that_no_float_holds_is_a_number() -> None:
+    NUMBER.check("'rule'.damping", 10**400)
+    with pytest.raises(ValueError, match=r"a number at 'rule'\.damping, got True"):
+        NUMBER.check("'rule'.damping", True)
