@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from types import FunctionType
@@ -34,17 +34,21 @@ def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch._C._is_any_autocast_enabled():
             return method(*args, **kwargs)
-        with _autocast_disabled():
+        with autocast_disabled():
             return method(*args, **kwargs)
 
     return run
 
 
 @contextmanager
-def _autocast_disabled() -> Iterator[None]:
-    """Disable autocast inside the block, on all devices where it is on."""
+def autocast_disabled(devices: Iterable[str] = DEVICES) -> Iterator[None]:
+    """Disable autocast inside the block, on those devices where it is on.
+
+    Args:
+        devices: Types of devices.
+    """
     with ExitStack() as stack:
-        for device in DEVICES:
+        for device in devices:
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from einconv_kfac.curvature.blocks.own_precision import autocast_disabled
 from einconv_kfac.optim.model_walk import named_modules, parameters_in
 
 ONE_THREAD = threading.RLock()
@@ -59,10 +60,7 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
         yield
         return
     kinds = {parameter.device.type for parameter in parameters_in(named_modules(model).values())}
-    with ExitStack() as stack:
-        for kind in kinds:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+    with autocast_disabled(kinds):
         yield
 
 
