@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.devices.operations import Scratch, run
 from einconv_kfac.curvature.devices.threads import Task
 from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
 from einconv_kfac.curvature.factors.channels_last import channels_last
@@ -29,7 +30,7 @@ from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
     channel_pairs,
     edges,
 )
-from einconv_kfac.curvature.factors.symmetric.scatter import Key, write
+from einconv_kfac.curvature.factors.symmetric.scatter import Key
 from einconv_kfac.curvature.factors.symmetric.update import Update
 from einconv_kfac.geometry import Axis, Geometry
 
@@ -229,6 +230,7 @@ def _add_pair_(x: Tensor, pair: Pair, geometry: Geometry, problem: Problem, upda
     """Add the entries between two blocks of channels of ``x``, ``[n, *i, g, c]``."""
     block, diagonal = ChannelBlock(update, pair, geometry), pair[0] == pair[1]
     block.begin_()
+    scratch = Scratch()
     operands = [x[..., slice(*edge)] for edge in dict.fromkeys(pair)]
     step = examples_per_chunk(operands[0], OPERAND_COPIES, problem.tasks)
     if step >= len(x):
@@ -240,6 +242,6 @@ def _add_pair_(x: Tensor, pair: Pair, geometry: Geometry, problem: Problem, upda
                 regions = total[(slice(None),) * len(key) + index]
                 if not any(lag.distance for lag in key):
                     regions = regions.contiguous()  # made symmetric in place
-                write(block.entries, key, regions, block.beta, diagonal)
+                run(block.writing(key, regions, scratch))
         del sums  # freed before the next ones are computed
     block.store_()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache, partial
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from math import prod
 
 from torch import Tensor
@@ -103,7 +103,7 @@ class LagProducts:
 
     def __init__(self, grids: Grids, geometry: Geometry, alpha: float) -> None:
         """Prepare no products yet."""
-        self._grids, self._alpha, self._scratch = grids, alpha, Scratch()
+        self._grids, self._alpha, self.scratch = grids, alpha, Scratch()
         self.operations: list[Operation] = []
 
     def append(self, group: Group, sums: Sums | None) -> Iterator[tuple[Key, Tensor]]:
@@ -115,13 +115,13 @@ class LagProducts:
                 overwritten by those of the next one.
         """
         grid = self._grids[tuple(lag.left for lag in group[0])]
-        left, masks = masked(grid, group[0][1:], self._scratch)
+        left, masks = masked(grid, group[0][1:], self.scratch)
         self.operations += masks
         for key in group:
             right = self._grids[tuple(lag.right for lag in key)]
             shape = (*(len(lag.regions) for lag in key), len(left), left.shape[-1], left.shape[-1])
             if sums is None:
-                total = self._scratch.empty(shape, left, "sums")
+                total = self.scratch.empty(shape, left, "sums")
             else:
                 total = sums[key] if key in sums else left.new_empty(shape)
                 sums[key] = total
@@ -137,7 +137,7 @@ class LagProducts:
             if region[1:] == interior:
                 here, there = rows_of(left, grids[1], key, key[0].regions[region[0]])
             else:
-                here, there, copies = boxes_of(*grids, key, region, self._scratch)
+                here, there, copies = boxes_of(*grids, key, region, self.scratch)
                 self.operations += copies
             self.operations.append(matmul(total[region], here.mT, there, beta, self._alpha))
 
@@ -183,7 +183,7 @@ class Factor:
             products = self._products(grids)
             for group in groups:
                 for key, total in products.append(group, None):
-                    products.operations.append(self._block.writing(key, total))
+                    products.operations += self._block.writing(key, total, products.scratch)
             found.append(products.operations)
         yield self._copies(grids, x)
         yield found
@@ -209,7 +209,13 @@ class Factor:
                 copies = [[*zero, *own] for zero, own in zip(zeros, copies)]
             yield copies
             yield found[size]
-        yield [[self._block.writing(*item) for item in own.items()] for own in sums]
+        yield [self._writes(own) for own in sums]
+
+    def _writes(self, sums: Sums) -> list[Operation]:
+        """Return the writes of all lags of a task."""
+        scratch = Scratch()
+        writes = (self._block.writing(key, total, scratch) for key, total in sums.items())
+        return list(chain.from_iterable(writes))
 
     def _copies(self, grids: Grids, x: Tensor) -> list[list[Operation]]:
         """Return the copies of examples to the grids, some for each task."""

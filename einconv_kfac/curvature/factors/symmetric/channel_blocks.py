@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import combinations_with_replacement, pairwise
 from math import prod
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.devices.operations import Operation
+from einconv_kfac.curvature.devices.operations import Operation, Scratch
 from einconv_kfac.curvature.factors.indices.lag_pairs import lags
 from einconv_kfac.curvature.factors.problem import Problem
-from einconv_kfac.curvature.factors.symmetric.scatter import Key, write
+from einconv_kfac.curvature.factors.symmetric.scatter import Key, writing
 from einconv_kfac.curvature.factors.symmetric.update import Update, copy_transposed_block_
 from einconv_kfac.geometry import Axis, Geometry
 
@@ -63,9 +63,10 @@ class ChannelBlock:
         elif not self._is_filled:
             self._part.zero_()
 
-    def writing(self, key: Key, sums: Tensor) -> Operation:
-        """Return the write of a lag's sums over regions, ``[*r, g, c, c']``."""
-        return partial(write, self.entries, key, sums, self.beta, self._rows == self._columns)
+    def writing(self, key: Key, sums: Tensor, scratch: Scratch) -> list[Operation]:
+        """Return the writes of a lag's sums over regions, ``[*r, g, c, c']``."""
+        is_diagonal = self._rows == self._columns
+        return writing(self.entries, key, sums, self.beta, scratch, is_diagonal)
 
     def store_(self, share: int = 0, shares: int = 1) -> None:
         """Bring the entries into order, and copy their transpose to the lower triangle.
