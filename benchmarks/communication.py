@@ -35,6 +35,7 @@ from tables import RESULTS, command_line, heading, publish
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,6 +51,8 @@ BUCKET_BYTES = 25 << 20
 PERIODS = ((10, 100), (1, 10))
 STEPS = 21
 """Steps up to one without factors: before, the period is a tenth of the steps, at least 1."""
+IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "einconv_kfac.optim"]
+"""What the process imports that forks all workers."""
 MODES: dict[str, dict[str, Any]] = {"fixed": {"lr": 0.01, "adaptive": False}, "automatic": {}}
 
 
@@ -301,7 +304,8 @@ def measured(
     """Return what one worker takes part in, for each of some runs, in the same processes."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (size, folder, subject, runs)
-        start_processes(work, arguments, nprocs=size, start_method="spawn")  # type: ignore[no-untyped-call]
+        get_context("forkserver").set_forkserver_preload(IMPORTED)
+        start_processes(work, arguments, nprocs=size, start_method="forkserver")  # type: ignore[no-untyped-call]
         found: list[tuple[Traffic, Traffic]] = torch.load(f"{folder}/found.pt", weights_only=False)
     return found
 
