@@ -10,6 +10,8 @@ import torch
 from hypothesis import settings
 from processors import PROCESSORS, simulate
 
+OLDEST_THRESHOLD = 50
+"""Collections of the middle generation before one of the oldest; Python's default is 10."""
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 
@@ -22,11 +24,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share the processor's cores among the processes that run tests, and those that they start."""
+    """Share the processor's cores among the processes that run tests, and those that they start.
+
+    Collection makes hundreds of thousands of objects that stay, and no garbage.
+    """
     if (worker := getattr(config, "workerinput", None)) is not None:
         threads = max(1, torch.get_num_threads() // worker["workercount"])
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
+        gc.disable()
     else:  # those that run tests are not started yet; their threads wait without spinning
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -49,5 +55,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Keep what was imported and collected out of garbage collections, which it makes slow."""
+    """Keep what was imported and collected out of garbage collections, which it makes slow.
+
+    The oldest generation, in which caches of torch stay, is looked through less often.
+    """
     gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], OLDEST_THRESHOLD)
+    gc.enable()

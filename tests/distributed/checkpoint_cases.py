@@ -13,7 +13,8 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree
-from worker_cases import DIVIDES_ON_CPU, FIXED, MANY, Case, Training, all_weights, noisy_net
+from worker_cases import DIVIDES_ON_CPU, FIXED, MANY, Case, noisy_net
+from worker_training import Training, all_weights
 
 SAVED, STEPS = 2, 4
 CASES = {
@@ -65,8 +66,18 @@ def tensors_of(training: Training) -> Tensor:
     return torch.cat([*found, torch.tensor(numbers, dtype=torch.float64)])
 
 
-def resumed(case: Case, rank: int, folder: str, groups: dict[int, Any]) -> dict[str, Any]:
-    """The parameters at the end: of a run without a stop, and of others that go on from it."""
+def resumed(
+    case: Case, rank: int, folder: str, groups: dict[int, Any], *, is_used: bool
+) -> dict[str, Any]:
+    """The parameters at the end: of a run without a stop, and of others that go on from it.
+
+    Args:
+        case: The training.
+        rank: The worker's number.
+        folder: Where to save.
+        groups: Process groups, by the number of workers.
+        is_used: Whether as many workers load into an optimizer that has taken a step.
+    """
     found: dict[str, Any] = {}
     whole = Training(case, rank, 4, groups[4])
     for number in range(STEPS):
@@ -75,16 +86,15 @@ def resumed(case: Case, rank: int, folder: str, groups: dict[int, Any]) -> dict[
             found["state"] = tensors_of(whole)
         whole.step(number)
     found["whole"] = all_weights(whole.module)
-    for name in ("fresh", "used"):
-        again = Training(case, rank, 4, groups[4])
-        if name == "used":
-            again.step(0)
-        else:
-            warm_up(again)
-        load(again, f"{folder}/4", groups[4])
-        for number in range(SAVED, STEPS):
-            again.step(number)
-        found[name] = all_weights(again.module)
+    again = Training(case, rank, 4, groups[4])
+    if is_used:
+        again.step(0)
+    else:
+        warm_up(again)
+    load(again, f"{folder}/4", groups[4])
+    for number in range(SAVED, STEPS):
+        again.step(number)
+    found["again"] = all_weights(again.module)
     if rank < 2:
         half = Training(case, rank, 2, groups[2])
         half.step(0)
@@ -106,10 +116,10 @@ def checkpoints(rank: int, size: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     groups = {n: distributed.new_group(list(range(n))) for n in (1, 2, 4)}
     found = {}
-    for name, case in CASES.items():
+    for index, (name, case) in enumerate(CASES.items()):
         if case.sharded and not DIVIDES_ON_CPU:
             continue
         folders = [tempfile.mkdtemp() if rank == 0 else None]
         distributed.broadcast_object_list(folders)
-        found[name] = resumed(case, rank, str(folders[0]), groups)
+        found[name] = resumed(case, rank, str(folders[0]), groups, is_used=index % 2 == 0)
     return found

@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 from optim_cases import image_batch
 from torch import Tensor, distributed
-from worker_cases import FIXED, Case, Training, all_weights
+from worker_cases import FIXED, Case
+from worker_training import Training, all_weights
 
 MODES: dict[str, dict[str, Any]] = {
     "fixed": {**FIXED, "factor_update_period": 1},

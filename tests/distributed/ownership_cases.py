@@ -11,7 +11,8 @@ import torch
 from checkpoint_cases import tensors_of
 from optim_cases import conv_net, image_batch
 from torch import Tensor, distributed, nn
-from worker_cases import FIXED, Case, Training, all_weights
+from worker_cases import FIXED, Case
+from worker_training import Training, all_weights
 
 from einconv_kfac import KFAC
 

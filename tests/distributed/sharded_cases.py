@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_module
-from worker_cases import all_weights, sharded
+from worker_training import all_weights, sharded
 
 from einconv_kfac import KFAC, KFACPreconditioner, kronecker_factors
 

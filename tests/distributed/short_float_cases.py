@@ -11,7 +11,8 @@ from optim_cases import conv_net
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
-from worker_cases import FIXED, MANY, Case, Training, all_weights
+from worker_cases import FIXED, MANY, Case
+from worker_training import Training, all_weights
 
 from einconv_kfac import KFAC
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from worker_cases import CASES, cases_of, results_of, trained, trained_whole
+from worker_cases import CASES, cases_of
 from worker_processes import run_workers
+from worker_training import results_of, trained, trained_whole
 
 TOLERANCE = 1e-12
 

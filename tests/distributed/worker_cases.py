@@ -1,31 +1,18 @@
-"""Trainings that several workers and one must do alike, and the script that runs them.
-
-Each step has `PARTS` micro-batches, numbered from 0. Of ``n`` workers, number ``r`` has those
-``r, r + n, ..``; one worker accumulates all of them. A case returns the parameters after every
-step.
-"""
+"""Trainings that several workers and one must do alike."""
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from optim_cases import conv_net, image_batch, weights
-from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-
-from einconv_kfac import KFAC, KFACPreconditioner
+from optim_cases import conv_net
+from torch import Tensor, nn
 
 DIVIDES_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 """Whether `fully_shard` works on a CPU, which it does not in torch 2.6."""
-PARTS, STEPS = 4, 3
+PARTS = 4
 BOTH = 2, 4
 FIXED = {"lr": 0.05, "adaptive": False}
 
@@ -151,12 +138,11 @@ SHARDED = {
         "automatic, sampled": Case({"weight_decay": 0.01, **PERIODS}),
         "automatic, exact inverse": Case({"inverse": "exact", "inverse_in_background": True}),
         "automatic, some examples": Case({"curvature_fraction": 0.5, "factor_fraction": 0.5}),
-        "automatic, safeguard": Case({"safeguard": True}),
-        "automatic, given": Case({"damping": 0.1, "momentum": 0.5}),
+        "automatic, safeguard, groups": Case({"safeguard": True}, groups=two_groups),
+        "automatic, given, decoupled": Case(
+            {"damping": 0.1, "momentum": 0.5, "decoupled_weight_decay": True, "weight_decay": 0.1}
+        ),
         "automatic, noise": Case(model=noisy_net),
-        "automatic, groups": Case(groups=two_groups),
-        "automatic, decoupled": Case({"decoupled_weight_decay": True, "weight_decay": 0.1}),
-        "automatic, clipped": Case(clip=0.1),
         "automatic, scaler, clipped": Case(scaler=(64.0, True), clip=0.1),
         "uneven": Case(sizes=(3, 7, 5, 9)),
         "more workers than rows": Case(model=lambda: net_of_rows(1, 2), clip=0.1),
@@ -175,8 +161,9 @@ DIVIDED = {
         "automatic": Case({"weight_decay": 0.01}, workers=BOTH),
         "automatic, exact inverse": Case({"inverse": "exact", **PERIODS}),
         "automatic, ekfac": Case({"inverse": "ekfac"}, sizes=MANY),
-        "automatic, groups": Case(groups=two_groups),
-        "automatic, decoupled": Case({"decoupled_weight_decay": True, "weight_decay": 0.1}),
+        "automatic, groups, decoupled": Case(
+            {"decoupled_weight_decay": True, "weight_decay": 0.05}, groups=two_groups
+        ),
         "automatic, sharded": Case(sharded=True, workers=(2,)),
         "unused": Case(wrapper={"find_unused_parameters": True}, model=Branches),
         "preconditioner": Case({"fisher": "exact"}, preconditions=True, whole=True),
@@ -198,21 +185,22 @@ _CASES: dict[str, Case] = {
     "fixed, bounded": Case(
         {**FIXED, "nesterov": True, "max_step_norm": 0.1, "decoupled_weight_decay": True}
     ),
-    "fixed, some examples": Case({**FIXED, "factor_fraction": 0.5}),
+    "fixed, some examples, diagonal factors": Case(
+        {**FIXED, "factor_fraction": 0.5, "max_factor_size": 20}
+    ),
     "fixed, groups": Case(FIXED, groups=two_groups),
-    "fixed, diagonal factors": Case({**FIXED, "max_factor_size": 20}),
     "automatic": Case(workers=BOTH),
     "automatic, exact Fisher": Case({"fisher": "exact", **PERIODS}, whole=True),
     "automatic, exact inverse": Case({"inverse": "exact", "weight_decay": 0.01}),
     "automatic, ekfac": Case({"inverse": "ekfac"}, sizes=MANY),
     "automatic, empirical, reduce": Case({"fisher": "empirical", "approximation": "reduce"}),
     "automatic, some examples": Case({"curvature_fraction": 0.5, "factor_fraction": 0.5}),
-    "automatic, safeguard": Case({"safeguard": True}),
-    "automatic, given": Case({"damping": 0.1, "momentum": 0.5}),
+    "automatic, safeguard, sum": Case(
+        {"safeguard": True}, loss=lambda: nn.CrossEntropyLoss(reduction="sum")
+    ),
+    "automatic, given, clipped": Case({"damping": 0.1, "momentum": 0.5}, clip=0.1),
     "automatic, noise": Case(model=noisy_net),
-    "automatic, sum": Case(loss=lambda: nn.CrossEntropyLoss(reduction="sum")),
     "automatic, groups": Case(groups=two_groups),
-    "automatic, clipped": Case(clip=0.1),
     "automatic, scaler": Case(scaler=(64.0, False), clip=None),
     "automatic, scaler, clipped": Case(scaler=(64.0, True), clip=0.1),
     "fixed, scaler": Case(FIXED, scaler=(64.0, False)),
@@ -252,160 +240,21 @@ _CASES: dict[str, Case] = {
         loss=lambda: nn.CrossEntropyLoss(reduction="sum"),
     ),
 }
-CASES = {
-    name: case if case.workers else replace(case, workers=(4 if index % 8 == 1 else 2,))
-    for index, (name, case) in enumerate(_CASES.items())
-}
+
+
+def in_turn(case: Case, index: int) -> Case:
+    """A case with its number of workers; of two that are 2, one has a micro-batch for each."""
+    workers = case.workers or (4 if index % 8 == 1 else 2,)
+    sizes = case.sizes
+    if index % 2 and tuple(workers) == (2,) and len(set(sizes)) == 1:
+        sizes = (2 * sizes[0],) * 2
+    return replace(case, workers=workers, sizes=sizes)
+
+
+CASES = {name: in_turn(case, index) for index, (name, case) in enumerate(_CASES.items())}
 
 
 def cases_of(size: int) -> dict[str, Case]:
     """The cases for a number of workers that this version of torch has."""
     own = {name: case for name, case in CASES.items() if size == 1 or size in case.workers}
     return {name: case for name, case in own.items() if DIVIDES_ON_CPU or not case.sharded}
-
-
-def batches(case: Case, step: int) -> list[tuple[Tensor, Tensor]]:
-    """The micro-batches of a step."""
-    return [image_batch(size, 100 * step + part) for part, size in enumerate(case.sizes)]
-
-
-def wrapped(case: Case, model: nn.Module, group: Any = None) -> nn.Module:
-    """A model that several workers train."""
-    if case.sharded:
-        model = sharded(model, group)
-        return torch.compile(model, backend="eager") if case.compiled else model
-    if case.compiled == "inside":
-        model = torch.compile(model, backend="eager")
-    model = DistributedDataParallel(model, process_group=group, **(case.wrapper or {}))
-    return torch.compile(model, backend="eager") if case.compiled == "outside" else model
-
-
-def sharded(model: nn.Module, group: Any = None) -> nn.Module:
-    """A model that `fully_shard` divides, each of its layers first."""
-    mesh = DeviceMesh.from_group(distributed.group.WORLD if group is None else group, "cpu")
-    for layer in model.children():
-        if next(layer.parameters(), None) is not None:
-            fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-@contextmanager
-def unsynchronized(model: nn.Module) -> Iterator[None]:
-    """Leave gradients on each worker inside the block."""
-    if isinstance(model, DistributedDataParallel):
-        with model.no_sync():
-            yield
-        return
-    inner = getattr(model, "_orig_mod", model)
-    if not isinstance(inner, FSDPModule):
-        yield
-        return
-    inner.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        inner.set_requires_gradient_sync(True)
-
-
-def all_weights(model: nn.Module) -> Tensor:
-    """All parameters as one vector, also where workers divide them."""
-    found = (p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters())
-    return torch.cat([parameter.detach().flatten() for parameter in found])
-
-
-class Training:
-    """A training by one of several workers, or by one alone.
-
-    Args:
-        case: What is trained.
-        rank: The worker's number.
-        size: The number of workers.
-        group: Their process group, if it is not the default one.
-    """
-
-    def __init__(self, case: Case, rank: int = 0, size: int = 1, group: Any = None) -> None:
-        self.case, self.rank, self.size = case, rank, size
-        self.module, self.loss_fn = case.model(), case.loss()
-        is_alone = size == 1 and group is None
-        self.model = self.module if is_alone else wrapped(case, self.module, group)
-        given = self.module if case.wrapper is None else self.model
-        options = dict(case.options)
-        if case.groups is not None:
-            options["params"] = case.groups(self.module)
-        self.preconditioner = None
-        if case.preconditions:
-            self.preconditioner = KFACPreconditioner(given, self.loss_fn, **options)
-            self.opt: Any = torch.optim.SGD(self.module.parameters(), 0.05, momentum=0.9)
-        else:
-            self.opt = KFAC(given, self.loss_fn, **options)
-        self.scaler = None
-        if case.scaler is not None:
-            self.scaler = torch.amp.GradScaler("cpu", init_scale=case.scaler[0])
-
-    def step(self, number: int) -> Tensor:
-        """Take a step, and return the parameters."""
-        self.opt.zero_grad()
-        own = range(self.rank, PARTS, self.size)
-        data, total = batches(self.case, number), sum(self.case.sizes)
-        for part in own:
-            share = self.case.sizes[part] / total if self.case.weighted else 1 / PARTS
-            is_last = part == own[-1]
-            with nullcontext() if is_last else unsynchronized(self.model):
-                torch.manual_seed(1000 * number + part)
-                loss = self.loss_fn(self.model(data[part][0]), data[part][1]) * share * self.size
-                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        self._update()
-        return all_weights(self.module)
-
-    def _update(self) -> None:
-        """Update the parameters from the gradients."""
-        if self.scaler is not None and self.case.scaler is not None and self.case.scaler[1]:
-            self.scaler.unscale_(self.opt)
-        if self.case.clip is not None:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.case.clip)
-        if self.preconditioner is not None:
-            self.preconditioner.step()
-        if self.scaler is not None:
-            self.scaler.step(self.opt)
-            self.scaler.update()
-        else:
-            self.opt.step()
-
-
-def trained(case: Case, rank: int = 0, size: int = 1) -> Tensor:
-    """The parameters after each step, ``[steps, parameters]``."""
-    training = Training(case, rank, size)
-    return torch.stack([training.step(number) for number in range(STEPS)])
-
-
-def warm_up() -> None:
-    """Train a little on one worker, for what is imported and cached on the way."""
-    for options in (FIXED, {}, {**FIXED, "inverse": "ekfac"}):
-        Training(Case(options)).step(0)
-    torch.compile(conv_net(), backend="eager")(image_batch()[0])
-    torch.compiler.reset()
-
-
-def trained_whole(case: Case) -> Tensor:
-    """The same by one worker with the whole batch of each step."""
-    options = {**case.options, **(case.whole_options or {})}
-    whole = Case(**{**vars(case), "sizes": (sum(case.sizes),), "options": options})
-    training, found = Training(whole), []
-    for number in range(STEPS):
-        training.opt.zero_grad()
-        xs, ys = zip(*batches(case, number))
-        training.loss_fn(training.model(torch.cat(xs)), torch.cat(ys)).backward()
-        training._update()
-        found.append(weights(training.module))
-    return torch.stack(found)
-
-
-def results_of(run: Callable[[Case], Tensor], cases: dict[str, Case]) -> dict[str, Any]:
-    """What a function returns for each case, or the text of its error."""
-    found: dict[str, Any] = {}
-    for name, case in cases.items():
-        try:
-            found[name] = run(case)
-        except Exception:
-            found[name] = traceback.format_exc()
-    return found

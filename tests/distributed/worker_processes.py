@@ -23,7 +23,9 @@ from torch import distributed
 
 TIMEOUT = timedelta(minutes=15)
 """How long a worker waits for another."""
-WARM_UP = "worker_cases", "warm_up"
+WARM_UP = "worker_training", "warm_up"
+OLDEST_THRESHOLD = 50
+"""Collections of the middle generation before one of the oldest, in which caches of torch stay."""
 
 
 def run_workers(function: str, *sizes: int) -> dict[int, list[Any]]:
@@ -117,6 +119,7 @@ def _stopped(children: Sequence[int]) -> list[int]:
 def _serve(requests: IO[str], answers: IO[str]) -> None:
     """Fork workers for each request, and wait for them; the first one trains a little before."""
     torch.set_num_threads(1)
+    gc.set_threshold(*gc.get_threshold()[:2], OLDEST_THRESHOLD)
     is_warm = False
     for line in requests:
         function, folder, sizes, paths = json.loads(line)
