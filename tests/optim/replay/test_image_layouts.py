@@ -71,10 +71,15 @@ def trained(norm: str, dimension: int, layout: str) -> Tensor:
     return weights(model)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("dimension", [2, 3])
-def test_the_layout_of_images_changes_nothing(norm: str, dimension: int) -> None:
-    expected = trained(norm, dimension, "contiguous")
-    for layout in ("inputs", "channels last"):
-        found = trained(norm, dimension, layout)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+IN_TURN = [
+    (norm, dimension, ("inputs", "channels last")[(index + dimension) % 2])
+    for index, norm in enumerate(NORMS)
+    for dimension in LAYOUTS
+]
+"""Each normalisation in both dimensions, and in each of them in one of the two layouts."""
+
+
+@pytest.mark.parametrize(("norm", "dimension", "layout"), IN_TURN)
+def test_the_layout_of_images_changes_nothing(norm: str, dimension: int, layout: str) -> None:
+    expected, found = (trained(norm, dimension, own) for own in ("contiguous", layout))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)

@@ -98,7 +98,7 @@ def in_the_unit_one() -> tuple[list[float], list[float]]:
     return dampings(Padded().double(), x.double(), y.double(), 60)
 
 
-@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_training_does_not_depend_on_the_unit_of_the_loss(scale: float) -> None:
     x, y = regression()
     model = Padded(scale=scale).double()
