@@ -1,0 +1,144 @@
+"""Batches that are refused; what the message proposes trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from refused_scripts import (
+    CROSS_ENTROPY,
+    Refused,
+    Script,
+    X,
+    Y,
+    check_refusal,
+    check_remedy,
+    net,
+    plain,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+from einconv_kfac import KFAC
+
+
+def reused_input(model: nn.Module, _: KFAC, *, cloned: bool = False) -> Tensor:
+    x = X.clone()
+    loss: Tensor = CROSS_ENTROPY(model(x.clone() if cloned else x), Y)
+    loss.backward()
+    x.zero_()
+    return loss
+
+
+def reused_target(model: nn.Module, _: KFAC, *, cloned: bool = False) -> Tensor:
+    y = Y.clone()
+    loss: Tensor = CROSS_ENTROPY(model(X), y.clone() if cloned else y)
+    loss.backward()
+    y.zero_()
+    return loss
+
+
+def reused_observed_target(model: nn.Module, opt: KFAC, *, cloned: bool = False) -> Tensor:
+    target = X[:, :3].clone()
+    loss = opt.observe(functional.mse_loss(model(X), target.clone() if cloned else target))
+    loss.backward()
+    target.zero_()
+    return loss
+
+
+class Named(nn.Module):
+    """A network whose input is a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.net(batch["x"])
+
+
+def named(model: nn.Module, _: KFAC) -> Tensor:
+    loss: Tensor = CROSS_ENTROPY(model({"x": X}), Y)
+    loss.backward()
+    return loss
+
+
+def single(model: nn.Module, _: KFAC) -> Tensor:
+    loss: Tensor = CROSS_ENTROPY(model(X[0]), Y[0])
+    loss.backward()
+    return loss
+
+
+def batch_of_one(model: nn.Module, _: KFAC) -> Tensor:
+    loss: Tensor = CROSS_ENTROPY(model(X[0].unsqueeze(0)), Y[:1])
+    loss.backward()
+    return loss
+
+
+def two_sizes(model: nn.Module, opt: KFAC) -> Tensor:
+    loss = opt.observe(CROSS_ENTROPY(model(X), Y) + model(X[:7]).square().mean())
+    loss.backward()
+    return loss
+
+
+def of(script: Any, **given: Any) -> Script:
+    return lambda model, opt: script(model, opt, **given)
+
+
+HALF = {"curvature_fraction": 0.5}
+CASES: dict[str, Refused] = {
+    "an input that is used again": Refused(
+        r"got argument 0 of the model, which was overwritten.*\.clone\(\)",
+        reused_input,
+        of(reused_input, cloned=True),
+    ),
+    "a target that is used again": Refused(
+        r"got a target of the loss, which was overwritten.*\.clone\(\)",
+        reused_target,
+        of(reused_target, cloned=True),
+    ),
+    "a target of an observed loss that is used again": Refused(
+        r"which was overwritten.*\.clone\(\)",
+        reused_observed_target,
+        of(reused_observed_target, cloned=True),
+        loss_fn=None,
+    ),
+    "half of a batch with batch statistics": Refused(
+        r"got '3' \(BatchNorm1d\).*Pass curvature_fraction=1",
+        plain,
+        plain,
+        build=lambda: net(nn.BatchNorm1d(3)),
+        options=HALF,
+        remedied_options={},
+    ),
+    "half of a batch in a mapping": Refused(
+        "got dict for argument 0 of the model. Pass curvature_fraction=1",
+        named,
+        named,
+        build=Named,
+        options=HALF,
+        remedied_options={},
+    ),
+    "one example": Refused(
+        r"must be a non-empty batch.*`x.unsqueeze\(0\)`",
+        single,
+        batch_of_one,
+    ),
+    "two sizes of batches": Refused(
+        "calls of '0' must.*Use approximation='expand'",
+        two_sizes,
+        two_sizes,
+        options={"approximation": "reduce"},
+        remedied_options={},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_refusal_changes_nothing(name: str) -> None:
+    check_refusal(CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_remedy_trains(name: str) -> None:
+    check_remedy(CASES[name])
