@@ -1,0 +1,117 @@
+"""Rows of docs/scripts.md about losses."""
+
+from __future__ import annotations
+
+import torch
+from documented_scripts import data, net, script, steps
+from torch import Tensor, nn
+from torch.nn import functional
+
+from einconv_kfac import KFAC
+
+
+@script("a loss module on the output")
+def module() -> list[float]:
+    model, loss_fn, (x, y) = net(), nn.CrossEntropyLoss(), data()
+    return steps(KFAC(model, loss_fn), lambda: loss_fn(model(x), y))
+
+
+@script("a functional loss")
+def functional_loss() -> list[float]:
+    model, (x, y) = net(), data()
+    opt = KFAC(model)
+    return steps(opt, lambda: opt.observe(functional.cross_entropy(model(x), y)))
+
+
+@script("a reshape before the loss")
+def reshape() -> list[float]:
+    model, loss_fn, (x, y) = net(), nn.CrossEntropyLoss(), data()
+    return steps(
+        KFAC(model, loss_fn),
+        lambda: loss_fn(model(x.view(12, 4, 6)).view(-1, 3), y.view(12, 4).view(-1)),
+    )
+
+
+@script("several losses")
+def several_losses() -> list[float]:
+    model, (x, y) = net(4), data()
+    opt = KFAC(model)
+
+    def loss() -> Tensor:
+        out = model(x)
+        classes, value = (
+            functional.cross_entropy(out[:, :3], y),
+            functional.mse_loss(out[:, 3], y.float()),
+        )
+        return opt.observe(classes + 0.5 * value)
+
+    return steps(opt, loss)
+
+
+@script("a penalty")
+def penalty() -> list[float]:
+    model, loss_fn, (x, y) = net(), nn.CrossEntropyLoss(), data()
+    opt = KFAC(model, loss_fn)
+    return steps(
+        opt,
+        lambda: opt.observe(
+            loss_fn(model(x), y) + 1e-3 * sum(p.square().sum() for p in model.parameters())
+        ),
+    )
+
+
+@script(
+    "a loss of tensors inside of the model (features that a hook or an attribute keeps, an "
+    "auxiliary loss)"
+)
+def inner_tensors() -> list[float]:
+    model, loss_fn, (x, y) = net(), nn.CrossEntropyLoss(), data()
+    kept: list[Tensor] = []
+    model[1].register_forward_hook(lambda _, __, hidden: kept.append(hidden))
+    opt = KFAC(model, loss_fn)
+
+    def loss() -> Tensor:
+        scores = model(x)
+        return opt.observe(loss_fn(scores, y) + 0.01 * kept.pop().square().mean())
+
+    return steps(opt, loss)
+
+
+@script("weights of examples")
+def example_weights() -> list[float]:
+    model, (x, y) = net(), data()
+    opt, entries = KFAC(model), nn.CrossEntropyLoss(reduction="none")
+    own = torch.linspace(0.5, 1.5, len(x))
+    return steps(opt, lambda: opt.observe((entries(model(x), y) * own).mean()))
+
+
+@script("a policy gradient")
+def policy_gradient() -> list[float]:
+    torch.manual_seed(0)
+    model, best = net(4), torch.randn(6, 4)
+    opt, costs = KFAC(model), []
+    for _ in range(60):
+        state = torch.randn(64, 6)
+        policy = torch.distributions.Categorical(logits=model(state))
+        action = policy.sample()
+        reward = (action == (state @ best).argmax(1)).float()
+        opt.zero_grad()
+        advantage = reward - reward.mean()
+        opt.observe(-(policy.log_prob(action) * advantage).mean()).backward()
+        opt.step()
+        costs.append(1 - float(reward.mean()))
+    return [sum(costs[:5]) / 5, sum(costs[-10:]) / 10]
+
+
+@script("a loss without curvature (L1, Dice, margins)")
+def absolute() -> list[float]:
+    model, loss_fn, (x, _) = net(1), nn.L1Loss(), data()
+    target = x[:, :1] * x[:, 1:2]
+    return steps(KFAC(model, loss_fn), lambda: loss_fn(model(x), target), 20)
+
+
+@script("a loss written by hand")
+def by_hand() -> list[float]:
+    model, (x, y) = net(), data()
+    opt, rows = KFAC(model), torch.arange(len(y))
+    return steps(opt, lambda: opt.observe(-model(x).softmax(1).log()[rows, y].mean()))
