@@ -159,9 +159,11 @@ def test_eigendecompositions_are_one_wait(
         model, loss_fn = to_device(network(torch.float32)), nn.CrossEntropyLoss()
         options = {**options, "inverse_in_background": in_background}
         opt = KFAC(model, loss_fn, inverse=inverse, **options)
+        steps = 5
         if "inverse_update_period" in options:
             go_on_late_(opt)
-        for step, batch in enumerate(batches(7, torch.float32)):
+            steps = 7
+        for step, batch in enumerate(batches(steps, torch.float32)):
             x, y = map(to_device, batch)
             searches = len(counts)
             opt.zero_grad()
