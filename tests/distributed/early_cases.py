@@ -153,7 +153,7 @@ def interrupted(
     options: dict[str, Any], what: Callable[[Training], None], rank: int, size: int, *, early: bool
 ) -> Found:
     """The parameters and begun messages, with sums before backward passes or without."""
-    training = Training(Case(options, sizes=(8,) * 4), rank, size)
+    training = Training(Case(options, sizes=(16,) * size), rank, size)
     training.opt._preconditioner.collector._is_early = early
     workers = training.opt._preconditioner.workers
     unused = mock.patch.object(workers, "begin_")

@@ -167,7 +167,7 @@ def test_steps_leave_no_graph_and_no_hooks_behind() -> None:
     for seed in range(3):
         train_step(model, loss_fn, opt, image_batch(seed=seed))
     tensors, registered = alive()
-    for seed in range(40):
+    for seed in range(20):
         train_step(model, loss_fn, opt, image_batch(seed=seed))
     assert alive()[0] <= tensors
     assert alive()[1] == registered
