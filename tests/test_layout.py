@@ -46,6 +46,7 @@ FLOORS: Mapping[str, Sequence[set[str]]] = {
         {"kfac"},
     ),
     "curvature": (
+        {"arguments"},
         {"devices", "type_registry", "text_table"},
         {"blocks", "factors", "losses"},
         {"layers", "objective"},

@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from torch import nn
 
+from einconv_kfac.curvature.arguments import described
+
 T = TypeVar("T")
 Kind: TypeAlias = "type[nn.Module] | str"
 """A type of module, or its module and name, so that its library need not be imported."""
@@ -52,7 +54,13 @@ class TypeRegistry(Generic[T]):
         self._nearest: dict[type[nn.Module], list[tuple[type[nn.Module], T]]] = {}
 
     def register(self, kind: type[nn.Module], rule: T) -> None:
-        """Use a rule for a type of module and its subclasses."""
+        """Use a rule for a type of module and its subclasses.
+
+        Raises:
+            TypeError: If ``kind`` is no such type.
+        """
+        if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+            raise TypeError(f"`kind` must be a type of module, got {described(kind)}.")
         self._later.append((kind, rule))
 
     def fitting(self, module: nn.Module) -> Iterator[tuple[type[nn.Module], T]]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from einconv_kfac.optim.arguments import flag, shown
+from einconv_kfac.curvature.arguments import flag, shown
 from einconv_kfac.optim.diagnostics import Report, description
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias, cast
 
-from einconv_kfac.optim.arguments import flag, fraction, in_range, positive_integer
+from einconv_kfac.curvature.arguments import flag, fraction, in_range, positive_integer
 from einconv_kfac.optim.schedule import Schedule, value_at
 
 Clip: TypeAlias = Schedule | Literal["auto"] | None

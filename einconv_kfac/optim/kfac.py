@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.arguments import callback, flag
 from einconv_kfac.curvature.devices.stream_capture import is_capturing
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.estimation.preservation import without_gradients
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.curvature.losses.loss_call import is_sum
-from einconv_kfac.optim.arguments import callback, check_trainable, flag, plain
+from einconv_kfac.optim.arguments import check_trainable
 from einconv_kfac.optim.curvature_optimizer import CurvatureOptimizer
 from einconv_kfac.optim.diagnostics import Report
 from einconv_kfac.optim.factors.comparison import check_alike
@@ -62,9 +63,8 @@ class KFAC(CurvatureOptimizer):
             ``safeguard`` need ``adaptive=True``; ``kl_clip``, ``max_step_norm`` and ``nesterov``
             need ``adaptive=False``.
         momentum: Coefficient of the previous update; by default 0.9, or the slow momentum.
-        damping: Multiple of the identity added to the curvature, in its units; by default 0.03
-            if not ``adaptive``, otherwise set by the Levenberg-Marquardt rule. Another rule
-            (`einconv_kfac.optim.DampingRule`) may be given if ``adaptive``.
+        damping: Multiple of the identity added to the curvature, in its units; by default 0.03, or
+            if ``adaptive`` by a `einconv_kfac.optim.DampingRule`, Levenberg and Marquardt's.
         weight_decay: Coefficient of half the squared norm of the parameters in the objective.
         fisher: ``"mc"``, ``"exact"``, ``"empirical"`` or ``"forward-only"``.
         mc_samples: Samples per example for ``fisher="mc"``.
@@ -192,7 +192,7 @@ class KFAC(CurvatureOptimizer):
         self._strict, self._log_to = flag("strict", strict), callback("log_to", log_to)
         self._preconditioner = RunningCurvature(
             model,
-            FisherEstimator(loss_fn, fisher, plain(mc_samples), approximation, max_factor_size),
+            FisherEstimator(loss_fn, fisher, mc_samples, approximation, max_factor_size),
             settings,
             exclude=exclude,
             inverse=inverse,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from einconv_kfac.curvature.arguments import shown
 from einconv_kfac.curvature.layers.coverage import coverage
 from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.curvature.text_table import table
-from einconv_kfac.optim.arguments import shown
 
 
 class Training(dict[str, str]):

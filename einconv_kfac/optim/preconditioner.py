@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.arguments import flag
 from einconv_kfac.curvature.estimation.fisher import Fisher, FisherEstimator
 from einconv_kfac.curvature.estimation.preservation import without_gradients
 from einconv_kfac.curvature.factors.approximation import Approximation
@@ -17,7 +18,7 @@ from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.distributed.detection import check_whole
 from einconv_kfac.distributed.workers import Same
 from einconv_kfac.distributed.wrappers import unwrapped
-from einconv_kfac.optim.arguments import check_trainable, flag, plain
+from einconv_kfac.optim.arguments import check_trainable
 from einconv_kfac.optim.factors.comparison import check_alike
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.finiteness import NOT_FINITE
@@ -122,7 +123,7 @@ class KFACPreconditioner:
         self._parameters = check_names(parameters, unwrapped(model))
         self._curvature = RunningCurvature(
             model,
-            FisherEstimator(loss_fn, fisher, plain(mc_samples), approximation, max_factor_size),
+            FisherEstimator(loss_fn, fisher, mc_samples, approximation, max_factor_size),
             self._settings,
             exclude=exclude,
             inverse=inverse,

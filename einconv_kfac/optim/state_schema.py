@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from einconv_kfac.optim.arguments import shown
+from einconv_kfac.curvature.arguments import shown
 
 
 class Schema(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.arguments import described, plain, shown
 from einconv_kfac.curvature.blocks.block import Block
 from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
@@ -42,7 +43,17 @@ class KroneckerFactors(Mapping[str, Any]):
              [0.2500, 0.2500, 0.2500]]])
     """
 
+    __array_ufunc__ = None  # numbers of NumPy multiply it from the left
+
     def __init__(self, blocks: Mapping[str, Block]) -> None:
+        if not isinstance(blocks, Mapping):
+            raise TypeError(f"`blocks` must be a mapping of layers, got {described(blocks)}.")
+        for name, block in blocks.items():
+            if not isinstance(block, _BLOCKS):
+                kinds = ", ".join(kind.__name__ for kind in _BLOCKS)
+                raise TypeError(
+                    f"`blocks` must have values of {kinds}, got {described(block)} for {name!r}."
+                )
         self._blocks = dict(blocks)
 
     def __getitem__(self, name: str) -> Any:  # fields such as `A` depend on the type of block
@@ -70,8 +81,10 @@ class KroneckerFactors(Mapping[str, Any]):
         """Return the product with a vector.
 
         Raises:
+            TypeError: If the vector is no mapping of tensors.
             ValueError: If the vector lacks a parameter, or has one of another shape.
         """
+        _check_vector(vector, self.parameters)
         result: dict[str, Tensor] = {}
         for block in self._blocks.values():
             product = block.matmul(block.layout.to_matrix(vector))
@@ -89,6 +102,8 @@ class KroneckerFactors(Mapping[str, Any]):
         Raises:
             ValueError: If the two cover different layers.
         """
+        if not isinstance(other, KroneckerFactors):
+            return NotImplemented
         self._check_same(other)
         return KroneckerFactors({name: added([self[name], other[name]]) for name in self})
 
@@ -134,6 +149,8 @@ class KroneckerFactors(Mapping[str, Any]):
 
     def to(self, *args: Any, **kwargs: Any) -> KroneckerFactors:
         """Return the blocks on another device or with another dtype, as ``Tensor.to``."""
+        if not (dtype := torch.empty(0).to(*args, **kwargs).dtype).is_floating_point:
+            raise ValueError(f"`dtype` must be a real floating-point type, got {dtype}.")
         return self._mapped(lambda block: block.to(*args, **kwargs))
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,7 +189,8 @@ class KroneckerFactors(Mapping[str, Any]):
 
     def _sum(self, value: Callable[[Block], Tensor]) -> Tensor:
         """Return the sum of a value over the blocks, in float64."""
-        return torch.stack([value(block).double().cpu() for block in self._blocks.values()]).sum()
+        found = [value(block).double().cpu() for block in self._blocks.values()]
+        return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64)
 
 
 def pooled(factors: Sequence[KroneckerFactors], weights: Sequence[float]) -> KroneckerFactors:
@@ -190,16 +208,29 @@ def pooled(factors: Sequence[KroneckerFactors], weights: Sequence[float]) -> Kro
         ValueError: If there is not one positive weight for each of at least one data set, or the
             data sets do not have Kronecker products of the same layers.
     """
-    if not factors or len(factors) != len(weights) or min(weights) <= 0:
+    if not isinstance(factors, Sequence) or not all(
+        isinstance(own, KroneckerFactors) for own in factors
+    ):
+        raise TypeError(f"`factors` must be a list of KroneckerFactors, got {shown(factors)}.")
+    numbers = _positive(weights)
+    if not factors or len(factors) != len(numbers):
         raise ValueError(
             f"`weights` must be a positive number for each of {len(factors)} factors, got "
-            f"{weights}."
+            f"{shown(weights)}."
         )
     for other in factors[1:]:
         factors[0]._check_same(other)
     return KroneckerFactors(
-        {name: pooled_block([own[name] for own in factors], weights) for name in factors[0]}
+        {name: pooled_block([own[name] for own in factors], numbers) for name in factors[0]}
     )
+
+
+def _positive(weights: Any) -> list[float]:
+    """Return finite positive numbers, or none where one of them is something else."""
+    is_row = isinstance(weights, Sequence) or getattr(weights, "ndim", None) == 1
+    numbers = [plain(weight) for weight in weights] if is_row else []
+    are_real = all(isinstance(own, (int, float)) and not isinstance(own, bool) for own in numbers)
+    return numbers if are_real and all(0 < own < float("inf") for own in numbers) else []
 
 
 def _diagonals(block: Block) -> str:
@@ -209,9 +240,24 @@ def _diagonals(block: Block) -> str:
     return f", {' and '.join(found)} diagonal" if found else ""
 
 
+def _check_vector(vector: Any, names: Sequence[str]) -> None:
+    """Raise an error if a vector is not a mapping from names to real tensors."""
+    if not isinstance(vector, Mapping):
+        raise TypeError(
+            f"The vector must be a mapping from names of parameters to tensors, got "
+            f"{described(vector)}."
+        )
+    for name in names:
+        own = vector.get(name)
+        if name in vector and not isinstance(own, Tensor):
+            raise TypeError(f"The vector's entry '{name}' must be a tensor, got {shown(own)}.")
+        if isinstance(own, Tensor) and own.is_complex():
+            raise ValueError(f"The vector's entry '{name}' must be real, got {own.dtype}.")
+
+
+_BLOCKS = KroneckerBlock, EigenBlock, SumBlock
 _BLOCK_TYPES: dict[frozenset[str], Callable[..., Block]] = {
-    frozenset(entry.name for entry in fields(kind)): kind
-    for kind in (KroneckerBlock, EigenBlock, SumBlock)
+    frozenset(entry.name for entry in fields(kind)): kind for kind in _BLOCKS
 }
 """The type of block by the names of its fields, which are the entries of its state."""
 

@@ -9,6 +9,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.arguments import (
+    checked_damping,
+    flag,
+    number,
+    positive_integer,
+    random_generator,
+)
 from einconv_kfac.curvature.blocks.batching import batched
 from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
@@ -106,7 +113,8 @@ class EigenBlock:
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         """Return ``log det(block + damping I)``; minus infinity where singular."""
-        return (self.values + damping).clamp_min(0).log().sum()
+        damped: Tensor = self.values + checked_damping(damping)
+        return damped.clamp_min(0).log().sum()
 
     def inverse(self, damping: float, exact: bool = True) -> EigenBlock:
         """Return ``(block + damping I)^-1``. It is exact whatever ``exact`` says.
@@ -115,6 +123,7 @@ class EigenBlock:
             ValueError: If the damping is negative.
             RuntimeError: If the damped block is not positive definite.
         """
+        flag("exact", exact)
         return replace(self, values=1 / self._damped(damping))
 
     def sample(
@@ -127,13 +136,14 @@ class EigenBlock:
             RuntimeError: If the damped block is not positive definite.
         """
         root = self._damped(damping).rsqrt()
-        shape = (count, *self.values.shape)
-        noise = torch.randn(shape, generator=generator, dtype=root.dtype, device=root.device)
+        shape = (positive_integer("count", count), *self.values.shape)
+        source = random_generator("generator", generator)
+        noise = torch.randn(shape, generator=source, dtype=root.dtype, device=root.device)
         return self.restored(noise * root)
 
     def scaled(self, factor: float) -> EigenBlock:
         """Return the block times a number."""
-        return replace(self, values=self.values * factor)
+        return replace(self, values=self.values * number("factor", factor))
 
     def to(self, *args: Any, **kwargs: Any) -> EigenBlock:
         """Return the block on another device or with another dtype, as ``Tensor.to``."""
@@ -151,20 +161,13 @@ class EigenBlock:
 
     def _damped(self, damping: float) -> Tensor:
         """Return the damped eigenvalues, which must be positive."""
-        check_damping(damping)
-        damped = self.values + damping
+        damped: Tensor = self.values + checked_damping(damping)
         if not bool((damped > 0).all()):
             raise RuntimeError(
                 f"The damped block of {' and '.join(self.parameters)} must be positive definite, "
                 f"but has the eigenvalue {float(damped.min()):.3g}. A larger `damping` helps."
             )
         return damped
-
-
-def check_damping(damping: float) -> None:
-    """Raise a ``ValueError`` if a damping is negative or not a finite number."""
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"`damping` must be a finite number >= 0, got {damping}.")
 
 
 def eigendecomposition(factor: Tensor, name: str = "a factor") -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.arguments import checked_damping, flag, number
 from einconv_kfac.curvature.blocks.cholesky import invert_damped
 from einconv_kfac.curvature.blocks.diagonal_factor import (
     dense,
@@ -19,7 +20,6 @@ from einconv_kfac.curvature.blocks.diagonal_factor import (
 )
 from einconv_kfac.curvature.blocks.eigen import (
     EigenBlock,
-    check_damping,
     decompositions,
 )
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
@@ -120,10 +120,15 @@ class KroneckerBlock:
         Warns:
             RuntimeWarning: If the factored inverse needed float64.
         """
-        check_damping(damping)
-        if exact:
+        damping = checked_damping(damping)
+        if flag("exact", exact):
             return self.eigh().inverse(damping)
         names = " and ".join(self.parameters)
+        if not self.scale > 0:
+            raise RuntimeError(
+                f"The block of {names} must be positive for exact=False, got its factors times "
+                f"{self.scale}. Pass exact=True."
+            )
         (found,) = invert_damped([(self.A, self.B)], [damping / self.scale], [names])
         if found.retries:
             warnings.warn(
@@ -143,7 +148,7 @@ class KroneckerBlock:
 
     def scaled(self, factor: float) -> KroneckerBlock:
         """Return the block times a number."""
-        return replace(self, scale=self.scale * factor)
+        return replace(self, scale=self.scale * number("factor", factor))
 
     def to(self, *args: Any, **kwargs: Any) -> KroneckerBlock:
         """Return the block on another device or with another dtype, as ``Tensor.to``."""

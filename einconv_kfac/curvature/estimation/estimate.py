@@ -8,6 +8,15 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.arguments import (
+    callback,
+    check_batches,
+    check_module,
+    choice,
+    flag,
+    names_of,
+    seed_value,
+)
 from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
@@ -117,6 +126,8 @@ def kronecker_factors(
       2: (1, 2, 17)
     )
     """
+    check_module(model, "kronecker_factors(model, loss_fn, data)")
+    check_batches("data", data)
     check_whole(model, "kronecker_factors")
     workers = parallel_workers_of(model, "kronecker_factors")
     estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation, max_factor_size)
@@ -127,7 +138,8 @@ def kronecker_factors(
     _check_kind(kind, fisher, data)
     model = unwrapped(model)
     layers = _chosen(model, exclude, parameters)
-    data_pass = DataPass(model, layers, data, forward, seed, progress, workers)
+    given = callback("forward", forward), seed_value(seed), flag("progress", progress)
+    data_pass = DataPass(model, layers, data, *given, workers)
     if kind == "diagonal":
         return _with_squares(data_pass, estimator, {})
     moments = {layer.name: LayerMoments(layer, approximation, max_factor_size) for layer in layers}
@@ -183,9 +195,9 @@ def _chosen(
     """Return the layers that get a block, at least one."""
     layers = find_layers(model, every=True, exclude=exclude)
     if parameters is not None:
-        weights = [layer.weight for layer in layers]
-        layers = [layer for layer in layers if layer.weight in parameters]
-        if unknown := set(parameters) - {name for layer in layers for name in layer.parameters}:
+        names, weights = set(names_of("parameters", parameters)), [own.weight for own in layers]
+        layers = [layer for layer in layers if layer.weight in names]
+        if unknown := names - {name for layer in layers for name in layer.parameters}:
             raise ValueError(
                 "`parameters` must be names of weights that a rule covers, or of biases beside "
                 f"them, got {sorted(unknown)}. The weights are {weights}."
@@ -200,9 +212,7 @@ def _chosen(
 
 def _check_kind(kind: str, fisher: str, data: Iterable[Any]) -> None:
     """Check the kind of blocks, also against the Fisher and the data."""
-    if kind not in get_args(Kind):
-        raise ValueError(f"`kind` must be one of {get_args(Kind)}, got {kind!r}.")
-    if kind != "kfac" and fisher == "forward-only":
+    if choice("kind", kind, get_args(Kind)) != "kfac" and fisher == "forward-only":
         raise ValueError(
             f"`fisher` must have gradients for kind={kind!r}, got 'forward-only'. Pass another "
             "`fisher`, or kind='kfac'."

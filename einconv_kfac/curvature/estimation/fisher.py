@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.arguments import check_loss, choice, plain
 from einconv_kfac.curvature.estimation.arrangement import (
     ArrangedCall,
     Arrangement,
@@ -69,9 +70,10 @@ class FisherEstimator:
 
     def __post_init__(self) -> None:
         for name, kinds in (("fisher", Fisher), ("approximation", Approximation)):
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in get_args(kinds):
-                raise ValueError(f"`{name}` must be one of {get_args(kinds)}, got {value!r}.")
+            choice(name, getattr(self, name), get_args(kinds))
+        check_loss(self.loss_fn)
+        for name in ("mc_samples", "max_factor_size"):  # other libraries' integers become Python's
+            object.__setattr__(self, name, plain(getattr(self, name)))
         if not isinstance(self.mc_samples, int) or isinstance(self.mc_samples, bool):
             raise ValueError(f"`mc_samples` must be an integer, got {self.mc_samples!r}.")
         if self.mc_samples < 1:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.arguments import shown
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.evaluation import (
     Evaluation,
@@ -81,11 +82,12 @@ def _read_loss(model: nn.Module, loss_fn: Loss, batch: Any, forward: Forward | N
     else:
         returned: Any = _called(model, batch) if forward is None else forward(model, batch)
         found = losses_of(returned)
-    if len(found) != 1 or found[0].numel() != 1 or not found[0].requires_grad:
+    is_one = len(found) == 1 and isinstance(found[0], Tensor)
+    if not is_one or found[0].numel() != 1 or not found[0].requires_grad:
         raise ValueError(
             "The loss must be one number that depends on the model, got "
-            f"{[list(each.shape) for each in found]}. Pass a loss module, a function of output and "
-            "target, or loss_fn=None with a `forward` that returns the loss."
+            f"{', '.join(map(shown, found)) or 'none'}. Pass a loss module, a function of output "
+            "and target, or loss_fn=None with a `forward` that returns the loss."
         )
     return found[0]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.arguments import check_module
 from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.estimation.estimate import Kind, kronecker_factors
@@ -112,6 +113,7 @@ def verify(
     1      0.0000          1.0000  1.0000
     loss scale 1.000000 (1 is right)
     """
+    check_module(model, "verify(model, loss_fn, batch)")
     model = unwrapped(model)
     options: dict[str, Any] = {"approximation": approximation, "kind": kind, "forward": forward}
     factors = kronecker_factors(model, loss_fn, [batch], fisher="exact", **options)

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.arguments import choice
 from einconv_kfac.curvature.factors.columns import Columns
 from einconv_kfac.curvature.factors.reduce import reduced_factor
 from einconv_kfac.curvature.factors.symmetric.update import (
@@ -130,9 +131,7 @@ def weight_sharing(approximation: str, algorithm: str | None = None) -> WeightSh
         ValueError: If it is not one of `APPROXIMATIONS`, or if an algorithm is given although
             the approximation has only one.
     """
-    if approximation not in APPROXIMATIONS:
-        raise ValueError(f"`approximation` must be one of {APPROXIMATIONS}, got {approximation!r}.")
-    found = _WEIGHT_SHARING[approximation]
+    found = _WEIGHT_SHARING[choice("approximation", approximation, APPROXIMATIONS)]
     if algorithm is not None and not found.has_algorithms:
         raise ValueError(f"`algorithm` must be None for {approximation!r}, got {algorithm!r}.")
     return found

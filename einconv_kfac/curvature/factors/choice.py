@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 
+from einconv_kfac.curvature.arguments import choice
 from einconv_kfac.curvature.factors import algorithms
 from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
 from einconv_kfac.curvature.factors.division import division_of, work_seconds
@@ -50,9 +51,7 @@ def algorithm_of(problem: Problem, name: str | None) -> Algorithm:
     """
     if name is None:
         return ALGORITHMS[choose(problem)]
-    if name not in applicable(problem):
-        raise ValueError(f"`algorithm` must be one of {applicable(problem)}, got {name!r}.")
-    return ALGORITHMS[name]
+    return ALGORITHMS[choice("algorithm", name, applicable(problem))]
 
 
 def explain(

@@ -7,9 +7,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.arguments import flag
 from einconv_kfac.curvature.factors.approximation import WeightSharing, weight_sharing
 from einconv_kfac.curvature.factors.columns import Columns, FeatureColumns
 from einconv_kfac.curvature.factors.conv_columns import ConvColumns
+from einconv_kfac.curvature.factors.factor_arguments import batch_of, checked_target
 from einconv_kfac.curvature.factors.precision import Precision, rounded
 from einconv_kfac.curvature.factors.small_layers import small_factor
 from einconv_kfac.curvature.factors.symmetric.update import Target
@@ -74,14 +76,16 @@ def conv_input_factor(
              [2., 3., 3.],
              [3., 3., 4.]]])
     """
+    x = rounded(batch_of(x, 3, "x"), precision)
     geometry = conv_geometry(x.shape[2:], kernel_size, stride, padding, dilation, groups)
     sharing = weight_sharing(approximation, algorithm)
-    if algorithm is None and precision == "full" and not bias:
-        found = small_factor(x, geometry, Target(out, beta, alpha))
+    target, bias = checked_target(out, beta, alpha), flag("bias", bias)
+    if algorithm is None and not bias:
+        found = small_factor(x, geometry, target)
         if found is not None:
             return found
-    columns = ConvColumns(_checked(x, 3, precision), geometry, algorithm)
-    return _factor(sharing, columns, Target(out, beta, alpha), bias)
+    columns = ConvColumns(x, geometry, algorithm)
+    return _factor(sharing, columns, target, bias)
 
 
 @torch.no_grad()
@@ -134,12 +138,12 @@ def conv_transpose_input_factor(
     tensor([[[3., 0.],
              [0., 3.]]])
     """
-    geometry = conv_transpose_geometry(
-        x.shape[2:], kernel_size, stride, padding, output_padding, dilation, groups
-    )
+    size = batch_of(x, 3, "x").shape[2:]
+    hyper = kernel_size, stride, padding, output_padding, dilation, groups
+    geometry = conv_transpose_geometry(size, *hyper)
     sharing = weight_sharing(approximation, algorithm)
-    columns = TransposedConvColumns(_checked(x, 3, precision), geometry, algorithm)
-    return _factor(sharing, columns, Target(out, beta, alpha), bias)
+    columns = TransposedConvColumns(rounded(x, precision), geometry, algorithm)
+    return _factor(sharing, columns, checked_target(out, beta, alpha), flag("bias", bias))
 
 
 @torch.no_grad()
@@ -178,18 +182,9 @@ def linear_input_factor(
              [1., 2.]]])
     """
     sharing = weight_sharing(approximation)
-    rows = _checked(a, 2, precision).reshape(a.shape[0], prod(a.shape[1:-1]), a.shape[-1])
-    return _factor(sharing, FeatureColumns(rows), Target(out, beta, alpha), bias)
-
-
-def _checked(x: Tensor, ndim: int, precision: str) -> Tensor:
-    """Return ``x`` in a precision; it must have examples and at least ``ndim`` dimensions."""
-    if x.ndim < ndim or x.shape[0] == 0:
-        raise ValueError(
-            f"The input must be a non-empty batch with at least {ndim} dimensions, got shape "
-            f"{tuple(x.shape)}."
-        )
-    return rounded(x, precision)
+    rows = rounded(batch_of(a, 2, "a"), precision)
+    columns = FeatureColumns(rows.reshape(a.shape[0], prod(a.shape[1:-1]), a.shape[-1]))
+    return _factor(sharing, columns, checked_target(out, beta, alpha), flag("bias", bias))
 
 
 def _factor(sharing: WeightSharing, columns: Columns, target: Target, bias: bool) -> Tensor:

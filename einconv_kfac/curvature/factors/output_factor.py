@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.arguments import positive_integer, real_tensor
 from einconv_kfac.curvature.factors.approximation import weight_sharing
 from einconv_kfac.curvature.factors.columns import ChannelColumns
+from einconv_kfac.curvature.factors.factor_arguments import checked_target
 from einconv_kfac.curvature.factors.precision import Precision, rounded
-from einconv_kfac.curvature.factors.symmetric.update import Target
 
 
 def output_factor(
@@ -49,7 +50,7 @@ def output_factor(
     tensor([[[5., 1.],
              [1., 2.]]])
     """
-    if g.ndim != 4:
+    if real_tensor("g", g).ndim != 4:
         raise ValueError(f"`g` must have shape [V, N, S, C_out], got {tuple(g.shape)}.")
     return conv_output_factor(
         g.movedim(3, 2),
@@ -94,11 +95,11 @@ def conv_output_factor(
     torch.Size([2, 2, 2])
     """
     sharing = weight_sharing(approximation)
-    if g.ndim < 3 or g.numel() == 0:
+    if real_tensor("g", g).ndim < 3 or g.numel() == 0:
         raise ValueError(f"`g` must be non-empty [V, N, C_out, *o], got {tuple(g.shape)}.")
     n, channels = g.shape[1:3]
-    if channels % groups:
+    if channels % (groups := positive_integer("groups", groups)):
         raise ValueError(f"`g`'s channels must be divisible by groups={groups}, got {channels}.")
     columns = ChannelColumns(rounded(g, precision).flatten(0, 1), groups)  # (v n) (g c) *o
     terms = sharing.term_count(n, columns.positions)
-    return sharing.factor(columns, Target(out, beta, alpha).averaged(terms))
+    return sharing.factor(columns, checked_target(out, beta, alpha).averaged(terms))

@@ -7,6 +7,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.arguments import choice
+
 Precision: TypeAlias = Literal["full", "bfloat16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
@@ -18,9 +20,7 @@ def rounded(x: Tensor, precision: str) -> Tensor:
         ValueError: If the precision is not one of `PRECISIONS`, or if it is lower than full and
             the tensor is in float64, whose factors have more.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"`precision` must be one of {PRECISIONS}, got {precision!r}.")
-    if precision == "full":
+    if choice("precision", precision, PRECISIONS) == "full":
         return x
     if x.dtype == torch.float64:
         raise ValueError(

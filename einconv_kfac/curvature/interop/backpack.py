@@ -46,7 +46,7 @@ def with_groups(extension: Any) -> Any:
         raise ImportError(
             "This extension needs BackPACK: pip install einconv-kfac[backpack]"
         ) from error
-    if extension.savefield not in {"kfac", "kflr"}:
+    if getattr(extension, "savefield", None) not in {"kfac", "kflr"}:
         name = type(extension).__name__
         raise ValueError(f"`extension` must be BackPACK's KFAC or KFLR, got {name}.")
     for name in ("conv", "conv_transpose"):

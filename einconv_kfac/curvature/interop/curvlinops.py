@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.arguments import check_module, described
 from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.diagonal_factor import dense
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
@@ -35,7 +36,7 @@ class CurvatureOperator(PyTorchLinearOperator):  # type: ignore[misc]
     SELF_ADJOINT = True
 
     def __init__(self, curvature: KroneckerFactors, model: nn.Module) -> None:
-        parameters = dict(model.named_parameters())
+        parameters = _parameters(curvature, model)
         self._like = [parameters[name] for name in curvature.parameters]
         self._curvature = curvature
         shapes = [tuple(parameter.shape) for parameter in self._like]
@@ -75,8 +76,8 @@ def to_kfac_operator(curvature: KroneckerFactors, model: nn.Module) -> Any:
     Raises:
         ValueError: If a block is not such a product, or curvlinops does not support its layer.
     """
+    parameters = _parameters(curvature, model)
     _check_convertible(curvature, model)
-    parameters = dict(model.named_parameters())
     operator = KFACLinearOperator(
         model,
         nn.MSELoss(),
@@ -95,6 +96,24 @@ def to_kfac_operator(curvature: KroneckerFactors, model: nn.Module) -> Any:
         warnings.simplefilter("ignore")  # loading "overwrites" the parameters with themselves
         operator.load_state_dict(state)
     return operator
+
+
+def _parameters(curvature: KroneckerFactors, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a model's parameters by name, which must have all that the curvature is of.
+
+    Raises:
+        TypeError: If one of the two is something else.
+        ValueError: If the model lacks a parameter.
+    """
+    if not isinstance(curvature, KroneckerFactors):
+        raise TypeError(f"`curvature` must be KroneckerFactors, got {described(curvature)}.")
+    check_module(model, "to_kfac_operator(curvature, model)")
+    parameters = dict(model.named_parameters())
+    if missing := [name for name in curvature.parameters if name not in parameters]:
+        raise ValueError(
+            f"`model` must be the one that the curvature is of, got one without {missing}."
+        )
+    return parameters
 
 
 def _check_convertible(curvature: Mapping[str, Any], model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from einconv_kfac.curvature.arguments import check_module
 from einconv_kfac.curvature.layers.discovery import discovered, refusal
 from einconv_kfac.curvature.layers.layer_registry import layer_rule
 from einconv_kfac.curvature.text_table import table
@@ -67,6 +68,7 @@ def coverage(model: nn.Module) -> Coverage:
     0.bias     Linear  0
     1.weight   PReLU   -      no rule covers PReLU; `register_layer` adds one
     """
+    check_module(model, "coverage(model)")
     layers, reasons = discovered(model, every=True)
     owners = {name: layer.name for layer in layers for name in layer.parameters}
     return Coverage(list(_rows(model, owners, reasons)))

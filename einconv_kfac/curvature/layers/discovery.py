@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from einconv_kfac.curvature.arguments import check_module, flag
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
 from einconv_kfac.curvature.layers.layer import Layer
@@ -31,7 +32,8 @@ def find_layers(model: nn.Module, *, every: bool = False, exclude: Exclusion = (
     Raises:
         ValueError: If a layer's parameters do not exist yet, or ``exclude`` matches nothing.
     """
-    layers, _ = discovered(model, every=every, strict=True)
+    check_module(model, "find_layers(model)")
+    layers, _ = discovered(model, every=flag("every", every), strict=True)
     excluded = excluded_modules(model, exclude)
     return [layer for layer in layers if excluded.isdisjoint(layer.modules)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from einconv_kfac.curvature.arguments import described
 from einconv_kfac.curvature.layers import rules
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
 from einconv_kfac.curvature.type_registry import Kind, TypeRegistry, defined_classes
@@ -28,6 +29,9 @@ def register_layer(kind: type[nn.Module], rule: LayerRule) -> None:
         kind: The type of layer.
         rule: Its rule. Of several that fit a layer, the one registered last applies.
 
+    Raises:
+        TypeError: If ``kind`` is no type of module, or ``rule`` no instance of `LayerRule`.
+
     >>> from einconv_kfac.curvature import LinearRule
     >>> class Patches(nn.Linear):  # a linear layer of 2x2 patches
     ...     def forward(self, x):
@@ -38,6 +42,8 @@ def register_layer(kind: type[nn.Module], rule: LayerRule) -> None:
     ...     input_factor = LayerRule.input_factor
     >>> register_layer(Patches, PatchesRule())
     """
+    if not isinstance(rule, LayerRule):
+        raise TypeError(f"`rule` must be an instance of LayerRule, got {described(rule)}.")
     _REGISTRY.register(kind, rule)
 
 

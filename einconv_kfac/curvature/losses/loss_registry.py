@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.arguments import described
 from einconv_kfac.curvature.losses import rules
 from einconv_kfac.curvature.losses.loss_call import check_reduction
 from einconv_kfac.curvature.losses.loss_rule import (
@@ -35,12 +36,20 @@ def register_loss(kind: type[nn.Module], rule: LossRule) -> None:
             without one they must be means over examples.
         rule: Its rule; `EntrywiseRule` serves every loss that is a sum over output entries.
 
+    Raises:
+        TypeError: If ``kind`` is no type of module, or ``rule`` is no rule.
+
     >>> from einconv_kfac.curvature import EntrywiseRule
     >>> class LogCosh(nn.Module):
     ...     def forward(self, output, target):
     ...         return (output - target).cosh().log().mean()
     >>> register_loss(LogCosh, EntrywiseRule())
     """
+    methods = [getattr(rule, name, None) for name in ("roots", "sample")]
+    if isinstance(rule, type) or not all(map(callable, methods)):
+        raise TypeError(
+            f"`rule` must be an instance with methods `roots` and `sample`, got {described(rule)}."
+        )
     _REGISTRY.register(kind, rule)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
+from einconv_kfac.curvature.arguments import fraction
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
 from einconv_kfac.curvature.estimation.evaluation import Evaluation
@@ -26,7 +27,6 @@ from einconv_kfac.distributed.wrappers import (
     recorded_module,
     unwrapped,
 )
-from einconv_kfac.optim.arguments import fraction
 from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.batch_shares import Number
 from einconv_kfac.optim.factors.compiled_parts import may_be_compiled, run_uncompiled_

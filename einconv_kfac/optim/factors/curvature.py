@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.arguments import flag, seed_value
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
 from einconv_kfac.distributed.detection import stored_model, workers_of
 from einconv_kfac.distributed.wrappers import unwrapped
-from einconv_kfac.optim.arguments import flag, seed_value
 from einconv_kfac.optim.factors.averages import Contribution, move_averages_
 from einconv_kfac.optim.factors.collector import Collector
 from einconv_kfac.optim.factors.curvature_state import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from einconv_kfac.optim.arguments import shown
+from einconv_kfac.curvature.arguments import shown
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.protocol import Kind
 from einconv_kfac.optim.state_schema import COUNT, INTEGER, TEXT, Anything, Each, Record

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.arguments import flag
 from einconv_kfac.curvature.blocks.cholesky import Pair
 from einconv_kfac.distributed.workers import Workers
-from einconv_kfac.optim.arguments import communication_dtype_of, flag
+from einconv_kfac.optim.arguments import communication_dtype_of
 from einconv_kfac.optim.factors.running import RunningFactors, names_with_factors
 
 

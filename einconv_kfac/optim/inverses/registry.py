@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.arguments import choice, shown
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.optim import inverses
-from einconv_kfac.optim.arguments import choice, shown
 from einconv_kfac.optim.inverses.protocol import Kind, LayerInverse
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.arguments import choice
+from einconv_kfac.curvature.arguments import choice
 from einconv_kfac.optim.factors.finiteness import Finiteness
 from einconv_kfac.optim.step.parameter_change import ParameterChange
 from einconv_kfac.optim.step.selection import or_others

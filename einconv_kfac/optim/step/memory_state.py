@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from einconv_kfac.optim.arguments import shown
+from einconv_kfac.curvature.arguments import shown
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.state_schema import COUNT, Leaf, Record, tensor_of
 from einconv_kfac.optim.step.fallback import AVERAGES, COUNT_KEY, count_on

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.arguments import flag
 from einconv_kfac.distributed.detection import stored_model, workers_of
-from einconv_kfac.optim.arguments import flag
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.step.automatic import AutomaticStep
