@@ -112,16 +112,23 @@ def callback(name: str, value: Any) -> Any:
     return value
 
 
-def number(name: str, value: Any) -> float:
-    """Return a finite number of any sign.
+def number(name: str, value: Any, *, finite: bool = True) -> float:
+    """Return a number of any sign.
+
+    Args:
+        name: Name of the argument.
+        value: The argument.
+        finite: Whether it must be finite. A loss that is not makes multipliers of factors NaN.
 
     Raises:
         ValueError: If it is not one.
     """
     found = value if type(value) is float else plain(value)
-    if not _is_number(found) or not -math.inf < found < math.inf:
-        raise ValueError(f"`{name}` must be a finite number, got {shown(value)}.")
-    return float(found) if abs(found) >= LARGEST_INTEGER else found
+    if not _is_number(found) or (finite and not -math.inf < found < math.inf):
+        kind = "finite" if finite else "real"
+        raise ValueError(f"`{name}` must be a {kind} number, got {shown(value)}.")
+    is_huge = isinstance(found, int) and abs(found) >= LARGEST_INTEGER
+    return float(found) if is_huge else found
 
 
 def checked_damping(damping: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from einconv_kfac.curvature.arguments import flag, shown
+from einconv_kfac.curvature.estimation.preservation import without_gradients
 from einconv_kfac.optim.diagnostics import Report, description
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.hyperparameters import Hyperparameters
@@ -148,6 +149,7 @@ class CurvatureOptimizer(Optimizer):
         with self._state.saving(self, flag("include_factors", include_factors)):
             return super().state_dict()
 
+    @without_gradients
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of an optimizer of the same model and mode.
 

@@ -253,6 +253,7 @@ class KFACPreconditioner:
         """
         return self._curvature.state_dict(flag("include_factors", include_factors))
 
+    @without_gradients
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of a preconditioner of the same model.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan
+from math import isfinite, isnan
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.arguments import shown
@@ -42,11 +43,16 @@ class Leaf:
             raise ValueError(f"`state_dict` must have {self.rule} at {path}, got {shown(value)}.")
 
 
-def _is_number_tensor(value: Any) -> bool:
-    """Return whether a value is a tensor of real or complex numbers, none of them NaN."""
-    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+def is_dense_tensor(value: Any) -> bool:
+    """Return whether a value is a dense tensor of real or complex numbers, with values."""
+    if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
         return False
-    return not bool(value.isnan().any())
+    return value.is_floating_point() or value.is_complex()
+
+
+def _is_real(value: Any) -> bool:
+    """Return whether a value is a dense tensor of finite real numbers."""
+    return is_dense_tensor(value) and not value.is_complex() and bool(value.isfinite().all())
 
 
 def _is_number(value: Any) -> bool:
@@ -56,7 +62,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_finite(value: Any) -> bool:
+    """Return whether a value is an integer of any size, or a finite float."""
+    return _is_number(value) and (isinstance(value, int) or isfinite(value))
+
+
 NUMBER = Leaf("a number", _is_number)
+FINITE = Leaf("a finite number", _is_finite)
+NOT_NEGATIVE = Leaf("a finite number that is not negative", lambda v: _is_finite(v) and v >= 0)
+POSITIVE = Leaf("a positive finite number", lambda v: _is_finite(v) and v > 0)
 COUNT = Leaf(
     "an integer that is not negative",
     lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
@@ -64,19 +78,47 @@ COUNT = Leaf(
 FLAG = Leaf("True or False", lambda v: isinstance(v, bool))
 INTEGER = Leaf("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
 TEXT = Leaf("a text", lambda v: isinstance(v, str))
-FLOATING = Leaf("a floating-point tensor without NaN", _is_number_tensor)
+FLOATING = Leaf("a dense floating-point tensor of finite numbers", _is_real)
 
 
 NOTHING = Leaf("None", lambda v: v is None)
 
 
-def tensor_of(shape: Sequence[int]) -> Leaf:
-    """Return the schema of a tensor of real or complex numbers with a shape."""
+def tensor_of(shape: Sequence[int], *, is_complex: bool = False) -> Leaf:
+    """Return the schema of a dense tensor of finite numbers.
+
+    Args:
+        shape: Its shape.
+        is_complex: Whether the numbers may be complex.
+    """
 
     def holds(value: Any) -> bool:
-        return _is_number_tensor(value) and tuple(value.shape) == tuple(shape)
+        if not is_dense_tensor(value) or tuple(value.shape) != tuple(shape):
+            return False
+        return bool(value.isfinite().all()) and (is_complex or not value.is_complex())
 
-    return Leaf(f"a floating-point tensor of shape {list(shape)} without NaN", holds)
+    kind = "floating-point or complex" if is_complex else "floating-point"
+    return Leaf(f"a dense {kind} tensor of finite numbers of shape {list(shape)}", holds)
+
+
+def squares_of(shape: Sequence[int], *, is_complex: bool = False) -> Leaf:
+    """Return the schema of a dense tensor of finite numbers that are not negative.
+
+    Args:
+        shape: Its shape.
+        is_complex: Whether the numbers may be complex, with such real and imaginary parts.
+    """
+    known = tensor_of(shape, is_complex=is_complex)
+
+    def holds(value: Any) -> bool:
+        return known.holds(value) and bool((_by_part(value) >= 0).all())
+
+    return Leaf(f"{known.rule}, none of them negative,", holds)
+
+
+def _by_part(value: Tensor) -> Tensor:
+    """Return real and imaginary parts of complex numbers; others as they are."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def constant(expected: str) -> Leaf:
@@ -131,6 +173,26 @@ class Record:
             )
         for name, own in value.items():
             self.entries[name].check(f"{path}.{name}", own)
+
+
+@dataclass(frozen=True)
+class OneType:
+    """A dictionary whose tensors are of one data type.
+
+    Args:
+        schema: The schema of the dictionary.
+    """
+
+    schema: Schema
+
+    def check(self, path: str, value: Any) -> None:
+        """See `Schema`."""
+        self.schema.check(path, value)
+        types = {name: own.dtype for name, own in value.items() if isinstance(own, Tensor)}
+        if len(set(types.values())) > 1:
+            raise ValueError(
+                f"`state_dict` must have tensors of one data type at {path}, got {shown(types)}."
+            )
 
 
 @dataclass(frozen=True)

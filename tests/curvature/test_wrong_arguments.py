@@ -5,7 +5,7 @@ Each is refused by an error that names the argument and the rule, or is harmless
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -81,12 +81,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "register_loss": (curvature.register_loss, {"kind": Thing, "rule": curvature.EntrywiseRule()}),
 }  # fmt: skip
-NUMBERS = {"alpha", "beta", "factor", "damping"}
+NUMBERS = {"factor", "damping"}
 INTEGERS = {"groups", "mc_samples", "max_factor_size", "seed", "count"}
 RIGHT: dict[str, Any] = {
     **dict.fromkeys(("x", "a", "g"), lambda value: isinstance(value, Tensor)),
     **dict.fromkeys(("bias", "progress", "every", "exact"), lambda value: value is True),
     **dict.fromkeys(("out", "algorithm", "parameters", "forward"), lambda value: value is None),
+    **dict.fromkeys(("alpha", "beta"), lambda value: isinstance(float(value), float)),
     **dict.fromkeys(NUMBERS, lambda value: abs(float(value)) < float("inf")),
     **dict.fromkeys(INTEGERS, lambda value: int(value) == value),
     "kernel_size": lambda value: value in (1, (1, 2)),
@@ -179,3 +180,44 @@ def test_a_refused_type_is_not_registered() -> None:
     with pytest.raises(TypeError, match="`kind` must be a type of module, got None"):
         curvature.register_layer(None, curvature.LinearRule())  # type: ignore[arg-type]
     assert len(coverage(NET)) == 4
+
+
+def corrupted(state: Any) -> Iterator[tuple[str, Any]]:
+    """Yield states of which one entry is missing or wrong, with its name."""
+    entries = state.items() if isinstance(state, dict) else enumerate(state)
+    for key, own in entries:
+        wrong: list[Any] = [None, "a", -1, [], {}, torch.zeros(2)]
+        if isinstance(own, Tensor):
+            wrong += [own * NAN, own.cfloat(), own.to_sparse(), own.to("meta"), own[..., None]]
+        made = [{**state, key: each} for each in wrong] if isinstance(state, dict) else []
+        if isinstance(state, dict):
+            made.append({name: value for name, value in state.items() if name != key})
+        if isinstance(own, (dict, list)):
+            for name, inner in corrupted(own):
+                copy: Any = dict(state) if isinstance(state, dict) else list(state)
+                copy[key] = inner
+                yield name, copy
+        yield from ((str(key), each) for each in made)
+
+
+@pytest.mark.parametrize("kind", ["kfac", "ekfac", "sum"])
+def test_corrupted_states_of_factors(kind: str) -> None:
+    factors = {"kfac": FACTORS, "ekfac": CORRECTED, "sum": FACTORS + FACTORS}[kind]
+    state = factors.state_dict()
+    refused = 0
+    for name, wrong in corrupted(state):
+        try:
+            loaded = KroneckerFactors.from_state_dict(wrong)
+        except ValueError as error:
+            refused, text = refused + 1, str(error)
+        else:
+            assert torch.isfinite(loaded.trace())
+            continue
+        assert "`state" in text, (name, text)
+    assert refused > 60
+    first = state["blocks"]["0"]
+    term = first["terms"][0] if kind == "sum" else first
+    entry = "basis_a" if kind == "ekfac" else "A"
+    other = {"0": {**term, entry: torch.zeros(1, 2, 2)}}
+    with pytest.raises(ValueError, match=r"of shape \[1, 5, 5\].*at blocks\.0"):
+        KroneckerFactors.from_state_dict({**state, "blocks": other})

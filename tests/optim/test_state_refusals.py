@@ -254,44 +254,6 @@ def test_fixed_rates_maximise() -> None:
     assert found[-1] > found[0]
 
 
-NAN = float("nan")
-AUTOMATIC = ("kfac", "automatic")
-LAYER = ("kfac", "preconditioner", "layers", "0")
-
-
-@pytest.mark.parametrize(
-    ("path", "words"),
-    [
-        ((*AUTOMATIC, "rule", "damping"), r"a number at 'rule'\.damping, got nan"),
-        ((*AUTOMATIC, "raised"), r"a number at 'step'\.raised, got nan"),
-        ((*LAYER, "factors", 0), r"without NaN at .*factors\.0"),
-        ((*LAYER, "inverse", "a"), r"without NaN at .*inverse\.a"),
-        (("state", 0, "momentum_buffer"), r"without NaN at state of '0\.weight'\.momentum_buffer"),
-    ],
-)
-def test_nan_is_refused(path: tuple[Any, ...], words: str) -> None:
-    _, source = trained()
-    model, opt = made()
-    state, before = deepcopy(source.state_dict()), deepcopy(opt.state_dict())
-    *parents, last = path
-    part = state
-    for key in parents:
-        part = part[key]
-    if isinstance(part, tuple):
-        parent = state
-        for key in parents[:-1]:
-            parent = parent[key]
-        part = parent[parents[-1]] = list(part)
-    known = part[last]
-    part[last] = torch.full_like(known, NAN) if isinstance(known, torch.Tensor) else NAN
-    with pytest.raises(ValueError, match=words):
-        opt.load_state_dict(state)
-    assert_same(before, opt.state_dict())
-    part[last] = known
-    opt.load_state_dict(state)
-    check_training(model, opt)
-
-
 def test_an_integer_that_no_float_holds_is_a_number() -> None:
     NUMBER.check("'rule'.damping", 10**400)
     with pytest.raises(ValueError, match=r"a number at 'rule'\.damping, got True"):

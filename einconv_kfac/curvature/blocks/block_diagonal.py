@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,12 +10,10 @@ from torch import Generator, Tensor
 
 from einconv_kfac.curvature.arguments import described, plain, shown
 from einconv_kfac.curvature.blocks.block import Block
+from einconv_kfac.curvature.blocks.block_state import BLOCKS, block_of
 from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal
-from einconv_kfac.curvature.blocks.eigen import EigenBlock
-from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
-from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.blocks.own_precision import in_own_precision
-from einconv_kfac.curvature.blocks.sums import SumBlock, added, pooled_block
+from einconv_kfac.curvature.blocks.sums import added, pooled_block
 
 CURVATURE_STATE_VERSION = 1
 """Version of the format of `KroneckerFactors.state_dict`."""
@@ -49,8 +46,8 @@ class KroneckerFactors(Mapping[str, Any]):
         if not isinstance(blocks, Mapping):
             raise TypeError(f"`blocks` must be a mapping of layers, got {described(blocks)}.")
         for name, block in blocks.items():
-            if not isinstance(block, _BLOCKS):
-                kinds = ", ".join(kind.__name__ for kind in _BLOCKS)
+            if not isinstance(block, BLOCKS):
+                kinds = ", ".join(kind.__name__ for kind in BLOCKS)
                 raise TypeError(
                     f"`blocks` must have values of {kinds}, got {described(block)} for {name!r}."
                 )
@@ -165,14 +162,19 @@ class KroneckerFactors(Mapping[str, Any]):
         """Return the curvature that a `state_dict` describes.
 
         Raises:
-            ValueError: If the state is of another version.
+            ValueError: If the state is of another version, or an entry is not what it must be.
         """
-        if state.get("version") != CURVATURE_STATE_VERSION:
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if type(version) is not int or version != CURVATURE_STATE_VERSION:
+            found = shown(version if isinstance(state, Mapping) else state)
             raise ValueError(
-                f"`state` must be of version {CURVATURE_STATE_VERSION}, got "
-                f"{state.get('version')}. Compute the factors anew."
+                f"`state` must be of version {CURVATURE_STATE_VERSION}, got {found}. Compute the "
+                "factors anew."
             )
-        return KroneckerFactors({n: _block_of(block) for n, block in state["blocks"].items()})
+        blocks = state.get("blocks")
+        if not isinstance(blocks, Mapping):
+            raise ValueError(f"`state` must have a dictionary at blocks, got {shown(blocks)}.")
+        return KroneckerFactors({n: block_of(f"blocks.{n}", own) for n, own in blocks.items()})
 
     def _check_same(self, other: KroneckerFactors) -> None:
         """Raise a ``ValueError`` if another operator covers other layers."""
@@ -253,24 +255,3 @@ def _check_vector(vector: Any, names: Sequence[str]) -> None:
             raise TypeError(f"The vector's entry '{name}' must be a tensor, got {shown(own)}.")
         if isinstance(own, Tensor) and own.is_complex():
             raise ValueError(f"The vector's entry '{name}' must be real, got {own.dtype}.")
-
-
-_BLOCKS = KroneckerBlock, EigenBlock, SumBlock
-_BLOCK_TYPES: dict[frozenset[str], Callable[..., Block]] = {
-    frozenset(entry.name for entry in fields(kind)): kind for kind in _BLOCKS
-}
-"""The type of block by the names of its fields, which are the entries of its state."""
-
-_LOADERS: dict[str, Callable[[Any], Any]] = {
-    "layout": lambda state: Layout(**state),
-    "terms": lambda states: tuple(_block_of(state) for state in states),
-}
-"""How to restore the fields that a state has in another form."""
-
-
-def _block_of(state: Mapping[str, Any]) -> Block:
-    """Return the block that a state describes."""
-    restored = {
-        name: _LOADERS[name](value) if name in _LOADERS else value for name, value in state.items()
-    }
-    return _BLOCK_TYPES[frozenset(restored)](**restored)

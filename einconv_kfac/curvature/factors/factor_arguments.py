@@ -13,10 +13,11 @@ def checked_target(out: Tensor | None, beta: float, alpha: float) -> Target:
 
     Raises:
         TypeError: If ``out`` is no tensor.
-        ValueError: If it is sparse or not real, or a multiplier is not a finite number.
+        ValueError: If it is sparse or not real, or a multiplier is no real number.
     """
     found = None if out is None else real_tensor("out", out)
-    return Target(found, number("beta", beta), number("alpha", alpha))
+    multipliers = number("beta", beta, finite=False), number("alpha", alpha, finite=False)
+    return Target(found, *multipliers)
 
 
 def batch_of(x: Tensor, ndim: int, name: str) -> Tensor:

@@ -22,13 +22,17 @@ from einconv_kfac.optim.state_schema import (
     COUNT,
     FLOATING,
     Anything,
+    Leaf,
     Listed,
     Maybe,
     Record,
-    tensor_of,
+    is_dense_tensor,
 )
 
-_CONDITIONS = tensor_of((2,))
+_CONDITIONS = Leaf(
+    "two condition numbers",
+    lambda v: is_dense_tensor(v) and tuple(v.shape) == (2,) and bool((v >= 0).all()),
+)
 _SCHEMA = Record(
     {
         "updates": COUNT,

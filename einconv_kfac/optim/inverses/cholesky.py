@@ -14,7 +14,7 @@ from einconv_kfac.curvature.blocks.diagonal_factor import times, times_on_right
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product, product_of_three
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
-from einconv_kfac.optim.state_schema import NUMBER, Record, Schema, constant, tensor_of
+from einconv_kfac.optim.state_schema import NOT_NEGATIVE, Record, Schema, constant, tensor_of
 
 MOST_DAMPING_INCREASES = 6
 """How often the damping of a layer grows after failures before the failure is an error."""
@@ -89,7 +89,7 @@ def _load(state: dict[str, Any], layout: Layout) -> FactoredInverse:
 def _schema(layout: Layout, shapes: Sequence[Sequence[int]]) -> Schema:
     """Return what a state must be."""
     a, b = (tensor_of(shape) for shape in shapes)
-    return Record({"kind": constant(FactoredInverse.kind), "a": a, "b": b, "damping": NUMBER})
+    return Record({"kind": constant(FactoredInverse.kind), "a": a, "b": b, "damping": NOT_NEGATIVE})
 
 
 KIND = Kind(FactoredInverse.kind, _invert, _load, damping_needs_decomposition=True, schema=_schema)

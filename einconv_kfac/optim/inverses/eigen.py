@@ -14,7 +14,15 @@ from einconv_kfac.curvature.blocks.eigen import EigenBlock, decompositions
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
-from einconv_kfac.optim.state_schema import NOTHING, NUMBER, Record, Schema, constant, tensor_of
+from einconv_kfac.optim.state_schema import (
+    NOT_NEGATIVE,
+    NOTHING,
+    OneType,
+    Record,
+    Schema,
+    constant,
+    tensor_of,
+)
 
 DENSE_DIMS = 3
 """Number of dimensions of a factor ``[g, d, d]``; a diagonal ``[g, d]`` has no eigenbasis."""
@@ -127,7 +135,7 @@ def eigen_schema(
     """
     a, b = (tensor_of(s) if len(s) == DENSE_DIMS else NOTHING for s in shapes)
     own: dict[str, Schema] = {"basis_a": a, "basis_b": b, "values": tensor_of(layout.shape)}
-    return Record({"kind": constant(kind), "damping": NUMBER, **own, **others})
+    return OneType(Record({"kind": constant(kind), "damping": NOT_NEGATIVE, **own, **others}))
 
 
 KIND = Kind(

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from einconv_kfac.optim.schedule import is_due
-from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
+from einconv_kfac.optim.state_schema import COUNT, NOT_NEGATIVE, NUMBER, Listed, Maybe, Record
 from einconv_kfac.optim.step.damping.levenberg_marquardt import LARGEST_NOISE
 from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.step.rounding import ROUNDING_MARGIN
@@ -95,7 +95,7 @@ class Agreement:
         self._expected = self._unread = None
 
     schema = Record(
-        {"noise": NUMBER, "compared": Maybe(COUNT), "expected": Maybe(Listed(NUMBER, 3))}
+        {"noise": NOT_NEGATIVE, "compared": Maybe(COUNT), "expected": Maybe(Listed(NUMBER, 3))}
     )
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from einconv_kfac.optim.state_schema import COUNT, FLAG, NUMBER, Anything, Maybe, Record, Schema
+from einconv_kfac.optim.state_schema import COUNT, FLAG, POSITIVE, Anything, Maybe, Record, Schema
 from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.damping.search import DampingSearch
@@ -21,7 +21,7 @@ _SCHEMAS: dict[str, Schema] = {
     "adapted": Maybe(COUNT),
     "agreement": Agreement.schema,
     "keeps_layers": FLAG,
-    "raised": NUMBER,
+    "raised": POSITIVE,
     "rule": Anything(),
     "search": DampingSearch.schema,
     "subspace": SubspaceFit.schema,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.replay.joint import joined
-from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
+from einconv_kfac.optim.state_schema import COUNT, FINITE, NUMBER, Listed, Maybe, Record
 from einconv_kfac.optim.step.fit import Along, Fit
 from einconv_kfac.optim.step.layer_products import PendingProducts, pending_products
 from einconv_kfac.optim.step.objective import Objective
@@ -133,7 +133,7 @@ class CarriedFit:
 
     schema = Record(
         {
-            "mix": Listed(NUMBER),
+            "mix": Listed(FINITE),
             "ratio": NUMBER,
             "slope": NUMBER,
             "kind": Maybe(COUNT),

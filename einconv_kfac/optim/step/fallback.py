@@ -150,8 +150,8 @@ def _correction(decay: float, count: int | Tensor, dtype: torch.dtype) -> float 
 
 
 def _square(gradient: Tensor) -> Tensor:
-    """Return the squares of entries."""
-    return gradient.square()
+    """Return the squares of entries, finite ones: an average with infinity becomes NaN."""
+    return gradient.square().clamp_max_(torch.finfo(gradient.dtype).max)
 
 
 def _normalized(mean: Tensor, square: Tensor) -> Tensor:

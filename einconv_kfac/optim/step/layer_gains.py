@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.state_schema import NUMBER, Each, Record
+from einconv_kfac.optim.state_schema import FINITE, Each, Record
 from einconv_kfac.optim.step.layer_products import LayerProducts, PendingProducts
 from einconv_kfac.optim.step.reading import sent_rows
 
@@ -123,7 +123,7 @@ class LayerGains:
             for layer, own in products.items()
         )
 
-    schema = Each(Record({entry.name: NUMBER for entry in fields(_Layer)}))
+    schema = Each(Record({entry.name: FINITE for entry in fields(_Layer)}))
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """Return the state as numbers."""

@@ -10,7 +10,15 @@ from torch.optim import Optimizer
 
 from einconv_kfac.curvature.arguments import shown
 from einconv_kfac.optim.hyperparameters import Hyperparameters
-from einconv_kfac.optim.state_schema import COUNT, Leaf, Record, tensor_of
+from einconv_kfac.optim.state_schema import (
+    COUNT,
+    Leaf,
+    Record,
+    Schema,
+    is_dense_tensor,
+    squares_of,
+    tensor_of,
+)
 from einconv_kfac.optim.step.fallback import AVERAGES, COUNT_KEY, count_on
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
 from einconv_kfac.optim.step.slow_momentum import BUFFER
@@ -116,16 +124,21 @@ def _pairs(groups: Groups, saved: Groups) -> Iterator[tuple[Any, nn.Parameter]]:
 
 def _schema(parameter: Tensor) -> Record:
     """Return what the state of a parameter must be."""
-    tensors = (MOMENTUM_BUFFER, BUFFER, *AVERAGES)
-    entries = dict.fromkeys(tensors, tensor_of(parameter.shape))
-    return Record({**entries, COUNT_KEY: _STEPS}, optional=True)
+    shape, is_complex = parameter.shape, parameter.is_complex()
+    mean, square = AVERAGES
+    entries: dict[str, Schema] = {
+        **dict.fromkeys((MOMENTUM_BUFFER, BUFFER, mean), tensor_of(shape, is_complex=is_complex)),
+        square: squares_of(shape, is_complex=is_complex),
+        COUNT_KEY: _STEPS,
+    }
+    return Record(entries, optional=True)
 
 
 def _is_count(value: Any) -> bool:
     """Return whether a value is a count of steps, as a number or as a tensor."""
     if not isinstance(value, Tensor):
         return COUNT.holds(value)
-    if value.shape or not value.is_floating_point():
+    if value.shape or not is_dense_tensor(value) or value.is_complex():
         return False
     number = float(value)
     return number >= 0 and number.is_integer()

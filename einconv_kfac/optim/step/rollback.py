@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from einconv_kfac.optim.state_schema import NUMBER, Listed, Maybe, Record
+from einconv_kfac.optim.state_schema import FINITE, Listed, Maybe, Record
 
 MOMENTUM_BUFFER = "momentum_buffer"
 """The last update of a parameter, in the optimizer's state."""
@@ -33,7 +33,7 @@ class Rollback:
         lowest, highest = self._range or (value, value)
         self._range = min(lowest, value), max(highest, value)
 
-    schema = Record({"range": Maybe(Listed(NUMBER, 2))})
+    schema = Record({"range": Maybe(Listed(FINITE, 2))})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers."""

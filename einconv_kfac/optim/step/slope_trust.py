@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.optim.state_schema import NUMBER, Record, tensor_of
+from einconv_kfac.optim.state_schema import FINITE, Record, tensor_of
 from einconv_kfac.optim.step.quadratic_model import QuadraticModel
 from einconv_kfac.optim.vectors import Direction, inner, precise
 
@@ -126,8 +126,11 @@ class SlopeTrust:
         Args:
             parameters: The parameters by name.
         """
-        own = {name: tensor_of(parameter.shape) for name, parameter in parameters.items()}
-        numbers = dict.fromkeys(("average", "weight", "slope", "moved"), NUMBER)
+        own = {
+            name: tensor_of(parameter.shape, is_complex=parameter.is_complex())
+            for name, parameter in parameters.items()
+        }
+        numbers = dict.fromkeys(("average", "weight", "slope", "moved"), FINITE)
         return Record({**numbers, "direction": Record(own, optional=True)})
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from einconv_kfac.optim.state_schema import COUNT, NUMBER, Listed, Maybe, Record
+from einconv_kfac.optim.state_schema import COUNT, FINITE, Listed, Maybe, Record
 from einconv_kfac.optim.step.layer_gains import LayerGains
 from einconv_kfac.optim.step.layer_products import LayerProducts, layer_products
 from einconv_kfac.optim.step.objective import Memory, Objective
@@ -153,7 +153,7 @@ class SlowMomentum:
             state.pop(BUFFER, None)
         self.gains, self._seen = LayerGains(), None
 
-    schema = Record({"steps": COUNT, "gains": LayerGains.schema, "seen": Maybe(Listed(NUMBER, 2))})
+    schema = Record({"steps": COUNT, "gains": LayerGains.schema, "seen": Maybe(Listed(FINITE, 2))})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers; the momentum itself is part of the optimizer's state."""

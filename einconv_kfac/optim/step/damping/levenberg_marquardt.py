@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from einconv_kfac.optim.state_schema import NUMBER, Maybe, Record
+from einconv_kfac.optim.state_schema import NOT_NEGATIVE, POSITIVE, Maybe, Record
 
 INITIAL_FRACTION = 0.1
 """First damping, as a fraction of the curvature along the first gradient."""
@@ -115,5 +115,5 @@ class LevenbergMarquardt:
         Raises:
             ValueError: If it is no state of this rule. Nothing is changed then.
         """
-        Record({"damping": Maybe(NUMBER), "floor": NUMBER}).check("'rule'", state)
+        Record({"damping": Maybe(POSITIVE), "floor": NOT_NEGATIVE}).check("'rule'", state)
         self._damping, self._floor = state["damping"], state["floor"]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from einconv_kfac.optim.factors.refresh import Inverses
 from einconv_kfac.optim.schedule import is_due
-from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
+from einconv_kfac.optim.state_schema import COUNT, POSITIVE, Maybe, Record
 from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.fit import Fit
 
@@ -132,7 +132,7 @@ class DampingSearch:
         self.scale, self._searched = best.scale, step
         return best
 
-    schema = Record({"scale": NUMBER, "searched": Maybe(COUNT)})
+    schema = Record({"scale": POSITIVE, "searched": Maybe(COUNT)})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers."""
