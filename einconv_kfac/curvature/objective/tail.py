@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.losses.loss_call import precise_type
 from einconv_kfac.curvature.objective.graph import Edge
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.loss_calls import LossCall
@@ -42,18 +44,21 @@ class Operation:
     def change(self, changes: Mapping[Edge, Tensor], *, create_graph: bool = False) -> Tensor:
         """Return the change of the output for changes of earlier tensors.
 
+        It is computed in float32 at least: in lower precision the value is rounded by more than it
+        changes.
+
         Args:
             changes: The changes by tensor.
             create_graph: Whether the result has a graph to the changes.
         """
         assert self.function is not None
-        before = [value for value, _ in self.inputs]
+        function, before = _precise(self.function, [value for value, _ in self.inputs])
         moved = [
             None if each is None else each(changes, create_graph=create_graph)
             for _, each in self.inputs
         ]
         after = [v if d is None else _plus(v, d) for v, d in zip(before, moved)]
-        difference: Tensor = self.function(*after) - self.function(*before)
+        difference: Tensor = function(*after) - function(*before)
         return difference
 
 
@@ -118,7 +123,7 @@ class Tail:
             for operation in self.operations:
                 changes[operation.output] = operation.change(changes, create_graph=create_graph)
         change = self.last(changes, create_graph=create_graph)
-        return self.loss if change is None else self.loss + change
+        return self.loss if change is None else self.loss.to(precise_type(self.loss)) + change
 
     def slopes(self) -> Sequence[Tensor | None]:
         """See `LossModel`."""
@@ -151,3 +156,22 @@ def _plus(value: Tensor | None, change: Tensor) -> Tensor:
     """Return a changed input; infinite entries, as of masked scores, stay."""
     assert value is not None
     return (value + change).where(value.isfinite(), value)
+
+
+def _precise(
+    function: Function, inputs: Sequence[Tensor | None]
+) -> tuple[Function, list[Tensor | None]]:
+    """Return an operation and its inputs in float32 at least; a module keeps those it was given."""
+    if isinstance(function, LossCall):
+        return function, [*inputs]
+    if isinstance(function, partial):
+        options = {name: _as_precise(own) for name, own in function.keywords.items()}
+        function = partial(function.func, *function.args, **options)
+    return function, [_as_precise(value) for value in inputs]
+
+
+def _as_precise(value: Any) -> Any:
+    """Return a tensor of real floating-point numbers in float32 at least; others as they are."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.to(precise_type(value))

@@ -76,7 +76,8 @@ class Difference(Entrywise):
         assert function is not None
         assert x is not None
         assert target is not None
-        return diagonal(lambda entries: function(entries, target), x, weight)
+        own = target.to(torch.promote_types(target.dtype, torch.float32))
+        return diagonal(lambda entries: function(entries, own), x, weight)
 
 
 @dataclass(frozen=True)
