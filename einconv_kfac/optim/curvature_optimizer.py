@@ -44,6 +44,9 @@ class CurvatureOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its parameters must be the model's, new layers' among them."""
+        if isinstance(param_group, dict) and "params" not in param_group:
+            found = sorted(map(repr, param_group))
+            raise ValueError(f"`param_group` must have the entry 'params', got {found}.")
         super().add_param_group(param_group)
         try:
             self._settings.with_overrides(self.param_groups[-1])

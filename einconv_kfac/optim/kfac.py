@@ -253,7 +253,7 @@ class KFAC(CurvatureOptimizer):
         if is_capturing():
             check_capture(self._settings, self._preconditioner)
         loss = None
-        if closure is not None:
+        if (closure := callback("closure", closure)) is not None:
             with torch.enable_grad():
                 loss = closure()
         workers = self._preconditioner.workers

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.arguments import shown
 from einconv_kfac.optim.hyperparameters import GROUP_OVERRIDES, IMMUTABLE, Hyperparameters
 
 Group: TypeAlias = Mapping[str, Any]
@@ -37,11 +38,33 @@ class SettingsByParameter:
         is_known = settings is self._settings and len(entries) == len(self._entries)
         if not (is_known and all(map(is_, entries, self._entries))):
             own = [(settings.with_overrides(_numbers(group, settings)), group) for group in groups]
-            self._found = {self._names[p]: each for each, group in own for p in group["params"]}
+            self._found = {self._name_of(p): each for each, group in own for p in _members(group)}
             given = {type(group.get(name)) for group in groups for name in GROUP_OVERRIDES}
             self._settings = settings if given <= IMMUTABLE else None
             self._entries = entries
         return self._found
+
+    def _name_of(self, parameter: Any) -> str:
+        """Return the name of a parameter of a group."""
+        name = self._names.get(parameter) if isinstance(parameter, nn.Parameter) else None
+        if name is None:
+            raise ValueError(
+                f"`params` of a group must be parameters of `model`, got {shown(parameter)} among "
+                "them. Add parameters of new layers by `add_param_group`."
+            )
+        return name
+
+
+def _members(group: Group) -> list[Any]:
+    """Return the parameters of a group.
+
+    Raises:
+        ValueError: If they are not a list.
+    """
+    members = group.get("params")
+    if not isinstance(members, list):
+        raise ValueError(f"`params` of a group must be a list, got {shown(members)}.")
+    return members
 
 
 def _entries(groups: Sequence[Group]) -> list[object]:
@@ -50,7 +73,7 @@ def _entries(groups: Sequence[Group]) -> list[object]:
     for group in groups:
         entries += group
         entries += group.values()
-        entries += group["params"]
+        entries += _members(group)
     return entries
 
 
