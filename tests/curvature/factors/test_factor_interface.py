@@ -222,3 +222,15 @@ def test_one_position(shape: tuple[int, ...], approximation: str, dtype: torch.d
         conv_input_factor(x, 1, approximation=approximation, out=got[:, 1:, 1:])
     with pytest.raises(ValueError, match="`beta` must be 0 without `out`"):
         conv_input_factor(x, 1, approximation=approximation, beta=0.5)
+
+
+@pytest.mark.parametrize("stride", [10**6, 2**40])
+@pytest.mark.parametrize("make", [conv_input_factor, conv_transpose_input_factor])
+def test_a_stride_costs_nothing(make: Any, stride: int) -> None:
+    """With one output, every stride gives the factor of the smallest."""
+    if make is conv_transpose_input_factor:
+        x, near = torch.rand(2, 4, 1, 1), 2
+    else:
+        x, near = torch.rand(2, 4, 6, 7), 6
+    found = make(x, 2, stride=stride, padding=0, groups=2)
+    torch.testing.assert_close(found, make(x, 2, stride=near, padding=0, groups=2))

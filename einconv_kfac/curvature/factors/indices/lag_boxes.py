@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from math import gcd
 
 from einconv_kfac.curvature.factors.indices.lag_pairs import EntryPairs, Ranges, regions_and_windows
 from einconv_kfac.geometry import Axis
@@ -81,8 +82,9 @@ def lag_ranges(axis: Axis, which: str) -> tuple[LagRange, ...]:
     last = axis.kernel_size - 1
     low = {ALL_LAGS: -last, POSITIVE_LAGS: 1, NEGATIVE_LAGS: -last}.get(which, 0)
     high = {ZERO_LAG: 0, NEGATIVE_LAGS: -1}.get(which, last)
-    step = len({k * axis.dilation % axis.stride for k in range(axis.stride)})
-    found = [_lag_range(axis, range(k, last + 1, step), range(low, high + 1)) for k in range(step)]
+    step, distances = axis.stride // gcd(axis.dilation, axis.stride), range(low, high + 1)
+    starts = range(min(step, axis.kernel_size))
+    found = [_lag_range(axis, range(k, last + 1, step), distances) for k in starts]
     return tuple(lags for lags in found if lags is not None)
 
 

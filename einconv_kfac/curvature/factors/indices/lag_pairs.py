@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
+from math import gcd
 
 from einconv_kfac.geometry import Axis
 
@@ -77,7 +78,7 @@ def lags(axis: Axis) -> tuple[Lag, ...]:
     found = []
     for distance in range(1 - size, size):
         first, last = max(0, -distance), min(size, size - distance)
-        step = len({k * axis.dilation % axis.stride for k in range(axis.stride)})
+        step = axis.stride // gcd(axis.dilation, axis.stride)
         for start in range(first, min(last, first + step)):
             found.append(_lag(axis, distance, range(start, last, step)))
     return tuple(lag for lag in found if lag.regions)
