@@ -197,25 +197,6 @@ def common_momentum(objective: Objective) -> float | None:
     return cast("float | None", value)
 
 
-def scaler_factor(
-    batches: Sequence[Batch], scale: Tensor | None, sums: bool, workers: Workers = ALONE
-) -> Tensor:
-    """Return the factor of a gradient scaler in the weights of batches.
-
-    Args:
-        batches: The batches, at least one.
-        scale: The factor, or ``None`` if the gradients were unscaled before the step: the
-            objective is then taken to be the mean or the sum of the recorded losses.
-        sums: Whether the losses are sums over examples, not means.
-        workers: The workers, each with batches of its own.
-    """
-    if scale is not None:
-        return scale
-    own = [sum_of([batch.weight for batch in batches]), len(batches)]
-    total, count = workers.means(own, "factor of the scaler")
-    return cast("Tensor", total / count if sums else total)
-
-
 def memory_of(
     parameters: Direction, state: Mapping[Any, dict[str, Any]], stored: WholeModel = WHOLE
 ) -> Memory:
