@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.modules import module as torch_module
 
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.curvature.objective.graph import viewed
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class LayerCall:
         module: The module that was called, one of the layer's modules.
         x: The input, detached.
         y_shape: Shape of the output.
-        output: Gradient edge of the output.
+        output: Gradient edge of the output, or of the whole tensor that it is a view of.
         has_free_positions: See `LayerRule`.
         is_batch: Whether the input is a batch with at least one example.
         is_own: Whether the output is what the layer itself computed, before hooks of others.
@@ -96,7 +97,7 @@ class _CallRecorder:
         if not (self._capture.enabled and torch.is_grad_enabled() and y.requires_grad):
             return
         layer, module = self._layer, self._module
-        rule, edge = layer.use_of(module).rule, get_gradient_edge(y)
+        rule, edge = layer.use_of(module).rule, get_gradient_edge(viewed(y))
         is_own = not module._forward_hooks or sees_own_output(module)
         is_batch = x.shape[:1] != (0,) and rule.accepts(module, x)
         call = LayerCall(
@@ -192,4 +193,5 @@ def call_gradients(
     if not (outputs and edges):
         return [None] * len(edges)
     sources: Any = outputs
-    return list(torch.autograd.grad(sources, edges, roots, retain_graph=True, allow_unused=True))
+    found = torch.autograd.grad(sources, edges, roots, retain_graph=True, allow_unused=True)
+    return [None if g is None else g.reshape(call.y_shape) for g, call in zip(found, calls)]

@@ -34,6 +34,19 @@ def edge_of(tensor: Tensor) -> Edge:
     return edge.node, edge.output_nr
 
 
+def viewed(tensor: Tensor) -> Tensor:
+    """Return the tensor that another one is a view of, if it has the same entries in this order.
+
+    It is the tensor itself where there is none. The output of a linear layer with positions is a
+    view of a product. What overwrites a view in place takes its node out of the graph, but not
+    that of the product.
+    """
+    base = tensor._base
+    if base is None or base.numel() != tensor.numel() or not base.requires_grad:
+        return tensor
+    return base if base.is_contiguous() and tensor.is_contiguous() else tensor
+
+
 def mark_(tensor: Tensor, owner: object, mark: object) -> None:
     """Attach a mark to a tensor's edge.
 

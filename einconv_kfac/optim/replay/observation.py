@@ -30,6 +30,7 @@ from einconv_kfac.optim.replay.pending import (
 )
 from einconv_kfac.optim.replay.unknown_operations import LINEAR, refusal_of_derivatives
 from einconv_kfac.optim.replay.versions import Versions
+from einconv_kfac.optim.replay.viewed_outputs import OVERWRITTEN, is_overwritten_at
 
 
 class Observation(Protocol):
@@ -148,7 +149,7 @@ class ReadObservation:
         """Return the calls of the model that the loss depends on."""
         found: list[PendingCall] = []
         assert self._root is not None
-        self._uses_parameters = False
+        self._uses_parameters = self._is_overwritten = False
         whole = self._pending.loss_at(self._root)  # observed after it was recorded
         self.parts: list[ObservedLoss] = [] if whole is None else [whole]
 
@@ -158,6 +159,7 @@ class ReadObservation:
             owner = self._pending.source_at(edge)
             if owner is None or edge == self._root:
                 self._uses_parameters |= leaf_of(edge) in self._names
+                self._is_overwritten |= is_overwritten_at(edge, id(self._pending))
                 return False
             found.append(owner[0])
             return True
@@ -172,6 +174,8 @@ class ReadObservation:
 
     def evaluation(self, weight: Tensor) -> tuple[Evaluation, list[LayerCall]]:
         """See `Observation`."""
+        if self._is_overwritten:
+            raise RuntimeError(OVERWRITTEN)
         root, tensor = self._root, self._tensor()
         if root is None:
             assert tensor is not None

@@ -6,7 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,22 +17,17 @@ from einconv_kfac.curvature.objective.outputs import tensors_of
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, chained_arguments, needed
 from einconv_kfac.optim.replay.forward import ForwardPass, ModelCall
 from einconv_kfac.optim.replay.loss_input import Inside, LayerOutput, LossInput, Returned
+from einconv_kfac.optim.replay.viewed_outputs import mark_viewed_
 
 CALLS_WITHOUT_LOSS = 8
 """Number of calls of the model without a loss for which the calls of layers are kept."""
 
 
-class _Mark:
-    """Identifies a tensor of a call at its edge of the autograd graph, which owns it.
+class _Mark(NamedTuple):
+    """Identifies a tensor of a call, by the call's number, at its edge of the autograd graph."""
 
-    Args:
-        call: The number of the call.
-        source: Which tensor of the call it is.
-    """
-
-    def __init__(self, call: int, source: LossInput) -> None:
-        self.call = call
-        self.source = source
+    call: int
+    source: LossInput
 
 
 @dataclass(eq=False)
@@ -184,6 +179,8 @@ class PendingCalls:
         pending.values[source] = tensor.detach()
         pending.versions[source] = tensor._version
         mark_(tensor, (id(self), isinstance(source, Returned)), _Mark(pending.number, source))
+        if isinstance(source, Returned):
+            mark_viewed_(tensor, id(self))
 
     def mark_loss_(self, loss: Tensor) -> ObservedLoss:
         """Mark a loss, and return the mark."""

@@ -170,3 +170,97 @@ def test_a_change_of_outputs_and_of_parameters_before_the_step_is_refused() -> N
         else:
             opt.step()
             assert not torch.equal(before, weights(model))
+
+
+def sequence_net(end: str) -> nn.Sequential:
+    """A network for ``[n, 3, 5]`` whose output is a view."""
+    torch.manual_seed(0)
+    ends = {"whole": nn.Identity(), "turned": Turned(), "part": Part()}
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4), ends[end]).double()
+
+
+class Turned(nn.Module):
+    """Classes before positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+class Part(nn.Module):
+    """The last position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, -1]
+
+
+VIEW_CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "divided": divided,
+    "filled": filled,
+    "squashed": squashed,
+    "added": lambda o: o.add_(1.0),
+}
+
+
+@pytest.mark.parametrize("end", ["whole", "turned", "part"])
+@pytest.mark.parametrize("change", VIEW_CHANGES)
+@pytest.mark.parametrize("options", [{}, {"lr": 0.1, "adaptive": False}])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_changed_view_is_refused_and_the_remedy_works(
+    end: str, change: str, options: dict[str, float], given: bool
+) -> None:
+    x = X.unflatten(0, (8, 3))
+    loss_fn, found = nn.CrossEntropyLoss(), []
+    for way in ("in place", "clone", "new"):
+        model = sequence_net(end)
+        opt = KFAC(model, loss_fn if given else None, fisher="exact", **options)  # type: ignore[arg-type]
+        for _ in range(2):
+            opt.zero_grad()
+            out = model(x)
+            if way == "in place":
+                out = VIEW_CHANGES[change](out)
+            elif way == "clone":
+                out = VIEW_CHANGES[change](out.clone())
+            else:
+                out = VIEW_CHANGES[change](out * 1)
+            targets = Y[: out.numel() // 4].reshape(out.shape[0], -1).squeeze(1)
+            scores = out.transpose(1, 2) if end == "whole" else out
+            loss = loss_fn(scores, targets)
+            loss = loss if given else opt.observe(loss)
+            if way == "in place":
+                before = weights(model)
+                with pytest.raises(RuntimeError, match=r"is a view.*out = model\(x\)\.clone\(\)"):
+                    loss.backward()
+                assert torch.equal(before, weights(model))
+                break
+            loss.backward()
+            opt.step()
+        found.append(weights(model))
+    torch.testing.assert_close(found[1], found[2], **EXACT)
+    assert not torch.equal(found[0], found[1])
+
+
+class Keeping(nn.Module):
+    """A network that keeps what its output is a view of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 4)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = torch.tanh(self.first(x)) @ self.last.weight.mT
+        return self.kept[:, :2]
+
+
+def test_a_loss_of_what_the_output_is_a_view_of_is_no_changed_output() -> None:
+    torch.manual_seed(0)
+    model = Keeping()
+    opt = KFAC(model, exclude=["last"])
+    losses = []
+    for _ in range(5):
+        opt.zero_grad()
+        loss = opt.observe(model(X).square().mean() + model.kept.square().mean())
+        loss.backward()
+        opt.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
