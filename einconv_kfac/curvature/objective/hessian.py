@@ -79,6 +79,8 @@ def with_hessians(terms: Sequence[Term], tail: Tail, outputs: Sequence[Edge]) ->
             continue
         try:
             found = _hessian_term(tail, edge, known)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # an operation without a second derivative
             continue
         if found is not None:
@@ -119,6 +121,8 @@ def hessian_by(tail: Tail, edge: Edge, known: Sequence[Term]) -> LocalCurvature 
     """
     try:
         found = _hessian_term(tail, edge, known)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # an operation without a second derivative
         return None
     return None if found is None else found.curvature

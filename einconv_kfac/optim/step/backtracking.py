@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from einconv_kfac.optim.step.in_place import add_, copy_
 from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.vectors import Direction
 
@@ -39,7 +40,7 @@ def backtrack_(
         _scale_(own, steps, share)
         following = Unread(value() <= allowed) if share else None
         if asked is not None and asked.read()[0][0]:  # the attempt before was small enough
-            torch._foreach_copy_([*own, *steps], kept)
+            copy_([*own, *steps], kept)
             return fraction
         fraction, asked = fraction * share, following
         if asked is not None and not asked.is_late:
@@ -51,5 +52,5 @@ def backtrack_(
 
 def _scale_(parameters: list[Tensor], steps: list[Tensor], fraction: float) -> None:
     """Shorten a step that was taken to a fraction."""
-    torch._foreach_sub_(parameters, steps, alpha=1 - fraction)
+    add_(parameters, steps, fraction - 1)
     torch._foreach_mul_(steps, fraction)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from einconv_kfac.optim.step.in_place import add_, scale_
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.vectors import Direction
 
@@ -24,7 +25,5 @@ def decay_(objective: Objective, update: Direction) -> None:
     if not names:
         return
     parameters = [objective.parameters[name] for name in names]
-    torch._foreach_mul_(parameters, [1 - own[name] for name in names])
-    torch._foreach_add_(
-        parameters, torch._foreach_mul([update[n] for n in names], [own[n] for n in names])
-    )
+    scale_(parameters, [1 - own[name] for name in names])
+    add_(parameters, torch._foreach_mul([update[n] for n in names], [own[n] for n in names]))

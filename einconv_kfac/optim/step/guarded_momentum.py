@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-
+from einconv_kfac.optim.step.in_place import copy_
 from einconv_kfac.optim.step.layer_products import LayerProducts
 from einconv_kfac.optim.step.objective import Objective, is_late
 from einconv_kfac.optim.step.reading import Unread
@@ -125,7 +124,7 @@ class GuardedMomentum:
         coefficient = self.slow.add_(objective, update, trust, products)
 
         def undo_() -> None:
-            torch._foreach_copy_(targets, kept)
+            copy_(targets, kept)
             self.slow.load_state_dict(state)
             for name, own in objective.memory.items():
                 own.pop(BUFFER, None)

@@ -17,6 +17,7 @@ from einconv_kfac.optim.factors.curvature_state import CURVATURE_STATE_VERSION, 
 from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.state_schema import Anything, Record
 from einconv_kfac.optim.step.carried_state import carry_, taken_out
+from einconv_kfac.optim.step.in_place import copy_
 from einconv_kfac.optim.step.memory_state import check_groups, check_memory, own_memory_
 from einconv_kfac.optim.step.parameter_change import ParameterChange
 from einconv_kfac.optim.step.step_protocol import Step
@@ -207,7 +208,7 @@ def _parameter_snapshot(parameters: list[Tensor]) -> Callable[[], None]:
 
     def restore() -> None:
         if before:
-            torch._foreach_copy_(parameters, before)
+            copy_(parameters, before)
 
     return restore
 

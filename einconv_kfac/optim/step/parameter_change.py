@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
+
+from einconv_kfac.optim.step.in_place import add_, copy_
 
 Operation: TypeAlias = Callable[[list[Tensor], list[Tensor]], None]
 
@@ -35,14 +36,14 @@ class ParameterChange:
     def adding(parameters: list[Tensor], operands: list[Tensor], factor: float) -> ParameterChange:
         """Return the addition of multiples of tensors."""
         versions = [parameter._version for parameter in parameters]
-        operation = partial(torch._foreach_add_, alpha=factor)
+        operation = partial(add_, alpha=factor)
         return ParameterChange(operation, parameters, operands, versions)
 
     @staticmethod
     def replacing(parameters: list[Tensor], values: list[Tensor]) -> ParameterChange:
         """Return the assignment of values."""
         versions = [parameter._version for parameter in parameters]
-        return ParameterChange(torch._foreach_copy_, parameters, values, versions)
+        return ParameterChange(copy_, parameters, values, versions)
 
     def apply_(self) -> None:
         """Change the parameters."""

@@ -20,6 +20,7 @@ from einconv_kfac.curvature.devices.sending import sent
 from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.decoupled_decay import decay_
 from einconv_kfac.optim.step.fit import Fit
+from einconv_kfac.optim.step.in_place import add_
 from einconv_kfac.optim.step.layer_products import LARGEST_JOINED_ENTRIES, on_device
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.reading import sent_rows
@@ -138,7 +139,7 @@ class Preparation:
     ) -> tuple[Direction, dict[str, float]]:
         """Take a step whose update was prepared; return the update, and numbers of the step."""
         rate, update = max(objective.rates.values()), prepared.update
-        torch._foreach_add_([objective.parameters[name] for name in update], [*update.values()])
+        add_([objective.parameters[name] for name in update], [*update.values()])
         decay_(objective, update)
         trust, memory, products = self.trust.fraction, objective.memory, fit.scaled(rate).products
         assert products is not None

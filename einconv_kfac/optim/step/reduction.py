@@ -17,6 +17,7 @@ from einconv_kfac.optim.step.backtracking import backtrack_
 from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION_PERIOD
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.fit import Fit, StepAhead
+from einconv_kfac.optim.step.in_place import add_
 from einconv_kfac.optim.step.layer_products import LayerProducts
 from einconv_kfac.optim.step.objective import Objective, common_momentum
 from einconv_kfac.optim.step.reading import Unread
@@ -152,7 +153,7 @@ class Reduction:
             ahead: The same, if a GPU was asked for it.
         """
         parameters = [objective.parameters[name] for name in update]
-        torch._foreach_add_(parameters, [*update.values()])
+        add_(parameters, [*update.values()])
         if ahead is not None and ahead.value is not None:
             self._known = _versions(objective), ahead.value
 

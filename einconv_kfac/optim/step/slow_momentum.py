@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from einconv_kfac.optim.state_schema import COUNT, FINITE, Listed, Maybe, Record
+from einconv_kfac.optim.step.in_place import add_
 from einconv_kfac.optim.step.layer_gains import LayerGains
 from einconv_kfac.optim.step.layer_products import LayerProducts, layer_products
 from einconv_kfac.optim.step.objective import Memory, Objective
@@ -101,7 +102,7 @@ class SlowMomentum:
             followed = [momentum[name] for name in known]
             torch._foreach_add_([update[name] for name in known], followed, alpha=weight)
             moved = [objective.parameters[name] for name in known]
-            torch._foreach_add_(moved, followed, alpha=weight)
+            add_(moved, followed, weight)
         for name, tensor in later.items():
             objective.memory[name][BUFFER] = tensor
         return weight
