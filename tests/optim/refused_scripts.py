@@ -1,15 +1,12 @@
-"""Scripts that a step refuses: what they are, and the checks of words, state and remedy."""
+"""What a script is that a step refuses, and what such scripts share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
-from optim_cases import assert_same, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
@@ -78,48 +75,3 @@ def good(model: nn.Module, opt: KFAC) -> None:
     else:
         CROSS_ENTROPY(model(X), Y).backward()
     opt.step()
-
-
-def check_refusal(case: Refused) -> None:
-    """A script is refused, and changes nothing.
-
-    Neither parameters, state, gradients, nor the next step, where there can be one.
-    """
-    model = case.build()
-    opt = KFAC(model, case.loss_fn, **case.options)
-    state, before = deepcopy(opt.state_dict()), weights(model)
-    gradients: list[Tensor | None] = []
-
-    def refused() -> None:
-        case.script(model, opt)
-        gradients.extend(None if p.grad is None else p.grad.clone() for p in model.parameters())
-        opt.step()
-
-    with pytest.raises((RuntimeError, ValueError), match=case.words):
-        refused()
-    assert torch.equal(before, weights(model))
-    assert_same(state, opt.state_dict())
-    if gradients:
-        assert_same(gradients, [p.grad for p in model.parameters()])
-    else:  # by the backward pass, before it
-        assert all(p.grad is None for p in model.parameters())
-    if not (case.remedied or case.remedied_options) and "curvature_fraction" not in case.options:
-        other = case.build()
-        twin = KFAC(other, case.loss_fn, **case.options)
-        for _ in range(3):
-            good(model, opt)
-            good(other, twin)
-        assert torch.equal(weights(model), weights(other))
-
-
-def check_remedy(case: Refused) -> None:
-    """The remedied script trains."""
-    model = (case.remedied or case.build)()
-    options = case.options if case.remedied_options is None else case.remedied_options
-    opt, losses = KFAC(model, case.loss_fn, **options), []
-    for _ in range(8):
-        opt.zero_grad()
-        loss = case.remedy(model, opt)
-        opt.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] - 0.1 * abs(losses[0])
