@@ -95,7 +95,7 @@ def test_no_operation_hides_that_memory_is_short() -> None:
     with _OutOfMemoryMode(0) as mode:
         stepped(opt, loss)
     last = mode.count - 1  # then the step is taken, and the end of its record is left
-    for number in range(1, last, last // 150):
+    for number in range(1, last, last // 70):
         model, opt, loss = begun()
         before = weights(model)
         with pytest.raises(torch.OutOfMemoryError, match="no memory"), _OutOfMemoryMode(number):

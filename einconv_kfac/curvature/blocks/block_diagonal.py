@@ -29,6 +29,7 @@ class KroneckerFactors(Mapping[str, Any]):
     Args:
         blocks: A block per layer: `KroneckerBlock`, `EigenBlock`, `SumBlock`.
 
+    >>> from einconv_kfac.curvature import KroneckerBlock, Layout
     >>> layout = Layout("fc.weight", None, (2, 3), (1, 2, 3), (0, 1, 2))
     >>> block = KroneckerBlock(torch.eye(3)[None], 2 * torch.eye(2)[None], layout)
     >>> curvature = KroneckerFactors({"fc": block})

@@ -58,12 +58,11 @@ def trained(
 @pytest.mark.parametrize("options", MODES)
 @pytest.mark.parametrize("bound", [None, 0.05])
 @pytest.mark.parametrize("losses", LOSSES)
-@pytest.mark.parametrize("kind", [torch.amp.GradScaler, OtherScaler])
 def test_the_factor_is_that_of_the_scaler(
-    options: dict[str, Any], bound: float | None, losses: str, kind: type[torch.amp.GradScaler]
+    options: dict[str, Any], bound: float | None, losses: str
 ) -> None:
-    own = LOSSES[losses]
-    plain = trained(options, kind("cpu", enabled=False), bound, **own)
-    for scale in (2.0**10, 37.0):
+    own, disabled = LOSSES[losses], torch.amp.GradScaler("cpu", enabled=False)
+    plain = trained(options, disabled, bound, **own)
+    for kind, scale in ((torch.amp.GradScaler, 2.0**10), (OtherScaler, 37.0)):
         found = trained(options, kind("cpu", init_scale=scale, growth_interval=2), bound, **own)
         torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-8)
