@@ -50,7 +50,7 @@ def block_of(path: str, state: Any) -> Block:
     if "terms" in names:
         return SumBlock(tuple(_terms(path, state["terms"])))
     layout = _layout(f"{path}.layout", state["layout"])
-    sizes = dict(zip("gcd", layout.shape))
+    sizes: dict[str, int] = dict(zip("gcd", layout.shape))
     for name in names & _FORMS.keys():
         _check_tensor(f"{path}.{name}", state[name], _FORMS[name], sizes)
     if "scale" in names:
