@@ -37,9 +37,9 @@ class DampingRule(Protocol):
         Args:
             ratio: The true by the predicted change of the objective; may be not finite.
             predicted: The change that the quadratic model predicted, negative for a reduction.
-            noise: The fraction of a batch's slope that later batches do not confirm, from 0, as
-                where the batch repeats, to 1. The ratio is that on the step's own batch, which
-                does not show whether the step fits noise.
+            noise: The difference of two batches' objectives at one point, relative to what the
+                step between them reduces, from 0, where the batch repeats, to 1. The ratio is
+                that on the step's own batch, which does not show whether the step fits noise.
         """
 
     def after_rejection(self, factor: float) -> None:
