@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.device_registry import profile_of
-from einconv_kfac.curvature.devices.operations import Operation, run
+from einconv_kfac.curvature.devices.operations import Operation
 
 FAR = 1 << 10
 """Elements between neighbouring channels from which a few channels are copied at a time.
@@ -20,13 +20,9 @@ STRIP_CHANNELS = 8
 """Channels that are copied at a time."""
 
 
-def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``x``, of shape ``[*s, c]``, contiguous and in the dtype."""
-    if x.is_contiguous() or x.stride(-1) < FAR or not profile_of(x.device.type).is_cached:
-        return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
-    copy = x.new_empty(x.shape, dtype=dtype)
-    run(channels_last_copies(copy, x))
-    return copy
+def is_ready(x: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether ``x``, of shape ``[*s, c]``, is contiguous and in the dtype."""
+    return x.is_contiguous() and x.dtype == dtype
 
 
 def channels_last_copies(target: Tensor, x: Tensor) -> list[Operation]:

@@ -10,7 +10,7 @@ import torch
 from einconv_kfac.curvature.arguments import choice
 from einconv_kfac.curvature.factors import algorithms
 from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
-from einconv_kfac.curvature.factors.division import division_of, work_seconds
+from einconv_kfac.curvature.factors.division import division_of
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.type_registry import defined_classes
 from einconv_kfac.geometry import Padding, Sizes, conv_geometry
@@ -32,7 +32,7 @@ def applicable(problem: Problem) -> tuple[str, ...]:
 
 def seconds(cost: Cost, problem: Problem) -> float:
     """Return an estimate of a cost's time, to be compared with others of the same problem only."""
-    return work_seconds(cost, problem) + problem.profile.prices.call * cost.calls
+    return cost.work_seconds(problem) + problem.profile.prices.call * cost.calls
 
 
 @lru_cache(maxsize=1024)

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.threads import Task, run_tasks
-from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
+from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.allocation import new_matrices
 from einconv_kfac.curvature.factors.symmetric.update import Update
@@ -56,19 +55,6 @@ class Part:
     stop: int
 
 
-def work_seconds(cost: Cost, problem: Problem) -> float:
-    """Return an estimate of a cost's time on one thread without the calls."""
-    prices = problem.profile.prices
-    slow = 1 + prices.half_speed_width / cost.width
-    double = 2.0 if problem.dtype == torch.float64 else 1.0
-    rate = problem.mixed_price() if cost.is_mixed else problem.tf32_price()
-    return (
-        prices.mac * cost.macs * rate * slow
-        + prices.copied * cost.copied
-        + prices.written * cost.written
-    ) * double
-
-
 @lru_cache(maxsize=4096)
 def division_of(problem: Problem, algorithm: Algorithm) -> Division:
     """Return the cheapest division of a problem for an algorithm."""
@@ -78,7 +64,7 @@ def division_of(problem: Problem, algorithm: Algorithm) -> Division:
 def _divisions(problem: Problem, algorithm: Algorithm) -> Iterator[Division]:
     """Yield the divisions of a problem."""
     cost, prices, threads = algorithm.cost(problem), problem.profile.prices, problem.threads
-    work = work_seconds(cost, problem)
+    work = cost.work_seconds(problem)
     if threads == 1:
         yield Division(UNDIVIDED, 0, work + prices.call * cost.calls)
         return
@@ -111,7 +97,7 @@ def _seconds(problem: Problem, algorithm: Algorithm, kind: str, tasks: int) -> f
     profile, prices = problem.profile, problem.profile.prices
     part = parts(problem, kind, tasks)[0].problem
     cost = algorithm.cost(part)
-    work, calls = work_seconds(cost, part), cost.calls
+    work, calls = cost.work_seconds(part), cost.calls
     if kind == OWN:  # the cost of all tasks
         longest = _longest(algorithm.shares(problem, tasks), tasks)
         work, calls = work * longest, calls * longest

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.threads import Task
@@ -43,6 +44,18 @@ class Cost:
     calls: float
     is_mixed: bool = False
     waits: float | None = None
+
+    def work_seconds(self, problem: Problem) -> float:
+        """Return an estimate of its time on one thread without the calls."""
+        prices = problem.profile.prices
+        slow = 1 + prices.half_speed_width / self.width
+        double = 2.0 if problem.dtype == torch.float64 else 1.0
+        rate = problem.mixed_price() if self.is_mixed else problem.tf32_price()
+        return (
+            prices.mac * self.macs * rate * slow
+            + prices.copied * self.copied
+            + prices.written * self.written
+        ) * double
 
 
 class Algorithm(ABC):

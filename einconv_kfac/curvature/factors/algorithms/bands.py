@@ -99,6 +99,9 @@ class Bands(Algorithm):
         count = chunk_count(problem, growth) if groups == 1 else 1
         blocks = sum(band.count for band in found) if are_views(groups, channels) else 0
         copied = problem.inputs * (2 if blocks else 1 + growth)
+        if len(leading) > 1 and width >= WIDE_ROWS:  # positions with gaps: copied, also by oneDNN
+            met = rows * sum(band.count * band.width for band in found)
+            copied += 4 * problem.batch * groups * channels * met
         products = count * regions * (10 * len(found) + 4 * blocks)
         calls = products * (steps + BATCHED_MATRIX_CALLS * (groups - 1)) + 30 * steps * len(keys)
         along = 0.6 if channels <= MOST_GATHERED_CHANNELS else 0.42  # diagonals, but in order

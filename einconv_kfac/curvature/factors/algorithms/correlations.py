@@ -7,22 +7,21 @@ region of the left positions; see docs/factors.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.devices.operations import Scratch, run
+from einconv_kfac.curvature.devices.operations import Operation, Scratch, run
 from einconv_kfac.curvature.devices.threads import Task
 from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
-from einconv_kfac.curvature.factors.channels_last import channels_last
+from einconv_kfac.curvature.factors.algorithms.correlation_products import CorrelationProducts
 from einconv_kfac.curvature.factors.chunking import examples_per_chunk
-from einconv_kfac.curvature.factors.indices.correlation_calls import Call, Range, Spans, calls
+from einconv_kfac.curvature.factors.indices.correlation_calls import Call, Spans, calls
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
     ChannelBlock,
@@ -90,89 +89,6 @@ def _is_fine(problem: Problem) -> bool:
     return positions < FINE_POSITIONS_PER_CHANNEL * problem.channels
 
 
-def _all_sums(
-    operands: list[Tensor], step: int, found: list[Call], geometry: Geometry, update: Update
-) -> dict[Spans, Tensor]:
-    """Return the correlations ``[*r, *lag, g, c, c']`` of two blocks of channels.
-
-    Those of small regions are computed for all examples at once, those of the largest for
-    ``step`` at a time.
-    """
-    first, dtype = operands[0], update.out.dtype
-    sums: dict[Spans, Tensor] = {}
-    for call in found:
-        if call.spans not in sums:
-            shape = (*call.shape, *first.shape[-2:], operands[-1].shape[-1])
-            sums[call.spans] = first.new_zeros(shape, dtype=dtype)
-        if not call.is_interior:
-            _add_correlations_(sums[call.spans], call, operands, geometry, update)
-    for start in range(0, len(first), step):
-        parts = [channels_last(operand[start : start + step], dtype) for operand in operands]
-        for call in found:
-            if call.is_interior:
-                _add_correlations_(sums[call.spans], call, parts, geometry, update)
-        del parts  # freed before the next ones are computed
-    return sums
-
-
-def _add_correlations_(
-    total: Tensor, call: Call, operands: list[Tensor], geometry: Geometry, update: Update
-) -> None:
-    """Add the correlations of one region to ``total``, of shape ``[*r, *lag, g, c, c']``.
-
-    Args:
-        total: What to add to.
-        call: The region and its lags.
-        operands: The blocks of channels, ``[n, *i, g, c]``, or one for both.
-        geometry: The convolution.
-        update: What to multiply with, and the dtype.
-    """
-    left = _box(operands[0], call.left, total.dtype)
-    right = _box(operands[-1], call.right, total.dtype)
-    if prod(call.lags) == 1 and left.shape[1:-2] == right.shape[1:-2]:
-        here, there = (x.flatten(0, -3).movedim(1, 0) for x in (left, right))  # g t c
-        products = here.mT @ there
-        total[call.slot].view_as(products).add_(products, alpha=update.alpha)
-        return
-    found = _weight_gradient(left, right, call.lags, geometry)
-    found = torch.unflatten(found, 0, (geometry.groups, -1)).movedim((0, 1, 2), (-3, -2, -1))
-    total[call.slot].add_(found, alpha=update.alpha)
-
-
-def _box(x: Tensor, ranges: tuple[Range, ...], dtype: torch.dtype) -> Tensor:
-    """Copy a box of ``x``, ``[n, *i, g, c]``, with zeros where it leaves ``x``."""
-    sizes = x.shape[1:-2]
-    inside: tuple[Any, ...] = tuple(
-        slice(max(0, start), min(size, stop), step)
-        for (start, stop, step), size in zip(ranges, sizes)
-    )
-    part = x[(slice(None), *inside)]
-    lengths = [-(-(stop - start) // step) for start, stop, step in ranges]
-    shape = (len(x), *lengths, *x.shape[-2:])
-    if part.shape == shape:
-        box = channels_last(part, dtype)
-    else:
-        box = x.new_zeros(shape, dtype=dtype)
-        there = (slice(max(0, -a), min(size, b) - a) for (a, b, _), size in zip(ranges, sizes))
-        box[(slice(None), *there)] = part
-    return box
-
-
-def _weight_gradient(
-    left: Tensor, right: Tensor, lags: tuple[int, ...], geometry: Geometry
-) -> Tensor:
-    """Return ``sum_{n,t} left[n, t, g, c] right[n, t S + l D, g, c']`` as ``[(g c), c', *l]``."""
-    left, right = left.flatten(-2).movedim(-1, 1), right.flatten(-2).movedim(-1, 1)
-    sizes = (left.shape[1], *lags, right.shape[1] // geometry.groups)
-    weight = left.new_empty(sizes).movedim(-1, 1)  # of the operands' format, not to be copied
-    zero = [0] * geometry.ndim
-    found: Tensor = torch.ops.aten.convolution_backward(
-        left, right, weight, None, geometry.stride, zero, geometry.dilation, False, zero,
-        geometry.groups, [False, True, False],
-    )[1]  # fmt: skip
-    return found
-
-
 class Correlations(Algorithm):
     """Correlations of the input with itself, as weight gradients of a convolution."""
 
@@ -205,43 +121,70 @@ class Correlations(Algorithm):
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, from correlations of the input with itself."""
-        for phase in self.phases(x, problem, update):
-            for task in phase:
-                task()
+        scratch = Scratch()
+        for pair in channel_pairs(problem):
+            run([*_operations(x, pair, problem, update, scratch)])
+
+    def task(self, x: Tensor, problem: Problem, update: Update) -> Task:
+        """Return `add`, with its views and buffers prepared."""
+        return _task(x, channel_pairs(problem), problem, update)
 
     def shares(self, problem: Problem, tasks: int) -> list[float]:
-        """Return the parts of the work of pairs of blocks of channels."""
-        pairs = channel_pairs(replace(problem, shares=tasks))
-        work = [1 + (first != second) for first, second in pairs]
+        """Return the parts of the work of tasks with some pairs of blocks of channels each."""
+        found = _shares(replace(problem, shares=tasks))
+        work = [sum(map(_work, pairs)) for pairs in found]
         return [part / sum(work) for part in work]
 
     def phases(self, x: Tensor, problem: Problem, update: Update) -> Iterator[list[Task]]:
-        """Yield the tasks, one for each pair of blocks of channels."""
-        geometry = problem.geometry
-        if geometry.ndim == 1:
-            x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
-        x = x.reshape(x.shape[0], geometry.groups, problem.channels, *x.shape[2:])
-        x = x.movedim((1, 2), (-2, -1))  # n *i g c
-        pairs = sorted(channel_pairs(problem), key=lambda pair: pair[0] == pair[1])
-        yield [partial(_add_pair_, x, pair, geometry, problem, update) for pair in pairs]
+        """Yield tasks with some pairs of blocks of channels each."""
+        yield [_task(x, pairs, problem, update) for pairs in _shares(problem)]
 
 
-def _add_pair_(x: Tensor, pair: Pair, geometry: Geometry, problem: Problem, update: Update) -> None:
-    """Add the entries between two blocks of channels of ``x``, ``[n, *i, g, c]``."""
-    block, diagonal = ChannelBlock(update, pair, geometry), pair[0] == pair[1]
-    block.begin_()
+def _work(pair: Pair) -> int:
+    """Return the products between two blocks of channels, in those of a block with itself."""
+    return 1 + (pair[0] != pair[1])
+
+
+def _shares(problem: Problem) -> list[list[Pair]]:
+    """Divide the pairs of blocks of channels into shares with about as much work."""
+    shares: list[list[Pair]] = [[] for _ in range(problem.shares)]
+    for pair in sorted(channel_pairs(problem), key=_work, reverse=True):
+        min(shares, key=lambda own: sum(map(_work, own))).append(pair)
+    return [own for own in shares if own]
+
+
+def _task(x: Tensor, pairs: Sequence[Pair], problem: Problem, update: Update) -> Task:
+    """Return a task that adds the entries between some blocks of channels, all prepared."""
     scratch = Scratch()
+    parts = (_operations(x, pair, problem, update, scratch) for pair in pairs)
+    return partial(run, [*chain.from_iterable(parts)])
+
+
+def _operations(
+    x: Tensor, pair: Pair, problem: Problem, update: Update, scratch: Scratch
+) -> Iterator[Operation]:
+    """Yield the operations that add the entries between two blocks of channels of ``x``."""
+    geometry = problem.geometry
+    if geometry.ndim == 1:
+        x, geometry = x.unsqueeze(2), Geometry((Axis(1, 1), *geometry.axes), geometry.groups)
+    x = x.reshape(x.shape[0], geometry.groups, problem.channels, *x.shape[2:])
+    x = x.movedim((1, 2), (-2, -1))  # n *i g c
+    block, diagonal = ChannelBlock(update, pair, geometry), pair[0] == pair[1]
     operands = [x[..., slice(*edge)] for edge in dict.fromkeys(pair)]
     step = examples_per_chunk(operands[0], OPERAND_COPIES, problem.tasks)
-    if step >= len(x):
-        operands = [channels_last(operand, update.out.dtype) for operand in operands]
-    for found in _rounds(calls(geometry.axes, diagonal, _is_fine(problem)), problem):
-        sums = _all_sums(operands, step, found, geometry, update)
+    products = CorrelationProducts(operands, step, geometry, update, scratch)
+    every = calls(geometry.axes, diagonal, _is_fine(problem))
+    products.reserve(every)
+    yield from (block.begin_, *products.begin)
+    for found in _rounds(every, problem):
+        sums = products.sums(found)
+        yield from products.operations(found, sums)
         for combined, total in sums.items():
             for index, key in _keys(combined):
                 regions = total[(slice(None),) * len(key) + index]
-                if not any(lag.distance for lag in key):
-                    regions = regions.contiguous()  # made symmetric in place
-                run(block.writing(key, regions, scratch))
-        del sums  # freed before the next ones are computed
-    block.store_()
+                if not any(lag.distance for lag in key):  # made symmetric in place
+                    copy = scratch.empty(regions.shape, regions, "symmetric")
+                    yield partial(copy.copy_, regions)
+                    regions = copy
+                yield from block.writing(key, regions, scratch)
+    yield block.store_

@@ -8,9 +8,9 @@ operand that is zero elsewhere; only the strips at the borders are copied.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from functools import lru_cache, partial
-from itertools import chain, groupby, product
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain, product
 from math import prod
 
 from torch import Tensor
@@ -18,78 +18,32 @@ from torch import Tensor
 from einconv_kfac.curvature.devices.operations import Operation, Scratch, run
 from einconv_kfac.curvature.devices.products import matmul
 from einconv_kfac.curvature.devices.threads import Task
-from einconv_kfac.curvature.factors.algorithms.algorithm import (
-    BATCHED_MATRIX_CALLS,
-    SCATTERED_ELEMENT_COPIES,
-    Algorithm,
-    Cost,
-)
+from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
 from einconv_kfac.curvature.factors.algorithms.lag_operands import (
     Grids,
     boxes_of,
     masked,
     rows_of,
 )
-from einconv_kfac.curvature.factors.chunking import chunk_count, even_chunks
-from einconv_kfac.curvature.factors.indices.lag_pairs import Key, grid_size, half_of_lags
-from einconv_kfac.curvature.factors.problem import Problem
-from einconv_kfac.curvature.factors.symmetric.channel_blocks import (
-    ChannelBlock,
+from einconv_kfac.curvature.factors.algorithms.lag_shares import (
+    Group,
+    Share,
+    axes_of,
+    lag_chunks,
+    lag_cost,
+    lag_groups,
+    lag_shares,
+    share_seconds,
 )
+from einconv_kfac.curvature.factors.chunking import even_chunks
+from einconv_kfac.curvature.factors.indices.lag_pairs import Key
+from einconv_kfac.curvature.factors.problem import Problem
+from einconv_kfac.curvature.factors.symmetric.channel_blocks import ChannelBlock
 from einconv_kfac.curvature.factors.symmetric.update import Update
-from einconv_kfac.geometry import Axis, Geometry
+from einconv_kfac.geometry import Geometry
 
 Sums = dict[Key, Tensor]
 """The products of each region of a lag, ``[*r, g, c, c']``."""
-
-Group = tuple[Key, ...]
-"""Lags whose products have the same left operand."""
-
-LAG_MAC_PRICE = 1.2
-"""Price of a multiplication in products of one block of channels, relative to wide ones."""
-
-
-def _chunk_count(problem: Problem) -> int:
-    """Return the number of chunks of the input: one, where all sums need more memory than it."""
-    axes = _axes(problem)
-    regions = sum(prod(len(lag.regions) for lag in key) for key in half_of_lags(axes))
-    sums = regions * problem.channels**2 * problem.geometry.groups
-    return 1 if sums > problem.inputs else chunk_count(problem, 2.0)
-
-
-def _axes(problem: Problem) -> tuple[Axis, ...]:
-    """Return at least two dimensions, since the outermost one has a part of its own."""
-    axes = problem.geometry.axes
-    return axes if len(axes) > 1 else (Axis(1, 1), *axes)
-
-
-def _border(key: Key) -> int:
-    """Return the positions in the regions that are copied."""
-    sizes = [[stop - start for start, stop in lag.regions] for lag in key]
-    interior = prod(size[lag.interior] for size, lag in zip(sizes[1:], key[1:]))
-    return sum(sizes[0]) * (prod(map(sum, sizes[1:])) - interior)
-
-
-@lru_cache(maxsize=256)
-def _groups(axes: tuple[Axis, ...]) -> tuple[Group, ...]:
-    """Return half of the lags, by the left operand of their products in the interior."""
-    found = groupby(half_of_lags(axes), key=lambda key: (key[1:], key[0].left))
-    return tuple(tuple(group) for _, group in found)
-
-
-@lru_cache(maxsize=256)
-def lag_shares(axes: tuple[Axis, ...], count: int) -> tuple[tuple[Group, ...], ...]:
-    """Divide the lags into shares with about as many products, the largest first."""
-    shares: list[list[Group]] = [[] for _ in range(count)]
-    for group in sorted(_groups(axes), key=positions_of, reverse=True):
-        min(shares, key=lambda own: sum(map(positions_of, own))).append(group)
-    return tuple(tuple(own) for own in shares if own) or ((),)
-
-
-def positions_of(group: Group) -> int:
-    """Return the number of positions that are multiplied."""
-    ranges = ((lag.regions for lag in key) for key in group)
-    return sum(prod(found[-1][1] - found[0][0] for found in regions) for regions in ranges)
 
 
 class LagProducts:
@@ -151,9 +105,7 @@ class Factor:
         update: The update of the factor.
     """
 
-    def __init__(
-        self, geometry: Geometry, shares: tuple[tuple[Group, ...], ...], update: Update
-    ) -> None:
+    def __init__(self, geometry: Geometry, shares: Sequence[Share], update: Update) -> None:
         """View the entries."""
         size = update.out.shape[-1] // prod(geometry.kernel_size)
         self._block = ChannelBlock(update, ((0, size), (0, size)), geometry)
@@ -232,20 +184,7 @@ class LagReuse(Algorithm):
 
     def cost(self, problem: Problem) -> Cost:
         """Return the work of `add`."""
-        axes = _axes(problem)
-        keys = half_of_lags(axes)
-        groups, samples = problem.geometry.groups, problem.batch * problem.geometry.groups
-        row = prod(grid_size(axis) for axis in axes[1:])
-        rows = sum(key[0].regions[-1][1] - key[0].regions[0][0] for key in keys)
-        masks = len({(key[1:], key[0].left) for key in keys}) * grid_size(axes[0]) * row
-        regions = sum(prod(len(lag.regions) for lag in key) for key in keys)
-        strips = 2 * SCATTERED_ELEMENT_COPIES * sum(_border(key) for key in keys)
-        copied = samples * problem.channels * (masks + strips)
-        price = LAG_MAC_PRICE * problem.matmul_price(problem.channels)
-        macs = price * rows * row * samples * problem.channels**2
-        products = regions * (1 + BATCHED_MATRIX_CALLS * (groups - 1))
-        calls = (6 + 2 * _chunk_count(problem)) * products + 30 * len(keys)
-        return Cost(macs, problem.channels, copied, problem.outputs, calls)
+        return lag_cost(problem, lag_groups(axes_of(problem)))
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, from products that many entries share."""
@@ -260,9 +199,9 @@ class LagReuse(Algorithm):
 
     def shares(self, problem: Problem, tasks: int) -> list[float]:
         """Return the parts of the work that tasks with some of the lags each have."""
-        found = lag_shares(_axes(problem), tasks)
-        work = [sum(map(positions_of, groups)) for groups in found]
-        return [part / max(1, sum(work)) for part in work]
+        found = lag_shares(problem, tasks)
+        work = [share_seconds(problem, groups) for groups in found]
+        return [part / (sum(work) or 1.0) for part in work]
 
     def phases(self, x: Tensor, problem: Problem, update: Update) -> Iterator[list[Task]]:
         """Yield tasks with some of the lags each, up to the points where they wait."""
@@ -273,8 +212,8 @@ class LagReuse(Algorithm):
         self, x: Tensor, problem: Problem, update: Update
     ) -> Iterator[list[list[Operation]]]:
         """Yield the operations of each task in each phase."""
-        axes = _axes(problem)
+        axes = axes_of(problem)
         x = x.unsqueeze(2) if x.ndim == 3 else x
         geometry = Geometry(axes, problem.geometry.groups)
-        factor = Factor(geometry, lag_shares(axes, problem.shares), update)
-        return factor.phases(list(even_chunks(x, _chunk_count(problem))))
+        factor = Factor(geometry, lag_shares(problem, problem.shares), update)
+        return factor.phases(list(even_chunks(x, lag_chunks(problem))))
