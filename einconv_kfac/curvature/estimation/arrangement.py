@@ -66,6 +66,11 @@ class ArrangedCall:
         """Whether one row of calls stands for all examples together."""
         return self.layout == SCATTERED or (self.layout is None and not self.by_example)
 
+    @property
+    def weight(self) -> int:
+        """The number of examples that share each row, where `is_together`."""
+        return 1 if self.layout == SCATTERED else self.examples
+
     def is_like(self, other: ArrangedCall) -> bool:
         """Return whether the examples of another arrangement of the call are the same."""
         own, theirs = ((a.layout, a.by_example, a.is_scattered) for a in (self, other))

@@ -84,11 +84,16 @@ class FactorSums:
         self.inputs: Tensor | None = None
         self.outputs: Tensor | None = None
 
-    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
+    def add_inputs_(
+        self,
+        calls: Sequence[LayerCall],
+        examples: int | None = None,
+        weight: int | None = None,
+    ) -> None:
         """See `LayerMoments.add_inputs_`."""
         self.examples += calls[0].x.shape[0] if examples is None else examples
         for group in self._sharing.joined(calls):
-            size = batch_size(self._layer, group) if examples is None else examples
+            size = batch_size(self._layer, group) if examples is None else weight or examples
             self._terms += self._sharing.term_count(size, sum(self._positions(group)))
             self.inputs = self._input_factor(group, **_into(self.inputs, size))
 

@@ -183,7 +183,8 @@ class FisherEstimator:
             if needs_examples and own[0].is_scattered:
                 raise scattered_rows(name)
             together = own[0].is_together
-            moments[name].add_inputs_(calls, own[0].examples if together else None)
+            counts = (own[0].examples, own[0].weight) if together else (None, None)
+            moments[name].add_inputs_(calls, *counts)
 
     def _add_inputs_alone_(
         self, moments: Mapping[str, Moments], calls: Sequence[LayerCall], arrangement: Arrangement

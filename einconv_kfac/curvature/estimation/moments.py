@@ -27,13 +27,19 @@ class Moments(Protocol):
     def needs_examples(self) -> bool:
         """Whether it matters which rows belong to which example, beyond sums over all rows."""
 
-    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
+    def add_inputs_(
+        self,
+        calls: Sequence[LayerCall],
+        examples: int | None = None,
+        weight: int | None = None,
+    ) -> None:
         """Add the inputs of one batch.
 
         Args:
             calls: All calls of the layer on which the loss of this batch depends.
-            examples: The number of examples that each call represents, if it is not the size of
-                its input.
+            examples: The number of examples, if it is not the size of each call's input.
+            weight: The number by which a call's mean over its first dimension is multiplied, if it
+                is not that of the examples.
         """
 
     def snapshot(self) -> Callable[[], None]:
@@ -107,10 +113,15 @@ class LayerMoments:
         return [max(either, key=len) for either in zip(*shapes)]
 
     @torch.no_grad()
-    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
+    def add_inputs_(
+        self,
+        calls: Sequence[LayerCall],
+        examples: int | None = None,
+        weight: int | None = None,
+    ) -> None:
         """See `Moments`."""
         for sums, own, _ in self._by_use(calls, calls):
-            sums.add_inputs_(own, examples)
+            sums.add_inputs_(own, examples, weight)
 
     def snapshot(self) -> Callable[[], None]:
         """See `Moments`."""

@@ -55,7 +55,12 @@ class SquaredGradients:
         return True
 
     @torch.no_grad()
-    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
+    def add_inputs_(
+        self,
+        calls: Sequence[LayerCall],
+        examples: int | None = None,
+        weight: int | None = None,
+    ) -> None:
         """See `LayerMoments.add_inputs_`."""
         size = batch_size(self.layer, calls)
         self.examples += size if examples is None else examples

@@ -49,13 +49,18 @@ class LayerSums(LayerMoments):
         """See `Moments`."""
         return super().needs_examples or self.squares is not None
 
-    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
+    def add_inputs_(
+        self,
+        calls: Sequence[LayerCall],
+        examples: int | None = None,
+        weight: int | None = None,
+    ) -> None:
         """See `LayerMoments`."""
         start, before = perf_counter(), self.examples
-        super().add_inputs_(calls, examples)
+        super().add_inputs_(calls, examples, weight)
         self.shares.count_(self.examples - before)
         if self.squares is not None:
-            self.squares.add_inputs_(calls, examples)
+            self.squares.add_inputs_(calls, examples, weight)
         self.seconds += perf_counter() - start
 
     def snapshot(self) -> Callable[[], None]:

@@ -37,10 +37,15 @@ class SampledMoments:
         """See `Moments`."""
         return True
 
-    def add_inputs_(self, calls: Sequence[LayerCall], examples: int | None = None) -> None:
+    def add_inputs_(
+        self,
+        calls: Sequence[LayerCall],
+        examples: int | None = None,
+        weight: int | None = None,
+    ) -> None:
         """See `Moments`."""
         size = batch_size(self._moments.layer, calls) if examples is None else examples
-        self._moments.add_inputs_(self._chosen(calls), size)
+        self._moments.add_inputs_(self._chosen(calls), size, weight)
 
     def snapshot(self) -> Callable[[], None]:
         """See `Moments`."""

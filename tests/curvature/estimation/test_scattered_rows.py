@@ -71,6 +71,26 @@ def test_what_needs_single_examples_is_refused(mode: str, options: dict[str, Any
         assert blocks(mode, (6, 4, 4), **options, exclude=["layer"])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("sizes", [(2, 4), (3, 3), (5, 1, 2)])
+def test_factors_do_not_depend_on_the_sizes_of_batches(
+    sizes: tuple[int, ...], reduction: str
+) -> None:
+    """The model flattens its outputs, so that the loss has more examples than inputs have rows."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3).double()
+    model, loss_fn = nn.Sequential(layer, nn.Flatten(0, -2)), nn.MSELoss(reduction=reduction)
+    xs = [torch.randn(n, 5, 2, 4).double() for n in sizes]
+    data = [(x, torch.randn(len(x) * 10, 3).double()) for x in xs]
+    block = kronecker_factors(model, loss_fn, data, fisher="exact")["0"]
+    rows = torch.cat([x.flatten(0, 2) for x in xs])
+    columns = torch.cat([rows, torch.ones(len(rows), 1).double()], 1)
+    torch.testing.assert_close(block.A[0], columns.T @ columns / len(rows))
+    hessian = torch.eye(3).double() * 2 / (3 if reduction == "mean" else 1)
+    torch.testing.assert_close(block.B[0], hessian)
+    assert block.scale == (1 if reduction == "mean" else len(rows))
+
+
 class Decoder(nn.Module):
     """Every position adds a call on its own rows to one on rows that all positions share.
 
