@@ -74,8 +74,14 @@ def to_kfac_operator(curvature: KroneckerFactors, model: nn.Module) -> Any:
         model: The model.
 
     Raises:
+        ImportError: If the version of curvlinops is another one than 3.
         ValueError: If a block is not such a product, or curvlinops does not support its layer.
     """
+    if not hasattr(KFACLinearOperator, "_SUPPORTED_MODULES"):
+        raise ImportError(
+            "`to_kfac_operator` needs version 3 of curvlinops, got another one: "
+            'pip install "curvlinops-for-pytorch<4". `CurvatureOperator` takes any version.'
+        )
     parameters = _parameters(curvature, model)
     _check_convertible(curvature, model)
     operator = KFACLinearOperator(

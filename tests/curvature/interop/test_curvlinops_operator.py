@@ -92,3 +92,10 @@ def test_what_curvlinops_cannot_represent() -> None:
         ValueError, match=r"'0' must be a type that curvlinops supports, got Conv1d"
     ):
         to_kfac_operator(kronecker_factors(model, nn.MSELoss(), data), model)
+
+
+def test_other_versions_of_curvlinops(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, model = curvature(1)
+    monkeypatch.delattr(curvlinops.KFACLinearOperator, "_SUPPORTED_MODULES")
+    with pytest.raises(ImportError, match=r"needs version 3 of curvlinops.*`CurvatureOperator`"):
+        to_kfac_operator(ours, model)
