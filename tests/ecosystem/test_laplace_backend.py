@@ -128,3 +128,54 @@ def test_what_it_cannot_represent_is_refused(name: str, message: str) -> None:
     model, x, y = with_layer(name, "classification")
     with pytest.raises(ValueError, match=message):
         KroneckerGGN(model, "classification").kron(x, y, len(x))
+
+
+def test_arguments_of_a_call_are_those_of_the_backend() -> None:
+    """`Laplace` passes what it is given on to every call."""
+    model, x, y = problem("classification")
+    own = {"mc_samples": 3, "kfac_approx": "reduce"}
+    called = KroneckerGGN(model, "classification", stochastic=True)
+    built = KroneckerGGN(
+        model, "classification", stochastic=True, num_samples=3, approximation="reduce"
+    )
+    found = []
+    for backend, options in ((called, own), (built, {})):
+        torch.manual_seed(0)
+        kron = backend.kron(x, y, len(x), **options)[1].kfacs
+        diagonal = backend.diag(x, y, N=len(x), **{k: 3 for k in options if k == "mc_samples"})[1]
+        found.append([*(factor for pair in kron for factor in pair), diagonal])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)
+
+
+def test_unknown_arguments_are_refused() -> None:
+    model, x, y = problem("classification")
+    backend = KroneckerGGN(model, "classification")
+    for method in (backend.full, backend.diag):
+        with pytest.raises(TypeError, match=r"must be of \['mc_samples'\], got 'kfac_approx'"):
+            method(x, y, N=12, kfac_approx="reduce")
+    with pytest.raises(TypeError, match="got 'progress'"):
+        backend.kron(x, y, 12, progress=True)
+
+
+class OfMapping(nn.Module):
+    """A model of a mapping, as those of transformers in laplace-torch."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.inner(batch["input_ids"])
+
+
+def test_a_mapping_is_one_argument() -> None:
+    model, x, y = problem("classification")
+    backend = KroneckerGGN(OfMapping(model), "classification")
+    expected = KroneckerGGN(model, "classification")
+    batch = {"input_ids": x}
+    torch.testing.assert_close(backend.diag(batch, y)[1], expected.diag(x, y)[1])
+    pairs = zip(backend.kron(batch, y, 12)[1].kfacs, expected.kron(x, y, 12)[1].kfacs)
+    for found, known in pairs:
+        for one, other in zip(found, known):
+            torch.testing.assert_close(one, other)

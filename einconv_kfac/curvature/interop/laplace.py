@@ -68,10 +68,14 @@ class KroneckerGGN(GGNInterface):  # type: ignore[misc]
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Any]:  # noqa: N803
         """Return the loss and the Kronecker factors of a batch, a part of ``N`` examples.
 
+        ``asdl_fisher_kwargs`` of `Laplace` may hold ``mc_samples`` and ``kfac_approx``, as for the
+        backend of curvlinops; they replace ``num_samples`` and ``approximation``.
+
         Raises:
+            TypeError: If another argument is given.
             ValueError: If a parameter's block is not the product of two factors.
         """
-        blocks = self._curvature(x, y, "kfac")
+        blocks = self._curvature(x, y, "kfac", **_known(kwargs, "mc_samples", "kfac_approx"))
         by_parameter = {name: block for block in blocks.values() for name in block.parameters}
         factors = [
             _factors_of(name, by_parameter.get(name), len(y) / N) for name in self._trained_names()
@@ -79,11 +83,11 @@ class KroneckerGGN(GGNInterface):  # type: ignore[misc]
         return self._loss(x, y), Kron(factors) * self.factor
 
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return the loss and the diagonal of the Gauss-Newton matrix of a batch."""
+        """Return the loss and the diagonal of the Gauss-Newton matrix of a batch, see `kron`."""
         names = self._trained_names()
         parameters = dict(self.model.named_parameters())
         ones = {name: torch.ones_like(parameters[name]) for name in names}
-        curvature = self._curvature(x, y, "diagonal")
+        curvature = self._curvature(x, y, "diagonal", **_known(kwargs, "mc_samples"))
         known = curvature.parameters
         for name in names:
             if name not in known:
@@ -94,15 +98,34 @@ class KroneckerGGN(GGNInterface):  # type: ignore[misc]
             diagonal = diagonal[self.subnetwork_indices]
         return self._loss(x, y), self.factor * diagonal
 
-    def _curvature(self, x: Any, y: Tensor, kind: Any) -> Any:
+    def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss and the Gauss-Newton matrix of a batch, as laplace-torch computes it."""
+        known = self.num_samples
+        self.num_samples = _known(kwargs, "mc_samples").get("mc_samples", known)
+        try:
+            loss, matrix = super().full(x, y)
+        finally:
+            self.num_samples = known
+        return loss, matrix
+
+    def _curvature(
+        self,
+        x: Any,
+        y: Tensor,
+        kind: Any,
+        *,
+        mc_samples: int | None = None,
+        kfac_approx: Any = None,
+    ) -> Any:
         """Return the curvature of a batch."""
         return kronecker_factors(
             self.model,
             self.lossfunc,
             [(x, y)],
             fisher="mc" if self.stochastic else "exact",
-            mc_samples=self.num_samples,
-            approximation=self.approximation,
+            mc_samples=self.num_samples if mc_samples is None else mc_samples,
+            approximation=self.approximation if kfac_approx is None else kfac_approx,
+            forward=_forward,
             parameters=self._trained_names(),
             kind=kind,
             seed=int(torch.randint(2**31, ())) if self.stochastic else 0,
@@ -117,6 +140,20 @@ class KroneckerGGN(GGNInterface):  # type: ignore[misc]
         with torch.no_grad():
             loss: Tensor = self.factor * self.lossfunc(self.model(x), y)
         return loss
+
+
+def _forward(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """Run a model as laplace-torch does, which passes a mapping as one argument."""
+    x, y = batch
+    return model(x), y
+
+
+def _known(given: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return the arguments of those names; ``N``, which laplace-torch passes, is left out."""
+    for name in given:
+        if name not in (*names, "N"):
+            raise TypeError(f"`asdl_fisher_kwargs` must be of {list(names)}, got {name!r}.")
+    return {name: value for name, value in given.items() if name in names}
 
 
 def _factors_of(name: str, block: Any, share: float) -> list[Tensor]:
