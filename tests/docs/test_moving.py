@@ -13,11 +13,13 @@ import einconv.conv_index_pattern
 import einconv.utils
 import pytest
 import torch
+import unfoldNd
 from torch import Tensor, nn
 
 import einconv_kfac
+import einconv_kfac.functionals
 from einconv_kfac import KFAC, KFACPreconditioner, kronecker_factors
-from einconv_kfac.geometry import conv_geometry
+from einconv_kfac.geometry import conv_geometry, conv_transpose_geometry, output_padding_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -126,3 +128,41 @@ def test_ekfac_of_curvlinops() -> None:
     theirs = operator(EKFACLinearOperator, *given) @ vector
     for name, expected in zip(named, theirs):
         torch.testing.assert_close(ours[name], expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_empirical_factors_of_a_mean_over_terms(reduction: str) -> None:
+    torch.manual_seed(0)
+    model, loss_fn = nn.Sequential(nn.Linear(4, 2)).double(), nn.MSELoss(reduction=reduction)
+    data = [(torch.randn(3, 5, 4).double(), torch.randn(3, 5, 2).double())]
+    ours = kronecker_factors(model, loss_fn, data, fisher="empirical")
+    theirs = KFACLinearOperator(
+        model, loss_fn, list(model.parameters()), data, fisher_type="empirical",
+        separate_weight_and_bias=False,
+    )  # fmt: skip
+    terms = 5 * 2 if reduction == "mean" else 1
+    torch.testing.assert_close(terms * ours.trace(), theirs.trace)
+
+
+TRANSPOSED = [(4, 3, 2, 1, 1, 1), (5, 2, 1, 0, 0, 3), (3, 4, 3, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("case", TRANSPOSED)
+def test_sizes_of_transposed_convolutions(case: tuple[int, ...]) -> None:
+    o, k, s, p, padding, d = case
+    geometry = conv_transpose_geometry((o,), k, s, p, padding, d)
+    x, weight = torch.zeros(1, 1, o), torch.zeros(1, 1, k)
+    expected = torch.conv_transpose1d(
+        x, weight, stride=s, padding=p, output_padding=padding, dilation=d
+    )
+    assert geometry.input_size == tuple(expected.shape[2:])
+
+
+def test_output_sizes_of_unfold_transpose() -> None:
+    x, k, options = torch.rand(2, 3, 5, 5), 3, {"stride": 2, "padding": 1}
+    for size in ((9, 9), (10, 9)):
+        found = output_padding_of(size, x.shape[2:], k, **options)
+        own = einconv_kfac.functionals.unfoldNd_transpose(x, k, output_padding=found, **options)
+        theirs = unfoldNd.UnfoldTransposeNd(k, **options)(x, output_size=size)
+        torch.testing.assert_close(own, theirs)
