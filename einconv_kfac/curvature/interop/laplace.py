@@ -63,6 +63,7 @@ class KroneckerGGN(GGNInterface):  # type: ignore[misc]
             stochastic,
             num_samples,
         )
+        self.num_samples: int = num_samples
         self.approximation = approximation
 
     def kron(self, x: Any, y: Tensor, N: int, **kwargs: Any) -> tuple[Tensor, Any]:  # noqa: N803
@@ -100,12 +101,12 @@ class KroneckerGGN(GGNInterface):  # type: ignore[misc]
 
     def full(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the loss and the Gauss-Newton matrix of a batch, as laplace-torch computes it."""
-        known = self.num_samples
-        self.num_samples = _known(kwargs, "mc_samples").get("mc_samples", known)
+        own: int = self.num_samples
+        self.num_samples = _known(kwargs, "mc_samples").get("mc_samples", own)
         try:
             loss, matrix = super().full(x, y)
         finally:
-            self.num_samples = known
+            self.num_samples = own
         return loss, matrix
 
     def _curvature(
