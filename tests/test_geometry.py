@@ -76,6 +76,18 @@ ERRORS: list[tuple[Any, str]] = [
         lambda: conv_geometry((8,), 3, padding="SAME"),
         "`padding` must be 'same', 'valid' or numbers",
     ),
+    (
+        lambda: Axis(8, 3, padding=(2**30, 2**30)),
+        "`padding` must leave at most 2147483647 ",
+    ),
+    (lambda: conv_geometry((8,), 3, padding=2**70), "`padding` must be at most 2147483647"),
+    (lambda: conv_geometry((8,), 3, stride=(2**31,)), "`stride` must be at most 2147483647"),
+    (lambda: conv_geometry((8,), 2**63), "`kernel_size` must be at most 2147483647"),
+    (lambda: conv_geometry((8,), 3, groups=2**70), "`groups` must be at most 2147483647"),
+    (
+        lambda: conv_transpose_geometry((8,), 3, stride=2**30),
+        "`stride` and `kernel_size` must leave at most 2147483647 output positions",
+    ),
     (lambda: conv_geometry((8,), 3, groups=2).split_channels(3), "divisible by groups=2, got 3"),
 ]
 

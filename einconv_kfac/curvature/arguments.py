@@ -12,8 +12,14 @@ from typing import Any, TypeGuard
 import torch
 from torch import Generator, Tensor, nn
 
-LARGEST_INTEGER = 2**63
-"""Integers from here on do not fit a tensor's operations."""
+MULTIPLIER_END = 1e38
+"""Multipliers are smaller: float32 ends there."""
+LARGEST_INTEGER = 2**31
+"""Integers from here on become floats: their squares do not fit a tensor's operations."""
+NUMBER_END = 1e18
+"""Hyper-parameters are below it: their squares, and those of gradients, are finite in float32."""
+LEAST_DAMPING = 1e-30
+"""Smallest damping that is not zero: its root, and the root's reciprocal, are finite in float32."""
 SEED_BOUNDS = (-(2**63), 2**64)
 """Bounds of a seed, of `torch.Generator.manual_seed`."""
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
@@ -27,10 +33,13 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, Integral):
         return int(value)
-    return float(value) if isinstance(value, Real) else value
+    try:
+        return float(value) if isinstance(value, Real) else value
+    except OverflowError:  # a fraction of huge integers
+        return math.inf
 
 
-def in_range(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> float:
+def in_range(name: str, value: Any, *, below: float = NUMBER_END, positive: bool = False) -> float:
     """Return a number in ``[0, below)``, or in ``(0, below)``.
 
     Raises:
@@ -40,7 +49,20 @@ def in_range(name: str, value: Any, *, below: float = math.inf, positive: bool =
     if not _is_number(number) or not 0 <= number < below or (positive and number == 0):
         rule = f"in {'(' if positive else '['}0, {below})"
         raise ValueError(f"`{name}` must be a number {rule}, got {shown(value)}.")
-    return float(number) if abs(number) >= LARGEST_INTEGER else number
+    return float(number) if number >= LARGEST_INTEGER else number
+
+
+def given_damping(value: Any) -> float:
+    """Return a positive damping of an optimizer.
+
+    Raises:
+        ValueError: If it is none, or its root is zero or infinite in float32.
+    """
+    number = plain(value)
+    if not _is_number(number) or not LEAST_DAMPING <= number < NUMBER_END:
+        rule = f"in [{LEAST_DAMPING}, {NUMBER_END})"
+        raise ValueError(f"`damping` must be a number {rule}, got {shown(value)}.")
+    return float(number) if number >= LARGEST_INTEGER else number
 
 
 def fraction(name: str, value: Any) -> float:
@@ -55,16 +77,31 @@ def fraction(name: str, value: Any) -> float:
     return float(number)
 
 
-def positive_integer(name: str, value: Any) -> int:
+def positive_integer(name: str, value: Any, *, below: float = math.inf) -> int:
     """Return a positive integer.
 
     Raises:
-        ValueError: If it is not one.
+        ValueError: If it is not one, or not below a bound.
     """
     number = plain(value)
-    if not _is_integer(number) or number < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {shown(value)}.")
+    if not _is_integer(number) or not 1 <= number < below:
+        bound = "" if below == math.inf else f" below {below}"
+        raise ValueError(f"`{name}` must be a positive integer{bound}, got {shown(value)}.")
     return int(number)
+
+
+def sizes(name: str, value: Any) -> tuple[int, ...]:
+    """Return integers that are not negative, as a shape.
+
+    Raises:
+        ValueError: If they are none.
+    """
+    is_list = isinstance(value, (tuple, list))
+    if not is_list or not all(_is_integer(size) and 0 <= size < LARGEST_INTEGER for size in value):
+        raise ValueError(
+            f"`{name}` must be a tuple of integers in [0, {LARGEST_INTEGER}), got {shown(value)}."
+        )
+    return tuple(value)
 
 
 def seed_value(value: Any) -> int:
@@ -121,12 +158,15 @@ def number(name: str, value: Any, *, finite: bool = True) -> float:
         finite: Whether it must be finite. A loss that is not makes multipliers of factors NaN.
 
     Raises:
-        ValueError: If it is not one.
+        ValueError: If it is not one, or does not fit float32.
     """
     found = value if type(value) is float else plain(value)
-    if not _is_number(found) or (finite and not -math.inf < found < math.inf):
-        kind = "finite" if finite else "real"
-        raise ValueError(f"`{name}` must be a {kind} number, got {shown(value)}.")
+    is_rest = not finite and isinstance(found, float) and not math.isfinite(found)
+    if not _is_number(found) or not (is_rest or abs(found) < MULTIPLIER_END):
+        raise ValueError(
+            f"`{name}` must be a {'finite' if finite else 'real'} number, below {MULTIPLIER_END} "
+            f"in size, got {shown(value)}."
+        )
     is_huge = isinstance(found, int) and abs(found) >= LARGEST_INTEGER
     return float(found) if is_huge else found
 
@@ -135,11 +175,14 @@ def checked_damping(damping: Any) -> Any:
     """Return a damping; a tensor of one number stays one.
 
     Raises:
-        ValueError: If it is negative or not a finite number.
+        ValueError: If it is negative, or does not fit float32.
     """
     found = plain(damping)
-    if not _is_number(found) or not 0 <= found < math.inf:
-        raise ValueError(f"`damping` must be a finite number >= 0, got {shown(damping)}.")
+    if not _is_number(found) or not 0 <= found < MULTIPLIER_END:
+        raise ValueError(
+            f"`damping` must be a finite number >= 0, got {shown(damping)}. float32 ends at "
+            f"{MULTIPLIER_END}."
+        )
     return damping if isinstance(damping, Tensor) else float(found)
 
 

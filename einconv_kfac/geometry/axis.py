@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 
-from einconv_kfac.geometry.spellings import as_integer, is_integer
+from einconv_kfac.geometry.spellings import LARGEST_SIZE, as_integer, is_integer
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Axis:
         dilation: Input positions from one kernel entry to the next.
 
     Raises:
-        ValueError: If a size is not positive, the padding is negative on the left, or the
-            dilated kernel does not fit into the padded input.
+        ValueError: If a size is not positive, or larger than `LARGEST_SIZE`, the padding is
+            negative on the left, or the dilated kernel does not fit into the padded input.
         TypeError: If a size is not an integer, or the padding is not a pair of them.
     """
 
@@ -39,6 +40,11 @@ class Axis:
             raise TypeError(f"`padding` must be two integers (left, right), got {pair!r}.")
         if self.padding[0] < 0:
             raise ValueError(f"`padding` must not be negative, got {self.padding}.")
+        if self.padded_size > LARGEST_SIZE:
+            raise ValueError(
+                f"`padding` must leave at most {LARGEST_SIZE} positions, got {reprlib.repr(pair)} "
+                f"for an input of {self.input_size}."
+            )
         if self.span > self.padded_size:
             raise ValueError(
                 f"`kernel_size` must fit into the padded input: {self.kernel_size} entries with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -11,6 +12,9 @@ Sizes: TypeAlias = int | Sequence[int]
 
 Padding: TypeAlias = int | str | Sequence[int | tuple[int, int]]
 """One number, one number or ``(left, right)`` pair per dimension, or a word."""
+
+LARGEST_SIZE = 2**31 - 1
+"""Largest size and hyper-parameter of a convolution."""
 
 
 def is_integer(value: object) -> bool:
@@ -25,14 +29,15 @@ def as_integer(value: Any, name: str, minimum: int | None = None) -> int:
 
     Raises:
         TypeError: If it is none.
-        ValueError: If it is below ``minimum``.
+        ValueError: If it is below ``minimum``, or above `LARGEST_SIZE`.
     """
-    if type(value) is int and (minimum is None or value >= minimum):
+    if type(value) is int and (minimum is None or value >= minimum) and value <= LARGEST_SIZE:
         return value  # the common case first: geometries are built for every call of `unfoldNd`
     if not is_integer(value):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
     if minimum is not None and value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+    _check_largest((value,), name, value)
     return int(value) if isinstance(value, Integral) else value
 
 
@@ -59,12 +64,12 @@ def as_sizes(value: Any, name: str, minimum: int = 1) -> tuple[int, ...]:
 
     Raises:
         TypeError: If the value is neither an integer nor a sequence of integers.
-        ValueError: If there is no entry, or one is below ``minimum``.
+        ValueError: If there is no entry, or one is below ``minimum`` or above `LARGEST_SIZE`.
     """
-    if type(value) is int and value >= minimum:
+    if type(value) is int and minimum <= value <= LARGEST_SIZE:
         return (value,)
     sizes = tuple(value) if is_list(value) else (value,)
-    if sizes and all(type(size) is int and size >= minimum for size in sizes):
+    if sizes and all(type(size) is int and minimum <= size <= LARGEST_SIZE for size in sizes):
         return sizes
     if not sizes:
         raise ValueError(f"`{name}` must have at least one dimension, got {value!r}.")
@@ -72,14 +77,22 @@ def as_sizes(value: Any, name: str, minimum: int = 1) -> tuple[int, ...]:
         raise TypeError(f"`{name}` must be an integer or integers, got {value!r}.")
     if any(size < minimum for size in sizes):
         raise ValueError(f"`{name}` must be at least {minimum}, got {value!r}.")
+    _check_largest(sizes, name, value)
     return tuple(as_integer(size, name) for size in sizes)
+
+
+def _check_largest(sizes: tuple[int, ...], name: str, value: object) -> None:
+    """Raise a ``ValueError`` if an integer is above `LARGEST_SIZE`; sizes of a graph are not."""
+    if any(isinstance(size, Integral) and size > LARGEST_SIZE for size in sizes):
+        raise ValueError(f"`{name}` must be at most {LARGEST_SIZE}, got {reprlib.repr(value)}.")
 
 
 def per_dimension(value: Sizes, ndim: int, name: str, minimum: int = 1) -> tuple[int, ...]:
     """Return ``value`` as one integer per dimension.
 
     Raises:
-        ValueError: If it has another length or an entry below ``minimum``.
+        ValueError: If it has another length, or an entry below ``minimum`` or above
+            `LARGEST_SIZE`.
         TypeError: If an entry is not an integer.
     """
     as_integer(ndim, "ndim", minimum=1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from einconv_kfac.geometry.axis import Axis
 from einconv_kfac.geometry.geometry import Geometry
 from einconv_kfac.geometry.spellings import (
+    LARGEST_SIZE,
     Padding,
     Sizes,
     as_sizes,
@@ -49,6 +50,11 @@ def conv_transpose_geometry(
         raise ValueError(
             f"`padding` must leave at least one output position, got {padding!r} for an "
             f"output of {targets}."
+        )
+    if any(target > LARGEST_SIZE for target in targets):
+        raise ValueError(
+            f"`stride` and `kernel_size` must leave at most {LARGEST_SIZE} output positions, got "
+            f"{stride!r} and {kernel_size!r} for an output of {targets}."
         )
     # output padding beyond the stride would make room for further outputs of the convolution
     fixed = [(p[0], p[1] - max(0, e - s + 1)) for p, e, s in zip(sides, extra, strides)]

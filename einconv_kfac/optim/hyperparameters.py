@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias, cast
 
-from einconv_kfac.curvature.arguments import flag, fraction, in_range, positive_integer
+from einconv_kfac.curvature.arguments import (
+    NUMBER_END,
+    flag,
+    fraction,
+    given_damping,
+    in_range,
+    positive_integer,
+)
 from einconv_kfac.optim.schedule import Schedule, value_at
 
 Clip: TypeAlias = Schedule | Literal["auto"] | None
@@ -89,9 +95,10 @@ class Hyperparameters:
             return positive_integer(name, value)
         if name in _FRACTIONS:
             return fraction(name, value)
-        below = 1.0 if name in ("factor_decay", "momentum") else math.inf
-        positive = name in ("damping", "kl_clip", "max_step_norm")
-        return in_range(name, value, below=below, positive=positive)
+        if name == "damping":
+            return given_damping(value)
+        below = 1.0 if name in ("factor_decay", "momentum") else NUMBER_END
+        return in_range(name, value, below=below, positive=name in ("kl_clip", "max_step_norm"))
 
     def _check_mode(self) -> None:
         """Raise a ``ValueError`` if a value holds for the other mode only."""

@@ -52,6 +52,32 @@ def test_wrong_numbers_are_refused_by_the_next_step(
 
 
 @pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*((n, v) for n in ("lr", "weight_decay", "damping") for v in (1e300, 10**400, 1e18)),
+     ("damping", 5e-324)],
+)  # fmt: skip
+def test_numbers_without_a_square_in_single_precision_are_refused(
+    name: str, value: Any, options: dict[str, Any]
+) -> None:
+    model, opt = made(options)
+    with pytest.raises(ValueError, match=f"`{name}` must be a number in"):
+        KFAC(model, LOSS_FN, **{**options, name: value})
+    before = weights(model)
+    opt.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"`{name}` must be a number in"):
+        step(model, opt)
+    assert torch.equal(before, weights(model))
+
+
+def test_large_integers_are_numbers() -> None:
+    model, opt = made(MODES[1])
+    opt.param_groups[0]["lr"] = 2**40
+    step(model, opt)
+    assert weights(model).isfinite().all()
+
+
+@pytest.mark.parametrize("options", MODES)
 @pytest.mark.parametrize("other", [nn.Parameter(torch.ones(2)), torch.ones(2)])
 def test_another_parameter_among_those_of_a_group(other: Tensor, options: dict[str, Any]) -> None:
     model, opt = made(options)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from einconv_kfac.curvature.arguments import described, plain, shown
 from einconv_kfac.curvature.blocks.block import Block
-from einconv_kfac.curvature.blocks.block_state import BLOCKS, block_of
+from einconv_kfac.curvature.blocks.block_state import BLOCKS, block_of, check_block
 from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal
 from einconv_kfac.curvature.blocks.own_precision import in_own_precision
 from einconv_kfac.curvature.blocks.sums import added, pooled_block
@@ -52,6 +52,7 @@ class KroneckerFactors(Mapping[str, Any]):
                 raise TypeError(
                     f"`blocks` must have values of {kinds}, got {described(block)} for {name!r}."
                 )
+            check_block(name, block)
         self._blocks = dict(blocks)
 
     def __getitem__(self, name: str) -> Any:  # fields such as `A` depend on the type of block

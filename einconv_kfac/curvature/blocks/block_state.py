@@ -58,6 +58,34 @@ def block_of(path: str, state: Any) -> Block:
     return _TYPES[names](**{**state, "layout": layout})
 
 
+def check_block(name: str, block: Block) -> None:
+    """Raise a ``ValueError`` if the tensors of a block do not fit its layout.
+
+    Args:
+        name: The name of the layer, for errors.
+        block: The block.
+    """
+    if isinstance(block, SumBlock):
+        for term in block.terms:
+            check_block(name, term)
+        return
+    if not isinstance(block.layout, Layout):
+        raise ValueError(
+            f"`blocks` must have a Layout as the `layout` of {name!r}, got {shown(block.layout)}."
+        )
+    sizes = dict(zip("gcd", block.layout.shape))
+    for entry in vars(block).keys() & _FORMS.keys():
+        value, forms = getattr(block, entry), _FORMS[entry]
+        if value is None and None in forms:
+            continue
+        shapes = [[sizes[dim] for dim in form] for form in forms if form is not None]
+        if not isinstance(value, Tensor) or list(value.shape) not in shapes:
+            raise ValueError(
+                f"`blocks` must have a tensor of shape {' or '.join(map(str, shapes))} as "
+                f"`{entry}` of {name!r}, as its layout has, got {shown(value)}."
+            )
+
+
 def _terms(path: str, states: Any) -> Iterator[Block]:
     """Yield the terms of a sum."""
     if not isinstance(states, (list, tuple)) or not states:

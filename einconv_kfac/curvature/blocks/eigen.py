@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from einconv_kfac.curvature.arguments import (
+    LARGEST_INTEGER,
     checked_damping,
     flag,
     number,
@@ -136,7 +137,7 @@ class EigenBlock:
             RuntimeError: If the damped block is not positive definite.
         """
         root = self._damped(damping).rsqrt()
-        shape = (positive_integer("count", count), *self.values.shape)
+        shape = (positive_integer("count", count, below=LARGEST_INTEGER), *self.values.shape)
         source = random_generator("generator", generator)
         noise = torch.randn(shape, generator=source, dtype=root.dtype, device=root.device)
         return self.restored(noise * root)

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from einconv_kfac.curvature.arguments import checked_damping, flag, number
+from einconv_kfac.curvature.arguments import (
+    LEAST_DAMPING,
+    MULTIPLIER_END,
+    checked_damping,
+    flag,
+    number,
+)
 from einconv_kfac.curvature.blocks.cholesky import invert_damped
 from einconv_kfac.curvature.blocks.diagonal_factor import (
     dense,
@@ -129,6 +135,7 @@ class KroneckerBlock:
                 f"The block of {names} must be positive for exact=False, got its factors times "
                 f"{self.scale}. Pass exact=True."
             )
+        self._check_splits(damping)
         (found,) = invert_damped([(self.A, self.B)], [damping / self.scale], [names])
         if found.retries:
             warnings.warn(
@@ -139,6 +146,16 @@ class KroneckerBlock:
             )
         a, b = found.inverses
         return KroneckerBlock(a.to(self.A.dtype), b.to(self.B.dtype), self.layout, 1 / self.scale)
+
+    def _check_splits(self, damping: Any) -> None:
+        """Raise a ``ValueError`` if the root of a damping is beyond float32."""
+        part = float(damping) / self.scale
+        if part and not LEAST_DAMPING <= part < MULTIPLIER_END:
+            raise ValueError(
+                f"`damping` must be zero or in [{LEAST_DAMPING}, {MULTIPLIER_END}) for "
+                f"exact=False, relative to the scale {self.scale} of the block, got {part}. Pass "
+                "exact=True."
+            )
 
     def sample(
         self, count: int, *, damping: float = 0.0, generator: Generator | None = None

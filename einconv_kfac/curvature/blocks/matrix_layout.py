@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from einconv_kfac.curvature.arguments import shown, sizes
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -29,6 +31,9 @@ class Layout:
     Attributes:
         parameters: The names of the weight and, if there is one, the bias.
         shape: The shape ``[g, co, d]`` of the matrices, bias column included.
+
+    Raises:
+        ValueError: If the names are none, or the shapes do not fit one another.
 
     >>> layout = Layout("weight", None, (2, 3), (1, 2, 3), (0, 2, 1))
     >>> layout.to_matrix({"weight": torch.tensor([[1, 2, 3], [4, 5, 6]])})
@@ -52,6 +57,7 @@ class Layout:
     _inverse_from_end: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._check_()
         count = len(self.order)
         inverse = sorted(range(count), key=self.order.__getitem__)
         permuted = tuple(self.split[dim] for dim in self.order)
@@ -68,6 +74,30 @@ class Layout:
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    def _check_(self) -> None:
+        """Raise a ``ValueError`` if names and shapes describe no layout; lists become tuples."""
+        for name, value in (("weight", self.weight), ("bias", self.bias)):
+            if not isinstance(value, str) and not (name == "bias" and value is None):
+                raise ValueError(f"`{name}` must be a parameter's name, got {shown(value)}.")
+        for name in ("weight_shape", "split", "order", "bias_shape"):
+            object.__setattr__(self, name, sizes(name, getattr(self, name)))
+        if prod(self.split) != prod(self.weight_shape):
+            raise ValueError(
+                f"`split` must have the {prod(self.weight_shape)} entries of `weight_shape` "
+                f"{self.weight_shape}, got {self.split}."
+            )
+        if sorted(self.order) != list(range(len(self.split))) or len(self.order) < 2:
+            raise ValueError(
+                f"`order` must be a permutation of the {len(self.split)} dimensions of `split`, at "
+                f"least two, got {self.order}."
+            )
+        rows = prod(self.split[dim] for dim in self.order[:2])
+        if self.bias is not None and prod(self.bias_shape) != rows:
+            raise ValueError(
+                f"`bias_shape` must have {rows} entries, one per row of the matrices, got "
+                f"{self.bias_shape}."
+            )
 
     def to_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return tensors by parameter name, ``[*v, *shape]``, as ``[*v, g, co, d]``.

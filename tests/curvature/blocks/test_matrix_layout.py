@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any, cast
 
 import pytest
 import torch
 
-from einconv_kfac.curvature import Layout
+from einconv_kfac.curvature import EigenBlock, KroneckerBlock, KroneckerFactors, Layout
+from einconv_kfac.curvature.blocks.block import Block
 
 LAYOUTS = {
     "linear": Layout("w", "b", (4, 3), (1, 4, 3), (0, 1, 2), (4,)),
@@ -49,3 +51,45 @@ def test_equality_and_copies() -> None:
     assert layout != LAYOUTS["cycle"]
     assert again.shape == (2, 3, 4)
     assert "shape" not in layout.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight": 3}, "`weight` must be a parameter's name, got 3"),
+        ({"bias": 3}, "`bias` must be a parameter's name, got 3"),
+        ({"weight_shape": 3}, "`weight_shape` must be a tuple of integers"),
+        ({"weight_shape": (4.0, 3)}, "`weight_shape` must be a tuple of integers"),
+        ({"split": (1, 4, -3)}, "`split` must be a tuple of integers"),
+        ({"split": (1, 4, 2**70)}, "`split` must be a tuple of integers"),
+        ({"split": (1, 4, 4)}, "`split` must have the 12 entries"),
+        ({"order": (0, 1)}, "`order` must be a permutation of the 3 dimensions"),
+        ({"order": (0, 1, 1)}, "`order` must be a permutation"),
+        ({"split": (12,), "order": (0,)}, "at least two, got"),
+        ({"bias_shape": (3,)}, "`bias_shape` must have 4 entries"),
+    ],
+)
+def test_wrong_layouts_are_refused(changed: dict[str, Any], message: str) -> None:
+    given = {**LAYOUTS["linear"].state_dict(), **changed}
+    with pytest.raises(ValueError, match=message):
+        Layout(**given)
+
+
+def test_lists_are_tuples() -> None:
+    given = LAYOUTS["transposed"].state_dict()
+    lists = {name: list(own) if isinstance(own, tuple) else own for name, own in given.items()}
+    assert Layout(**lists) == LAYOUTS["transposed"]
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (KroneckerBlock(torch.eye(3)[None], torch.eye(4)[None], LAYOUTS["linear"]), "`A` of 'fc'"),
+        (KroneckerBlock(torch.eye(4)[None], torch.eye(4), LAYOUTS["linear"]), "`B` of 'fc'"),
+        (EigenBlock(None, None, torch.ones(1, 4, 3), LAYOUTS["linear"]), "`values` of 'fc'"),
+        (KroneckerBlock(torch.eye(4), torch.eye(4), cast("Layout", 3)), "a Layout as the `layout`"),
+    ],
+)
+def test_blocks_that_do_not_fit_their_layout_are_refused(block: Block, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KroneckerFactors({"fc": block})

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from test_factor_algorithms import DRAWN, TOLERANCE, draw_input
 from torch.nn.functional import conv_transpose2d
 
-from einconv_kfac.curvature.factors import conv_transpose_input_factor
+from einconv_kfac.curvature.factors import conv_input_factor, conv_transpose_input_factor
+from einconv_kfac.curvature.factors.algorithms.rows import _widths
 from einconv_kfac.curvature.factors.indices import runs
 from einconv_kfac.curvature.factors.indices.runs import met_entries, partition_by_runs, partitions
 from einconv_kfac.curvature.factors.reduce import window_sums
@@ -112,3 +113,14 @@ def test_large_images_are_summed_and_small_ones_multiplied() -> None:
     assert last.is_finest
     assert all(axis.is_finest for axis in partitions((Axis(7, 3, 1, (1, 1)),) * 2, False, 4096))
     assert prod(len(axis.entries) for axis in (large, last)) == 3 * 56
+
+
+def test_every_width_of_blocks_once() -> None:
+    for size in range(1, 200):
+        assert [*_widths(size)] == [*dict.fromkeys(-(-size // n) for n in range(1, size + 1))]
+
+
+def test_a_wide_padding_is_not_counted_position_by_position() -> None:
+    x = torch.randn(2, 1, 3, dtype=torch.float64)
+    known, factor = (conv_input_factor(x, 2, padding=padding) for padding in (2, 2**20))
+    torch.testing.assert_close(factor, known)

@@ -8,6 +8,7 @@ sums depends on ``k`` alone, since rows beyond the input are zero: a product wit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache, reduce
 from math import prod
 
@@ -53,8 +54,7 @@ def row_bands(problem: Problem) -> tuple[Band, ...]:
     lead, axis = _axes(problem)
     size, found = axis.output_size, []
     pairs = _length(lead) * lead.dilation * _distances(lead) * (problem.batch + lead.kernel_size)
-    for count in range(1, size + 1):
-        each = -(-size // count)
+    for each in _widths(size):
         bands = [Band(axis, 0, each, (each - 1) * axis.stride + axis.span, size // each)]
         rest = size % each
         if rest:
@@ -67,6 +67,16 @@ def row_bands(problem: Problem) -> tuple[Band, ...]:
         )
         found.append((price, tuple(bands)))
     return min(found, key=lambda pair: pair[0])[1]
+
+
+def _widths(size: int) -> Iterator[int]:
+    """Yield the outputs of the largest of equal blocks, once each, from one block on."""
+    each = size
+    while each > 1:
+        yield each
+        count = -(-size // (each - 1))  # the fewest blocks that are smaller
+        each = -(-size // count)
+    yield 1
 
 
 def _square(width: int, channels: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from einconv_kfac.curvature.arguments import MULTIPLIER_END, in_range
 from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.step.damping.first_curvature import FirstCurvature
 from einconv_kfac.optim.step.damping.rule import DampingRule
@@ -39,7 +40,7 @@ class DampingSource:
         """Return the damping; ``None`` as long as every gradient was zero and none is given."""
         if (given := objective.settings.damping) is not None:
             return cast("float", given) * self.factor
-        damping = self._rule.damping(step)
+        damping = self._of_rule(step)
         if damping is None:
             curvature = FirstCurvature(self._replay, objective)
             return self.first_(curvature, float(objective.value()), step)
@@ -57,9 +58,22 @@ class DampingSource:
         if found is None:
             return None
         self._rule.initial(found)
-        damping = self._rule.damping(step)
+        damping = self._of_rule(step)
         assert damping is not None
         return damping
+
+    def _of_rule(self, step: int) -> float | None:
+        """Return the damping of the rule.
+
+        Raises:
+            ValueError: If it is neither a positive number nor ``None``.
+        """
+        found = self._rule.damping(step)
+        return (
+            None
+            if found is None
+            else in_range("damping", found, below=MULTIPLIER_END, positive=True)
+        )
 
     def is_known(self, objective: Objective, step: int) -> bool:
         """Return whether a damping is given, or known to the rule."""
