@@ -37,6 +37,7 @@ FLOORS: Mapping[str, Sequence[set[str]]] = {
         {"arguments"},
         {"model_walk"},
         {"schedule", "vectors", "moving_average", "parameters", "pickling", "state_schema"},
+        {"definiteness"},
         {"hyperparameters"},
         {"replay", "inverses"},
         {"factors"},

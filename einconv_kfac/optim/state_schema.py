@@ -50,11 +50,6 @@ def is_dense_tensor(value: Any) -> bool:
     return value.is_floating_point() or value.is_complex()
 
 
-def _is_real(value: Any) -> bool:
-    """Return whether a value is a dense tensor of finite real numbers."""
-    return is_dense_tensor(value) and not value.is_complex() and bool(value.isfinite().all())
-
-
 def _is_number(value: Any) -> bool:
     """Return whether a value is an integer of any size, or a float that is not NaN."""
     if isinstance(value, float):
@@ -78,9 +73,6 @@ COUNT = Leaf(
 FLAG = Leaf("True or False", lambda v: isinstance(v, bool))
 INTEGER = Leaf("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool))
 TEXT = Leaf("a text", lambda v: isinstance(v, str))
-FLOATING = Leaf("a dense floating-point tensor of finite numbers", _is_real)
-
-
 NOTHING = Leaf("None", lambda v: v is None)
 
 

@@ -12,12 +12,12 @@ from torch import nn
 from einconv_kfac import KFAC
 
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
-    ({"lr": -0.1}, r"`lr` must be a number in \[0, inf\), got -0.1"),
-    ({"lr": float("nan")}, r"`lr` must be a number in \[0, inf\), got nan"),
+    ({"lr": -0.1}, r"`lr` must be a number in \[0, 1e\+18\), got -0.1"),
+    ({"lr": float("nan")}, r"`lr` must be a number in \[0, 1e\+18\), got nan"),
     ({"weight_decay": -1.0}, "`weight_decay` must be a number"),
     ({"momentum": 1.0}, r"`momentum` must be a number in \[0, 1.0\), got 1.0"),
     ({"momentum": -0.5}, "`momentum` must be a number"),
-    ({"damping": 0.0}, r"`damping` must be a number in \(0, inf\), got 0.0"),
+    ({"damping": 0.0}, r"`damping` must be a number in \[1e-30, 1e\+18\), got 0.0"),
     ({"damping": float("nan")}, "`damping` must be a number"),
     ({"factor_decay": 1.0}, r"`factor_decay` must be a number in \[0, 1.0\), got 1.0"),
     ({"factor_update_period": 0}, "`factor_update_period` must be a positive integer, got 0"),

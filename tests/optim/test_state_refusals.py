@@ -188,7 +188,7 @@ ARGUMENTS = {
         ({},),
     ),
     "a damping of zero": Argument(
-        r"`damping` must be a number in \(0, inf\), got 0",
+        r"`damping` must be a number in \[1e-30, 1e\+18\), got 0",
         {"damping": 0},
         ({"damping": 1e-3},),
     ),

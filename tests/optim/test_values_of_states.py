@@ -13,6 +13,7 @@ from optim_cases import assert_same, conv_net, image_batch, train_step, weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
+from einconv_kfac.optim.definiteness import is_semidefinite
 
 NAN, INF = float("nan"), float("inf")
 LOSS_FN = nn.CrossEntropyLoss()
@@ -131,6 +132,50 @@ def test_negative_squares() -> None:
     path = ("state", 6, "exp_avg_sq")
     state = changed(source.state_dict(), path, entry_of(-1.0))
     check_refused(opt, model, state, "none of them negative, at .*exp_avg_sq")
+
+
+def unit(f: Tensor) -> Tensor:
+    """The unit matrix, like a factor."""
+    return torch.eye(f.shape[-1]).to(f)
+
+
+INDEFINITE: dict[str, Callable[[Tensor], Tensor]] = {
+    "asymmetric": lambda f: f + f.abs().amax() * torch.ones_like(f).triu(1),
+    "indefinite": lambda f: f + f.abs().amax() * (1 - unit(f)),
+    "negative diagonal": lambda f: f - 2 * f.diagonal(dim1=1, dim2=2).amin() * unit(f),
+    "negative": lambda f: -f,
+}
+
+
+@pytest.mark.parametrize("name", INDEFINITE)
+@pytest.mark.parametrize(
+    "path", [("factors", 0), ("factors", 1), ("inverse", "a"), ("inverse", "b")]
+)
+def test_matrices_that_are_not_semidefinite(path: tuple[Any, ...], name: str) -> None:
+    _, source = known("automatic", 3)
+    model, opt = known("automatic", 1)
+    state = changed(source.state_dict(), (*LAYER, *path), INDEFINITE[name])
+    check_refused(opt, model, state, "symmetric and positive semidefinite, at '0'")
+
+
+def test_eigenvectors_and_eigenvalues() -> None:
+    _, source = known("exact", 3)
+    model, opt = known("exact", 1)
+    inverse = (*LAYER, "inverse")
+    state = changed(source.state_dict(), (*inverse, "basis_a"), lambda own: 1.01 * own)
+    check_refused(opt, model, state, r"orthonormal columns at '0'\.inverse\.basis_a")
+    state = changed(source.state_dict(), (*inverse, "values"), lambda own: own - own.amax())
+    check_refused(opt, model, state, r"none of them negative, at '0'\.inverse\.values")
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e12])
+@pytest.mark.parametrize("rank", [1, 3, 40])
+def test_sums_of_squares_are_semidefinite(rank: int, scale: float) -> None:
+    torch.manual_seed(0)
+    x = scale * torch.randn(2, 30, rank) * torch.logspace(-15, 0, 30)[:, None]
+    assert is_semidefinite(x @ x.mT)
+    assert is_semidefinite(x.square().sum(-1))
+    assert is_semidefinite(torch.zeros(1, 3, 3))
 
 
 def test_bases_of_different_types() -> None:

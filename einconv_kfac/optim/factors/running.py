@@ -11,6 +11,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.blocks.cholesky import Pair
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.optim.definiteness import FACTOR
 from einconv_kfac.optim.inverses.background import Pending
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
 from einconv_kfac.optim.inverses.registry import (
@@ -20,7 +21,6 @@ from einconv_kfac.optim.inverses.registry import (
 )
 from einconv_kfac.optim.state_schema import (
     COUNT,
-    FLOATING,
     Anything,
     Leaf,
     Listed,
@@ -36,7 +36,7 @@ _CONDITIONS = Leaf(
 _SCHEMA = Record(
     {
         "updates": COUNT,
-        "factors": Maybe(Listed(FLOATING, 2)),
+        "factors": Maybe(Listed(FACTOR, 2)),
         "factor_step": Maybe(COUNT),
         "inverse_step": Maybe(COUNT),
         "retries": COUNT,

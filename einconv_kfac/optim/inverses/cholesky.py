@@ -13,8 +13,9 @@ from einconv_kfac.curvature.blocks.cholesky import invert_damped
 from einconv_kfac.curvature.blocks.diagonal_factor import times, times_on_right
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product, product_of_three
+from einconv_kfac.optim.definiteness import semidefinite_of
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
-from einconv_kfac.optim.state_schema import NOT_NEGATIVE, Record, Schema, constant, tensor_of
+from einconv_kfac.optim.state_schema import NOT_NEGATIVE, Record, Schema, constant
 
 MOST_DAMPING_INCREASES = 6
 """How often the damping of a layer grows after failures before the failure is an error."""
@@ -88,7 +89,7 @@ def _load(state: dict[str, Any], layout: Layout) -> FactoredInverse:
 
 def _schema(layout: Layout, shapes: Sequence[Sequence[int]]) -> Schema:
     """Return what a state must be."""
-    a, b = (tensor_of(shape) for shape in shapes)
+    a, b = (semidefinite_of(shape) for shape in shapes)
     return Record({"kind": constant(FactoredInverse.kind), "a": a, "b": b, "damping": NOT_NEGATIVE})
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from einconv_kfac.curvature.blocks.eigen import EigenBlock, decompositions
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.devices.products import product
+from einconv_kfac.optim.definiteness import orthonormal_of
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
 from einconv_kfac.optim.state_schema import (
     NOT_NEGATIVE,
@@ -21,7 +22,7 @@ from einconv_kfac.optim.state_schema import (
     Record,
     Schema,
     constant,
-    tensor_of,
+    squares_of,
 )
 
 DENSE_DIMS = 3
@@ -133,8 +134,8 @@ def eigen_schema(
         shapes: The shapes of its factors.
         others: Entries beside those of `EigenInverse`.
     """
-    a, b = (tensor_of(s) if len(s) == DENSE_DIMS else NOTHING for s in shapes)
-    own: dict[str, Schema] = {"basis_a": a, "basis_b": b, "values": tensor_of(layout.shape)}
+    a, b = (orthonormal_of(s) if len(s) == DENSE_DIMS else NOTHING for s in shapes)
+    own: dict[str, Schema] = {"basis_a": a, "basis_b": b, "values": squares_of(layout.shape)}
     return OneType(Record({"kind": constant(kind), "damping": NOT_NEGATIVE, **own, **others}))
 
 
