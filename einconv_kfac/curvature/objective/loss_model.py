@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.losses import local_expansion
+from einconv_kfac.curvature.losses.loss_call import in_precision, precise_type, targets_in_precision
 
 
 class Expansion(NamedTuple):
@@ -42,6 +43,9 @@ class LossModel(Protocol):
     def at(self, outputs: Sequence[Tensor]) -> LossModel:
         """Return the same with the outputs of the recorded pass, where those at hand changed."""
 
+    def precision(self) -> torch.dtype:
+        """Return the data type in which changes of the loss are computed."""
+
     def unknown(self) -> Sequence[str]:
         """Return the names of operations because of which `value` cannot be computed."""
 
@@ -49,21 +53,51 @@ class LossModel(Protocol):
 class GivenLoss:
     """A loss module on one output of a model.
 
+    It is evaluated in float32 at least: in lower precision the value is rounded by more than it
+    changes.
+
     Args:
         loss_fn: The loss.
         output: The output in the recorded pass, ``[n, ...]``, detached.
         targets: The other arguments of the loss.
+        rounding: What the recorded loss was rounded by; ``None`` where it was not.
     """
 
-    def __init__(self, loss_fn: nn.Module, output: Tensor, targets: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        loss_fn: nn.Module,
+        output: Tensor,
+        targets: Sequence[Any],
+        rounding: Tensor | None = None,
+    ) -> None:
         self.loss_fn = loss_fn
         self.targets = tuple(targets)
         self._output = output
+        self._rounding = rounding
+
+    @staticmethod
+    def recorded(
+        loss_fn: nn.Module, output: Tensor, targets: Sequence[Any], loss: Tensor
+    ) -> GivenLoss:
+        """Return the loss of a pass, whose value is the recorded one at the recorded output."""
+        found = GivenLoss(loss_fn, output, targets)
+        if output.dtype == precise_type(output):
+            return found
+        with torch.no_grad():
+            rounding = loss - found.value([output])
+        return GivenLoss(loss_fn, output, targets, rounding)
 
     def value(self, outputs: Sequence[Tensor]) -> Tensor:
         """See `LossModel`."""
-        loss: Tensor = self.loss_fn(outputs[0], *self.targets)
-        return loss
+        precise = self.precision()
+        loss_fn, targets = self.loss_fn, self.targets
+        if precise != self._output.dtype:
+            loss_fn, targets = (
+                in_precision(loss_fn, precise),
+                targets_in_precision(targets, precise),
+            )
+        loss: Tensor = loss_fn(outputs[0].to(precise), *targets)
+        return loss if self._rounding is None else loss + self._rounding
 
     def slopes(self) -> Sequence[Tensor]:
         """See `LossModel`."""
@@ -80,7 +114,11 @@ class GivenLoss:
 
     def at(self, outputs: Sequence[Tensor]) -> GivenLoss:
         """See `LossModel`."""
-        return GivenLoss(self.loss_fn, outputs[0], self.targets)
+        return GivenLoss(self.loss_fn, outputs[0], self.targets, self._rounding)
+
+    def precision(self) -> torch.dtype:
+        """See `LossModel`."""
+        return precise_type(self._output)
 
     def unknown(self) -> Sequence[str]:
         """See `LossModel`."""

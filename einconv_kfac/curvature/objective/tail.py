@@ -103,6 +103,11 @@ class Tail:
         """See `LossModel`."""
         return replace(self, values=(*outputs, *self.values[len(outputs) :]))
 
+    def precision(self) -> torch.dtype:
+        """See `LossModel`; modules are called in the type of their input."""
+        has_modules = any(isinstance(each.function, LossCall) for each in self.operations)
+        return self.loss.dtype if has_modules else precise_type(self.loss)
+
     def unknown(self) -> Sequence[str]:
         """See `LossModel`."""
         return sorted({each.kind for each in self.operations if not each.is_known})

@@ -79,6 +79,10 @@ class JointLoss:
         )
         return JointLoss(tuple(parts), self.count)
 
+    def precision(self) -> torch.dtype:
+        """See `LossModel`; the least of the parts."""
+        return max((p.model.precision() for p in self.parts), key=lambda own: torch.finfo(own).eps)
+
     def unknown(self) -> Sequence[str]:
         """See `LossModel`."""
         return sorted({kind for part in self.parts for kind in part.model.unknown()})

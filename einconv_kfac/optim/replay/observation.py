@@ -112,7 +112,9 @@ class GivenObservation:
             forward_passes([(self._owner[0], [self._owner[1]])]),
             (output,),
             (),
-            GivenLoss(self._loss_fn, output, self._targets) if replayed else None,
+            GivenLoss.recorded(self._loss_fn, output, self._targets, self._loss)
+            if replayed
+            else None,
             self._loss,
             weight,
             self._versions,

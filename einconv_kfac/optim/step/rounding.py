@@ -40,11 +40,12 @@ def rounding_of(replay: Replay, objective: Objective) -> Tensor:
 def _of_batch(replay: Replay, batch: Batch) -> Tensor:
     """Return the rounding error of one loss, times its weight in the objective.
 
-    It is the loss times the machine epsilon of its data type, and the Euclidean norm of
-    ``dL/dy y`` over the entries of the output ``y``, times the machine epsilon of the forward
-    pass: the errors of the entries are independent.
+    It is the loss times the machine epsilon of the type in which its changes are computed, and the
+    Euclidean norm of ``dL/dy y`` over the entries of the output ``y``, times the machine epsilon of
+    the forward pass: the errors of the entries are independent.
     """
-    value = batch.loss.abs().double() * torch.finfo(batch.loss.dtype).eps
+    dtype = batch.loss.dtype if batch.loss_model is None else batch.loss_model.precision()
+    value = batch.loss.abs().double() * torch.finfo(dtype).eps
     precisions = [each.call.environment.precision for each in batch.forwards for _ in each.inputs]
     for output, slope, precision in zip(batch.outputs, replay.slopes(batch), precisions):
         if slope is not None:

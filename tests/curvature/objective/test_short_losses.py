@@ -72,3 +72,31 @@ def test_the_ratio_is_that_of_the_loss_in_float64(name: str, dtype: torch.dtype)
     found = opt.statistics()
     ratio = (exact(model, loss) - before) / found["predicted"]
     assert found["ratio"] == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_a_given_module_is_evaluated_in_float32(is_weighted: bool, dtype: torch.dtype) -> None:
+    class Short(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.net(x)
+            return output.to(dtype if x.dtype == torch.float32 else x.dtype)
+
+    weight = torch.tensor([1.0, 2.0, 0.5, 4.0, 0.25]) if is_weighted else None
+    model, target = Short(), torch.arange(len(X)) % 5
+    loss_fn = nn.CrossEntropyLoss(None if weight is None else weight.to(dtype))
+
+    def loss(output: Tensor) -> Tensor:
+        own = None if weight is None else weight.double()
+        return functional.cross_entropy(output, target, own)
+
+    opt, before = KFAC(model, loss_fn, fisher="exact"), exact(model, loss)
+    loss_fn(model(X), target).backward()
+    opt.step()
+    found = opt.statistics()
+    ratio = (exact(model, loss) - before) / found["predicted"]
+    assert found["ratio"] == pytest.approx(ratio, rel=0.01)

@@ -183,8 +183,8 @@ def singular(opt: Any, find: Callable[[Any], dict[str, Any]], name: str) -> None
     state = deepcopy(opt.state_dict())
     factors = find(state)["layers"][name]["factors"]
     for factor in factors:
-        factor.copy_(torch.eye(factor.shape[-1], dtype=factor.dtype))
-        factor[..., 0, 0] = -1e30
+        unit = torch.eye(factor.shape[-1], dtype=factor.dtype)
+        factor.copy_(1e30 * (1.99 * unit - 0.99))  # all minors of two rows are positive
     opt.load_state_dict(state)
 
 
