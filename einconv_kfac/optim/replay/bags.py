@@ -1,4 +1,4 @@
-"""Bags of embeddings with forward-mode derivatives and differentiable backward passes."""
+"""Embeddings with the forward-mode derivatives of torch's backward passes, and bags of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from torch.nn.functional import embedding, pad
 from einconv_kfac.optim.replay.substitution import Forwards
 
 
-def native_bags(model: nn.Module) -> Forwards:
+def native_embeddings(model: nn.Module) -> Forwards:
+    """Return forward methods of a model's embeddings, and bags of them, as below."""
+    return _bags(model) | _padded_embeddings(model)
+
+
+def _bags(model: nn.Module) -> Forwards:
     """Return forward methods of a model's bags of embeddings, made of a look-up and a reduction.
 
     torch's operator for bags has no forward mode and can be differentiated only once. Bags whose
@@ -25,6 +30,27 @@ def native_bags(model: nn.Module) -> Forwards:
         if type(module) is nn.EmbeddingBag and module.max_norm is None
         if not module.scale_grad_by_freq
     }
+
+
+def _padded_embeddings(model: nn.Module) -> Forwards:
+    """Return forward methods of a model's embeddings whose row of the padding has no tangent.
+
+    Torch's backward pass leaves that row out, and its forward mode does not. The row has a tangent
+    where the weight is used elsewhere, as by an output layer, or decays.
+    """
+    return {
+        module: partial(_without_padding, module)
+        for module in model.modules()
+        if type(module) is nn.Embedding and module.max_norm is None
+        if module.padding_idx is not None
+    }
+
+
+def _without_padding(module: Any, input: Tensor) -> Tensor:  # noqa: A002 (as torch calls it)
+    """Return the output of ``torch.nn.Embedding``, whose padding is constant."""
+    output: Tensor = type(module).forward(module, input)
+    constant = embedding(input, module.weight.detach())
+    return constant.where((input == module.padding_idx)[..., None], output)
 
 
 def _reduced(

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from einconv_kfac.optim.model_walk import named_modules, parameters_in
-from einconv_kfac.optim.replay.bags import native_bags
+from einconv_kfac.optim.replay.bags import native_embeddings
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, replaced
 from einconv_kfac.optim.replay.dropout import batch_masks
 from einconv_kfac.optim.replay.environment import NOT_KEPT, Environment
@@ -136,7 +136,7 @@ class ForwardPass:
 
         norms = batch_norms(model)
         values = _values(model, called, parameters, call.environment.buffers, norms)
-        forwards = native_recurrences(model) | native_bags(model) | norms
+        forwards = native_recurrences(model) | native_embeddings(model) | norms
         if self.subset is not None:
             forwards |= batch_masks(model, self.subset)
         if tangents:
