@@ -15,16 +15,13 @@ from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.batch_shares import BatchShares, Number
 from einconv_kfac.optim.factors.weighted_evaluation import WeightedEvaluation
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.loss_input import REDUCTIONS
 from einconv_kfac.optim.vectors import precise, sum_of
 
 MIXED_SIGNS = (
     "All losses of a step must have weights of the same sign, got {} and {}, whose curvature is a "
     "difference and may have no inverse. Pass the whole loss to `observe`, before "
     "`loss.backward()`: `loss = optimizer.observe(first - second)`."
-)
-REDUCTIONS = (
-    "`loss_fn.reduction` must be the same from the calls of the loss to their backward passes, and "
-    "for all losses of a step, got a mean and a sum. Change it after `step` alone."
 )
 ROOT = (
     "The square root of the ratio of two losses' weights, which must have the same sign (pass the "

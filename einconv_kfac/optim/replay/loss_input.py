@@ -11,12 +11,18 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from einconv_kfac.curvature.losses.loss_call import is_sum
 from einconv_kfac.curvature.objective.outputs import tensors_of
 
 Run: TypeAlias = Callable[[], Any]
 """Runs the model and returns what the model returns."""
 Found: TypeAlias = Callable[[Tensor], None]
 """Receives a tensor while the model runs."""
+
+REDUCTIONS = (
+    "`loss_fn.reduction` must be the same from the calls of the loss to their backward passes, and "
+    "for all losses of a step, got a mean and a sum. Change it after `step` alone."
+)
 
 
 class InnerInput(Protocol):
@@ -162,3 +168,20 @@ def loss_arguments(
     bound = signature(loss_fn.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return tuple(bound.arguments.values())
+
+
+def with_kept_reduction(loss_fn: nn.Module, loss: Tensor) -> Tensor:
+    """Return a loss whose backward pass raises if the reduction of its module has changed.
+
+    Args:
+        loss_fn: The module, which has no rule: what it returned is read when it is backpropagated.
+        loss: What it returned.
+    """
+    known = is_sum(loss_fn)
+
+    def check(_: Tensor) -> None:
+        if is_sum(loss_fn) != known:
+            raise RuntimeError(REDUCTIONS)
+
+    loss.register_hook(check)  # type: ignore[no-untyped-call]
+    return loss

@@ -34,7 +34,7 @@ from einconv_kfac.optim.replay.environment import Environment
 from einconv_kfac.optim.replay.forward import NOT_REPLAYED, ModelCall
 from einconv_kfac.optim.replay.gradients import GradientWatch
 from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOutputs
-from einconv_kfac.optim.replay.loss_input import loss_arguments
+from einconv_kfac.optim.replay.loss_input import loss_arguments, with_kept_reduction
 from einconv_kfac.optim.replay.observation import GivenObservation, Observation, ReadObservation
 from einconv_kfac.optim.replay.pending import PendingCalls
 from einconv_kfac.optim.replay.unknown_operations import explained_checkpoints
@@ -241,7 +241,7 @@ class Recorder:
         if not is_built_in(loss_fn):
             self._pending.mark_call_(loss_fn, arguments, loss)
         if observation is None:
-            self.observe_(loss)
+            self.observe_(with_kept_reduction(loss_fn, loss))
         else:
             self._record_(loss, observation)
 

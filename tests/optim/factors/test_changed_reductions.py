@@ -59,6 +59,37 @@ def test_reduction_that_changes_before_the_backward_pass_is_refused() -> None:
         steps({}, reduced("backward"))
 
 
+class Distance(nn.Module):
+    """A loss of a script, without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduction = "mean"
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        distances = (output - target).square().sum(-1)
+        return distances.mean() if self.reduction == "mean" else distances.sum()
+
+
+@pytest.mark.parametrize("mode", [{}, FIXED])
+@pytest.mark.parametrize("kind", [Distance, nn.L1Loss])
+def test_reductions_of_losses_without_a_rule(kind: Any, mode: dict[str, Any]) -> None:
+    model, _, x, _ = problem()
+    loss_fn = kind()
+    opt, target = KFAC(model, loss_fn, fisher="empirical", **mode), torch.zeros_like(model(x))
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = loss_fn(model(x), target)
+    loss_fn.reduction = "sum"
+    with pytest.raises(RuntimeError, match=r"`loss_fn\.reduction` must be the same from the calls"):
+        loss.backward()
+    assert all(torch.equal(p, own) for p, own in zip(model.parameters(), before))
+    opt.zero_grad()
+    loss_fn.reduction = "mean"
+    loss_fn(model(x), target).backward()
+    opt.step()
+    assert not torch.equal(before[0], next(model.parameters()))
+
+
 def test_losses_of_both_reductions_are_refused() -> None:
     model, loss_fn, x, y = problem()
     KFAC(model, loss_fn, **FIXED)
