@@ -15,6 +15,8 @@ _ONCE = (
     "that is not: {} Write it with other operations, as ((x[:, None] - y) ** 2).sum(-1) in place "
     "of torch.cdist(x, y) ** 2."
 )
+_WITHOUT = "is not implemented"
+"""What torch says of kernels without a derivative, as that of `hardsigmoid`."""
 
 
 class LinearMap:
@@ -61,6 +63,8 @@ class LinearMap:
         graph = {"retain_graph": True, "create_graph": create_graph}
         try:
             (product,) = torch.autograd.grad(outputs, self._w, parts, **graph, allow_unused=True)
-        except NotImplementedError as error:  # as of `torch.cdist`
+        except RuntimeError as error:  # as of `torch.cdist`, or of a kernel without a derivative
+            if not isinstance(error, NotImplementedError) and _WITHOUT not in str(error):
+                raise
             raise RuntimeError(_ONCE.format(error)) from error
         return product if product is None or create_graph else product.detach()

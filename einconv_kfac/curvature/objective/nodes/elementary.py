@@ -20,6 +20,18 @@ REDUCTIONS = ("none", "mean", "sum")
 """The reductions of losses by the numbers that nodes save."""
 
 
+def lost(result: Tensor, **options: Any) -> Tensor | None:
+    """Return ``None``: what was overwritten cannot be restored."""
+    return None
+
+
+def before_leaky_relu(result: Tensor, *, negative_slope: float) -> Tensor | None:
+    """Return the input of a leaky ReLU that overwrote it."""
+    if not negative_slope > 0:
+        return None
+    return result.where(result > 0, result / negative_slope)
+
+
 @dataclass(frozen=True)
 class Entrywise:
     """A function of every entry, or a loss ``sum_j l_j(f_j)``; its Hessian is diagonal.
@@ -29,12 +41,15 @@ class Entrywise:
         apply: The operation.
         options: Names of arguments that the node saves.
         inverse: Returns the input for the output, if the node saves the latter alone.
+        restored: Returns the input for the output and the options, or ``None`` if it is lost, where
+            the operation overwrote its input.
     """
 
     kind: str
     apply: Callable[..., Tensor]
     options: tuple[str, ...] = ()
     inverse: Callable[[Tensor], Tensor] | None = None
+    restored: Callable[..., Tensor | None] = lost
 
     def is_linear(self, dependent: Sequence[bool]) -> bool:
         """See `NodeRule`."""
@@ -44,6 +59,9 @@ class Entrywise:
         """See `NodeRule`."""
         if self.inverse is not None:
             return [self.inverse(node._saved_result.detach())]
+        if not hasattr(node, "_saved_self"):  # overwritten in place
+            options = saved_options(node, self.options)
+            return [self.restored(node._saved_result.detach(), **options)]
         return [node._saved_self.detach()]
 
     def function(self, node: Any) -> Function | None:
@@ -56,8 +74,7 @@ class Entrywise:
         """See `NodeRule`."""
         function, x = self.function(node), inputs[0]
         assert function is not None
-        assert x is not None
-        return diagonal(function, x, weight)
+        return None if x is None else diagonal(function, x, weight)
 
 
 @dataclass(frozen=True)
@@ -239,7 +256,7 @@ RULES = (
     Entrywise("Gelu", functional.gelu, ("approximate",)),
     Entrywise("Silu", functional.silu),
     Entrywise("Mish", functional.mish),
-    Entrywise("LeakyRelu", functional.leaky_relu, ("negative_slope",)),
+    Entrywise("LeakyRelu", functional.leaky_relu, ("negative_slope",), restored=before_leaky_relu),
     Entrywise("Elu", torch.ops.aten.elu, ("alpha", "scale", "input_scale")),
     Entrywise("Hardswish", functional.hardswish),
     Entrywise("Hardtanh", functional.hardtanh, ("min_val", "max_val")),
