@@ -95,7 +95,7 @@ def trained(part: str, copied: Copied, options: dict[str, Any]) -> Tensor:
     torch.manual_seed(0)
     model, loss_fn = Taught(PARTS[part], copied), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn, **options)
-    for _ in range(3):
+    for _ in range(2):
         opt.zero_grad()
         loss_fn(model(X), Y).backward()
         opt.step()

@@ -68,9 +68,16 @@ def trained(attach: Attach, *, late: bool, **options: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("options", [{}, {"adaptive": False, "lr": 0.01}])
+MODES: list[dict[str, Any]] = [{}, {"adaptive": False, "lr": 0.01}]
+IN_TURN = [
+    (name, late, MODES[(index + late) % 2])
+    for index, name in enumerate(PAIRS)
+    for late in (False, True)
+]
+"""Each hook before and after the optimizer; modes in turn, each with all hooks and both orders."""
+
+
+@pytest.mark.parametrize(("name", "late", "options"), IN_TURN)
 def test_same_function_trains_alike(name: str, late: bool, options: dict[str, Any]) -> None:
     plain, hooked = PAIRS[name]
     torch.testing.assert_close(
