@@ -20,7 +20,7 @@ from worker_cases import FIXED, Branches
 
 from einconv_kfac import KFAC
 
-STEPS = 5
+STEPS = 3
 MODES: dict[str, dict[str, Any]] = {
     "automatic": {"fisher": "exact"},
     "fixed": {**FIXED, "fisher": "exact"},
@@ -164,7 +164,7 @@ def test_a_copy_of_a_wrapper_has_hooks_that_do_nothing(
         assert torch.equal(copy(x), model(x))
     for each in (copy, copied(model.module)):
         again = KFAC(each, loss_fn, fisher="exact")
-        for _ in range(3):
+        for _ in range(2):
             again.zero_grad()
             loss_fn(each(x), y).backward()
             again.step()

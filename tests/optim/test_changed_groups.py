@@ -33,19 +33,17 @@ def step(model: nn.Module, opt: KFAC) -> Any:
 
 
 @pytest.mark.parametrize("options", MODES)
-@pytest.mark.parametrize("value", [-1, NAN, INF, "0.1", True, 1j, [0.1], torch.ones(2)])
 @pytest.mark.parametrize(
     "name", ["lr", "weight_decay", "momentum", "damping", "factor_decay", "inverse_update_period"]
 )
-def test_wrong_numbers_are_refused_by_the_next_step(
-    name: str, value: Any, options: dict[str, Any]
-) -> None:
+def test_wrong_numbers_are_refused_by_the_next_step(name: str, options: dict[str, Any]) -> None:
     model, opt = made(options)
     before, known = weights(model), opt.param_groups[0][name]
-    opt.param_groups[0][name] = value
-    with pytest.raises(ValueError, match=f"`{name}` must be"):
-        step(model, opt)
-    assert torch.equal(before, weights(model))
+    for value in (-1, NAN, INF, "0.1", True, 1j, [0.1], torch.ones(2)):
+        opt.param_groups[0][name] = value
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            step(model, opt)
+        assert torch.equal(before, weights(model))
     opt.param_groups[0][name] = known
     step(model, opt)
     assert not torch.equal(before, weights(model))

@@ -18,6 +18,7 @@ X = torch.randn(24, 5, generator=GENERATOR, dtype=torch.float64)
 Y = torch.randint(3, (24,), generator=GENERATOR)
 MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}]
 BACKENDS = ["eager", "aot_eager"]
+STEPS = 4
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ class Net(nn.Module):
         return result
 
 
-def steps(model: nn.Module, loss_fn: nn.Module, opt: KFAC, count: int = 7) -> None:
+def steps(model: nn.Module, loss_fn: nn.Module, opt: KFAC, count: int = STEPS) -> None:
     for _ in range(count):
         opt.zero_grad()
         loss_fn(model(X), Y).backward()
@@ -178,7 +179,7 @@ def test_a_compiled_step_is_the_plain_one(options: dict[str, Any]) -> None:
     model, loss_fn = Net(), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn, **options)
     step = torch.compile(opt.step, backend="aot_eager")
-    for _ in range(7):
+    for _ in range(STEPS):
         opt.zero_grad()
         loss_fn(model(X), Y).backward()
         step()
@@ -267,7 +268,7 @@ def test_a_compiled_function_that_is_read_is_refused_by_the_backward_pass(
         loss.backward()
     assert torch.equal(before, weights(model))
     assert all(p.grad is None for p in model.parameters())
-    for _ in range(7):
+    for _ in range(STEPS):
         opt.zero_grad()
         opt.observe(loss_fn(model(X), Y)).backward()
         opt.step()

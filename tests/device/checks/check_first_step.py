@@ -172,7 +172,7 @@ def test_what_comes_after_a_first_step_that_is_not_taken(factor: float) -> None:
     results = []
     for is_there in (False, True):
         with simulated() if is_there else torch.enable_grad():
-            model, data = network(), batches(4)
+            model, data = network(), batches(3)
             if is_there:
                 model = to_device(model)
                 data = [(to_device(x), to_device(y)) for x, y in data]
@@ -199,7 +199,7 @@ def test_inputs_that_are_not_finite_do_not_decide_on_layouts() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), nn.Linear(8, 10)).double()
         with simulated() if is_there else torch.enable_grad():
-            data = batches(4)
+            data = batches(3)
             data[0] = torch.full_like(data[0][0], float("nan")), data[0][1]
             if is_there:
                 model = to_device(model)

@@ -45,7 +45,7 @@ def test_weights_are_those_of_the_processor(
     options: dict[str, Any], weights: tuple[float, ...]
 ) -> None:
     options = {"fisher": "exact", "factor_update_period": 1, **options}
-    here, data = network(), batches(3)
+    here, data = network(), batches(2)
     there = copy.deepcopy(here)
     train(here, opt := optimizer(here, **options), data, weights)
     expected = factors_of(opt)
@@ -65,7 +65,7 @@ def test_a_weight_of_zero_mixes_no_devices(options: dict[str, Any]) -> None:
     """The inputs of its loss count on a device, as they do not on the processor."""
     options = {"fisher": "exact", "factor_update_period": 1, **options}
     with simulated() as record:
-        model, data = to_device(network()), [(to_device(x), to_device(y)) for x, y in batches(3)]
+        model, data = to_device(network()), [(to_device(x), to_device(y)) for x, y in batches(2)]
         train(model, optimizer(model, **options), data, (0.2, 0.0, 2.0))
         assert not record.mixtures
 

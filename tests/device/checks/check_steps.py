@@ -50,7 +50,7 @@ def test_steps_are_those_of_the_processor(name: str) -> None:
     """Without sampled targets, whose generator is another one on each device."""
     periods = {"factor_update_period": 2, "inverse_update_period": 4}
     options = {"fisher": "exact", **periods, **OPTIONS[name]}
-    here, data = network(), batches(5)
+    here, data = network(), batches(4)
     there = copy.deepcopy(here)
     if "factor_fraction" in options:
         options["fisher"] = "empirical"

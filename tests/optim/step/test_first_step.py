@@ -67,7 +67,7 @@ def test_a_zero_gradient_moves_nothing(options: dict[str, Any], start: Callable[
     x = torch.randn(4, 5).to(x)
     y = torch.randint(3, (4,)) if start is ignored else torch.randn(4, 3).to(y)
     losses = []
-    for _ in range(6):
+    for _ in range(4):
         opt.zero_grad()
         loss = loss_fn(model(x), y)
         loss.backward()
@@ -98,7 +98,7 @@ def test_saturated_outputs_are_left(seed: int, options: dict[str, Any]) -> None:
     x, y = tabular(seed)
     model, loss_fn = network(seed), nn.CrossEntropyLoss()
     opt, losses = KFAC(model, loss_fn, **options), []
-    for step in range(60):
+    for step in range(40):
         rows = torch.randperm(512, generator=torch.Generator().manual_seed(step))[:128]
         opt.zero_grad()
         loss = loss_fn(model(x[rows]), y[rows])
@@ -149,7 +149,7 @@ def test_a_given_damping_that_is_too_small_does_not_explode(seed: int, damping: 
     torch.manual_seed(seed)
     model, loss_fn = nn.Linear(6, 3).double(), nn.CrossEntropyLoss()
     opt, losses, x = KFAC(model, loss_fn, damping=damping), [], x.double()
-    for _ in range(60):
+    for _ in range(40):
         opt.zero_grad()
         loss = loss_fn(model(x), y)
         loss.backward()
