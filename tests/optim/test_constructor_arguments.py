@@ -93,12 +93,12 @@ def test_wrong_arguments_are_refused_by_name_or_harmless(
     made: Callable[..., Any], mode: dict[str, Any], name: str
 ) -> None:
     refused_late: list[Any] = []
+    model, loss_fn = small_net(), nn.CrossEntropyLoss()
     for value in ODD:
         if name == "loss_fn" and value is None:
             continue  # losses that the model returns
         if name == "mc_samples" and value is HUGE:
             continue  # it is taken at its word
-        model, loss_fn = small_net(), nn.CrossEntropyLoss()
         options = {"model": model, "loss_fn": loss_fn, **mode, name: value}
         try:
             opt = made(**options)
@@ -107,18 +107,20 @@ def test_wrong_arguments_are_refused_by_name_or_harmless(
             modules = [*model.modules(), loss_fn]
             assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
             continue
+        own, own_loss = model, loss_fn
+        model, loss_fn = small_net(), nn.CrossEntropyLoss()  # of what is refused next
         if name in ("log_to", "model", "loss_fn"):
             continue  # a function's errors are its own, and it may be another model
         x, y = small_batch()
         for _ in range(2):
-            model.zero_grad()
-            loss_fn(model(x), y).backward()
+            own.zero_grad()
+            own_loss(own(x), y).backward()
             try:
                 opt.step()
             except (ValueError, TypeError) as error:  # of a function that fails later
                 refused_late.append(value)
                 refusal(error, name, value)
-        assert value is HUGE or weights(model).isfinite().all(), f"{name}={value!r}"
+        assert value is HUGE or weights(own).isfinite().all(), f"{name}={value!r}"
     assert all(callable(value) for value in refused_late)
 
 

@@ -26,7 +26,7 @@ class Recurrent(nn.Module):
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.lstm(x.squeeze(1))[0][:, -1])
+        out: Tensor = self.head(self.lstm(x[:, 0, :3])[0][:, -1])
         return out
 
 

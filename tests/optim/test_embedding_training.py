@@ -76,9 +76,15 @@ def train(
     return losses
 
 
-@pytest.mark.parametrize("mode", MODES, ids=IDS)
-@pytest.mark.parametrize("inverse", KINDS)
-@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+ONE_HOT = [
+    (("expand", "reduce")[(i + j) % 2], inverse, mode)
+    for i, inverse in enumerate(KINDS)
+    for j, mode in enumerate(MODES)
+]
+"""Any two of approximation, inverse and mode meet."""
+
+
+@pytest.mark.parametrize(("approximation", "inverse", "mode"), ONE_HOT)
 def test_an_embedding_is_a_linear_layer_of_one_hot_inputs(
     approximation: Any, inverse: str, mode: dict[str, Any]
 ) -> None:
@@ -103,7 +109,7 @@ def test_an_embedding_is_a_linear_layer_of_one_hot_inputs(
             **mode,
         )
         assert set(opt.coverage().values()) <= {"kfac", opt._fallback.kind}
-        losses.append(train(own, opt, 6, seen=7))
+        losses.append(train(own, opt, 4, seen=7))
     torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-8)
     for name in ("wte", "wpe"):
         embedding, linear = model.get_submodule(name), other.get_submodule(f"{name}.linear")
@@ -127,7 +133,7 @@ def test_language_models_train_and_resume(
     opt = KFAC(model, LOSS, inverse=inverse, inverse_update_period=2, **mode, **options)
     covered = {name for name, kind in opt.coverage().items() if kind == "kfac"}
     assert covered >= {"wte.weight", "wpe.weight", "up.weight"}
-    losses = train(model, opt, 6)
+    losses = train(model, opt, 4)
     assert losses[-1] < losses[0]
     stream = io.BytesIO()
     torch.save((model.state_dict(), opt.state_dict()), stream)
@@ -137,7 +143,7 @@ def test_language_models_train_and_resume(
     again.load_state_dict(weights)
     resumed = KFAC(again, LOSS, inverse=inverse, inverse_update_period=2, **mode, **options)
     resumed.load_state_dict(state)
-    torch.testing.assert_close(train(again, resumed, 3), train(model, opt, 3))
+    torch.testing.assert_close(train(again, resumed, 2), train(model, opt, 2))
     copied, optimizer, loss_fn = copy.deepcopy((again, resumed, LOSS))
     torch.testing.assert_close(train(copied, optimizer, 2, loss_fn), train(again, resumed, 2))
     for name, numbers in opt.layer_statistics().items():
@@ -204,7 +210,7 @@ def test_the_vocabulary_of_a_language_model(inverse: str, mode: dict[str, Any]) 
     """A dense factor of it would take 10 GB."""
     model = GPT(tied=True, vocabulary=50257, width=4)
     opt = KFAC(model, LOSS, inverse=inverse, **mode)
-    losses = train(model, opt, 3, size=2, seen=50257)
+    losses = train(model, opt, 2, size=2, seen=50257)
     assert all(torch.tensor(losses).isfinite())
     state = opt.state_dict()["kfac"]["preconditioner"]["layers"]["wte"]
     assert [tuple(own.shape) for own in state["factors"]] == [(1, 50257), (1, 4, 4)]

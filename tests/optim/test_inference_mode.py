@@ -21,7 +21,7 @@ MODES: list[dict[str, Any]] = [
     {"adaptive": False, "lr": 0.05, "momentum": 0.9},
     {"adaptive": False, "lr": 0.05, "fallback": "adam", "inverse": "ekfac"},
 ]
-STEPS = 7
+STEPS = 4
 
 
 def is_inside(when: str, number: int) -> bool:
