@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from einconv_kfac import KFAC
 
-STEPS = 20
+STEPS = 12
 SCRIPTS: dict[str, Callable[[], list[float]]] = {}
 Script = Callable[[], list[float]]
 

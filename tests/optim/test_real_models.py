@@ -74,11 +74,11 @@ CASES: dict[str, Callable[[], Case]] = {
 @pytest.mark.filterwarnings("ignore")  # the models' own
 @pytest.mark.parametrize("options", [{}, {"lr": 0.1, "adaptive": False}], ids=["auto", "fixed"])
 @pytest.mark.parametrize("name", CASES)
-def test_five_steps_reduce_the_loss(name: str, options: dict[str, Any]) -> None:
+def test_four_steps_reduce_the_loss(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model, loss_fn, batch = CASES[name]()
     opt = KFAC(model, loss_fn, **options)
-    losses = [train_step(model, loss_fn, opt, batch) for _ in range(5)]
-    assert opt._preconditioner.steps == 5
+    losses = [train_step(model, loss_fn, opt, batch) for _ in range(4)]
+    assert opt._preconditioner.steps == 4
     assert losses[-1] < 0.95 * losses[0]
     assert all(torch.tensor(losses).isfinite())
