@@ -73,7 +73,7 @@ def check_block(name: str, block: Block) -> None:
         raise ValueError(
             f"`blocks` must have a Layout as the `layout` of {name!r}, got {shown(block.layout)}."
         )
-    sizes = dict(zip("gcd", block.layout.shape))
+    sizes: dict[str, int] = dict(zip("gcd", block.layout.shape))
     for entry in vars(block).keys() & _FORMS.keys():
         value, forms = getattr(block, entry), _FORMS[entry]
         if value is None and None in forms:
