@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ _BILINEAR = {"Mm", "Bmm", "Mv", "Dot", "Vdot", "Addmm", "Baddbmm", "Addbmm", "Ad
 _SELECTIONS = {"Max", "Min", "Sort", "Topk", "Kthvalue", "Median", "Mode", "Cummax", "Cummin"}
 Product = Callable[[Tensor], "Tensor | None"]
 """Returns the product of the Hessian and a vector."""
+Graph = tuple[Sequence[Tensor], Tensor]
+"""Outputs and parameters of a loss, and the loss with its graph to them."""
 
 
 def may_lack(root: Edge, nonlinear: Collection[Node], curved: Collection[Node]) -> bool:
@@ -73,12 +76,13 @@ def with_hessians(terms: Sequence[Term], tail: Tail, outputs: Sequence[Edge]) ->
     result = list(terms)
     if tail.unknown():
         return result
+    graph = cache(partial(_graph, tail))
     for edge in outputs:
         known = [term for term in terms if edge in term.sources]
         if any(len(term.sources) > 1 for term in known):
             continue
         try:
-            found = _hessian_term(tail, edge, known)
+            found = _hessian_term(tail, edge, known, graph)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # an operation without a second derivative
@@ -120,7 +124,7 @@ def hessian_by(tail: Tail, edge: Edge, known: Sequence[Term]) -> LocalCurvature 
         known: Terms that rules of operations give, if the tensor is an output.
     """
     try:
-        found = _hessian_term(tail, edge, known)
+        found = _hessian_term(tail, edge, known, partial(_graph, tail))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # an operation without a second derivative
@@ -152,7 +156,16 @@ def _nearest_before(node: Node, wanted: Collection[Node]) -> set[Node]:
     return {edge[0] for edge in first_met(starts, lambda edge: edge[0] in wanted)}
 
 
-def _hessian_term(tail: Tail, edge: Edge, known: Sequence[Term]) -> Term | None:
+def _graph(tail: Tail) -> Graph:
+    """Return outputs and parameters at which a loss is evaluated, and the loss with its graph."""
+    with torch.enable_grad():
+        sources = [value.detach().clone().requires_grad_() for value in tail.values]
+        return sources, tail.value(sources, create_graph=True)
+
+
+def _hessian_term(
+    tail: Tail, edge: Edge, known: Sequence[Term], graph: Callable[[], Graph]
+) -> Term | None:
     """Return the term of an output whose curvature is the Hessian of the loss by it.
 
     ``None`` if the Hessian is the sum of the terms that are known, not positive semi-definite,
@@ -162,11 +175,12 @@ def _hessian_term(tail: Tail, edge: Edge, known: Sequence[Term]) -> Term | None:
         tail: The loss as a function of the outputs.
         edge: The output.
         known: The terms that depend on the output.
+        graph: Returns the loss with its graph, once for all outputs.
     """
     value = tail.values[tail.sources.index(edge)]
     if not value.numel() or value.dtype not in (torch.float32, torch.float64):
         return None
-    product = _product(tail, edge)
+    product = _product(tail, edge, graph())
     if product is None:
         return None
     first, second = (drawn(value, seed).to(value.dtype) for seed in (1, 2))
@@ -182,13 +196,12 @@ def _hessian_term(tail: Tail, edge: Edge, known: Sequence[Term]) -> Term | None:
     return Term((edge,), (LinearMap(edge, (), lambda each: each == edge),), curvature)
 
 
-def _product(tail: Tail, edge: Edge) -> Product | None:
+def _product(tail: Tail, edge: Edge, graph: Graph) -> Product | None:
     """Return products with the Hessian, or ``None`` if other sources share its curvature."""
+    sources, loss = graph
+    if not loss.requires_grad:
+        return None
     with torch.enable_grad():
-        sources = [value.detach().clone().requires_grad_() for value in tail.values]
-        loss = tail.value(sources, create_graph=True)
-        if not loss.requires_grad:
-            return None
         own = sources[tail.sources.index(edge)]
         (slope,) = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
     if slope is None or not slope.requires_grad:
