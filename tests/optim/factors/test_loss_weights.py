@@ -191,14 +191,10 @@ def test_weights_of_calls_of_the_given_module(owner: str, total: bool) -> None:
     check(factors(parts, by_module, owner), parts, "exact")
 
 
-def repeated(y: Tensor, times: int) -> Tensor:
-    return y.repeat(times, *[1] * (y.ndim - 1))
-
-
 @pytest.mark.parametrize("owner", OWNERS)
 def test_samples_have_the_weights_as_expectation(owner: str) -> None:
     parts = PARTS["two sizes"]
-    copies = [own._replace(x=own.x.repeat(100, 1), y=repeated(own.y, 100)) for own in parts]
+    copies = [own._replace(x=own.x.repeat(100, 1), y=torch.cat([own.y] * 100)) for own in parts]
     model, found = factors(copies, owner=owner, fisher="mc", mc_samples=4)
     for name, (_, b) in expected(model, parts).items():
         assert (found[name][1] - b).norm() < 0.1 * b.norm()
