@@ -187,10 +187,15 @@ class Arrangement:
             known[signature] if signature in known else _guessed(call, examples, scattered)
             for call, signature in zip(calls, signatures)
         ]
-        shared = {c.layer for c, e in zip(calls, found) if c.layer in scattered and e is None}
+        shared = {call.layer for call, own in zip(calls, found) if own is None}
+        irregular = {SCATTERED, None}
         found = [
-            None if c.layer in shared else SCATTERED if c.layer in scattered else e
-            for c, e in zip(calls, found)
+            None
+            if call.layer in shared and (own in irregular or signature not in known)
+            else SCATTERED
+            if call.layer in scattered
+            else own
+            for call, signature, own in zip(calls, signatures, found)
         ]
         mixed = {c.layer for c, e in zip(calls, found) if e is not None}
         return [

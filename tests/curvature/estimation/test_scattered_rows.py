@@ -142,6 +142,62 @@ def test_a_layer_with_shared_and_with_scattered_rows(fisher: Any, time_first: bo
     torch.testing.assert_close(block[0], want)
 
 
+class Recurrent(nn.Module):
+    """A layer on the state of a sequence, with outputs ``[time, class, sequence]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.rows: list[Tensor] = []
+        self.made: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows, self.made = [], []
+        state, outputs = x.new_zeros(x.shape[1:]), []
+        for step in x:
+            self.rows.append(state.detach())
+            self.made.append(self.layer(state))
+            state = (self.made[-1] + step).tanh()
+            outputs.append(self.head(state).T)
+        return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("sequences", [3, 5, 6])
+def test_calls_that_only_later_outputs_depend_on(fisher: Any, sequences: int) -> None:
+    """The first dimension is time, so that the first two examples do not reach the last calls."""
+    model, loss_fn = Recurrent().double(), nn.CrossEntropyLoss()
+    x, y = torch.randn(5, sequences, 4).double(), torch.randint(3, (5, sequences))
+    block = kronecker_factors(model, loss_fn, [(x, y)], fisher=fisher, exclude=["head"])[
+        "layer"
+    ].to_dense()
+    outputs = model(x)
+    probabilities = outputs.detach().softmax(1)
+    squares = torch.zeros(4, 4).double()
+    for time in range(5):
+        roots = torch.zeros(0, *outputs.shape).double()
+        p = probabilities[time]
+        if fisher == "empirical":
+            roots = torch.zeros(1, *outputs.shape).double()
+            roots[0, time] = (p - nn.functional.one_hot(y[time], 3).double().T) / sequences
+        else:
+            for place in range(sequences):
+                own = torch.zeros(3, *outputs.shape).double()
+                q = p[:, place]
+                own[:, time, :, place] = q.sqrt()[:, None] * (torch.eye(3).double() - q)
+                roots = torch.cat([roots, own / sequences**0.5])
+        for root in roots:
+            found = torch.autograd.grad(
+                outputs, model.made, root, retain_graph=True, materialize_grads=True
+            )
+            squares += torch.cat(found).T @ torch.cat(found)
+    rows = torch.cat(model.rows)
+    rows = torch.cat([rows, torch.ones(len(rows), 1).double()], 1)
+    want = torch.kron(squares, rows.T @ rows) / (5 * len(rows))
+    torch.testing.assert_close(block[0], want)
+
+
 class TwoBatches(nn.Module):
     """A layer that is called on two batches of different sizes, as in semi-supervised training."""
 
