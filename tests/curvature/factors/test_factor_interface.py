@@ -224,7 +224,7 @@ def test_one_position(shape: tuple[int, ...], approximation: str, dtype: torch.d
         conv_input_factor(x, 1, approximation=approximation, beta=0.5)
 
 
-@pytest.mark.parametrize("stride", [10**6, 2**40])
+@pytest.mark.parametrize("stride", [10**6, 2**30])
 @pytest.mark.parametrize("make", [conv_input_factor, conv_transpose_input_factor])
 def test_a_stride_costs_nothing(make: Any, stride: int) -> None:
     """With one output, every stride gives the factor of the smallest."""
