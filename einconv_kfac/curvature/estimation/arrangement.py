@@ -26,6 +26,7 @@ from einconv_kfac.curvature.estimation.layout_probes import (
     meets,
     probes,
 )
+from einconv_kfac.curvature.estimation.row_owners import Check, multiplied
 from einconv_kfac.curvature.objective.graph import kind_of_node, reached_nodes
 
 _BATCH_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
@@ -214,8 +215,21 @@ class Arrangement:
         """Return the layouts of calls, for which the device is asked."""
         mixes = normalises_batches(self.graph)
         passes = [self.backpropagate(vectors, calls) for vectors in probes(self.outputs)]
-        probed = [Probed(call, own, self.examples) for call, *own in zip(calls, *passes)]
+        checks = self._checks(calls) if self.by_example and not mixes else [[] for _ in calls]
+        probed = [
+            Probed(call, own, self.examples, check)
+            for call, check, *own in zip(calls, checks, *passes)
+        ]
         return AskedLayouts(probed, mixes=mixes)
+
+    def _checks(self, calls: Sequence[LayerCall]) -> list[list[Check]]:
+        """Return by call what shows rows of other examples, see `Probed`."""
+        vectors, others = multiplied(self.outputs, self.examples)
+        first = self.backpropagate(vectors, calls)
+        seconds = [(powers, self.backpropagate(own, calls)) for powers, own in others]
+        return [
+            [(powers, first[i], second[i]) for powers, second in seconds] for i in range(len(calls))
+        ]
 
     def _find_(
         self,

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from einconv_kfac.curvature.devices.late_numbers import LateNumbers
-from einconv_kfac.curvature.devices.sending import sent
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.example_layout import (
     FIRST,
@@ -18,6 +17,8 @@ from einconv_kfac.curvature.estimation.example_layout import (
     candidates,
     only,
 )
+from einconv_kfac.curvature.estimation.random_vectors import random_vectors
+from einconv_kfac.curvature.estimation.row_owners import Check, is_other
 
 SHARED_PART = 0.25
 """Least part of the gradients of two examples that meets in the same rows, if they share these."""
@@ -33,10 +34,9 @@ def probes(outputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield random vectors at the outputs, of the first and of the second example alone.
 
     Args:
-        outputs: Tensors like the outputs, ``[n, ...]``.
+        outputs: See `random_vectors`.
     """
-    generator = Generator().manual_seed(0)
-    drawn = [_drawn(o, generator) for o in outputs]
+    drawn = random_vectors(outputs)
     for example in range(2):
         yield [only(vector, example) for vector in drawn]
 
@@ -45,15 +45,9 @@ def bit_probes(
     outputs: Sequence[Tensor], examples: int
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Yield, for each bit of the examples' numbers, vectors of those with and without it."""
-    generator = Generator().manual_seed(1)
-    drawn = [_drawn(o, generator) for o in outputs]
+    drawn = random_vectors(outputs, seed=1)
     for bit in range((examples - 1).bit_length()):
         yield _of_bit(drawn, bit, 1), _of_bit(drawn, bit, 0)
-
-
-def _drawn(like: Tensor, generator: Generator) -> Tensor:
-    """Return random numbers of the host like a tensor; the host does not wait for a GPU."""
-    return sent(torch.randn(like.shape, generator=generator), like.device).to(like.dtype)
 
 
 def _of_bit(vectors: Sequence[Tensor], bit: int, value: int) -> list[Tensor]:
@@ -77,11 +71,13 @@ class Probed:
         call: The call.
         gradients: The gradients; ``None`` where no graph leads to the call.
         examples: The number of examples.
+        checks: The gradients for random vectors of all examples.
     """
 
     call: LayerCall
     gradients: Sequence[Tensor | None]
     examples: int
+    checks: Sequence[Check] = ()
 
     @property
     def possible(self) -> list[ExampleLayout]:
@@ -109,6 +105,19 @@ class Probed:
             _shares(e, gradient, self.examples) for e in self.possible for gradient in gradients
         ]
 
+    def others(self) -> list[Tensor]:
+        """Return for each possible layout whether all examples show rows of others, ``[1]``."""
+        found: list[Tensor] = []
+        for layout in self.possible if self.checks else ():
+            flags = [
+                is_other(layout, one, two, powers)
+                for powers, one, two in self.checks
+                if one is not None and two is not None
+            ]
+            wrong = torch.stack(flags).any() if flags else torch.zeros(1, device=self.call.x.device)
+            found.append(wrong.double().reshape(1))
+        return found
+
     def overlap(self) -> Tensor:
         """Return the part of the gradients of two examples that meets in the same rows."""
         rows = -1 if self.call.has_free_positions else 1
@@ -127,7 +136,8 @@ class AskedLayouts:
 
     def __init__(self, probed: Sequence[Probed], *, mixes: bool) -> None:
         self._probed, self._mixes = probed, mixes
-        self._numbers = _Numbers([part for own in probed for part in own.shares()])
+        parts = [(*own.shares(), *own.others()) for own in probed]
+        self._numbers = _Numbers([part for own in parts for part in own])
 
     def are_of(self, calls: Sequence[LayerCall]) -> bool:
         """Return whether they are those of these calls."""
@@ -146,7 +156,10 @@ class AskedLayouts:
             count = max(len(own.possible), 1)
             shares = [[next(numbers) for _ in own.gradients] for _ in range(count)]
             reached = any(total != 0 for total, *_ in shares[0])
-            regular.append((reached, _regular(own.possible, shares, mixes=self._mixes)))
+            flags = [bool(own.checks) and next(numbers)[0] != 0 for _ in own.possible]
+            pairs = zip(own.possible, shares, flags)
+            possible = [(layout, share) for layout, share, is_wrong in pairs if not is_wrong]
+            regular.append((reached, _regular(possible, mixes=self._mixes)))
         others = [own for own, (reached, e) in zip(self._probed, regular) if reached and e is None]
         overlaps = iter(_Numbers([own.overlap() for own in others]).read())
 
@@ -159,23 +172,20 @@ class AskedLayouts:
 
 
 def _regular(
-    possible: Sequence[ExampleLayout], shares: Sequence[Sequence[list[float]]], *, mixes: bool
+    possible: Sequence[tuple[ExampleLayout, Sequence[list[float]]]], *, mixes: bool
 ) -> ExampleLayout | None:
     """Return the layout of a call whose examples have rows of their own, ``None`` for others.
 
     Args:
-        possible: The layouts that it can have.
-        shares: For each of them the `_shares` of the two gradients.
+        possible: The layouts that it can have, with the `_shares` of the two gradients.
         mixes: See `AskedLayouts`.
     """
-    for layout, pair in zip(possible, shares):
+    for layout, pair in possible:
         if all(total - own[i] <= 0 for i, (total, *own) in enumerate(pair)):
             return layout
-    if FIRST not in possible:
+    if not possible or possible[0][0] != FIRST:
         return None
-    first, second = [
-        [part / max(total, _TINY) for part in own] for total, *own in shares[possible.index(FIRST)]
-    ]
+    first, second = [[part / max(total, _TINY) for part in own] for total, *own in possible[0][1]]
     is_own = first[0] > MIXING_RATIO * second[0] and second[1] > MIXING_RATIO * first[1]
     return FIRST if mixes or is_own else None
 

@@ -212,7 +212,7 @@ def test_calls_of_layers_are_no_other_uses() -> None:
     model.head.register_forward_hook(lambda module, _, output: _count_backward(passes, output))
     found = kronecker_factors(model, nn.MSELoss(), [(x, y)], fisher="exact")
     assert len(found) == 7
-    assert len(passes) == 2 + 2, "two probes, one backward pass for each output, none by example"
+    assert len(passes) == 2 + 2 + 2, "probes, checks, one for each output, none by example"
 
 
 def _count_backward(passes: list[None], output: Tensor) -> None:

@@ -1,0 +1,83 @@
+"""Layers with one row per example, which other examples share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from einconv_kfac.curvature import kronecker_factors
+
+FISHERS = ["exact", "empirical"]
+MODES = ["similarity", "negatives", "a little", "mean", "causal", "time first", "later ones"]
+
+
+class Mixing(nn.Module):
+    """A layer on one row per example, whose features several examples share.
+
+    Args:
+        mode: How they share them.
+    """
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.mode = nn.Linear(4, 5).double(), mode
+        self.register_buffer("weight", torch.randn(5, 3).double())
+        self.row = self.made = torch.zeros(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.row, self.made = x, self.layer(x)
+        h = self.made.tanh()
+        if self.mode == "similarity":
+            return h @ h.detach().flip(1).T + h @ h.T / 9
+        if self.mode == "negatives":
+            h = h - 0.3 * h.roll(2, 0)
+        if self.mode == "a little":
+            h = h - 0.05 * h.roll(1, 0)
+        if self.mode == "mean":
+            h = (h - h.mean(0)) / (h.var(0) + 0.1).sqrt()
+        if self.mode == "causal":  # sequences of two positions, flattened
+            h = h.unflatten(0, (-1, 2)).cumsum(1).flatten(0, 1)
+        if self.mode == "time first":  # of two sequences, flattened
+            h = h.unflatten(0, (-1, 2)).cumsum(0).flatten(0, 1)
+        if self.mode == "later ones":
+            h = torch.cat([h[:2], h[2:] + h[:1]])
+        result: Tensor = h @ self.weight
+        return result
+
+
+def single_gradients(outputs: Tensor, y: Tensor, made: Tensor, fisher: str) -> list[list[Tensor]]:
+    """Gradients at a layer of each example's own loss, or of the roots of its Hessian."""
+    result = []
+    for example, p in enumerate(outputs.detach().softmax(1)):
+        one = torch.eye(len(p)).double()
+        roots = p.sqrt()[:, None] * (one - p) if fisher == "exact" else (p - one[y[example]])[None]
+        own = [torch.autograd.grad(outputs[example], made, r, retain_graph=True)[0] for r in roots]
+        result.append(own)
+    return result
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_examples_that_share_rows(mode: str, fisher: Any) -> None:
+    """The gradient of an example alone is also in the rows of others."""
+    model, loss_fn, x = Mixing(mode), nn.CrossEntropyLoss(), torch.randn(6, 4).double()
+    y = torch.randint(3, (6,))
+    found = single_gradients(model(x), y, model.made, fisher)
+    rows = torch.cat([x, torch.ones(6, 1).double()], 1)
+    squares = sum(g.T @ g for own in found for g in own)
+    data = [(x, y)]
+    block = kronecker_factors(model, loss_fn, data, fisher=fisher)["layer"].to_dense()
+    torch.testing.assert_close(block[0], torch.kron(squares, rows.T @ rows) / 36)
+    diagonal = kronecker_factors(model, loss_fn, data, fisher=fisher, kind="diagonal")["layer"]
+    want = sum((g.T @ rows).square() for own in found for g in own) / 6
+    torch.testing.assert_close(diagonal.to_dense()[0].diagonal(), want.flatten())
+    reduced = kronecker_factors(model, loss_fn, data, fisher=fisher, approximation="reduce")
+    sums = torch.stack([g.sum(0) for own in found for g in own])
+    a = torch.outer(rows.mean(0), rows.mean(0))
+    torch.testing.assert_close(
+        reduced["layer"].to_dense()[0], torch.kron(sums.T @ sums, a) / 6, atol=1e-12, rtol=1e-7
+    )
