@@ -189,15 +189,15 @@ class Arrangement:
             for call, signature in zip(calls, signatures)
         ]
         shared = {call.layer for call, own in zip(calls, found) if own is None}
-        irregular = {SCATTERED, None}
-        found = [
-            None
-            if call.layer in shared and (own in irregular or signature not in known)
-            else SCATTERED
-            if call.layer in scattered
-            else own
-            for call, signature, own in zip(calls, signatures, found)
-        ]
+
+        def settled(
+            call: LayerCall, signature: Signature, own: ExampleLayout | None
+        ) -> ExampleLayout | None:
+            if call.layer in shared and (own in (SCATTERED, None) or signature not in known):
+                return None
+            return SCATTERED if call.layer in scattered else own
+
+        found = [settled(*each) for each in zip(calls, signatures, found)]
         mixed = {c.layer for c, e in zip(calls, found) if e is not None}
         return [
             ArrangedCall(c, e, self.by_example or c.layer in mixed, examples, c.layer in scattered)

@@ -35,11 +35,14 @@ def multiplied(
         examples: The number of examples.
     """
     vectors = [v if v.ndim else torch.zeros_like(v) for v in random_vectors(outputs)]
+    if not vectors:
+        return [], []
     count = max([examples, *(len(v) for v in vectors if v.ndim)])
-    return vectors, [
+    scaled = [
         (powers[:examples], [_times(vector, powers) for vector in vectors])
         for powers in _powers(count, vectors[0].device)
-    ] if vectors else []
+    ]
+    return vectors, scaled
 
 
 def _powers(examples: int, device: torch.device) -> Iterator[Tensor]:
