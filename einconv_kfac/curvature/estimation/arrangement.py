@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from einconv_kfac.curvature.estimation.arranged_call import ArrangedCall
 from einconv_kfac.curvature.estimation.call_checks import check_call
+from einconv_kfac.curvature.estimation.call_kinds import Signature, signatures_of
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.estimation.example_layout import (
     SCATTERED,
     ExampleLayout,
     candidates,
-    parts,
 )
 from einconv_kfac.curvature.estimation.layout_probes import (
     AskedLayouts,
@@ -26,85 +26,14 @@ from einconv_kfac.curvature.estimation.layout_probes import (
     meets,
     probes,
 )
-from einconv_kfac.curvature.estimation.row_owners import Check, multiplied
-from einconv_kfac.curvature.objective.graph import kind_of_node, reached_nodes
+from einconv_kfac.curvature.estimation.row_mixing import behind_gathers, normalises_batches
+from einconv_kfac.curvature.estimation.row_owners import Check, belong_to_others, multiplied
+from einconv_kfac.curvature.objective.graph import reached_nodes
 
-_BATCH_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 Backpropagate: TypeAlias = "Callable[[Sequence[Tensor], Sequence[LayerCall]], list[Tensor | None]]"
 """Returns the gradients at calls for vectors at the outputs of the model."""
-Signature: TypeAlias = tuple[object, ...]
 Layouts: TypeAlias = "dict[Signature, ExampleLayout | None]"
 """Layouts that were found by probes, by the kind of call."""
-
-
-@dataclass(frozen=True)
-class ArrangedCall:
-    """A call of a layer, with its examples in the first dimension.
-
-    Args:
-        call: The call.
-        layout: Its layout, ``None`` if its rows are shared between examples.
-        by_example: Whether shared rows are given a gradient for each example, instead of one of
-            all examples together.
-        examples: The number of examples.
-        is_scattered: Whether rows belong to unknown examples, in this call or in another one of
-            its layer.
-    """
-
-    call: LayerCall
-    layout: ExampleLayout | None
-    by_example: bool
-    examples: int
-    is_scattered: bool = False
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether gradients for single examples are needed."""
-        return self.layout is None and self.by_example
-
-    @property
-    def is_together(self) -> bool:
-        """Whether one row of calls stands for all examples together."""
-        return self.layout == SCATTERED or (self.layout is None and not self.by_example)
-
-    @property
-    def weight(self) -> int:
-        """The number of examples that share each row, where `is_together`."""
-        return 1 if self.layout == SCATTERED else self.examples
-
-    def is_like(self, other: ArrangedCall) -> bool:
-        """Return whether the examples of another arrangement of the call are the same."""
-        own, theirs = ((a.layout, a.by_example, a.is_scattered) for a in (self, other))
-        return own == theirs
-
-    def calls(self) -> list[LayerCall]:
-        """Return the call as calls with ``[n, ...]``, or ``[1, ...]`` for all examples together."""
-        like = torch.empty(self.call.y_shape, device="meta")
-        pairs = zip(self._parts(self.call.x), self._parts(like))
-        return [replace(self.call, x=x, y_shape=y.shape) for x, y in pairs]
-
-    def gradients(self, gradient: Tensor, single: Sequence[Tensor]) -> list[Tensor]:
-        """Return gradients for each of these calls.
-
-        Args:
-            gradient: The gradient at the call.
-            single: That of each example alone, where `is_shared`.
-        """
-        if self.is_shared:
-            return self._split(torch.stack(list(single)))
-        return self._parts(gradient)
-
-    def _parts(self, tensor: Tensor) -> list[Tensor]:
-        """Return a tensor of the call for each of these calls."""
-        free = self.call.has_free_positions
-        if self.layout is not None:
-            return parts(tensor, self.layout, self.examples, has_free_positions=free)
-        count = self.examples if self.by_example else 1
-        return self._split(tensor.unsqueeze(0).expand(count, *tensor.shape))
-
-    def _split(self, tensor: Tensor) -> list[Tensor]:
-        """Return shared rows ``[n, rows, ...]`` for each of these calls."""
-        return [tensor] if self.call.has_free_positions else list(tensor.unbind(1))
 
 
 @dataclass(frozen=True)
@@ -118,6 +47,7 @@ class Arrangement:
         layouts: The known layouts, which are added to.
         backpropagate: Runs a backward pass.
         by_example: Whether shared rows need a gradient for each example.
+        owned: The layers whose sums need to know the example of each row.
     """
 
     outputs: Sequence[Tensor]
@@ -126,6 +56,7 @@ class Arrangement:
     layouts: Layouts
     backpropagate: Backpropagate
     by_example: bool
+    owned: Collection[str] = ()
 
     def ask(self, calls: Sequence[LayerCall]) -> AskedLayouts | None:
         """Ask a GPU for the layouts that `arranged_` will need; ``None`` where it needs none.
@@ -152,16 +83,35 @@ class Arrangement:
             asked: What `ask` returned.
 
         Layers some of whose calls alone have rows in no regular order are treated as layers whose
-        rows are shared.
+        rows are shared. Rows that data choose are checked in each batch: they may look regular.
 
         Raises:
             ValueError: If a call is not a batch, or a hook may have changed its output.
         """
         for call in calls:
             check_call(call)
-        signatures = _signatures(calls, self.examples)
+        signatures = signatures_of(calls, self.examples)
         self._find_(calls, signatures, asked)
-        return self._arranged(calls, signatures, self.layouts)
+        arranged = self._arranged(calls, signatures, self.layouts)
+        wrong = self._only_look_regular(arranged)
+        return [
+            replace(each, layout=SCATTERED, is_scattered=True) if each.call.layer in wrong else each
+            for each in arranged
+        ]
+
+    def _only_look_regular(self, arranged: Sequence[ArrangedCall]) -> set[str]:
+        """Return owned layers with rows that data give to other examples than layouts do."""
+        own = [a for a in arranged if a.call.layer in self.owned and a.is_regular]
+        if self.examples == 1 or not own or normalises_batches(self.graph):
+            return set()
+        chosen = behind_gathers([each.call for each in own], self.graph)
+        own = [each for each in own if id(each.call) in chosen]
+        if not own:
+            return set()
+        checks = self._checks([each.call for each in own])
+        flags = [belong_to_others(a.layout, each) for a, each in zip(own, checks) if a.layout]
+        found = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+        return {each.call.layer for each, is_other in zip(own, found) if is_other}
 
     def guessed(self, calls: Sequence[LayerCall]) -> list[ArrangedCall] | None:
         """Return calls with their usual layouts where these are not known.
@@ -169,7 +119,7 @@ class Arrangement:
         They are as a rule those that `arranged_` returns, but the host waits for nothing; ``None``
         if a call can have no layout.
         """
-        signatures = _signatures(calls, self.examples)
+        signatures = signatures_of(calls, self.examples)
         usual = dict(self.layouts)
         for index in self._new(calls):
             call = calls[index]
@@ -208,7 +158,7 @@ class Arrangement:
         """Return the indices of calls whose layouts are found by probes."""
         if self.examples <= 1:
             return []
-        signatures = _signatures(calls, self.examples)
+        signatures = signatures_of(calls, self.examples)
         return [i for i, signature in enumerate(signatures) if signature not in self.layouts]
 
     def _probed(self, calls: Sequence[LayerCall]) -> AskedLayouts:
@@ -275,21 +225,3 @@ def _guessed(call: LayerCall, examples: int, scattered: set[str]) -> ExampleLayo
     """Return the layout of a call that no probe reached, as those of examples that it lacks."""
     possible = candidates(call.x.shape, call.y_shape, examples)
     return possible[0] if possible and call.layer not in scattered else SCATTERED
-
-
-def normalises_batches(outputs: Sequence[Tensor | GradientEdge]) -> bool:
-    """Return whether batch normalisation on batch statistics lies in the graph of outputs."""
-    nodes: set[Any] = set(reached_nodes(outputs))
-    norms = [node for node in nodes if kind_of_node(node) in _BATCH_NORMS]
-    return any(getattr(node, "_saved_training", True) for node in norms)
-
-
-def _signatures(calls: Sequence[LayerCall], examples: int) -> list[Signature]:
-    """Return what identifies the kind of each call: layer, number, and possible layouts."""
-    counts: dict[str, int] = defaultdict(int)
-    found: list[Signature] = []
-    for call in calls:
-        possible = candidates(call.x.shape, call.y_shape, examples)
-        found.append((call.layer, counts[call.layer], call.x.ndim, examples > 1, *possible))
-        counts[call.layer] += 1
-    return found

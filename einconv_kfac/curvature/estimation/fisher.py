@@ -11,11 +11,8 @@ import torch
 from torch import Generator, Tensor
 
 from einconv_kfac.curvature.arguments import check_loss, choice, plain
-from einconv_kfac.curvature.estimation.arrangement import (
-    ArrangedCall,
-    Arrangement,
-    Layouts,
-)
+from einconv_kfac.curvature.estimation.arranged_call import ArrangedCall
+from einconv_kfac.curvature.estimation.arrangement import Arrangement, Layouts
 from einconv_kfac.curvature.estimation.call_checks import check_call, scattered_rows
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.estimation.evaluation import Evaluation, empirical_roots, loss_gradients
@@ -123,7 +120,7 @@ class FisherEstimator:
             for call in calls:
                 check_call(call)
             return
-        arrangement = self._arrangement(evaluation)
+        arrangement = self._arrangement(evaluation, moments)
         if self.fisher == "forward-only":
             reached = reached_nodes(evaluation.outputs)
             used = [call for call in calls if call.output.node in reached]
@@ -145,7 +142,7 @@ class FisherEstimator:
             single = self._single(arranged, evaluation, roots)
             self._add_root_(moments, arranged, [g for g in found if g is not None], single)
 
-    def _arrangement(self, evaluation: Evaluation) -> Arrangement:
+    def _arrangement(self, evaluation: Evaluation, moments: Mapping[str, Moments]) -> Arrangement:
         """Return what arranges the calls of a batch."""
         return Arrangement(
             evaluation.like_outputs(),
@@ -154,6 +151,7 @@ class FisherEstimator:
             self.layouts,
             lambda vectors, own: call_gradients(evaluation.outputs, vectors, own),
             by_example=self.fisher in {"exact", "empirical"},
+            owned=[name for name, own in moments.items() if own.needs_examples],
         )
 
     def _single(

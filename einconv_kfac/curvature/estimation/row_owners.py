@@ -67,13 +67,42 @@ def is_other(layout: ExampleLayout, first: Tensor, second: Tensor, powers: Tenso
         second: The gradient at it for the vectors that are multiplied by powers.
         powers: The powers, ``[n]``.
     """
+    return _compared(layout, first, second, powers)[2].any()
+
+
+def belong_to_others(layout: ExampleLayout, checks: Sequence[Check]) -> Tensor:
+    """Return whether rows belong to one example each, but not to that of a layout, as one boolean.
+
+    Most entries that differ from what the layout says are then multiplied by the power of another
+    example. Hardly any are, where examples share rows.
+
+    Args:
+        layout: The layout.
+        checks: The gradients at a call.
+    """
+    excess = torch.zeros((), device=checks[0][0].device)
+    for powers, first, second in checks:
+        if first is not None and second is not None:
+            rows, found, differs = _compared(layout, first, second, powers)
+            quotient = (found / rows).abs()
+            nearest = quotient.log2().round().exp2()
+            error = (quotient - nearest).abs()
+            is_power = error <= _ROUNDING * torch.finfo(rows.dtype).eps * nearest
+            excess += (2 * (differs & is_power).sum() - differs.sum()).to(excess)
+    return excess > 0
+
+
+def _compared(
+    layout: ExampleLayout, first: Tensor, second: Tensor, powers: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the two gradients by example, and where they differ from what the layout says."""
     rows, found = (layout.by_example(g.detach(), len(powers)) for g in (first, second))
     if not rows.numel():
-        return torch.zeros((), dtype=torch.bool, device=rows.device)
+        return rows, found, torch.zeros_like(rows, dtype=torch.bool)
     expected = _times(rows, powers)
     least = expected.abs().amax() * (_ROUNDING * torch.finfo(rows.dtype).eps)
     error = (found - expected).abs()
-    return (error > _RELATIVE * (found.abs() + expected.abs()) + least).any()
+    return rows, found, error > _RELATIVE * (found.abs() + expected.abs()) + least
 
 
 def _times(tensor: Tensor, powers: Tensor) -> Tensor:

@@ -1,0 +1,87 @@
+"""A call of a layer, arranged so that its first dimension is that of the examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.curvature.estimation.example_layout import SCATTERED, ExampleLayout, parts
+
+
+@dataclass(frozen=True)
+class ArrangedCall:
+    """A call of a layer, with its examples in the first dimension.
+
+    Args:
+        call: The call.
+        layout: Its layout, ``None`` if its rows are shared between examples.
+        by_example: Whether shared rows are given a gradient for each example, instead of one of
+            all examples together.
+        examples: The number of examples.
+        is_scattered: Whether rows belong to unknown examples, in this call or in another one of
+            its layer.
+    """
+
+    call: LayerCall
+    layout: ExampleLayout | None
+    by_example: bool
+    examples: int
+    is_scattered: bool = False
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether rows have a regular order of examples."""
+        return self.layout not in (SCATTERED, None)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether gradients for single examples are needed."""
+        return self.layout is None and self.by_example
+
+    @property
+    def is_together(self) -> bool:
+        """Whether one row of calls stands for all examples together."""
+        return self.layout == SCATTERED or (self.layout is None and not self.by_example)
+
+    @property
+    def weight(self) -> int:
+        """The number of examples that share each row, where `is_together`."""
+        return 1 if self.layout == SCATTERED else self.examples
+
+    def is_like(self, other: ArrangedCall) -> bool:
+        """Return whether the examples of another arrangement of the call are the same."""
+        own, theirs = ((a.layout, a.by_example, a.is_scattered) for a in (self, other))
+        return own == theirs
+
+    def calls(self) -> list[LayerCall]:
+        """Return the call as calls with ``[n, ...]``, or ``[1, ...]`` for all examples together."""
+        like = torch.empty(self.call.y_shape, device="meta")
+        pairs = zip(self._parts(self.call.x), self._parts(like))
+        return [replace(self.call, x=x, y_shape=y.shape) for x, y in pairs]
+
+    def gradients(self, gradient: Tensor, single: Sequence[Tensor]) -> list[Tensor]:
+        """Return gradients for each of these calls.
+
+        Args:
+            gradient: The gradient at the call.
+            single: That of each example alone, where `is_shared`.
+        """
+        if self.is_shared:
+            return self._split(torch.stack(list(single)))
+        return self._parts(gradient)
+
+    def _parts(self, tensor: Tensor) -> list[Tensor]:
+        """Return a tensor of the call for each of these calls."""
+        free = self.call.has_free_positions
+        if self.layout is not None:
+            return parts(tensor, self.layout, self.examples, has_free_positions=free)
+        count = self.examples if self.by_example else 1
+        return self._split(tensor.unsqueeze(0).expand(count, *tensor.shape))
+
+    def _split(self, tensor: Tensor) -> list[Tensor]:
+        """Return shared rows ``[n, rows, ...]`` for each of these calls."""
+        return [tensor] if self.call.has_free_positions else list(tensor.unbind(1))
