@@ -132,7 +132,7 @@ def block_diagonal(dense):
 
 
 def test_removing_influential_images_hurts_most(picture):
-    options = ["--images", "150", "--tests", "1", "--removed", "12", "--steps", "20"]
+    options = ["--images", "150", "--tests", "1", "--removed", "12", "--steps", "12"]
     losses = influence.main([*options, "--output", str(picture)])
     assert losses["influence"] > losses["random"]
     assert is_picture(picture)

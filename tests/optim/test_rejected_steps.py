@@ -170,11 +170,11 @@ def test_labels_without_meaning_do_no_harm() -> None:
     model, loss_fn = conv_net(random_layers=True), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn)
     losses = []
-    for _ in range(150):
+    for _ in range(90):
         x, y = torch.randn_like(image_batch(12)[0]), torch.randint(3, (12,))
         opt.zero_grad()
         loss = loss_fn(model(x), y)
         loss.backward()
         opt.step()
         losses.append(loss.item())
-    assert sorted(losses[-50:])[25] < 3
+    assert sorted(losses[-40:])[20] < 3

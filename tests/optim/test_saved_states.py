@@ -84,17 +84,19 @@ def is_carried(path: tuple[Any, ...]) -> bool:
     return path[0] == "state" and "kfac" in path
 
 
-@pytest.mark.parametrize("options", MODES)
-def test_a_corrupted_state_is_loaded_as_a_whole_or_not_at_all(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("turn", range(len(MODES)))
+def test_a_corrupted_state_is_loaded_as_a_whole_or_not_at_all(turn: int) -> None:
+    """Each change of an entry is made in every second mode."""
+    options = MODES[turn]
     _, source = trained(4, **options)
     _, opt = trained(2, **options)
     state = source.state_dict()
     before = deepcopy(opt.state_dict())
     refused = 0
-    for path in [path for path in paths(state) if not is_carried(path)]:
+    for index, path in enumerate(path for path in paths(state) if not is_carried(path)):
         changes = [delete, *map(replace_by, WRONG)]
         changes += [rename] if isinstance(path[-1], str) else []
-        for change in changes:
+        for change in changes[(index + turn) % 2 :: 2]:
             try:
                 opt.load_state_dict(changed(state, path, change))
             except ValueError:
@@ -102,7 +104,7 @@ def test_a_corrupted_state_is_loaded_as_a_whole_or_not_at_all(options: dict[str,
                 assert_same(before, opt.state_dict())
             else:
                 opt.load_state_dict(before)
-    assert refused > 500
+    assert refused > 250
     opt.load_state_dict(state)
     assert_same(opt.state_dict()["kfac"], deepcopy(source.state_dict())["kfac"])
 
@@ -262,7 +264,7 @@ def test_inverses_of_equal_layers_resume_bit_by_bit() -> None:
 
     model = net()
     opt = KFAC(model, loss_fn, fisher="exact")
-    for start in range(0, 24, 3):
+    for start in range(0, 12, 3):
         buffer = io.BytesIO()
         torch.save((model.state_dict(), opt.state_dict()), buffer)
         buffer.seek(0)

@@ -34,7 +34,7 @@ def trained(**options: Any) -> tuple[nn.Module, KFAC]:
     return model, opt
 
 
-def check_training(model: nn.Module, opt: KFAC, steps: int = 8) -> None:
+def check_training(model: nn.Module, opt: KFAC, steps: int = 4) -> None:
     """The loss on one batch falls."""
     losses = [train_step(model, LOSS_FN, opt, image_batch()) for _ in range(steps)]
     assert losses[-1] < losses[0]
