@@ -26,7 +26,7 @@ from einconv_kfac.curvature.estimation.layout_probes import (
     meets,
     probes,
 )
-from einconv_kfac.curvature.estimation.row_mixing import behind_gathers, normalises_batches
+from einconv_kfac.curvature.estimation.row_moves import may_move, normalises_batches
 from einconv_kfac.curvature.estimation.row_owners import Check, belong_to_others, multiplied
 from einconv_kfac.curvature.objective.graph import reached_nodes
 
@@ -102,13 +102,10 @@ class Arrangement:
     def _only_look_regular(self, arranged: Sequence[ArrangedCall]) -> set[str]:
         """Return owned layers with rows that data give to other examples than layouts do."""
         own = [a for a in arranged if a.call.layer in self.owned and a.is_regular]
-        if self.examples == 1 or not own or normalises_batches(self.graph):
+        calls = [each.call for each in own]
+        if self.examples == 1 or normalises_batches(self.graph) or not may_move(self.graph, calls):
             return set()
-        chosen = behind_gathers([each.call for each in own], self.graph)
-        own = [each for each in own if id(each.call) in chosen]
-        if not own:
-            return set()
-        checks = self._checks([each.call for each in own])
+        checks = self._checks(calls)
         flags = [belong_to_others(a.layout, each) for a, each in zip(own, checks) if a.layout]
         found = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
         return {each.call.layer for each, is_other in zip(own, found) if is_other}
@@ -155,11 +152,12 @@ class Arrangement:
         ]
 
     def _new(self, calls: Sequence[LayerCall]) -> list[int]:
-        """Return the indices of calls whose layouts are found by probes."""
+        """Return the indices of calls whose layouts are found by probes; see `may_move`."""
         if self.examples <= 1:
             return []
+        moves = (self.by_example or bool(self.owned)) and may_move(self.graph, calls)
         signatures = signatures_of(calls, self.examples)
-        return [i for i, signature in enumerate(signatures) if signature not in self.layouts]
+        return [i for i, s in enumerate(signatures) if moves or s not in self.layouts]
 
     def _probed(self, calls: Sequence[LayerCall]) -> AskedLayouts:
         """Return the layouts of calls, for which the device is asked."""
@@ -196,13 +194,15 @@ class Arrangement:
             return
         if not (new := self._new(calls)):
             return
+        for i in new:
+            layouts.pop(signatures[i], None)
         chosen = [calls[i] for i in new]
         if asked is None or not asked.are_of(chosen):
             asked = self._probed(chosen)
         found = zip(new, asked.read())
         layouts.update({signatures[i]: e for i, (is_reached, e) in found if is_reached})
         if self.by_example:
-            unordered = [i for i in new if layouts.get(signatures[i]) == SCATTERED]
+            unordered = [i for i in new if layouts.get(signatures[i], SCATTERED) == SCATTERED]
             several = self._shared(calls, unordered)
             layouts.update(dict.fromkeys((signatures[i] for i in several), None))
 
