@@ -93,8 +93,10 @@ def candidates(
         examples: The number of examples.
     """
     inner = range(1, min(len(x_shape), len(y_shape) - 1))
-    layouts: list[ExampleLayout] = [FIRST, *(Dimension(index) for index in inner)]
-    layouts += [Flattened(example_first=True), Flattened(example_first=False)]
+    inside: list[ExampleLayout] = [Dimension(index) for index in inner]
+    flat: list[ExampleLayout] = [Flattened(example_first=first) for first in (True, False)]
+    # a dimension of size 1 may be that of channels
+    layouts = [FIRST, *flat, *inside] if examples == 1 else [FIRST, *inside, *flat]
     return [e for e in layouts if e.fits(x_shape, examples) and e.fits(y_shape, examples)]
 
 

@@ -81,3 +81,29 @@ def test_examples_that_share_rows(mode: str, fisher: Any) -> None:
     torch.testing.assert_close(
         reduced["layer"].to_dense()[0], torch.kron(sums.T @ sums, a) / 6, atol=1e-12, rtol=1e-7
     )
+
+
+class Video(nn.Module):
+    """A convolution with one channel on the frames of videos."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(1, 1, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames: Tensor = self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return frames.sum((1, 2)).flatten(1)
+
+
+@pytest.mark.parametrize("videos", [1, 2])
+def test_frames_of_one_video_are_no_channels(videos: int) -> None:
+    model, x = Video(), torch.randn(videos, 4, 1, 3, 3).double()
+    data = [(x, torch.zeros(videos, 4).double())]
+    options: dict[str, Any] = {"fisher": "exact", "kind": "diagonal"}
+    found = kronecker_factors(model, nn.MSELoss(reduction="sum"), data, **options)["layer"]
+    want, (weight, bias) = torch.zeros(5).double(), model.layer.parameters()
+    for output in model(x).flatten():
+        gradients = torch.autograd.grad(output, (weight, bias), retain_graph=True)
+        want += 2 * torch.cat([g.flatten() for g in gradients]).square()
+    torch.testing.assert_close(found.to_dense()[0].diagonal(), want)
