@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.objective.loss_model import Expansion, GivenLoss
+from einconv_kfac.curvature.objective.loss_model import Expansion
 from einconv_kfac.optim.replay.adjoint import Adjoint, GradientSwitch
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.checks import (
@@ -20,9 +21,13 @@ from einconv_kfac.optim.replay.checks import (
     repetitions,
 )
 from einconv_kfac.optim.replay.forward import ForwardPass, run_all
+from einconv_kfac.optim.replay.gradient_hooks import (
+    evaluated_without_hooks,
+    without_gradient_hooks,
+)
 from einconv_kfac.optim.replay.joint import joined
 from einconv_kfac.optim.replay.jvp import Tangents, backward_products, forward_products
-from einconv_kfac.optim.replay.versions import Versions
+from einconv_kfac.optim.replay.present_outputs import present
 from einconv_kfac.optim.vectors import Direction
 
 Outputs: TypeAlias = tuple[Tensor, ...]
@@ -42,6 +47,8 @@ class Replay:
         forward_mode: Whether Jacobian-vector products use forward mode; set to ``False`` where
             an operator of the model has none.
         is_checked: Whether the model was seen to repeat its output.
+        leaves_out_hooks: Whether hooks on gradients are left out of a replay without a graph; set
+            to ``True`` where one fails.
         takes_gradients: Whether the model itself takes gradients, as for forces; set to ``True``
             where a replay without a graph fails.
     """
@@ -55,6 +62,7 @@ class Replay:
     ) -> None:
         self.forward_mode = True
         self.takes_gradients = False
+        self.leaves_out_hooks = False
         self._doubts: list[Tensor] | None = None
         self.is_checked = False
         self._model = model
@@ -132,14 +140,29 @@ class Replay:
                     return self._forward_products(batch, parameters, directions)
                 except NotImplementedError:
                     self.forward_mode = False
-            forwards = batch.curvature_forwards()
-
-            def repeated(given: Direction) -> Outputs:
-                outputs = run_all(forwards, self._model, given)
-                check_repeated(batch, outputs)
-                return outputs
-
+            repeated = partial(self._repeated, batch, is_repeated)
             return backward_products(repeated, parameters, directions)
+
+    def _repeated(
+        self, batch: Batch, accepts: Callable[[Batch, Outputs], bool], given: Direction
+    ) -> Outputs:
+        """Return the outputs of a subset with a graph, and check that they are the recorded ones.
+
+        Args:
+            batch: The batch.
+            accepts: Returns whether they are.
+            given: See `outputs`.
+        """
+        run = partial(run_all, batch.curvature_forwards(), self._model, given)
+        outputs = evaluated_without_hooks(run, self._model, partial(accepts, batch))
+        if not accepts(batch, outputs):
+            check_repeated(batch, outputs)
+        return outputs
+
+    def _hooks(self) -> AbstractContextManager[None]:
+        """Return a context for a replay without a graph."""
+        leaves_out = self.leaves_out_hooks and not self.takes_gradients
+        return without_gradient_hooks(self._model) if leaves_out else nullcontext()
 
     def _forward_products(
         self, batch: Batch, parameters: Direction, directions: Sequence[Direction]
@@ -149,7 +172,8 @@ class Replay:
 
         def run(given: Direction) -> Outputs:
             kept = not self.takes_gradients
-            return run_all(forwards, self._model, given, tangents=kept)
+            with self._hooks():
+                return run_all(forwards, self._model, given, tangents=kept)
 
         def products() -> tuple[Outputs, list[Tangents]]:
             return forward_products(
@@ -161,6 +185,8 @@ class Replay:
         except NotImplementedError:
             if self.takes_gradients:
                 raise
+            if not self.leaves_out_hooks:
+                return self._without_hooks_(batch, parameters, directions)
         else:
             if self._is_repeated_(batch, outputs):
                 return found
@@ -174,6 +200,17 @@ class Replay:
             self.takes_gradients = False
             raise
         return found
+
+    def _without_hooks_(
+        self, batch: Batch, parameters: Direction, directions: Sequence[Direction]
+    ) -> list[Tangents]:
+        """Return ``J d`` in forward mode without hooks on gradients, from now on if that works."""
+        self.leaves_out_hooks = True
+        try:
+            return self._forward_products(batch, parameters, directions)
+        except BaseException:
+            self.leaves_out_hooks = False
+            raise
 
     def _is_repeated_(self, batch: Batch, outputs: Outputs) -> bool:
         """Return whether outputs are the recorded ones, or leave that open inside of `doubting`."""
@@ -219,7 +256,7 @@ class Replay:
         Raises:
             RuntimeError: If one of them cannot be replayed.
         """
-        batches = [self._moved(self._restored(batch)) for batch in batches]
+        batches = [present(batch, self._model, self) for batch in batches]
         if not self.is_checked:
             self.check_products_(batches[0], parameters, direction)
         return joined(batches)
@@ -232,14 +269,7 @@ class Replay:
 
         For the other arguments and errors see `check`.
         """
-        forwards = batch.curvature_forwards()
-
-        def repeated(given: Direction) -> Outputs:
-            outputs = run_all(forwards, self._model, given)
-            if not self._is_repeated_(batch, outputs):
-                check_repeated(batch, outputs)
-            return outputs
-
+        repeated = partial(self._repeated, batch, self._is_repeated_)
         with self._paused(), torch.enable_grad(), GradientSwitch() as switch:
             repeated({})
         (tangents,) = self.jacobian_products(batch, parameters, [direction])
@@ -257,41 +287,11 @@ class Replay:
         for batch in batches:
             check_repeated(replace(batch, subset=None), self.outputs(batch)[: len(batch.outputs)])
 
-    def _restored(self, batch: Batch) -> Batch:
-        """Return a batch with the outputs of the model, if a script changed them in place since.
-
-        Raises:
-            RuntimeError: If parameters were changed as well.
-        """
-        if (written := batch.written.changed()) is None:
-            return batch
-        if any(each.call.has_moved(self._model) for each in batch.forwards):
-            raise RuntimeError(
-                "Outputs of the model must not be changed in place when parameters change before "
-                f"the step and adaptive=True, got {written}. Write `out = out / t` in place of "
-                "`out /= t`, or `out = out.masked_fill(mask, 0)` in place of `out[mask] = 0`."
-            )
-        assert batch.loss_model is not None
-        outputs = tuple(self.outputs(batch)[: len(batch.outputs)])
-        loss_model = batch.loss_model.at(outputs)
-        return replace(batch, outputs=outputs, loss_model=loss_model, written=Versions(()))
-
-    def _moved(self, batch: Batch) -> Batch:
-        """Return a batch whose outputs are those of the present parameters."""
-        if not any(each.call.has_moved(self._model) for each in batch.forwards):
-            return batch
-        outputs = tuple(self.outputs(batch)[: len(batch.outputs)])
-        loss, model = self.batch_loss(batch), batch.loss_model
-        assert model is not None
-        if isinstance(model, GivenLoss):
-            model = model.at(outputs)
-        return replace(batch, outputs=outputs, loss=loss, loss_model=model, has_moved=True)
-
     def _evaluated(self, forwards: Sequence[ForwardPass], given: Direction) -> Outputs:
         """Return the tensors of forward passes; for ``given`` see `outputs`."""
         if not self.takes_gradients:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), self._hooks():
                     return tuple(o.detach() for o in run_all(forwards, self._model, given))
             except RuntimeError as error:
                 if "grad" not in str(error):
