@@ -80,6 +80,8 @@ ERRORS: list[tuple[Any, str]] = [
         lambda: Axis(8, 3, padding=(2**30, 2**30)),
         "`padding` must leave at most 2147483647 ",
     ),
+    (lambda: conv_geometry((8, 8), 3, padding=2**29), "at most 281474976710656 output positions"),
+    (lambda: conv_geometry((2**30, 2**30), 3), "must have at most 281474976710656 input positions"),
     (lambda: conv_geometry((8,), 3, padding=2**70), "`padding` must be at most 2147483647"),
     (lambda: conv_geometry((8,), 3, stride=(2**31,)), "`stride` must be at most 2147483647"),
     (lambda: conv_geometry((8,), 2**63), "`kernel_size` must be at most 2147483647"),

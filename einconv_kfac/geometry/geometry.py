@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from einconv_kfac.geometry.axis import Axis
-from einconv_kfac.geometry.spellings import as_integer
+from einconv_kfac.geometry.spellings import LARGEST_POSITIONS, as_integer
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class Geometry:
     """A convolution: its axes, outermost first, and its number of channel groups.
 
     Raises:
-        ValueError: If ``groups`` is not positive, or there is no axis.
+        ValueError: If ``groups`` is not positive, there is no axis, or inputs or outputs have more
+            than `LARGEST_POSITIONS` positions.
         TypeError: If ``groups`` is not an integer, or ``axes`` is not a tuple of `Axis`.
     """
 
@@ -27,6 +28,13 @@ class Geometry:
             raise TypeError(f"`axes` must be a tuple of `Axis`, got {self.axes!r}.")
         if not self.axes:
             raise ValueError("`axes` must have at least one dimension, got ().")
+        for name, sizes in (("input", self.input_size), ("output", self.output_size)):
+            if all(type(size) is int for size in sizes) and prod(sizes) > LARGEST_POSITIONS:
+                raise ValueError(
+                    f"A convolution must have at most {LARGEST_POSITIONS} {name} positions over "
+                    f"all dimensions, got {sizes}: lower its padding, dilation or stride, or the "
+                    "size of its input."
+                )
 
     @property
     def ndim(self) -> int:

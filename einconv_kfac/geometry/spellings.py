@@ -16,6 +16,9 @@ Padding: TypeAlias = int | str | Sequence[int | tuple[int, int]]
 LARGEST_SIZE = 2**31 - 1
 """Largest size and hyper-parameter of a convolution."""
 
+LARGEST_POSITIONS = 2**48
+"""Largest number of positions over all dimensions; no processor addresses a tensor of more."""
+
 
 def is_integer(value: object) -> bool:
     """Return whether a value is an integer of Python, NumPy or a graph's sizes, and no truth."""

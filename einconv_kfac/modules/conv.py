@@ -13,6 +13,7 @@ from einconv_kfac.functionals import convNd
 from einconv_kfac.geometry import (
     Padding,
     Sizes,
+    parse_geometry,
     parse_padding,
     per_dimension,
     same_padding,
@@ -128,8 +129,11 @@ class ConvNd(_ConvNd):
         padding: Padding = self.padding
         if self.padding_mode != "zeros":
             check_tensor(x, "x")
-            spatial_size((1, *x.shape) if x.ndim == self.N + 1 else tuple(x.shape), "x")
-            x = pad_input(x, _sides(padding, self.kernel_size, self.dilation), self.padding_mode)
+            sizes = spatial_size((1, *x.shape) if x.ndim == self.N + 1 else tuple(x.shape), "x")
+            sides = _sides(padding, self.kernel_size, self.dilation)
+            if self.padding_mode == "replicate":  # the other modes limit the padding themselves
+                parse_geometry(sizes, self.kernel_size, self.stride, sides, self.dilation)
+            x = pad_input(x, sides, self.padding_mode)
             padding = 0
         options = (self.stride, padding, self.dilation, self.groups, self.simplify)
         return convNd(x, self.weight, self.bias, *options)

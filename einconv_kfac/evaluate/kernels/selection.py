@@ -7,7 +7,15 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
-from einconv_kfac.evaluate.kernels import dense, depthwise, innermost, library, stacked
+from einconv_kfac.evaluate.kernels import (
+    dense,
+    depthwise,
+    innermost,
+    library,
+    stacked,
+    wide,
+    windows,
+)
 from einconv_kfac.geometry import Geometry
 
 TENSOR_ROLES = ("x", "w", "v")
@@ -42,7 +50,7 @@ def by_role(kernel: Kernel) -> dict[str, Contraction]:
 
 
 DENSE, DEPTHWISE, INNERMOST, STACKED = map(by_role, (dense, depthwise, innermost, stacked))
-LIBRARY = by_role(library)
+LIBRARY, WIDE = map(by_role, (library, wide))
 
 
 def others(role: str) -> tuple[str, str]:
@@ -67,6 +75,8 @@ def contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Te
     """
     if 0 in (first.numel(), second.numel()):
         return first.new_zeros(result_shape(geometry, role, first, second))
+    if windows.is_wide(geometry):
+        return WIDE[role](geometry, first, second)
     if library.applies(geometry, role, first, second):
         return LIBRARY[role](geometry, first, second)  # operands of any layout
     return contraction(geometry, role, first, second)(

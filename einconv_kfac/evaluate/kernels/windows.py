@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.geometry import Axis, Geometry
 from einconv_kfac.padding import padded
 
+WIDE = 2**20
+"""Padded size from which on windows are gathered where they have fewer positions."""
+
 
 def unfold(geometry: Geometry, x: Tensor) -> Tensor:
     """Return ``x[n,c,i] P[k,o,i] -> [n,(c k),(o)]``."""
-    x = padded(x, geometry.exact_padding)
-    for dim, axis in enumerate(geometry.axes, 2):
-        x = x.unfold(dim, axis.span, axis.stride)[..., :: axis.dilation]
+    if is_wide(geometry):
+        x = _gathered(geometry, x)
+    else:
+        x = padded(x, geometry.exact_padding)
+        for dim, axis in enumerate(geometry.axes, 2):
+            x = x.unfold(dim, axis.span, axis.stride)[..., :: axis.dilation]
     ndim = geometry.ndim  # x: [n, c, o0 .., k0 ..]
     x = x.permute(0, 1, *range(2 + ndim, 2 + 2 * ndim), *range(2, 2 + ndim))
     return x.flatten(1, 1 + ndim).flatten(2)
@@ -25,6 +32,8 @@ def fold(geometry: Geometry, columns: Tensor) -> Tensor:
     kernel, output = geometry.kernel_size, geometry.output_size
     channels = columns.shape[1] // prod(kernel)
     z = columns.reshape(columns.shape[0], channels, *kernel, *output)
+    if is_wide(geometry):
+        return _summed(geometry, z)
     for remaining, axis in zip(range(geometry.ndim, 0, -1), geometry.axes):
         z = fold_axis(z, 2, 2 + remaining, axis.dilation, axis.stride)  # [n, c, k1 .., i0, o1 ..]
         z = z.movedim(1 + remaining, -1)  # [n, c, k1 .., o1 .., i0]
@@ -56,6 +65,44 @@ def fold_axis(z: Tensor, kernel: int, output: int, dilation: int, stride: int) -
     for entry in range(entries):
         folded.narrow(output - 1, entry * dilation, span)[every].add_(z.select(kernel, entry))
     return folded
+
+
+def is_wide(geometry: Geometry) -> bool:
+    """Return whether a padded input is large, and larger than all windows in a dimension."""
+    return any(type(axis.input_size) is int and _is_wide(axis) for axis in geometry.axes)
+
+
+def _is_wide(axis: Axis) -> bool:
+    """Return whether that is so in one dimension."""
+    return axis.covered_size > max(WIDE, axis.kernel_size * axis.output_size)
+
+
+def _gathered(geometry: Geometry, x: Tensor) -> Tensor:
+    """Return the windows ``[n, c, o0 .., k0 ..]`` of an input without a padded copy."""
+    for dim, axis in enumerate(geometry.axes, 2):
+        index = _positions(axis, x.device)  # [(o k)]
+        outside = (index < 0).reshape(-1, *(1,) * (x.ndim - dim - 1))
+        x = x.index_select(dim, index.clamp_min(0)).masked_fill(outside, 0)
+        x = torch.unflatten(x, dim, (axis.output_size, axis.kernel_size)).movedim(dim + 1, -1)
+    return x
+
+
+def _summed(geometry: Geometry, z: Tensor) -> Tensor:
+    """Return the sum ``[n, c, *i]`` of windows ``[n, c, *k, *o]`` without a padded result."""
+    for remaining, axis in zip(range(geometry.ndim, 0, -1), geometry.axes):
+        index, size = _positions(axis, z.device), axis.input_size
+        z = z.movedim((2 + remaining, 2), (-2, -1)).flatten(-2)  # [n, c, k1 .., o1 .., (o0 k0)]
+        index = index.where(index >= 0, size)  # padding is summed behind the image
+        z = z.new_zeros(*z.shape[:-1], size + 1).index_add(-1, index, z).narrow(-1, 0, size)
+    return z
+
+
+def _positions(axis: Axis, device: torch.device) -> Tensor:
+    """Return the input position that each window entry ``[(o k)]`` meets, or -1 for padding."""
+    start = torch.arange(axis.output_size, device=device)[:, None] * axis.stride
+    entry = torch.arange(axis.kernel_size, device=device) * axis.dilation
+    position = (start + entry - axis.padding[0]).flatten()
+    return position.where((position >= 0) & (position < axis.input_size), -1)
 
 
 def _scattered(x: Tensor, axis: Axis) -> Tensor:
