@@ -47,6 +47,7 @@ class Arrangement:
         layouts: The known layouts, which are added to.
         backpropagate: Runs a backward pass.
         by_example: Whether shared rows need a gradient for each example.
+        tells_shared: Whether rows in no regular order are told from those that examples share.
         owned: The layers whose sums need to know the example of each row.
     """
 
@@ -56,6 +57,7 @@ class Arrangement:
     layouts: Layouts
     backpropagate: Backpropagate
     by_example: bool
+    tells_shared: bool
     owned: Collection[str] = ()
 
     def ask(self, calls: Sequence[LayerCall]) -> AskedLayouts | None:
@@ -155,7 +157,7 @@ class Arrangement:
         """Return the indices of calls whose layouts are found by probes; see `may_move`."""
         if self.examples <= 1:
             return []
-        moves = (self.by_example or bool(self.owned)) and may_move(self.graph, calls)
+        moves = (self.tells_shared or bool(self.owned)) and may_move(self.graph, calls)
         signatures = signatures_of(calls, self.examples)
         return [i for i, s in enumerate(signatures) if moves or s not in self.layouts]
 
@@ -201,7 +203,7 @@ class Arrangement:
             asked = self._probed(chosen)
         found = zip(new, asked.read())
         layouts.update({signatures[i]: e for i, (is_reached, e) in found if is_reached})
-        if self.by_example:
+        if self.tells_shared:
             unordered = [i for i in new if layouts.get(signatures[i], SCATTERED) == SCATTERED]
             several = self._shared(calls, unordered)
             layouts.update(dict.fromkeys((signatures[i] for i in several), None))

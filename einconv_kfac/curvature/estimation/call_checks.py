@@ -16,9 +16,9 @@ def scattered_rows(layer: str) -> ValueError:
     """Return the error for rows that are not known to belong to certain examples."""
     return ValueError(
         f"The calls of '{layer}' must each have rows of all examples in the same order, got calls "
-        "of some examples, or rows in no regular order. Use approximation='expand', a `fisher` "
-        "with gradients, factor_fraction=1, and no squared gradients of examples ('ekfac', "
-        f"'diagonal'), or leave the layer out: exclude=['{layer}']."
+        "of some examples, or rows in no regular order. Use approximation='expand', "
+        "factor_fraction=1, and no squared gradients of examples ('ekfac', 'diagonal'), or leave "
+        f"the layer out: exclude=['{layer}']."
     )
 
 

@@ -151,6 +151,7 @@ class FisherEstimator:
             self.layouts,
             lambda vectors, own: call_gradients(evaluation.outputs, vectors, own),
             by_example=self.fisher in {"exact", "empirical"},
+            tells_shared=self.fisher != "mc",
             owned=[name for name, own in moments.items() if own.needs_examples],
         )
 
@@ -177,8 +178,7 @@ class FisherEstimator:
         """Add the inputs of calls."""
         for name, own in _by_layer(arranged).items():
             calls = [call for each in own for call in each.calls()]
-            needs_examples = moments[name].needs_examples or self.fisher == "forward-only"
-            if needs_examples and own[0].is_scattered:
+            if moments[name].needs_examples and own[0].is_scattered:
                 raise scattered_rows(name)
             together = own[0].is_together
             counts = (own[0].examples, own[0].weight) if together else (None, None)
