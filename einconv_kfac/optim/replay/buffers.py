@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from einconv_kfac.optim.replay.versions import version_of
+
 COPIED_ENTRIES = 1 << 16
 """Number of entries up to which a buffer is copied before every forward pass."""
 
@@ -33,7 +35,7 @@ class ChangingBuffers:
             modules: The modules of the model by name.
         """
         buffers = _buffers(modules)
-        self._before = {name: (id(buffer), buffer._version) for name, buffer in buffers.items()}
+        self._before = {name: (id(buffer), version_of(buffer)) for name, buffer in buffers.items()}
         return {
             name: buffer.detach().clone()
             for name, buffer in buffers.items()
@@ -50,7 +52,7 @@ class ChangingBuffers:
             name
             for name, buffer in _buffers(modules).items()
             if buffer.numel() > COPIED_ENTRIES
-            and self._before.get(name) != (id(buffer), buffer._version)
+            and self._before.get(name) != (id(buffer), version_of(buffer))
         }
 
 

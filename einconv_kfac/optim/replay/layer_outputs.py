@@ -54,6 +54,8 @@ class LayerOutputs:
         kept: _Output | None = None
         if packs_saved_tensors():
             self.drop_(module)
+        elif output.is_inference():
+            kept = None  # no version would tell of a change in place
         elif type(module) in LINEAR:
             kept = _Output(output.detach(), output._version)
         elif (statistics := _statistics(output)) is not None:

@@ -81,9 +81,24 @@ def digest(tensor: Tensor) -> Tensor:
     return (bits * odd).sum()
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return the version of a tensor; torch lets nobody change one made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def state_of(parameters: Iterable[nn.Parameter]) -> State:
-    """Return the state of parameters, which differs after every change of a value."""
+    """Return the state of parameters, which differs after every change of a value.
+
+    Raises:
+        RuntimeError: If one that is trained was made in inference mode.
+    """
+    found = list(all_stored(parameters))
+    if any(p.requires_grad and p.is_inference() for p in found):
+        raise RuntimeError(
+            "Parameters that are trained must be made outside of `torch.inference_mode()`, where "
+            "torch keeps no gradients, got a model that was made or copied inside of it. Make or "
+            "copy it outside, and `load_state_dict` the states of model and optimizer."
+        )
     return tuple(
-        (p._version, _Rows(local_of(p)) if is_divided(p) else p.data_ptr())
-        for p in all_stored(parameters)
+        (version_of(p), _Rows(local_of(p)) if is_divided(p) else p.data_ptr()) for p in found
     )
