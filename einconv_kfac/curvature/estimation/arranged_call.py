@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,16 +63,16 @@ class ArrangedCall:
         pairs = zip(self._parts(self.call.x), self._parts(like))
         return [replace(self.call, x=x, y_shape=y.shape) for x, y in pairs]
 
-    def gradients(self, gradient: Tensor, single: Sequence[Tensor]) -> list[Tensor]:
-        """Return gradients for each of these calls.
+    def gradients(self, gradients: Iterable[Tensor]) -> list[Tensor]:
+        """Return gradients for each of these calls, those of several roots one after the other.
 
         Args:
-            gradient: The gradient at the call.
-            single: That of each example alone, where `is_shared`.
+            gradients: The gradient at the call for each root, ``[*y]``; that of each example alone,
+                ``[n, *y]``, where `is_shared`.
         """
-        if self.is_shared:
-            return self._split(torch.stack(list(single)))
-        return self._parts(gradient)
+        split = self._split if self.is_shared else self._parts
+        several = zip(*(split(gradient) for gradient in gradients))
+        return [own[0] if len(own) == 1 else torch.cat(own) for own in several]
 
     def _parts(self, tensor: Tensor) -> list[Tensor]:
         """Return a tensor of the call for each of these calls."""

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from einconv_kfac.curvature.losses import evaluate_loss, has_targets, loss_rule
+from einconv_kfac.curvature.losses.loss_rule import TorchLossRule
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, within, zeros_at
 from einconv_kfac.curvature.objective.ignored_labels import (
     ignores_all_labels,
@@ -57,6 +58,9 @@ class Evaluation(Protocol):
 
     def sample(self, generator: Generator) -> Sequence[Tensor]:
         """Draw a root vector for each output whose second moment is the curvature of the loss."""
+
+    def samples(self, generator: Generator) -> Iterator[Sequence[Tensor]]:
+        """Yield what calls of `sample`, one after the other, return; without end."""
 
     def roots(self) -> Iterator[Sequence[Tensor]]:
         """Yield root vectors for each output that reproduce the curvature of the loss."""
@@ -130,6 +134,15 @@ class RuleEvaluation:
         rule = loss_rule(self.loss_fn)
         return (rule.sample(self.loss_fn, self.output.detach(), self.target, generator),)
 
+    def samples(self, generator: Generator) -> Iterator[Sequence[Tensor]]:
+        """See `Evaluation`."""
+        rule = loss_rule(self.loss_fn)
+        if isinstance(rule, TorchLossRule):
+            for own in rule.samples(self.loss_fn, self.output.detach(), self.target, generator):
+                yield (own,)
+        while True:
+            yield self.sample(generator)
+
     def roots(self) -> Iterator[Sequence[Tensor]]:
         """See `Evaluation`."""
         rule = loss_rule(self.loss_fn)
@@ -189,6 +202,11 @@ class ReadEvaluation:
     def sample(self, generator: Generator) -> Sequence[Tensor]:
         """See `Evaluation`."""
         return self._filled(self.reading.sample(generator))
+
+    def samples(self, generator: Generator) -> Iterator[Sequence[Tensor]]:
+        """See `Evaluation`."""
+        while True:
+            yield self.sample(generator)
 
     def roots(self) -> Iterator[Sequence[Tensor]]:
         """See `Evaluation`."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, TypeAlias, get_args
 
-import torch
 from torch import Generator, Tensor
 
 from einconv_kfac.curvature.arguments import check_loss, choice, plain
 from einconv_kfac.curvature.estimation.arranged_call import ArrangedCall
 from einconv_kfac.curvature.estimation.arrangement import Arrangement, Layouts
+from einconv_kfac.curvature.estimation.backward_passes import BackwardPasses
 from einconv_kfac.curvature.estimation.call_checks import check_call, scattered_rows
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.estimation.evaluation import Evaluation, empirical_roots, loss_gradients
-from einconv_kfac.curvature.estimation.example_layout import only
 from einconv_kfac.curvature.estimation.factor_sums import (
     DEFAULT_MAX_FACTOR_SIZE,
     check_max_factor_size,
@@ -132,15 +132,16 @@ class FisherEstimator:
             vectors = iter([own_roots])
         arranged: list[ArrangedCall] | None = None
         asked = arrangement.ask(calls)  # the gradients below keep a GPU busy meanwhile
-        for roots in vectors:
+        passes = BackwardPasses(sources, calls)
+        for stacked in passes.stacked(vectors):
             own = calls if arranged is None else [each.call for each in arranged]
-            found = call_gradients(sources, roots, own)
+            found = passes.gradients(stacked, own)
             if arranged is None:
                 used = [call for call, gradient in zip(calls, found) if gradient is not None]
                 arranged = arrangement.arranged_(used, asked)
                 self._add_inputs_(moments, arranged)
-            single = self._single(arranged, evaluation, roots)
-            self._add_root_(moments, arranged, [g for g in found if g is not None], single)
+            single = self._single(arranged, evaluation, stacked)
+            self._add_roots_(moments, arranged, [g for g in found if g is not None], single)
 
     def _arrangement(self, evaluation: Evaluation, moments: Mapping[str, Moments]) -> Arrangement:
         """Return what arranges the calls of a batch."""
@@ -156,21 +157,16 @@ class FisherEstimator:
         )
 
     def _single(
-        self, arranged: Sequence[ArrangedCall], evaluation: Evaluation, roots: Sequence[Tensor]
+        self, arranged: Sequence[ArrangedCall], evaluation: Evaluation, stacked: Sequence[Tensor]
     ) -> dict[int, list[Tensor]]:
         """Return the gradients of single examples, by the call, where their rows are shared."""
         shared = [each.call for each in arranged if each.is_shared]
         if not shared:
             return {}
-        if self.fisher == "empirical":
-            roots = loss_gradients(evaluation)
-        found: dict[int, list[Tensor]] = {id(call): [] for call in shared}
-        for example in range(evaluation.examples):
-            masked = [only(root, example) for root in roots]
-            for call, gradient in zip(shared, call_gradients(evaluation.outputs, masked, shared)):
-                zero = torch.zeros(call.y_shape, dtype=roots[0].dtype, device=call.x.device)
-                found[id(call)].append(zero if gradient is None else gradient)
-        return found
+        passes = BackwardPasses(evaluation.outputs, shared)
+        roots = [loss_gradients(evaluation)] if self.fisher == "empirical" else zip(*stacked)
+        found = [passes.by_example(root, evaluation.examples, shared) for root in roots]
+        return {id(call): list(own) for call, own in zip(shared, zip(*found))}
 
     def _add_inputs_(
         self, moments: Mapping[str, Moments], arranged: Sequence[ArrangedCall]
@@ -258,14 +254,14 @@ class FisherEstimator:
                 for name, gradient in gradients.items():
                     moments[name].add_weight_gradient_(gradient, scale)
 
-    def _add_root_(
+    def _add_roots_(
         self,
         moments: Mapping[str, Moments],
         arranged: Sequence[ArrangedCall],
         found: Sequence[Tensor],
         single: Mapping[int, Sequence[Tensor]],
     ) -> None:
-        """Add the gradients of one root vector, scaled to those of the examples' own losses."""
+        """Add the gradients of several roots, scaled to those of the examples' own losses."""
         gradients = {id(each.call): gradient for each, gradient in zip(arranged, found)}
         mean = not is_sum(self.loss_fn)
         power = 2 if self.fisher == "empirical" else 1
@@ -275,7 +271,7 @@ class FisherEstimator:
             parts = [
                 part
                 for each in own
-                for part in each.gradients(gradients[id(each.call)], single.get(id(each.call), ()))
+                for part in each.gradients(single.get(id(each.call), gradients[id(each.call)]))
             ]
             moments[name].add_gradients_(calls, parts, scale)
 
@@ -283,10 +279,12 @@ class FisherEstimator:
         """Yield the vectors that are backpropagated from the outputs."""
         if self.fisher == "exact":
             yield from evaluation.roots()
+        elif self.mc_samples == 1:
+            yield evaluation.sample(generator)
         else:
-            for _ in range(self.mc_samples):
-                roots, scale = evaluation.sample(generator), self.mc_samples**-0.5
-                yield roots if self.mc_samples == 1 else [root * scale for root in roots]
+            scale = self.mc_samples**-0.5
+            for roots in islice(evaluation.samples(generator), self.mc_samples):
+                yield [root * scale for root in roots]
 
 
 def _by_layer(arranged: Sequence[ArrangedCall]) -> dict[str, list[ArrangedCall]]:

@@ -48,11 +48,12 @@ class Moments(Protocol):
     def add_gradients_(
         self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
     ) -> None:
-        """Add the gradients of one batch along one root vector, after `add_inputs_`.
+        """Add the gradients of one batch along one or several root vectors, after `add_inputs_`.
 
         Args:
             calls: See `add_inputs_`.
-            gradients: For each call, the gradient at its output.
+            gradients: For each call, the gradients at its output, those of the second root vector
+                behind those of the first: ``[v n, ...]`` for a call with ``n`` examples.
             scale: Factor of the outer products of the gradients.
         """
 

@@ -94,11 +94,20 @@ class SquaredGradients:
         self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
     ) -> None:
         """See `Moments`."""
-        a = self._inputs  # n g s d
+        size = batch_size(self.layer, calls)
         if self.layer.is_tied:
-            g, a = self._both(calls, gradients)
-        else:
-            g = torch.cat([self._rotated(c, dy) for c, dy in zip(calls, gradients)], dim=-1)
+            for own in zip(*(torch.split(gradient, size) for gradient in gradients)):
+                self._add_products_(*self._both(calls, own), scale)
+            return
+        rotated = torch.cat([self._rotated(c, dy) for c, dy in zip(calls, gradients)], dim=-1)
+        for g in torch.split(rotated, size):
+            self._add_products_(g, self._inputs, scale)
+
+    def _add_products_(self, g: Tensor, a: Tensor | None, scale: float) -> None:
+        """Add the squares of ``g a`` for gradients ``[n, g, co, s]`` and inputs ``[n, g, s, d]``.
+
+        Without inputs, the one-hot ones are taken.
+        """
         if self.total is None:
             self.total = g.new_zeros(self.layer.layout.shape)
         if a is None:

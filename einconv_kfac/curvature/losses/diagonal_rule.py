@@ -52,9 +52,17 @@ class DiagonalRule(TorchLossRule):
         weights: Tensor | None = None,
     ) -> Tensor:
         """Return the root of the diagonal with random signs."""
-        root = self._root(loss, output, target, weights)
-        signs = torch.randint(2, root.shape, generator=generator, device=root.device)
-        return root * (2 * signs - 1)
+        return _with_signs(self._root(loss, output, target, weights), generator)
+
+    def samples(
+        self, loss: Any, output: Tensor, target: Any, generator: Generator
+    ) -> Iterator[Tensor]:
+        """See `TorchLossRule`; the root is computed once, unless a subclass samples otherwise."""
+        if type(self).sample is not DiagonalRule.sample:
+            yield from super().samples(loss, output, target, generator)
+        root = self._root(loss, output, target, None)
+        while True:
+            yield _with_signs(root, generator)
 
     def _root(self, loss: Any, output: Tensor, target: Any, weights: Tensor | None) -> Tensor:
         """Return the root of the diagonal in the data type of the output."""
@@ -64,3 +72,9 @@ class DiagonalRule(TorchLossRule):
         """See `TorchLossRule`."""
         diagonal = self.diagonal(loss, output, target)
         return diagonal * v.to(diagonal)
+
+
+def _with_signs(root: Tensor, generator: Generator) -> Tensor:
+    """Return a tensor with random signs."""
+    signs = torch.randint(2, root.shape, generator=generator, device=root.device)
+    return root * (2 * signs - 1)

@@ -114,6 +114,13 @@ class TorchLossRule(ABC):
     ) -> Tensor:
         """See `WeightedLossRule`."""
 
+    def samples(
+        self, loss: Any, output: Tensor, target: Any, generator: Generator
+    ) -> Iterator[Tensor]:
+        """Yield what calls of `sample`, one after the other, return; without end."""
+        while True:
+            yield self.sample(loss, output, target, generator)
+
     def closed_product(self, loss: Any, output: Tensor, target: Any, v: Tensor) -> Tensor | None:
         """Return the curvature times ``v [n, *f]``, or ``None`` for the Hessian by autograd."""
         return None

@@ -56,7 +56,7 @@ class SampledMoments:
     ) -> None:
         """See `Moments`."""
         rows = self._rows(size := calls[0].x.shape[0])
-        chosen = [gradient[rows] for gradient in gradients]
+        chosen = [_by_root(own, size)[:, rows].flatten(0, 1) for own in gradients]
         self._moments.add_gradients_(self._chosen(calls), chosen, scale * size / len(rows))
 
     def add_examples_(self, examples: int) -> None:
@@ -70,6 +70,11 @@ class SampledMoments:
     def _chosen(self, calls: Sequence[LayerCall]) -> list[LayerCall]:
         """Return calls with the inputs of the chosen examples."""
         return [replace(call, x=call.x[self._rows(call.x.shape[0])]) for call in calls]
+
+
+def _by_root(gradient: Tensor, size: int) -> Tensor:
+    """Return gradients ``[v n, ...]`` of ``n`` examples as ``[v, n, ...]``."""
+    return gradient.reshape(len(gradient) // size, size, *gradient.shape[1:])
 
 
 def sampled(

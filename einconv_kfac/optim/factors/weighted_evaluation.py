@@ -68,6 +68,11 @@ class WeightedEvaluation:
         """See `Evaluation`."""
         return [self._times_root(own) for own in self.evaluation.sample(generator)]
 
+    def samples(self, generator: Generator) -> Iterator[Sequence[Tensor]]:
+        """See `Evaluation`."""
+        for found in self.evaluation.samples(generator):
+            yield [self._times_root(own) for own in found]
+
     def roots(self) -> Iterator[Sequence[Tensor]]:
         """See `Evaluation`."""
         for found in self.evaluation.roots():

@@ -75,9 +75,27 @@ class CrossEntropyRule(TorchLossRule):
         weights: Tensor | None = None,
     ) -> Tensor:
         """Draw classes from the model: ``sqrt(c) (p - onehot)``."""
+        return next(self._draws(loss, output, target, generator, weights))
+
+    def samples(
+        self, loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor, generator: Generator
+    ) -> Iterator[Tensor]:
+        """See `TorchLossRule`; the probabilities are computed once."""
+        return self._draws(loss, output, target, generator, None)
+
+    def _draws(
+        self,
+        loss: nn.CrossEntropyLoss,
+        output: Tensor,
+        target: Tensor,
+        generator: Generator,
+        weights: Tensor | None,
+    ) -> Iterator[Tensor]:
+        """Yield samples without end."""
         p, terms = _distributions(loss, output, target, weights)
         scale = terms.sqrt().unsqueeze(1)
-        return ((p - drawn(p, generator)) * scale).to(output.dtype)
+        while True:
+            yield ((p - drawn(p, generator)) * scale).to(output.dtype)
 
     def divisor(self, loss: nn.CrossEntropyLoss, output: Tensor, target: Tensor) -> Tensor | int:
         """See `TorchLossRule`."""

@@ -1,0 +1,138 @@
+"""Backward passes of several vectors at the outputs of a model, as one pass where possible."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge
+
+from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
+from einconv_kfac.curvature.objective.graph import reached_nodes
+
+_ENTRIES = 1 << 20
+"""Number of entries at outputs and calls that the vectors of one pass have together."""
+
+
+class BackwardPasses:
+    """Backward passes of one batch; the graph is kept.
+
+    Several small vectors are backpropagated as one batch of vectors. Where the graph has functions
+    written in Python, which may do anything, or an operation that takes no batch of vectors, they
+    are backpropagated one after the other.
+
+    Args:
+        outputs: Outputs of the model, ``[*f]`` each, or a loss, or their gradient edges.
+        calls: Calls of layers.
+    """
+
+    def __init__(
+        self, outputs: Sequence[Tensor | GradientEdge], calls: Sequence[LayerCall]
+    ) -> None:
+        self._outputs = outputs
+        self._entries = sum(prod(call.y_shape) for call in calls)
+        self._is_batched: bool | None = None  # not known before it matters
+
+    def stacked(self, several: Iterable[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
+        """Yield vectors ``[v, *f]`` for each output, as many as one pass takes.
+
+        The first one is alone, since it shows which calls the outputs depend on.
+
+        Args:
+            several: The vectors, ``[*f]`` for each output.
+        """
+        waiting, count = iter(several), 1
+        while chosen := list(islice(waiting, count)):
+            yield [torch.stack(own) for own in zip(*chosen)]
+            count = self._count(chosen[0])
+
+    def gradients(
+        self, vectors: Sequence[Tensor], calls: Sequence[LayerCall]
+    ) -> list[Tensor | None]:
+        """Return the gradients ``[v, *y]`` at calls, ``None`` where there is none.
+
+        Args:
+            vectors: Vectors ``[v, *f]`` for each output.
+            calls: The calls.
+        """
+        count = len(vectors[0]) if vectors else 0
+        found = self._together(vectors, calls) if count > 1 else None
+        if found is not None:
+            return found
+        passes = [call_gradients(self._outputs, own, calls) for own in zip(*vectors)]
+        return [_stack(own) for own in zip(*passes)]
+
+    def by_example(
+        self, vectors: Sequence[Tensor], examples: int, calls: Sequence[LayerCall]
+    ) -> list[Tensor]:
+        """Return the gradients ``[n, *y]`` at calls of each example's vectors alone.
+
+        Args:
+            vectors: A vector ``[n, *f]`` for each output.
+            examples: The number ``n`` of examples.
+            calls: The calls.
+        """
+        found: list[list[Tensor]] = [[] for _ in calls]
+        count, numbers = self._count(vectors), torch.arange(examples)
+        for chosen in torch.split(numbers, count):
+            gradients = self.gradients([_only(v, chosen) for v in vectors], calls)
+            for own, call, gradient in zip(found, calls, gradients):
+                shape = len(chosen), *call.y_shape
+                own.append(vectors[0].new_zeros(shape) if gradient is None else gradient)
+        return [torch.cat(own) for own in found]
+
+    def _count(self, vectors: Sequence[Tensor]) -> int:
+        """Return how many vectors one pass takes."""
+        if self._is_batched is None:
+            nodes = reached_nodes(self._outputs)
+            self._is_batched = not any(isinstance(node, BackwardCFunction) for node in nodes)
+        entries = self._entries + sum(vector.numel() for vector in vectors)
+        return max(1, _ENTRIES // max(1, entries)) if self._is_batched else 1
+
+    def _together(
+        self, vectors: Sequence[Tensor], calls: Sequence[LayerCall]
+    ) -> list[Tensor | None] | None:
+        """Return the gradients by one pass, ``None`` where an operation takes no batches."""
+        sources: Any = self._outputs
+        edges = [call.output for call in calls]
+        if not (self._is_batched and edges):
+            return None
+        with warnings.catch_warnings():  # of operations that repeat themselves for each vector
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            try:
+                found = torch.autograd.grad(
+                    sources,
+                    edges,
+                    vectors,
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+            except RuntimeError:
+                self._is_batched = False
+                return None
+        count = len(vectors[0])
+        return [
+            None if g is None else g.reshape(count, *call.y_shape) for g, call in zip(found, calls)
+        ]
+
+
+def _stack(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """Return gradients of several passes as one tensor, ``None`` where there is none."""
+    known = [gradient for gradient in gradients if gradient is not None]
+    return torch.stack(known) if known else None
+
+
+def _only(vector: Tensor, examples: Tensor) -> Tensor:
+    """Return vectors ``[v, n, ...]``, each of which is zero for all examples but one, ``[v]``."""
+    result = vector.new_zeros(len(examples), *vector.shape)
+    if vector.ndim:
+        own = examples[examples < len(vector)].to(vector.device)
+        result[torch.arange(len(own), device=own.device), own] = vector[own]
+    return result
