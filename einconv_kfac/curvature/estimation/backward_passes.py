@@ -30,14 +30,18 @@ class BackwardPasses:
     Args:
         outputs: Outputs of the model, ``[*f]`` each, or a loss, or their gradient edges.
         calls: Calls of layers.
+        may_batch: Whether several vectors may be one batch.
     """
 
     def __init__(
-        self, outputs: Sequence[Tensor | GradientEdge], calls: Sequence[LayerCall]
+        self,
+        outputs: Sequence[Tensor | GradientEdge],
+        calls: Sequence[LayerCall],
+        may_batch: bool,
     ) -> None:
         self._outputs = outputs
         self._entries = sum(prod(call.y_shape) for call in calls)
-        self._is_batched: bool | None = None  # not known before it matters
+        self._is_batched = None if may_batch else False  # it is asked for when it matters
 
     def stacked(self, several: Iterable[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
         """Yield vectors ``[v, *f]`` for each output, as many as one pass takes.

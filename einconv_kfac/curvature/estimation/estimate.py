@@ -130,7 +130,9 @@ def kronecker_factors(
     check_batches("data", data)
     check_whole(model, "kronecker_factors")
     workers = parallel_workers_of(model, "kronecker_factors")
-    estimator = FisherEstimator(loss_fn, fisher, mc_samples, approximation, max_factor_size)
+    estimator = FisherEstimator(
+        loss_fn, fisher, mc_samples, approximation, max_factor_size, batches_vectors=True
+    )
     if isinstance(loss_fn, nn.Module):
         check_reduction(loss_fn)
         if fisher in {"mc", "exact"}:

@@ -53,6 +53,8 @@ class FisherEstimator:
         approximation: ``"expand"`` or ``"reduce"``.
         max_factor_size: Largest number of rows of a factor ``A`` or ``B``; of a larger one, only
             the diagonal is computed.
+        batches_vectors: Whether small vectors pass backwards together. Hooks on tensors in the
+            model get batches of gradients then, which nobody must keep.
 
     Raises:
         ValueError: If an argument is not one of these, or no rule covers the loss.
@@ -63,6 +65,7 @@ class FisherEstimator:
     mc_samples: int = 1
     approximation: Approximation = "expand"
     max_factor_size: int = DEFAULT_MAX_FACTOR_SIZE
+    batches_vectors: bool = False
     layouts: Layouts = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -132,7 +135,7 @@ class FisherEstimator:
             vectors = iter([own_roots])
         arranged: list[ArrangedCall] | None = None
         asked = arrangement.ask(calls)  # the gradients below keep a GPU busy meanwhile
-        passes = BackwardPasses(sources, calls)
+        passes = BackwardPasses(sources, calls, self.batches_vectors)
         for stacked in passes.stacked(vectors):
             own = calls if arranged is None else [each.call for each in arranged]
             found = passes.gradients(stacked, own)
@@ -163,7 +166,7 @@ class FisherEstimator:
         shared = [each.call for each in arranged if each.is_shared]
         if not shared:
             return {}
-        passes = BackwardPasses(evaluation.outputs, shared)
+        passes = BackwardPasses(evaluation.outputs, shared, self.batches_vectors)
         roots = [loss_gradients(evaluation)] if self.fisher == "empirical" else zip(*stacked)
         found = [passes.by_example(root, evaluation.examples, shared) for root in roots]
         return {id(call): list(own) for call, own in zip(shared, zip(*found))}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac import KFAC
 from einconv_kfac.curvature import KroneckerFactors, kronecker_factors
 from einconv_kfac.curvature.estimation import backward_passes
 
@@ -108,3 +111,20 @@ def test_large_vectors_pass_alone() -> None:
         kronecker_factors(model, nn.CrossEntropyLoss(), [(x, y)], mc_samples=samples)
         before[samples] = model.passes
     assert before[5] - before[1] == 2  # after the first vector, two in each
+
+
+@pytest.mark.parametrize("options", [{"fisher": "exact"}, {"mc_samples": 5}])
+def test_an_optimizer_gives_hooks_one_gradient_at_a_time(options: dict[str, Any]) -> None:
+    """What a training script records stays a plain tensor."""
+    seen: list[Tensor] = []
+
+    def record(module: nn.Module, args: object, h: Tensor) -> None:
+        h.register_hook(seen.append)  # type: ignore[no-untyped-call]
+
+    model, loss_fn = Small("nothing"), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, **options)
+    model.first.register_forward_hook(record)
+    loss_fn(model(torch.randn(5, 4, dtype=torch.float64)), torch.arange(5) % 3).backward()
+    opt.step()
+    assert len(seen) > 2
+    assert all(torch.equal(gradient, gradient.clone()) for gradient in seen)
