@@ -64,9 +64,18 @@ def check_loss_module(loss_fn: Any, owner: str) -> None:
     Args:
         loss_fn: The argument ``loss_fn``.
         owner: Name of the class that takes it, for the line to write.
+
+    Raises:
+        ValueError: If its class has a ``__call__`` in the place of a ``forward``.
     """
     if isinstance(loss_fn, nn.Module):
-        return
+        if getattr(loss_fn.forward, "__func__", None) is not nn.Module.forward:
+            return
+        raise ValueError(
+            f"`loss_fn` must have a `forward`, whose calls torch shows to hooks, got "
+            f"{type(loss_fn).__name__} without one. Write {owner}(model), and "
+            "`loss = opt.observe(loss)` before `loss.backward()`."
+        )
     line = f"Write {owner}(model, nn.CrossEntropyLoss()), with the loss module of your loop"
     if isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module):
         line = f"Write {owner}(model, {loss_fn.__name__}()), and call that instance in your loop"

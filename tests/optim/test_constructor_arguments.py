@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from optim_cases import assert_same, conv_net, image_batch, train_step, weights
-from torch import nn
+from torch import Tensor, nn
 
 from einconv_kfac import KFAC, KFACPreconditioner
 from einconv_kfac.optim import LevenbergMarquardt
@@ -227,6 +227,29 @@ def test_a_model_or_a_loss_that_is_none(model: Any, loss_fn: Any, said: str) -> 
 def test_a_model_without_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="`model` must have parameters, got Tanh"):
         KFAC(nn.Tanh(), nn.MSELoss())
+
+
+class Called(nn.Module):
+    """A loss whose calls hooks do not see."""
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, target)
+
+
+def test_a_loss_whose_calls_cannot_be_seen_is_refused() -> None:
+    model, loss_fn = small_net(), Called()
+    for take in (KFAC, KFACPreconditioner):
+        with pytest.raises(ValueError, match=r"`forward`.*got Called without one.*opt.observe"):
+            take(model, loss_fn)
+    opt, (x, y) = KFAC(model), small_batch()
+    losses = []
+    for _ in range(5):
+        opt.zero_grad()
+        loss = opt.observe(loss_fn(model(x), y))
+        loss.backward()
+        opt.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
 
 
 def test_a_rule_must_be_an_instance() -> None:
