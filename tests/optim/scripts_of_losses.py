@@ -48,6 +48,14 @@ def several_losses() -> list[float]:
     return steps(opt, loss)
 
 
+@script("a loss of several calls (Siamese networks, triplets, contrastive pairs, consistency)")
+def several_calls() -> list[float]:
+    model, (x, _) = net(8), data()
+    loss_fn = nn.TripletMarginLoss(margin=0.5)
+    near, far = x + 0.1 * x.flip(1), x.roll(1, 0)
+    return steps(KFAC(model, loss_fn), lambda: loss_fn(model(x), model(near), model(far)))
+
+
 @script("a penalty")
 def penalty() -> list[float]:
     model, loss_fn, (x, y) = net(), nn.CrossEntropyLoss(), data()
