@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch.autograd.graph import Node
 
-from einconv_kfac.curvature.objective.graph import Edge, Stops, dependents, kind_of_node
+from einconv_kfac.curvature.objective.graph import (
+    Edge,
+    NodeOrder,
+    Stops,
+    dependents,
+    kind_of_node,
+)
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
@@ -36,7 +42,7 @@ class EnclosedCall:
     edge: Edge
     nodes: frozenset[Node]
 
-    def operation(self, nodes: Sequence[Node], stops: Stops) -> Operation:
+    def operation(self, nodes: NodeOrder, stops: Stops) -> Operation:
         """Return the call as one operation; see `LinearMap` for the arguments."""
         map_ = LinearMap(self.call.argument, nodes, stops)
         kind = type(self.call.loss_fn).__name__
@@ -51,7 +57,7 @@ class EnclosedCall:
         return any(not _is_known(node) for node in own) and self.call.is_repeated()
 
 
-def enclosed_calls(nodes: Sequence[Node], call_at: CallAt, is_source: Stops) -> list[EnclosedCall]:
+def enclosed_calls(nodes: NodeOrder, call_at: CallAt, is_source: Stops) -> list[EnclosedCall]:
     """Return the calls of loss modules among operations, in forward order.
 
     Args:
@@ -69,7 +75,7 @@ def enclosed_calls(nodes: Sequence[Node], call_at: CallAt, is_source: Stops) -> 
     return found
 
 
-def _nodes_of(call: LossCall, edge: Edge, is_source: Stops) -> list[Node]:
+def _nodes_of(call: LossCall, edge: Edge, is_source: Stops) -> Iterable[Node]:
     """Return the operations of a call; none if it depends on the model in another way."""
     others: list[Edge] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,8 @@ Edge: TypeAlias = tuple[Node, int]
 """A node and the index of one of its forward outputs: one tensor of the graph."""
 Stops: TypeAlias = Callable[[Edge], bool]
 """Returns whether a walk through the graph ends at an edge."""
+NodeOrder: TypeAlias = Mapping[Node, int]
+"""The positions of nodes in forward order; it is iterated over in this order."""
 _KEY = "einconv_kfac"
 _INSIDE = "inside"
 _IDENTITIES = ("BackwardHookFunction",)
@@ -113,7 +116,7 @@ def inputs_of(node: Node) -> list[Edge | None]:
     return [None if parent is None else (parent, nr) for parent, nr in node.next_functions]
 
 
-def dependents(root: Edge, stops: Stops) -> list[Node]:
+def dependents(root: Edge, stops: Stops) -> NodeOrder:
     """Return the nodes below a root that depend on an edge where the walk stops, in forward order.
 
     Args:
@@ -121,7 +124,7 @@ def dependents(root: Edge, stops: Stops) -> list[Node]:
         stops: Whether the walk stops at an edge.
     """
     depends: dict[Node, bool] = {}
-    ordered: list[Node] = []
+    ordered: dict[Node, int] = {}
     stack: list[tuple[Node, bool]] = [(root[0], False)]
     while stack:
         node, is_done = stack.pop()
@@ -129,7 +132,7 @@ def dependents(root: Edge, stops: Stops) -> list[Node]:
         if is_done:
             depends[node] = any(stops(edge) or depends.get(edge[0], False) for edge in edges)
             if depends[node]:
-                ordered.append(node)
+                ordered[node] = len(ordered)
         elif node not in depends:
             depends[node] = False
             stack.append((node, True))
@@ -159,7 +162,7 @@ def first_met(starts: Iterable[Edge], stops: Stops) -> set[Edge]:
 
 def backpropagated(
     start: Mapping[Edge, Tensor],
-    nodes: Sequence[Node],
+    nodes: NodeOrder,
     stops: Stops,
     seen: dict[Edge, Tensor] | None = None,
 ) -> dict[Edge, Tensor]:
@@ -176,17 +179,22 @@ def backpropagated(
     """
     gradients: dict[Edge, Tensor] = dict(start)
     found: dict[Edge, Tensor] = {}
-    for node in reversed(nodes):
+    waiting = {edge[0] for edge in start if edge[0] in nodes}
+    heap = [(-nodes[node], node) for node in waiting]  # nodes close to the loss first
+    heapify(heap)
+    while heap:
+        _, node = heappop(heap)
         edges = [(node, nr) for nr in range(len(node._input_metadata))]
         own = [gradients.pop(edge, None) for edge in edges]
         if seen is not None:
             seen.update({e: g for e, g in zip(edges, own) if g is not None})
-        if all(gradient is None for gradient in own):
-            continue
         for edge, result in zip(inputs_of(node), _called(node, own)):
             if edge is not None and result is not None:
                 into, fitted = found if stops(edge) else gradients, _fitted(result, edge)
                 into[edge] = into[edge] + fitted if edge in into else fitted
+                if into is gradients and edge[0] in nodes and edge[0] not in waiting:
+                    waiting.add(edge[0])
+                    heappush(heap, (-nodes[edge[0]], edge[0]))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
 from typing import Any
@@ -40,8 +41,8 @@ _BILINEAR = {"Mm", "Bmm", "Mv", "Dot", "Vdot", "Addmm", "Baddbmm", "Addbmm", "Ad
 _SELECTIONS = {"Max", "Min", "Sort", "Topk", "Kthvalue", "Median", "Mode", "Cummax", "Cummin"}
 Product = Callable[[Tensor], "Tensor | None"]
 """Returns the product of the Hessian and a vector."""
-Graph = tuple[Sequence[Tensor], Tensor]
-"""Outputs and parameters of a loss, and the loss with its graph to them."""
+Graph = tuple[Sequence[Tensor], Sequence["Tensor | None"]]
+"""Outputs and parameters of a loss, and its derivatives by them, with their graph."""
 
 
 def may_lack(root: Edge, nonlinear: Collection[Node], curved: Collection[Node]) -> bool:
@@ -77,8 +78,12 @@ def with_hessians(terms: Sequence[Term], tail: Tail, outputs: Sequence[Edge]) ->
     if tail.unknown():
         return result
     graph = cache(partial(_graph, tail))
+    by_source: dict[Edge, list[Term]] = defaultdict(list)
+    for term in terms:
+        for edge in term.sources:
+            by_source[edge].append(term)
     for edge in outputs:
-        known = [term for term in terms if edge in term.sources]
+        known = by_source[edge]
         if any(len(term.sources) > 1 for term in known):
             continue
         try:
@@ -157,10 +162,13 @@ def _nearest_before(node: Node, wanted: Collection[Node]) -> set[Node]:
 
 
 def _graph(tail: Tail) -> Graph:
-    """Return outputs and parameters at which a loss is evaluated, and the loss with its graph."""
+    """Return outputs and parameters at which a loss is evaluated, and its derivatives by them."""
     with torch.enable_grad():
         sources = [value.detach().clone().requires_grad_() for value in tail.values]
-        return sources, tail.value(sources, create_graph=True)
+        loss = tail.value(sources, create_graph=True)
+        if not loss.requires_grad:
+            return sources, [None] * len(sources)
+        return sources, torch.autograd.grad(loss, sources, create_graph=True, allow_unused=True)
 
 
 def _hessian_term(
@@ -175,7 +183,7 @@ def _hessian_term(
         tail: The loss as a function of the outputs.
         edge: The output.
         known: The terms that depend on the output.
-        graph: Returns the loss with its graph, once for all outputs.
+        graph: Returns the derivatives of the loss, once for all outputs.
     """
     value = tail.values[tail.sources.index(edge)]
     if not value.numel() or value.dtype not in (torch.float32, torch.float64):
@@ -193,25 +201,26 @@ def _hessian_term(
     curvature = _curvature(product, first, found, tolerance)
     if curvature is None:
         return None
-    return Term((edge,), (LinearMap(edge, (), lambda each: each == edge),), curvature)
+    return Term((edge,), (LinearMap(edge, {}, lambda each: each == edge),), curvature)
 
 
 def _product(tail: Tail, edge: Edge, graph: Graph) -> Product | None:
     """Return products with the Hessian, or ``None`` if other sources share its curvature."""
-    sources, loss = graph
-    if not loss.requires_grad:
-        return None
-    with torch.enable_grad():
-        own = sources[tail.sources.index(edge)]
-        (slope,) = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
+    sources, slopes = graph
+    slope = slopes[tail.sources.index(edge)]
     if slope is None or not slope.requires_grad:
         return None
 
+    related = dict(zip(tail.sources, sources))
+
     def product(vector: Tensor) -> Tensor | None:
-        found = torch.autograd.grad(slope, sources, vector, retain_graph=True, allow_unused=True)
-        by_source = dict(zip(tail.sources, found))
-        result = by_source.pop(edge)
-        is_alone = not any(each is not None and bool(each.any()) for each in by_source.values())
+        inputs = [*related.values()]
+        found = torch.autograd.grad(slope, inputs, vector, retain_graph=True, allow_unused=True)
+        by_source = {e: own for e, own in zip(related, found) if own is not None}
+        for other in related.keys() - by_source.keys():  # nor will it be for other vectors
+            del related[other]
+        result = by_source.pop(edge, None)
+        is_alone = not any(bool(each.any()) for each in by_source.values())
         return result if is_alone else None
 
     return product

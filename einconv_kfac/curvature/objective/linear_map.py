@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
-from einconv_kfac.curvature.objective.graph import Edge, Stops, backpropagated, zeros_at
+from einconv_kfac.curvature.objective.graph import (
+    Edge,
+    NodeOrder,
+    Stops,
+    backpropagated,
+    zeros_at,
+)
 
 _ONCE = (
     "The operations between the model's output and the loss must be differentiable twice, got one "
@@ -35,7 +40,7 @@ class LinearMap:
         sources: The tensors that the target depends on.
     """
 
-    def __init__(self, target: Edge, nodes: Sequence[Node], stops: Stops) -> None:
+    def __init__(self, target: Edge, nodes: NodeOrder, stops: Stops) -> None:
         self._transposed: dict[Edge, Tensor] | None = None
         self.sources = [target]
         if not stops(target):

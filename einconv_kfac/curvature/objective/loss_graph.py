@@ -66,8 +66,7 @@ class LossGraph:
             self.gradients = backpropagated(start, self.nodes, self.is_source, self.seen)
         self.sources = list(self.gradients)
         self.outputs = [edge for edge in self.sources if output(edge) is not None]
-        nodes = set(self.nodes)
-        self.inner = {edge for edge in layers if edge[0] in nodes and edge != root}
+        self.inner = {edge for edge in layers if edge[0] in self.nodes and edge != root}
         self.ends = {edge: self.gradients[edge] for edge in self.outputs}
         if self.inner:
             self.ends = dict.fromkeys([*self.outputs, *self.inner], weight)

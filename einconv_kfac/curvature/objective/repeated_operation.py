@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from einconv_kfac.curvature.objective.graph import Edge, Stops, inputs_of, kind_of_node
+from einconv_kfac.curvature.objective.graph import Edge, NodeOrder, Stops, inputs_of, kind_of_node
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.tail import Operation
@@ -24,7 +24,7 @@ class Repeated(NamedTuple):
         output: Returns the recorded value of a model's output at an edge.
     """
 
-    nodes: Sequence[Node]
+    nodes: NodeOrder
     depends: Callable[[Edge], bool]
     output: Callable[[Edge], Tensor | None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -13,34 +14,34 @@ from torch.nn.functional import embedding, pad
 from einconv_kfac.optim.replay.substitution import Forwards
 
 
-def native_embeddings(model: nn.Module) -> Forwards:
-    """Return forward methods of a model's embeddings, and bags of them, as below."""
-    return _bags(model) | _padded_embeddings(model)
+def native_embeddings(modules: Collection[nn.Module]) -> Forwards:
+    """Return forward methods of embeddings among modules, and of bags of them, as below."""
+    return _bags(modules) | _padded_embeddings(modules)
 
 
-def _bags(model: nn.Module) -> Forwards:
-    """Return forward methods of a model's bags of embeddings, made of a look-up and a reduction.
+def _bags(modules: Collection[nn.Module]) -> Forwards:
+    """Return forward methods of bags of embeddings, made of a look-up and a reduction.
 
     torch's operator for bags has no forward mode and can be differentiated only once. Bags whose
     options change the weight or its gradient are left alone.
     """
     return {
         module: partial(_reduced, module)
-        for module in model.modules()
+        for module in modules
         if type(module) is nn.EmbeddingBag and module.max_norm is None
         if not module.scale_grad_by_freq
     }
 
 
-def _padded_embeddings(model: nn.Module) -> Forwards:
-    """Return forward methods of a model's embeddings whose row of the padding has no tangent.
+def _padded_embeddings(modules: Collection[nn.Module]) -> Forwards:
+    """Return forward methods of embeddings whose row of the padding has no tangent.
 
     Torch's backward pass leaves that row out, and its forward mode does not. The row has a tangent
     where the weight is used elsewhere, as by an output layer, or decays.
     """
     return {
         module: partial(_without_padding, module)
-        for module in model.modules()
+        for module in modules
         if type(module) is nn.Embedding and module.max_norm is None
         if module.padding_idx is not None
     }

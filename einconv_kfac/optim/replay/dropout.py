@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -14,13 +15,13 @@ from einconv_kfac.optim.replay.substitution import Forwards
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-def batch_masks(model: nn.Module, subset: Subset) -> Forwards:
-    """Return forward methods of a model's dropout layers that draw masks for the whole batch.
+def batch_masks(modules: Collection[nn.Module], subset: Subset) -> Forwards:
+    """Return forward methods of dropout layers among modules that draw masks for the whole batch.
 
     The activations of each example are thereby dropped as in the recorded forward pass, whose
     training modes are restored later.
     """
-    dropping = (m for m in model.modules() if type(m) in _DROPOUT)
+    dropping = (m for m in modules if type(m) in _DROPOUT)
     return {module: partial(_masked, module, subset) for module in dropping}
 
 

@@ -21,7 +21,7 @@ from einconv_kfac.optim.replay.layer_outputs import LayerOutputs
 from einconv_kfac.optim.replay.loss_input import LossInput, found_inputs
 from einconv_kfac.optim.replay.recurrence import native_recurrences
 from einconv_kfac.optim.replay.subsample import Subset
-from einconv_kfac.optim.replay.substitution import substituted
+from einconv_kfac.optim.replay.substitution import Forwards, substituted
 from einconv_kfac.optim.replay.versions import State, Versions, state_of
 from einconv_kfac.optim.vectors import Direction
 
@@ -68,6 +68,71 @@ NOT_REPLAYED = ModelCall((), {}, NOT_KEPT, Versions(()), ())
 
 
 @dataclass(frozen=True)
+class Substitutes:
+    """A model, and what takes the place of its parameters and of its layers' operations.
+
+    Args:
+        model: The model.
+        modules: Its modules.
+        parameters: The parameters that take other values, by name in the model.
+        values_of: These values by parameter.
+        buffers: The buffers of the model with their names; a buffer may have several.
+        norms: Forward methods of modules that change no buffers, of which no copies are needed.
+        forwards: These, and those of other layers.
+    """
+
+    model: nn.Module
+    modules: Collection[nn.Module]
+    parameters: Direction
+    values_of: Mapping[Tensor, Tensor]
+    buffers: Sequence[tuple[str, Tensor]]
+    norms: Forwards
+    forwards: Forwards
+
+    @staticmethod
+    def of(model: nn.Module, parameters: Direction) -> Substitutes:
+        """Return what stands for a model with other values of its parameters."""
+        modules = named_modules(model).values()
+        norms = batch_norms(modules)
+        named = model.named_parameters(remove_duplicate=False)
+        return Substitutes(
+            model,
+            modules,
+            parameters,
+            {tensor: parameters[name] for name, tensor in named if name in parameters},
+            [*model.named_buffers(remove_duplicate=False)],
+            norms,
+            native_recurrences(modules) | native_embeddings(modules) | norms,
+        )
+
+    def values(self, part: nn.Module, buffers: Mapping[str, Tensor]) -> Direction:
+        """Return other parameters and copies of the buffers, by name in each module that has them.
+
+        Each module comes once: `functional_call` does not restore a module that it finds under
+        several names.
+
+        Args:
+            part: The part of the model to which the names are relative.
+            buffers: The values of buffers, by name in the model; the others keep theirs.
+        """
+        copies = {tensor: buffers[name] for name, tensor in self.buffers if name in buffers}
+        copies = {tensor: value.clone() for tensor, value in copies.items()}
+        values: Direction = {}
+        for prefix, module in named_modules(part).items():
+            start = f"{prefix}." if prefix else ""
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter in self.values_of:
+                    values[start + name] = self.values_of[parameter]
+            for name, buffer in module._buffers.items():
+                if buffer is None or (module in self.norms and buffer not in copies):
+                    continue
+                if buffer not in copies:
+                    copies[buffer] = buffer.clone()
+                values[start + name] = copies[buffer]
+        return values
+
+
+@dataclass(frozen=True)
 class ForwardPass:
     """A call of a model on which a loss depends, by its outputs or through later calls.
 
@@ -105,12 +170,7 @@ class ForwardPass:
         return replace(self, call=call, subset=subset)
 
     def run(
-        self,
-        model: nn.Module,
-        parameters: Direction,
-        earlier: Mapping[Source, Tensor],
-        *,
-        tangents: bool = False,
+        self, own: Substitutes, earlier: Mapping[Source, Tensor], *, tangents: bool = False
     ) -> tuple[Tensor, ...]:
         """Return the tensors on which the loss depends, then those on which later calls depend.
 
@@ -120,27 +180,24 @@ class ForwardPass:
         differentiable backward pass.
 
         Args:
-            model: The model.
-            parameters: The parameters that take other values, or the same with tangents.
+            own: The model, and the parameters that take other values, or the same with tangents.
             earlier: The outputs of earlier calls.
             tangents: Whether all parameters have the values of the recorded pass, and some of
                 them tangents, so that outputs of layers need not be computed again.
         """
-        call = self.call
+        call, model = self.call, own.model
         called = model.get_submodule(call.module)
-        given = {each.index: each.value(model, parameters, earlier) for each in call.chained}
+        given = {each.index: each.value(model, own.parameters, earlier) for each in call.chained}
         args, kwargs = replaced(call.args, call.kwargs, given)
 
         def run() -> Any:
             return _called(called, values, args, kwargs)
 
-        norms = batch_norms(model)
-        values = _values(model, called, parameters, call.environment.buffers, norms)
-        forwards = native_recurrences(model) | native_embeddings(model) | norms
+        values, forwards = own.values(called, call.environment.buffers), own.forwards
         if self.subset is not None:
-            forwards |= batch_masks(model, self.subset)
+            forwards = forwards | batch_masks(own.modules, self.subset)
         if tangents:
-            forwards |= layer_jvps(model, call.outputs)
+            forwards = forwards | layer_jvps(own.modules, call.outputs)
         with ExitStack() as stack:
             stack.enter_context(call.environment.restored(model))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -180,54 +237,16 @@ def run_all(
 
     Args:
         forwards: The passes in the order of their calls, with all that they depend on.
-        model: See `ForwardPass.run`.
-        parameters: See `ForwardPass.run`.
+        model: The model.
+        parameters: The parameters that take other values, or the same with tangents.
         tangents: See `ForwardPass.run`.
     """
+    own = Substitutes.of(model, parameters)
     earlier: dict[Source, Tensor] = {}
     outputs: list[Tensor] = []
     for each in forwards:
-        found = each.run(model, parameters, earlier, tangents=tangents)
+        found = each.run(own, earlier, tangents=tangents)
         count = len(each.inputs)
         outputs += found[:count]
         earlier |= {(each.number, own): t for own, t in zip(each.passed, found[count:])}
     return tuple(outputs)
-
-
-def _values(
-    model: nn.Module,
-    part: nn.Module,
-    parameters: Direction,
-    buffers: dict[str, Tensor],
-    constant: Collection[nn.Module],
-) -> Direction:
-    """Return other parameters and copies of the buffers, by name in each module that has them.
-
-    Each module comes once: `functional_call` does not restore a module that it finds under
-    several names.
-
-    Args:
-        model: The model.
-        part: The part of the model to which the names are relative.
-        parameters: The parameters that take other values, by name in the model.
-        buffers: The values of buffers, by name in the model; the others keep theirs.
-        constant: Modules that do not change their buffers, of which no copies are needed.
-    """
-    named = model.named_parameters(remove_duplicate=False)
-    others = {tensor: parameters[name] for name, tensor in named if name in parameters}
-    known = model.named_buffers(remove_duplicate=False)
-    copies = {tensor: buffers[name] for name, tensor in known if name in buffers}
-    copies = {tensor: value.clone() for tensor, value in copies.items()}
-    values: Direction = {}
-    for prefix, module in part.named_modules():
-        start = f"{prefix}." if prefix else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter in others:
-                values[start + name] = others[parameter]
-        for name, buffer in module._buffers.items():
-            if buffer is None or (module in constant and buffer not in copies):
-                continue
-            if buffer not in copies:
-                copies[buffer] = buffer.clone()
-            values[start + name] = copies[buffer]
-    return values

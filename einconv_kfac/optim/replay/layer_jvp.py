@@ -15,7 +15,7 @@ those of the recorded forward pass. Group normalisation has contiguous inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -34,12 +34,12 @@ from einconv_kfac.torch_versions import make_dual
 Forward: TypeAlias = Callable[..., Tensor]
 
 
-def batch_norms(model: nn.Module) -> Forwards:
+def batch_norms(modules: Collection[nn.Module]) -> Forwards:
     """Return forward methods of batch normalisation that leave running statistics as they are.
 
     In training mode the outputs do not depend on these, so that a replay needs no copies of them.
     """
-    own = [m for m in model.modules() if type(m) in NORMALIZING and "forward" not in vars(m)]
+    own = [m for m in modules if type(m) in NORMALIZING and "forward" not in vars(m)]
     return {module: partial(_on_batch, module) for module in own}
 
 
@@ -51,16 +51,16 @@ def _on_batch(module: Any, x: Tensor) -> Tensor:
     return batch_norm(x, None, None, module.weight, module.bias, True, 0.0, module.eps)
 
 
-def layer_jvps(model: nn.Module, outputs: LayerOutputs) -> Forwards:
-    """Return forward methods of a model's layers that compute tangents as above.
+def layer_jvps(modules: Collection[nn.Module], outputs: LayerOutputs) -> Forwards:
+    """Return forward methods of layers that compute tangents as above.
 
     Args:
-        model: The model.
+        modules: The modules of the model.
         outputs: The outputs of the recorded forward pass, which is about to be replayed.
     """
     known = outputs.by_module()
     forwards: Forwards = {}
-    for module in model.modules():
+    for module in modules:
         if type(module) in LINEAR and module in known:
             forwards[module] = _linear(module, iter(known[module]))
         elif type(module) in NORMALIZING and module.training:

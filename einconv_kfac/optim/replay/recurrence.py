@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,13 @@ from torch import nn
 from einconv_kfac.optim.replay.substitution import Forwards
 
 
-def native_recurrences(model: nn.Module) -> Forwards:
-    """Return forward methods of a model's recurrent layers, made of torch's native operations.
+def native_recurrences(modules: Collection[nn.Module]) -> Forwards:
+    """Return forward methods of recurrent layers among modules, made of torch's native operations.
 
     The implementations of oneDNN and cuDNN have no forward mode and can be differentiated only
     once.
     """
-    return {m: partial(_native, m) for m in model.modules() if isinstance(m, nn.RNNBase)}
+    return {m: partial(_native, m) for m in modules if isinstance(m, nn.RNNBase)}
 
 
 def _native(module: Any, *args: Any, **kwargs: Any) -> Any:

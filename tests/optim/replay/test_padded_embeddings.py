@@ -48,7 +48,7 @@ def test_the_tangent_is_the_adjoint_of_the_backward_pass() -> None:
     v = torch.randn(20, 4, 7, dtype=torch.float64)
     gradients = torch.autograd.grad((model(x) * v).sum(), [*model.parameters()])
     slope = sum((g * tangents[n]).sum() for (n, _), g in zip(model.named_parameters(), gradients))
-    with forward_ad.dual_level(), substituted(native_embeddings(model)):
+    with forward_ad.dual_level(), substituted(native_embeddings([*model.modules()])):
         duals = {
             name: forward_ad.make_dual(p.detach(), tangents[name])
             for name, p in model.named_parameters()
