@@ -115,7 +115,7 @@ class Blocks:
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """See `LocalCurvature`."""
         factors = self.factors.double()
-        own = [v.double().reshape(*self.rows, 1, -1) @ factors for v in vectors]
+        own = [v.double().reshape(*self.rows, 1, factors.shape[-2]) @ factors for v in vectors]
         left = torch.stack([each.flatten() for each in own])
         return left @ left.mT
 
@@ -200,7 +200,7 @@ class Empirical:
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """See `LocalCurvature`."""
         (root,) = self.roots()
-        by_example = [(root * v).double().reshape(len(root), -1).sum(1) for v in vectors]
+        by_example = [(root * v).double().unsqueeze(-1).flatten(1).sum(1) for v in vectors]
         left = torch.stack(by_example)
         return left @ left.mT
 

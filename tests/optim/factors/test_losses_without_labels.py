@@ -48,3 +48,24 @@ def test_padding_is_as_absent(mode: dict[str, Any], options: dict[str, Any]) -> 
     loss_fn = nn.CrossEntropyLoss(**options)
     expected = trained(mode, loss_fn, 0)
     torch.testing.assert_close(trained(mode, loss_fn, 2), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss, nn.L1Loss], ids=["labels", "targets"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_without_examples_is_as_absent(mode: dict[str, Any], loss_fn: Any) -> None:
+    found = []
+    for sizes in ((7,), (7, 0), (0, 7)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        opt, total = KFAC(model, **mode), loss_fn(reduction="sum")
+        for number in range(3):
+            opt.zero_grad()
+            for size in sizes:
+                x = torch.randn(size, 4, generator=Generator().manual_seed(number)).double()
+                is_class = isinstance(total, nn.CrossEntropyLoss)
+                y = torch.arange(size) % 3 if is_class else x[:, :3]
+                opt.observe(total(model(x), y) / 7).backward()
+            opt.step()
+        found.append(weights(model))
+    for own in found[1:]:
+        torch.testing.assert_close(own, found[0], rtol=1e-12, atol=1e-12)
