@@ -85,9 +85,8 @@ class Collector:
         hooks = loss_fn, add, self._forget_
         self.recorder = Recorder(self._model, *hooks, self._capture, entry)
         self.replay = Replay(self._model, self.recorder.paused, compiled=bool(compiled))
-        self._undo = [self._capture.remove]
-        if wrapper is not None:
-            self._undo.append(PassedOutputs(wrapper).remove)
+        passed = [] if wrapper is None else [PassedOutputs(wrapper).remove]
+        self._undo = [self._capture.remove, *passed]
         self._undo += [run_uncompiled_(module, self._capture) for module in compiled]
         weakref.finalize(self, _undo_, self._undo)
 
@@ -128,7 +127,9 @@ class Collector:
             scaler: See `LossWeights`.
         """
         if self.due:
-            self.weights.find_(batches, sorted(self.due), scaler)
+            if self.weights.find_(batches, sorted(self.due), scaler):
+                self.moments = {}
+                self.workers.drop_()
             self.moments = self.workers.combined(self.moments, self._complete, self.owners)
             self.moments = {name: m for name, m in self.moments.items() if m.examples}
 

@@ -13,16 +13,12 @@ from einconv_kfac.curvature.losses.loss_call import is_sum
 from einconv_kfac.distributed.workers import Workers
 from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.batch_shares import BatchShares, Number
+from einconv_kfac.optim.factors.layer_weights import MIXED_SIGNS, layer_weights
 from einconv_kfac.optim.factors.weighted_evaluation import WeightedEvaluation
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.loss_input import REDUCTIONS
-from einconv_kfac.optim.vectors import precise, sum_of
+from einconv_kfac.optim.vectors import precise
 
-MIXED_SIGNS = (
-    "All losses of a step must have weights of the same sign, got {} and {}, whose curvature is a "
-    "difference and may have no inverse. Pass the whole loss to `observe`, before "
-    "`loss.backward()`: `loss = optimizer.observe(first - second)`."
-)
 ROOT = (
     "The square root of the ratio of two losses' weights, which must have the same sign (pass the "
     "whole loss to `observe`),"
@@ -59,7 +55,7 @@ class LossWeights:
     def begin_(self) -> None:
         """Begin a step without losses."""
         self.current: Number = 1.0
-        self.begins_anew = self._has_zeros = False
+        self.begins_anew = False
         self._first: Number | None = None
         self._mixed: tuple[float, float] | None = None
         self._scaler: Number = 1.0
@@ -121,10 +117,8 @@ class LossWeights:
         assert not isinstance(self._first, Tensor)
         self.begins_anew = self._first == 0 != weight
         if weight == 0 and self._first is not None:
-            self._has_zeros = True
             return None
         if self._first is None or self.begins_anew:
-            self._has_zeros |= self.begins_anew
             self._first = weight
         if weight * self._first < 0:
             self._mixed = self._mixed or (self._first, weight)
@@ -148,21 +142,23 @@ class LossWeights:
         if self._mixed is not None:
             raise RuntimeError(MIXED_SIGNS.format(*(f"{own:.6g}" for own in self._mixed)))
 
-    def find_(self, batches: Sequence[Batch], due: Sequence[str], scaler: Number = 1.0) -> None:
+    def find_(self, batches: Sequence[Batch], due: Sequence[str], scaler: Number = 1.0) -> bool:
         """Find the weight of the losses of each layer.
 
         Args:
             batches: The batches of the step.
             due: Names of the layers whose factors are due, in the order of all workers.
             scaler: The factor that the batches' weights were divided by since they were recorded.
+
+        Returns:
+            Whether all losses of this worker have the weight zero, and not all of others.
+
+        Raises:
+            RuntimeError: If weights are positive on one worker and negative on another.
         """
-        if self._has_zeros:
-            on_host = [b.weight.device.type == "cpu" for b in batches]
-            batches = [
-                b for b, own in zip(batches, on_host) if not own or float(b.weight)
-            ] or batches
-        self._by_layer = layer_weights(batches, due, self._sums, self._workers)
-        self._scaler = scaler
+        found = layer_weights(batches, due, self._sums, self._workers)
+        self._by_layer, self._scaler = found.by_layer, scaler
+        return found.is_void
 
     def scales(self, moments: Mapping[str, LayerSums]) -> dict[str, tuple[float, Tensor | None]]:
         """Return by what the averages of layers are multiplied: a number, and one on the device.
@@ -197,35 +193,3 @@ def _times(weight: Tensor, factor: Number) -> Tensor:
     if isinstance(factor, Tensor):
         return weight * factor.to(weight)
     return weight if factor == 1 else weight * factor
-
-
-def layer_weights(
-    batches: Sequence[Batch], layers: Sequence[str], sums: bool, workers: Workers
-) -> dict[str, Tensor]:
-    """Return the factor of the curvature that is averaged over batches, by layer.
-
-    The objective is the weighted sum of the losses, and the mean of that over workers. Factors
-    average the curvature of means over the batches that depend on the layer, and add that of sums.
-
-    Args:
-        batches: The batches of a step.
-        layers: Names of the layers whose factors are due.
-        sums: Whether the losses are sums over examples, not means.
-        workers: The workers, each with batches of its own.
-    """
-
-    def averaged(total: Tensor, count: float | Tensor) -> Tensor:
-        return total / (count * workers.size) if sums else total
-
-    batches = [batch for batch in batches if batch.layers]
-    total = sum_of([batch.weight.abs() for batch in batches]) if batches else 0.0
-    is_common = all(batch.layers.issuperset(layers) for batch in batches)
-    own = [total, len(batches), float(is_common)]
-    total, count, common = workers.means(own, "weight of the losses")
-    if common == 1:
-        return dict.fromkeys(layers, averaged(total, count)) if count else {}
-    weights = [[b.weight.abs() for b in batches if name in b.layers] for name in layers]
-    own = [*(sum_of(each) if each else 0.0 for each in weights), *map(len, weights)]
-    found = workers.means(own, "weights of the losses of each layer")
-    pairs = zip(layers, found, found[len(layers) :])
-    return {name: averaged(total, count) for name, total, count in pairs if count}

@@ -1,0 +1,49 @@
+"""Workers whose losses have other weights train as one that accumulates them all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from uneven_cases import MODES, SIZE, WEIGHTS
+from worker_processes import run_workers
+
+TOLERANCE = 1e-12
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[int, list[dict[str, Any]]]:
+    """The results of all processes."""
+    return run_workers("uneven_cases.results", 1, SIZE)
+
+
+def of(weights: str, found: list[dict[str, Any]]) -> list[list[Any]]:
+    """The results of each worker for the same weights."""
+    return [[own[name] for name in own if name.startswith(weights)] for own in found]
+
+
+@pytest.mark.parametrize("weights", [name for name in WEIGHTS if name != "both signs"])
+def test_workers_train_as_one_that_accumulates(weights: str, found: Any) -> None:
+    (expected,), (first, second) = of(weights, found[1]), of(weights, found[SIZE])
+    trained = 0
+    for one, own, other in zip(expected, first, second, strict=True):
+        if isinstance(one, str):
+            assert weights == "negative on all"
+            assert own == other == one
+            assert "must be minimised when adaptive=True" in one
+            continue
+        trained += 1
+        assert isinstance(own, Tensor), own
+        assert torch.equal(own, other)
+        moved = (one[-1] - one[0]).abs().max()
+        assert float((own - one).abs().max() / moved) < TOLERANCE
+    assert trained >= len(MODES) - 1
+
+
+def test_weights_of_both_signs_are_refused_as_on_one_worker(found: Any) -> None:
+    (expected,), others = of("both signs", found[1]), of("both signs", found[SIZE])
+    assert all("of the same sign, got 0.5 and -0.25" in text for text in expected)
+    for own in others:
+        assert all("of the same sign, got sums over workers of 1 and -0.5" in text for text in own)
