@@ -38,7 +38,8 @@ def workers_of(model: nn.Module, dtype: torch.dtype | None = None) -> Workers:
     _check_layers(model)
     from einconv_kfac.distributed.process_group import ProcessGroup  # noqa: PLC0415
 
-    return ProcessGroup(group, next(model.parameters()).device, dtype)
+    wrapper = parallel_wrapper(model)
+    return ProcessGroup(group, next(model.parameters()).device, dtype, wrapper)
 
 
 def parallel_workers_of(model: nn.Module, owner: str) -> Workers:

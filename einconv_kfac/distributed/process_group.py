@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from einconv_kfac.distributed.collectives import Collectives, wait
 from einconv_kfac.distributed.early_sums import Channel, EarlySums, Found
@@ -34,6 +35,7 @@ from einconv_kfac.distributed.workers import (
     Workers,
     WorkersError,
 )
+from einconv_kfac.distributed.wrappers import check_joining
 
 COMMIT = "the end of the step"
 SMALLEST_NORM = 2.0**-1000
@@ -53,14 +55,20 @@ class ProcessGroup(Workers):
         group: The process group, of more than one process.
         device: The device of small messages.
         dtype: The data type in which sums of matrices are sent, if theirs has more bits.
+        wrapper: What averages gradients, if torch does.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype | None = None
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        wrapper: DistributedDataParallel | None = None,
     ) -> None:
         self._collectives, self._device = Collectives(group, device), device
         self._group, self._dtype, self._early = group, dtype, EarlySums(group, dtype)
         self.rank, self.size = self._collectives.rank, self._collectives.size
+        self._wrapper = wrapper
         self._last: tuple[Any, Tensor] | None = None  # the message that the last step was taken
 
     @contextmanager
@@ -193,6 +201,8 @@ class ProcessGroup(Workers):
 
     def check(self, owner: str) -> None:
         """See `Workers`; that the group is still there is found by the next message."""
+        if self._wrapper is not None:
+            check_joining(self._wrapper, owner)
 
     def _asked(self, numbers: Numbers, question: str, same: Mapping[str, object]) -> list[Tensor]:
         """Return the means of numbers, once all workers have asked the same question."""

@@ -33,6 +33,23 @@ def parallel_wrapper(model: nn.Module) -> DistributedDataParallel | None:
     return found[0] if found else None
 
 
+def check_joining(wrapper: DistributedDataParallel, owner: str) -> None:
+    """Raise a ``RuntimeError`` if workers that have no more batches join the messages of others.
+
+    Args:
+        wrapper: The wrapper.
+        owner: Name of the class that takes steps.
+    """
+    config = getattr(wrapper, "_join_config", None)
+    if config is not None and config.enable:
+        raise RuntimeError(
+            f"Steps of {owner} must be taken by all workers, got one inside of `join`, whose "
+            "workers take no more steps once they have no more batches. Give each worker as many "
+            "batches, as `DistributedSampler` does, or end the loop on all where the first has "
+            "none left."
+        )
+
+
 def _layers_of(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the model and the modules inside of its wrappers, from the outside in."""
     module: object = model

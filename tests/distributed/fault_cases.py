@@ -230,6 +230,40 @@ def without_batch(rank: int, size: int) -> Found:
     return found
 
 
+def joined(rank: int, size: int) -> Found:
+    """Steps inside of `join`, whose workers have other numbers of batches, and outside of it."""
+    worker, found = Worker(rank, **FIXED), Found()
+    preconditioner = KFACPreconditioner(worker.model, worker.loss_fn)
+    worker.step(0)
+    with worker.model.join():
+        worker.backward(1)
+        with errors(found, "step"):
+            worker.opt.step()
+        with errors(found, "preconditioner"):
+            preconditioner.step()
+    with worker.model.join(enable=False):
+        worker.step(1)
+    found["weights"] = weights(worker.module)
+    return found
+
+
+def inner_module(rank: int, size: int) -> Found:
+    """The optimizer has the module inside of a wrapper that hides it in the graph."""
+    found, loss_fn = Found(), nn.CrossEntropyLoss()
+    for name in ("static_graph", "find_unused_parameters"):
+        module = conv_net()
+        options: dict[str, Any] = {name: True}
+        model = DistributedDataParallel(module, **options)
+        for owner, given in (("module", module), ("wrapper", model)):
+            opt = KFAC(given, loss_fn)
+            x, y = image_batch(8, rank)
+            loss_fn(model(x), y).backward()
+            with errors(found, f"{name}, {owner}"):
+                opt.step()
+            opt.remove_hooks()
+    return found
+
+
 FAULTS: tuple[Callable[[int, int], Found], ...] = (
     not_finite,
     not_finite_moments,
@@ -245,6 +279,8 @@ FAULTS: tuple[Callable[[int, int], Found], ...] = (
     other_steps,
     state_of_one,
     without_batch,
+    joined,
+    inner_module,
 )
 
 

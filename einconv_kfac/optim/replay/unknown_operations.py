@@ -11,6 +11,10 @@ REMEDIES = {
     "Min": "write `x.amin(dim)` in place of `x.min(dim)`",
     "LinalgSvd": "return a penalty of parameters from the model's `forward`, beside its output",
     "CopySlices": "make a new tensor in place of changing a part of one in place",
+    "autograd.Function _DDPSink": (
+        "pass the DistributedDataParallel in place of the module inside of it (it has "
+        "`find_unused_parameters` or `static_graph`)"
+    ),
 }
 """What can be written in place of operations that do not keep their input."""
 
