@@ -53,7 +53,7 @@ class BackwardPasses:
         """
         waiting, count = iter(several), 1
         while chosen := list(islice(waiting, count)):
-            yield [torch.stack(own) for own in zip(*chosen)]
+            yield [_stacked(own) for own in zip(*chosen)]
             count = self._count(chosen[0])
 
     def gradients(
@@ -70,7 +70,7 @@ class BackwardPasses:
         if found is not None:
             return found
         passes = [call_gradients(self._outputs, own, calls) for own in zip(*vectors)]
-        return [_stack(own) for own in zip(*passes)]
+        return [_known(own) for own in zip(*passes)]
 
     def by_example(
         self, vectors: Sequence[Tensor], examples: int, calls: Sequence[LayerCall]
@@ -127,10 +127,15 @@ class BackwardPasses:
         ]
 
 
-def _stack(gradients: Sequence[Tensor | None]) -> Tensor | None:
+def _known(gradients: Sequence[Tensor | None]) -> Tensor | None:
     """Return gradients of several passes as one tensor, ``None`` where there is none."""
     known = [gradient for gradient in gradients if gradient is not None]
-    return torch.stack(known) if known else None
+    return _stacked(known) if known else None
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors as one, a view of a single one."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _only(vector: Tensor, examples: Tensor) -> Tensor:

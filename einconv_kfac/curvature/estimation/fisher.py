@@ -65,7 +65,7 @@ class FisherEstimator:
     mc_samples: int = 1
     approximation: Approximation = "expand"
     max_factor_size: int = DEFAULT_MAX_FACTOR_SIZE
-    batches_vectors: bool = False
+    batches_vectors: bool = field(default=False, kw_only=True)
     layouts: Layouts = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -248,7 +248,7 @@ class RunningCurvature:
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of a constructor of what owns this curvature."""
-        given = [entry.name for entry in fields(self.estimator) if entry.init]
+        given = [entry.name for entry in fields(self.estimator) if entry.init and not entry.kw_only]
         return {
             **{name: getattr(self.estimator, name) for name in given},
             "model": self._entry,
