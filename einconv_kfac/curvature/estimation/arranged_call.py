@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,3 +86,11 @@ class ArrangedCall:
     def _split(self, tensor: Tensor) -> list[Tensor]:
         """Return shared rows ``[n, rows, ...]`` for each of these calls."""
         return [tensor] if self.call.has_free_positions else list(tensor.unbind(1))
+
+
+def by_layer(arranged: Sequence[ArrangedCall]) -> dict[str, list[ArrangedCall]]:
+    """Return the calls by the name of their layer."""
+    result: dict[str, list[ArrangedCall]] = defaultdict(list)
+    for each in arranged:
+        result[each.call.layer].append(each)
+    return result

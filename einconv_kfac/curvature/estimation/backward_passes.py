@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,27 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
+from einconv_kfac.curvature.estimation.evaluation import Root
 from einconv_kfac.curvature.objective.graph import reached_nodes
 
 _ENTRIES = 1 << 20
 """Number of entries at outputs and calls that the vectors of one pass have together."""
+
+
+class StackedRoots(NamedTuple):
+    """Several root vectors.
+
+    Args:
+        vectors: The vectors ``[v, *f]`` for each output.
+        are_alone: Whether each is alone, see `Root`.
+    """
+
+    vectors: list[Tensor]
+    are_alone: list[bool]
+
+    def single(self) -> list[Root]:
+        """Return each of them."""
+        return [Root(own, alone) for *own, alone in zip(*self.vectors, self.are_alone)]
 
 
 class BackwardPasses:
@@ -43,18 +60,16 @@ class BackwardPasses:
         self._entries = sum(prod(call.y_shape) for call in calls)
         self._is_batched = None if may_batch else False  # it is asked for when it matters
 
-    def stacked(self, several: Iterable[Sequence[Tensor]]) -> Iterator[list[Tensor]]:
-        """Yield vectors ``[v, *f]`` for each output, as many as one pass takes.
+    def stacked(self, roots: Iterable[Root]) -> Iterator[StackedRoots]:
+        """Yield root vectors, as many as one pass takes.
 
         The first one is alone, since it shows which calls the outputs depend on.
-
-        Args:
-            several: The vectors, ``[*f]`` for each output.
         """
-        waiting, count = iter(several), 1
+        waiting, count = iter(roots), 1
         while chosen := list(islice(waiting, count)):
-            yield [_stacked(own) for own in zip(*chosen)]
-            count = self._count(chosen[0])
+            vectors = [_stacked(own) for own in zip(*(root.vectors for root in chosen))]
+            yield StackedRoots(vectors, [root.is_alone for root in chosen])
+            count = self._count(chosen[0].vectors)
 
     def gradients(
         self, vectors: Sequence[Tensor], calls: Sequence[LayerCall]
@@ -72,24 +87,26 @@ class BackwardPasses:
         passes = [call_gradients(self._outputs, own, calls) for own in zip(*vectors)]
         return [_known(own) for own in zip(*passes)]
 
-    def by_example(
-        self, vectors: Sequence[Tensor], examples: int, calls: Sequence[LayerCall]
-    ) -> list[Tensor]:
-        """Return the gradients ``[n, *y]`` at calls of each example's vectors alone.
+    def by_example(self, root: Root, examples: int, calls: Sequence[LayerCall]) -> list[Tensor]:
+        """Return the gradients ``[n, *y]`` at calls of each example's part of a root vector alone.
+
+        That of one unit alone is not divided. It is the first, and the others are zero.
 
         Args:
-            vectors: A vector ``[n, *f]`` for each output.
+            root: The root vector.
             examples: The number ``n`` of examples.
             calls: The calls.
         """
-        found: list[list[Tensor]] = [[] for _ in calls]
-        count, numbers = self._count(vectors), torch.arange(examples)
-        for chosen in torch.split(numbers, count):
-            gradients = self.gradients([_only(v, chosen) for v in vectors], calls)
-            for own, call, gradient in zip(found, calls, gradients):
-                shape = len(chosen), *call.y_shape
-                own.append(vectors[0].new_zeros(shape) if gradient is None else gradient)
-        return [torch.cat(own) for own in found]
+        found = [root.vectors[0].new_zeros(examples, *call.y_shape) for call in calls]
+        if root.is_alone:
+            whole = [vector.unsqueeze(0) for vector in root.vectors]
+            _set_(found, slice(1), self.gradients(whole, calls))
+            return found
+        for start in range(0, examples, count := self._count(root.vectors)):
+            chosen = torch.arange(start, min(start + count, examples))
+            own = self.gradients([_only(v, chosen) for v in root.vectors], calls)
+            _set_(found, slice(start, start + count), own)
+        return found
 
     def _count(self, vectors: Sequence[Tensor]) -> int:
         """Return how many vectors one pass takes."""
@@ -127,6 +144,13 @@ class BackwardPasses:
         ]
 
 
+def _set_(found: Sequence[Tensor], examples: slice, gradients: Sequence[Tensor | None]) -> None:
+    """Set the gradients of some examples by call, where there are any."""
+    for own, gradient in zip(found, gradients):
+        if gradient is not None:
+            own[examples] = gradient
+
+
 def _known(gradients: Sequence[Tensor | None]) -> Tensor | None:
     """Return gradients of several passes as one tensor, ``None`` where there is none."""
     known = [gradient for gradient in gradients if gradient is not None]
@@ -135,7 +159,7 @@ def _known(gradients: Sequence[Tensor | None]) -> Tensor | None:
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Return tensors as one, a view of a single one."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack([*tensors])
 
 
 def _only(vector: Tensor, examples: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,6 +20,19 @@ from einconv_kfac.curvature.objective.ignored_labels import (
     is_mean_of_labels,
 )
 from einconv_kfac.curvature.objective.reading import Reading
+
+
+class Root(NamedTuple):
+    """A root vector of the curvature of a loss.
+
+    Args:
+        vectors: A vector for each output.
+        is_alone: Whether it is of one unit of the loss alone, on which several examples may have
+            an influence together, as the score of a pair. The others have units of each example.
+    """
+
+    vectors: Sequence[Tensor]
+    is_alone: bool = False
 
 
 class Evaluation(Protocol):
@@ -62,7 +75,7 @@ class Evaluation(Protocol):
     def samples(self, generator: Generator) -> Iterator[Sequence[Tensor]]:
         """Yield what calls of `sample`, one after the other, return; without end."""
 
-    def roots(self) -> Iterator[Sequence[Tensor]]:
+    def roots(self) -> Iterator[Root]:
         """Yield root vectors for each output that reproduce the curvature of the loss."""
 
 
@@ -143,11 +156,11 @@ class RuleEvaluation:
         while True:
             yield self.sample(generator)
 
-    def roots(self) -> Iterator[Sequence[Tensor]]:
+    def roots(self) -> Iterator[Root]:
         """See `Evaluation`."""
         rule = loss_rule(self.loss_fn)
         for root in rule.roots(self.loss_fn, self.output.detach(), self.target):
-            yield (root,)
+            yield Root((root,))
 
 
 @dataclass(frozen=True)
@@ -208,10 +221,10 @@ class ReadEvaluation:
         while True:
             yield self.sample(generator)
 
-    def roots(self) -> Iterator[Sequence[Tensor]]:
+    def roots(self) -> Iterator[Root]:
         """See `Evaluation`."""
-        for found in self.reading.roots():
-            yield self._filled(found)
+        for found, is_alone in self.reading.roots():
+            yield Root(self._filled(found), is_alone)
 
     def _filled(self, found: Mapping[Edge, Tensor]) -> Sequence[Tensor]:
         """Return a root vector for each output, of zeros where there is none."""

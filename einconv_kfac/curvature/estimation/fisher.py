@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,12 +10,17 @@ from typing import Literal, TypeAlias, get_args
 from torch import Generator, Tensor
 
 from einconv_kfac.curvature.arguments import check_loss, choice, plain
-from einconv_kfac.curvature.estimation.arranged_call import ArrangedCall
+from einconv_kfac.curvature.estimation.arranged_call import ArrangedCall, by_layer
 from einconv_kfac.curvature.estimation.arrangement import Arrangement, Layouts
-from einconv_kfac.curvature.estimation.backward_passes import BackwardPasses
+from einconv_kfac.curvature.estimation.backward_passes import BackwardPasses, StackedRoots
 from einconv_kfac.curvature.estimation.call_checks import check_call, scattered_rows
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
-from einconv_kfac.curvature.estimation.evaluation import Evaluation, empirical_roots, loss_gradients
+from einconv_kfac.curvature.estimation.evaluation import (
+    Evaluation,
+    Root,
+    empirical_roots,
+    loss_gradients,
+)
 from einconv_kfac.curvature.estimation.factor_sums import (
     DEFAULT_MAX_FACTOR_SIZE,
     check_max_factor_size,
@@ -132,18 +136,18 @@ class FisherEstimator:
         sources, vectors = evaluation.outputs, self._roots(evaluation, generator)
         if self.fisher == "empirical":
             sources, own_roots = empirical_roots(evaluation)
-            vectors = iter([own_roots])
+            vectors = iter([Root(own_roots)])
         arranged: list[ArrangedCall] | None = None
         asked = arrangement.ask(calls)  # the gradients below keep a GPU busy meanwhile
         passes = BackwardPasses(sources, calls, self.batches_vectors)
-        for stacked in passes.stacked(vectors):
+        for roots in passes.stacked(vectors):
             own = calls if arranged is None else [each.call for each in arranged]
-            found = passes.gradients(stacked, own)
+            found = passes.gradients(roots.vectors, own)
             if arranged is None:
                 used = [call for call, gradient in zip(calls, found) if gradient is not None]
                 arranged = arrangement.arranged_(used, asked)
                 self._add_inputs_(moments, arranged)
-            single = self._single(arranged, evaluation, stacked)
+            single = self._single(arranged, evaluation, roots)
             self._add_roots_(moments, arranged, [g for g in found if g is not None], single)
 
     def _arrangement(self, evaluation: Evaluation, moments: Mapping[str, Moments]) -> Arrangement:
@@ -160,22 +164,23 @@ class FisherEstimator:
         )
 
     def _single(
-        self, arranged: Sequence[ArrangedCall], evaluation: Evaluation, stacked: Sequence[Tensor]
+        self, arranged: Sequence[ArrangedCall], evaluation: Evaluation, roots: StackedRoots
     ) -> dict[int, list[Tensor]]:
         """Return the gradients of single examples, by the call, where their rows are shared."""
         shared = [each.call for each in arranged if each.is_shared]
         if not shared:
             return {}
         passes = BackwardPasses(evaluation.outputs, shared, self.batches_vectors)
-        roots = [loss_gradients(evaluation)] if self.fisher == "empirical" else zip(*stacked)
-        found = [passes.by_example(root, evaluation.examples, shared) for root in roots]
-        return {id(call): list(own) for call, own in zip(shared, zip(*found))}
+        is_empirical = self.fisher == "empirical"
+        own = [Root(loss_gradients(evaluation))] if is_empirical else roots.single()
+        found = [passes.by_example(root, evaluation.examples, shared) for root in own]
+        return {id(call): list(each) for call, each in zip(shared, zip(*found))}
 
     def _add_inputs_(
         self, moments: Mapping[str, Moments], arranged: Sequence[ArrangedCall]
     ) -> None:
         """Add the inputs of calls."""
-        for name, own in _by_layer(arranged).items():
+        for name, own in by_layer(arranged).items():
             calls = [call for each in own for call in each.calls()]
             if moments[name].needs_examples and own[0].is_scattered:
                 raise scattered_rows(name)
@@ -195,7 +200,7 @@ class FisherEstimator:
         guess = None if asked is None else arrangement.guessed(calls)
         undo: list[Callable[[], None]] = []
         if guess is not None:
-            undo = [moments[name].snapshot() for name in _by_layer(guess)]
+            undo = [moments[name].snapshot() for name in by_layer(guess)]
             try:
                 self._add_inputs_(moments, guess)
             except (RuntimeError, ValueError):  # of layouts that may not be the calls' own
@@ -244,16 +249,16 @@ class FisherEstimator:
         scale = 1.0 if is_sum(self.loss_fn) else float(examples ** (2 if is_empirical else 1))
         for layer in layers:
             moments[layer.name].add_examples_(examples)
-        roots: Iterable[Sequence[Tensor]] = self._roots(evaluation, generator)
+        roots: Iterable[Root] = self._roots(evaluation, generator)
         if is_empirical:
-            roots = [loss_gradients(evaluation)]
+            roots = [Root(loss_gradients(evaluation))]
         together = together and self.fisher == "mc"
         if together:
-            roots = (evaluation.sample(generator) for _ in range(WEIGHT_SAMPLES))
+            roots = (Root(evaluation.sample(generator)) for _ in range(WEIGHT_SAMPLES))
             scale /= WEIGHT_SAMPLES
         for root in roots:
-            count = None if together else examples
-            for gradients in weight_gradients(evaluation.outputs, root, layers, count):
+            count = None if together or root.is_alone else examples
+            for gradients in weight_gradients(evaluation.outputs, root.vectors, layers, count):
                 for name, gradient in gradients.items():
                     moments[name].add_weight_gradient_(gradient, scale)
 
@@ -268,7 +273,7 @@ class FisherEstimator:
         gradients = {id(each.call): gradient for each, gradient in zip(arranged, found)}
         mean = not is_sum(self.loss_fn)
         power = 2 if self.fisher == "empirical" else 1
-        for name, own in _by_layer(arranged).items():
+        for name, own in by_layer(arranged).items():
             scale = float(own[0].examples ** power) if mean else 1.0
             calls = [call for each in own for call in each.calls()]
             parts = [
@@ -278,21 +283,13 @@ class FisherEstimator:
             ]
             moments[name].add_gradients_(calls, parts, scale)
 
-    def _roots(self, evaluation: Evaluation, generator: Generator) -> Iterator[Sequence[Tensor]]:
+    def _roots(self, evaluation: Evaluation, generator: Generator) -> Iterator[Root]:
         """Yield the vectors that are backpropagated from the outputs."""
         if self.fisher == "exact":
             yield from evaluation.roots()
         elif self.mc_samples == 1:
-            yield evaluation.sample(generator)
+            yield Root(evaluation.sample(generator))
         else:
             scale = self.mc_samples**-0.5
-            for roots in islice(evaluation.samples(generator), self.mc_samples):
-                yield [root * scale for root in roots]
-
-
-def _by_layer(arranged: Sequence[ArrangedCall]) -> dict[str, list[ArrangedCall]]:
-    """Return the calls by the name of their layer."""
-    result: dict[str, list[ArrangedCall]] = defaultdict(list)
-    for each in arranged:
-        result[each.call.layer].append(each)
-    return result
+            for vectors in islice(evaluation.samples(generator), self.mc_samples):
+                yield Root([vector * scale for vector in vectors])

@@ -138,16 +138,17 @@ class Reading:
                 start[edge] = start[edge] + root if edge in start else root
         return self.graph.at_ends(start)
 
-    def roots(self) -> Iterator[dict[Edge, Tensor]]:
+    def roots(self) -> Iterator[tuple[dict[Edge, Tensor], bool]]:
         """Yield gradients at the ends whose outer products sum to the curvature.
 
-        Each touches one unit (a class score vector, an entry) of every example.
+        Each touches one unit (a class score vector, an entry) of every example, or one alone that
+        may depend on several examples; the second value tells which.
         """
         values = {edge: self.graph.value(edge) for edge in self.graph.outputs}
         device = next(iter(self.graph.gradients.values())).device
         for term in self._find_terms():
-            for root in term.roots(example_of_units(term, values, device)):
-                yield self.graph.at_ends(term.gradients(root))
+            for root, is_alone in term.roots(example_of_units(term, values, device)):
+                yield self.graph.at_ends(term.gradients(root)), is_alone
 
     def _registered_terms(self) -> Iterator[Term]:
         """Yield the terms of loss modules with a rule that a user registered."""

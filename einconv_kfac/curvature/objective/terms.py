@@ -52,17 +52,20 @@ class Term:
         zero = torch.zeros_like(known)
         return self.curvature.products([zero if t is None else t for t in tangents])
 
-    def roots(self, example_of: Tensor) -> Iterator[Tensor]:
-        """Yield vectors at the argument, each with one unit of every example.
+    def roots(self, example_of: Tensor) -> Iterator[tuple[Tensor, bool]]:
+        """Yield vectors at the argument, and whether each has one unit alone.
+
+        The others have one unit of every example.
 
         Args:
             example_of: The example that each unit belongs to, or -1 if to several; flat.
         """
         ranks = _ranks(example_of)
+        alone = set(ranks[example_of == -1].tolist())
         for root in self.curvature.roots():
             for rank in range(int(ranks.max()) + 1 if ranks.numel() else 0):
                 kept = (ranks == rank).reshape(self.curvature.rows)
-                yield self.curvature.masked(root, kept)
+                yield self.curvature.masked(root, kept), rank in alone
 
     def sample(self, generator: Generator) -> Tensor:
         """Draw a vector at the argument with second moment ``H``."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 from torch.autograd.graph import GradientEdge
 
-from einconv_kfac.curvature.estimation.evaluation import Evaluation
+from einconv_kfac.curvature.estimation.evaluation import Evaluation, Root
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class WeightedEvaluation:
         for found in self.evaluation.samples(generator):
             yield [self._times_root(own) for own in found]
 
-    def roots(self) -> Iterator[Sequence[Tensor]]:
+    def roots(self) -> Iterator[Root]:
         """See `Evaluation`."""
-        for found in self.evaluation.roots():
-            yield [self._times_root(own) for own in found]
+        for vectors, is_alone in self.evaluation.roots():
+            yield Root([self._times_root(own) for own in vectors], is_alone)
 
     def _times_root(self, vector: Tensor) -> Tensor:
         """Return a vector times the square root of the weight, in its data type."""

@@ -107,3 +107,41 @@ def test_frames_of_one_video_are_no_channels(videos: int) -> None:
         gradients = torch.autograd.grad(output, (weight, bias), retain_graph=True)
         want += 2 * torch.cat([g.flatten() for g in gradients]).square()
     torch.testing.assert_close(found.to_dense()[0].diagonal(), want)
+
+
+class Features(Mixing):
+    """The features themselves, of which pairs of examples are scored."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        super().forward(x)
+        h = self.made.tanh()
+        if self.mode == "past the call":
+            h = h + nn.functional.linear(x.flip(0), self.layer.weight)
+        return h + 0.5 * h.roll(1, 0) if self.mode == "mixed" else h
+
+
+@pytest.mark.parametrize("mode", ["mixed", "apart", "past the call"])
+def test_scores_of_pairs_are_not_divided(mode: str) -> None:
+    """The curvature of a score belongs to both examples together."""
+    pairs, y = torch.tensor([[0, 1, 1], [2, 3, 2]]), torch.tensor([0.0, 1.0, 1.0]).double()
+    model, x = Features(mode), torch.randn(6, 4).double()
+
+    def scores_of(h: Tensor) -> Tensor:
+        return (h[pairs[0]] * h[pairs[1]]).sum(1)
+
+    def loss_fn(h: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(scores_of(h), target)
+
+    scores = scores_of(model(x))
+    p = scores.detach().sigmoid()
+    own = [*model.layer.parameters()] if mode == "past the call" else [model.made]
+    found = [torch.autograd.grad(s, own, retain_graph=True) for s in scores]
+    data = [(x, y)]
+    block = kronecker_factors(model, loss_fn, data, fisher="exact")["layer"].to_dense()[0]
+    if mode == "past the call":
+        whole = sum(q * (1 - q) / 3 * g.square().sum() for q, gs in zip(p, found) for g in gs)
+        torch.testing.assert_close(block.trace(), whole)
+    else:
+        squares = sum(q * (1 - q) / 3 * g.T @ g for q, (g,) in zip(p, found))
+        rows = torch.cat([x, torch.ones(6, 1).double()], 1)
+        torch.testing.assert_close(block, torch.kron(squares, rows.T @ rows) / 6)

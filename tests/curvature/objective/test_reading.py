@@ -167,7 +167,7 @@ def test_a_hessian_is_taken_when_it_is_asked_for(
 def test_roots_give_the_hessian_of_every_example(name: str) -> None:
     reading, output, _ = read(CONVEX[name])
     expected = hessian(CONVEX[name], output).reshape(EXAMPLES, -1, EXAMPLES, output[0].numel())
-    roots = torch.stack([next(iter(found.values())) for found in reading.roots()]).flatten(2)
+    roots = torch.stack([next(iter(found.values())) for found, _ in reading.roots()]).flatten(2)
     for n in range(EXAMPLES):
         own = roots[:, n]
         torch.testing.assert_close(own.T @ own, expected[n, :, n], rtol=1e-9, atol=1e-12)
