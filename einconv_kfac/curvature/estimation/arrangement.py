@@ -60,6 +60,11 @@ class Arrangement:
     tells_shared: bool
     owned: Collection[str] = ()
 
+    @property
+    def _needs_owners(self) -> bool:
+        """Whether it matters in each batch which examples rows belong to."""
+        return self.tells_shared or bool(self.owned)
+
     def ask(self, calls: Sequence[LayerCall]) -> AskedLayouts | None:
         """Ask a GPU for the layouts that `arranged_` will need; ``None`` where it needs none.
 
@@ -157,7 +162,7 @@ class Arrangement:
         """Return the indices of calls whose layouts are found by probes; see `may_move`."""
         if self.examples <= 1:
             return []
-        moves = (self.tells_shared or bool(self.owned)) and may_move(self.graph, calls)
+        moves = self._needs_owners and may_move(self.graph, calls)
         signatures = signatures_of(calls, self.examples)
         return [i for i, s in enumerate(signatures) if moves or s not in self.layouts]
 
@@ -194,6 +199,9 @@ class Arrangement:
                 possible = candidates(call.x.shape, call.y_shape, 1)
                 layouts.setdefault(signature, possible[0] if possible else None)
             return
+        if not self._needs_owners:  # in calls of other sizes as well, for factors of one scale
+            unordered = {s[:4]: e for s, e in layouts.items() if e in (SCATTERED, None)}
+            layouts.update({s: unordered[s[:4]] for s in signatures if s[:4] in unordered})
         if not (new := self._new(calls)):
             return
         for i in new:
@@ -204,8 +212,8 @@ class Arrangement:
         found = zip(new, asked.read())
         layouts.update({signatures[i]: e for i, (is_reached, e) in found if is_reached})
         if self.tells_shared:
-            unordered = [i for i in new if layouts.get(signatures[i], SCATTERED) == SCATTERED]
-            several = self._shared(calls, unordered)
+            others = [i for i in new if layouts.get(signatures[i], SCATTERED) == SCATTERED]
+            several = self._shared(calls, others)
             layouts.update(dict.fromkeys((signatures[i] for i in several), None))
 
     def _shared(self, calls: Sequence[LayerCall], indices: Sequence[int]) -> set[int]:

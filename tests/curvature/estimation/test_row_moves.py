@@ -98,6 +98,16 @@ def test_examples_that_share_rows_after_two_that_use_none(mode: str) -> None:
     torch.testing.assert_close(block.B[0], sum(g.T @ g for g in found) / (4 * ROWS))
 
 
+def test_sampled_factors_have_one_scale() -> None:
+    """A batch of other sizes, whose first examples share rows, counts as much as the others."""
+    (more, pairs), y = batch(APART, 0)
+    data = [((torch.cat([more, more[:1]]), pairs), y), batch(TOGETHER, 1)]
+    block = kronecker_factors(Pairs("index"), nn.CrossEntropyLoss(), data, fisher="mc")["layer"]
+    x = torch.cat([x for (x, _), _ in data])
+    rows = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    torch.testing.assert_close(block.A[0], rows.T @ rows / 6)
+
+
 class Sums(nn.Module):
     """Sums over sequences of different lengths."""
 
