@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
-from einconv_kfac.curvature.estimation.example_layout import SCATTERED, ExampleLayout, parts
+from einconv_kfac.curvature.estimation.example_layout import FIRST, SCATTERED, ExampleLayout, parts
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ class ArrangedCall:
         own, theirs = ((a.layout, a.by_example, a.is_scattered) for a in (self, other))
         return own == theirs
 
+    @cached_property
     def calls(self) -> list[LayerCall]:
-        """Return the call as calls with ``[n, ...]``, or ``[1, ...]`` for all examples together."""
+        """The call as calls with ``[n, ...]``, or ``[1, ...]`` for all examples together."""
+        if self.layout == FIRST:
+            return [self.call]
         like = torch.empty(self.call.y_shape, device="meta")
         pairs = zip(self._parts(self.call.x), self._parts(like))
         return [replace(self.call, x=x, y_shape=y.shape) for x, y in pairs]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from einconv_kfac.distributed.summable import SumPart
 
 DEFAULT_MAX_FACTOR_SIZE = 8192
 """Largest number of rows of a factor that is not replaced by its diagonal."""
+_JOINED_ENTRIES = 1 << 20
+"""Largest number of entries of small calls that are computed as one."""
 
 
 def check_max_factor_size(size: int) -> None:
@@ -92,8 +96,11 @@ class FactorSums:
     ) -> None:
         """See `LayerMoments.add_inputs_`."""
         self.examples += calls[0].x.shape[0] if examples is None else examples
-        for group in self._sharing.joined(calls):
-            size = batch_size(self._layer, group) if examples is None else weight or examples
+        joined = [call for call, _ in self._joined(calls, [call.x for call in calls])]
+        for group in self._sharing.joined(joined):
+            size = batch_size(self._layer, group)
+            if examples is not None:
+                size = size // calls[0].x.shape[0] * (weight or examples)
             self._terms += self._sharing.term_count(size, sum(self._positions(group)))
             self.inputs = self._input_factor(group, **_into(self.inputs, size))
 
@@ -106,8 +113,7 @@ class FactorSums:
         self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
     ) -> None:
         """See `Moments`."""
-        pairs = list(zip(calls, gradients))
-        for group in self._sharing.joined(pairs):
+        for group in self._sharing.joined(self._joined(calls, gradients)):
             self.outputs = self._output_factor(group, scale)
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -146,6 +152,27 @@ class FactorSums:
     def set_counts_(self, counts: Sequence[int]) -> None:
         """See `Summable`."""
         self.examples, self._terms = counts
+
+    def _joined(
+        self, calls: Sequence[LayerCall], tensors: Sequence[Tensor]
+    ) -> list[tuple[LayerCall, Tensor]]:
+        """Return calls with tensors like their outputs, small calls of one shape as one.
+
+        Where the positions of all calls are summed, as by ``"reduce"``, they stay apart.
+        """
+        pairs = list(zip(calls, tensors))
+        if len(calls) == 1 or self._approximation != "expand":
+            return pairs
+        alike: dict[Hashable, list[tuple[LayerCall, Tensor]]] = defaultdict(list)
+        for number, (call, own) in enumerate(pairs):
+            may_join = self._rule(call).may_join(call.module, call.x)
+            key = (call.module, call.x.shape, call.y_shape, len(own)) if may_join else number
+            alike[key].append((call, own))
+        found: list[tuple[LayerCall, Tensor]] = []
+        for group in alike.values():
+            count = max(1, _JOINED_ENTRIES // max(1, group[0][0].x.numel() + group[0][1].numel()))
+            found += [_as_one(group[i : i + count]) for i in range(0, len(group), count)]
+        return found
 
     def _positions(self, calls: Sequence[LayerCall]) -> list[int]:
         """Return the number of positions of each call."""
@@ -187,6 +214,16 @@ class FactorSums:
         sums = [self._rule(c).outputs(c.module, g).sum(-1, keepdim=True) for c, g in calls]
         moment = squares if diagonal else second_moment
         return moment(torch.stack(sums).sum(0), 1, **_into(self.outputs, scale))
+
+
+def _as_one(pairs: Sequence[tuple[LayerCall, Tensor]]) -> tuple[LayerCall, Tensor]:
+    """Return calls of one module and shape, with tensors of their examples, as one call."""
+    if len(pairs) == 1:
+        return pairs[0]
+    (call, _), *_ = pairs
+    x = torch.cat([each.x for each, _ in pairs])
+    y_shape = torch.Size([len(x), *call.y_shape[1:]])
+    return replace(call, x=x, y_shape=y_shape), torch.cat([own for _, own in pairs])
 
 
 def united(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

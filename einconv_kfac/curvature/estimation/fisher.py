@@ -181,7 +181,7 @@ class FisherEstimator:
     ) -> None:
         """Add the inputs of calls."""
         for name, own in by_layer(arranged).items():
-            calls = [call for each in own for call in each.calls()]
+            calls = [call for each in own for call in each.calls]
             if moments[name].needs_examples and own[0].is_scattered:
                 raise scattered_rows(name)
             together = own[0].is_together
@@ -275,7 +275,7 @@ class FisherEstimator:
         power = 2 if self.fisher == "empirical" else 1
         for name, own in by_layer(arranged).items():
             scale = float(own[0].examples ** power) if mean else 1.0
-            calls = [call for each in own for call in each.calls()]
+            calls = [call for each in own for call in each.calls]
             parts = [
                 part
                 for each in own

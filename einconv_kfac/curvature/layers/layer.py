@@ -78,6 +78,8 @@ class Layer:
 
     def use_of(self, module: nn.Module) -> Use:
         """Return how one of the modules uses the parameters."""
+        if self.uses[0].module is module:
+            return self.uses[0]
         return next(use for use in self.uses if use.module is module)
 
     def tensors(self) -> dict[str, nn.Parameter]:

@@ -107,6 +107,14 @@ class LayerRule(ABC):
         """Return whether an input is a batch, as opposed to a single example."""
         return x.ndim >= 2
 
+    def may_join(self, module: Any, x: Tensor) -> bool:
+        """Return whether calls with inputs like ``x [n, ...]`` may be computed as one.
+
+        Their examples are one behind the other then. A rule whose factors depend on the examples
+        of a call in another way than by a mean over them must not allow it.
+        """
+        return False
+
     def watch(self, module: Any, record: Record) -> Callable[[], None]:
         """Record the calls of a module from now on; return a function that ends it."""
         hook = partial(_record_call, record)

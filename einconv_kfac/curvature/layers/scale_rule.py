@@ -83,6 +83,10 @@ class TrailingNormRule(ScaleRule):
 
     has_free_positions = True
 
+    def positions(self, module: Any, y_shape: Sequence[int]) -> int:
+        """See `LayerRule`."""
+        return prod(y_shape[1:]) // prod(self.shape(module))
+
     def outputs(self, module: Any, gradient: Tensor) -> Tensor:
         """See `LayerRule`."""
         channels = prod(self.shape(module))

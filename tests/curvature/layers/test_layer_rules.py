@@ -102,6 +102,22 @@ def test_gradients_of_the_weight_are_sums_of_outer_products(
     assert all(torch.equal(back[n], t) for n, t in zip(layer.parameters, gradients))
 
 
+def test_joined_calls_have_the_mean_of_their_factors(case: tuple[LayerRule, LayerExample]) -> None:
+    model, x, layer = problem(*case)
+    _, inputs, y = recorded(model, x, layer)
+    rule, module = layer.rule, layer.module
+    if not rule.may_join(module, inputs):
+        pytest.skip("calls are computed one by one")
+    calls, gradients = [inputs, 2 * inputs.flip(0)], [y.detach(), y.detach() ** 2]
+    joined, y_shape = torch.cat(calls), torch.Size([2 * len(y), *y.shape[1:]])
+    a = [rule.input_factor(module, own, y.shape, "expand", True) for own in calls]
+    b = [rule.output_factor(module, own, "expand") for own in gradients]
+    together = rule.input_factor(module, joined, y_shape, "expand", True)
+    torch.testing.assert_close(together, sum(a) / 2, **TOLERANCE)
+    together = rule.output_factor(module, torch.cat(gradients), "expand")
+    torch.testing.assert_close(together, sum(b) / 2, **TOLERANCE)
+
+
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_factors_are_those_of_the_columns(

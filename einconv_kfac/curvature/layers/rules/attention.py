@@ -51,6 +51,10 @@ class _Projections(LayerRule):
         """See `LayerRule`."""
         return torch.unflatten(gradient.mT, 1, (3, -1))
 
+    def positions(self, module: Any, y_shape: Sequence[int]) -> int:
+        """See `LayerRule`."""
+        return y_shape[1]
+
     def watch(self, module: Any, record: Record) -> Callable[[], None]:
         """See `LayerRule`."""
         return intercepted(module, self.weight, record, REPLACEMENTS)
@@ -98,6 +102,10 @@ class AttentionRule(_Projections):
         """See `LayerRule`; with other numbers of keys, ``l / l_g`` times the sums."""
         sums = self.inputs(module, x, y_shape).sum(-1, keepdim=True)
         return sums if _has_one_length(module, x) else sums * _ratios(x)
+
+    def may_join(self, module: Any, x: Tensor) -> bool:
+        """See `LayerRule`; ratios of lengths are those of the call."""
+        return _has_one_length(module, x)
 
     def columns(
         self,

@@ -32,6 +32,10 @@ class LinearRule(LayerRule):
         """See `LayerRule`."""
         return gradient.reshape(gradient.shape[0], -1, gradient.shape[-1]).mT.unsqueeze(1)
 
+    def may_join(self, module: Any, x: Tensor) -> bool:
+        """See `LayerRule`; a rule with inputs of its own says it itself."""
+        return type(self).inputs is LinearRule.inputs
+
     def positions(self, module: nn.Linear, y_shape: Sequence[int]) -> int:
         """See `LayerRule`."""
         return prod(y_shape[1:-1])

@@ -89,6 +89,10 @@ class RecurrentRule(LinearRule):
             return LayerRule.input_factor(self, *given, **into)
         return super().input_factor(*given, **into)
 
+    def may_join(self, module: Any, x: Tensor) -> bool:
+        """See `LayerRule`; marks of padding are relative to those of the call."""
+        return not self._is_marked(module, x)
+
     def columns(
         self,
         module: Any,
