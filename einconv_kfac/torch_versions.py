@@ -80,6 +80,13 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def parameter_groups(module: Any) -> list[Any]:
+    """Return the groups of parameters that ``fully_shard`` gathers together for a module."""
+    state = module._get_fsdp_state()
+    found = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in found if group is not None]
+
+
 def multiplies_in_tf32() -> bool:
     """Return whether CUDA rounds the operands of products in float32 to TF32.
 

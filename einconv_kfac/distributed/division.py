@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from einconv_kfac.distributed.stored import is_divided
-from einconv_kfac.torch_versions import is_fully_sharded
+from einconv_kfac.torch_versions import is_fully_sharded, parameter_groups
 
 REMEDY = (
     "Call `fully_shard` on the layers and then on the model itself, with a mesh of one dimension, "
@@ -69,8 +69,8 @@ def _check_policies(name: str, module: Any) -> None:
             f"`model` must be divided without `mp_policy`, got one for '{name}', which replaces "
             "parameters during calls. Use torch.autocast."
         )
-    for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-        if group is not None and getattr(group, "_use_post_forward_mesh", False):
+    for group in parameter_groups(module):
+        if getattr(group, "_use_post_forward_mesh", False):
             raise ValueError(
                 f"`reshard_after_forward` must be True or False, got a number for '{name}'."
             )

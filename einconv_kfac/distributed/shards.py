@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from einconv_kfac.distributed.stored import is_divided, local_of, pair_, stored_of
 from einconv_kfac.distributed.workers import Workers
-from einconv_kfac.torch_versions import all_gather_single
+from einconv_kfac.torch_versions import all_gather_single, parameter_groups
 
 State: TypeAlias = dict[str, Any]
 States: TypeAlias = Mapping[str, State]
@@ -37,6 +37,16 @@ class WholeModel:
 
         Args:
             workers: The workers, which agree before a large message.
+        """
+        return nullcontext()
+
+    def apart(self, is_needed: bool) -> AbstractContextManager[None]:
+        """Return a context for backward passes of which each worker may run another number.
+
+        All workers enter it, at the beginning of a backward pass of all.
+
+        Args:
+            is_needed: Whether there are such passes, the same on all workers.
         """
         return nullcontext()
 
@@ -105,6 +115,25 @@ class DividedModel(WholeModel):
                 yield
         finally:
             self.divide_()
+
+    @contextmanager
+    def apart(self, is_needed: bool) -> Iterator[None]:
+        """See `WholeModel`; nothing is sent inside, nor gathered in advance after it."""
+        if not is_needed:
+            yield
+            return
+        for module in self._divided:
+            module.unshard()
+        groups = [group for module in self._divided for group in parameter_groups(module)]
+        before = [(own.reshard_after_backward, own.reduce_grads) for own in groups]
+        for own in groups:
+            own.reshard_after_backward = own.reduce_grads = False
+            own._post_forward_indices.clear()
+        try:
+            yield
+        finally:
+            for own, (divides, sends) in zip(groups, before):
+                own.reshard_after_backward, own.reduce_grads = divides, sends
 
     def whole(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """See `WholeModel`."""

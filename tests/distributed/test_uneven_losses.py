@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from uneven_cases import MODES, SIZE, WEIGHTS
+from uneven_cases import MODES, PARTS, SIZE, WEIGHTS
 from worker_processes import run_workers
 
 TOLERANCE = 1e-12
@@ -47,3 +47,20 @@ def test_weights_of_both_signs_are_refused_as_on_one_worker(found: Any) -> None:
     assert all("of the same sign, got 0.5 and -0.25" in text for text in expected)
     for own in others:
         assert all("of the same sign, got sums over workers of 1 and -0.5" in text for text in own)
+
+
+@pytest.fixture(scope="module")
+def divided() -> dict[int, list[dict[str, Any]]]:
+    """The results of all processes for models that are divided."""
+    return run_workers("uneven_cases.divided_results", 1, SIZE)
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_workers_of_a_sharded_model_may_run_other_passes_for_factors(
+    kind: str, divided: Any
+) -> None:
+    (expected,), (first, second) = of(kind, divided[1]), of(kind, divided[SIZE])
+    for one, own, other in zip(expected, first, second, strict=True):
+        assert torch.equal(own, other)
+        moved = (one[-1] - one[0]).abs().max()
+        assert float((own - one).abs().max() / moved) < TOLERANCE

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from optim_cases import conv_net, image_batch, weights
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
+from worker_training import all_weights, sharded, unsynchronized
 
 from einconv_kfac import KFAC
 
@@ -65,4 +69,50 @@ def results(rank: int, size: int) -> dict[str, Tensor | str]:
         for mode, options in MODES.items()
         for reduction in ("mean", "sum")
         if reduction == "mean" or mode == "fixed"
+    }
+
+
+PARTS = "zero", "ignored", "no examples", "longer", "unsynchronized"
+"""What the second batch of the last worker has, in steps of two batches."""
+
+
+def trained_parts(kind: str, rank: int, size: int, **options: Any) -> Tensor:
+    """The parameters of a divided model after each step, by one worker or both.
+
+    Args:
+        kind: One of `PARTS`.
+        rank: The worker's number.
+        size: The number of workers; one has the batches of both.
+        options: Of the optimizer.
+    """
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss(reduction="sum")
+    model = model if size == 1 else sharded(model)
+    opt, found = KFAC(model, loss_fn, factor_update_period=1, **options), []
+    for number in range(STEPS):
+        opt.zero_grad()
+        for part in range(2):
+            is_apart = part == 0 and kind == "unsynchronized"
+            for own in range(SIZE) if size == 1 else [rank]:
+                is_other = part == 1 and own == 1 and number == 1
+                lengths = {"no examples": 0, "longer": 13}
+                x, y = image_batch(lengths.get(kind, 8) if is_other else 8, 10 * number + own)
+                if is_other and kind == "ignored":
+                    y = torch.full_like(y, loss_fn.ignore_index)
+                weight = 0.0 if is_other and kind == "zero" else 0.1
+                with unsynchronized(model) if is_apart else nullcontext():
+                    (loss_fn(model(x), y) * weight * (size / SIZE)).backward()
+        opt.step()
+        found.append(all_weights(model))
+    opt.remove_hooks()
+    return torch.stack(found)
+
+
+def divided_results(rank: int, size: int) -> dict[str, Tensor]:
+    """What each worker found, by kind and mode."""
+    if size > 1:
+        _set_pg_timeout(timedelta(seconds=60))  # workers that wait for different messages
+    return {
+        f"{kind}, {mode}": trained_parts(kind, rank, size, **MODES[mode])
+        for kind in PARTS
+        for mode in ("automatic", "fixed")
     }

@@ -19,7 +19,7 @@ from einconv_kfac.curvature.estimation.moments import Moments
 from einconv_kfac.curvature.estimation.other_uses import used_past_calls
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.distributed.random_streams import stream
-from einconv_kfac.distributed.stored import local_of, stored_of
+from einconv_kfac.distributed.shards import WHOLE, WholeModel
 from einconv_kfac.distributed.workers import ALONE, NOBODY, Compared, Same, Workers
 from einconv_kfac.distributed.wrappers import (
     compiled_wrappers,
@@ -32,7 +32,7 @@ from einconv_kfac.optim.factors.batch_shares import Number
 from einconv_kfac.optim.factors.compiled_parts import may_be_compiled, run_uncompiled_
 from einconv_kfac.optim.factors.finiteness import Finiteness
 from einconv_kfac.optim.factors.loss_weights import ROOT, LossWeights
-from einconv_kfac.optim.factors.missing_calls import calls_error
+from einconv_kfac.optim.factors.missing_calls import calls_error, is_trained
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.factors.seen_calls import SeenCalls
 from einconv_kfac.optim.replay.batch import Batch
@@ -54,6 +54,7 @@ class Collector:
         seed: Seed of sampled targets and examples.
         part: Fraction of the examples that the factors are averaged over.
         workers: The workers that collect together.
+        stored: How the model is stored.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Collector:
         seed: int,
         part: float = 1.0,
         workers: Workers = ALONE,
+        stored: WholeModel = WHOLE,
     ) -> None:
+        self._stored = stored
         self.workers, self._estimator, self.seed = workers, estimator, seed
         self._step, self._count, self._part = 0, 0, fraction("factor_fraction", part)
         self._model = unwrapped(model)
@@ -171,26 +174,27 @@ class Collector:
             The layers to which the batch was added.
         """
         self.has_seen_loss = True
-        number, self._count = self.workers.number(self._count), self._count + 1
-        own = [call for call in calls if call.layer in self.due]
-        kind = tuple((call.layer, call.x.shape) for call in own)
-        if not (self.due and evaluation.outputs and evaluation.examples):
-            return frozenset()
-        if (weighted := self.weights.next_(batch.weight, evaluation)) is None:
-            return frozenset()
-        if self.weights.begins_anew:
-            self.moments = {}
-        before = {name: sum(moments.counts()) for name, moments in self.moments.items()}
-        generator = stream(evaluation.weight.device, "factors", self.seed, self._step, number)
-        add = partial(self._add_own_, weighted, own, generator)
-        try:
-            with without_autocast(self._model):
-                self._seen.add_(kind, batch.loss, add, self._forget_)
-        except BaseException:
-            self._forget_()
-            raise
-        present = self.moments.items()
-        return frozenset(n for n, m in present if sum(m.counts()) > before.get(n, 0))
+        with self._stored.apart(bool(self.due)):
+            number, self._count = self.workers.number(self._count), self._count + 1
+            own = [call for call in calls if call.layer in self.due]
+            kind = tuple((call.layer, call.x.shape) for call in own)
+            if not (self.due and evaluation.outputs and evaluation.examples):
+                return frozenset()
+            if (weighted := self.weights.next_(batch.weight, evaluation)) is None:
+                return frozenset()
+            if self.weights.begins_anew:
+                self.moments = {}
+            before = {name: sum(moments.counts()) for name, moments in self.moments.items()}
+            generator = stream(evaluation.weight.device, "factors", self.seed, self._step, number)
+            add = partial(self._add_own_, weighted, own, generator)
+            try:
+                with without_autocast(self._model):
+                    self._seen.add_(kind, batch.loss, add, self._forget_)
+            except BaseException:
+                self._forget_()
+                raise
+            present = self.moments.items()
+            return frozenset(n for n, m in present if sum(m.counts()) > before.get(n, 0))
 
     def _add_own_(
         self, evaluation: Evaluation, own: Sequence[LayerCall], generator: Generator
@@ -239,14 +243,10 @@ class Collector:
             batches: The batches of the step.
         """
         self.weights.check()
-        missing = [name for name in self.due - self.moments.keys() if self._is_trained(name)]
+        weights = {name: self._layers[name].weight for name in self.due - self.moments.keys()}
+        missing = [n for n, own in weights.items() if is_trained(self._model.get_parameter(own))]
         if missing:
             raise calls_error(self._model, missing, has_batches=bool(batches))
-
-    def _is_trained(self, name: str) -> bool:
-        """Return whether a layer's weight has a gradient that is not zero."""
-        gradient = stored_of(self._model.get_parameter(self._layers[name].weight)).grad
-        return gradient is not None and bool(local_of(gradient).any())
 
     def not_finite(
         self,

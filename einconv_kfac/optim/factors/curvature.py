@@ -86,7 +86,7 @@ class RunningCurvature:
         self._owners = owners_of(self.model)
         self._trained: list[bool] = []
         self.apart: frozenset[str] = frozenset()  # parameters with a coefficient of their own
-        own = self.seed, settings.factor_fraction, self.workers
+        own = self.seed, settings.factor_fraction, self.workers, self.stored
         self.collector = Collector(model, estimator, *own)
         self.collector.owners = self._ownership.owners
         self.recorder, self.replay = self.collector.recorder, self.collector.replay

@@ -6,8 +6,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from einconv_kfac.distributed.stored import local_of, stored_of
 from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts
 from einconv_kfac.optim.replay.unknown_operations import NO_LOSS
+
+
+def is_trained(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter has a gradient that is not zero."""
+    gradient = stored_of(parameter).grad
+    return gradient is not None and bool(local_of(gradient).any())
 
 
 def calls_error(model: nn.Module, missing: Sequence[str], *, has_batches: bool) -> RuntimeError:
