@@ -248,7 +248,10 @@ def test_a_state_without_factors_starts_them_anew(options: dict[str, Any]) -> No
     assert all(own["updates"] == 1 for own in layers.values())
 
 
-def test_inverses_of_equal_layers_resume_bit_by_bit() -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"inverse": "ekfac", "inverse_in_background": True, "inverse_update_period": 5}]
+)
+def test_inverses_of_equal_layers_resume_bit_by_bit(options: dict[str, Any]) -> None:
     """Equal small factors are inverted in one batch, whose slices are aligned differently."""
     loss_fn = nn.CrossEntropyLoss()
 
@@ -263,14 +266,14 @@ def test_inverses_of_equal_layers_resume_bit_by_bit() -> None:
         return x, torch.randint(5, (13,), generator=generator)
 
     model = net()
-    opt = KFAC(model, loss_fn, fisher="exact")
+    opt = KFAC(model, loss_fn, fisher="exact", **options)
     for start in range(0, 12, 3):
         buffer = io.BytesIO()
         torch.save((model.state_dict(), opt.state_dict()), buffer)
         buffer.seek(0)
         parts = torch.load(buffer, weights_only=True)
         other = net()
-        again = KFAC(other, loss_fn, fisher="exact")
+        again = KFAC(other, loss_fn, fisher="exact", **options)
         other.load_state_dict(parts[0])
         again.load_state_dict(parts[1])
         for seed in range(start, start + 3):

@@ -13,6 +13,7 @@ from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.background import Pending, begun, delay
 from einconv_kfac.optim.inverses.placement import Placement
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind
+from einconv_kfac.optim.inverses.registry import with_own_tensors
 from einconv_kfac.optim.schedule import is_due
 
 Inverses: TypeAlias = dict[str, Inverted]
@@ -162,7 +163,12 @@ class Refresh:
             self._running[name].pending = None
         for error in failed.values():
             raise error
-        return {name: pending.found.of(name) for name, pending in ready.items()}
+        return {name: self._own(name, pending.found.of(name)) for name, pending in ready.items()}
+
+    def _own(self, name: str, found: Inverted) -> Inverted:
+        """Return an inverse whose tensors are aligned as those of a loaded state are."""
+        layout = self._running[name].layer.layout
+        return replace(found, inverse=with_own_tensors(found.inverse, layout))
 
     def _begin_(
         self,
