@@ -47,6 +47,8 @@ class CurvatureOptimizer(Optimizer):
         if isinstance(param_group, dict) and "params" not in param_group:
             found = sorted(map(repr, param_group))
             raise ValueError(f"`param_group` must have the entry 'params', got {found}.")
+        if self._is_covering:
+            self._accept_assigned_(named_parameters(self._model))
         super().add_param_group(param_group)
         try:
             self._settings.with_overrides(self.param_groups[-1])
@@ -64,6 +66,7 @@ class CurvatureOptimizer(Optimizer):
 
         By ``"kfac"`` or the fallback, or it is ``"frozen"``, or ``"left out"`` of ``params``.
         """
+        self._accept_assigned_(named_parameters(self._model))
         own = {p for group in self.param_groups for p in group["params"]}
         return training(self._model, own, self._preconditioner.covered(), self._fallback.kind)
 
@@ -164,7 +167,10 @@ class CurvatureOptimizer(Optimizer):
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"`state_dict` must be a dictionary, got {shown(state_dict)}.")
         self._settle_()
-        self._take_unfrozen_(named_parameters(self._model))
+        self._preconditioner.stored.divide_()
+        present = named_parameters(self._model)
+        self._accept_assigned_(present)
+        self._take_unfrozen_(present)
         with self._state.loading(self):
             super().load_state_dict(state_dict)
 

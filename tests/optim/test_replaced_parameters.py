@@ -113,6 +113,44 @@ def test_assigned_parameters_are_trained_in_place_of_the_others(options: dict[st
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("options", [*MODES, {"inverse": "ekfac", "weight_decay": 0.01}])
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_run_resumes_with_assigned_parameters(options: dict[str, Any], is_used: bool) -> None:
+    model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn, **options)
+    for step in range(3):
+        train_step(model, loss_fn, opt, image_batch(seed=step))
+    other = conv_net(seed=1)
+    again = KFAC(other, loss_fn, **options)
+    if is_used:
+        train_step(other, loss_fn, again, image_batch(seed=7))
+    saved = deepcopy((model.state_dict(), opt.state_dict()))
+    other.load_state_dict(saved[0], assign=True)
+    assert again.coverage().keys() == opt.coverage().keys()
+    assert set(again.coverage().values()) == {"kfac"}
+    again.load_state_dict(saved[1])
+    for step in range(3, 6):
+        train_step(model, loss_fn, opt, image_batch(seed=step))
+        train_step(other, loss_fn, again, image_batch(seed=step))
+    assert torch.equal(weights(model), weights(other))
+
+
+def test_a_group_is_added_after_parameters_were_assigned() -> None:
+    found = []
+    for assigned in (False, True):
+        model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+        last = [*model[5].parameters()]
+        opt = KFAC(model, loss_fn, params=[*model[0].parameters(), *model[2].parameters()])
+        if assigned:
+            assign(model)
+            last = [*model[5].parameters()]
+        opt.add_param_group({"params": last, "weight_decay": 0.1})
+        for step in range(3):
+            train_step(model, loss_fn, opt, image_batch(seed=step))
+        found.append(weights(model))
+    assert torch.equal(*found)
+
+
 def test_conversions_that_keep_parameters_are_no_replacement() -> None:
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn)
