@@ -45,7 +45,9 @@ Graph = tuple[Sequence[Tensor], Sequence["Tensor | None"]]
 """Outputs and parameters of a loss, and its derivatives by them, with their graph."""
 
 
-def may_lack(root: Edge, nonlinear: Collection[Node], curved: Collection[Node]) -> bool:
+def may_lack(
+    root: Edge, nonlinear: Collection[Node], curved: Collection[Node], joined: Collection[Node]
+) -> bool:
     """Return whether the rules of single operations may give less than the Hessian of a loss.
 
     That is so where the operations next to the loss have no curvature of their own, as the product
@@ -55,11 +57,14 @@ def may_lack(root: Edge, nonlinear: Collection[Node], curved: Collection[Node]) 
         root: The edge of the loss.
         nonlinear: The nonlinear operations between outputs and loss.
         curved: Those whose curvature is known.
+        joined: Those whose curvature is known together with that of operations before them.
     """
     first = _nearest(root, nonlinear)
     for node in first:
         if node not in curved:
             return True
+        if node in joined:
+            continue
         before = {kind_of_node(each) for each in _nearest_before(node, nonlinear)}
         if before & _UNDONE.get(kind_of_node(node), set()):
             return True

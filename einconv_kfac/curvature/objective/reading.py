@@ -32,6 +32,7 @@ from einconv_kfac.curvature.objective.hessian import (
 from einconv_kfac.curvature.objective.linear_losses import curvature_of_probabilities
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Empirical, LocalCurvature
+from einconv_kfac.curvature.objective.log_probabilities import log_of_softmax
 from einconv_kfac.curvature.objective.loss_graph import LossGraph, Values
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes.squares import squared
@@ -164,13 +165,17 @@ class Reading:
         """Yield the terms whose curvature is positive semi-definite."""
         hidden = {node for call in self._registered for node in call.nodes}
         self._curved: set[Node] = set()
+        self._joined: set[Node] = set()  # with operations before them
         for node in (each for each in self.graph.nonlinear if each not in hidden):
             rule, weight = NODE_RULES.get(kind_of_node(node)), self.graph.seen.get((node, 0))
             if rule is None or weight is None:
                 continue
             square, values = squared(node, weight, self.graph.are_same), rule.inputs(node)
             own = inputs_of(node)[: len(values)], rule.curvature(node, values, weight)
-            argument, curvature = own if square is None else square
+            together = log_of_softmax(node, weight, self.graph)
+            if together is not None:
+                self._joined.add(node)
+            argument, curvature = together or square or own
             if curvature is not None:
                 self._curved.add(node)
                 yield _term(self.graph, argument, curvature)
@@ -196,7 +201,7 @@ class Reading:
         """Return a function that takes Hessians where rules of operations do not give them."""
         graph, nonlinear = self.graph, set(self.graph.nonlinear)
         is_read = not self._registered and not graph.inner
-        if not is_read or not may_lack(graph.root, nonlinear, self._curved):
+        if not is_read or not may_lack(graph.root, nonlinear, self._curved, self._joined):
             return lambda: terms
         by = only_argument(graph.root, nonlinear, graph.is_source)
         if by is None or (tail := self._tail([by], tuple, by)).unknown():
