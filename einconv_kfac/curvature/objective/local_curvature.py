@@ -141,12 +141,15 @@ class Categorical:
 
     def sample(self, generator: Generator) -> Tensor:
         """See `LocalCurvature`; ``sqrt(w) (p - onehot)`` for classes drawn from ``p``."""
+        return (self.p - self._drawn(generator)) * self.weight.sqrt()
+
+    def _drawn(self, generator: Generator) -> Tensor:
+        """Return one-hot vectors of classes drawn from ``p``, in its layout."""
         last = self.p.movedim(self.dim, -1)
         rows = last.reshape(-1, last.shape[-1])
         drawn = random_classes(rows.double(), generator).unsqueeze(1)
         onehot = torch.zeros_like(rows).scatter_(1, drawn, 1.0)
-        onehot = onehot.reshape(last.shape).movedim(-1, self.dim)
-        return (self.p - onehot) * self.weight.sqrt()
+        return onehot.reshape(last.shape).movedim(-1, self.dim)
 
     def roots(self) -> Iterator[Tensor]:
         """See `LocalCurvature`; ``sqrt(w p_v) (onehot_v - p)`` for each class ``v``."""
@@ -166,6 +169,31 @@ class Categorical:
         centred = [v.double() - (p * v).sum(self.dim, keepdim=True) for v in vectors]
         left = torch.stack([(weight * p * c).flatten() for c in centred])
         return left @ torch.stack([c.flatten() for c in centred]).mT
+
+
+@dataclass(frozen=True)
+class Probabilities(Categorical):
+    """``w diag(1 / p)`` for the results ``p`` of a softmax; by the scores it is `Categorical`."""
+
+    def sample(self, generator: Generator) -> Tensor:
+        """See `LocalCurvature`; ``-sqrt(w) onehot / p`` for classes drawn from ``p``."""
+        return -self._drawn(generator) * self._divided(self.weight.sqrt())
+
+    def roots(self) -> Iterator[Tensor]:
+        """See `LocalCurvature`; ``sqrt(w / p_v) onehot_v`` for each class ``v``."""
+        values = self._divided(self.weight).sqrt()
+        for v in range(self.p.shape[self.dim]):
+            root = torch.zeros_like(self.p)
+            root.select(self.dim, v).copy_(values.select(self.dim, v))
+            yield root
+
+    def products(self, vectors: Sequence[Tensor]) -> Tensor:
+        """See `LocalCurvature`."""
+        return Diagonal(self._divided(self.weight)).products(vectors)
+
+    def _divided(self, weight: Tensor) -> Tensor:
+        """Return a factor of each distribution divided by ``p``; zero where that is zero."""
+        return (weight / self.p).where(self.p > 0, 0)
 
 
 @dataclass(frozen=True)

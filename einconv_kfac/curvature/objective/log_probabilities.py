@@ -23,7 +23,7 @@ from einconv_kfac.curvature.objective.graph import (
     within,
 )
 from einconv_kfac.curvature.objective.linear_map import LinearMap
-from einconv_kfac.curvature.objective.local_curvature import Diagonal, LocalCurvature
+from einconv_kfac.curvature.objective.local_curvature import LocalCurvature, Probabilities
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.nodes.elementary import saved_options
 from einconv_kfac.curvature.objective.nodes.softmax import categorical
@@ -58,8 +58,7 @@ def log_of_softmax(
         found = categorical(p.log(), total, dim)
         if found is None or not graph.is_source(edge):
             return None if found is None else (inputs_of(softmax)[:1], found)
-        inverse = (found.weight / found.p).where(found.p > 0, 0)
-        return ([edge], Diagonal(inverse)) if bool(inverse.isfinite().all()) else None
+        return [edge], Probabilities(p.to(found.p.dtype), found.weight, found.dim)
 
 
 def _probabilities_before(start: Edge, graph: LossGraph) -> Edge | None:
@@ -96,7 +95,7 @@ def _slope(
     is_one = (first - value).abs() <= rounding * value
     is_one &= (second.square() - first * third).abs() <= rounding * first * third
     is_none = (first == 0) & (second == 0)  # as of a clamped entry
-    if not bool((is_one | is_none).all()):
+    if not bool((is_one | is_none | (weight == 0)).all()):
         return None
     own = (weight / value).where(is_one & (weight != 0), 0)
     return own if start == edge else backpropagated({start: own}, graph.nodes, stops).get(edge)

@@ -119,12 +119,14 @@ def test_other_logarithms_keep_their_own_curvature(name: str, inside: bool) -> N
 
 def test_samples_are_those_of_cross_entropy() -> None:
     """Classes are drawn from the same distributions, with the same numbers."""
-    data = [batch(70)]
-    found, want = (
-        kronecker_factors(net(70), loss, data, fisher="mc", seed=3)["0"]
-        for loss in (
-            lambda o, y: functional.nll_loss(o.softmax(1).log(), y),
-            functional.cross_entropy,
-        )
+    ends: list[tuple[list[nn.Module], Loss]] = [
+        ([], lambda o, y: functional.nll_loss(o.softmax(1).log(), y)),
+        ([nn.Softmax(1)], lambda p, y: functional.nll_loss(p.log(), y)),
+        ([], functional.cross_entropy),
+    ]
+    first, second, want = (
+        kronecker_factors(net(70, *own), loss, [batch(70)], fisher="mc", seed=3)["0"].to_dense()
+        for own, loss in ends
     )
-    torch.testing.assert_close(found.to_dense(), want.to_dense())
+    torch.testing.assert_close(first, want)
+    torch.testing.assert_close(second, want)
