@@ -57,7 +57,10 @@ def without_gradient_hooks(model: nn.Module) -> Iterator[None]:
 
 
 def evaluated_without_hooks(
-    run: Callable[[], Outputs], model: nn.Module, is_repeated: Callable[[Outputs], bool]
+    run: Callable[[], Outputs],
+    model: nn.Module,
+    is_repeated: Callable[[Outputs], bool],
+    check: Callable[[Outputs], None],
 ) -> Outputs:
     """Return outputs without hooks on gradients, or with them if the outputs depend on them.
 
@@ -65,6 +68,7 @@ def evaluated_without_hooks(
         run: Calls the model.
         model: The model.
         is_repeated: Whether outputs are the recorded ones.
+        check: Raises an error if they are not.
     """
     try:
         with without_gradient_hooks(model):
@@ -75,7 +79,10 @@ def evaluated_without_hooks(
         raise
     except RuntimeError:
         pass
-    return run()
+    outputs = run()
+    if not is_repeated(outputs):
+        check(outputs)
+    return outputs
 
 
 def _is_torch(hook: Any) -> bool:

@@ -154,10 +154,8 @@ class Replay:
             given: See `outputs`.
         """
         run = partial(run_all, batch.curvature_forwards(), self._model, given)
-        outputs = evaluated_without_hooks(run, self._model, partial(accepts, batch))
-        if not accepts(batch, outputs):
-            check_repeated(batch, outputs)
-        return outputs
+        known = partial(accepts, batch), partial(check_repeated, batch)
+        return evaluated_without_hooks(run, self._model, *known)
 
     def _hooks(self) -> AbstractContextManager[None]:
         """Return a context for a replay without a graph."""
