@@ -123,7 +123,7 @@ def is_for_one_dnn(left: Tensor, right: Tensor, rows: int = 0) -> bool:
     if rows * columns * left.shape[2] < ONEDNN_LEAST_MACS:
         return False
     single = left.dtype == right.dtype == torch.float32
-    enabled = bool(torch.backends.mkldnn.enabled) and not torch.is_grad_enabled()
+    enabled = torch._C._get_mkldnn_enabled() and not torch.is_grad_enabled()
     if not (single and enabled and profile_of(left.device.type).multiplies_by_onednn):
         return False
     return left.is_contiguous() or min(rows, columns) >= WIDE_ROWS

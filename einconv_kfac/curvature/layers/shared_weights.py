@@ -121,5 +121,7 @@ def _unfit(bias: str, group: Sequence[Candidate], users: Mapping[nn.Module, str]
 
 def _is_transposed(first: Candidate, second: Candidate) -> bool:
     """Return whether the matrices of the second module are the transposes of the first's."""
+    if second is first:
+        return False
     one, other = first.layout.without_bias(), second.layout.without_bias()
     return one != other and other.is_transpose_of(one)
