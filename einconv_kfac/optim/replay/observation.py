@@ -22,12 +22,8 @@ from einconv_kfac.distributed.stored import graph_leaf
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import Autocast
 from einconv_kfac.optim.replay.loss_input import Inside, LossInput, Returned
-from einconv_kfac.optim.replay.pending import (
-    ObservedLoss,
-    PendingCall,
-    PendingCalls,
-    forward_passes,
-)
+from einconv_kfac.optim.replay.pending import DROPPED, ObservedLoss, PendingCalls, forward_passes
+from einconv_kfac.optim.replay.pending_call import PendingCall
 from einconv_kfac.optim.replay.unknown_operations import LINEAR, refusal_of_derivatives
 from einconv_kfac.optim.replay.versions import Versions
 from einconv_kfac.optim.replay.viewed_outputs import OVERWRITTEN, is_overwritten_at
@@ -151,7 +147,7 @@ class ReadObservation:
         """Return the calls of the model that the loss depends on."""
         found: list[PendingCall] = []
         assert self._root is not None
-        self._uses_parameters = self._is_overwritten = False
+        self._uses_parameters = self._is_overwritten = self._lacks_calls = False
         whole = self._pending.loss_at(self._root)  # observed after it was recorded
         self.parts: list[ObservedLoss] = [] if whole is None else [whole]
 
@@ -162,6 +158,7 @@ class ReadObservation:
             if owner is None or edge == self._root:
                 self._uses_parameters |= leaf_of(edge) in self._names
                 self._is_overwritten |= is_overwritten_at(edge, id(self._pending))
+                self._lacks_calls |= owner is None and self._pending.is_dropped_at(edge)
                 return False
             found.append(owner[0])
             return True
@@ -178,6 +175,8 @@ class ReadObservation:
         """See `Observation`."""
         if self._is_overwritten:
             raise RuntimeError(OVERWRITTEN)
+        if self._lacks_calls:
+            raise RuntimeError(DROPPED)
         root, tensor = self._root, self._tensor()
         if root is None:
             assert tensor is not None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,17 +17,23 @@ from einconv_kfac.curvature.objective.outputs import tensors_of
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, chained_arguments, needed
 from einconv_kfac.optim.replay.forward import ForwardPass, ModelCall
 from einconv_kfac.optim.replay.loss_input import Inside, LayerOutput, LossInput, Returned
+from einconv_kfac.optim.replay.pending_call import Mark, PendingCall
 from einconv_kfac.optim.replay.viewed_outputs import mark_viewed_
 
 CALLS_WITHOUT_LOSS = 8
-"""Number of calls of the model without a loss for which the calls of layers are kept."""
-
-
-class _Mark(NamedTuple):
-    """Identifies a tensor of a call, by the call's number, at its edge of the autograd graph."""
-
-    call: int
-    source: LossInput
+"""Number of calls without a loss for which the calls of layers are kept, however large, besides
+those that show that their graph exists."""
+SMALL_CALLS_WITHOUT_LOSS = 64
+"""The same, as long as they are small."""
+ENTRIES_WITHOUT_LOSS = 1 << 22
+"""Entries of layers' inputs that small calls have together."""
+DROPPED = (
+    "All outputs of the model that a loss depends on must exist when it is observed or computed by "
+    "the loss module, got a loss of more than "
+    f"{CALLS_WITHOUT_LOSS} calls, or of {SMALL_CALLS_WITHOUT_LOSS} small ones, whose outputs were "
+    "gone before. Keep them until `step`: `outputs.append(model(x))`, and a loss of `outputs[-1]`."
+)
+"""Why a loss of calls that were dropped cannot be read."""
 
 
 @dataclass(eq=False)
@@ -41,60 +47,12 @@ class ObservedLoss:
     is_replaced: bool = False
 
 
-@dataclass(eq=False)
-class PendingCall:
-    """A call of the model, or calls of layers outside of one.
-
-    Args:
-        number: Its number.
-        call: The call of the model; ``None`` outside of one.
-        layer_calls: The calls of layers.
-        values: The tensors that it returned or computed inside, detached.
-        versions: The versions of these tensors when they were computed.
-        outputs: Weak references to the tensors of the output; ``None`` while the call runs.
-        losses: Number of losses that the model has computed so far.
-        used: Whether a loss was computed from the output.
-        earlier: The calls that its arguments depend on, by number.
-    """
-
-    number: int
-    call: ModelCall | None = None
-    layer_calls: list[LayerCall] = field(default_factory=list)
-    values: dict[LossInput, Tensor] = field(default_factory=dict)
-    versions: dict[LossInput, int] = field(default_factory=dict)
-    outputs: list[weakref.ref[Tensor]] | None = None
-    losses: int = 0
-    used: bool = False
-    earlier: dict[int, PendingCall] = field(default_factory=dict)
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the call has begun and not ended."""
-        return self.call is not None and self.outputs is None
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether a tensor of the output exists."""
-        return any(reference() is not None for reference in self.outputs or [])
-
-    def is_intact(self, source: LossInput) -> bool:
-        """Return whether no operation has changed a tensor in place."""
-        return self.values[source]._version == self.versions[source]
-
-    def input_of(self, argument: Tensor) -> LossInput | None:
-        """Return which tensor of the output an argument is, or ``None``."""
-        for index, reference in enumerate(self.outputs or []):
-            if reference() is argument:
-                return Returned(index)
-        return None
-
-
 class PendingCalls:
     """The calls of a model since the last step.
 
     A call is dropped once a loss was computed from it and its output is gone. Of calls whose
-    output is gone without a loss, the last `CALLS_WITHOUT_LOSS` are kept, so that memory stays
-    bounded where outputs are never backpropagated.
+    output is gone without a loss, the last ones are kept (see `CALLS_WITHOUT_LOSS`), and those whose
+    graph is seen to exist, so that memory stays bounded where outputs are never backpropagated.
 
     Args:
         capture: Records the calls of layers.
@@ -105,6 +63,7 @@ class PendingCalls:
         self._capture, self._names = capture, names
         self._pending: list[PendingCall] = []
         self._numbers = itertools.count()
+        self._first = 0
 
     @property
     def is_empty(self) -> bool:
@@ -124,8 +83,8 @@ class PendingCalls:
 
     def _kept(self) -> list[PendingCall]:
         """Return the calls that a loss may still depend on, also through later calls."""
-        unused = [p.number for p in self._pending if not p.used and not p.is_alive]
-        wanted = set(unused[-CALLS_WITHOUT_LOSS:])
+        unused = [p for p in self._pending if not p.used and not p.is_alive]
+        wanted = {p.number for p in unused if p.has_graph} | _last(unused)
         kept: list[PendingCall] = []
         for each in reversed(self._pending):  # later calls first
             if each.number in wanted or each.is_alive:
@@ -178,7 +137,10 @@ class PendingCalls:
         """Mark a tensor of a call, and keep its value."""
         pending.values[source] = tensor.detach()
         pending.versions[source] = tensor._version
-        mark_(tensor, (id(self), isinstance(source, Returned)), _Mark(pending.number, source))
+        mark, is_returned = Mark(pending.number, source), isinstance(source, Returned)
+        mark_(tensor, (id(self), is_returned), mark)
+        if is_returned and edge_of(tensor)[0] not in {c.output.node for c in pending.layer_calls}:
+            pending.marks.append(weakref.ref(mark))  # others belong to nodes that calls keep
         if isinstance(source, Returned):
             mark_viewed_(tensor, id(self))
 
@@ -248,6 +210,12 @@ class PendingCalls:
             return None
         return self.source_at(edge_of(argument), inner=False)
 
+    def is_dropped_at(self, edge: Edge) -> bool:
+        """Return whether an edge is a tensor of a call since the last step that was dropped."""
+        mark = mark_of(edge, (id(self), True)) or mark_of(edge, (id(self), False))
+        known = {pending.number for pending in self._pending}
+        return mark is not None and mark.call >= self._first and mark.call not in known
+
     @property
     def has_calls(self) -> bool:
         """Whether the model or a part of it was called, beside layers of another module."""
@@ -261,7 +229,7 @@ class PendingCalls:
     def clear_(self) -> None:
         """Drop all of them."""
         self._capture.take()
-        self._pending = []
+        self._pending, self._first = [], next(self._numbers)
 
     def _assign_(self) -> None:
         """Assign the calls of layers since the last time to the latest call of the model."""
@@ -270,6 +238,17 @@ class PendingCalls:
             self._pending = [PendingCall(next(self._numbers))]
         if layer_calls:
             self._pending[-1].layer_calls += layer_calls
+
+
+def _last(unused: Sequence[PendingCall]) -> set[int]:
+    """Return the numbers of the last calls without a loss, which are kept."""
+    latest = unused[: -SMALL_CALLS_WITHOUT_LOSS - 1 : -1]
+    entries = itertools.accumulate(pending.entries for pending in latest)
+    return {
+        pending.number
+        for index, (pending, size) in enumerate(zip(latest, entries))
+        if index < CALLS_WITHOUT_LOSS or size <= ENTRIES_WITHOUT_LOSS
+    }
 
 
 def forward_passes(

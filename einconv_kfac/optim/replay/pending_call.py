@@ -1,0 +1,80 @@
+"""A call of a model since the last step, and the marks of its tensors."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.optim.replay.forward import ModelCall
+from einconv_kfac.optim.replay.loss_input import LossInput, Returned
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """Identifies a tensor of a call, by the call's number, at its edge, whose graph owns it."""
+
+    call: int
+    source: LossInput
+
+
+@dataclass(eq=False)
+class PendingCall:
+    """A call of the model, or calls of layers outside of one.
+
+    Args:
+        number: Its number.
+        call: The call of the model; ``None`` outside of one.
+        layer_calls: The calls of layers.
+        values: The tensors that it returned or computed inside, detached.
+        versions: The versions of these tensors when they were computed.
+        marks: Weak references to the marks of outputs that the graph alone keeps.
+        outputs: Weak references to the tensors of the output; ``None`` while the call runs.
+        losses: Number of losses that the model has computed so far.
+        used: Whether a loss was computed from the output.
+        earlier: The calls that its arguments depend on, by number.
+    """
+
+    number: int
+    call: ModelCall | None = None
+    layer_calls: list[LayerCall] = field(default_factory=list)
+    values: dict[LossInput, Tensor] = field(default_factory=dict)
+    versions: dict[LossInput, int] = field(default_factory=dict)
+    marks: list[weakref.ref[Mark]] = field(default_factory=list)
+    outputs: list[weakref.ref[Tensor]] | None = None
+    losses: int = 0
+    used: bool = False
+    earlier: dict[int, PendingCall] = field(default_factory=dict)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the call has begun and not ended."""
+        return self.call is not None and self.outputs is None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a tensor of the output exists."""
+        return any(reference() is not None for reference in self.outputs or [])
+
+    @property
+    def entries(self) -> int:
+        """Number of entries of the inputs of layers."""
+        return sum(call.x.numel() for call in self.layer_calls)
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the graph of an output is seen to exist, for a loss that may come later."""
+        return any(reference() is not None for reference in self.marks)
+
+    def is_intact(self, source: LossInput) -> bool:
+        """Return whether no operation has changed a tensor in place."""
+        return self.values[source]._version == self.versions[source]
+
+    def input_of(self, argument: Tensor) -> LossInput | None:
+        """Return which tensor of the output an argument is, or ``None``."""
+        for index, reference in enumerate(self.outputs or []):
+            if reference() is argument:
+                return Returned(index)
+        return None
