@@ -36,6 +36,14 @@ def save(training: Training, folder: str, group: Any) -> None:
     checkpoint.save(state, checkpoint_id=folder, process_group=group)
 
 
+def save_later(training: Training, folder: str, group: Any) -> Any:
+    """Begin to save model and optimizer, and return what waits until they are saved."""
+    training.opt.zero_grad()
+    model, optimizer = get_state_dict(training.model, training.opt)
+    state = {"model": model, "optimizer": optimizer}
+    return checkpoint.async_save(state, checkpoint_id=folder, process_group=group)
+
+
 def warm_up(training: Training) -> None:
     """Run one backward pass, after which `DistributedDataParallel` orders its buckets anew.
 
@@ -75,16 +83,17 @@ def resumed(
         case: The training.
         rank: The worker's number.
         folder: Where to save.
-        groups: Process groups, by the number of workers.
+        groups: Process groups, by the number of workers; one that threads use under 0.
         is_used: Whether as many workers load into an optimizer that has taken a step.
     """
     found: dict[str, Any] = {}
     whole = Training(case, rank, 4, groups[4])
     for number in range(STEPS):
         if number == SAVED:
-            save(whole, f"{folder}/4", groups[4])
+            saving = save_later(whole, f"{folder}/4", groups[0])
             found["state"] = tensors_of(whole)
         whole.step(number)
+    saving.result()
     found["whole"] = all_weights(whole.module)
     again = Training(case, rank, 4, groups[4])
     if is_used:
@@ -114,7 +123,7 @@ def resumed(
 def checkpoints(rank: int, size: int) -> dict[str, Any]:
     """What a worker finds, by case."""
     warnings.simplefilter("ignore")
-    groups = {n: distributed.new_group(list(range(n))) for n in (1, 2, 4)}
+    groups = {n: distributed.new_group(list(range(n or size))) for n in (0, 1, 2, 4)}
     found = {}
     for index, (name, case) in enumerate(CASES.items()):
         if case.sharded and not DIVIDES_ON_CPU:
