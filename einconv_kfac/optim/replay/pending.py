@@ -51,8 +51,8 @@ class PendingCalls:
     """The calls of a model since the last step.
 
     A call is dropped once a loss was computed from it and its output is gone. Of calls whose
-    output is gone without a loss, the last ones are kept (see `CALLS_WITHOUT_LOSS`), and those whose
-    graph is seen to exist, so that memory stays bounded where outputs are never backpropagated.
+    output is gone without a loss, the last ones are kept (see `CALLS_WITHOUT_LOSS`), and those
+    whose graph is seen to exist, so that memory stays bounded where no output is backpropagated.
 
     Args:
         capture: Records the calls of layers.

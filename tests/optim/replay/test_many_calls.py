@@ -15,7 +15,7 @@ from torch.nn import functional
 from einconv_kfac import KFAC
 from einconv_kfac.optim.replay import pending
 
-CALLS = 24
+CALLS = 20
 MODES: list[dict[str, Any]] = [{}, {"adaptive": False, "lr": 0.1, "damping": 0.1}]
 KEPT: list[Tensor] = []
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
