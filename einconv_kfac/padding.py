@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ def pad_input(x: Tensor, padding: Sequence[tuple[int, int]], mode: str = "zeros"
         raise ValueError(f"`padding_mode` must be one of {PADDING_MODES}, got {mode!r}.")
     if mode == "zeros":
         return padded(x, padding)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return functional.pad(x, list(chain(*reversed(padding))), mode=mode)
     for dim, (left, right) in enumerate(padding, start=x.ndim - len(padding)):
         if left or right:
             x = x.index_select(dim, _source_positions(x, dim, (left, right), mode))

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.evaluate.autocast import contract_as_given
-from einconv_kfac.evaluate.kernels.selection import others
+from einconv_kfac.evaluate.kernels.selection import contract_by_torch, others
 from einconv_kfac.evaluate.operator import conjugate, flattened, traced_convolution
+from einconv_kfac.evaluate.recording import is_recorded, is_transformed
 from einconv_kfac.geometry import Geometry
 
 
@@ -43,18 +44,12 @@ def contract_convolution(geometry: Geometry, role: str, first: Tensor, second: T
     >>> contract_convolution(geometry, "v", torch.rand(2, 4, 8, 8), torch.rand(5, 4, 3, 3)).shape
     torch.Size([2, 5, 3, 3])
     """
-    result: Tensor
-    if torch.compiler.is_compiling():
-        if torch.autograd.forward_ad._current_level >= 0:
-            # a traced operator can have no rule for forward mode
-            from einconv_kfac.evaluate.graph_break import outside_of_graph  # noqa: PLC0415
-
-            result = outside_of_graph(contract_convolution, geometry, role, first, second)
-        else:
-            result = traced_convolution(role, flattened(geometry), first, second)
-        return result
+    if torch.compiler.is_compiling() and not is_transformed():
+        return traced_convolution(role, flattened(geometry), first, second)
     if _is_batched(first) or _is_batched(second):
         return _with_batched_gradients(geometry, role, first, second)
+    if is_recorded() and (first.is_floating_point() or first.is_complex()):
+        return contract_by_torch(geometry, role, first, second)
     if not _differentiated(first, second):
         return contract_as_given(geometry, role, first, second)
     apply: Any = _Convolution.apply
@@ -62,15 +57,14 @@ def contract_convolution(geometry: Geometry, role: str, first: Tensor, second: T
         # `Function.apply` ends in this call; before it, it binds a signature, which takes 0.1 ms
         base: Any = super(torch.autograd.Function, _Convolution)
         apply = base.apply
-    result = apply(geometry, role, first, second)
+    result: Tensor = apply(geometry, role, first, second)
     return result
 
 
 def _differentiated(first: Tensor, second: Tensor) -> bool:
     """Return whether autograd, forward mode or a transform records the operation."""
     recorded = torch.is_grad_enabled() and (first.requires_grad or second.requires_grad)
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return recorded or forward_mode or torch._C._are_functorch_transforms_active()
+    return recorded or is_transformed()
 
 
 def _contracted(geometry: Geometry, role: str, tensors: dict[str, Tensor]) -> Tensor:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.evaluate import contract_convolution, evaluate
+from einconv_kfac.evaluate.recording import is_recorded
 from einconv_kfac.expressions import convNd_forward
 from einconv_kfac.expressions.shapes import check_weight, spatial_size
-from einconv_kfac.functionals.operands import batched, checked, with_bias
+from einconv_kfac.functionals.operands import batched, checked, finished
+from einconv_kfac.functionals.tracing import traced_conv
 from einconv_kfac.geometry import (
     Geometry,
     Padding,
@@ -57,16 +59,19 @@ def convNd(  # noqa: N802 (einconv's name)
     >>> convNd(torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3), stride=2).shape
     torch.Size([2, 4, 3, 3])
     """
-    batch, weight, bias = checked(*batched(x, weight), bias, weight.shape[:1])
+    batch, weight = batched(x, weight)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return traced_conv(x, weight, bias, stride, padding, dilation, groups)
+    batch, weight, bias = checked(batch, weight, bias, weight.shape[:1])
     options = map(hashable, (stride, padding, dilation, groups))
-    geometry_of = _geometry if torch.compiler.is_compiling() else _cached_geometry
+    geometry_of = _geometry if is_recorded() else _cached_geometry
     geometry = geometry_of(batch.shape[1:], weight.shape, *options)
     if as_flag(simplify, "simplify"):
         output = contract_convolution(geometry, "v", batch, weight)
     else:
         sizes = batch.shape[0], batch.shape[1], weight.shape[0]
         output = evaluate(convNd_forward.network(geometry, *sizes), batch, weight)
-    return with_bias(output, bias, like=x)
+    return finished(output, bias, x, weight)
 
 
 def _geometry(

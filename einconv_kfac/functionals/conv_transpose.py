@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.evaluate import contract_convolution, evaluate
+from einconv_kfac.evaluate.recording import is_recorded
 from einconv_kfac.expressions import convNd_input_vjp
 from einconv_kfac.expressions.shapes import check_transposed_weight, spatial_size
-from einconv_kfac.functionals.operands import batched, checked, with_bias
+from einconv_kfac.functionals.operands import batched, checked, finished
+from einconv_kfac.functionals.tracing import traced_conv_transpose
 from einconv_kfac.geometry import (
     Geometry,
     Padding,
@@ -61,17 +63,20 @@ def conv_transposeNd(  # noqa: N802 (in line with convNd)
     torch.Size([2, 3, 14])
     """
     batch, weight = batched(x, weight)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        options = (stride, padding, output_padding, groups, dilation)
+        return traced_conv_transpose(x, weight, bias, *options)
     channels = [as_integer(groups, "groups") * weight.shape[1]] if weight.ndim > 1 else []
     batch, weight, bias = checked(batch, weight, bias, channels)
-    options = map(hashable, (stride, padding, output_padding, dilation, groups))
-    geometry_of = _geometry if torch.compiler.is_compiling() else _cached_geometry
-    geometry = geometry_of(batch.shape[1:], weight.shape, *options)
+    keys = map(hashable, (stride, padding, output_padding, dilation, groups))
+    geometry_of = _geometry if is_recorded() else _cached_geometry
+    geometry = geometry_of(batch.shape[1:], weight.shape, *keys)
     if as_flag(simplify, "simplify"):
         output = contract_convolution(geometry, "x", weight, batch)
     else:
         network = convNd_input_vjp.network(geometry, batch.shape[0], channels[0], batch.shape[1])
         output = evaluate(network, batch, weight)
-    return with_bias(output, bias, like=x)
+    return finished(output, bias, x, weight)
 
 
 def _geometry(

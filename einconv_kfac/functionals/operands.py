@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.evaluate.autocast import autocast_is_on
+from einconv_kfac.evaluate.layouts import has_channels_last, layout
 from einconv_kfac.expressions.shapes import check_tensor
 
 
@@ -57,20 +58,16 @@ def _cast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(tensor.device.type)) if eligible else tensor
 
 
-def with_bias(output: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-    """Add a bias per channel, and give the output the batch dimension and layout of ``like``."""
+def finished(output: Tensor, bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    """Add a bias per channel, and give the output the input's batch dimension, and its layout."""
     if bias is not None:
         output = output + bias.reshape(-1, *[1] * (output.ndim - 2))
-    if like.ndim < output.ndim:
-        return output.squeeze(0)
-    layout = None if like.is_contiguous() or _is_mapped(output) else _channels_last(like)
-    return output if layout is None else output.contiguous(memory_format=layout)
-
-
-def _channels_last(x: Tensor) -> torch.memory_format | None:
-    """Return torch's layout with the channels last if the tensor has it, else None."""
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    return layout if layout is not None and x.is_contiguous(memory_format=layout) else None
+    single = x.ndim < output.ndim
+    output = output.squeeze(0) if single else output
+    if _is_mapped(output):
+        return output
+    last = not single and has_channels_last(x, weight)
+    return output.contiguous(memory_format=layout(output.ndim, last))
 
 
 def _is_mapped(tensor: Tensor) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.evaluate import evaluate
 from einconv_kfac.evaluate.kernels import windows
 from einconv_kfac.expressions import conv_transposeNd_unfold, convNd_fold, convNd_unfold
 from einconv_kfac.expressions.shapes import check_tensor, column_channels, spatial_size
+from einconv_kfac.functionals.tracing import refuse_trace
 from einconv_kfac.geometry import (
     Padding,
     Sizes,
@@ -44,12 +46,14 @@ def unfoldNd(  # noqa: N802 (einconv's name)
     >>> unfoldNd(torch.rand(2, 3, 8), kernel_size=3).shape
     torch.Size([2, 9, 6])
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        refuse_trace("unfoldNd")
     check_tensor(x, "x")
     sizes = spatial_size(tuple(x.shape), "x")
     geometry = parse_geometry(sizes, kernel_size, stride, padding, dilation)
     if as_flag(simplify, "simplify"):
         return windows.unfold(geometry, x)
-    return evaluate(convNd_unfold.network(geometry, x.shape[0], x.shape[1]), x)
+    return _own(evaluate(convNd_unfold.network(geometry, x.shape[0], x.shape[1]), x))
 
 
 def foldNd(  # noqa: N802 (in line with unfoldNd)
@@ -89,7 +93,7 @@ def foldNd(  # noqa: N802 (in line with unfoldNd)
     if as_flag(simplify, "simplify"):
         folded = windows.fold(geometry, columns)
     else:
-        folded = evaluate(convNd_fold.network(geometry, columns.shape[0], channels), columns)
+        folded = _own(evaluate(convNd_fold.network(geometry, columns.shape[0], channels), columns))
     return folded.squeeze(0) if x.ndim == 2 else folded
 
 
@@ -123,10 +127,17 @@ def unfoldNd_transpose(  # noqa: N802 (in line with unfoldNd)
     >>> unfoldNd_transpose(torch.rand(2, 3, 7), kernel_size=2, stride=2).shape
     torch.Size([2, 6, 14])
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        refuse_trace("unfoldNd_transpose")
     check_tensor(x, "x")
     sizes = spatial_size(tuple(x.shape), "x")
     options = (kernel_size, stride, padding, output_padding, dilation)
     geometry = conv_transpose_geometry(sizes, *options)
     if as_flag(simplify, "simplify"):
         return windows.unfold_transposed(geometry, x)
-    return evaluate(conv_transposeNd_unfold.network(geometry, x.shape[0], x.shape[1]), x)
+    return _own(evaluate(conv_transposeNd_unfold.network(geometry, x.shape[0], x.shape[1]), x))
+
+
+def _own(result: Tensor) -> Tensor:
+    """Return a copy, since a network's value may be a view of the caller's tensor."""
+    return result.clone(memory_format=torch.contiguous_format)

@@ -22,6 +22,9 @@ from einconv_kfac.geometry.spellings import as_flag
 from einconv_kfac.modules.parameters import adopt_, check_options, check_sizes
 from einconv_kfac.padding import pad_input
 
+for name in ("convNd", "padded_by_mode"):
+    torch.fx.wrap(name)  # a symbolic trace has a call of the function in place of its operations
+
 
 class ConvNd(_ConvNd):
     """Convolution in ``N`` dimensions, like ``torch.nn.Conv{1,2,3}d``.
@@ -128,12 +131,8 @@ class ConvNd(_ConvNd):
         """Convolve an input ``[n, (g ci), *i]`` into ``[n, (g co), *o]``."""
         padding: Padding = self.padding
         if self.padding_mode != "zeros":
-            check_tensor(x, "x")
-            sizes = spatial_size((1, *x.shape) if x.ndim == self.N + 1 else tuple(x.shape), "x")
             sides = _sides(padding, self.kernel_size, self.dilation)
-            if self.padding_mode == "replicate":  # the other modes limit the padding themselves
-                parse_geometry(sizes, self.kernel_size, self.stride, sides, self.dilation)
-            x = pad_input(x, sides, self.padding_mode)
+            x = padded_by_mode(x, sides, self.padding_mode)
             padding = 0
         options = (self.stride, padding, self.dilation, self.groups, self.simplify)
         return convNd(x, self.weight, self.bias, *options)
@@ -142,6 +141,16 @@ class ConvNd(_ConvNd):
         """Return the number of dimensions and the hyper-parameters that torch's layers show."""
         shown = f"{self.N}, {super().extra_repr()}"  # type: ignore[no-untyped-call]
         return shown if self.simplify else f"{shown}, simplify=False"
+
+
+def padded_by_mode(x: Tensor, sides: tuple[tuple[int, int], ...], mode: str) -> Tensor:
+    """Return the input of a layer with that many dimensions, padded by a mode of torch."""
+    check_tensor(x, "x")
+    sizes = spatial_size((1, *x.shape) if x.ndim == len(sides) + 1 else tuple(x.shape), "x")
+    is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if mode == "replicate" and not is_traced:  # the other modes limit the padding themselves
+        parse_geometry(sizes, 1, padding=sides)
+    return pad_input(x, sides, mode)
 
 
 def _sides(

@@ -16,6 +16,9 @@ from einconv_kfac.geometry.transposed import transposed_padding
 from einconv_kfac.modules.output_size import output_padding_for
 from einconv_kfac.modules.parameters import adopt_, check_options, check_sizes
 
+for name in ("conv_transposeNd", "output_padding_for"):
+    torch.fx.wrap(name)  # a symbolic trace has a call of the function in place of its operations
+
 
 class ConvTransposeNd(_ConvTransposeNd):
     """Transposed convolution in ``N`` dimensions, like ``torch.nn.ConvTranspose{1,2,3}d``.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.functionals import foldNd
 from einconv_kfac.geometry import Padding, Sizes
 from einconv_kfac.geometry.spellings import as_sizes
 from einconv_kfac.modules.windows import WindowsNd
+
+torch.fx.wrap("foldNd")  # a symbolic trace has a call of the function
 
 
 class FoldNd(WindowsNd):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.expressions.shapes import check_tensor
@@ -34,9 +35,13 @@ def output_padding_for(
             f"`x` must have shape [batch, channels, *sizes] with {ndim} spatial dimensions, got "
             f"{list(x.shape)}."
         )
+    inputs: Sequence[int] = x.shape[-ndim:]
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        # sizes are tensors then, and the trace keeps their values, as with torch's layer
+        output_size, inputs = tuple(map(int, output_size)), tuple(map(int, inputs))
     sizes = as_sizes(output_size, "output_size", minimum=0)
     if len(sizes) not in (ndim, x.ndim):
         raise ValueError(
             f"`output_size` must have {ndim} or {x.ndim} entries, got {output_size!r}."
         )
-    return output_padding_of(sizes[-ndim:], x.shape[-ndim:], *window)
+    return output_padding_of(sizes[-ndim:], inputs, *window)

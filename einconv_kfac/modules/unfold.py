@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.functionals import unfoldNd
 from einconv_kfac.geometry import Padding, Sizes
 from einconv_kfac.modules.windows import WindowsNd
+
+torch.fx.wrap("unfoldNd")  # a symbolic trace has a call of the function
 
 
 class UnfoldNd(WindowsNd):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.expressions.shapes import check_tensor, spatial_size
@@ -13,6 +14,8 @@ from einconv_kfac.geometry.spellings import as_sizes
 from einconv_kfac.geometry.transposed import transposed_padding
 from einconv_kfac.modules.output_size import output_padding_for
 from einconv_kfac.modules.windows import WindowsNd
+
+torch.fx.wrap("unfoldNd_transpose")  # a symbolic trace has a call of the function
 
 
 class UnfoldTransposeNd(WindowsNd):

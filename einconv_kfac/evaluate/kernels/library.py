@@ -78,7 +78,7 @@ def forward(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
 
 def input_vjp(geometry: Geometry, weight: Tensor, v: Tensor) -> Tensor:
     """Return ``W P v -> [n, (g ci), *i]``."""
-    x = _like(v, (len(v), geometry.groups * weight.shape[1], *_input_size(geometry)))
+    x = _like(v, (v.shape[0], geometry.groups * weight.shape[1], *_input_size(geometry)))
     result: Tensor = _backward(geometry, v, x, weight, (True, False, False))[0]
     if _is_even(geometry):
         return result

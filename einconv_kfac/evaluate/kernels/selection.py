@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.evaluate.kernels import (
@@ -82,6 +83,19 @@ def contract(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Te
     return contraction(geometry, role, first, second)(
         geometry, first.contiguous(), second.contiguous()
     )
+
+
+def contract_by_torch(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
+    """Contract as `contract`, by operations of torch that it can differentiate and map.
+
+    Of complex tensors, for which torch lacks some of them, the real parts are contracted.
+    """
+    kernel = (LIBRARY if geometry.ndim <= library.MOST_AXES else STACKED)[role]
+    if not first.is_complex():
+        return kernel(geometry, first, second)
+    a, b, c, d = first.real, first.imag, second.real, second.imag
+    real = kernel(geometry, a, c) - kernel(geometry, b, d)
+    return torch.complex(real, kernel(geometry, a, d) + kernel(geometry, b, c))
 
 
 def contraction(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Contraction:

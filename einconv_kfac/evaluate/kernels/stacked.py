@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional, grad
 
-from einconv_kfac.evaluate.kernels.windows import fold, unfold
+from einconv_kfac.evaluate.kernels.windows import fold, windows_of
 from einconv_kfac.geometry import Geometry
 from einconv_kfac.padding import padded
 
@@ -29,14 +29,14 @@ def forward(geometry: Geometry, x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x P W -> [n, (g co), *o]``."""
     lead, last = _parts(geometry)
     stacked: Tensor = conv3d(_stacked(geometry, x), _flat(geometry, weight), **_options(last))
-    output = stacked.reshape(len(x), lead.positions, -1, *last.output_size).movedim(1, 2)
-    return output.reshape(len(x), weight.shape[0], *geometry.output_size)
+    output = stacked.reshape(x.shape[0], lead.positions, -1, *last.output_size).movedim(1, 2)
+    return output.reshape(x.shape[0], weight.shape[0], *geometry.output_size)
 
 
 def input_vjp(geometry: Geometry, weight: Tensor, v: Tensor) -> Tensor:
     """Return ``W P v -> [n, (g ci), *i]``."""
     lead, last = _parts(geometry)
-    n, channels = len(v), geometry.groups * weight.shape[1]
+    n, channels = v.shape[0], geometry.groups * weight.shape[1]
     entries = prod(lead.kernel_size)
     sizes = [size + sum(sides) for size, sides in zip(last.input_size, last.exact_padding)]
     shape = (n * lead.positions, channels * entries, *sizes)
@@ -71,7 +71,7 @@ def _stacked(geometry: Geometry, x: Tensor) -> Tensor:
     """Return ``[(n o_lead), (g ci k_lead), *i_last]``, padded."""
     lead, last = _parts(geometry)
     rows = x.flatten(2 + lead.ndim).movedim(-1, 1).flatten(0, 1)  # [(n i_last), (g ci), *i_lead]
-    columns = unfold(lead, rows).reshape(len(x), prod(last.input_size), -1, lead.positions)
+    columns = windows_of(lead, rows).reshape(x.shape[0], prod(last.input_size), -1, lead.positions)
     stacked = columns.permute(0, 3, 2, 1).reshape(-1, columns.shape[2], *last.input_size)
     return padded(stacked, last.exact_padding)
 

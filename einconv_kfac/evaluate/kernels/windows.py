@@ -1,4 +1,7 @@
-"""Unfold, fold and transposed unfold by views, one dimension at a time."""
+"""Unfold, fold and transposed unfold by views, one dimension at a time.
+
+Their results are contiguous, and no views of what they are given.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,12 @@ WIDE = 2**20
 
 def unfold(geometry: Geometry, x: Tensor) -> Tensor:
     """Return ``x[n,c,i] P[k,o,i] -> [n,(c k),(o)]``."""
+    copy = windows_of(geometry, x).clone(memory_format=torch.contiguous_format)
+    return copy.flatten(1, 1 + geometry.ndim).flatten(2)
+
+
+def windows_of(geometry: Geometry, x: Tensor) -> Tensor:
+    """Return ``x[n,c,i] P[k,o,i] -> [n,c,k,o]``, a view of the padded input."""
     if is_wide(geometry):
         x = _gathered(geometry, x)
     else:
@@ -23,8 +32,7 @@ def unfold(geometry: Geometry, x: Tensor) -> Tensor:
         for dim, axis in enumerate(geometry.axes, 2):
             x = x.unfold(dim, axis.span, axis.stride)[..., :: axis.dilation]
     ndim = geometry.ndim  # x: [n, c, o0 .., k0 ..]
-    x = x.permute(0, 1, *range(2 + ndim, 2 + 2 * ndim), *range(2, 2 + ndim))
-    return x.flatten(1, 1 + ndim).flatten(2)
+    return x.permute(0, 1, *range(2 + ndim, 2 + 2 * ndim), *range(2, 2 + ndim))
 
 
 def fold(geometry: Geometry, columns: Tensor) -> Tensor:
@@ -37,7 +45,9 @@ def fold(geometry: Geometry, columns: Tensor) -> Tensor:
     for remaining, axis in zip(range(geometry.ndim, 0, -1), geometry.axes):
         z = fold_axis(z, 2, 2 + remaining, axis.dilation, axis.stride)  # [n, c, k1 .., i0, o1 ..]
         z = z.movedim(1 + remaining, -1)  # [n, c, k1 .., o1 .., i0]
-    return padded(z, tuple((-left, -right) for left, right in geometry.exact_padding))
+    image = padded(z, tuple((-left, -right) for left, right in geometry.exact_padding))
+    is_view = all(axis.kernel_size == axis.stride == 1 for axis in geometry.axes)
+    return image.clone(memory_format=torch.contiguous_format) if is_view else image.contiguous()
 
 
 def unfold_transposed(geometry: Geometry, x: Tensor) -> Tensor:
@@ -46,7 +56,7 @@ def unfold_transposed(geometry: Geometry, x: Tensor) -> Tensor:
         x = _scattered(x, axis)  # [n, c, o1 .., k0, i0]
     ndim = geometry.ndim  # x: [n, c, k0, i0, k1, i1, ..]
     x = x.permute(0, 1, *range(2, 2 + 2 * ndim, 2), *range(3, 3 + 2 * ndim, 2))
-    return x.flatten(1, 1 + ndim).flatten(2)
+    return x.flatten(1, 1 + ndim).flatten(2).contiguous()
 
 
 def fold_axis(z: Tensor, kernel: int, output: int, dilation: int, stride: int) -> Tensor:
