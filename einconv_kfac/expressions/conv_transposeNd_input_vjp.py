@@ -21,7 +21,8 @@ def einsum_expression(v: Shape, weight: Shape, options: Options) -> Network:
         options: OPTIONS
 
     Returns:
-        Equation, operands, and the shape ``[n, (g co), *o]`` of the result.
+        Equation, operands, and the shape ``[n, (g co), *o]`` of the result. If the output
+        padding is the stride or more, it has positions after those of the input, to be dropped.
 
     >>> import torch
     >>> einsum_expression(torch.rand(4, 3, 2), torch.rand(2, 3, 14), stride=2)[2]

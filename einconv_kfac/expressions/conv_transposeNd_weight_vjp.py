@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from einconv_kfac.expressions import shapes
 from einconv_kfac.expressions.call import Options, bound
 from einconv_kfac.expressions.conjugation import TRANSPOSED_WEIGHT_VJP
@@ -30,5 +32,7 @@ def einsum_expression(v: Shape, x: Shape, options: Options) -> Network:
     (4, 3, 2)
     """
     geometry = options.geometry(shapes.spatial_size(v, "v"))
+    with suppress(ValueError):  # an output padding of the stride or more leaves room for outputs
+        geometry = options._replace(output_size=v[2:]).transposed(x[2:])
     shapes.check_output(x, v[0], geometry, "x")
     return network(geometry, v[0], v[1], x[1])

@@ -8,7 +8,14 @@ import pytest
 import torch
 from cases import ConvCase
 from drawn_cases import conv_cases
-from expression_checks import EVERY_CASE, check_expression, check_network, network_of
+from expression_checks import (
+    EVERY_CASE,
+    check_expression,
+    check_network,
+    contracted,
+    expression_of,
+    network_of,
+)
 from hypothesis import given, settings
 from oracles import reference, unfolded_transposed
 
@@ -83,3 +90,19 @@ def test_transposed_unfold_and_factors(case: ConvCase) -> None:
 @given(case=conv_cases())
 def test_transposed_unfold_and_factors_on_drawn_geometries(case: ConvCase) -> None:
     transposed_unfold_and_factors(case)
+
+
+@pytest.mark.parametrize(("stride", "dilation", "extra"), [(1, 2, 1), (2, 3, 2), (1, 3, 2)])
+def test_output_padding_beyond_the_stride(stride: int, dilation: int, extra: int) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "padding": 1, "groups": 2}
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    y = torch.conv_transpose2d(x, weight, None, stride, 1, extra, groups=2, dilation=dilation)
+    v = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, (x, weight), v)
+    check_expression("conv_transposeNd_weight_vjp", gradients[1], x.detach(), v, (3, 2), **options)
+    for simplify in (True, False):
+        arguments = {**options, "simplify": simplify}
+        found = expression_of("conv_transposeNd_input_vjp", weight.detach(), v, **arguments)
+        torch.testing.assert_close(contracted(found)[..., :5, :6], gradients[0])
