@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -53,7 +55,8 @@ def explain(network: Network) -> Explanation:
     """Return operands, sizes, contractions and cost of a network's evaluation.
 
     The cost counts multiply-accumulates and the entries of the largest intermediate; equal
-    contractions are computed and counted once.
+    contractions are computed and counted once. An index that only one operand of a contraction has
+    is summed before the product, as ``torch.einsum`` does.
     """
     views = lowered(network)
     shapes = [node.operand.shape for node in views.nodes]
@@ -64,7 +67,17 @@ def explain(network: Network) -> Explanation:
         sizes = {i: s for names, shape in zip(inputs, taken) for i, s in zip(names, shape)}
         shapes.append(tuple(sizes[index] for index in output))
         if value not in known:
-            contractions.append((equation, prod(sizes.values())))
+            contractions.append((equation, _cost(inputs, output, sizes)))
         known.add(value)
         largest = max(largest, prod(shapes[-1]))
     return Explanation(network, views, tuple(contractions), largest)
+
+
+def _cost(
+    inputs: Sequence[tuple[str, ...]], output: tuple[str, ...], sizes: Mapping[str, int]
+) -> int:
+    """Return the multiply-accumulates of a contraction of one or two operands."""
+    counts = Counter(index for names in inputs for index in set(names))
+    first = {i for i, count in counts.items() if count < len(inputs) and i not in output}
+    sums = sum(prod(sizes[i] for i in set(names)) for names in inputs if first & set(names))
+    return sums + prod(size for index, size in sizes.items() if index not in first)

@@ -12,12 +12,11 @@ from expression_checks import (
     EVERY_CASE,
     check_expression,
     check_network,
-    contracted,
     expression_of,
     network_of,
 )
 from hypothesis import given, settings
-from oracles import reference, unfolded_transposed
+from oracles import contracted, reference, unfolded_transposed
 
 from einconv_kfac.geometry import output_padding_of
 

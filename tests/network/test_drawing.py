@@ -58,6 +58,13 @@ def test_explanation_counts() -> None:
         assert word in str(explanation)
 
 
+def test_explanation_counts_an_index_of_one_operand_once() -> None:
+    """Both copies of the input are summed over their outputs, then multiplied."""
+    n, c, o = 5, 6, 8 * 9
+    network = convNd_kfac_reduce.network(conv_geometry((8, 9), 1), n, c)
+    assert explain(simplified(network)).multiply_accumulates == 2 * n * c * o + n * c * c
+
+
 def test_network_in_words() -> None:
     assert str(convNd_forward.network(conv_geometry((8,), 3), 2, 4, 5)) == (
         "x[n g ci i0] P[k0 o0 i0] W[g co ci k0] -> [n g co o0]"
