@@ -148,21 +148,23 @@ def test_a_step_leaves_gradients_random_state_and_statistics_alone() -> None:
 
 def test_a_backward_pass_leaves_the_random_state_alone() -> None:
     model, loss_fn = conv_net(), nn.CrossEntropyLoss()
-    KFAC(model, loss_fn, fisher="mc")
+    opt = KFAC(model, loss_fn, fisher="mc")
     x, y = image_batch()
     state = torch.get_rng_state()
     loss_fn(model(x), y).backward()
     assert torch.equal(state, torch.get_rng_state())
+    opt.remove_hooks()
 
 
 def test_gradients_are_those_without_the_optimizer() -> None:
     x, y = image_batch()
     plain, watched, loss_fn = conv_net(), conv_net(), nn.CrossEntropyLoss()
     loss_fn(plain(x), y).backward()
-    KFAC(watched, loss_fn)
+    opt = KFAC(watched, loss_fn)
     loss_fn(watched(x), y).backward()
     for a, b in zip(plain.parameters(), watched.parameters()):
         assert torch.equal(a.grad, b.grad)
+    opt.remove_hooks()
 
 
 def test_coverage_names_the_rule_of_every_parameter() -> None:

@@ -92,8 +92,9 @@ def test_reductions_of_losses_without_a_rule(kind: Any, mode: dict[str, Any]) ->
 
 def test_losses_of_both_reductions_are_refused() -> None:
     model, loss_fn, x, y = problem()
-    KFAC(model, loss_fn, **FIXED)
+    opt = KFAC(model, loss_fn, **FIXED)
     loss_fn(model(x), y).backward()
     loss_fn.reduction = "sum"
     with pytest.raises(RuntimeError, match=r"for all losses of a step, got a mean and a sum"):
         loss_fn(model(x), y).backward()
+    opt.remove_hooks()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from einconv_kfac import KFAC, KFACPreconditioner
+from einconv_kfac.optim.replay.pending import SMALL_CALLS_WITHOUT_LOSS
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}]
@@ -225,7 +226,7 @@ def test_evaluation_that_records_gradients_stays_bounded(with_loss: bool) -> Non
         return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
     counts = []
-    for passes in (10, 20):
+    for passes in (SMALL_CALLS_WITHOUT_LOSS + 2, 20):
         for _ in range(passes):
             output = model(x)
             if with_loss:
