@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
-from einconv_kfac.curvature.estimation.example_layout import FIRST, SCATTERED, ExampleLayout, parts
+from einconv_kfac.curvature.estimation.example_layout import (
+    FIRST,
+    SCATTERED,
+    ExampleLayout,
+    calls_of,
+    parts,
+)
 
 
 @dataclass(frozen=True)
@@ -81,15 +87,14 @@ class ArrangedCall:
 
     def _parts(self, tensor: Tensor) -> list[Tensor]:
         """Return a tensor of the call for each of these calls."""
-        free = self.call.has_free_positions
         if self.layout is not None:
-            return parts(tensor, self.layout, self.examples, has_free_positions=free)
+            return parts(tensor, self.layout, self.examples, self.call.row_dim)
         count = self.examples if self.by_example else 1
         return self._split(tensor.unsqueeze(0).expand(count, *tensor.shape))
 
     def _split(self, tensor: Tensor) -> list[Tensor]:
         """Return shared rows ``[n, rows, ...]`` for each of these calls."""
-        return [tensor] if self.call.has_free_positions else list(tensor.unbind(1))
+        return calls_of(tensor, self.call.row_dim)
 
 
 def by_layer(arranged: Sequence[ArrangedCall]) -> dict[str, list[ArrangedCall]]:

@@ -33,7 +33,7 @@ class LayerCall:
         x: The input, detached.
         y_shape: Shape of the output.
         output: Gradient edge of the output, or of the whole tensor that it is a view of.
-        has_free_positions: See `LayerRule`.
+        row_dim: See `LayerRule`.
         is_batch: Whether the input is a batch with at least one example.
         is_own: Whether the output is what the layer itself computed, before hooks of others.
         source: Node of the input in the autograd graph, if it has one.
@@ -46,7 +46,7 @@ class LayerCall:
     x: Tensor
     y_shape: torch.Size
     output: GradientEdge
-    has_free_positions: bool = True
+    row_dim: int | None = 1
     is_batch: bool = True
     is_own: bool = True
     source: Node | None = None
@@ -106,7 +106,7 @@ class _CallRecorder:
             x.detach(),
             y.shape,
             edge,
-            rule.has_free_positions,
+            rule.row_dim,
             is_batch,
             is_own,
             get_gradient_edge(x).node if x.requires_grad else None,

@@ -109,7 +109,7 @@ def only(vector: Tensor, example: int) -> Tensor:
 
 
 def parts(
-    tensor: Tensor, layout: ExampleLayout, examples: int, *, has_free_positions: bool
+    tensor: Tensor, layout: ExampleLayout, examples: int, row_dim: int | None
 ) -> list[Tensor]:
     """Return a tensor of a call as tensors whose first dimension is that of the examples.
 
@@ -117,11 +117,19 @@ def parts(
         tensor: The input, the output or a gradient at it.
         layout: The layout.
         examples: The number of examples.
-        has_free_positions: Whether one tensor may hold all positions; they are split otherwise.
+        row_dim: See `LayerRule`.
     """
     if layout == FIRST:
         return [tensor]
     whole = layout.by_example(tensor, examples)
-    if whole.ndim == tensor.ndim or has_free_positions:
-        return [whole]
-    return list(whole.unbind(1))
+    return [whole] if whole.ndim == tensor.ndim else calls_of(whole, row_dim)
+
+
+def calls_of(rows: Tensor, row_dim: int | None) -> list[Tensor]:
+    """Return rows ``[n, rows, ...]`` as one call that has them as positions, or as several calls.
+
+    Args:
+        rows: The rows of a call, by example.
+        row_dim: See `LayerRule`.
+    """
+    return list(rows.unbind(1)) if row_dim is None else [rows.movedim(1, row_dim)]

@@ -120,7 +120,7 @@ class Probed:
 
     def overlap(self) -> Tensor:
         """Return the part of the gradients of two examples that meets in the same rows."""
-        rows = -1 if self.call.has_free_positions else 1
+        rows = -1 if self.call.row_dim == 1 else 1
         first, second = [_row_shares(gradient, rows) for gradient in self.known()]
         return torch.minimum(first, second).sum().reshape(1)
 
@@ -212,7 +212,7 @@ class _Numbers:
 
 def meets(call: LayerCall, one: Tensor, other: Tensor) -> bool:
     """Return whether two gradients at a call are nonzero in the same rows."""
-    rows = -1 if call.has_free_positions else 1
+    rows = -1 if call.row_dim == 1 else 1
     return bool(torch.minimum(_row_shares(one, rows), _row_shares(other, rows)).any())
 
 

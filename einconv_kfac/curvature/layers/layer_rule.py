@@ -66,8 +66,9 @@ class LayerRule(ABC):
         bias: Name of the bias in the module, if it has one.
         has_own_scale: Whether the factors of such layers, and of layers before them, may be off by
             a factor of their own, for which the automatic step has a coefficient.
-        has_free_positions: Whether positions may have any number of dimensions between those of
-            examples and features.
+        row_dim: The dimension of inputs and outputs ``[n, ...]`` in front of which an example may
+            have rows ``[n, rows, ...]``, as another dimension of positions; ``None`` if each row
+            is a call of its own. It is 1 where any dimensions may be in front of the features.
         revealed: Types of submodules whose hooks the module bypasses unless it is watched.
     """
 
@@ -75,7 +76,7 @@ class LayerRule(ABC):
     examples: ClassVar[tuple[LayerExample, ...]] = ()
     preconditioned = True
     has_own_scale = False
-    has_free_positions = False
+    row_dim: int | None = None
     one_hot = False
     weight, bias = "weight", "bias"
     revealed: ClassVar[tuple[type[nn.Module], ...]] = ()

@@ -81,7 +81,7 @@ class ChannelNormRule(ScaleRule):
 class TrailingNormRule(ScaleRule):
     """Inputs and outputs ``[n, *s, *c]``."""
 
-    has_free_positions = True
+    row_dim = 1
 
     def positions(self, module: Any, y_shape: Sequence[int]) -> int:
         """See `LayerRule`."""

@@ -19,6 +19,7 @@ class BatchNormRule(ChannelNormRule):
     """Normalised by the statistics of the batch or, in evaluation, by the running ones."""
 
     kinds = (_BatchNorm,)
+    row_dim = 2  # all rows are normalised together
     examples = (
         LayerExample(lambda: nn.BatchNorm1d(4), (5, 4)),
         LayerExample(lambda: nn.BatchNorm2d(4).eval(), (5, 4, 3, 2)),

@@ -69,6 +69,10 @@ class ConvRule(LayerRule):
         """See `LayerRule`."""
         return torch.unflatten(gradient.flatten(2), 1, (module.groups, -1))
 
+    def may_join(self, module: Any, x: Tensor) -> bool:
+        """See `LayerRule`; a rule with inputs of its own says it itself."""
+        return type(self).inputs is ConvRule.inputs
+
     def positions(self, module: Any, y_shape: Sequence[int]) -> int:
         """See `LayerRule`."""
         return prod(y_shape[2:])

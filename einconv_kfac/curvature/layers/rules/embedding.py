@@ -25,7 +25,7 @@ class EmbeddingRule(LayerRule):
         LayerExample(lambda: nn.Embedding(5, 3), (4,), classes=5),
         LayerExample(lambda: nn.Embedding(5, 3, padding_idx=1), (3, 2, 2), classes=5),
     )
-    has_free_positions = True
+    row_dim = 1
     one_hot = True
 
     def split(self, module: nn.Embedding) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -18,7 +18,7 @@ class LinearRule(LayerRule):
     """Inputs ``[n, *s, d]``, outputs ``[n, *s, co]``."""
 
     kinds: ClassVar[tuple[Kind, ...]] = (nn.Linear,)
-    has_free_positions = True
+    row_dim = 1
     examples: ClassVar[tuple[LayerExample, ...]] = (
         LayerExample(lambda: nn.Linear(4, 3), (5, 4)),
         LayerExample(lambda: nn.Linear(4, 3, bias=False), (3, 2, 2, 4)),
