@@ -85,3 +85,20 @@ def test_rows_of_an_example_are_summed_by_reduce(mode: str) -> None:
     a = a.unflatten(0, sizes).movedim(sizes.index(EXAMPLES), 0).mean((1, 3, 4)).T  # c n
     rows = torch.stack([a, torch.ones_like(a)], 1)
     torch.testing.assert_close(block["norm"].A, rows @ rows.mT / EXAMPLES)
+
+
+@pytest.mark.parametrize("mode", ["example first", "time first"])
+def test_gradients_of_an_example_are_those_of_all_its_rows(mode: str) -> None:
+    model, x = Frames(mode), torch.randn(EXAMPLES, ROWS, 2, 3, 3).double()
+    data: Any = [(x, torch.tensor([0, 1, 2, 1]))]
+    options: dict[str, Any] = {"fisher": "exact", "kind": "diagonal", "exclude": ["first"]}
+    block = kronecker_factors(model, nn.CrossEntropyLoss(), data, **options)["norm"].to_dense()
+    outputs = model(x)
+    a = functional.batch_norm(model.given.detach(), None, None, training=True)
+    sizes = (ROWS, EXAMPLES) if mode == "time first" else (EXAMPLES, ROWS)
+    want = torch.zeros(CHANNELS, 2).double()
+    for root in roots(outputs):
+        (g,) = torch.autograd.grad(outputs, model.made, root, retain_graph=True)
+        own = torch.stack([(g * a).sum((2, 3)), g.sum((2, 3))], -1)
+        want += own.unflatten(0, sizes).sum(sizes.index(ROWS)).square().sum(0) / EXAMPLES
+    torch.testing.assert_close(block.diagonal(dim1=1, dim2=2), want)
