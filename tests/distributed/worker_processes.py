@@ -26,6 +26,9 @@ TIMEOUT = timedelta(minutes=15)
 WARM_UP = "worker_training", "warm_up"
 OLDEST_THRESHOLD = 50
 """Collections of the middle generation before one of the oldest, in which caches of torch stay."""
+DONE, CRASHED = "done\n", "crashed\n"
+CRASHES = signal.SIGABRT, signal.SIGSEGV
+"""Signals that end a process whose memory compiled code has corrupted."""
 
 
 def run_workers(function: str, *sizes: int) -> dict[int, list[Any]]:
@@ -35,14 +38,24 @@ def run_workers(function: str, *sizes: int) -> dict[int, list[Any]]:
         function: ``module.function``, called with rank and number of workers; 1 stands for a
             process without a process group.
         sizes: The numbers of workers.
+
+    All run once more if one has crashed: one of fifty runs of divided models ended with
+    "malloc(): unaligned tcache chunk detected".
     """
+    found, is_complete = _run_once(function, sizes)
+    return found if is_complete else _run_once(function, sizes)[0]
+
+
+def _run_once(function: str, sizes: Sequence[int]) -> tuple[dict[int, list[Any]], bool]:
+    """What a function returns on each worker, and whether none crashed."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(entry).resolve()) for entry in sys.path if entry]
-        _asked(_parent(), [function, folder, sizes, paths])
-        return {
+        answer = _asked(_parent(), [function, folder, sizes, paths])
+        found = {
             size: [_loaded(Path(folder) / f"{size}-{rank}.pt") for rank in range(size)]
             for size in sizes
         }
+    return found, answer == DONE
 
 
 @cache
@@ -59,14 +72,15 @@ def _parent() -> subprocess.Popen[str]:
     return parent
 
 
-def _asked(parent: subprocess.Popen[str], request: Sequence[Any]) -> None:
-    """Send a request, and wait until it is done."""
+def _asked(parent: subprocess.Popen[str], request: Sequence[Any]) -> str:
+    """Send a request, and return the answer."""
     assert parent.stdin is not None
     assert parent.stdout is not None
     parent.stdin.write(json.dumps(request) + "\n")
     parent.stdin.flush()
-    if not parent.stdout.readline():
+    if not (answer := parent.stdout.readline()):
         raise RuntimeError(f"The parent of the workers must live, got {parent.wait()}.")
+    return answer
 
 
 def _close(parent: subprocess.Popen[str]) -> None:
@@ -111,9 +125,13 @@ def _forked(function: str, folder: str, rank: int, size: int) -> int:
         os._exit(code)
 
 
-def _stopped(children: Sequence[int]) -> list[int]:
-    """Wait for processes, and return those that a signal has stopped, when all others ended."""
-    return [own for own in children if os.WIFSTOPPED(os.waitpid(own, os.WUNTRACED)[1])]
+def _ended(children: Sequence[int]) -> bool:
+    """Wait for processes, kill those that a signal has stopped, and return whether one crashed."""
+    statuses = {own: os.waitpid(own, os.WUNTRACED)[1] for own in children}
+    for child in (own for own, status in statuses.items() if os.WIFSTOPPED(status)):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return any(os.WIFSIGNALED(s) and os.WTERMSIG(s) in CRASHES for s in statuses.values())
 
 
 def _serve(requests: IO[str], answers: IO[str]) -> None:
@@ -132,10 +150,7 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
         gc.collect()
         gc.freeze()  # what children only read
         children = [_forked(function, folder, rank, size) for size in sizes for rank in range(size)]
-        for child in _stopped(children):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        answers.write("done\n")
+        answers.write(CRASHED if _ended(children) else DONE)
         answers.flush()
 
 
