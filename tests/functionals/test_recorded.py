@@ -118,17 +118,17 @@ def transforms(function: Function) -> dict[str, Function]:
     }
 
 
-@DIRECTION
-@pytest.mark.parametrize(
-    ("ndim", "dtype", "options"),
-    [
-        (1, torch.float64, OPTIONS[0]),
-        (2, torch.complex128, OPTIONS[1]),
-        (4, torch.float64, OPTIONS[0]),
-    ],
-    ids=["1d", "2d-complex", "4d"],
-)
-@pytest.mark.parametrize("name", ["ensemble", "per-example", "jvp", "hvp"])
+IN_TURN = [
+    pytest.param(
+        ndim, dtype, OPTIONS[ndim == 2], bool((turn + ndim) % 2), name, id=f"{name}-{ndim}d"
+    )
+    for turn, name in enumerate(["ensemble", "per-example", "jvp", "hvp"])
+    for ndim, dtype in [(1, torch.float64), (2, torch.complex128), (4, torch.float64)]
+]
+"""Each transform in each dimension, of convolutions and of transposed ones in turn."""
+
+
+@pytest.mark.parametrize(("ndim", "dtype", "options", "transposed", "name"), IN_TURN)
 def test_compiled_transforms(
     ndim: int, dtype: torch.dtype, options: dict[str, Any], transposed: bool, name: str
 ) -> None:
