@@ -199,6 +199,7 @@ class KFACPreconditioner:
     def _replace_(self, gradient: Direction) -> None:
         """Replace gradients, as the last thing that happens."""
         curvature = self._curvature
+        curvature.recorder.gradients.check()
         is_due = bool(curvature.collector.due)
         products = curvature.recorder.gradients.products() if is_due else None
         batches, scale = curvature.recorder.take(), 1.0

@@ -2,64 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.distributed.stored import all_stored, graph_leaves, is_divided, local_of
+from einconv_kfac.distributed.stored import all_stored, graph_leaves, local_of, stored_of
 from einconv_kfac.distributed.workers import ALONE, Workers
 from einconv_kfac.optim.model_walk import ModelTree
+from einconv_kfac.optim.replay.gradient_probe import Probe, entries_of, joined
+from einconv_kfac.optim.replay.lost_gradients import LostGradients
 from einconv_kfac.torch_versions import gradient_edge
 
 PROBES = 3
 """Number of parameters whose gradients are compared."""
 PROPORTIONAL_ERROR = 1e-3
 """Relative difference up to which a gradient counts as a multiple of another."""
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """The gradient of one parameter after a backward pass.
-
-    Args:
-        parameter: The parameter.
-        gradient: The tensor that ``.grad`` was.
-        version: Its version.
-        value: A copy of some of its entries.
-        is_divided: Whether it is a DTensor, whose version does not tell of changes.
-    """
-
-    parameter: nn.Parameter
-    gradient: Tensor
-    version: int
-    value: Tensor
-    is_divided: bool
-
-    @staticmethod
-    def of(parameter: nn.Parameter, gradient: Tensor) -> _Probe:
-        """Return the present gradient of a parameter."""
-        value = _entries(gradient).clone()
-        return _Probe(parameter, gradient, gradient._version, value, is_divided(gradient))
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether ``.grad`` is the same tensor with the same values."""
-        if self.parameter.grad is not self.gradient:
-            return False
-        if self.is_divided:
-            return torch.equal(_entries(self.gradient), self.value)
-        return self.gradient._version == self.version
-
-    @property
-    def is_cleared(self) -> bool:
-        """Whether the gradient was dropped, or overwritten with zeros."""
-        if self.is_intact:
-            return False
-        gradient = self.parameter.grad
-        return gradient is None or (bool(self.value.any()) and not bool(local_of(gradient).any()))
 
 
 class GradientWatch:
@@ -71,20 +30,50 @@ class GradientWatch:
 
     def __init__(self, tree: ModelTree) -> None:
         self._tree = tree
-        self._probes: list[_Probe] = []
+        self._probes: list[Probe] = []
         self._running: int | None = None  # the pass whose end was not seen
+        self._lost = LostGradients()
 
-    def lands(self) -> bool:
-        """Return whether the backward pass that is running adds to the gradient of a parameter."""
+    def lands_(self, owner: object) -> bool:
+        """Return whether the backward pass that is running adds to the gradient of a parameter.
+
+        Gradients that it returns instead are kept, and those of earlier passes are looked at.
+
+        Args:
+            owner: The loss of the pass.
+        """
+        if not self._are_accumulated():
+            self._look_at_returned_(owner)
+            return False
+        if self._running != torch._C._current_graph_task_id():  # not another loss of one pass
+            self._compare_()
+        return True
+
+    def _are_accumulated(self) -> bool:
+        """Return whether the backward pass that is running adds to ``.grad`` of a parameter."""
         if _are_accumulated(self._tree.parameters.values()):
             return True
         return self._tree.find_() and _are_accumulated(self._tree.parameters.values())
 
-    def look_after_pass_(self) -> None:
+    def _look_at_returned_(self, owner: object) -> None:
+        """Look at gradients by parameters that the pass that is running returns, if it does."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return
+        leaves = graph_leaves(self._tree.parameters.values())
+        self._lost.watch_(owner, [p for p in leaves if p.requires_grad and _is_returned(p)])
+        if self._probes and self._lost.is_any:  # a pass has ended before
+            known = {probe.parameter for probe in self._probes}
+            self._probes += [Probe.of(*own) for own in self._gradients() if own[0] not in known]
+
+    def look_after_pass_(self, owner: object) -> None:
         """Look at the gradients at the end of the backward pass that is running.
 
         The look is queued when the pass has ended, behind what averages gradients over workers.
+
+        Args:
+            owner: The loss of the pass.
         """
+        self._lost.land_(owner)
         self._running = torch._C._current_graph_task_id()
         queue = torch.autograd.Variable._execution_engine.queue_callback
         queue(lambda: queue(self._look_))
@@ -92,13 +81,27 @@ class GradientWatch:
     def _look_(self) -> None:
         """Look at gradients of up to `PROBES` parameters."""
         self._running = None
-        found = [
+        found = self._gradients()
+        if len(found) > PROBES and not self._lost.is_any:
+            found = [found[0], found[len(found) // 2], found[-1]]
+        self._probes = [Probe.of(*own) for own in found]
+
+    def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the parameters that have a gradient, and these."""
+        return [
             (parameter, gradient)
             for parameter in all_stored(self._tree.parameters.values())
             if (gradient := parameter.grad) is not None and not gradient.is_sparse
         ]
-        chosen = found if len(found) <= PROBES else [found[0], found[len(found) // 2], found[-1]]
-        self._probes = [_Probe.of(*own) for own in chosen]
+
+    def _compare_(self) -> None:
+        """Find out whether gradients that were cleared, or returned, have been put back."""
+        self._lost.compare_(self._probes, self._gradients())
+
+    def check(self) -> None:
+        """Raise a ``RuntimeError`` if gradients that were cleared, or returned, were put back."""
+        self._compare_()
+        self._lost.check()
 
     def are_cleared(self) -> bool:
         """Return whether all gradients of the last pass were dropped or zeroed since.
@@ -106,7 +109,8 @@ class GradientWatch:
         Of a pass that an error ended, also whether it left none.
         """
         if self._probes:
-            return all(probe.is_cleared for probe in self._probes)
+            answers = {probe.is_cleared for probe in self._probes}
+            return True in answers and False not in answers
         if self._running in (None, torch._C._current_graph_task_id()):
             return False
         found = [parameter.grad for parameter in all_stored(self._tree.parameters.values())]
@@ -125,8 +129,8 @@ class GradientWatch:
         is_intact = all(probe.is_intact for probe in probes)
         if not probes or (is_intact and not are_divided):
             return None
-        before = _joined([probe.value for probe in probes])
-        now = _joined([_entries(p.parameter.grad) for p in probes])  # type: ignore[arg-type]
+        before = joined([probe.value for probe in probes])
+        now = joined([entries_of(p.parameter.grad) for p in probes])  # type: ignore[arg-type]
         square = before @ before
         if are_divided:
             parts = [square, now @ before, now @ now, float(not is_intact)]
@@ -146,13 +150,19 @@ class GradientWatch:
         probes = [probe for probe in self._probes if probe.parameter.grad is not None]
         if not probes:
             return None
-        before = _joined([probe.value for probe in probes])
-        now = _joined([_entries(p.parameter.grad) for p in probes])  # type: ignore[arg-type]
+        before = joined([probe.value for probe in probes])
+        now = joined([entries_of(p.parameter.grad) for p in probes])  # type: ignore[arg-type]
         return torch.stack([before @ before, before @ now, now @ now])
 
-    def forget_(self) -> None:
-        """Forget the last backward pass."""
+    def clear_(self) -> None:
+        """Forget the last backward pass, whose gradients were cleared."""
+        if self._probes:
+            self._lost.clear_()
         self._probes, self._running = [], None
+
+    def forget_(self) -> None:
+        """Forget all backward passes."""
+        self._probes, self._running, self._lost = [], None, LostGradients()
 
 
 def _common_factor(square: Tensor, product: Tensor, present: Tensor, changed: Any) -> Tensor | None:
@@ -172,22 +182,6 @@ def _common_factor(square: Tensor, product: Tensor, present: Tensor, changed: An
     return factor if is_multiple else None
 
 
-ENTRIES = 4096
-"""Number of entries of a gradient that are compared."""
-
-
-def _entries(gradient: Tensor) -> Tensor:
-    """Return entries of a gradient, as real numbers."""
-    own = local_of(gradient).detach()
-    own = own if own.numel() <= ENTRIES else own.flatten()[:ENTRIES]
-    return torch.view_as_real(own) if own.is_complex() else own
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the entries of tensors as one vector in float64."""
-    return torch.cat([tensor.flatten().double() for tensor in tensors])
-
-
 def _are_accumulated(parameters: Iterable[nn.Parameter]) -> bool:
     """Return whether the backward pass that is running adds to ``.grad`` of a parameter."""
     return any(own.requires_grad and _is_accumulated(own) for own in graph_leaves(parameters))
@@ -199,3 +193,12 @@ def _is_accumulated(leaf: Tensor) -> bool:
         return bool(torch._C._will_engine_execute_node(gradient_edge(leaf).node))
     except RuntimeError:  # `torch.autograd.grad` by this parameter
         return False
+
+
+def _is_returned(leaf: nn.Parameter) -> bool:
+    """Return whether the backward pass that is running is `torch.autograd.grad` by a parameter."""
+    try:
+        torch._C._will_engine_execute_node(gradient_edge(leaf).node)
+    except RuntimeError:
+        return stored_of(leaf) is leaf
+    return False

@@ -253,7 +253,7 @@ class Recorder:
             recorder = this()
             if recorder is None or not recorder.enabled or part.is_replaced:
                 return
-            if recorder.gradients.lands():
+            if recorder.gradients.lands_(observation):
                 recorder._begin_backward_(observation, weight.detach())
 
         loss.register_hook(begin_backward)  # type: ignore[no-untyped-call]
@@ -272,13 +272,13 @@ class Recorder:
             raise
         if any(each.call.replaced for each in batch.forwards):
             self.tree.find_()  # by now the model has its own parameters again
-        self.gradients.look_after_pass_()
+        self.gradients.look_after_pass_(observation)
 
     def _drop_cleared_(self) -> None:
         """Drop the batches whose gradients were dropped since."""
         if self._batches and self.gradients.are_cleared():
             self._batches = []
-            self.gradients.forget_()
+            self.gradients.clear_()
             self._on_cleared()
 
     def _named(self) -> dict[Tensor, str]:

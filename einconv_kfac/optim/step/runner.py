@@ -166,6 +166,8 @@ class StepRunner:
         """
         scale = getattr(optimizer, "grad_scale", None)  # set by torch.amp.GradScaler for a step
         recorder = self.curvature.recorder
+        if not is_capturing():
+            recorder.gradients.check()
         clipped = (
             recorder.gradients.factor(self.curvature.workers) if self.settings.adaptive else None
         )

@@ -1,0 +1,76 @@
+"""The gradient of one parameter after a backward pass, to compare it with that of a later time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from einconv_kfac.distributed.stored import is_divided, local_of
+
+ENTRIES = 4096
+"""Number of entries of a gradient that are compared."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The gradient of one parameter after a backward pass.
+
+    Args:
+        parameter: The parameter.
+        gradient: The tensor that ``.grad`` was.
+        version: Its version.
+        value: A copy of some of its entries.
+        is_divided: Whether it is a DTensor, whose version does not tell of changes.
+    """
+
+    parameter: nn.Parameter
+    gradient: Tensor
+    version: int
+    value: Tensor
+    is_divided: bool
+
+    @staticmethod
+    def of(parameter: nn.Parameter, gradient: Tensor) -> Probe:
+        """Return the present gradient of a parameter."""
+        value = entries_of(gradient).clone()
+        return Probe(parameter, gradient, gradient._version, value, is_divided(gradient))
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether ``.grad`` is the same tensor with the same values."""
+        if self.parameter.grad is not self.gradient:
+            return False
+        if self.is_divided:
+            return torch.equal(entries_of(self.gradient), self.value)
+        return self.gradient._version == self.version
+
+    @property
+    def is_cleared(self) -> bool | None:
+        """Whether the gradient was dropped, or overwritten with zeros; ``None`` if it was zero.
+
+        A GPU is not asked where the version of the gradient tells of no change. That of
+        ``p.grad.data.zero_()`` is seen on a processor.
+        """
+        gradient = self.parameter.grad
+        if gradient is None:
+            return True
+        if self.is_intact and (self.is_divided or not gradient.is_cpu):
+            return False
+        if not bool(self.value.any()):
+            return None
+        return not (bool(entries_of(gradient).any()) or bool(local_of(gradient).any()))
+
+
+def entries_of(gradient: Tensor) -> Tensor:
+    """Return entries of a gradient, as real numbers."""
+    own = local_of(gradient).detach()
+    own = own if own.numel() <= ENTRIES else own.flatten()[:ENTRIES]
+    return torch.view_as_real(own) if own.is_complex() else own
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the entries of tensors as one vector in float64."""
+    return torch.cat([tensor.flatten().double() for tensor in tensors])

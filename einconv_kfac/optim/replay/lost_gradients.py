@@ -1,0 +1,181 @@
+"""Gradients that left ``.grad``, or never were in it, and that a script may put back by hand."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from einconv_kfac.optim.replay.gradient_probe import ENTRIES, Probe, entries_of, joined
+
+ROUNDING = 4.0
+"""Machine epsilons up to which a gradient counts as a combination of others."""
+RETURNED_PASSES = 64
+"""Number of the last passes by `torch.autograd.grad` that are compared."""
+RETURNED_ENTRIES = 256
+"""Number of entries of each of their gradients."""
+REMEDY = (
+    "Backpropagate all losses that belong to the step, without `zero_grad` in between: gradients "
+    "add up in `.grad`. Gradients of single losses for a combination of them are those of "
+    "`torch.autograd.grad(loss, parameters, retain_graph=True)` before one `backward` of the sum "
+    "of the same losses, after which `.grad` may be overwritten."
+)
+CLEARED = (
+    "The gradients of a step must be those of the backward passes since `zero_grad`, up to a "
+    "factor, got other ones in a step of which earlier passes were cleared: their gradients may "
+    f"have been put back by hand, without their losses. {REMEDY} If the earlier passes do not "
+    "count, call `discard()` of the optimizer where their gradients are cleared."
+)
+RETURNED = (
+    "The gradients of a step must be those of the losses that are backpropagated, got also "
+    f"gradients that `torch.autograd.grad` returned, of a loss that was not. {REMEDY}"
+)
+
+
+@dataclass(frozen=True)
+class _Returned:
+    """Gradients that a pass returned, and did not add to ``.grad``.
+
+    Args:
+        owner: The loss.
+        values: Entries of the gradients, by parameter.
+    """
+
+    owner: weakref.ref[object]
+    values: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+
+
+class LostGradients:
+    """Finds out whether gradients of passes that do not count are part of those of a step."""
+
+    def __init__(self) -> None:
+        self._returned: list[_Returned] = []
+        self._landed: weakref.WeakSet[object] = weakref.WeakSet()
+        self._are_cleared = False
+        self._fault = ""
+
+    @property
+    def is_any(self) -> bool:
+        """Whether there were passes that do not count."""
+        return self._are_cleared or bool(self._returned)
+
+    def clear_(self) -> None:
+        """Count the passes so far as cleared."""
+        self._are_cleared = True
+        self._landed.clear()
+
+    def land_(self, owner: object) -> None:
+        """Count a loss as one whose gradient is added to ``.grad``.
+
+        Args:
+            owner: The loss.
+        """
+        self._landed.add(owner)
+        self._returned = [own for own in self._returned if own.owner() is not owner]
+
+    def watch_(self, owner: object, parameters: Sequence[nn.Parameter]) -> None:
+        """Keep the gradients by parameters that the backward pass that is running returns.
+
+        Args:
+            owner: The loss.
+            parameters: The parameters.
+        """
+        if owner in self._landed or not parameters:
+            return
+        own = _Returned(weakref.ref(owner))
+        self._returned = [*self._returned, own][-RETURNED_PASSES:]
+
+        def keep(parameter: nn.Parameter, gradient: Tensor) -> None:
+            own.values[parameter] = entries_of(gradient).flatten()[:RETURNED_ENTRIES].clone()
+
+        hooks: list[Any] = [partial(keep, parameter) for parameter in parameters]
+        handles: list[Any] = [p.register_hook(own) for p, own in zip(parameters, hooks)]  # type: ignore[no-untyped-call]
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        torch.autograd.Variable._execution_engine.queue_callback(remove)
+
+    def compare_(
+        self, probes: Sequence[Probe], gradients: Sequence[tuple[nn.Parameter, Tensor]]
+    ) -> None:
+        """Compare the present gradients with those after the last pass.
+
+        Args:
+            probes: The gradients after the last pass.
+            gradients: The present gradients, with their parameters.
+        """
+        if self._fault or not (probes and self.is_any):
+            return
+        before = {probe.parameter: probe.value for probe in probes}
+        found = _Change(before, gradients, ENTRIES)
+        if not found.are_finite or found.is_combination([]):
+            return
+        returned = [own.values for own in self._returned]
+        if self._are_cleared:
+            self._fault = CLEARED
+        elif _Change(before, gradients, RETURNED_ENTRIES).is_combination(returned):
+            self._fault = RETURNED
+
+    def check(self) -> None:
+        """Raise a ``RuntimeError`` if gradients of passes that do not count were put back."""
+        if self._fault:
+            raise RuntimeError(self._fault)
+
+
+class _Change:
+    """The present gradients, beside those after the last pass.
+
+    Args:
+        before: Entries of the gradients after the last pass, by parameter.
+        gradients: The present gradients, with their parameters.
+        width: Number of entries of each that are compared.
+    """
+
+    def __init__(
+        self,
+        before: Mapping[nn.Parameter, Tensor],
+        gradients: Sequence[tuple[nn.Parameter, Tensor]],
+        width: int,
+    ) -> None:
+        self._width = width
+        self._now = {parameter: self._cut(entries_of(own)) for parameter, own in gradients}
+        self._present = self._joined(self._now)
+        self._before = self._joined(before)
+        epsilons = [torch.finfo(own.dtype).eps for own in self._now.values()]
+        self._error = ROUNDING * max(epsilons, default=0.0) * float(self._present.norm())
+        self.are_finite = bool((self._present + self._before).isfinite().all())
+
+    def _cut(self, entries: Tensor) -> Tensor:
+        return entries.flatten()[: self._width]
+
+    def _joined(self, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """Return entries for all present gradients as one vector, zeros where there are none."""
+        empty = torch.zeros(0, dtype=torch.float64)
+        found = [
+            self._cut(values[p]).to("cpu") if p in values else torch.zeros(now.shape)
+            for p, now in self._now.items()
+        ]
+        return joined([empty, *found])
+
+    def is_combination(self, others: Sequence[Mapping[nn.Parameter, Tensor]]) -> bool:
+        """Return whether they are a combination of those after the last pass and of others.
+
+        With fewer than four entries for each of them, a combination with others says nothing.
+        """
+        vectors = [self._before, *map(self._joined, others)]
+        scaled = [own / own.norm() for own in vectors if own.any()]
+        if others and len(self._present) < 4 * len(scaled):
+            return False
+        if not scaled:
+            return not bool(self._present.any())
+        matrix = torch.stack(scaled, 1)
+        found = torch.linalg.lstsq(matrix, self._present.unsqueeze(1), driver="gelsd").solution
+        rest = self._present - (matrix @ found).squeeze(1)
+        return float(rest.norm()) <= self._error
