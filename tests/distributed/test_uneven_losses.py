@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from uneven_cases import MODES, PARTS, SIZE, WEIGHTS
+from uneven_cases import MODES, PARTS, SIZE, UNRECORDED, WEIGHTS
 from worker_processes import run_workers
 
 TOLERANCE = 1e-12
@@ -64,3 +64,23 @@ def test_workers_of_a_sharded_model_may_run_other_passes_for_factors(
         assert torch.equal(own, other)
         moved = (one[-1] - one[0]).abs().max()
         assert float((own - one).abs().max() / moved) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def unrecorded() -> dict[int, list[dict[str, Any]]]:
+    """The results of all processes for sharded and other models."""
+    return run_workers("uneven_cases.unrecorded_results", 1, SIZE)
+
+
+@pytest.mark.parametrize("way", UNRECORDED)
+def test_one_worker_of_a_sharded_or_wrapped_model_has_no_recorded_loss(
+    way: str, unrecorded: Any
+) -> None:
+    one, (first, second) = unrecorded[1][0][way], [own[way] for own in unrecorded[SIZE]]
+    if way.endswith("automatic"):
+        assert second.startswith("`step` needs the loss it steps on")
+        assert "got an error on worker 1 of 2, RuntimeError: `step` needs the loss" in first
+        return
+    assert torch.equal(first, second)
+    moved = (one[-1] - one[0]).abs().max()
+    assert float((first - one).abs().max() / moved) < TOLERANCE

@@ -72,7 +72,7 @@ def results(rank: int, size: int) -> dict[str, Tensor | str]:
     }
 
 
-PARTS = "zero", "ignored", "no examples", "longer", "unsynchronized"
+PARTS = "zero", "ignored", "no examples", "longer", "unsynchronized", "not recorded"
 """What the second batch of the last worker has, in steps of two batches."""
 
 
@@ -99,12 +99,62 @@ def trained_parts(kind: str, rank: int, size: int, **options: Any) -> Tensor:
                 if is_other and kind == "ignored":
                     y = torch.full_like(y, loss_fn.ignore_index)
                 weight = 0.0 if is_other and kind == "zero" else 0.1
+                is_recorded = not (is_other and kind == "not recorded")
                 with unsynchronized(model) if is_apart else nullcontext():
-                    (loss_fn(model(x), y) * weight * (size / SIZE)).backward()
+                    loss = loss_fn(model(x), y) if is_recorded else 0 * model(x).sum()
+                    (loss * weight * (size / SIZE)).backward()
         opt.step()
         found.append(all_weights(model))
     opt.remove_hooks()
     return torch.stack(found)
+
+
+EMPIRICAL: dict[str, Any] = {**FIXED, "fisher": "empirical"}
+UNRECORDED: dict[str, dict[str, Any]] = {
+    "wrapped, fixed": MODES["fixed"],
+    "wrapped, scaled": EMPIRICAL,
+    "divided, fixed": MODES["fixed"],
+    "wrapped, automatic": MODES["automatic"],
+    "divided, automatic": MODES["automatic"],
+}
+"""How a model is stored, and how it is trained."""
+
+
+def trained_without_loss(way: str, rank: int, size: int) -> Tensor | str:
+    """The parameters after each step, or the text of an error; the last worker has no loss in one.
+
+    Args:
+        way: One of `UNRECORDED`.
+        rank: The worker's number.
+        size: The number of workers; one has the batches of both.
+    """
+    module, loss_fn = conv_net(), nn.CrossEntropyLoss()
+    wrap = sharded if way.startswith("divided") else DistributedDataParallel
+    model = module if size == 1 else wrap(module)
+    opt, found = KFAC(model, loss_fn, factor_update_period=1, **UNRECORDED[way]), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=way.endswith("scaled"))
+    for number in range(STEPS):
+        opt.zero_grad()
+        for own in range(SIZE) if size == 1 else [rank]:
+            x, y = image_batch(8, 10 * number + own)
+            is_recorded = number != 1 or own == 0
+            loss = loss_fn(model(x), y) if is_recorded else 0 * model(x).sum()
+            scaler.scale(loss * (size / SIZE)).backward()  # type: ignore[no-untyped-call]
+        try:
+            scaler.step(opt)
+        except RuntimeError as error:
+            return str(error)
+        scaler.update()
+        found.append(all_weights(model))
+    opt.remove_hooks()
+    return torch.stack(found)
+
+
+def unrecorded_results(rank: int, size: int) -> dict[str, Tensor | str]:
+    """What each worker found for losses that are not recorded, by way."""
+    if size > 1:
+        _set_pg_timeout(timedelta(seconds=60))
+    return {way: trained_without_loss(way, rank, size) for way in UNRECORDED}
 
 
 def divided_results(rank: int, size: int) -> dict[str, Tensor]:

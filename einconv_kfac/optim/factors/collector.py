@@ -31,6 +31,7 @@ from einconv_kfac.optim.factors.accumulator import LayerSums
 from einconv_kfac.optim.factors.batch_shares import Number
 from einconv_kfac.optim.factors.compiled_parts import may_be_compiled, run_uncompiled_
 from einconv_kfac.optim.factors.finiteness import Finiteness
+from einconv_kfac.optim.factors.kept_layers import KeptLayers
 from einconv_kfac.optim.factors.loss_weights import ROOT, LossWeights
 from einconv_kfac.optim.factors.missing_calls import calls_error, is_trained
 from einconv_kfac.optim.factors.sampled_moments import sampled
@@ -85,11 +86,10 @@ class Collector:
         assert loss_fn is None or isinstance(loss_fn, nn.Module)
         self._is_early = wrapper is not None and workers.size > 1
         add, entry = self._add_early_ if self._is_early else self._add_, recorded_module(model)
-        hooks = loss_fn, add, self._forget_
-        self.recorder = Recorder(self._model, *hooks, self._capture, entry)
+        self.recorder = Recorder(self._model, loss_fn, add, self._forget_, self._capture, entry)
         self.replay = Replay(self._model, self.recorder.paused, compiled=bool(compiled))
         passed = [] if wrapper is None else [PassedOutputs(wrapper).remove]
-        self._undo = [self._capture.remove, *passed]
+        self._undo = [KeptLayers(self._model, self._capture).remove, self._capture.remove, *passed]
         self._undo += [run_uncompiled_(module, self._capture) for module in compiled]
         weakref.finalize(self, _undo_, self._undo)
 

@@ -73,4 +73,5 @@ def entries_of(gradient: Tensor) -> Tensor:
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     """Return the entries of tensors as one vector in float64."""
-    return torch.cat([tensor.flatten().double() for tensor in tensors])
+    found = [tensor.flatten().double() for tensor in tensors]
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device="cpu")

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.distributed.stored import all_stored, graph_leaves, local_of, stored_of
+from einconv_kfac.distributed.stored import (
+    all_stored,
+    graph_leaves,
+    is_divided,
+    local_of,
+    stored_of,
+)
 from einconv_kfac.distributed.workers import ALONE, Workers
 from einconv_kfac.optim.model_walk import ModelTree
 from einconv_kfac.optim.replay.gradient_probe import Probe, entries_of, joined
@@ -125,15 +131,16 @@ class GradientWatch:
             workers: The workers, who look at their rows together if gradients are divided.
         """
         probes = [probe for probe in self._probes if probe.parameter.grad is not None]
-        are_divided = any(probe.is_divided for probe in probes)
         is_intact = all(probe.is_intact for probe in probes)
-        if not probes or (is_intact and not are_divided):
+        are_divided = any(map(is_divided, all_stored(self._tree.parameters.values())))
+        if not are_divided and (is_intact or not probes):
             return None
         before = joined([probe.value for probe in probes])
         now = joined([entries_of(p.parameter.grad) for p in probes])  # type: ignore[arg-type]
         square = before @ before
         if are_divided:
-            parts = [square, now @ before, now @ now, float(not is_intact)]
+            known = [float(bool(probes)), float(not is_intact)]
+            parts = [square, now @ before, now @ now, *known]
             return _common_factor(*workers.means(parts, "factor of clipping"))
         factor = (now @ before) / square
         error = (now - factor * before).norm()
@@ -165,16 +172,19 @@ class GradientWatch:
         self._probes, self._running, self._lost = [], None, LostGradients()
 
 
-def _common_factor(square: Tensor, product: Tensor, present: Tensor, changed: Any) -> Tensor | None:
+def _common_factor(
+    square: Tensor, product: Tensor, present: Tensor, known: Any, changed: Any
+) -> Tensor | None:
     """Return the factor of gradients of which each worker has some rows, or ``None``.
 
     Args:
         square: ``b.b``, of the gradients before.
         product: ``b.n``, of them and the present ones.
         present: ``n.n``.
+        known: One if all workers have seen a backward pass.
         changed: Zero if all of them are what they were.
     """
-    if not float(changed):
+    if float(known) < 1 or not float(changed):
         return None
     factor = product / square
     error = (present - 2 * factor * product + factor.square() * square).clamp_min(0).sqrt()

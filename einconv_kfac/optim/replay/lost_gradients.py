@@ -157,12 +157,12 @@ class _Change:
 
     def _joined(self, values: Mapping[nn.Parameter, Tensor]) -> Tensor:
         """Return entries for all present gradients as one vector, zeros where there are none."""
-        empty = torch.zeros(0, dtype=torch.float64)
-        found = [
-            self._cut(values[p]).to("cpu") if p in values else torch.zeros(now.shape)
-            for p, now in self._now.items()
-        ]
-        return joined([empty, *found])
+        return joined(
+            [
+                self._cut(values[p] if p in values else torch.zeros_like(now)).to("cpu")
+                for p, now in self._now.items()
+            ]
+        )
 
     def is_combination(self, others: Sequence[Mapping[nn.Parameter, Tensor]]) -> bool:
         """Return whether they are a combination of those after the last pass and of others.

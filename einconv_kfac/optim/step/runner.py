@@ -174,7 +174,8 @@ class StepRunner:
         batches = recorder.take()
         divisor: Tensor | None = scale
         factor: Number = 1.0
-        if batches and hasattr(optimizer, "found_inf"):
+        is_scaled = hasattr(optimizer, "found_inf")
+        if is_scaled and (batches or self.curvature.workers.size > 1):  # others may have batches
             own = scaler_factor(batches, scale, self.sums, self.curvature.workers)
             batches, factor = [replace(b, weight=b.weight / own.to(b.weight)) for b in batches], own
             clipped = None if clipped is None else clipped * (1 if scale is not None else factor)
