@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from worker_training import all_weights, sharded, unsynchronized
 
-from einconv_kfac import KFAC
+from einconv_kfac import KFAC, KFACPreconditioner
 
 SIZE, STEPS = 2, 3
 FIXED = {"lr": 0.05, "adaptive": False}
@@ -113,6 +113,7 @@ EMPIRICAL: dict[str, Any] = {**FIXED, "fisher": "empirical"}
 UNRECORDED: dict[str, dict[str, Any]] = {
     "wrapped, fixed": MODES["fixed"],
     "wrapped, scaled": EMPIRICAL,
+    "wrapped, preconditioned": {"fisher": "empirical"},
     "divided, fixed": MODES["fixed"],
     "wrapped, automatic": MODES["automatic"],
     "divided, automatic": MODES["automatic"],
@@ -131,8 +132,11 @@ def trained_without_loss(way: str, rank: int, size: int) -> Tensor | str:
     module, loss_fn = conv_net(), nn.CrossEntropyLoss()
     wrap = sharded if way.startswith("divided") else DistributedDataParallel
     model = module if size == 1 else wrap(module)
-    opt, found = KFAC(model, loss_fn, factor_update_period=1, **UNRECORDED[way]), []
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=way.endswith("scaled"))
+    is_scaled, preconditions = way.endswith("scaled"), way.endswith("preconditioned")
+    make: Any = KFACPreconditioner if preconditions else KFAC
+    kfac, found = make(model, loss_fn, factor_update_period=1, **UNRECORDED[way]), []
+    opt = torch.optim.SGD(module.parameters(), 0.1) if preconditions else kfac
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=is_scaled or preconditions)
     for number in range(STEPS):
         opt.zero_grad()
         for own in range(SIZE) if size == 1 else [rank]:
@@ -140,13 +144,16 @@ def trained_without_loss(way: str, rank: int, size: int) -> Tensor | str:
             is_recorded = number != 1 or own == 0
             loss = loss_fn(model(x), y) if is_recorded else 0 * model(x).sum()
             scaler.scale(loss * (size / SIZE)).backward()  # type: ignore[no-untyped-call]
+        if preconditions:
+            scaler.unscale_(opt)
+            kfac.step()
         try:
             scaler.step(opt)
         except RuntimeError as error:
             return str(error)
         scaler.update()
         found.append(all_weights(model))
-    opt.remove_hooks()
+    kfac.remove_hooks()
     return torch.stack(found)
 
 

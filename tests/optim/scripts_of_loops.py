@@ -100,6 +100,27 @@ def sharpness_aware() -> list[float]:
     return losses
 
 
+@script("gradients of single losses (PCGrad)")
+def projected() -> list[float]:
+    model, loss_fn, (x, y) = net(), nn.CrossEntropyLoss(), data()
+    opt, losses = KFAC(model, loss_fn, 0.1, adaptive=False), []
+    parameters = list(model.parameters())
+    for _ in range(STEPS):
+        opt.zero_grad()
+        parts = [loss_fn(model(x[rows]), y[rows]) for rows in (slice(0, 24), slice(24, 48))]
+        found = [torch.autograd.grad(own, parameters, retain_graph=True) for own in parts]
+        loss = parts[0] + parts[1]
+        loss.backward()
+        first, second = (torch.cat([g.flatten() for g in own]) for own in found)
+        inner = (first @ second).clamp(max=0)
+        weights = 1 - inner / first.square().sum(), 1 - inner / second.square().sum()
+        for p, a, b in zip(parameters, *found):
+            p.grad = weights[0] * a + weights[1] * b
+        opt.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
 @script("several processes")
 def processes() -> list[float]:
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)

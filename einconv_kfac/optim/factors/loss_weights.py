@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -157,8 +158,21 @@ class LossWeights:
             RuntimeError: If weights are positive on one worker and negative on another.
         """
         found = layer_weights(batches, due, self._sums, self._workers)
-        self._by_layer, self._scaler = found.by_layer, scaler
+        self._by_layer, self._scaler = found.by_layer, self._shared(scaler, bool(batches))
         return found.is_void
+
+    def _shared(self, scaler: Number, is_known: bool) -> Number:
+        """Return the factor of the workers that have batches, for those that have none.
+
+        Args:
+            scaler: See `find_`.
+            is_known: Whether this worker has batches.
+        """
+        if not self._is_absolute or self._workers.size == 1:
+            return scaler
+        own = [scaler * float(is_known), float(is_known)]
+        total, count = self._workers.means(own, "factor in the weights")
+        return cast("Tensor", total / count) if count else scaler
 
     def scales(self, moments: Mapping[str, LayerSums]) -> dict[str, tuple[float, Tensor | None]]:
         """Return by what the averages of layers are multiplied: a number, and one on the device.
