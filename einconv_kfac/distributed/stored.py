@@ -60,6 +60,22 @@ def is_divided(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+def check_still_whole(model: nn.Module) -> None:
+    """Raise a ``RuntimeError`` if a model was divided since its optimizer was made.
+
+    Args:
+        model: The model, whose parameters were whole.
+    """
+    for name, parameter in model.named_parameters():
+        if is_divided(parameter):
+            raise RuntimeError(
+                f"The parameters of `model` must stay whole tensors, got a DTensor for '{name}' "
+                "since the optimizer was made (`parallelize_module`, `distribute_module`). Tensor "
+                "parallelism is not supported: wrap the model in DistributedDataParallel, or call "
+                "`fully_shard` on its layers and on itself, and then make the optimizer."
+            )
+
+
 def _other(pairs: WeakIdKeyDictionary, parameter: P) -> P:
     """Return the other one of a pair, or the parameter itself where there is none."""
     if not pairs.data or parameter not in pairs:

@@ -29,6 +29,7 @@ WEIGHTS = {
     "zero on the last": (1.0, 0.0),
     "small on one": (0.25, 1.0),
     "negative on all": (-1.0, -0.5),
+    "zero on both": (0.0, 0.0),
     "both signs": (1.0, -0.5),
 }
 """The weights of the losses of both workers in the second step; those of others are 1."""

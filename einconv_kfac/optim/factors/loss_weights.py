@@ -113,11 +113,11 @@ class LossWeights:
     def _known_(self, weight: float) -> float | None:
         """Return the weight of a loss by the first, which the host has read.
 
-        A weight of zero counts if it is the first, until there is another.
+        Weights of zero count until there is another.
         """
         assert not isinstance(self._first, Tensor)
         self.begins_anew = self._first == 0 != weight
-        if weight == 0 and self._first is not None:
+        if weight == 0 and self._first:
             return None
         if self._first is None or self.begins_anew:
             self._first = weight

@@ -8,7 +8,7 @@ loop divides by ``k`` micro-batches).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ from einconv_kfac.curvature.estimation.capture import (
 from einconv_kfac.curvature.estimation.evaluation import Evaluation
 from einconv_kfac.curvature.losses.loss_registry import is_built_in
 from einconv_kfac.curvature.objective.outputs import losses_of
-from einconv_kfac.distributed.stored import graph_leaf
+from einconv_kfac.distributed.stored import check_still_whole, graph_leaf, is_divided
 from einconv_kfac.optim.model_walk import ModelTree
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.buffers import ChangingBuffers
@@ -38,7 +38,7 @@ from einconv_kfac.optim.replay.loss_input import loss_arguments, with_kept_reduc
 from einconv_kfac.optim.replay.observation import GivenObservation, Observation, ReadObservation
 from einconv_kfac.optim.replay.pending import PendingCalls
 from einconv_kfac.optim.replay.unknown_operations import explained_checkpoints
-from einconv_kfac.optim.replay.versions import Versions, state_of
+from einconv_kfac.optim.replay.versions import Versions, arguments_of, state_of
 
 OnBackward = Callable[[Evaluation, list[LayerCall], Batch], frozenset[str]]
 """Called when the backward pass of a loss begins, with the calls of layers and the batch.
@@ -91,6 +91,7 @@ class Recorder:
         self._buffers = ChangingBuffers()
         self._outputs: LayerOutputs | None = None  # of the call that is running
         self._running: nn.Module | None = None  # the module of that call
+        self._is_whole = not any(map(is_divided, model.parameters()))
         self.tree = ModelTree(model)
         self.gradients = GradientWatch(self.tree)
         self._handles = self._attached()
@@ -199,7 +200,7 @@ class Recorder:
             args,
             kwargs,
             Environment.now(modules.values(), parameters, copied),
-            Versions(_arguments(args, kwargs)),
+            Versions(arguments_of(args, kwargs)),
             state_of(parameters),
             chained=self._pending.chained(args, kwargs),
             module=self._calls.name_of(model),
@@ -261,6 +262,8 @@ class Recorder:
     def _begin_backward_(self, observation: Observation, weight: Tensor) -> None:
         """Record a batch, whose backward pass begins."""
         self._drop_cleared_()
+        if self._is_whole:
+            check_still_whole(self._model)
         try:
             with self.paused(), torch.enable_grad(), explained_checkpoints():
                 evaluation, calls = observation.evaluation(weight)
@@ -290,11 +293,3 @@ class Recorder:
         if not (self.enabled and torch.is_grad_enabled()):
             return False
         return torch._C._functorch.peek_interpreter_stack() is None  # not inside `torch.func`
-
-
-def _arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[str, object]]:
-    """Yield the arguments of the model with their names."""
-    for index, value in enumerate(args):
-        yield f"argument {index} of the model", value
-    for name, value in kwargs.items():
-        yield f"argument `{name}` of the model", value

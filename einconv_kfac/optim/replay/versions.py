@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -102,3 +102,11 @@ def state_of(parameters: Iterable[nn.Parameter]) -> State:
     return tuple(
         (version_of(p), _Rows(local_of(p)) if is_divided(p) else p.data_ptr()) for p in found
     )
+
+
+def arguments_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yield the arguments of the model with their names."""
+    for index, value in enumerate(args):
+        yield f"argument {index} of the model", value
+    for name, value in kwargs.items():
+        yield f"argument `{name}` of the model", value
