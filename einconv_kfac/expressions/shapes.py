@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
 from torch import Tensor
 
 from einconv_kfac.geometry import Geometry
@@ -12,9 +13,13 @@ from einconv_kfac.network import Shape
 
 
 def check_tensor(value: object, name: str) -> None:
-    """Raise TypeError if an argument is no tensor."""
+    """Raise TypeError if an argument is no tensor, or one that is sparse or of a library."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a tensor, got {value!r}.")
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"`{name}` must be a dense tensor, got the layout {value.layout}. Call `to_dense()`."
+        )
 
 
 def spatial_size(shape: Shape, name: str) -> Shape:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.modules.conv import _ConvNd
 
 from einconv_kfac.expressions.shapes import check_tensor, spatial_size
@@ -20,6 +21,7 @@ from einconv_kfac.geometry import (
 )
 from einconv_kfac.geometry.spellings import as_flag
 from einconv_kfac.modules.parameters import adopt_, check_options, check_sizes
+from einconv_kfac.modules.scripting import scripted_conv
 from einconv_kfac.padding import pad_input
 
 for name in ("convNd", "padded_by_mode"):
@@ -136,6 +138,14 @@ class ConvNd(_ConvNd):
             padding = 0
         options = (self.stride, padding, self.dilation, self.groups, self.simplify)
         return convNd(x, self.weight, self.bias, *options)
+
+    def __prepare_scriptable__(self) -> Module:
+        """Return torch's own layer with the same parameters.
+
+        Raises:
+            ValueError: If torch has none of that dimension.
+        """
+        return scripted_conv(self, _sides(self.padding, self.kernel_size, self.dilation))
 
     def extra_repr(self) -> str:
         """Return the number of dimensions and the hyper-parameters that torch's layers show."""

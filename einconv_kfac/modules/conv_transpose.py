@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from einconv_kfac.functionals import conv_transposeNd
@@ -15,6 +16,7 @@ from einconv_kfac.geometry.spellings import as_flag
 from einconv_kfac.geometry.transposed import transposed_padding
 from einconv_kfac.modules.output_size import output_padding_for
 from einconv_kfac.modules.parameters import adopt_, check_options, check_sizes
+from einconv_kfac.modules.scripting import scripted_conv_transpose
 
 for name in ("conv_transposeNd", "output_padding_for"):
     torch.fx.wrap(name)  # a symbolic trace has a call of the function in place of its operations
@@ -132,6 +134,14 @@ class ConvTransposeNd(_ConvTransposeNd):
             extra = output_padding_for(output_size, x, self.N, window)
         options = (self.stride, self.padding, extra, self.groups, self.dilation, self.simplify)
         return conv_transposeNd(x, self.weight, self.bias, *options)
+
+    def __prepare_scriptable__(self) -> Module:
+        """Return torch's own layer with the same parameters.
+
+        Raises:
+            ValueError: If torch has none of that dimension, or with that padding.
+        """
+        return scripted_conv_transpose(self)
 
     def extra_repr(self) -> str:
         """Return the number of dimensions and the hyper-parameters that torch's layers show."""

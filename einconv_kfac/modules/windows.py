@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 from torch.nn import Module
 
 from einconv_kfac.geometry import Padding, Sizes, parse_padding
 from einconv_kfac.geometry.spellings import as_flag, as_sizes
+from einconv_kfac.modules.scripting import refuse_script
 
 
 class WindowsNd(Module):
@@ -31,6 +32,10 @@ class WindowsNd(Module):
         self.padding = padding
         self.stride = stride
         self.simplify = as_flag(simplify, "simplify")
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Raise a ``ValueError``: torch's layers have two dimensions."""
+        refuse_script(type(self).__name__)
 
     def extra_repr(self) -> str:
         """Return the hyper-parameters as torch's layers show them."""

@@ -85,3 +85,21 @@ def test_bad_input_is_named(call: Callable[[], Any], message: str) -> None:
 def test_sizes_are_integers(value: Any) -> None:
     with pytest.raises(TypeError, match="`stride` must be an integer"):
         convNd(X, W, stride=value, groups=2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ConvNd(2, 4, 6, 3),
+        ConvNd(2, 4, 6, 3, padding=1, padding_mode="reflect", simplify=False),
+        ConvTransposeNd(2, 4, 6, 3),
+        lambda x: convNd(X, x),
+        lambda x: convNd(X, W, x, groups=2),
+        lambda x: unfoldNd(x, 3),
+        lambda x: unfoldNd_transpose(x, 3),
+        lambda x: foldNd(x, (4, 4), 3),
+    ],
+)
+def test_sparse_tensors_are_named(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"dense tensor, got the layout torch\.sparse_coo"):
+        call(X.to_sparse())

@@ -209,6 +209,45 @@ def test_trace_of_one_size_alone_is_refused() -> None:
         torch.testing.assert_close(exported(x), layer(x))
 
 
+def test_script() -> None:
+    torch.manual_seed(0)
+    double = {"dtype": torch.float64}
+    model = nn.Sequential(
+        *Network().layers[:-1],
+        ConvTransposeNd(2, 4, 2, 3, 2, 1, 1, groups=2, **double),
+        ConvNd(2, 2, 2, 3, padding=((0, 1), (2, 0)), padding_mode="reflect", **double),
+        ConvNd(2, 2, 2, 3, padding="same", simplify=False, **double),
+    )
+    scripted = torch.jit.script(model)
+    for shape in ((3, 2, 9, 11), (2, 7, 8)):
+        x = torch.randn(shape, **double)
+        torch.testing.assert_close(scripted(x), model(x))
+    gradients = [
+        torch.autograd.grad(m(x).sum(), list(model.parameters())) for m in (scripted, model)
+    ]
+    close(*gradients)
+    assert {k: v.data_ptr() for k, v in scripted.state_dict().items()} == {
+        k: v.data_ptr() for k, v in model.state_dict().items()
+    }
+    last = ConvTransposeNd(1, 2, 2, 3, 2, **double)
+    x = torch.randn(1, 2, 5, **double)
+    torch.testing.assert_close(torch.jit.script(last)(x, [12]), last(x, [12]))
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"),
+    [
+        (ConvNd(4, 1, 1, 1), "`N` must be 1, 2 or 3 .* ConvNd, got 4"),
+        (ConvTransposeNd(1, 1, 1, 2, padding=((0, 1),)), "`padding` must be the same left and"),
+        (UnfoldNd(2), "UnfoldNd cannot be compiled"),
+        (nn.Sequential(FoldNd(4, 2)), "FoldNd cannot be compiled"),
+    ],
+)
+def test_scripts_without_a_layer_of_torch_are_refused(layer: nn.Module, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"{named}.*`torch\.export\.export` records it"):
+        torch.jit.script(layer)
+
+
 @pytest.mark.parametrize("simplify", [True, False], ids=["simplified", "plain"])
 @pytest.mark.parametrize("kernel", [1, 2, 6])
 def test_results_own_their_memory(kernel: int, simplify: bool) -> None:
