@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 
@@ -14,3 +16,20 @@ def is_transformed() -> bool:
     """Return whether forward mode or a transform of ``torch.func`` is active."""
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     return forward_mode or torch._C._are_functorch_transforms_active()
+
+
+def is_exported_to_onnx() -> bool:
+    """Return whether ``torch.onnx.export`` records, which has no operators but torch's own."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
+        return False
+    return _is_in_onnx_export()
+
+
+def is_traced_for_onnx() -> bool:
+    """Return whether ``torch.onnx.export(..., dynamo=False)`` records, without changes of views."""
+    is_traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return is_traced and _is_in_onnx_export()
+
+
+def _is_in_onnx_export() -> bool:
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()

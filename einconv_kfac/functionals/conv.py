@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from einconv_kfac.evaluate import contract_convolution, evaluate
-from einconv_kfac.evaluate.recording import is_recorded
+from einconv_kfac.evaluate.recording import is_exported_to_onnx, is_recorded
 from einconv_kfac.expressions import convNd_forward
 from einconv_kfac.expressions.shapes import check_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, finished
-from einconv_kfac.functionals.tracing import traced_conv
+from einconv_kfac.functionals.tracing import records_torchs, traced_conv
 from einconv_kfac.geometry import (
     Geometry,
     Padding,
@@ -60,13 +59,13 @@ def convNd(  # noqa: N802 (einconv's name)
     torch.Size([2, 4, 3, 3])
     """
     batch, weight = batched(x, weight)
-    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+    if records_torchs(weight):
         return traced_conv(x, weight, bias, stride, padding, dilation, groups)
     batch, weight, bias = checked(batch, weight, bias, weight.shape[:1])
     options = map(hashable, (stride, padding, dilation, groups))
     geometry_of = _geometry if is_recorded() else _cached_geometry
     geometry = geometry_of(batch.shape[1:], weight.shape, *options)
-    if as_flag(simplify, "simplify"):
+    if as_flag(simplify, "simplify") and not is_exported_to_onnx():
         output = contract_convolution(geometry, "v", batch, weight)
     else:
         sizes = batch.shape[0], batch.shape[1], weight.shape[0]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from einconv_kfac.evaluate import contract_convolution, evaluate
-from einconv_kfac.evaluate.recording import is_recorded
+from einconv_kfac.evaluate.recording import is_exported_to_onnx, is_recorded
 from einconv_kfac.expressions import convNd_input_vjp
 from einconv_kfac.expressions.shapes import check_transposed_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, finished
-from einconv_kfac.functionals.tracing import traced_conv_transpose
+from einconv_kfac.functionals.tracing import records_torchs, traced_conv_transpose
 from einconv_kfac.geometry import (
     Geometry,
     Padding,
@@ -63,7 +62,7 @@ def conv_transposeNd(  # noqa: N802 (in line with convNd)
     torch.Size([2, 3, 14])
     """
     batch, weight = batched(x, weight)
-    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+    if records_torchs(weight):
         options = (stride, padding, output_padding, groups, dilation)
         return traced_conv_transpose(x, weight, bias, *options)
     channels = [as_integer(groups, "groups") * weight.shape[1]] if weight.ndim > 1 else []
@@ -71,7 +70,7 @@ def conv_transposeNd(  # noqa: N802 (in line with convNd)
     keys = map(hashable, (stride, padding, output_padding, dilation, groups))
     geometry_of = _geometry if is_recorded() else _cached_geometry
     geometry = geometry_of(batch.shape[1:], weight.shape, *keys)
-    if as_flag(simplify, "simplify"):
+    if as_flag(simplify, "simplify") and not is_exported_to_onnx():
         output = contract_convolution(geometry, "x", weight, batch)
     else:
         network = convNd_input_vjp.network(geometry, batch.shape[0], channels[0], batch.shape[1])

@@ -1,13 +1,15 @@
-"""Convolutions while ``torch.jit.trace`` records, by torch's own functions: for any input size."""
+"""Convolutions that ``torch.jit.trace`` or ``torch.onnx.export`` records, by torch's functions."""
 
 from __future__ import annotations
 
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from einconv_kfac.evaluate.recording import is_exported_to_onnx
 from einconv_kfac.geometry import Padding, Sizes, parse_padding, per_dimension
 from einconv_kfac.geometry.transposed import transposed_padding
 
@@ -18,6 +20,16 @@ _TRANSPOSED: dict[int, Any] = {
     3: functional.conv_transpose3d,
 }
 REMEDY = "`torch.export.export` records it"
+
+
+def records_torchs(weight: Tensor) -> bool:
+    """Return whether torch's own function is recorded in place of ours.
+
+    For ONNX it is if there is one of that dimension, and in ``torch.jit.trace`` always.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return True
+    return is_exported_to_onnx() and weight.ndim - 2 in _CONVOLUTIONS
 
 
 def traced_conv(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from einconv_kfac.evaluate import evaluate
 from einconv_kfac.evaluate.kernels import windows
+from einconv_kfac.evaluate.recording import is_traced_for_onnx
 from einconv_kfac.expressions import conv_transposeNd_unfold, convNd_fold, convNd_unfold
 from einconv_kfac.expressions.shapes import check_tensor, column_channels, spatial_size
 from einconv_kfac.functionals.tracing import refuse_trace
@@ -85,6 +86,11 @@ def foldNd(  # noqa: N802 (in line with unfoldNd)
     >>> foldNd(torch.rand(2, 6, 7), (8,), kernel_size=2).shape
     torch.Size([2, 3, 8])
     """
+    if is_traced_for_onnx():
+        raise ValueError(
+            "foldNd cannot be recorded by `torch.onnx.export` with `dynamo=False`, which leaves "
+            "out changes of views. Leave out `dynamo=False`."
+        )
     check_tensor(x, "x")
     sizes = as_sizes(output_size, "output_size")
     geometry = parse_geometry(sizes, kernel_size, stride, padding, dilation)

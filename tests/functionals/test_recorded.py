@@ -209,6 +209,33 @@ def test_trace_of_one_size_alone_is_refused() -> None:
         torch.testing.assert_close(exported(x), layer(x))
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Sequential(*Network().layers, Network().last).float(), (2, 2, 7, 8)),
+        (ConvNd(4, 2, 3, 2, padding=1), (2, 2, 3, 4, 3, 3)),
+        (ConvTransposeNd(4, 2, 3, 2, 2), (2, 2, 2, 2, 2, 2)),
+    ],
+)
+def test_exports_to_onnx_have_operators_of_torch_alone(
+    layer: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(shape)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    program = torch.export.export(layer, (x,), strict=False)
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert all(str(target).startswith("aten.") for target in called)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_folds_are_refused_where_changes_of_views_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with pytest.raises(ValueError, match=r"foldNd .*`dynamo=False`"):
+        torch.jit.trace(FoldNd(4, 2), torch.rand(1, 2, 3))
+
+
 def test_script() -> None:
     torch.manual_seed(0)
     double = {"dtype": torch.float64}
