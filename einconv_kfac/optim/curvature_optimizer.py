@@ -64,11 +64,16 @@ class CurvatureOptimizer(Optimizer):
     def coverage(self) -> Training:
         """Return how each parameter is trained; it prints as a table.
 
-        By ``"kfac"`` or the fallback, or it is ``"frozen"``, or ``"left out"`` of ``params``.
+        By ``"kfac"`` or the fallback, or it is ``"frozen"``, or ``"left out"`` of ``params``. Its
+        ``losses``, which are printed below, say what the losses so far were taken as.
         """
         self._accept_assigned_(named_parameters(self._model))
         own = {p for group in self.param_groups for p in group["params"]}
-        return training(self._model, own, self._preconditioner.covered(), self._fallback.kind)
+        covered, losses = (
+            self._preconditioner.covered(),
+            self._preconditioner.recorder.account.lines,
+        )
+        return training(self._model, own, covered, self._fallback.kind, losses)
 
     def statistics(self) -> dict[str, float]:
         """Return numbers of the last step, for a progress bar or a log.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,15 +25,19 @@ class Training(dict[str, str]):
 
     Attributes:
         reasons: Why the fallback trains a parameter, by its name.
+        losses: What the losses so far were taken as: operations with the matrix that each has in the
+            curvature, and operations without one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, losses: Sequence[str] = ()) -> None:
         super().__init__()
         self.reasons: dict[str, str] = {}
+        self.losses = tuple(losses)
 
     def __str__(self) -> str:
         rows = [(name, self._shown(name)) for name in self]
-        return table(("parameter", "trained by"), rows)
+        own = [f"loss, {line}" for line in self.losses]
+        return "\n".join([table(("parameter", "trained by"), rows), *own])
 
     def _shown(self, name: str) -> str:
         """Return how a parameter is trained, and the reason."""
@@ -41,7 +45,11 @@ class Training(dict[str, str]):
 
 
 def training(
-    model: nn.Module, own: Collection[nn.Parameter], covered: Collection[str], fallback: str
+    model: nn.Module,
+    own: Collection[nn.Parameter],
+    covered: Collection[str],
+    fallback: str,
+    losses: Sequence[str] = (),
 ) -> Training:
     """Return how each parameter of a model is trained.
 
@@ -50,8 +58,9 @@ def training(
         own: The optimizer's parameters.
         covered: Names of the parameters that factors cover.
         fallback: How the others are trained.
+        losses: What the losses so far were taken as.
     """
-    kinds = Training()
+    kinds = Training(losses)
     for name, parameter in model.named_parameters():
         kind = "kfac" if name in covered else fallback
         kind = kind if parameter in own else "left out"

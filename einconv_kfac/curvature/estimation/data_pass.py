@@ -17,6 +17,7 @@ from einconv_kfac.curvature.estimation.moments import Moments
 from einconv_kfac.curvature.estimation.other_uses import used_past_calls
 from einconv_kfac.curvature.estimation.preservation import undisturbed
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.distributed.random_streams import stream
 from einconv_kfac.distributed.summable import Summable
 from einconv_kfac.distributed.workers import ALONE, Workers
@@ -64,10 +65,11 @@ class DataPass:
 
     def _add_own_to_(self, moments: Mapping[str, Moments], estimator: FisherEstimator) -> None:
         """Add every batch of this worker."""
+        account = LossAccount()
         with undisturbed(self.model), LayerCapture(self.layers) as capture, torch.enable_grad():
             for index, batch in enumerate(self._batches()):
                 given = self.model, estimator.loss_fn, batch, self.forward
-                evaluation = evaluation_of(*given, capture.calls)
+                evaluation = evaluation_of(*given, capture.calls, account)
                 number, device = self.workers.number(index), evaluation.weight.device
                 generator = stream(device, "factors", self.seed, 0, number)
                 calls = capture.take()

@@ -18,6 +18,7 @@ from einconv_kfac.curvature.estimation.evaluation import (
 from einconv_kfac.curvature.losses.loss_call import targets_of
 from einconv_kfac.curvature.losses.loss_registry import is_overridden
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of
+from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.outputs import losses_of, tensors_of
 from einconv_kfac.curvature.objective.reading import Reading
 
@@ -33,6 +34,7 @@ def evaluation_of(
     batch: Any,
     forward: Forward | None = None,
     calls: Sequence[LayerCall] = (),
+    account: LossAccount | None = None,
 ) -> Evaluation:
     """Evaluate a model and any loss on a batch.
 
@@ -44,6 +46,7 @@ def evaluation_of(
         forward: Runs the model on the batch, and returns output and target, or the loss.
         calls: Receives the calls of layers. A loss may depend on their outputs past that of the
             model, as on features that an attribute keeps.
+        account: Receives what a loss that is read is taken as.
 
     Raises:
         ValueError: If there is no loss that depends on the model.
@@ -71,7 +74,7 @@ def evaluation_of(
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     layers = [(call.output.node, call.output.output_nr) for call in calls]
     own = edge_of(loss), loss.detach(), torch.ones_like(loss), value, names
-    return ReadEvaluation(Reading(*own, layers=layers))
+    return ReadEvaluation(Reading(*own, layers=layers, account=account))
 
 
 def _read_loss(model: nn.Module, loss_fn: Loss, batch: Any, forward: Forward | None) -> Tensor:

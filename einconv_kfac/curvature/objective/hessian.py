@@ -25,6 +25,8 @@ from einconv_kfac.curvature.objective.tail import Tail
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.units import drawn
 
+WHOLE = "the loss as a whole"
+"""The name of a term that no single operation gives."""
 LARGEST_BLOCK = 64
 """Rows up to which the blocks of a Hessian are computed, with one product for each row."""
 
@@ -206,7 +208,7 @@ def _hessian_term(
     curvature = _curvature(product, first, found, tolerance)
     if curvature is None:
         return None
-    return Term((edge,), (LinearMap(edge, {}, lambda each: each == edge),), curvature)
+    return Term((edge,), (LinearMap(edge, {}, lambda each: each == edge),), curvature, WHOLE)
 
 
 def _product(tail: Tail, edge: Edge, graph: Graph) -> Product | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -14,6 +14,10 @@ from einconv_kfac.curvature.losses.class_scores import random_classes
 
 class LocalCurvature(Protocol):
     """A positive semi-definite matrix ``H`` over the entries of an argument ``[*a]``."""
+
+    @property
+    def name(self) -> str:
+        """What ``H`` is, in a few words."""
 
     @property
     def rows(self) -> torch.Size:
@@ -39,6 +43,8 @@ class Diagonal:
     Args:
         values: The diagonal, ``[*a]``, not negative.
     """
+
+    name: ClassVar[str] = "the Hessian, a diagonal"
 
     values: Tensor
 
@@ -73,6 +79,8 @@ class Blocks:
         shape: The shape of the argument, ``[*r, *d]``.
         factors: ``R``, ``[*r, d, d]``.
     """
+
+    name: ClassVar[str] = "the Hessian, in blocks"
 
     shape: torch.Size
     factors: Tensor
@@ -130,6 +138,8 @@ class Categorical:
         dim: The dimension of the classes.
     """
 
+    name: ClassVar[str] = "the Hessian of a cross entropy"
+
     p: Tensor
     weight: Tensor
     dim: int
@@ -175,6 +185,8 @@ class Categorical:
 class Probabilities(Categorical):
     """``w diag(1 / p)`` for the results ``p`` of a softmax; by the scores it is `Categorical`."""
 
+    name: ClassVar[str] = "the Fisher information of classes"
+
     def sample(self, generator: Generator) -> Tensor:
         """See `LocalCurvature`; ``-sqrt(w) onehot / p`` for classes drawn from ``p``."""
         return -self._drawn(generator) * self._divided(self.weight.sqrt())
@@ -203,6 +215,8 @@ class Empirical:
     Args:
         gradient: The gradient of the loss, ``[n, *f]``; example ``i`` has the row ``g_i``.
     """
+
+    name: ClassVar[str] = "the empirical Fisher"
 
     gradient: Tensor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -98,6 +98,7 @@ class Registered:
         weight: The factor of the loss in the objective, one number.
     """
 
+    name: ClassVar[str] = "by a registered rule"
     rule: LossRule
     loss_fn: nn.Module
     value: Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 
 from torch import Generator, Tensor
@@ -20,9 +20,11 @@ from einconv_kfac.curvature.objective.graph import (
     first_met,
     inputs_of,
     kind_of_node,
+    within,
     zeros_at,
 )
 from einconv_kfac.curvature.objective.hessian import (
+    WHOLE,
     hessian_by,
     is_selection,
     may_lack,
@@ -33,6 +35,7 @@ from einconv_kfac.curvature.objective.linear_losses import curvature_of_probabil
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Empirical, LocalCurvature
 from einconv_kfac.curvature.objective.log_probabilities import log_of_softmax
+from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.loss_graph import LossGraph, Values
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes.squares import squared
@@ -53,6 +56,7 @@ class Reading:
         parameters: The parameters of the model, whose values a loss may use itself.
         call_at: Returns the call of a loss module whose result is at an edge.
         layers: The outputs of calls of layers.
+        account: Receives what the loss is taken as, when its curvature is asked for.
 
     Attributes:
         graph: The operations between outputs and loss.
@@ -69,8 +73,9 @@ class Reading:
         parameters: Mapping[Tensor, str],
         call_at: CallAt = no_call,
         layers: Iterable[Edge] = (),
+        account: LossAccount | None = None,
     ) -> None:
-        self.loss, self.weight = loss, weight
+        self.loss, self.weight, self._account = loss, weight, account
         self.graph = LossGraph(root, weight, output, parameters, layers)
         self._calls = enclosed_calls(self.graph.nodes, call_at, self.graph.is_source)
 
@@ -159,13 +164,15 @@ class Reading:
             if curvature is not None:
                 self._registered.append(each)
                 argument = each.call.argument
-                yield Term((argument,), (self.graph.map_to(argument),), curvature)
+                name = type(each.call.loss_fn).__name__
+                yield Term((argument,), (self.graph.map_to(argument),), curvature, name)
 
     def _curved_terms(self) -> Iterator[Term]:
         """Yield the terms whose curvature is positive semi-definite."""
         hidden = {node for call in self._registered for node in call.nodes}
         self._curved: set[Node] = set()
         self._joined: set[Node] = set()  # with operations before them
+        self._inner: set[Node] = set()  # these operations, and those inside of squares
         for node in (each for each in self.graph.nonlinear if each not in hidden):
             rule, weight = NODE_RULES.get(kind_of_node(node)), self.graph.seen.get((node, 0))
             if rule is None or weight is None:
@@ -178,7 +185,9 @@ class Reading:
             argument, curvature = together or square or own
             if curvature is not None:
                 self._curved.add(node)
-                yield _term(self.graph, argument, curvature)
+                if together or square:
+                    self._inner |= {*dependents((node, 0), lambda edge, a=argument: edge in a)}
+                yield _term(self.graph, argument, curvature, kind_of_node(node))
 
     def _linear_terms(self) -> Iterator[Term]:
         """Yield the terms of log-probabilities that a loss is linear in."""
@@ -189,13 +198,16 @@ class Reading:
         for edge, gradient in graph.ends.items():
             own = None if edge in bent else curvature_of_probabilities(edge, gradient)
             if own is not None:
-                yield Term((edge,), (graph.map_to(edge),), own)
+                yield Term((edge,), (graph.map_to(edge),), own, kind_of_node(within(edge)[0]))
 
     @cached_property
     def _find_terms(self) -> Callable[[], tuple[Term, ...]]:
         """Return a function that finds the terms, also after the graph is freed."""
         by_rules = (*self._registered_terms(), *self._curved_terms(), *self._linear_terms())
-        return cache(partial(_all_terms, self.graph, self._hessians(by_rules)))
+        known = {*self._curved, *self._inner, *(n for c in self._registered for n in c.nodes)}
+        left_out = {kind_of_node(node) for node in self.graph.nonlinear if node not in known}
+        find = self._hessians(by_rules)
+        return cache(partial(_all_terms, self.graph, find, left_out, self._account))
 
     def _hessians(self, terms: Sequence[Term]) -> Callable[[], Sequence[Term]]:
         """Return a function that takes Hessians where rules of operations do not give them."""
@@ -211,12 +223,17 @@ class Reading:
 
         def by_argument() -> Sequence[Term]:
             found = hessian_by(tail, by, known)
-            return terms if found is None else [_term(graph, [by], found)]
+            return terms if found is None else [_term(graph, [by], found, WHOLE)]
 
         return by_argument
 
 
-def _all_terms(graph: LossGraph, find: Callable[[], Sequence[Term]]) -> tuple[Term, ...]:
+def _all_terms(
+    graph: LossGraph,
+    find: Callable[[], Sequence[Term]],
+    left_out: Collection[str],
+    account: LossAccount | None,
+) -> tuple[Term, ...]:
     """Return the terms found, and the empirical Fisher at ends to which none gives curvature."""
     terms = find()
     curved = {edge for term in terms for edge in term.sources}
@@ -224,10 +241,18 @@ def _all_terms(graph: LossGraph, find: Callable[[], Sequence[Term]]) -> tuple[Te
         starts = [edge for term in terms for edge in term.argument]
         curved |= first_met(starts, graph.is_end)
     others = {e: g for e, g in graph.ends.items() if e not in curved and g.ndim}
-    return (*terms, *(Term((e,), (graph.map_to(e),), Empirical(g)) for e, g in others.items()))
+    name = ", ".join(sorted(left_out)) or "linear"
+    empirical = (Term((e,), (graph.map_to(e),), Empirical(g), name) for e, g in others.items())
+    result = (*terms, *empirical)
+    if account is not None:
+        is_whole = any(term.name == WHOLE for term in terms)
+        account.add_(result, () if is_whole else left_out)
+    return result
 
 
-def _term(graph: LossGraph, argument: Iterable[Edge | None], curvature: LocalCurvature) -> Term:
+def _term(
+    graph: LossGraph, argument: Iterable[Edge | None], curvature: LocalCurvature, name: str
+) -> Term:
     """Return a term by its argument, of which constants are left out."""
     edges = tuple(edge for edge in argument if edge is not None and graph.depends(edge))
-    return Term(edges, tuple(graph.map_to(edge) for edge in edges), curvature)
+    return Term(edges, tuple(graph.map_to(edge) for edge in edges), curvature, name)

@@ -22,11 +22,13 @@ class Term:
             if there are two.
         maps: The derivative ``J`` of each of them by the outputs.
         curvature: The curvature ``H`` at the argument.
+        name: The operation that it comes from.
     """
 
     argument: tuple[Edge, ...]
     maps: tuple[LinearMap, ...]
     curvature: LocalCurvature
+    name: str
 
     @property
     def sources(self) -> set[Edge]:

@@ -91,6 +91,7 @@ class GivenObservation:
         if isinstance(owner[1], Returned) and not owner[0].is_intact(owner[1]):
             return None
         owner[0].used = True
+        pending.account.add_rule_(loss_fn)
         own = snapshot(loss_fn)
         return GivenObservation(own, arguments, loss.detach(), owner, pending.layer_calls())
 
@@ -186,8 +187,8 @@ class ReadObservation:
         at = self._pending.call_at
         calls = self._layer_calls if self._has_calls else []
         layers = [(call.output.node, call.output.output_nr) for call in calls]
-        reading = Reading(root, self._loss, own, self._value, self._names, at, layers)
-        return ReadEvaluation(reading), self._layer_calls
+        given = root, self._loss, own, self._value, self._names, at, layers
+        return ReadEvaluation(Reading(*given, self._pending.account)), self._layer_calls
 
     def _source(self, edge: Edge) -> tuple[PendingCall, LossInput] | None:
         """Return which tensor of which call an edge is, or ``None``."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of, within
+from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.outputs import tensors_of
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, chained_arguments, needed
@@ -57,9 +58,13 @@ class PendingCalls:
     Args:
         capture: Records the calls of layers.
         names: Returns the parameters of the model with their names.
+
+    Attributes:
+        account: Keeps what the losses were taken as.
     """
 
     def __init__(self, capture: LayerCapture, names: Callable[[], dict[Tensor, str]]) -> None:
+        self.account = LossAccount()
         self._capture, self._names = capture, names
         self._pending: list[PendingCall] = []
         self._numbers = itertools.count()

@@ -67,6 +67,7 @@ class Recorder:
         keeps_layers: Whether outputs of layers are kept as well, which makes products cheaper.
         tree: The modules and parameters of the model.
         gradients: Watches the gradients between backward passes and steps.
+        account: Keeps what the losses were taken as.
     """
 
     def __init__(
@@ -79,15 +80,14 @@ class Recorder:
         entry: nn.Module | None = None,
     ) -> None:
         self.enabled = True
-        self.keeps_outputs = False
-        self.keeps_layers = True
+        self.keeps_outputs, self.keeps_layers = False, True
         self._batches: list[Batch] = []
-        self._model = model
-        self._loss_fn = loss_fn
+        self._model, self._loss_fn = model, loss_fn
         self._on_backward, self._on_cleared = on_backward, on_cleared
         self._entry = model if entry is None else entry
         self._capture = LayerCapture([]) if capture is None else capture
         self._pending = PendingCalls(self._capture, self._named)
+        self.account = self._pending.account
         self._buffers = ChangingBuffers()
         self._outputs: LayerOutputs | None = None  # of the call that is running
         self._running: nn.Module | None = None  # the module of that call

@@ -1,0 +1,59 @@
+"""What losses are taken as: the operations that their curvature comes from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+
+from einconv_kfac.curvature.objective.local_curvature import Empirical
+from einconv_kfac.curvature.objective.terms import Term
+
+EMPIRICAL = (
+    "The loss has no curvature that is known at an output of the model ({}). The empirical Fisher "
+    "of that output takes its place, from which single steps may be far too long or too short; "
+    "`coverage()` shows it. Write a loss that is curved there, as `F.huber_loss(out, y)` in place "
+    "of `F.l1_loss(out, y)`, or a module with a rule: `register_loss(type(loss_fn), rule)` of "
+    "`einconv_kfac.curvature`."
+)
+"""The warning about an empirical Fisher, which the given targets alone decide on."""
+LINEAR = "the loss is linear in it"
+
+
+class LossAccount:
+    """Keeps what the losses of a model were taken as, and warns of the first empirical Fisher.
+
+    Attributes:
+        lines: A line for each operation that the curvature came from, in the order in which they
+            were first seen, and for those that were left out.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[str, None] = {}
+        self._is_warned = False
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """See `LossAccount`."""
+        return tuple(self._lines)
+
+    def add_rule_(self, loss: object) -> None:
+        """Add a loss module that a rule describes."""
+        self._lines.setdefault(f"{type(loss).__name__}: by its rule")
+
+    def add_(self, terms: Sequence[Term], left_out: Collection[str]) -> None:
+        """Add a loss, and warn if it is the first with an empirical Fisher.
+
+        Args:
+            terms: Its terms.
+            left_out: The nonlinear operations without curvature of their own.
+        """
+        others = ", ".join(sorted(left_out))
+        for term in terms:
+            self._lines.setdefault(f"{term.name}: {term.curvature.name}")
+        if any(isinstance(term.curvature, Empirical) for term in terms):
+            if not self._is_warned:
+                self._is_warned = True
+                text = EMPIRICAL.format(others or LINEAR)
+                warnings.warn(text, UserWarning, stacklevel=2)
+        elif others:
+            self._lines.setdefault(f"{others}: without curvature of their own, to first order")
