@@ -25,8 +25,8 @@ class Training(dict[str, str]):
 
     Attributes:
         reasons: Why the fallback trains a parameter, by its name.
-        losses: What the losses so far were taken as: operations with the matrix that each has in the
-            curvature, and operations without one.
+        losses: What the losses so far were taken as: operations with the matrix that each has in
+            the curvature, and operations without one.
     """
 
     def __init__(self, losses: Sequence[str] = ()) -> None:

@@ -6,11 +6,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from functools import cache, cached_property, partial
 
 from torch import Generator, Tensor
-from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.objective.enclosed_calls import (
     CallAt,
-    EnclosedCall,
     enclosed_calls,
     no_call,
 )
@@ -18,9 +16,6 @@ from einconv_kfac.curvature.objective.graph import (
     Edge,
     dependents,
     first_met,
-    inputs_of,
-    kind_of_node,
-    within,
     zeros_at,
 )
 from einconv_kfac.curvature.objective.hessian import (
@@ -31,15 +26,12 @@ from einconv_kfac.curvature.objective.hessian import (
     only_argument,
     with_hessians,
 )
-from einconv_kfac.curvature.objective.linear_losses import curvature_of_probabilities
 from einconv_kfac.curvature.objective.linear_map import LinearMap
-from einconv_kfac.curvature.objective.local_curvature import Empirical, LocalCurvature
-from einconv_kfac.curvature.objective.log_probabilities import log_of_softmax
+from einconv_kfac.curvature.objective.local_curvature import Empirical
 from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.loss_graph import LossGraph, Values
-from einconv_kfac.curvature.objective.node_registry import NODE_RULES
-from einconv_kfac.curvature.objective.nodes.squares import squared
 from einconv_kfac.curvature.objective.repeated_operation import Repeated, operation_of
+from einconv_kfac.curvature.objective.rule_terms import RuleTerms
 from einconv_kfac.curvature.objective.tail import Tail
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.units import example_of_units
@@ -79,6 +71,11 @@ class Reading:
         self.graph = LossGraph(root, weight, output, parameters, layers)
         self._calls = enclosed_calls(self.graph.nodes, call_at, self.graph.is_source)
 
+    @cached_property
+    def _rules(self) -> RuleTerms:
+        """The terms that rules give."""
+        return RuleTerms(self.graph, self._calls)
+
     def tail(self, sources: Sequence[Edge]) -> Tail:
         """Return what remains of the reading after the graph is freed.
 
@@ -101,7 +98,7 @@ class Reading:
         calls = [
             call
             for call in self._calls
-            if call in self._registered or call.needs_module(self.graph.nonlinear)
+            if call in self._rules.registered or call.needs_module(self.graph.nonlinear)
         ]
         results = {call.edge: call for call in calls}
         hidden = {node for call in calls for node in call.nodes}
@@ -156,103 +153,61 @@ class Reading:
             for root, is_alone in term.roots(example_of_units(term, values, device)):
                 yield self.graph.at_ends(term.gradients(root)), is_alone
 
-    def _registered_terms(self) -> Iterator[Term]:
-        """Yield the terms of loss modules with a rule that a user registered."""
-        self._registered: list[EnclosedCall] = []
-        for each in self._calls:
-            curvature = each.call.curvature(self.graph.seen[each.edge])
-            if curvature is not None:
-                self._registered.append(each)
-                argument = each.call.argument
-                name = type(each.call.loss_fn).__name__
-                yield Term((argument,), (self.graph.map_to(argument),), curvature, name)
-
-    def _curved_terms(self) -> Iterator[Term]:
-        """Yield the terms whose curvature is positive semi-definite."""
-        hidden = {node for call in self._registered for node in call.nodes}
-        self._curved: set[Node] = set()
-        self._joined: set[Node] = set()  # with operations before them
-        self._inner: set[Node] = set()  # these operations, and those inside of squares
-        for node in (each for each in self.graph.nonlinear if each not in hidden):
-            rule, weight = NODE_RULES.get(kind_of_node(node)), self.graph.seen.get((node, 0))
-            if rule is None or weight is None:
-                continue
-            square, values = squared(node, weight, self.graph.are_same), rule.inputs(node)
-            own = inputs_of(node)[: len(values)], rule.curvature(node, values, weight)
-            together = log_of_softmax(node, weight, self.graph)
-            if together is not None:
-                self._joined.add(node)
-            argument, curvature = together or square or own
-            if curvature is not None:
-                self._curved.add(node)
-                if together or square:
-                    self._inner |= {*dependents((node, 0), lambda edge, a=argument: edge in a)}
-                yield _term(self.graph, argument, curvature, kind_of_node(node))
-
-    def _linear_terms(self) -> Iterator[Term]:
-        """Yield the terms of log-probabilities that a loss is linear in."""
-        graph = self.graph
-        starts = [edge for node in graph.nonlinear for edge in inputs_of(node) if edge is not None]
-        starts += [call.call.argument for call in self._registered]
-        bent = first_met(starts, graph.is_end)
-        for edge, gradient in graph.ends.items():
-            own = None if edge in bent else curvature_of_probabilities(edge, gradient)
-            if own is not None:
-                yield Term((edge,), (graph.map_to(edge),), own, kind_of_node(within(edge)[0]))
-
     @cached_property
     def _find_terms(self) -> Callable[[], tuple[Term, ...]]:
         """Return a function that finds the terms, also after the graph is freed."""
-        by_rules = (*self._registered_terms(), *self._curved_terms(), *self._linear_terms())
-        known = {*self._curved, *self._inner, *(n for c in self._registered for n in c.nodes)}
-        left_out = {kind_of_node(node) for node in self.graph.nonlinear if node not in known}
-        find = self._hessians(by_rules)
-        return cache(partial(_all_terms, self.graph, find, left_out, self._account))
+        graph, terms = self.graph, self._rules.terms
+        starts = [edge for term in terms for edge in term.argument]
+        bare = graph.ends.keys() - first_met(starts, graph.is_end)
+        maps = {edge: graph.map_to(edge) for edge in graph.ends if edge in bare}
+        left_out = self._rules.left_out()
+        name = ", ".join(sorted(left_out)) or "linear"
+        empirical = {
+            edge: Term((edge,), (map_,), Empirical(graph.ends[edge]), name)
+            for edge, map_ in maps.items()
+            if graph.ends[edge].ndim
+        }
+        own = self._hessians(), empirical, left_out, self._account
+        return cache(partial(_all_terms, *own))
 
-    def _hessians(self, terms: Sequence[Term]) -> Callable[[], Sequence[Term]]:
+    def _hessians(self) -> Callable[[], Sequence[Term]]:
         """Return a function that takes Hessians where rules of operations do not give them."""
-        graph, nonlinear = self.graph, set(self.graph.nonlinear)
-        is_read = not self._registered and not graph.inner
-        if not is_read or not may_lack(graph.root, nonlinear, self._curved, self._joined):
+        graph, rules, nonlinear = self.graph, self._rules, set(self.graph.nonlinear)
+        terms = rules.terms
+        is_read = not rules.registered and not graph.inner
+        if not is_read or not may_lack(graph.root, nonlinear, rules.curved, rules.joined):
             return lambda: terms
         by = only_argument(graph.root, nonlinear, graph.is_source)
         if by is None or (tail := self._tail([by], tuple, by)).unknown():
             tail = self._tail(graph.sources, tuple)
             return partial(with_hessians, terms, tail, graph.outputs)
-        known = terms if by in graph.outputs else ()
+        known, map_ = terms if by in graph.outputs else (), graph.map_to(by)
 
         def by_argument() -> Sequence[Term]:
             found = hessian_by(tail, by, known)
-            return terms if found is None else [_term(graph, [by], found, WHOLE)]
+            return terms if found is None else [Term((by,), (map_,), found, WHOLE)]
 
         return by_argument
 
 
 def _all_terms(
-    graph: LossGraph,
     find: Callable[[], Sequence[Term]],
+    empirical: Mapping[Edge, Term],
     left_out: Collection[str],
     account: LossAccount | None,
 ) -> tuple[Term, ...]:
-    """Return the terms found, and the empirical Fisher at ends to which none gives curvature."""
+    """Return the terms found, and the empirical Fisher at ends to which none gives curvature.
+
+    Args:
+        find: Finds the terms.
+        empirical: The empirical Fisher of each end to which rules give no curvature.
+        left_out: The operations without curvature of their own.
+        account: Receives what the loss is taken as.
+    """
     terms = find()
     curved = {edge for term in terms for edge in term.sources}
-    if graph.inner:
-        starts = [edge for term in terms for edge in term.argument]
-        curved |= first_met(starts, graph.is_end)
-    others = {e: g for e, g in graph.ends.items() if e not in curved and g.ndim}
-    name = ", ".join(sorted(left_out)) or "linear"
-    empirical = (Term((e,), (graph.map_to(e),), Empirical(g), name) for e, g in others.items())
-    result = (*terms, *empirical)
+    result = (*terms, *(term for edge, term in empirical.items() if edge not in curved))
     if account is not None:
         is_whole = any(term.name == WHOLE for term in terms)
         account.add_(result, () if is_whole else left_out)
     return result
-
-
-def _term(
-    graph: LossGraph, argument: Iterable[Edge | None], curvature: LocalCurvature, name: str
-) -> Term:
-    """Return a term by its argument, of which constants are left out."""
-    edges = tuple(edge for edge in argument if edge is not None and graph.depends(edge))
-    return Term(edges, tuple(graph.map_to(edge) for edge in edges), curvature, name)

@@ -1,0 +1,113 @@
+"""The terms of a loss whose curvature the rules of single operations and of loss modules give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch.autograd.graph import Node
+
+from einconv_kfac.curvature.objective.enclosed_calls import EnclosedCall
+from einconv_kfac.curvature.objective.graph import (
+    Edge,
+    dependents,
+    first_met,
+    inputs_of,
+    kind_of_node,
+    within,
+)
+from einconv_kfac.curvature.objective.linear_losses import curvature_of_probabilities
+from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
+from einconv_kfac.curvature.objective.log_probabilities import log_of_softmax
+from einconv_kfac.curvature.objective.loss_graph import LossGraph
+from einconv_kfac.curvature.objective.node_registry import NODE_RULES
+from einconv_kfac.curvature.objective.nodes.squares import squared
+from einconv_kfac.curvature.objective.terms import Term
+
+
+class RuleTerms:
+    """The terms of a loss that rules give, and the operations that they come from.
+
+    Args:
+        graph: The graph of the loss, which must exist.
+        calls: The calls of loss modules in it.
+
+    Attributes:
+        registered: The calls of loss modules with a rule that a user registered.
+        curved: The operations whose curvature is known.
+        joined: Those whose curvature is known together with that of operations before them.
+        inner: These operations, and those inside of squares.
+        terms: The terms.
+    """
+
+    def __init__(self, graph: LossGraph, calls: Sequence[EnclosedCall]) -> None:
+        self._graph = graph
+        self.registered: list[EnclosedCall] = []
+        self.curved: set[Node] = set()
+        self.joined: set[Node] = set()
+        self.inner: set[Node] = set()
+        self.by_node: dict[Node, Term] = {}
+        registered = list(self._registered_terms(calls))
+        self.by_node = dict(self._curved_terms())
+        self.terms = (*registered, *self.by_node.values(), *self._linear_terms())
+
+    def left_out(self) -> set[str]:
+        """Return the nonlinear operations that have no curvature of their own."""
+        known = {*self.curved, *self.inner, *self._hidden()}
+        return {kind_of_node(node) for node in self._graph.nonlinear if node not in known}
+
+    def _hidden(self) -> set[Node]:
+        """Return the operations inside of registered loss modules."""
+        return {node for call in self.registered for node in call.nodes}
+
+    def _registered_terms(self, calls: Sequence[EnclosedCall]) -> Iterator[Term]:
+        """Yield the terms of loss modules with a rule that a user registered."""
+        for each in calls:
+            curvature = each.call.curvature(self._graph.seen[each.edge])
+            if curvature is not None:
+                self.registered.append(each)
+                name = type(each.call.loss_fn).__name__
+                yield term_at(self._graph, [each.call.argument], curvature, name)
+
+    def _curved_terms(self) -> Iterator[tuple[Node, Term]]:
+        """Yield the terms whose curvature is positive semi-definite, with their operations."""
+        hidden, graph = self._hidden(), self._graph
+        for node in (each for each in graph.nonlinear if each not in hidden):
+            rule, weight = NODE_RULES.get(kind_of_node(node)), graph.seen.get((node, 0))
+            if rule is None or weight is None:
+                continue
+            square, values = squared(node, weight, graph.are_same), rule.inputs(node)
+            own = inputs_of(node)[: len(values)], rule.curvature(node, values, weight)
+            together = log_of_softmax(node, weight, graph)
+            if together is not None:
+                self.joined.add(node)
+            argument, curvature = together or square or own
+            if curvature is not None:
+                self.curved.add(node)
+                if together or square:
+                    self.inner |= _between(node, argument)
+                yield node, term_at(graph, argument, curvature, kind_of_node(node))
+
+    def _linear_terms(self) -> Iterator[Term]:
+        """Yield the terms of log-probabilities that a loss is linear in."""
+        graph = self._graph
+        starts = [edge for node in graph.nonlinear for edge in inputs_of(node) if edge is not None]
+        starts += [call.call.argument for call in self.registered]
+        bent = first_met(starts, graph.is_end)
+        for edge, gradient in graph.ends.items():
+            own = None if edge in bent else curvature_of_probabilities(edge, gradient)
+            if own is not None:
+                yield term_at(graph, [edge], own, kind_of_node(within(edge)[0]))
+
+
+def term_at(
+    graph: LossGraph, argument: Iterable[Edge | None], curvature: LocalCurvature, name: str
+) -> Term:
+    """Return a term by its argument, of which constants are left out; the graph must exist."""
+    edges = tuple(edge for edge in argument if edge is not None and graph.depends(edge))
+    return Term(edges, tuple(graph.map_to(edge) for edge in edges), curvature, name)
+
+
+def _between(node: Node, argument: Iterable[Edge | None]) -> set[Node]:
+    """Return an operation and those before it down to an argument."""
+    ends = {edge for edge in argument if edge is not None}
+    return {*dependents((node, 0), lambda edge: edge in ends)}
