@@ -48,7 +48,11 @@ Graph = tuple[Sequence[Tensor], Sequence["Tensor | None"]]
 
 
 def may_lack(
-    root: Edge, nonlinear: Collection[Node], curved: Collection[Node], joined: Collection[Node]
+    root: Edge,
+    nonlinear: Collection[Node],
+    curved: Collection[Node],
+    joined: Collection[Node],
+    among: Collection[Node] | None = None,
 ) -> bool:
     """Return whether the rules of single operations may give less than the Hessian of a loss.
 
@@ -60,9 +64,10 @@ def may_lack(
         nonlinear: The nonlinear operations between outputs and loss.
         curved: Those whose curvature is known.
         joined: Those whose curvature is known together with that of operations before them.
+        among: The operations that are asked about; all by default.
     """
     first = _nearest(root, nonlinear)
-    for node in first:
+    for node in first if among is None else first.intersection(among):
         if node not in curved:
             return True
         if node in joined:

@@ -7,6 +7,7 @@ from functools import cache, cached_property, partial
 
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.objective.distributions import Distributions
 from einconv_kfac.curvature.objective.enclosed_calls import (
     CallAt,
     enclosed_calls,
@@ -85,15 +86,18 @@ class Reading:
         return self._tail(sources, self._find_terms)
 
     def _tail(
-        self, sources: Sequence[Edge], terms: Callable[[], tuple[Term, ...]], by: Edge | None = None
+        self,
+        sources: Sequence[Edge],
+        terms: Callable[[], tuple[Term, ...]],
+        by: Collection[Edge] = (),
     ) -> Tail:
         """See `tail`.
 
         Args:
             sources: All sources.
             terms: Returns the terms.
-            by: A tensor by which all sources enter the loss, and which takes their place. The
-                result is that close to it: selections, as of a maximum, stay.
+            by: Tensors by which all sources enter the loss, and which take their place. The
+                result is that close to them: selections, as of a maximum, stay.
         """
         calls = [
             call
@@ -104,15 +108,15 @@ class Reading:
         hidden = {node for call in calls for node in call.nodes}
         single = {node for node in self.graph.nonlinear if node not in hidden}
         nodes = self.graph.nodes
-        if by is not None:
-            calls, results, nodes = [], {}, dependents(self.graph.root, lambda edge: edge == by)
+        if by:
+            calls, results, nodes = [], {}, dependents(self.graph.root, lambda edge: edge in by)
             single = {
                 each for each in nodes if each in self.graph.nonlinear and not is_selection(each)
             }
         own = Repeated(self.graph.nodes, self.graph.depends, self.graph.output)
 
         def stops(edge: Edge) -> bool:
-            return edge == by or edge[0] in single or edge in results or self.graph.is_source(edge)
+            return edge in by or edge[0] in single or edge in results or self.graph.is_source(edge)
 
         operations = [
             result
@@ -124,7 +128,7 @@ class Reading:
         ]
         return Tail(
             tuple(sources),
-            tuple(zeros_at(edge) if edge == by else self.graph.value(edge) for edge in sources),
+            tuple(zeros_at(edge) if edge in by else self.graph.value(edge) for edge in sources),
             tuple(self.graph.gradients.get(edge) for edge in sources),
             self.loss,
             self.weight,
@@ -173,12 +177,19 @@ class Reading:
     def _hessians(self) -> Callable[[], Sequence[Term]]:
         """Return a function that takes Hessians where rules of operations do not give them."""
         graph, rules, nonlinear = self.graph, self._rules, set(self.graph.nonlinear)
-        terms = rules.terms
-        is_read = not rules.registered and not graph.inner
-        if not is_read or not may_lack(graph.root, nonlinear, rules.curved, rules.joined):
-            return lambda: terms
+        if rules.registered or graph.inner:
+            return lambda: rules.terms
+        lacks = may_lack(graph.root, nonlinear, rules.curved, rules.joined)
+        compared = self._compared() if lacks or Distributions.end(graph) else None
+        other = self._other_hessians() if lacks else lambda: rules.terms
+        return other if compared is None else lambda: compared() or other()
+
+    def _other_hessians(self) -> Callable[[], Sequence[Term]]:
+        """Return a function that takes Hessians by one tensor, or by the outputs."""
+        graph, terms = self.graph, self._rules.terms
+        nonlinear = set(graph.nonlinear)
         by = only_argument(graph.root, nonlinear, graph.is_source)
-        if by is None or (tail := self._tail([by], tuple, by)).unknown():
+        if by is None or (tail := self._tail([by], tuple, [by])).unknown():
             tail = self._tail(graph.sources, tuple)
             return partial(with_hessians, terms, tail, graph.outputs)
         known, map_ = terms if by in graph.outputs else (), graph.map_to(by)
@@ -188,6 +199,30 @@ class Reading:
             return terms if found is None else [Term((by,), (map_,), found, WHOLE)]
 
         return by_argument
+
+    def _compared(self) -> Callable[[], Sequence[Term] | None] | None:
+        """Return a function that takes the curvature of distributions that the loss compares.
+
+        ``None`` without such, or if the rules of operations give their curvature; it returns
+        ``None`` if the loss is another function of them.
+        """
+        graph, rules, known = self.graph, self._rules, Distributions.of(self.graph)
+        given = graph.root, set(graph.nonlinear), rules.curved, rules.joined
+        if known is None or not (
+            may_lack(*given, known.nodes) or known.has_logarithms(rules.joined)
+        ):
+            return None
+        tail = self._tail(known.edges, tuple, known.edges)
+        if tail.unknown():
+            return None
+        find = known.term(graph, tail)
+        others = [term for node, term in rules.by_node.items() if node not in known.nodes]
+
+        def compared() -> Sequence[Term] | None:
+            found = find()
+            return None if found is None else [*others, found]
+
+        return compared
 
 
 def _all_terms(

@@ -74,6 +74,23 @@ class Term:
         return self.curvature.sample(generator)
 
 
+@dataclass(frozen=True)
+class JointTerm(Term):
+    """A term of several tensors of one shape ``[*a]``, side by side as ``[*a, K]``."""
+
+    def tangent(self, vectors: Mapping[Edge, Tensor]) -> Tensor | None:
+        """See `Term`."""
+        parts = [each(vectors) for each in self.maps]
+        known = next((part for part in parts if part is not None), None)
+        if known is None:
+            return None
+        return torch.stack([torch.zeros_like(known) if p is None else p for p in parts], -1)
+
+    def gradients(self, root: Tensor) -> dict[Edge, Tensor]:
+        """See `Term`."""
+        return dict(zip(self.argument, root.unbind(-1)))
+
+
 def _ranks(example_of: Tensor) -> Tensor:
     """Return the number of earlier units of the same example; units of several come alone."""
     ranks = torch.zeros_like(example_of)

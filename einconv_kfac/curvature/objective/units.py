@@ -52,6 +52,6 @@ def _by_unit(touched: Tensor, curvature: LocalCurvature) -> Tensor:
     dim: Any = getattr(curvature, "dim", None)
     if dim is not None:
         touched = touched.any(dim)
-    elif touched.ndim > len(curvature.rows):
+    if touched.ndim > len(curvature.rows):
         touched = touched.flatten(len(curvature.rows)).any(-1)
     return touched.flatten()

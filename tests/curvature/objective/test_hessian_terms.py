@@ -1,11 +1,9 @@
-"""Terms that no single operation gives: Hessians of a loss by tensors that are computed from outputs."""
+"""Hessians of a loss by tensors computed from outputs, where no single operation gives them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.func import jacrev
-from torch.nn import functional
 
 from einconv_kfac.curvature.objective.graph import edge_of, mark_, mark_of
 from einconv_kfac.curvature.objective.reading import Reading
