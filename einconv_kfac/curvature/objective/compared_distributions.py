@@ -37,6 +37,10 @@ class ComparedDistributions:
         """See `LocalCurvature`."""
         return self.p.select(-1, 0).select(self.dim, 0).shape
 
+    def support(self) -> Tensor:
+        """See `LocalCurvature`."""
+        return self.factors.square().sum(-1)
+
     def sample(self, generator: Generator) -> Tensor:
         """See `LocalCurvature`; random signs."""
         signs = torch.randint(2, self.p.shape, generator=generator, device=self.p.device)

@@ -23,7 +23,8 @@ from einconv_kfac.curvature.objective.tail import Tail
 from einconv_kfac.curvature.objective.terms import JointTerm, Term
 from einconv_kfac.curvature.objective.units import drawn
 
-NAME = "entries of softmaxes"
+ENTRIES = "entries of softmaxes"
+"""The name of a term of them."""
 MOST_TENSORS = 8
 """Number of tensors that are compared at most."""
 LOGARITHMS = ("Log", "Log1P", "Log2", "Log10")
@@ -125,7 +126,7 @@ class Distributions:
                 raise
             except RuntimeError:  # an operation without a second derivative
                 return None
-            return None if curvature is None else JointTerm(arguments, maps, curvature, NAME)
+            return None if curvature is None else JointTerm(arguments, maps, curvature, ENTRIES)
 
         return find
 

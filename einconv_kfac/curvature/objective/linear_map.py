@@ -73,3 +73,21 @@ class LinearMap:
                 raise
             raise RuntimeError(_ONCE.format(error)) from error
         return product if product is None or create_graph else product.detach()
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the target is itself a source."""
+        return self._transposed is None
+
+    def transposed(self, vector: Tensor) -> dict[Edge, Tensor]:
+        """Return ``J^T w`` by source, also after the graph of the forward pass is freed."""
+        if self._transposed is None:
+            return {self.sources[0]: vector}
+        with torch.enable_grad():
+            own = {e: torch.zeros_like(t).requires_grad_() for e, t in self._transposed.items()}
+            product = self(own, create_graph=True)
+        if product is None or not product.requires_grad:
+            return {}
+        inputs = list(own.values())
+        found = torch.autograd.grad(product, inputs, vector.to(product), allow_unused=True)
+        return {edge: part for edge, part in zip(own, found) if part is not None}

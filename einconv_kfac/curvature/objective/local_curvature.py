@@ -23,6 +23,9 @@ class LocalCurvature(Protocol):
     def rows(self) -> torch.Size:
         """The shape of the independent units that ``H`` is block-diagonal over."""
 
+    def support(self) -> Tensor:
+        """Return positive numbers where ``H`` has entries, and zeros elsewhere, ``[*a]``."""
+
     def sample(self, generator: Generator) -> Tensor:
         """Draw a vector ``s [*a]`` with second moment ``H``, independent between units."""
 
@@ -52,6 +55,10 @@ class Diagonal:
     def rows(self) -> torch.Size:
         """See `LocalCurvature`."""
         return self.values.shape
+
+    def support(self) -> Tensor:
+        """See `LocalCurvature`."""
+        return self.values
 
     def sample(self, generator: Generator) -> Tensor:
         """See `LocalCurvature`; random signs."""
@@ -106,6 +113,10 @@ class Blocks:
         """See `LocalCurvature`."""
         return self.factors.shape[:-2]
 
+    def support(self) -> Tensor:
+        """See `LocalCurvature`."""
+        return self.factors.square().sum(-1).reshape(self.shape)
+
     def sample(self, generator: Generator) -> Tensor:
         """See `LocalCurvature`; random signs."""
         signs = _signs(self.factors.shape[:-1], self.factors, generator)
@@ -148,6 +159,10 @@ class Categorical:
     def rows(self) -> torch.Size:
         """See `LocalCurvature`."""
         return self.weight.squeeze(self.dim).shape
+
+    def support(self) -> Tensor:
+        """See `LocalCurvature`."""
+        return self.p * self.weight
 
     def sample(self, generator: Generator) -> Tensor:
         """See `LocalCurvature`; ``sqrt(w) (p - onehot)`` for classes drawn from ``p``."""
@@ -224,6 +239,10 @@ class Empirical:
     def rows(self) -> torch.Size:
         """See `LocalCurvature`."""
         return self.gradient.shape[:1]
+
+    def support(self) -> Tensor:
+        """See `LocalCurvature`."""
+        return self.gradient.abs()
 
     def sample(self, generator: Generator) -> Tensor:
         """See `LocalCurvature`; a random sign per example."""

@@ -110,6 +110,10 @@ class Registered:
         """See `LocalCurvature`."""
         return self.value.shape[:1]
 
+    def support(self) -> Tensor:
+        """See `LocalCurvature`; it is not known, and taken for the whole argument."""
+        return torch.ones_like(self.value)
+
     def sample(self, generator: Generator) -> Tensor:
         """See `LocalCurvature`."""
         drawn = self.rule.sample(self.loss_fn, self.value, self.target, generator)

@@ -7,7 +7,8 @@ from functools import cache, cached_property, partial
 
 from torch import Generator, Tensor
 
-from einconv_kfac.curvature.objective.distributions import Distributions
+from einconv_kfac.curvature.objective.bare_entries import slopes_without_curvature
+from einconv_kfac.curvature.objective.distributions import ENTRIES, Distributions
 from einconv_kfac.curvature.objective.enclosed_calls import (
     CallAt,
     enclosed_calls,
@@ -163,15 +164,12 @@ class Reading:
         graph, terms = self.graph, self._rules.terms
         starts = [edge for term in terms for edge in term.argument]
         bare = graph.ends.keys() - first_met(starts, graph.is_end)
-        maps = {edge: graph.map_to(edge) for edge in graph.ends if edge in bare}
-        left_out = self._rules.left_out()
-        name = ", ".join(sorted(left_out)) or "linear"
-        empirical = {
-            edge: Term((edge,), (map_,), Empirical(graph.ends[edge]), name)
-            for edge, map_ in maps.items()
-            if graph.ends[edge].ndim
+        ends = {
+            edge: (graph.map_to(edge), gradient)
+            for edge, gradient in graph.ends.items()
+            if gradient.ndim and (edge in bare or not graph.inner)
         }
-        own = self._hessians(), empirical, left_out, self._account
+        own = self._hessians(), ends, self._rules.left_out(), self._account
         return cache(partial(_all_terms, *own))
 
     def _hessians(self) -> Callable[[], Sequence[Term]]:
@@ -227,22 +225,28 @@ class Reading:
 
 def _all_terms(
     find: Callable[[], Sequence[Term]],
-    empirical: Mapping[Edge, Term],
+    ends: Mapping[Edge, tuple[LinearMap, Tensor]],
     left_out: Collection[str],
     account: LossAccount | None,
 ) -> tuple[Term, ...]:
-    """Return the terms found, and the empirical Fisher at ends to which none gives curvature.
+    """Return the terms found, and the empirical Fisher where none gives curvature.
 
     Args:
         find: Finds the terms.
-        empirical: The empirical Fisher of each end to which rules give no curvature.
+        ends: Tensors to which rules may give no curvature in whole or in part, as a map from the
+            sources and a gradient.
         left_out: The operations without curvature of their own.
         account: Receives what the loss is taken as.
     """
     terms = find()
     curved = {edge for term in terms for edge in term.sources}
-    result = (*terms, *(term for edge, term in empirical.items() if edge not in curved))
+    bare = {edge: own for edge, (_, own) in ends.items() if edge not in curved}
+    others = {edge: own for edge, (_, own) in ends.items() if edge in curved}
+    bare |= slopes_without_curvature(terms, others)
+    name = ", ".join(sorted(left_out)) or "linear"
+    empirical = (Term((e,), (ends[e][0],), Empirical(g), name) for e, g in bare.items())
+    result = (*terms, *empirical)
     if account is not None:
-        is_whole = any(term.name == WHOLE for term in terms)
+        is_whole = any(term.name in (WHOLE, ENTRIES) for term in terms)
         account.add_(result, () if is_whole else left_out)
     return result

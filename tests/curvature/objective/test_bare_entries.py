@@ -1,0 +1,92 @@
+"""Columns of an output in which a loss has slope and no curvature take the empirical Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad as gradient_of
+from torch.func import hessian
+from torch.nn import functional
+
+from einconv_kfac.curvature.objective.graph import edge_of, mark_, mark_of
+from einconv_kfac.curvature.objective.reading import Reading
+
+Loss = Callable[[Tensor], Tensor]
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(5, 4, generator=GENERATOR, dtype=torch.float64)
+POSITIONS = torch.randn(5, 3, 4, generator=GENERATOR, dtype=torch.float64)
+T = torch.randn(5, 4, generator=GENERATOR, dtype=torch.float64)
+Y = torch.arange(5) % 2
+
+PARTLY: dict[str, tuple[Tensor, Loss, Loss, tuple[slice, ...]]] = {
+    "absolute": (
+        X,
+        lambda o: functional.mse_loss(o[:, :1], T[:, :1]) + functional.l1_loss(o[:, 1:], T[:, 1:]),
+        lambda o: functional.mse_loss(o[:, :1], T[:, :1]),
+        (slice(None), slice(1, None)),
+    ),
+    "variance": (
+        X,
+        lambda o: functional.gaussian_nll_loss(o[:, :2], T[:, :2], functional.softplus(o[:, 2:])),
+        lambda o: ((o[:, :2] - T[:, :2]).square() / functional.softplus(X[:, 2:])).mean() / 2,
+        (slice(None), slice(2, None)),
+    ),
+    "positions": (
+        POSITIONS,
+        lambda o: functional.cross_entropy(o[:, 0], Y) + (o[:, 1] * T).mean(),
+        lambda o: functional.cross_entropy(o[:, 0], Y),
+        (slice(None), slice(1, 2)),
+    ),
+    "smooth, far off": (
+        X,
+        lambda o: (
+            functional.cross_entropy(o[:, :2], Y)
+            + functional.smooth_l1_loss(o[:, 2:], 9 + T[:, 2:])
+        ),
+        lambda o: functional.cross_entropy(o[:, :2], Y),
+        (slice(None), slice(2, None)),
+    ),
+}
+"""Outputs, a loss, its part with curvature, and where it has none."""
+WHOLLY: dict[str, Loss] = {
+    "smooth, in part": lambda o: functional.smooth_l1_loss(o, T),
+    "without slope": lambda o: functional.cross_entropy(o[:, :2], Y),
+    "differences": lambda o: (o - o.mean(1, keepdim=True)).square().mean(),
+    "cross entropy of sums": lambda o: functional.cross_entropy(o.unflatten(1, (2, 2)).sum(1), Y),
+}
+"""Losses whose Hessian is all of their curvature."""
+
+
+def found(loss: Loss, x: Tensor) -> Tensor:
+    output = x.clone().requires_grad_() * 1.0
+    mark_(output, "test", output.detach())
+    value = loss(output)
+    given = edge_of(value), value.detach(), torch.ones_like(value)
+    reading = Reading(*given, lambda edge: mark_of(edge, "test"), {})
+    tail = reading.tail(reading.graph.sources)
+    value.backward()  # frees the graph
+    units = torch.eye(x.numel(), dtype=x.dtype).reshape(-1, *x.shape)
+    return tail.expansion([[unit] for unit in units]).curvature
+
+
+def matrix(loss: Loss, x: Tensor) -> Tensor:
+    return hessian(loss)(x).reshape(x.numel(), x.numel())
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_columns_without_curvature(name: str) -> None:
+    x, loss, curved, part = PARTLY[name]
+    slope = torch.zeros_like(x)
+    slope[part] = gradient_of(loss)(x)[part]
+    examples = torch.eye(len(x), dtype=x.dtype)[:, :, None] * slope.flatten(1)[:, None]
+    own = examples.reshape(len(x), -1)  # a row for each example
+    expected = matrix(curved, x) + len(x) * own.T @ own
+    torch.testing.assert_close(found(loss, x), expected)
+
+
+@pytest.mark.parametrize("name", WHOLLY)
+def test_columns_with_curvature_keep_it(name: str) -> None:
+    torch.testing.assert_close(found(WHOLLY[name], X), matrix(WHOLLY[name], X))
