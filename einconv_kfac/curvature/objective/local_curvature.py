@@ -45,11 +45,13 @@ class Diagonal:
 
     Args:
         values: The diagonal, ``[*a]``, not negative.
+        is_whole: Whether zeros are all the curvature there is, as far off in a loss of Huber.
     """
 
     name: ClassVar[str] = "the Hessian, a diagonal"
 
     values: Tensor
+    is_whole: bool = False
 
     @property
     def rows(self) -> torch.Size:
@@ -58,7 +60,7 @@ class Diagonal:
 
     def support(self) -> Tensor:
         """See `LocalCurvature`."""
-        return self.values
+        return torch.ones_like(self.values) if self.is_whole else self.values
 
     def sample(self, generator: Generator) -> Tensor:
         """See `LocalCurvature`; random signs."""

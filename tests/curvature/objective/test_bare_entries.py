@@ -40,19 +40,14 @@ PARTLY: dict[str, tuple[Tensor, Loss, Loss, tuple[slice, ...]]] = {
         lambda o: functional.cross_entropy(o[:, 0], Y),
         (slice(None), slice(1, 2)),
     ),
-    "smooth, far off": (
-        X,
-        lambda o: (
-            functional.cross_entropy(o[:, :2], Y)
-            + functional.smooth_l1_loss(o[:, 2:], 9 + T[:, 2:])
-        ),
-        lambda o: functional.cross_entropy(o[:, :2], Y),
-        (slice(None), slice(2, None)),
-    ),
 }
 """Outputs, a loss, its part with curvature, and where it has none."""
 WHOLLY: dict[str, Loss] = {
     "smooth, in part": lambda o: functional.smooth_l1_loss(o, T),
+    "smooth, far off": lambda o: (
+        functional.cross_entropy(o[:, :2], Y) + functional.smooth_l1_loss(o[:, 2:], 9 + T[:, 2:])
+    ),
+    "smooth, far off alone": lambda o: functional.huber_loss(o, 9 + T),
     "without slope": lambda o: functional.cross_entropy(o[:, :2], Y),
     "differences": lambda o: (o - o.mean(1, keepdim=True)).square().mean(),
     "cross entropy of sums": lambda o: functional.cross_entropy(o.unflatten(1, (2, 2)).sum(1), Y),

@@ -94,7 +94,8 @@ class Difference(Entrywise):
         assert x is not None
         assert target is not None
         own = target.to(torch.promote_types(target.dtype, torch.float32))
-        return diagonal(lambda entries: function(entries, own), x, weight)
+        found = diagonal(lambda entries: function(entries, own), x, weight, may_vanish=True)
+        return None if found is None else Diagonal(found.values, is_whole=True)
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,18 @@ class Rectifier:
         return None
 
 
-def diagonal(function: Function, x: Tensor, weight: Tensor) -> Diagonal | None:
+def diagonal(
+    function: Function, x: Tensor, weight: Tensor, *, may_vanish: bool = False
+) -> Diagonal | None:
     """Return the diagonal Hessian of ``<weight, f(x)>``, if it is curved and not negative.
 
     A function of complex numbers, such as their absolute value, has none.
+
+    Args:
+        function: ``f``, of single entries.
+        x: The entries.
+        weight: The weights, shaped like the result.
+        may_vanish: Whether to return a Hessian that is zero, if no weight is negative.
     """
     if x.is_complex():
         return None
@@ -193,7 +202,9 @@ def diagonal(function: Function, x: Tensor, weight: Tensor) -> Diagonal | None:
         return None
     found = found.nan_to_num(0.0, 0.0, 0.0)
     largest = found.max() if found.numel() else found.sum()
-    if not bool(largest > 0) or bool(found.min() < -CURVATURE_ROUNDING * largest):
+    if found.numel() and bool(found.min() < -CURVATURE_ROUNDING * largest):
+        return None
+    if not bool(largest > 0) and not (may_vanish and bool((weight >= 0).all())):
         return None
     return Diagonal(found.clamp_min_(0))
 
