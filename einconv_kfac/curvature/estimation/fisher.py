@@ -148,7 +148,8 @@ class FisherEstimator:
                 arranged = arrangement.arranged_(used, asked)
                 self._add_inputs_(moments, arranged)
             single = self._single(arranged, evaluation, roots)
-            self._add_roots_(moments, arranged, [g for g in found if g is not None], single)
+            known = [g for g in found if g is not None]
+            self._add_roots_(moments, arranged, known, single, roots.are_alone)
 
     def _arrangement(self, evaluation: Evaluation, moments: Mapping[str, Moments]) -> Arrangement:
         """Return what arranges the calls of a batch."""
@@ -268,6 +269,7 @@ class FisherEstimator:
         arranged: Sequence[ArrangedCall],
         found: Sequence[Tensor],
         single: Mapping[int, Sequence[Tensor]],
+        are_alone: Sequence[bool],
     ) -> None:
         """Add the gradients of several roots, scaled to those of the examples' own losses."""
         gradients = {id(each.call): gradient for each, gradient in zip(arranged, found)}
@@ -281,7 +283,7 @@ class FisherEstimator:
                 for each in own
                 for part in each.gradients(single.get(id(each.call), gradients[id(each.call)]))
             ]
-            moments[name].add_gradients_(calls, parts, scale)
+            moments[name].add_gradients_(calls, parts, scale, are_alone)
 
     def _roots(self, evaluation: Evaluation, generator: Generator) -> Iterator[Root]:
         """Yield the vectors that are backpropagated from the outputs."""

@@ -46,7 +46,11 @@ class Moments(Protocol):
         """Return a function that takes back the inputs that are added from now on."""
 
     def add_gradients_(
-        self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
+        self,
+        calls: Sequence[LayerCall],
+        gradients: Sequence[Tensor],
+        scale: float,
+        are_alone: Sequence[bool] = (),
     ) -> None:
         """Add the gradients of one batch along one or several root vectors, after `add_inputs_`.
 
@@ -55,6 +59,8 @@ class Moments(Protocol):
             gradients: For each call, the gradients at its output, those of the second root vector
                 behind those of the first: ``[v n, ...]`` for a call with ``n`` examples.
             scale: Factor of the outer products of the gradients.
+            are_alone: Whether each root vector is of one unit of the loss, see `Root`. The parts of
+                all examples belong together then. None is by default.
         """
 
     def add_examples_(self, examples: int) -> None:
@@ -136,7 +142,11 @@ class LayerMoments:
 
     @torch.no_grad()
     def add_gradients_(
-        self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
+        self,
+        calls: Sequence[LayerCall],
+        gradients: Sequence[Tensor],
+        scale: float,
+        are_alone: Sequence[bool] = (),
     ) -> None:
         """See `Moments`."""
         for sums, own, their in self._by_use(calls, gradients):

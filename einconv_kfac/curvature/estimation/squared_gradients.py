@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -91,30 +92,37 @@ class SquaredGradients:
 
     @torch.no_grad()
     def add_gradients_(
-        self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
+        self,
+        calls: Sequence[LayerCall],
+        gradients: Sequence[Tensor],
+        scale: float,
+        are_alone: Sequence[bool] = (),
     ) -> None:
         """See `Moments`."""
         size = batch_size(self.layer, calls)
         if self.layer.is_tied:
-            for own in zip(*(torch.split(gradient, size) for gradient in gradients)):
-                self._add_products_(*self._both(calls, own), scale)
+            several = zip(*(torch.split(gradient, size) for gradient in gradients))
+            for own, is_alone in zip(several, chain(are_alone, repeat(False))):
+                self._add_products_(*self._both(calls, own), scale, is_alone)
             return
         rotated = torch.cat([self._rotated(c, dy) for c, dy in zip(calls, gradients)], dim=-1)
-        for g in torch.split(rotated, size):
-            self._add_products_(g, self._inputs, scale)
+        for g, is_alone in zip(torch.split(rotated, size), chain(are_alone, repeat(False))):
+            self._add_products_(g, self._inputs, scale, is_alone)
 
-    def _add_products_(self, g: Tensor, a: Tensor | None, scale: float) -> None:
+    def _add_products_(self, g: Tensor, a: Tensor | None, scale: float, is_alone: bool) -> None:
         """Add the squares of ``g a`` for gradients ``[n, g, co, s]`` and inputs ``[n, g, s, d]``.
 
-        Without inputs, the one-hot ones are taken.
+        Without inputs, the one-hot ones are taken. Those of all examples are one if `is_alone`.
         """
         if self.total is None:
             self.total = g.new_zeros(self.layer.layout.shape)
         if a is None:
             assert self._tokens is not None
-            self._tokens.add_squares_(self.total, g, scale)
+            self._tokens.add_squares_(self.total, g, scale, is_alone=is_alone)
             return
         a = a.to(g.dtype)
+        if is_alone:  # all examples are positions of one
+            g, a = g.permute(1, 2, 0, 3).flatten(2)[None], a.transpose(0, 1).flatten(1, 2)[None]
         if a.shape[2] == 1:  # no weight sharing: squares of outer products
             left, right = g.squeeze(-1).square(), a.squeeze(2).square()
             self.total.add_(torch.einsum("nga,ngb->gab", left, right), alpha=scale)

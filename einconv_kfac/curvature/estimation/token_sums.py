@@ -29,16 +29,24 @@ class TokenSums:
         keys, pairs = torch.unique(examples * (size + 1) + indices, return_inverse=True)
         return TokenSums(keys % (size + 1), pairs.flatten())
 
-    def add_squares_(self, total: Tensor, g: Tensor, scale: float) -> None:
+    def add_squares_(
+        self, total: Tensor, g: Tensor, scale: float, *, is_alone: bool = False
+    ) -> None:
         """Add the squared entries of the gradients of all examples.
 
         Args:
             total: The sum, ``[1, co, d]``.
             g: Gradients at the outputs, ``[n, 1, co, s]``.
             scale: Factor of the squares.
+            is_alone: Whether the gradients of all examples are one.
         """
         rows = g.squeeze(1).mT.flatten(0, 1)  # (n s) co
         sums = rows.new_zeros(len(self.tokens), rows.shape[1]).index_add_(0, self.pairs, rows)
         known = self.tokens < total.shape[2]
+        if is_alone:
+            whole = torch.zeros_like(total[0])
+            whole.index_add_(1, self.tokens[known], sums[known].mT)
+            total.addcmul_(whole, whole, value=scale)
+            return
         squares = sums[known].square_().mT.unsqueeze(0)
         total.index_add_(2, self.tokens[known], squares, alpha=scale)

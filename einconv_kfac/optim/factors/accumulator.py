@@ -77,13 +77,17 @@ class LayerSums(LayerMoments):
         return restore
 
     def add_gradients_(
-        self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
+        self,
+        calls: Sequence[LayerCall],
+        gradients: Sequence[Tensor],
+        scale: float,
+        are_alone: Sequence[bool] = (),
     ) -> None:
         """See `Moments`."""
         start, scale = perf_counter(), scale * self.shares.share
         super().add_gradients_(calls, gradients, scale)
         if self.squares is not None:
-            self.squares.add_gradients_(calls, gradients, scale)
+            self.squares.add_gradients_(calls, gradients, scale, are_alone)
         self.seconds += perf_counter() - start
 
     def add_examples_(self, examples: int) -> None:

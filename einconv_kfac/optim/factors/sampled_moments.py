@@ -52,12 +52,17 @@ class SampledMoments:
         return self._moments.snapshot()
 
     def add_gradients_(
-        self, calls: Sequence[LayerCall], gradients: Sequence[Tensor], scale: float
+        self,
+        calls: Sequence[LayerCall],
+        gradients: Sequence[Tensor],
+        scale: float,
+        are_alone: Sequence[bool] = (),
     ) -> None:
-        """See `Moments`."""
+        """See `Moments`; terms of several examples are those of the chosen ones."""
         rows = self._rows(size := calls[0].x.shape[0])
         chosen = [_by_root(own, size)[:, rows].flatten(0, 1) for own in gradients]
-        self._moments.add_gradients_(self._chosen(calls), chosen, scale * size / len(rows))
+        own = self._chosen(calls), chosen, scale * size / len(rows)
+        self._moments.add_gradients_(*own, are_alone)
 
     def add_examples_(self, examples: int) -> None:
         """See `Moments`."""

@@ -135,3 +135,52 @@ def test_examples_are_taken_in_parts(largest: int, monkeypatch: pytest.MonkeyPat
     for name, block in whole.items():
         torch.testing.assert_close(block.values, parts[name].values)
         torch.testing.assert_close(block.trace(), diagonal[name].trace())
+
+
+class Pairs(nn.Module):
+    """Features of examples, of tokens or of tied weights, of which a loss scores all pairs."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.embedding = nn.Embedding(5, 3)
+        self.layer = nn.Linear(3, 5 if kind == "tied" else 2, bias=kind != "tied")
+        if kind == "tied":
+            self.layer.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = self.layer(self.embedding(x).tanh())
+        return rows.mean(1) if self.kind == "positions" else rows[:, 0]
+
+
+def similarity_loss(h: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(h @ h.T, y)
+
+
+@pytest.mark.parametrize("kind", ["one position", "positions", "tied"])
+def test_terms_of_several_examples_are_exact(kind: str) -> None:
+    """The diagonal has products between the examples of a term."""
+    model, x = Pairs(kind).double(), torch.tensor([[0, 1], [2, 2], [1, 4], [3, 0]])
+    x, y = x if kind == "positions" else x[:, :1], torch.tensor([1, 0, 3, 2])
+    names = dict(model.named_parameters())
+
+    def scores(values: dict[str, Tensor]) -> Tensor:
+        h = torch.func.functional_call(model, values, (x,))
+        return h @ h.T
+
+    rows = torch.func.jacrev(scores)({n: p.detach() for n, p in names.items()})
+    p = scores(names).detach().softmax(1)
+    inner = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) / len(x)
+    blocks = {
+        n: torch.einsum("nap,nab,nbp->p", r.flatten(2), inner, r.flatten(2))
+        for n, r in rows.items()
+    }
+    options: dict[str, Any] = {"fisher": "exact", "kind": "diagonal"}
+    found = kronecker_factors(model, similarity_loss, [(x, y)], **options)
+    for name, block in found.items():
+        weight = f"{name}.weight"
+        values = block.values[0, :, : block.values.shape[2] - (f"{name}.bias" in names)]
+        values = values.mT if name == "embedding" else values
+        expected = blocks[weight].reshape(names[weight].shape)
+        torch.testing.assert_close(values, expected, **TOLERANCE)
