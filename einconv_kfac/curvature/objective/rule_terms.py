@@ -18,9 +18,10 @@ from einconv_kfac.curvature.objective.graph import (
 from einconv_kfac.curvature.objective.linear_losses import curvature_of_probabilities
 from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
 from einconv_kfac.curvature.objective.log_probabilities import log_of_softmax
+from einconv_kfac.curvature.objective.log_sums import log_of_sum
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
-from einconv_kfac.curvature.objective.nodes.squares import squared
+from einconv_kfac.curvature.objective.nodes.squares import Argument, squared
 from einconv_kfac.curvature.objective.terms import Term
 
 
@@ -35,7 +36,7 @@ class RuleTerms:
         registered: The calls of loss modules with a rule that a user registered.
         curved: The operations whose curvature is known.
         joined: Those whose curvature is known together with that of operations before them.
-        inner: These operations, and those inside of squares.
+        inner: These operations with those before them.
         terms: The terms.
     """
 
@@ -45,6 +46,7 @@ class RuleTerms:
         self.curved: set[Node] = set()
         self.joined: set[Node] = set()
         self.inner: set[Node] = set()
+        self._squares: set[Node] = set()  # the operations inside of them
         self.by_node: dict[Node, Term] = {}
         registered = list(self._registered_terms(calls))
         self.by_node = dict(self._curved_terms())
@@ -52,7 +54,7 @@ class RuleTerms:
 
     def left_out(self) -> set[str]:
         """Return the nonlinear operations that have no curvature of their own."""
-        known = {*self.curved, *self.inner, *self._hidden()}
+        known = {*self.curved, *self.inner, *self._squares, *self._hidden()}
         return {kind_of_node(node) for node in self._graph.nonlinear if node not in known}
 
     def _hidden(self) -> set[Node]:
@@ -70,22 +72,35 @@ class RuleTerms:
 
     def _curved_terms(self) -> Iterator[tuple[Node, Term]]:
         """Yield the terms whose curvature is positive semi-definite, with their operations."""
-        hidden, graph = self._hidden(), self._graph
-        for node in (each for each in graph.nonlinear if each not in hidden):
+        graph, known = self._graph, self._joined_terms()
+        for node in (each for each in graph.nonlinear if each not in self._hidden()):
+            if node in self.inner and node not in known:
+                continue
             rule, weight = NODE_RULES.get(kind_of_node(node)), graph.seen.get((node, 0))
             if rule is None or weight is None:
                 continue
             square, values = squared(node, weight, graph.are_same), rule.inputs(node)
             own = inputs_of(node)[: len(values)], rule.curvature(node, values, weight)
-            together = log_of_softmax(node, weight, graph)
-            if together is not None:
-                self.joined.add(node)
-            argument, curvature = together or square or own
+            argument, curvature = known.get(node) or square or own
             if curvature is not None:
                 self.curved.add(node)
-                if together or square:
-                    self.inner |= _between(node, argument)
+                if square:
+                    self._squares |= _between(node, argument)
                 yield node, term_at(graph, argument, curvature, kind_of_node(node))
+
+    def _joined_terms(self) -> dict[Node, tuple[Argument, LocalCurvature]]:
+        """Return logarithms with their curvature and argument together with operations before."""
+        graph, found = self._graph, dict[Node, tuple[Argument, LocalCurvature]]()
+        for node in graph.nonlinear:
+            weight = graph.seen.get((node, 0))
+            if weight is None or node in self._hidden():
+                continue
+            own = log_of_softmax(node, weight, graph) or log_of_sum(node, weight, graph)
+            if own is not None:
+                found[node] = own
+                self.joined.add(node)
+                self.inner |= _between(node, own[0])
+        return found
 
     def _linear_terms(self) -> Iterator[Term]:
         """Yield the terms of log-probabilities that a loss is linear in."""
