@@ -123,3 +123,21 @@ def by_hand() -> list[float]:
     model, (x, y) = net(), data()
     opt, rows = KFAC(model), torch.arange(len(y))
     return steps(opt, lambda: opt.observe(-model(x).softmax(1).log()[rows, y].mean()))
+
+
+@script(
+    "distributions that are compared (Jensen-Shannon of several views, R-drop, distillation in "
+    "reverse, entropies)"
+)
+def compared_views() -> list[float]:
+    model, (x, y) = net(), data()
+    opt = KFAC(model)
+
+    def loss() -> Tensor:
+        scores = model(torch.cat([x, x + 0.1 * x.flip(1)]))
+        views = [each.softmax(1) for each in scores.split(len(x))]
+        mean = torch.stack(views).mean(0).clamp(1e-7, 1).log()
+        apart = sum(functional.kl_div(mean, p, reduction="batchmean") for p in views) / 2
+        return opt.observe(functional.cross_entropy(scores[: len(x)], y) + 12 * apart)
+
+    return steps(opt, loss)
