@@ -10,7 +10,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, TypeGuard
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 MULTIPLIER_END = 1e38
 """Multipliers are smaller: float32 ends there."""
@@ -239,35 +239,6 @@ def check_batches(name: str, value: Any) -> None:
     if is_scalar or isinstance(value, (type, str, bytes)) or not can_iterate:
         raise TypeError(
             f"`{name}` must be batches (x, y), a list or a data loader, got {described(value)}."
-        )
-
-
-def check_module(model: Any, line: str) -> None:
-    """Raise a ``TypeError`` if a model is no module.
-
-    Args:
-        model: The argument ``model``.
-        line: The line to write.
-    """
-    if isinstance(model, type) or not isinstance(model, nn.Module):
-        raise TypeError(
-            f"`model` must be the nn.Module itself, not its parameters or its class, got "
-            f"{described(model)}. Write {line}."
-        )
-
-
-def check_loss(loss_fn: Any) -> None:
-    """Raise a ``TypeError`` if a loss is neither a module nor a function nor ``None``.
-
-    Args:
-        loss_fn: The argument ``loss_fn``.
-    """
-    is_class = isinstance(loss_fn, type)
-    if loss_fn is not None and (is_class or not callable(loss_fn)):
-        instance = f"{loss_fn.__name__}()" if is_class else "nn.CrossEntropyLoss()"
-        raise TypeError(
-            "`loss_fn` must be a loss module, a function of output and target, or None, got "
-            f"{described(loss_fn)}. Pass {instance}."
         )
 
 

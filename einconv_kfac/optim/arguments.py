@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from einconv_kfac.curvature.arguments import check_module, described, shown
+from einconv_kfac.curvature.arguments import described, shown
+from einconv_kfac.curvature.module_arguments import check_module
 from einconv_kfac.distributed.detection import stored_model
 
 COMMUNICATION_DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64

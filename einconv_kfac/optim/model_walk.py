@@ -67,9 +67,23 @@ class ModelTree:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._entries: list[object] = []
+        self._tensors: Mapping[str, object] = {}
         self.modules: Mapping[str, nn.Module] = {}
         self.parameters: Mapping[str, nn.Parameter] = {}
         self.find_()
+        self._tensors = self._no_parameters()
+
+    def replaced(self) -> str:
+        """Return the name of a parameter in whose place another tensor is, or an empty one.
+
+        A module that TorchScript saved and loaded has tensors of its own in their place.
+        """
+        others = self._no_parameters()
+        return next((n for n, own in others.items() if own is not self._tensors.get(n)), "")
+
+    def _no_parameters(self) -> dict[str, object]:
+        """Return what is in the place of parameters without being one, by name."""
+        return {n: p for n, p in self.parameters.items() if not isinstance(p, nn.Parameter)}
 
     def find_(self) -> bool:
         """Find modules and parameters; return whether one of them is new or at another place."""

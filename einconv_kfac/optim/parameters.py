@@ -144,7 +144,7 @@ def owners_of(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{prefix}.{name}" if prefix else name: module
         for prefix, module in model.named_modules()
-        for name in module._parameters
+        for name, _ in module._parameters.items()  # those of TorchScript have no iterator
     }
 
 
@@ -228,7 +228,7 @@ def check_gaps(model: nn.Module, coverage: Training, fallback: str, strict: bool
     gaps = [name for name, kind in coverage.items() if kind == fallback]
     if strict and gaps:
         raise ValueError(_uncovered(model, gaps))
-    entries = {name: model.get_parameter(name).numel() for name in coverage}
+    entries = {name: parameter.numel() for name, parameter in model.named_parameters()}
     unseen = Counter[str]()
     for name in gaps:
         if coverage.reasons.get(name) != EXCLUDED:

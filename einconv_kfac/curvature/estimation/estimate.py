@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.arguments import (
     callback,
     check_batches,
-    check_module,
     choice,
     flag,
     names_of,
@@ -31,6 +30,7 @@ from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.losses import check_reduction, loss_rule
+from einconv_kfac.curvature.module_arguments import check_module
 from einconv_kfac.distributed.detection import check_whole, parallel_workers_of
 from einconv_kfac.distributed.wrappers import unwrapped
 

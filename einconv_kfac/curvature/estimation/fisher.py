@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Generator, Tensor
 
-from einconv_kfac.curvature.arguments import check_loss, choice, plain
+from einconv_kfac.curvature.arguments import choice, plain
 from einconv_kfac.curvature.estimation.arranged_call import ArrangedCall, by_layer
 from einconv_kfac.curvature.estimation.arrangement import Arrangement, Layouts
 from einconv_kfac.curvature.estimation.backward_passes import BackwardPasses, StackedRoots
@@ -31,6 +31,7 @@ from einconv_kfac.curvature.estimation.weight_gradients import weight_gradients
 from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.losses.loss_call import is_sum
+from einconv_kfac.curvature.module_arguments import check_loss
 from einconv_kfac.curvature.objective.graph import reached_nodes
 
 WEIGHT_SAMPLES = 8

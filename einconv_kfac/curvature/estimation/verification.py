@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.arguments import check_module
 from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.estimation.estimate import Kind, kronecker_factors
@@ -21,6 +20,7 @@ from einconv_kfac.curvature.factors.approximation import Approximation
 from einconv_kfac.curvature.layers.coverage import Coverage, coverage
 from einconv_kfac.curvature.losses import canonical_scores, loss_rule
 from einconv_kfac.curvature.losses.loss_call import targets_of
+from einconv_kfac.curvature.module_arguments import check_module
 from einconv_kfac.curvature.text_table import table
 from einconv_kfac.distributed.wrappers import unwrapped
 from einconv_kfac.torch_versions import load_forward_mode

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.arguments import check_module, described
+from einconv_kfac.curvature.arguments import described
 from einconv_kfac.curvature.blocks.block_diagonal import KroneckerFactors
 from einconv_kfac.curvature.blocks.diagonal_factor import dense
 from einconv_kfac.curvature.blocks.kronecker import KroneckerBlock
+from einconv_kfac.curvature.module_arguments import check_module
 
 try:
     from curvlinops import KFACLinearOperator

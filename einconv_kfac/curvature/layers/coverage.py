@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from einconv_kfac.curvature.arguments import check_module
 from einconv_kfac.curvature.layers.discovery import discovered, refusal
 from einconv_kfac.curvature.layers.layer_registry import layer_rule
+from einconv_kfac.curvature.module_arguments import check_module
 from einconv_kfac.curvature.text_table import table
 
 

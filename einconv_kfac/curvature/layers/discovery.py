@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from einconv_kfac.curvature.arguments import check_module, flag
+from einconv_kfac.curvature.arguments import flag
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.layers.layer_registry import is_hidden, layer_rule, overrides_forward
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
 from einconv_kfac.curvature.layers.shared_weights import Candidate, joined, owners
+from einconv_kfac.curvature.module_arguments import check_module
 
 
 def find_layers(model: nn.Module, *, every: bool = False, exclude: Exclusion = ()) -> list[Layer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import getattr_static
 
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ def owners(model: nn.Module, names: Mapping[Tensor, str]) -> dict[str, dict[nn.M
 
 def _can_be_called(module: nn.Module) -> bool:
     """Return whether a module has a forward pass, which lists of parameters do not."""
-    return type(module).forward is not nn.Module.forward
+    return getattr_static(type(module), "forward") is not nn.Module.forward
 
 
 def joined(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.jit import ScriptModule
 from torch.utils.hooks import RemovableHandle
 
 from einconv_kfac.curvature.estimation.capture import inactive_hook
@@ -65,7 +66,9 @@ class CallHooks:
         """
         left_out = set(losses)
         for name, part in self._model.named_modules():
-            if name and part not in left_out and any(True for _ in part.parameters()):
+            if isinstance(part, ScriptModule) or part in left_out or not name:
+                continue  # torch attaches no hooks to it
+            if any(True for _ in part.parameters()):
                 self._names[part] = name
                 self._parts += self._attached(part)
         self.handles += self._parts

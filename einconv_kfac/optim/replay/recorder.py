@@ -194,7 +194,6 @@ class Recorder:
         """Return what a replay of a call needs."""
         self.tree.find_()
         modules, parameters = self.tree.modules, self.tree.parameters.values()
-        others = (n for n, p in self.tree.parameters.items() if not isinstance(p, nn.Parameter))
         copied = self._buffers.copied_(modules)
         return ModelCall(
             args,
@@ -204,7 +203,7 @@ class Recorder:
             state_of(parameters),
             chained=self._pending.chained(args, kwargs),
             module=self._calls.name_of(model),
-            replaced=next(others, ""),
+            replaced=self.tree.replaced(),
         )
 
     def _after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
