@@ -47,8 +47,8 @@ FLOORS: Mapping[str, Sequence[set[str]]] = {
         {"kfac"},
     ),
     "curvature": (
-        {"arguments"},
-        {"devices", "type_registry", "text_table"},
+        {"arguments", "module_hooks"},
+        {"devices", "type_registry", "text_table", "module_arguments"},
         {"blocks", "factors", "losses"},
         {"layers", "objective"},
         {"estimation"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -98,3 +99,33 @@ def test_a_compiled_model_is_refused_by_name(
     with pytest.raises(TypeError, match=r"must be a module in Python, got one that TorchScript.*"):
         use(model)
     use(net())
+
+
+def test_a_model_that_is_trained_is_traced_and_trains_on() -> None:
+    """With checks, for which torch traces twice; hooks of layers and parts are there as well."""
+    ends, (x, y) = [], data()
+    for is_traced in (False, True):
+        model = net()
+        opt = KFAC(model, CROSS_ENTROPY)
+        for _ in range(3):
+            opt.zero_grad()
+            loss = CROSS_ENTROPY(model(x), y)
+            if is_traced:
+                torch.testing.assert_close(trace(model, x)(x), model(x), rtol=0, atol=0)
+            loss.backward()
+            opt.step()
+        opt.remove_hooks()
+        ends.append([parameter.detach() for parameter in model.parameters()])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_scripting_a_model_that_is_trained_names_both_remedies() -> None:
+    (x, _), model, other = data(), net(), net()
+    opt = KFAC(model, CROSS_ENTROPY)
+    for hooked in (model, model[0], deepcopy(model)):
+        with pytest.raises(AttributeError, match=r"optimizer.remove_hooks\(\).*load_state_dict"):
+            script(hooked, x)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(script(other, x)(x), model(x))
+    opt.remove_hooks()
+    torch.testing.assert_close(script(model, x)(x), model(x))

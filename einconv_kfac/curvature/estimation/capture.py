@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.modules import module as torch_module
 
 from einconv_kfac.curvature.layers.layer import Layer
+from einconv_kfac.curvature.module_hooks import InactiveHook, is_compiling
 from einconv_kfac.curvature.objective.graph import viewed
 
 
@@ -53,15 +54,6 @@ class LayerCall:
     has_parameters: bool = True
 
 
-def _do_nothing(*_: object) -> None:
-    """Ignore the arguments of a hook."""
-
-
-def inactive_hook() -> Callable[..., None]:
-    """Return a hook that does nothing, which copies of a model have in place of the original."""
-    return _do_nothing
-
-
 def sees_own_output(module: nn.Module) -> bool:
     """Return whether hooks that were attached first saw what the module itself computed.
 
@@ -92,7 +84,7 @@ class _CallRecorder:
         return self._capture.enabled and torch.is_grad_enabled()
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return
         if not (self._capture.enabled and torch.is_grad_enabled() and y.requires_grad):
             return
@@ -115,7 +107,7 @@ class _CallRecorder:
         self._capture.calls.append(call)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return inactive_hook, ()
+        return InactiveHook, ()
 
 
 class LayerCapture:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from einconv_kfac.curvature.layers.layer_rule import Record
+from einconv_kfac.curvature.module_hooks import InactiveHook, ModuleHook, is_compiling
 
 Records: TypeAlias = "Mapping[str, Record]"
 """What takes the calls of each weight of a module, by the weight's name in the module."""
@@ -77,7 +77,7 @@ class _Interception:
             handle.remove()
 
     def _enter(self, module: nn.Module, *_: object) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return
         self._drop_interrupted_()
         active = {
@@ -101,7 +101,7 @@ class _Interception:
                 mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _leave(self, *_: object) -> None:
-        if torch.compiler.is_compiling() or not self._modes():
+        if is_compiling() or not self._modes():
             return
         mode = self._modes().pop()
         if mode is not None:
@@ -147,7 +147,7 @@ class _Mode(TorchFunctionMode):
         return any(id(p) in given for p in self._module._parameters.values() if p is not None)
 
 
-class _Hook:
+class _Hook(ModuleHook):
     """A hook of a module, which does nothing in copies of the module.
 
     Args:
@@ -161,16 +161,7 @@ class _Hook:
         self._action(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _inactive_hook, ()
-
-
-def _do_nothing(*_: object) -> None:
-    """Ignore the arguments of a hook."""
-
-
-def _inactive_hook() -> Callable[..., None]:
-    """Return the hook of copies."""
-    return _do_nothing
+        return InactiveHook, ()
 
 
 def _joined(records: list[Record]) -> Record:

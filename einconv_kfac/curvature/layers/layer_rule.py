@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -19,6 +18,7 @@ from einconv_kfac.curvature.factors.approximation import (
     weight_sharing,
     with_ones,
 )
+from einconv_kfac.curvature.module_hooks import PartialHook
 from einconv_kfac.curvature.type_registry import Kind
 
 Record: TypeAlias = Callable[[Tensor, Tensor], None]
@@ -118,7 +118,7 @@ class LayerRule(ABC):
 
     def watch(self, module: Any, record: Record) -> Callable[[], None]:
         """Record the calls of a module from now on; return a function that ends it."""
-        hook = partial(_record_call, record)
+        hook = PartialHook(_record_call, record)
         handle: RemovableHandle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
         return handle.remove
 

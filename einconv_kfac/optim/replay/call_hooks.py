@@ -11,10 +11,10 @@ from torch import nn
 from torch.jit import ScriptModule
 from torch.utils.hooks import RemovableHandle
 
-from einconv_kfac.curvature.estimation.capture import inactive_hook
+from einconv_kfac.curvature.module_hooks import InactiveHook, ModuleHook, is_compiling
 
 
-class Hook:
+class Hook(ModuleHook):
     """Calls a method of an object while the object exists; copies of the hook do nothing.
 
     Args:
@@ -26,13 +26,13 @@ class Hook:
 
     def __call__(self, *args: Any) -> None:
         """Call the method, unless torch is compiling."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return
         if (method := self._method()) is not None:
             method(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return inactive_hook, ()
+        return InactiveHook, ()
 
 
 class CallHooks:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from einconv_kfac.curvature.module_hooks import is_compiling
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, passed_on_
 from einconv_kfac.curvature.objective.outputs import tensors_of
 
@@ -42,18 +42,18 @@ class PassedOutputs:
 
     def _before_wrapper(self, _: nn.Module, __: tuple[Any, ...]) -> None:
         """Begin to keep the outputs of the model."""
-        if self._is_active and not torch.compiler.is_compiling():
+        if self._is_active and not is_compiling():
             self._edges = []
 
     def _after_model(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         """Keep the outputs of the model in a call of the wrapper; other calls pass nothing on."""
-        if not torch.compiler.is_compiling() and self._edges is not None:
+        if not is_compiling() and self._edges is not None:
             tensors = tensors_of(output)
             self._edges = [edge_of(t) if t.requires_grad else None for t in tensors]
 
     def _after_wrapper(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         """Note what the outputs of the wrapper are, and forget those of the model."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return
         edges, self._edges = self._edges or [], None
         for tensor, edge in zip(tensors_of(output), edges):

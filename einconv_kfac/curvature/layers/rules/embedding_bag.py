@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.layers.layer_rule import LayerExample, LayerRule, Record
+from einconv_kfac.curvature.module_hooks import PartialHook, is_compiling
 
 LARGEST_BAG_VOCABULARY = 8192
 """Number of embeddings above which the inputs ``[n, d]`` need too much memory."""
@@ -40,7 +40,7 @@ class EmbeddingBagRule(LayerRule):
 
     def watch(self, module: Any, record: Record) -> Callable[[], None]:
         """See `LayerRule`."""
-        hook = partial(_record_bags, record)
+        hook = PartialHook(_record_bags, record)
         handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
         end: Callable[[], None] = handle.remove
         return end
@@ -58,7 +58,7 @@ def _record_bags(
     record: Record, module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
 ) -> None:
     """Record the entries and the output of a call, as a forward hook."""
-    if getattr(record, "is_active", True) and not torch.compiler.is_compiling():
+    if getattr(record, "is_active", True) and not is_compiling():
         given = {**dict(zip(("input", "offsets", "per_sample_weights"), inputs)), **keywords}
         record(_bags(module, given.pop("input"), **given), output)
 
