@@ -13,11 +13,13 @@ from einconv_kfac.curvature.losses.class_scores import random_classes
 
 
 class LocalCurvature(Protocol):
-    """A positive semi-definite matrix ``H`` over the entries of an argument ``[*a]``."""
+    """A positive semi-definite matrix ``H`` over the entries of an argument ``[*a]``.
 
-    @property
-    def name(self) -> str:
-        """What ``H`` is, in a few words."""
+    Attributes:
+        name: What ``H`` is, in a few words.
+    """
+
+    name: ClassVar[str]
 
     @property
     def rows(self) -> torch.Size:
