@@ -154,8 +154,10 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
-@pytest.mark.parametrize("manual", [False, True])
-def test_lightning(manual: bool) -> None:
+@pytest.mark.parametrize(
+    ("manual", "precision"), [(False, "32-true"), (True, "32-true"), (False, "bf16-mixed")]
+)
+def test_lightning(manual: bool, precision: str) -> None:
     lightning = pytest.importorskip("lightning")
 
     class Lit(lightning.LightningModule):  # type: ignore[name-defined, misc]
@@ -178,10 +180,18 @@ def test_lightning(manual: bool) -> None:
         def configure_optimizers(self) -> KFAC:
             return KFAC(self.net, self.loss_fn)
 
-    model = Lit()
+    class Clipping(Lit):
+        """In mixed precision, Lightning itself does not clip for optimizers of scaled gradients."""
+
+        def configure_gradient_clipping(
+            self, optimizer: KFAC, gradient_clip_val: float, gradient_clip_algorithm: str | None
+        ) -> None:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    model = Lit() if precision == "32-true" else Clipping()
     trainer = lightning.Trainer(
         max_epochs=5, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, accelerator="cpu",
+        enable_model_summary=False, accelerator="cpu", precision=precision,
         gradient_clip_val=None if manual else 0.5,
     )  # fmt: skip
     trainer.fit(model, DataLoader(TensorDataset(*table()), batch_size=32))
