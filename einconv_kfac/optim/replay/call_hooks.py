@@ -13,6 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from einconv_kfac.curvature.module_hooks import InactiveHook, ModuleHook, is_compiling
 
+REDIRECTION = "_ForwardRedirection."
+"""In the name of what Lightning puts in the place of ``forward`` for one call."""
+
 
 class Hook(ModuleHook):
     """Calls a method of an object while the object exists; copies of the hook do nothing.
@@ -80,7 +83,14 @@ class CallHooks:
         return [first, self._last[module]]
 
     def may_begin(self, module: nn.Module) -> bool:
-        """Return whether a call is the script's own: checkpoints call parts in backward passes."""
+        """Return whether a call is the script's own.
+
+        Checkpoints call parts in backward passes, and Lightning calls a step of the script, which
+        calls parts of the model, in place of the model's ``forward``.
+        """
+        forward = module.__dict__.get("forward")
+        if REDIRECTION in getattr(forward, "__qualname__", ""):
+            return False
         return module is self._model or torch._C._current_graph_task_id() == -1
 
     def begin_(self, module: nn.Module) -> None:
