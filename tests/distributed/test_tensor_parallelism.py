@@ -27,12 +27,13 @@ def group() -> Iterator[None]:
 @pytest.mark.parametrize("make", [KFAC, partial(KFAC, lr=0.1, adaptive=False), KFACPreconditioner])
 def test_parallel_layers_after_the_optimizer_are_refused(make: Callable[..., Any]) -> None:
     model, loss_fn = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), nn.CrossEntropyLoss()
-    make(model, loss_fn)
+    opt = make(model, loss_fn)
     plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
     parallelize_module(model, init_device_mesh("cpu", (1,)), plan)
     loss = loss_fn(model(torch.rand(5, 4)), torch.arange(5) % 3)
     with pytest.raises(RuntimeError, match=r"DTensor for '0\.weight' since.*Tensor parallelism is"):
         loss.backward()
+    opt.remove_hooks()
 
 
 @pytest.mark.usefixtures("group")
