@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -26,9 +27,8 @@ from einconv_kfac.curvature.estimation.layout_probes import (
     meets,
     probes,
 )
-from einconv_kfac.curvature.estimation.row_moves import may_move, normalises_batches
+from einconv_kfac.curvature.estimation.row_moves import RowMoves
 from einconv_kfac.curvature.estimation.row_owners import Check, belong_to_others, multiplied
-from einconv_kfac.curvature.objective.graph import reached_nodes
 
 Backpropagate: TypeAlias = "Callable[[Sequence[Tensor], Sequence[LayerCall]], list[Tensor | None]]"
 """Returns the gradients at calls for vectors at the outputs of the model."""
@@ -60,6 +60,11 @@ class Arrangement:
     tells_shared: bool
     owned: Collection[str] = ()
 
+    @cached_property
+    def _moves(self) -> RowMoves:
+        """What the graph does with rows of examples."""
+        return RowMoves(self.graph)
+
     @property
     def _needs_owners(self) -> bool:
         """Whether it matters in each batch which examples rows belong to."""
@@ -73,8 +78,7 @@ class Arrangement:
         """
         if not any(call.x.is_cuda for call in calls) or not self._new(calls):
             return None
-        reached = reached_nodes(self.graph)
-        own = [call for call in calls if call.output.node in reached]
+        own = [call for call in calls if call.output.node in self._moves.reached]
         if not all(call.is_batch and call.is_own for call in own):
             return None  # an error, which `arranged_` raises
         new = self._new(own)
@@ -110,7 +114,9 @@ class Arrangement:
         """Return owned layers with rows that data give to other examples than layouts do."""
         own = [a for a in arranged if a.call.layer in self.owned and a.is_regular]
         calls = [each.call for each in own]
-        if self.examples == 1 or normalises_batches(self.graph) or not may_move(self.graph, calls):
+        if self.examples == 1 or not calls or self._moves.normalises_batches:
+            return set()
+        if not self._moves.may_move(calls):
             return set()
         checks = self._checks(calls)
         flags = [belong_to_others(a.layout, each) for a, each in zip(own, checks) if a.layout]
@@ -159,16 +165,16 @@ class Arrangement:
         ]
 
     def _new(self, calls: Sequence[LayerCall]) -> list[int]:
-        """Return the indices of calls whose layouts are found by probes; see `may_move`."""
+        """Return the indices of calls whose layouts are found by probes; see `RowMoves`."""
         if self.examples <= 1:
             return []
-        moves = self._needs_owners and may_move(self.graph, calls)
+        moves = self._needs_owners and self._moves.may_move(calls)
         signatures = signatures_of(calls, self.examples)
         return [i for i, s in enumerate(signatures) if moves or s not in self.layouts]
 
     def _probed(self, calls: Sequence[LayerCall]) -> AskedLayouts:
         """Return the layouts of calls, for which the device is asked."""
-        mixes = normalises_batches(self.graph)
+        mixes = self._moves.normalises_batches
         passes = [self.backpropagate(vectors, calls) for vectors in probes(self.outputs)]
         checks = self._checks(calls) if self.by_example and not mixes else [[] for _ in calls]
         probed = [

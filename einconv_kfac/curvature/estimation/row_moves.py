@@ -7,10 +7,11 @@ one batch shows need not be that of the next.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.curvature.objective.graph import inputs_of, kind_of_node, reached_nodes
@@ -32,23 +33,40 @@ _UNKNOWN = ("autograd.Function ", "CppNode")
 """Beginnings of the names of functions of users."""
 
 
-def may_move(outputs: Sequence[Tensor | GradientEdge], calls: Sequence[LayerCall]) -> bool:
-    """Return whether another batch may have other rows of calls in the place of the same example.
+class RowMoves:
+    """What the graph of a batch does with rows of examples; it is walked once, when it is needed.
 
     Args:
         outputs: The outputs of the model, with their graph.
-        calls: The calls.
     """
-    moved = [edge for node in reached_nodes(outputs) for edge in _moved(node)]
-    behind = reached_nodes(moved)
-    return any(call.output.node in behind for call in calls)
 
+    def __init__(self, outputs: Sequence[Tensor | GradientEdge]) -> None:
+        self._outputs = outputs
 
-def normalises_batches(outputs: Sequence[Tensor | GradientEdge]) -> bool:
-    """Return whether batch normalisation on batch statistics lies in the graph of outputs."""
-    nodes: set[Any] = set(reached_nodes(outputs))
-    norms = [node for node in nodes if kind_of_node(node) in _BATCH_NORMS]
-    return any(getattr(node, "_saved_training", True) for node in norms)
+    def may_move(self, calls: Sequence[LayerCall]) -> bool:
+        """Return whether another batch may have other rows of calls in the place of an example's.
+
+        Args:
+            calls: The calls.
+        """
+        return any(call.output.node in self._behind for call in calls)
+
+    @cached_property
+    def reached(self) -> set[Node]:
+        """The nodes of the graph."""
+        return reached_nodes(self._outputs)
+
+    @cached_property
+    def normalises_batches(self) -> bool:
+        """Whether batch normalisation on batch statistics lies in the graph."""
+        nodes: set[Any] = set(self.reached)
+        norms = [node for node in nodes if kind_of_node(node) in _BATCH_NORMS]
+        return any(getattr(node, "_saved_training", True) for node in norms)
+
+    @cached_property
+    def _behind(self) -> set[Node]:
+        """The nodes that operations which move rows depend on."""
+        return reached_nodes([edge for node in self.reached for edge in _moved(node)])
 
 
 def _moved(node: Any) -> list[GradientEdge]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature import kronecker_factors
+from einconv_kfac.curvature.estimation import row_moves
 
 ROWS = 6
 APART, TOGETHER = [[0, 1], [2, 3], [4, 5]], [[0, 1], [1, 2], [1, 5]]
@@ -133,3 +134,19 @@ def test_lengths_that_change_are_refused_where_they_count(options: Any, fisher: 
     for chosen in (data, data[1:]):
         with pytest.raises(ValueError, match="'layer'"):
             kronecker_factors(model, loss_fn, chosen, fisher=fisher, **options)
+
+
+@pytest.mark.parametrize(("approximation", "walks"), [("expand", 1), ("reduce", 4)])
+def test_a_batch_walks_its_graph_once(
+    monkeypatch: pytest.MonkeyPatch, approximation: str, walks: int
+) -> None:
+    """And another time behind what moves rows.
+
+    Where examples need not be known, the graph is walked for calls that are new alone.
+    """
+    found, kept = [], row_moves.reached_nodes
+    monkeypatch.setattr(row_moves, "reached_nodes", lambda own: found.append(own) or kept(own))
+    model, loss_fn = Pairs("index"), nn.CrossEntropyLoss()
+    data = [batch(APART, seed) for seed in range(2)]
+    kronecker_factors(model, loss_fn, data, fisher="mc", approximation=approximation)
+    assert len(found) == walks
