@@ -73,7 +73,7 @@ class KFAC(CurvatureOptimizer):
         factor_decay: Decay of the bias-corrected exponential moving averages of the factors.
         factor_update_period: Steps between two updates of the factors. Early in training this
             and the next period are capped at a tenth of the steps taken.
-        inverse_update_period: Steps between two inversions of the factors.
+        inverse_update_period: Steps between two inversions, early ones in docs/inverses.md.
         inverse: ``"factored"`` splits the damping between the factors by trace balance (Martens
             and Grosse, 2015), for Cholesky decompositions; ``"exact"`` adds it to their Kronecker
             product, by eigendecompositions, so that the damping of every step is used at once;

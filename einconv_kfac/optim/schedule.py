@@ -11,8 +11,13 @@ Schedule: TypeAlias = float | Callable[[int], float]
 EARLY_SHARE = 10
 """Early in training, periods are capped at this fraction (one tenth) of the steps taken."""
 
+FIRST_SHARE = 2
+"""The fraction of the steps taken (a half) that caps the least period of costly work."""
 
-def is_due(step: int, last: int | None, period: int, share: float = EARLY_SHARE) -> bool:
+
+def is_due(
+    step: int, last: int | None, period: int, share: float = EARLY_SHARE, least: int = 1
+) -> bool:
     """Return whether periodic work is due; it always is the first time.
 
     Args:
@@ -20,13 +25,14 @@ def is_due(step: int, last: int | None, period: int, share: float = EARLY_SHARE)
         last: The step at which the work was done last, or ``None``.
         period: Steps between two times.
         share: Early in training the period is capped at ``step / share``, rounded down.
+        least: The smallest number of steps between two times, once twice as many were taken.
     """
-    return last is None or step - last >= interval(step, period, share)
+    return last is None or step - last >= interval(step, period, share, least)
 
 
-def interval(step: int, period: int, share: float = EARLY_SHARE) -> int:
+def interval(step: int, period: int, share: float = EARLY_SHARE, least: int = 1) -> int:
     """Return the number of steps between two times, see `is_due`."""
-    return min(period, max(1, int(step / share)))
+    return min(period, max(1, int(step / share), min(least, step // FIRST_SHARE)))
 
 
 def due_names(step: int, work: Mapping[str, tuple[int | None, int]]) -> list[str]:
@@ -34,9 +40,9 @@ def due_names(step: int, work: Mapping[str, tuple[int | None, int]]) -> list[str
     return [name for name, (last, period) in work.items() if is_due(step, last, period)]
 
 
-def intervals(step: int, periods: Mapping[str, int]) -> dict[str, int]:
+def intervals(step: int, periods: Mapping[str, int], least: int = 1) -> dict[str, int]:
     """Return the number of steps between two times by name, see `interval`."""
-    return {name: interval(step, period) for name, period in periods.items()}
+    return {name: interval(step, period, least=least) for name, period in periods.items()}
 
 
 def value_at(name: str, schedule: Callable[[int], Any], step: int) -> Any:

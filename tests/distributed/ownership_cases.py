@@ -47,6 +47,7 @@ def kept(options: dict[str, Any], rank: int, size: int) -> Found:
     found: Found = {"reduced": entries_reduced(lambda: training.step(0))}
     training.step(1)
     found["layers"] = layers_at_hand(training.opt)
+    found["rows"] = {name: own.rows for name, own in training.opt._preconditioner.layers.items()}
     found["state"] = tensors_of(training)
     found["shapes"] = [
         tuple(factor.shape)

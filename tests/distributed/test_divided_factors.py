@@ -35,6 +35,16 @@ def test_each_layer_has_one_owner(mode: str, found: Any) -> None:
     assert found[1][0][f"kept, {mode}, True"]["layers"] == LAYERS
 
 
+@pytest.mark.parametrize("divided", [False, True])
+def test_workers_count_the_rows_of_all(divided: bool, found: Any) -> None:
+    """The spacing of inversions depends on them, and must be the same."""
+    first, second, alone = (
+        own[f"kept, fixed, {divided}"]["rows"] for own in (*found[SIZE], *found[1])
+    )
+    assert first == second == alone
+    assert all(first.values())
+
+
 @pytest.mark.parametrize("mode", OPTIONS)
 def test_one_triangle_of_every_factor_is_sent_to_its_owner(mode: str, found: Any) -> None:
     for own in found[SIZE]:

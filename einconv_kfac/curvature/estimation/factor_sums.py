@@ -60,6 +60,7 @@ class FactorSums:
 
     Attributes:
         examples: Number of examples so far.
+        rows: Number of vectors that forward passes multiplied by the weight.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class FactorSums:
             (groups, size) if diagonal else (groups, size, size)
             for size, diagonal in zip(self._sizes, self._is_diagonal)
         ]
-        self.examples = 0
+        self.examples = self.rows = 0
         self._terms = 0
         self.inputs: Tensor | None = None
         self.outputs: Tensor | None = None
@@ -102,6 +103,9 @@ class FactorSums:
             if examples is not None:
                 size = size // calls[0].x.shape[0] * (weight or examples)
             self._terms += self._sharing.term_count(size, sum(self._positions(group)))
+            self.rows += size * sum(
+                self._rule(call).products(call.module, call.x, call.y_shape) for call in group
+            )
             self.inputs = self._input_factor(group, **_into(self.inputs, size))
 
     def snapshot(self) -> Callable[[], None]:
@@ -147,11 +151,11 @@ class FactorSums:
 
     def counts(self) -> list[int]:
         """See `Summable`."""
-        return [self.examples, self._terms]
+        return [self.examples, self._terms, self.rows]
 
     def set_counts_(self, counts: Sequence[int]) -> None:
         """See `Summable`."""
-        self.examples, self._terms = counts
+        self.examples, self._terms, self.rows = counts
 
     def _joined(
         self, calls: Sequence[LayerCall], tensors: Sequence[Tensor]

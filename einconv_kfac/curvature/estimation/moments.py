@@ -114,6 +114,11 @@ class LayerMoments:
         return max(self._weight_examples, *(own.examples for own in self._sums.values()))
 
     @property
+    def rows(self) -> int:
+        """The number of products of the weight with a vector, of inputs in the layer's calls."""
+        return sum(own.rows for own in self._sums.values())
+
+    @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of ``A`` and ``B``: ``[g, d, d]``, or ``[g, d]`` where one is diagonal."""
         shapes = [own.shapes[::-1] if t else own.shapes for t, own in self._sums.items()]

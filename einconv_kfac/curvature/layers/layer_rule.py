@@ -135,6 +135,10 @@ class LayerRule(ABC):
         like = torch.empty(tuple(y_shape), device="meta")
         return self.outputs(module, like).shape[-1]
 
+    def products(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> int:
+        """Return how many vectors a forward pass multiplies by the weight, for one example."""
+        return self.positions(module, y_shape)
+
     def indices(self, module: Any, x: Tensor) -> Tensor:
         """Return which entry of ``a`` is 1, ``[n, s]``, or ``d`` where none is, if `one_hot`."""
         raise NotImplementedError

@@ -58,7 +58,7 @@ def move_averages_(contributions: Sequence[Contribution], step: int) -> None:
             total: Any = own.scale if own.weight is None else own.weight * own.scale
             squares = own.moments.squares.block(total)
             own.running.correct_(squares.values, own.decay)
-        own.running.factor_step = step
+        own.running.factor_step, own.running.rows = step, own.moments.rows
         own.running.factor_seconds = own.moments.seconds
 
 

@@ -22,7 +22,7 @@ from einconv_kfac.optim.factors.curvature_state import (
     loaded_layers,
 )
 from einconv_kfac.optim.factors.layer_numbers import LayerNumbers
-from einconv_kfac.optim.factors.output_change import relative_change
+from einconv_kfac.optim.factors.output_change import OutputChange
 from einconv_kfac.optim.factors.ownership import DEFAULT_SHARING, Ownership, Sharing
 from einconv_kfac.optim.factors.preconditioning import Preconditioning, scaled_apart
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
@@ -32,16 +32,15 @@ from einconv_kfac.optim.inverses.registry import kind_of
 from einconv_kfac.optim.model_walk import named_parameters
 from einconv_kfac.optim.parameters import assigned_parameters, check_present, owners_of
 from einconv_kfac.optim.replay.unknown_operations import NO_LOSS
-from einconv_kfac.optim.schedule import due_names, intervals
+from einconv_kfac.optim.schedule import due_names
 from einconv_kfac.optim.vectors import Direction
 
 
 class RunningCurvature:
     """Running Kronecker factors of a model's layers, and their damped inverses.
 
-    `update_` moves the factors by what the backward passes since the last step contributed,
-    `refresh_` computes inverses where they are due, `precondition` applies them. `finish_`
-    ends a step, `discard_` drops it.
+    `update_` moves the factors by what backward passes contributed, `refresh_` computes inverses
+    where they are due, `precondition` applies them. `finish_` ends a step, `discard_` drops it.
 
     Args:
         model: The model, or what torch wrapped around it.
@@ -79,8 +78,9 @@ class RunningCurvature:
         self.stored.divide_()
         self._ownership = Ownership.of(self.workers, sharing.divide_factors, in_background)
         work = self._kind, in_background, self.workers, self._ownership.owners
-        self._refresh = Refresh(self.layers, *work)
+        self.inversions = Refresh(self.layers, self._numbers, *work)
         self._preconditioning = Preconditioning(self.layers)
+        self._change = OutputChange(self.layers)
         self._parameters: Collection[str] | None = None
         self._known: dict[str, nn.Parameter] = {}  # when they were covered
         self._owners = owners_of(self.model)
@@ -163,10 +163,12 @@ class RunningCurvature:
 
     def begin_(self) -> None:
         """Drop what was collected, and decide which layers the next step collects for."""
+        self._change.forget_()
+        self.inversions.space_()
         self._numbers.set_(self._schedules.at(self.steps), self.settings.by_parameter)
         periods = self._numbers.of("factor_update_period")
         work = {n: (own.factor_step, periods[n]) for n, own in self.layers.items()}
-        self.collector.begin_(due_names(self.steps, work), self._refresh.bases(), self.steps)
+        self.collector.begin_(due_names(self.steps, work), self.inversions.bases(), self.steps)
 
     def discard_(self) -> None:
         """Forget what was collected since the last step, as if it had not been seen."""
@@ -188,6 +190,7 @@ class RunningCurvature:
             scales = self.collector.weights.scales(moments)
             found = [Contribution(layers[n], m, decays[n], *scales[n]) for n, m in moments.items()]
             move_averages_(found, self.steps)
+            self.inversions.space_()
         known = any(own.factor_step is not None for own in self.layers.values())
         if self.layers and not (known or self.collector.has_seen_loss):
             raise RuntimeError(NO_LOSS)
@@ -202,19 +205,16 @@ class RunningCurvature:
         Raises:
             RuntimeError: If a damped factor is singular. No inverse is changed then.
         """
-        step = self.steps
-        own = intervals(step, self._numbers.of("inverse_update_period"))
-        self._refresh.refresh_(self._numbers.dampings(damping, decay), own, step)
+        self.inversions.refresh_(self._numbers.dampings(damping, decay), self.steps)
 
     def set_damping_(self, damping: float, decay: Mapping[str, float]) -> None:
         """Set the damping where that is free, and recompute no inverse; see `refresh_`."""
         if not self._kind.damping_needs_decomposition:
-            self._refresh.set_damping_(self._numbers.dampings(damping, decay))
+            self.inversions.set_damping_(self._numbers.dampings(damping, decay))
 
     def inverts(self, step: int | None = None) -> bool:
         """Return whether a step, by default the coming one, takes inverses that are new."""
-        step = self.steps if step is None else step
-        return self._refresh.is_due(self._numbers.of("inverse_update_period"), step)
+        return self.inversions.is_due(self.steps if step is None else step)
 
     @property
     def is_ordinary(self) -> bool:
@@ -226,12 +226,12 @@ class RunningCurvature:
 
         Decompositions are shared where the kind of inverse allows it. For ``decay`` see there.
         """
-        trial = self._refresh.trial()
+        trial = self.inversions.trial()
         return lambda damping: trial(self._numbers.dampings(damping, decay))
 
     def use_(self, inverses: Inverses) -> None:
         """Take over inverses."""
-        self._refresh.use_(inverses, self.steps)
+        self.inversions.use_(inverses, self.steps)
 
     def precondition(self, gradient: Direction, inverses: Inverses | None = None) -> Direction:
         """Return the preconditioned gradient of the covered parameters.
@@ -244,7 +244,7 @@ class RunningCurvature:
 
     def relative_change(self, update: Direction, parameters: Direction) -> Tensor:
         """Return the sum over layers of the relative changes of their outputs by an update."""
-        return self._ownership.total(relative_change(self.layers.values(), update, parameters))
+        return self._ownership.total(self._change.of(update, parameters))
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of a constructor of what owns this curvature."""

@@ -3,44 +3,98 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.batching import LARGEST_BATCHED_DIMENSION
-from einconv_kfac.curvature.blocks.diagonal_factor import times_on_right
+from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal, times_on_right
 from einconv_kfac.curvature.blocks.matrix_layout import joined_matrices
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.vectors import Direction
 
+Stacks = list[list[RunningFactors]]
+"""Layers that are treated together."""
+PANEL = 512
+"""Columns of a large factor that are multiplied at once, with the rows from their first one on.
+What the rows above contribute follows by symmetry."""
 
-def relative_change(
-    layers: Iterable[RunningFactors], update: Direction, parameters: Direction
-) -> Tensor:
-    """Return ``sqrt(tr(U A U^T) / tr(W A W^T))``, summed over layers, in float64.
 
-    ``U`` is the update of the parameters ``W`` of a layer and ``A`` its running input factor. A
-    layer whose output is zero does not count: nothing is small relative to that, and a layer that
-    starts at zero, as heads and residual branches often do, could never leave it.
+@dataclass(frozen=True)
+class _Present:
+    """What the parameters themselves contribute, which several updates of a step share.
 
     Args:
-        layers: The layers; those without factors do not count.
-        update: The update, by parameter name; zero for those that it lacks.
-        parameters: The parameters, by name.
+        stacks: The layers by name.
+        tensors: Their input factors and parameters.
+        versions: The versions of these.
+        squares: ``tr(W A W^T)``, ``[layers]``.
     """
-    stacks: dict[Hashable, list[RunningFactors]] = defaultdict(list)
-    for running in layers:
+
+    stacks: list[list[str]]
+    tensors: list[Tensor]
+    versions: list[int]
+    squares: Tensor
+
+
+class OutputChange:
+    """Computes the relative change of the outputs of layers.
+
+    Args:
+        layers: The layers, by name; others may come.
+    """
+
+    def __init__(self, layers: Mapping[str, RunningFactors]) -> None:
+        self._layers = layers
+        self._present: _Present | None = None
+
+    def of(self, update: Direction, parameters: Direction) -> Tensor:
+        """Return ``sqrt(tr(U A U^T) / tr(W A W^T))``, summed over layers, in float64.
+
+        ``U`` is the update of the parameters ``W`` of a layer and ``A`` its running input factor. A
+        layer whose output is zero does not count: nothing is small relative to that, and a layer
+        that starts at zero, as heads and residual branches often do, could never leave it. Nor do
+        layers without factors.
+
+        Args:
+            update: The update, by parameter name; zero for those that it lacks.
+            parameters: The parameters, by name.
+        """
+        alike: dict[Hashable, list[RunningFactors]] = defaultdict(list)
+        for running in self._layers.values():
+            if running.factors is not None:
+                alike[_form(running, update, parameters)].append(running)
+        if not (stacks := [*alike.values()]):
+            return torch.zeros((), dtype=torch.float64)
+        moved, present = _squares(stacks, update), self._of_parameters(stacks, parameters)
+        return torch.where(present > 0, moved / present, 0.0).sqrt().sum()
+
+    def forget_(self) -> None:
+        """Forget what the parameters of a step contributed."""
+        self._present = None
+
+    def _of_parameters(self, stacks: Stacks, parameters: Direction) -> Tensor:
+        """Return `_squares` of the parameters, which are the same for several updates."""
+        names = [[running.layer.name for running in stack] for stack in stacks]
+        tensors = [*_tensors(stacks, parameters)]
+        versions, known = [tensor._version for tensor in tensors], self._present
+        is_known = known is not None and (known.stacks, known.versions) == (names, versions)
+        if known is None or not (is_known and all(map(is_, known.tensors, tensors))):
+            squares = _squares(stacks, parameters)
+            self._present = known = _Present(names, tensors, versions, squares)
+        return known.squares
+
+
+def _tensors(stacks: Stacks, parameters: Direction) -> Iterator[Tensor]:
+    """Yield the tensors that the parameters' part depends on."""
+    for running in (each for stack in stacks for each in stack):
         if running.factors is not None:
-            stacks[_form(running, update, parameters)].append(running)
-    if not stacks:
-        return torch.zeros((), dtype=torch.float64)
-    pairs = [
-        [_squares(stack, values) for values in (update, parameters)] for stack in stacks.values()
-    ]
-    moved, present = (torch.cat(own).double() for own in zip(*pairs))
-    return torch.where(present > 0, moved / present, 0.0).sqrt().sum()
+            yield running.factors[0]
+        yield from (parameters[name] for name in running.layer.parameters if name in parameters)
 
 
 def _form(running: RunningFactors, *directions: Direction) -> Hashable:
@@ -55,7 +109,12 @@ def _form(running: RunningFactors, *directions: Direction) -> Hashable:
     return groups, rows, columns, a.shape, a.dtype, *own
 
 
-def _squares(stack: Sequence[RunningFactors], values: Direction) -> Tensor:
+def _squares(stacks: Stacks, values: Direction) -> Tensor:
+    """Return ``tr(V A V^T)`` of all layers, ``[layers]``, in float64."""
+    return torch.cat([_squares_together(stack, values) for stack in stacks]).double()
+
+
+def _squares_together(stack: Sequence[RunningFactors], values: Direction) -> Tensor:
     """Return ``tr(V A V^T)`` of layers that are treated together, ``[layers]``."""
     layers = [running.layer for running in stack]
     if len(layers) == 1 and not all(name in values for name in layers[0].parameters):
@@ -64,10 +123,25 @@ def _squares(stack: Sequence[RunningFactors], values: Direction) -> Tensor:
     rows = joined_matrices([layer.layout for layer in layers], values)
     a = _joined([running.factors[0] for running in stack if running.factors is not None])
     rows = rows.to(a.dtype)
-    moved = times_on_right(rows, a, product)
     if len(layers) == 1:
-        return torch.dot(moved.flatten(), rows.flatten()).unsqueeze(0)
-    return (moved * rows).reshape(len(layers), -1).sum(-1)
+        return _square(rows, a).unsqueeze(0)
+    return (times_on_right(rows, a, product) * rows).reshape(len(layers), -1).sum(-1)
+
+
+def _square(rows: Tensor, a: Tensor) -> Tensor:
+    """Return ``tr(V A V^T)`` of one layer."""
+    size = a.shape[-1]
+    if is_diagonal(a) or size < 2 * PANEL:
+        return torch.dot(times_on_right(rows, a, product).flatten(), rows.flatten())
+    total = rows.new_zeros(())
+    for start in range(0, size, PANEL):
+        end = min(start + PANEL, size)
+        own = rows[..., start:end]
+        moved = product(own, a[..., start:end, start:end])
+        if end < size:  # the panel below the diagonal block counts twice
+            moved = moved + 2 * product(rows[..., end:], a[..., end:, start:end])
+        total = total + (moved * own).sum()
+    return total
 
 
 def _joined(factors: Sequence[Tensor]) -> Tensor:

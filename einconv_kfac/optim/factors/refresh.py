@@ -9,11 +9,14 @@ from typing import TypeAlias
 
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.distributed.workers import ALONE, NOBODY, Workers
+from einconv_kfac.optim.factors.inversion_spacing import spacing
+from einconv_kfac.optim.factors.layer_numbers import LayerNumbers
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.background import Pending, begun, delay
 from einconv_kfac.optim.inverses.placement import Placement
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind
 from einconv_kfac.optim.inverses.registry import with_own_tensors
+from einconv_kfac.optim.schedule import intervals as intervals_of
 from einconv_kfac.optim.schedule import is_due
 
 Inverses: TypeAlias = dict[str, Inverted]
@@ -25,41 +28,45 @@ class Refresh:
 
     Args:
         running: The layers, by name; others may come.
+        numbers: Their hyper-parameters.
         kind: The kind of inverse.
         in_background: Whether a thread inverts, except where there is no inverse yet.
         workers: The workers among which inversions are divided; threads invert all of them, since
             they must not communicate.
         owners: The workers that alone have the factors of layers.
+
+    Attributes:
+        spacing: The least number of steps between two inversions early in training.
     """
 
     def __init__(
         self,
         running: Mapping[str, RunningFactors],
+        numbers: LayerNumbers,
         kind: Kind,
         in_background: bool,
         workers: Workers = ALONE,
         owners: Mapping[str, int] = NOBODY,
     ) -> None:
         self._placement = Placement(workers, kind, owners)
-        self._running = running
+        self._running, self._numbers = running, numbers
         self._kind = kind
         self._in_background = in_background
         self._warned = False
+        self.spacing = 1
 
-    def refresh_(
-        self, dampings: Mapping[str, float], intervals: Mapping[str, int], step: int
-    ) -> None:
+    def refresh_(self, dampings: Mapping[str, float], step: int) -> None:
         """Recompute the inverses that are due, and set the damping of all.
 
         Args:
             dampings: Damping by layer.
-            intervals: After how many steps an inverse is due, by layer.
             step: The step.
 
         Raises:
             RuntimeError: If a damped factor is not positive definite. No inverse is changed
                 then, but what a thread failed at is due again.
         """
+        intervals = intervals_of(step, self._periods, self.spacing)
         ready, due = self._work(intervals, step)
         known = {n for n, own in self._running.items() if n in ready or own.inverse is not None}
         later = [n for n in due if self._in_background and n in known]
@@ -71,6 +78,15 @@ class Refresh:
         self._begin_(later, dampings, intervals, step)
         self.set_damping_(dampings)
 
+    def space_(self) -> None:
+        """Find the spacing, once factors were updated."""
+        self.spacing = spacing(self._running.values())
+
+    @property
+    def _periods(self) -> Mapping[str, int]:
+        """The largest number of steps between two inversions, by layer."""
+        return self._numbers.of("inverse_update_period")
+
     def set_damping_(self, dampings: Mapping[str, float]) -> None:
         """Set the damping of the inverses, where that needs no decomposition."""
         if self._kind.damping_needs_decomposition:
@@ -78,17 +94,32 @@ class Refresh:
         for name, own in self._running.items():
             own.inverse = own.inverse and own.inverse.with_damping(dampings[name])
 
-    def is_due(self, periods: Mapping[str, int], step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Return whether `refresh_` has inverses to compute or to take over.
 
         Args:
-            periods: The largest number of steps between two inversions, by layer.
             step: The step.
         """
-        running = self._running.items()
+        running, periods, least = self._running.items(), self._periods, self.spacing
         begun = [own.pending.due for _, own in running if own.pending is not None]
         last = {(own.inverse_step, periods[n]) for n, own in running if own.pending is None}
-        return any(due <= step for due in begun) or any(is_due(step, *own) for own in last)
+        is_inverted = any(is_due(step, *own, least=least) for own in last)
+        return is_inverted or any(due <= step for due in begun)
+
+    def may_search(self, step: int) -> bool:
+        """Return whether a step may invert with several dampings.
+
+        Where inversions are costly, that is the first step, and later ones where all are due.
+
+        Args:
+            step: The step.
+        """
+        if self.spacing == 1:
+            return True
+        due = intervals_of(step, self._periods, self.spacing)
+        last = {(own.inverse_step, due[name]) for name, own in self._running.items()}
+        is_late = step >= self.spacing
+        return all(known is None or (is_late and step - known >= own) for known, own in last)
 
     def _work(
         self, intervals: Mapping[str, int], step: int

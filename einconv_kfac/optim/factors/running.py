@@ -36,6 +36,7 @@ _CONDITIONS = Leaf(
 _SCHEMA = Record(
     {
         "updates": COUNT,
+        "rows": COUNT,
         "factors": Maybe(Listed(FACTOR, 2)),
         "factor_step": Maybe(COUNT),
         "inverse_step": Maybe(COUNT),
@@ -56,7 +57,7 @@ _SCHEMA = Record(
     }
 )
 """What the state of a layer must be, but for the shapes of factors and for inverses."""
-_STATE = ("updates", "factors", "factor_step", "inverse_step", "retries", "conditions")
+_STATE = ("updates", "rows", "factors", "factor_step", "inverse_step", "retries", "conditions")
 
 
 class RunningFactors:
@@ -67,13 +68,15 @@ class RunningFactors:
         shapes: The shapes of its factors ``A`` and ``B``; one that is diagonal is ``[g, d]``.
 
     Attributes:
+        shapes: See above.
         is_owned: Whether this worker has the factors; every worker has the inverse.
+        rows: Number of products of the weight with a vector in the forward passes of a step.
     """
 
     def __init__(self, layer: Layer, shapes: Sequence[tuple[int, ...]]) -> None:
         self.layer = layer
-        self._shapes = [tuple(shape) for shape in shapes]
-        self.updates = 0
+        self.shapes = [tuple(shape) for shape in shapes]
+        self.updates = self.rows = 0
         self.is_owned = True
         self.factors: Pair | None = None
         self._is_elsewhere = False  # another worker has the factors
@@ -117,7 +120,7 @@ class RunningFactors:
 
     def _shaped(self) -> Pair:
         """Return tensors without numbers that have the shapes of the factors."""
-        a, b = (torch.empty(shape, device="meta") for shape in self._shapes)
+        a, b = (torch.empty(shape, device="meta") for shape in self.shapes)
         return a, b
 
     def use_(self, inverted: Inverted, step: int) -> None:
@@ -178,9 +181,9 @@ class RunningFactors:
         layout, name = self.layer.layout, f"'{self.layer.name}'"
         _SCHEMA.check(name, state)
         found = [tuple(factor.shape) for factor in state["factors"] or ()]
-        if found and found != self._shapes:
+        if found and found != self.shapes:
             raise ValueError(
-                f"`state_dict` must have factors of shape {self._shapes} for {name}, got {found}: "
+                f"`state_dict` must have factors of shape {self.shapes} for {name}, got {found}: "
                 "it must come from the same model, `approximation` and `max_factor_size`."
             )
         if state["inverse"] is not None:
@@ -192,7 +195,7 @@ class RunningFactors:
     def anew(self) -> RunningFactors:
         """Return the layer without factors."""
         made = copy(self)
-        made.updates = made.retries = 0
+        made.updates = made.retries = made.rows = 0
         made.factors = made.factor_step = made.conditions = None
         made._is_elsewhere = False
         made.inverse = made.inverse_step = made.pending = None

@@ -74,7 +74,7 @@ class StepFit:
         """
         if self._curvature.inverts(step) or self.subspace.fitted is None:
             return True
-        if not self.subspace.is_due(step) and (is_given or not self.search.is_due(step)):
+        if not self.subspace.is_due(step) and (is_given or not self._searches(step)):
             return False
         return not any(self._curvature.inverts(step + wait) for wait in range(1, LONGEST_WAIT + 1))
 
@@ -135,12 +135,17 @@ class StepFit:
 
     def _tries(self, objective: Objective) -> bool:
         """Return whether dampings are tried in the coming step."""
-        return objective.settings.damping is None and self.search.is_due(self._curvature.steps)
+        return objective.settings.damping is None and self._searches(self._curvature.steps)
+
+    def _searches(self, step: int) -> bool:
+        """Return whether a search of the damping is due."""
+        return self.search.is_due(step) and self._curvature.inversions.may_search(step)
 
     def _trials(
         self, objective: Objective, momentum: Momentum, damping: float
     ) -> DampingTrials[PendingFit, SolvedFit]:
         """Return what tries scales of the damping."""
+        self.search.is_costly = self._curvature.inversions.spacing > 1
         curvature, subspace = self._curvature, self.subspace
         products, invert = (
             Products(curvature.replay, objective),

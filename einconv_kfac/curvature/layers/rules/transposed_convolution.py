@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ class TransposedConvRule(ConvRule):
         columns = torch.unflatten(columns, 1, (-1, *module.kernel_size))
         columns = columns.flip(*range(2, columns.ndim - 1)).flatten(1, -2)
         return torch.unflatten(columns, 2, (x.shape[0], -1)).permute(2, 0, 1, 3)
+
+    def products(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> int:
+        """See `LayerRule`; each position of the input is multiplied once."""
+        return prod(x.shape[2:])
 
     def factor_of(self, module: Any, x: Tensor, y_shape: Sequence[int]) -> Callable[..., Tensor]:
         """See `ConvRule`."""

@@ -75,10 +75,12 @@ class DampingSearch:
 
     Attributes:
         scale: The present scale.
+        is_costly: Whether a trial takes longer than a step, so that each direction has one alone.
     """
 
     def __init__(self, agreement: Agreement) -> None:
         self.scale = 1.0
+        self.is_costly = False
         self._agreement = agreement
         self._searched: int | None = None
 
@@ -102,7 +104,7 @@ class DampingSearch:
         """
         scales = [self.scale]
         for factor in (SCALE_STEP, 1 / SCALE_STEP):
-            own = _scales(step, self.scale, factor)
+            own = self._scales(step, self.scale, factor)
             scales += own[: 1 + (len(own) == AHEAD)]
         return scales
 
@@ -118,7 +120,7 @@ class DampingSearch:
         trials.ask_(self.first(step))
         start = best = trials.trial_(self.scale)
         for factor in (SCALE_STEP, 1 / SCALE_STEP):
-            scales = _scales(step, start.scale, factor)
+            scales = self._scales(step, start.scale, factor)
             for index, scale in enumerate(scales):
                 if index:
                     trials.ask_(_next(scales[index:]))
@@ -132,6 +134,11 @@ class DampingSearch:
         self.scale, self._searched = best.scale, step
         return best
 
+    def _scales(self, step: int, start: float, factor: float) -> list[float]:
+        """Return the scales to try from one on, for factors above or below 1."""
+        is_short = self.is_costly or step >= SEARCH_PERIOD
+        return [*_powers(start, factor)][: 1 if is_short else None]
+
     schema = Record({"scale": POSITIVE, "searched": Maybe(COUNT)})
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,11 +148,6 @@ class DampingSearch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         self.scale, self._searched = state["scale"], state["searched"]
-
-
-def _scales(step: int, start: float, factor: float) -> list[float]:
-    """Return the scales to try from one on, for factors above or below 1."""
-    return [*_powers(start, factor)][: 1 if step >= SEARCH_PERIOD else None]
 
 
 def _powers(start: float, factor: float) -> Iterator[float]:
