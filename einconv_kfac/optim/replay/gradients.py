@@ -164,7 +164,7 @@ class GradientWatch:
     def clear_(self) -> None:
         """Forget the last backward pass, whose gradients were cleared."""
         if self._probes:
-            self._lost.clear_()
+            self._lost.clear_(self._probes)
         self._probes, self._running = [], None
 
     def forget_(self) -> None:

@@ -15,10 +15,13 @@ from einconv_kfac.optim.replay.gradient_probe import ENTRIES, Probe, entries_of,
 
 ROUNDING = 4.0
 """Machine epsilons up to which a gradient counts as a combination of others."""
-RETURNED_PASSES = 64
-"""Number of the last passes by `torch.autograd.grad` that are compared."""
+LOST_PASSES = 64
+"""Number of the last passes, of those cleared and of those returned, that are compared."""
 RETURNED_ENTRIES = 256
-"""Number of entries of each of their gradients."""
+"""Number of entries of each gradient that `torch.autograd.grad` returned."""
+EXPLAINED = 0.5
+"""Part of what the last passes do not explain of the present gradients from which on cleared ones
+that explain it count as put back. Clipping by value and noise have nothing to do with those."""
 REMEDY = (
     "Backpropagate all losses that belong to the step, without `zero_grad` in between: gradients "
     "add up in `.grad`. Gradients of single losses for a combination of them are those of "
@@ -26,10 +29,10 @@ REMEDY = (
     "of the same losses, after which `.grad` may be overwritten."
 )
 CLEARED = (
-    "The gradients of a step must be those of the backward passes since `zero_grad`, up to a "
-    "factor, got other ones in a step of which earlier passes were cleared: their gradients may "
-    f"have been put back by hand, without their losses. {REMEDY} If the earlier passes do not "
-    "count, call `discard()` of the optimizer where their gradients are cleared."
+    "The gradients of a step must be those of the backward passes since `zero_grad`, got also "
+    "those of earlier passes, which were cleared: they were put back by hand, without their "
+    f"losses. {REMEDY} If the earlier passes do not count, call `discard()` of the optimizer "
+    "where their gradients are cleared."
 )
 RETURNED = (
     "The gradients of a step must be those of the losses that are backpropagated, got also "
@@ -56,17 +59,22 @@ class LostGradients:
     def __init__(self) -> None:
         self._returned: list[_Returned] = []
         self._landed: weakref.WeakSet[object] = weakref.WeakSet()
-        self._are_cleared = False
+        self._cleared: list[dict[nn.Parameter, Tensor]] = []
         self._fault = ""
 
     @property
     def is_any(self) -> bool:
         """Whether there were passes that do not count."""
-        return self._are_cleared or bool(self._returned)
+        return bool(self._cleared or self._returned)
 
-    def clear_(self) -> None:
-        """Count the passes so far as cleared."""
-        self._are_cleared = True
+    def clear_(self, probes: Sequence[Probe]) -> None:
+        """Count the passes so far as cleared.
+
+        Args:
+            probes: Their gradients.
+        """
+        cleared = {probe.parameter: probe.value for probe in probes}
+        self._cleared = [*self._cleared, cleared][-LOST_PASSES:]
         self._landed.clear()
 
     def land_(self, owner: object) -> None:
@@ -88,7 +96,7 @@ class LostGradients:
         if owner in self._landed or not parameters:
             return
         own = _Returned(weakref.ref(owner))
-        self._returned = [*self._returned, own][-RETURNED_PASSES:]
+        self._returned = [*self._returned, own][-LOST_PASSES:]
 
         def keep(parameter: nn.Parameter, gradient: Tensor) -> None:
             own.values[parameter] = entries_of(gradient).flatten()[:RETURNED_ENTRIES].clone()
@@ -118,10 +126,23 @@ class LostGradients:
         if not found.are_finite or found.is_combination([]):
             return
         returned = [own.values for own in self._returned]
-        if self._are_cleared:
+        if self._cleared and self._are_put_back(before, gradients):
             self._fault = CLEARED
         elif _Change(before, gradients, RETURNED_ENTRIES).is_combination(returned):
             self._fault = RETURNED
+
+    def _are_put_back(
+        self,
+        before: Mapping[nn.Parameter, Tensor],
+        gradients: Sequence[tuple[nn.Parameter, Tensor]],
+    ) -> bool:
+        """Return whether cleared gradients are in the present ones, or in that of a parameter."""
+        known = {parameter for own in self._cleared for parameter in own}
+        compared = [(parameter, own) for parameter, own in gradients if parameter in known]
+        if _Change(before, compared, ENTRIES).is_explained(self._cleared):
+            return True
+        single = [_Change(before, [own], ENTRIES) for own in compared]
+        return any(own.is_combination_only_with(self._cleared) for own in single)
 
     def check(self) -> None:
         """Raise a ``RuntimeError`` if gradients of passes that do not count were put back."""
@@ -169,13 +190,30 @@ class _Change:
 
         With fewer than four entries for each of them, a combination with others says nothing.
         """
+        if others and len(self._present) < 4 * (1 + len(others)):
+            return False
+        return self._rest(others) <= self._error
+
+    def is_explained(self, others: Sequence[Mapping[nn.Parameter, Tensor]]) -> bool:
+        """Return whether others explain a good part of what those after the last pass do not."""
+        own = self._rest([])
+        return own > self._error and self._rest(others) ** 2 < (1 - EXPLAINED) * own**2
+
+    def is_combination_only_with(self, others: Sequence[Mapping[nn.Parameter, Tensor]]) -> bool:
+        """Return whether they are a combination with others, and none without them.
+
+        That says nothing with less than two entries more than there are gradients to combine.
+        """
+        if len(self._present) < 3 + len(others) or self.is_combination([]):
+            return False
+        return self._rest(others) <= self._error
+
+    def _rest(self, others: Sequence[Mapping[nn.Parameter, Tensor]]) -> float:
+        """Return the norm of what is no combination of those after the last pass and of others."""
         vectors = [self._before, *map(self._joined, others)]
         scaled = [own / own.norm() for own in vectors if own.any()]
-        if others and len(self._present) < 4 * len(scaled):
-            return False
         if not scaled:
-            return not bool(self._present.any())
+            return float(self._present.norm())
         matrix = torch.stack(scaled, 1)
         found = torch.linalg.lstsq(matrix, self._present.unsqueeze(1), driver="gelsd").solution
-        rest = self._present - (matrix @ found).squeeze(1)
-        return float(rest.norm()) <= self._error
+        return float((self._present - (matrix @ found).squeeze(1)).norm())

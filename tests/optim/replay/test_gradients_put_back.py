@@ -104,7 +104,7 @@ def test_gradients_of_cleared_passes_are_refused_in_a_step(
 def test_one_parameter_and_the_middle_of_a_step_are_seen() -> None:
     script = Script(lr=0.1, adaptive=False)
     first, _ = script.apart(script.model.zero_grad)
-    add_past_autograd(script.parameters[1], first[1], first[1])
+    add_past_autograd(script.parameters[2], first[2], first[2])
     script.loss(1).backward()
     with pytest.raises(RuntimeError, match="put back"):
         script.stepped()
@@ -156,6 +156,12 @@ def clip_by_value(script: Script) -> None:
     nn.utils.clip_grad_value_(script.parameters, 0.01)
 
 
+def add_noise(script: Script) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for p in script.parameters:
+        p.grad += 0.01 * torch.randn(p.shape, generator=generator)  # type: ignore[operator]
+
+
 def discard(script: Script) -> None:
     script.model.zero_grad()
     script.opt.discard()
@@ -164,7 +170,12 @@ def discard(script: Script) -> None:
 @pytest.mark.filterwarnings("ignore:.*the gradient has other terms, or was changed")
 @pytest.mark.parametrize("options", MODES)
 @pytest.mark.parametrize(
-    ("clear_", "change_"), [*((own, clip_by_norm) for own in CLEARED), (discard, clip_by_value)]
+    ("clear_", "change_"),
+    [
+        *((own, clip_by_norm) for own in CLEARED),
+        *((own, clip_by_value) for own in (clear_by_none, discard)),
+        (clear_by_zeros, add_noise),
+    ],
 )
 def test_passes_that_are_cleared_for_good_leave_nothing_behind(
     options: dict[str, Any], clear_: Callable[[Script], None], change_: Callable[[Script], None]
