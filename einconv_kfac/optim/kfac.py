@@ -250,12 +250,12 @@ class KFAC(CurvatureOptimizer):
         After any error, an interrupt among them, parameters and state are as they were before, and
         the batches since the last step are dropped; an error of ``log_to`` comes after the step.
         """
-        if is_capturing():
+        if is_captured := is_capturing():
             check_capture(self._settings, self._preconditioner)
         loss = None
-        if (closure := callback("closure", closure)) is not None:
+        if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss = callback("closure", closure)()
         workers = self._preconditioner.workers
         workers.check("KFAC")
         with workers.together():
@@ -267,7 +267,7 @@ class KFAC(CurvatureOptimizer):
             if self._preconditioner.cover_unfrozen_(present):
                 self._take_unfrozen_(present)
             found = self._runner.run_(self)
-        if found is not None and not is_capturing():
+        if found is not None and not is_captured:
             self._earlier, self._report = self._report.without_updates(), Report(*found)
             if self._log_to is not None and self._settle_():
                 self._log_to(self._preconditioner.steps - 1, self.statistics())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any
@@ -114,6 +114,12 @@ class Layout:
             return self._tensors(matrix, None)
         last = matrix.shape[-1] - 1
         return self._tensors(matrix.narrow(-1, 0, last), matrix.select(-1, last))
+
+    def mapped(
+        self, tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Return what a function makes of the matrices of tensors, as tensors by parameter name."""
+        return self.from_matrix(function(self.to_matrix(tensors)))
 
     def is_transpose_of(self, other: Layout) -> bool:
         """Return whether the matrices are the transposes of another layout's, of one weight.

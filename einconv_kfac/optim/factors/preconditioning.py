@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from operator import is_
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from einconv_kfac.curvature.blocks.batching import LARGEST_BATCHED_DIMENSION
 from einconv_kfac.curvature.blocks.matrix_layout import divided_matrices, joined_matrices
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.protocol import Inverted, LayerInverse
-from einconv_kfac.optim.vectors import Direction, precise
+from einconv_kfac.optim.vectors import Direction
 
 AtHand: TypeAlias = tuple[Layer, LayerInverse]
 """A layer, and its inverse on the device of the gradients."""
@@ -143,8 +143,7 @@ def _applied(layers: Sequence[AtHand], gradient: Direction) -> Direction:
     ((layer, inverse),) = layers
     if not gradient.keys() >= set(layer.parameters):
         gradient = {**layer.zeros(), **gradient}
-    rows = layer.layout.to_matrix(gradient)
-    return _precise(layer.layout.from_matrix(inverse.apply(rows)), rows)
+    return _precise(layer.layout.mapped(gradient, inverse.apply), gradient)
 
 
 def _applied_together(layers: Sequence[AtHand], gradient: Direction) -> Direction:
@@ -153,12 +152,12 @@ def _applied_together(layers: Sequence[AtHand], gradient: Direction) -> Directio
     (_, first), *others = layers
     rows = joined_matrices(layouts, gradient)
     found = first.joined([inverse for _, inverse in others]).apply(rows)
-    return _precise(divided_matrices(layouts, found), rows)
+    return _precise(divided_matrices(layouts, found), gradient)
 
 
-def _precise(direction: Direction, rows: Tensor) -> Direction:
-    """Return a direction in the data type of steps for gradients like some."""
-    dtype = precise(rows.dtype)
+def _precise(direction: Direction, gradient: Direction) -> Direction:
+    """Return a direction in the data type of steps for its gradients."""
+    dtype = reduce(torch.promote_types, [gradient[name].dtype for name in direction], torch.float32)
     if all(tensor.dtype == dtype for tensor in direction.values()):
         return direction
     return {name: tensor.to(dtype) for name, tensor in direction.items()}

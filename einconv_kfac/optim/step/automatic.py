@@ -197,7 +197,8 @@ class AutomaticStep:
         coefficient = fit.mix[-1] if added is None else added
         if is_slow and added is None:
             coefficient = self._guarded.add_(objective, update, before, trust, fit.products)
-        decay_(objective, update)
+        if objective.settings.decoupled_weight_decay:
+            decay_(objective, update)
         self._reduction.expect_(objective, before, self._agreement, steps)
         coefficient = coefficient if followed.direction else 0.0
         for name, tensor in update.items():

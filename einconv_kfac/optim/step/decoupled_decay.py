@@ -18,8 +18,6 @@ def decay_(objective: Objective, update: Direction) -> None:
         objective: The objective; its parameters are those after the step.
         update: The step.
     """
-    if not objective.settings.decoupled_weight_decay:
-        return
     own = {n: objective.rates[n] * objective.by_parameter[n].weight_decay for n in update}
     names = [name for name, share in own.items() if share]
     if not names:

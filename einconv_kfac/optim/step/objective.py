@@ -18,7 +18,7 @@ from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.parameters import check_dense
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.step.fallback import COUNT_KEY
-from einconv_kfac.optim.vectors import Direction, precise, squared_norm, sum_of
+from einconv_kfac.optim.vectors import Direction, precise, scaled, squared_norm, sum_of
 
 Memory: TypeAlias = Mapping[str, dict[str, Any]]
 """The optimizer's state, by parameter name."""
@@ -72,6 +72,18 @@ class Objective:
         ]
         own = sum_of([*(loss.double() for loss in losses), *norms])
         return cast("Tensor", self.workers.means([own], "objective")[0])
+
+    def descent(self, ascent: Direction) -> Direction:
+        """Return the direction opposite to one; learning rates count relative to the largest."""
+        largest = max(self.rates.values()) or 1.0
+        return scaled(ascent, {name: -rate / largest for name, rate in self.rates.items()})
+
+    def descents(self, ascents: Sequence[Direction]) -> tuple[Sequence[Direction], float]:
+        """Return directions and a factor of all that makes them the opposite ones."""
+        rates = {*self.rates.values()}
+        if len(rates) == 1 and all(rates):
+            return ascents, -1.0
+        return [self.descent(ascent) for ascent in ascents], 1.0
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ class Preparation:
         """Take a step whose update was prepared; return the update, and numbers of the step."""
         rate, update = max(objective.rates.values()), prepared.update
         add_([objective.parameters[name] for name in update], [*update.values()])
-        decay_(objective, update)
+        if objective.settings.decoupled_weight_decay:
+            decay_(objective, update)
         trust, memory, products = self.trust.fraction, objective.memory, fit.scaled(rate).products
         assert products is not None
         coefficient = self.slow.keep_(memory, prepared.later, products, trust)

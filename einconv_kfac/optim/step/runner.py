@@ -107,7 +107,7 @@ class StepRunner:
             with undone as last, without_autocast(curvature.model):
                 with finite.before_errors():
                     taken = self._take_(optimizer, point, batches, settings, finite, scaler)
-                curvature.discard_() if is_capturing() else curvature.finish_()
+                curvature.discard_() if self._is_captured else curvature.finish_()
                 if finite.is_late and not self.settings.capturable:
                     self.late.begin_(finite)
                 last.apply_([*taken.changes, *self._stored(point.parameters)])
@@ -212,7 +212,7 @@ class StepRunner:
             return Taken({})
         if self._may_be_late(optimizer, objective):
             finite.be_late_()
-        if is_capturing():
+        if self._is_captured:
             check_begun(objective, moments)
         before = {name: dict(own) for name, own in memory.items() if finite.is_late}
         taken = self.step.take_(objective)
@@ -222,6 +222,11 @@ class StepRunner:
             self.late.prepare_(undo_, self._take_back_)
         curvature.stored.keep_(optimizer.state, point.parameters, memory)
         return replace(taken, changes=[*taken.changes, *kept])
+
+    @property
+    def _is_captured(self) -> bool:
+        """Whether a CUDA graph is capturing the step."""
+        return self.settings.capturable and is_capturing()
 
     def _stored(self, parameters: Direction) -> list[ParameterChange]:
         """Return the change of what is stored of parameters where that is not all of them."""

@@ -34,21 +34,18 @@ class SlopeTrust:
 
     is 1 without noise, as for training on one batch, and 0 if there is only noise. It costs
     one inner product and is averaged over steps.
+
+    Attributes:
+        fraction: The trust; 1 before the first sample.
     """
 
     def __init__(self) -> None:
+        self.fraction = 1.0
         self._average = 0.0
         self._weight = 0.0
         self._direction: Direction = {}
         self._slope = 0.0
         self._moved = 0.0
-
-    @property
-    def fraction(self) -> float:
-        """The trust; 1 before the first sample."""
-        if not self._weight:
-            return 1.0
-        return min(max(self._average / self._weight, SMALLEST_TRUST), 1.0)
 
     @property
     def average(self) -> float:
@@ -113,7 +110,12 @@ class SlopeTrust:
             sample = min(max(sample, SAMPLE_BOUNDS[0]), SAMPLE_BOUNDS[1])
             self._average += (1 - TRUST_DECAY) * (sample - self._average)
             self._weight += (1 - TRUST_DECAY) * (1 - self._weight)
+        self._bound_()
         self.drop_()
+
+    def _bound_(self) -> None:
+        """Set the trust to the average, within its bounds."""
+        self.fraction = min(max(self.average, SMALLEST_TRUST), 1.0) if self._weight else 1.0
 
     def drop_(self) -> None:
         """Drop the direction that is kept."""
@@ -147,6 +149,7 @@ class SlopeTrust:
         """Take over a state; tensors are copied to the device of the parameters that are given."""
         self._average, self._weight = state["average"], state["weight"]
         self._slope, self._moved = state["slope"], state["moved"]
+        self._bound_()
         self._direction = {
             name: tensor.to(parameters.get(name, tensor).device, copy=True)
             for name, tensor in state["direction"].items()

@@ -12,7 +12,6 @@ from einconv_kfac.optim.step.asking_ahead import AskingAhead
 from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.damping.search import DampingSearch, Trials
 from einconv_kfac.optim.step.damping.trials import DampingTrials, StagedFit
-from einconv_kfac.optim.step.descent import descent
 from einconv_kfac.optim.step.fit import Fit, Momentum
 from einconv_kfac.optim.step.objective import Objective, is_late
 from einconv_kfac.optim.step.pending_fit import PendingFit, SolvedFit
@@ -169,4 +168,4 @@ class StepFit:
         """Return the descent directions, with given inverses or the present ones."""
         covered = self._curvature.precondition(objective.gradient, inverses)
         ascents = [*by_scale(covered, self._curvature.apart), objective.others]
-        return [descent(objective, ascent) for ascent in ascents if ascent]
+        return [objective.descent(ascent) for ascent in ascents if ascent]

@@ -15,7 +15,6 @@ from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
 from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.carried_fit import CarriedFit, CarriedMix
-from einconv_kfac.optim.step.descent import descents
 from einconv_kfac.optim.step.fit import Fit, Momentum
 from einconv_kfac.optim.step.layer_products import pending_products
 from einconv_kfac.optim.step.objective import Objective, on_gpu
@@ -103,7 +102,7 @@ class SubspaceFit:
         """
         ascents = [*by_scale(covered, self._curvature.apart), objective.others]
         ascents = [ascent for ascent in ascents if ascent]
-        mix = self._carried.mixed(objective, *descents(objective, ascents), followed)
+        mix = self._carried.mixed(objective, *objective.descents(ascents), followed)
         if mix is None or not (self._is_near or (self._is_close and on_gpu(objective))):
             return mix
         return replace(mix, change=self._change(objective, mix.direction))
