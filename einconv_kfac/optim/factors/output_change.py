@@ -46,11 +46,14 @@ class OutputChange:
 
     Args:
         layers: The layers, by name; others may come.
+
+    Attributes:
+        present: What the parameters of the present step contribute, once that is known.
     """
 
     def __init__(self, layers: Mapping[str, RunningFactors]) -> None:
         self._layers = layers
-        self._present: _Present | None = None
+        self.present: _Present | None = None
 
     def of(self, update: Direction, parameters: Direction) -> Tensor:
         """Return ``sqrt(tr(U A U^T) / tr(W A W^T))``, summed over layers, in float64.
@@ -73,19 +76,15 @@ class OutputChange:
         moved, present = _squares(stacks, update), self._of_parameters(stacks, parameters)
         return torch.where(present > 0, moved / present, 0.0).sqrt().sum()
 
-    def forget_(self) -> None:
-        """Forget what the parameters of a step contributed."""
-        self._present = None
-
     def _of_parameters(self, stacks: Stacks, parameters: Direction) -> Tensor:
         """Return `_squares` of the parameters, which are the same for several updates."""
         names = [[running.layer.name for running in stack] for stack in stacks]
         tensors = [*_tensors(stacks, parameters)]
-        versions, known = [tensor._version for tensor in tensors], self._present
+        versions, known = [tensor._version for tensor in tensors], self.present
         is_known = known is not None and (known.stacks, known.versions) == (names, versions)
         if known is None or not (is_known and all(map(is_, known.tensors, tensors))):
             squares = _squares(stacks, parameters)
-            self._present = known = _Present(names, tensors, versions, squares)
+            self.present = known = _Present(names, tensors, versions, squares)
         return known.squares
 
 

@@ -9,7 +9,6 @@ from typing import TypeAlias
 
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.distributed.workers import ALONE, NOBODY, Workers
-from einconv_kfac.optim.factors.inversion_spacing import spacing
 from einconv_kfac.optim.factors.layer_numbers import LayerNumbers
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.background import Pending, begun, delay
@@ -77,10 +76,6 @@ class Refresh:
         self.use_(now, step)
         self._begin_(later, dampings, intervals, step)
         self.set_damping_(dampings)
-
-    def space_(self) -> None:
-        """Find the spacing, once factors were updated."""
-        self.spacing = spacing(self._running.values())
 
     @property
     def _periods(self) -> Mapping[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,12 +61,28 @@ class Probe:
             return False
         if not bool(self.value.any()):
             return None
-        return not (bool(entries_of(gradient).any()) or bool(local_of(gradient).any()))
+        own = local_of(gradient) if self.is_divided else gradient
+        return not (bool(_first(own).any()) or bool(own.any()))
+
+
+def are_intact(probes: Iterable[Probe]) -> bool:
+    """Return whether no gradient has changed."""
+    return all(probe.is_intact for probe in probes)
+
+
+def are_cleared(probes: Iterable[Probe]) -> bool:
+    """Return whether all gradients were dropped or zeroed; none was, where all were zero."""
+    answers = {probe.is_cleared for probe in probes}
+    return True in answers and False not in answers
 
 
 def entries_of(gradient: Tensor) -> Tensor:
     """Return entries of a gradient, as real numbers."""
-    own = local_of(gradient).detach()
+    return _first(local_of(gradient).detach())
+
+
+def _first(own: Tensor) -> Tensor:
+    """Return the first entries of a tensor, as real numbers."""
     own = own if own.numel() <= ENTRIES else own.flatten()[:ENTRIES]
     return torch.view_as_real(own) if own.is_complex() else own
 

@@ -17,7 +17,13 @@ from einconv_kfac.distributed.stored import (
 )
 from einconv_kfac.distributed.workers import ALONE, Workers
 from einconv_kfac.optim.model_walk import ModelTree
-from einconv_kfac.optim.replay.gradient_probe import Probe, entries_of, joined
+from einconv_kfac.optim.replay.gradient_probe import (
+    Probe,
+    are_cleared,
+    are_intact,
+    entries_of,
+    joined,
+)
 from einconv_kfac.optim.replay.lost_gradients import LostGradients
 from einconv_kfac.torch_versions import gradient_edge
 
@@ -51,7 +57,8 @@ class GradientWatch:
         if not self._are_accumulated():
             self._look_at_returned_(owner)
             return False
-        if self._running != torch._C._current_graph_task_id():  # not another loss of one pass
+        if self._lost.is_any and self._running != torch._C._current_graph_task_id():
+            # not another loss of one pass
             self._compare_()
         return True
 
@@ -106,8 +113,9 @@ class GradientWatch:
 
     def check(self) -> None:
         """Raise a ``RuntimeError`` if gradients that were cleared, or returned, were put back."""
-        self._compare_()
-        self._lost.check()
+        if self._lost.is_any:
+            self._compare_()
+            self._lost.check()
 
     def are_cleared(self) -> bool:
         """Return whether all gradients of the last pass were dropped or zeroed since.
@@ -115,24 +123,28 @@ class GradientWatch:
         Of a pass that an error ended, also whether it left none.
         """
         if self._probes:
-            answers = {probe.is_cleared for probe in self._probes}
-            return True in answers and False not in answers
+            return are_cleared(self._probes)
         if self._running in (None, torch._C._current_graph_task_id()):
             return False
         found = [parameter.grad for parameter in all_stored(self._tree.parameters.values())]
         return not any(bool(local_of(g).any()) for g in found if g is not None)
 
     def factor(self, workers: Workers = ALONE) -> Tensor | None:
-        """Return by how much the gradients were scaled since the last pass, as by clipping.
+        """Check, and return by how much the gradients were scaled since the last pass.
 
-        ``None`` if they were not changed, or in another way.
+        ``None`` if they were not changed, or in another way than by clipping.
 
         Args:
             workers: The workers, who look at their rows together if gradients are divided.
+
+        Raises:
+            RuntimeError: See `check`.
         """
+        self.check()
         probes = [probe for probe in self._probes if probe.parameter.grad is not None]
-        is_intact = all(probe.is_intact for probe in probes)
-        are_divided = any(map(is_divided, all_stored(self._tree.parameters.values())))
+        is_intact, are_divided = are_intact(probes), any(own.is_divided for own in probes)
+        if workers.size > 1 and not are_divided:  # also where this worker has seen no pass
+            are_divided = any(map(is_divided, all_stored(self._tree.parameters.values())))
         if not are_divided and (is_intact or not probes):
             return None
         before = joined([probe.value for probe in probes])
@@ -169,7 +181,9 @@ class GradientWatch:
 
     def forget_(self) -> None:
         """Forget all backward passes."""
-        self._probes, self._running, self._lost = [], None, LostGradients()
+        self._probes, self._running = [], None
+        if not self._lost.is_new:
+            self._lost = LostGradients()
 
 
 def _common_factor(

@@ -54,18 +54,19 @@ class _Returned:
 
 
 class LostGradients:
-    """Finds out whether gradients of passes that do not count are part of those of a step."""
+    """Finds out whether gradients of passes that do not count are part of those of a step.
+
+    Attributes:
+        is_any: Whether there were passes that do not count.
+        is_new: Whether there were no passes at all.
+    """
 
     def __init__(self) -> None:
         self._returned: list[_Returned] = []
         self._landed: weakref.WeakSet[object] = weakref.WeakSet()
         self._cleared: list[dict[nn.Parameter, Tensor]] = []
         self._fault = ""
-
-    @property
-    def is_any(self) -> bool:
-        """Whether there were passes that do not count."""
-        return bool(self._cleared or self._returned)
+        self.is_any, self.is_new = False, True
 
     def clear_(self, probes: Sequence[Probe]) -> None:
         """Count the passes so far as cleared.
@@ -76,6 +77,7 @@ class LostGradients:
         cleared = {probe.parameter: probe.value for probe in probes}
         self._cleared = [*self._cleared, cleared][-LOST_PASSES:]
         self._landed.clear()
+        self.is_any, self.is_new = True, False
 
     def land_(self, owner: object) -> None:
         """Count a loss as one whose gradient is added to ``.grad``.
@@ -85,6 +87,7 @@ class LostGradients:
         """
         self._landed.add(owner)
         self._returned = [own for own in self._returned if own.owner() is not owner]
+        self.is_any, self.is_new = bool(self._cleared or self._returned or self._fault), False
 
     def watch_(self, owner: object, parameters: Sequence[nn.Parameter]) -> None:
         """Keep the gradients by parameters that the backward pass that is running returns.
@@ -97,6 +100,7 @@ class LostGradients:
             return
         own = _Returned(weakref.ref(owner))
         self._returned = [*self._returned, own][-LOST_PASSES:]
+        self.is_any, self.is_new = True, False
 
         def keep(parameter: nn.Parameter, gradient: Tensor) -> None:
             own.values[parameter] = entries_of(gradient).flatten()[:RETURNED_ENTRIES].clone()

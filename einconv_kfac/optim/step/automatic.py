@@ -199,7 +199,8 @@ class AutomaticStep:
             coefficient = self._guarded.add_(objective, update, before, trust, fit.products)
         if objective.settings.decoupled_weight_decay:
             decay_(objective, update)
-        self._reduction.expect_(objective, before, self._agreement, steps)
+        if before is not None:
+            self._reduction.expect_(objective, before, self._agreement, steps)
         coefficient = coefficient if followed.direction else 0.0
         for name, tensor in update.items():
             objective.memory[name][MOMENTUM_BUFFER] = tensor

@@ -229,17 +229,17 @@ class Reduction:
             self._rule.after_ratio(self.ratio, predicted, self._noise())
 
     def expect_(
-        self, objective: Objective, before: Before | None, agreement: Agreement, step: int
+        self, objective: Objective, before: Before, agreement: Agreement, step: int
     ) -> None:
         """Evaluate the objective after a step, for the next batch to be compared with, if due.
 
         Args:
             objective: The objective; its parameters are the new ones.
-            before: The objective before the step, if it is needed.
+            before: The objective before the step.
             agreement: Compares it with the next batch's.
             step: The number of steps taken before.
         """
-        if before is None or before.rounding is None or not agreement.is_due(step):
+        if before.rounding is None or not agreement.is_due(step):
             return
         numbers = Unread(before.value, self.value(objective), before.rounding)
         agreement.expect_later_(numbers, step)

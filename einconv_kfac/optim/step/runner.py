@@ -166,11 +166,11 @@ class StepRunner:
         """
         scale = getattr(optimizer, "grad_scale", None)  # set by torch.amp.GradScaler for a step
         recorder = self.curvature.recorder
-        if not is_capturing():
+        clipped = None
+        if self.settings.adaptive:
+            clipped = recorder.gradients.factor(self.curvature.workers)
+        elif not self._is_captured:
             recorder.gradients.check()
-        clipped = (
-            recorder.gradients.factor(self.curvature.workers) if self.settings.adaptive else None
-        )
         batches = recorder.take()
         divisor: Tensor | None = scale
         factor: Number = 1.0
