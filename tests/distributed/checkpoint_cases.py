@@ -84,7 +84,8 @@ def resumed(
         rank: The worker's number.
         folder: Where to save.
         groups: Process groups, by the number of workers; one that threads use under 0.
-        is_used: Whether as many workers load into an optimizer that has taken a step.
+        is_used: Whether as many workers load into an optimizer that has taken a step, and half of
+            them into one that has taken none, or the other way round.
     """
     found: dict[str, Any] = {}
     whole = Training(case, rank, 4, groups[4])
@@ -106,7 +107,10 @@ def resumed(
     found["again"] = all_weights(again.module)
     if rank < 2:
         half = Training(case, rank, 2, groups[2])
-        half.step(0)
+        if is_used:
+            warm_up(half)
+        else:
+            half.step(0)
         load(half, f"{folder}/4", groups[2])
         half.step(SAVED)
         save(half, f"{folder}/2", groups[2])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from worker_cases import CASES, cases_of
+from worker_cases import CASES, Case, cases_of
 from worker_processes import run_workers
 from worker_training import results_of, trained, trained_whole
 
@@ -18,11 +19,26 @@ TOLERANCE = 1e-12
 def results(rank: int, size: int) -> dict[str, Any]:
     """What one of the processes finds, for every case."""
     warnings.simplefilter("ignore")
-    found = results_of(lambda case: trained(case, rank, size), cases_of(size))
-    if size == 1:
-        whole = {name: case for name, case in CASES.items() if case.whole}
-        found = {"accumulated": found, "whole": results_of(trained_whole, whole)}
-    return found
+    if size > 1:
+        return results_of(lambda case: trained(case, rank, size), cases_of(size))
+    whole = {name: case for name, case in CASES.items() if case.whole}
+    accumulated = results_of(Alone(), cases_of(size))
+    return {"accumulated": accumulated, "whole": results_of(trained_whole, whole)}
+
+
+class Alone:
+    """Trains cases with one worker, to whom those that differ in their workers alone are equal."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def __call__(self, case: Case) -> Tensor:
+        options = {k: v for k, v in case.options.items() if k != "divide_factors"}
+        for_several = {"wrapper": None, "compiled": "", "workers": (), "sharded": False}
+        alone = replace(case, options=options, whole=False, **for_several)
+        if (key := repr(alone)) not in self.found:
+            self.found[key] = trained(alone)
+        return self.found[key]
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ class Case:
         groups: Makes parameter groups.
         preconditions: Whether another optimizer takes the steps.
         whole: Whether one worker with the whole batch must do the same.
-        workers: The numbers of workers; without any, every eighth case has 4 and the rest 2.
+        workers: The numbers of workers; without any, every sixteenth case has 4 and the rest 2.
         sharded: Whether `fully_shard` divides the model and each of its layers.
         whole_options: Other options of the one worker with the whole batch; it is then the only
             one to compare with.
@@ -55,6 +55,12 @@ class Case:
     workers: Sequence[int] = ()
     sharded: bool = False
     whole_options: dict[str, Any] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Fewer where rates are fixed, and nothing is fitted to earlier steps."""
+        is_fixed = not self.options.get("adaptive", True) or self.preconditions
+        return 2 if is_fixed and not self.options.get("inverse_in_background") else 3
 
 
 class Branches(nn.Module):
@@ -125,26 +131,25 @@ SHARDED = {
     for name, case in {
         "fixed": Case({**FIXED, "fisher": "exact"}, whole=True),
         "fixed, reduce": Case({**FIXED, "fisher": "exact", "approximation": "reduce"}, whole=True),
-        "fixed, sampled": Case({**FIXED, "mc_samples": 2, "weight_decay": 0.01}),
+        "fixed, sampled, scaler": Case(
+            {**FIXED, "mc_samples": 2, "weight_decay": 0.01}, scaler=(64.0, False)
+        ),
         "fixed, empirical": Case({**FIXED, "fisher": "empirical", "nesterov": True}, whole=True),
         "fixed, adam": Case({**FIXED, "fallback": "adam", **PERIODS}, model=noisy_net),
         "fixed, ekfac": Case({**FIXED, "inverse": "ekfac"}, sizes=MANY),
         "fixed, decoupled": Case(
             {**FIXED, "max_step_norm": 0.1, "decoupled_weight_decay": True, "weight_decay": 0.1}
         ),
-        "fixed, scaler": Case(FIXED, scaler=(64.0, False)),
         "automatic": Case({"fisher": "exact"}, whole=True),
         "automatic, reduce": Case({"fisher": "exact", "approximation": "reduce"}, whole=True),
-        "automatic, sampled": Case({"weight_decay": 0.01, **PERIODS}),
+        "automatic, sampled, noise": Case({"weight_decay": 0.01, **PERIODS}, model=noisy_net),
         "automatic, exact inverse": Case({"inverse": "exact", "inverse_in_background": True}),
         "automatic, some examples": Case({"curvature_fraction": 0.5, "factor_fraction": 0.5}),
         "automatic, safeguard, groups": Case({"safeguard": True}, groups=two_groups),
         "automatic, given, decoupled": Case(
             {"damping": 0.1, "momentum": 0.5, "decoupled_weight_decay": True, "weight_decay": 0.1}
         ),
-        "automatic, noise": Case(model=noisy_net),
-        "automatic, scaler, clipped": Case(scaler=(64.0, True), clip=0.1),
-        "uneven": Case(sizes=(3, 7, 5, 9)),
+        "uneven, scaler, clipped": Case(sizes=(3, 7, 5, 9), scaler=(64.0, True), clip=0.1),
         "more workers than rows": Case(model=lambda: net_of_rows(1, 2), clip=0.1),
         "few rows on the last": Case(model=lambda: net_of_rows(5, 3), clip=0.1),
         "used again": Case({"fisher": "exact"}, model=used_twice),
@@ -182,8 +187,9 @@ _CASES: dict[str, Case] = {
         {**FIXED, "lr": 0.002, "fisher": "exact"}, loss=lambda: nn.CrossEntropyLoss(reduction="sum")
     ),
     "fixed, adam": Case({**FIXED, "fallback": "adam", "weight_decay": 0.01}, model=noisy_net),
-    "fixed, bounded": Case(
-        {**FIXED, "nesterov": True, "max_step_norm": 0.1, "decoupled_weight_decay": True}
+    "fixed, bounded, scaler": Case(
+        {**FIXED, "nesterov": True, "max_step_norm": 0.1, "decoupled_weight_decay": True},
+        scaler=(64.0, False),
     ),
     "fixed, some examples, diagonal factors": Case(
         {**FIXED, "factor_fraction": 0.5, "max_factor_size": 20}
@@ -200,11 +206,8 @@ _CASES: dict[str, Case] = {
     ),
     "automatic, given, clipped": Case({"damping": 0.1, "momentum": 0.5}, clip=0.1),
     "automatic, noise": Case(model=noisy_net),
-    "automatic, groups": Case(groups=two_groups),
-    "automatic, scaler": Case(scaler=(64.0, False), clip=None),
-    "automatic, scaler, clipped": Case(scaler=(64.0, True), clip=0.1),
-    "fixed, scaler": Case(FIXED, scaler=(64.0, False)),
-    "uneven": Case(sizes=(3, 7, 5, 9)),
+    "automatic, groups, scaler": Case(groups=two_groups, scaler=(64.0, False)),
+    "uneven, scaler, clipped": Case(sizes=(3, 7, 5, 9), scaler=(64.0, True), clip=0.1),
     "uneven, weighted": Case({"fisher": "exact"}, sizes=(3, 7, 5, 9), weighted=True),
     "bare": Case(wrapper=None),
     "bare, fixed": Case(FIXED, wrapper=None),
@@ -214,9 +217,9 @@ _CASES: dict[str, Case] = {
         {**FIXED, "fisher": "empirical"}, wrapper={"find_unused_parameters": True}, model=Branches
     ),
     # torch fails where the first pass of a static graph is one of `no_sync`
-    "static graph": Case(wrapper={"static_graph": True}, workers=(4,)),
+    "static graph": Case(wrapper={"static_graph": True}, sizes=(12, 12), workers=(2,)),
     "static graph, empirical": Case(
-        {"fisher": "empirical"}, wrapper={"static_graph": True}, workers=(4,)
+        {"fisher": "empirical"}, wrapper={"static_graph": True}, sizes=(12, 12), workers=(2,)
     ),
     "compiled inside": Case(compiled="inside"),
     "compiled outside": Case(compiled="outside"),
@@ -243,10 +246,10 @@ _CASES: dict[str, Case] = {
 
 
 def in_turn(case: Case, index: int) -> Case:
-    """A case with its number of workers; of two that are 2, one has a micro-batch for each."""
-    workers = case.workers or (4 if index % 8 == 1 else 2,)
+    """A case with its number of workers; of three that are 2, two have a micro-batch for each."""
+    workers = case.workers or (4 if index % 16 == 1 else 2,)
     sizes = case.sizes
-    if index % 2 and tuple(workers) == (2,) and len(set(sizes)) == 1:
+    if index % 3 and tuple(workers) == (2,) and len(sizes) == PARTS and len(set(sizes)) == 1:
         sizes = (2 * sizes[0],) * 2
     return replace(case, workers=workers, sizes=sizes)
 

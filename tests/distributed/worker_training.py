@@ -23,8 +23,6 @@ from worker_cases import FIXED, Case
 
 from einconv_kfac import KFAC, KFACPreconditioner
 
-STEPS = 3
-
 
 def batches(case: Case, step: int) -> list[tuple[Tensor, Tensor]]:
     """The micro-batches of a step."""
@@ -137,7 +135,7 @@ class Training:
 def trained(case: Case, rank: int = 0, size: int = 1) -> Tensor:
     """The parameters after each step, ``[steps, parameters]``."""
     training = Training(case, rank, size)
-    return torch.stack([training.step(number) for number in range(STEPS)])
+    return torch.stack([training.step(number) for number in range(case.steps)])
 
 
 def warm_up() -> None:
@@ -153,7 +151,7 @@ def trained_whole(case: Case) -> Tensor:
     options = {**case.options, **(case.whole_options or {})}
     whole = Case(**{**vars(case), "sizes": (sum(case.sizes),), "options": options})
     training, found = Training(whole), []
-    for number in range(STEPS):
+    for number in range(case.steps):
         training.opt.zero_grad()
         xs, ys = zip(*batches(case, number))
         training.loss_fn(training.model(torch.cat(xs)), torch.cat(ys)).backward()
