@@ -43,7 +43,7 @@ def test_points_of_the_boundary_are_on_all_sides():
 
 def test_kfac_has_the_smaller_error(monkeypatch, capsys):
     monkeypatch.setattr(poisson, "INSIDE", 200)
-    errors = poisson.main(["--steps", "40", "--multiple", "2", "--rates", "0.01", "0.03"])
+    errors = poisson.main(["--steps", "20", "--multiple", "2", "--rates", "0.01", "0.03"])
     assert list(errors) == ["KFAC", "Adam 0.01", "Adam 0.03"]
     assert errors["KFAC"] < 0.8 * min(errors["Adam 0.01"], errors["Adam 0.03"])
     assert len(capsys.readouterr().out.splitlines()) == 3

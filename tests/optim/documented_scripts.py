@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from einconv_kfac import KFAC
 
-STEPS = 10
+STEPS = 6
 Script = Callable[[], list[float]]
 SCRIPTS: dict[str, Script] = {}
 

@@ -13,13 +13,13 @@ from einconv_kfac import KFAC, KFACPreconditioner
 
 
 def trained(inside: str, make: Any, options: dict[str, Any]) -> Tensor:
-    """Return the weights after three steps; ``inside`` names what runs in the block."""
+    """Return the weights after two steps; ``inside`` names what runs in the block."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(64, 10)]
     model, loss_fn = nn.Sequential(*layers), nn.CrossEntropyLoss()
     opt = make(model, loss_fn, **options)
     sgd = torch.optim.SGD(model.parameters(), 0.05) if make is KFACPreconditioner else None
-    for _ in range(3):
+    for _ in range(2):
         x, y = torch.randn(32, 1, 6, 6), torch.randint(10, (32,))
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):

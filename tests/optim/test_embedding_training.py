@@ -171,7 +171,7 @@ def test_groups_background_and_fractions(inverse: str, tied: bool) -> None:
             {"params": [p for p in model.parameters() if id(p) not in known]},
         ],
     )
-    losses = train(model, opt, 10)
+    losses = train(model, opt, 6)
     assert losses[-1] < losses[0]
     dampings = {name: own["damping"] for name, own in opt.layer_statistics().items()}
     assert dampings["wte"] == dampings["wpe"] == pytest.approx(0.51)
@@ -204,8 +204,9 @@ def test_a_state_with_another_largest_size_is_refused() -> None:
         other.load_state_dict(opt.state_dict())
 
 
-@pytest.mark.parametrize("mode", MODES, ids=IDS)
-@pytest.mark.parametrize("inverse", KINDS)
+@pytest.mark.parametrize(
+    ("inverse", "mode"), [*zip(KINDS, (MODES[0], MODES[1], MODES[0])), (KINDS[0], MODES[1])]
+)
 def test_the_vocabulary_of_a_language_model(inverse: str, mode: dict[str, Any]) -> None:
     """A dense factor of it would take 10 GB."""
     model = GPT(tied=True, vocabulary=50257, width=4)

@@ -40,15 +40,15 @@ def saved(**parts: Any) -> dict[str, Any]:
     ],
 )
 def test_resumed_training_is_bit_identical(options: dict[str, Any], dtype: torch.dtype) -> None:
-    batches = [(x.to(dtype), y) for x, y in (image_batch(seed=s) for s in range(12))]
+    batches = [(x.to(dtype), y) for x, y in (image_batch(seed=s) for s in range(8))]
     loss_fn = nn.CrossEntropyLoss()
     model = conv_net(random_layers=True).to(dtype)
     opt = KFAC(model, loss_fn, **options)
     torch.manual_seed(1)
-    for batch in batches[:8]:
+    for batch in batches[:5]:
         train_step(model, loss_fn, opt, batch)
     parts = saved(model=model.state_dict(), opt=opt.state_dict(), rng=torch.get_rng_state())
-    for batch in batches[8:]:
+    for batch in batches[5:]:
         train_step(model, loss_fn, opt, batch)
 
     resumed = conv_net(seed=9, random_layers=True).to(dtype)
@@ -56,7 +56,7 @@ def test_resumed_training_is_bit_identical(options: dict[str, Any], dtype: torch
     resumed.load_state_dict(parts["model"])
     again.load_state_dict(parts["opt"])
     torch.set_rng_state(parts["rng"])
-    for batch in batches[8:]:
+    for batch in batches[5:]:
         train_step(resumed, loss_fn, again, batch)
     assert torch.equal(weights(model), weights(resumed))
 

@@ -58,9 +58,10 @@ def trained(
     loss: Callable[[Tensor], Tensor],
     *,
     observed: bool = False,
+    steps: int = 7,
 ) -> tuple[Tensor, list[float]]:
     losses = []
-    for _ in range(7):  # two comparisons of the loss with the prediction
+    for _ in range(steps):  # of seven, two are compared with the prediction of the loss
         opt.zero_grad()
         value = loss(model(X))
         if observed:
@@ -81,7 +82,8 @@ def inside(way: str) -> tuple[Tensor, list[float]]:
     """What `trained` returns where the model itself has what is between it and the loss."""
     then, target = WAYS[way]
     loss_fn, model = nn.CrossEntropyLoss(), Then(net(), then)
-    return trained(model, KFAC(model, loss_fn, fisher="exact"), lambda o: loss_fn(o, target))
+    own = KFAC(model, loss_fn, fisher="exact")
+    return trained(model, own, lambda o: loss_fn(o, target), steps=4)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -93,11 +95,15 @@ def test_ways_between_model_and_loss(way: str, observed: bool) -> None:
     if observed:
         own = KFAC(model, fisher="exact")
         found = trained(
-            model, own, lambda o: functional.cross_entropy(then(o), target), observed=True
+            model,
+            own,
+            lambda o: functional.cross_entropy(then(o), target),
+            observed=True,
+            steps=4,
         )
     else:
         own = KFAC(model, loss_fn, fisher="exact")
-        found = trained(model, own, lambda o: loss_fn(then(o), target))
+        found = trained(model, own, lambda o: loss_fn(then(o), target), steps=4)
     same(found, inside(way))
 
 

@@ -73,7 +73,7 @@ def run_trained(model: nn.Module) -> Tensor:
     """The parameters of a model that takes steps."""
     loss_fn = nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn)
-    for step in range(8):
+    for step in range(5):
         train_step(model, loss_fn, opt, image_batch(seed=step))
     return weights(model)
 

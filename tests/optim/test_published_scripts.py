@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from einconv_kfac import KFAC
 
-STEPS = 12
+STEPS = 8
 SCRIPTS: dict[str, Callable[[], list[float]]] = {}
 Script = Callable[[], list[float]]
 

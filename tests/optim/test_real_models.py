@@ -70,10 +70,17 @@ CASES: dict[str, Callable[[], Case]] = {
     "recurrent": lambda: words(recurrent=True),
 }
 
+FIXED = {"lr": 0.1, "adaptive": False}
+IN_TURN = [
+    pytest.param(name, options, id=f"{name}-{'fixed' if options else 'auto'}")
+    for index, name in enumerate(CASES)
+    for options in ([{}, FIXED] if index % 2 else [{}])
+]
+"""All models automatically, every second one with fixed rates as well."""
+
 
 @pytest.mark.filterwarnings("ignore")  # the models' own
-@pytest.mark.parametrize("options", [{}, {"lr": 0.1, "adaptive": False}], ids=["auto", "fixed"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "options"), IN_TURN)
 def test_four_steps_reduce_the_loss(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model, loss_fn, batch = CASES[name]()

@@ -56,7 +56,7 @@ def test_the_remedy_trains(name: str) -> None:
     model = (case.remedied or case.build)()
     options = case.options if case.remedied_options is None else case.remedied_options
     opt, losses = KFAC(model, case.loss_fn, **options), []
-    for _ in range(8):
+    for _ in range(5):
         opt.zero_grad()
         loss = case.remedy(model, opt)
         opt.step()

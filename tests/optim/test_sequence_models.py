@@ -78,7 +78,7 @@ def test_all_weights_are_preconditioned(name: str, adaptive: bool) -> None:
     opt = KFAC(model, loss_fn, factor_update_period=2, inverse_update_period=2, **options)
     assert set(opt.coverage().values()) == {"kfac"}
     losses = []
-    for _ in range(5):
+    for _ in range(3):
         opt.zero_grad()
         loss = loss_fn(model(x), y)
         loss.backward()

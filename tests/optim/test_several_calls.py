@@ -93,7 +93,7 @@ def trained(name: str, number: int, mode: int) -> tuple[Tensor, list[float]]:
     loss_fn, script = FORMS[name][number]
     model, losses = Net(), []
     opt = KFAC(model, loss_fn, fisher="exact", **MODES[mode])
-    for _ in range(5):
+    for _ in range(3):
         opt.zero_grad()
         loss = script(model, opt)
         if loss is not None:

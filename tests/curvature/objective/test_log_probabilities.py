@@ -87,9 +87,16 @@ def trained(model: nn.Module, loss: Loss, classes: int, options: dict[str, Any])
     return weights(model)
 
 
-@pytest.mark.parametrize("options", [{}, {"lr": 0.1, "adaptive": False}])
-@pytest.mark.parametrize("classes", [3, 70])
-@pytest.mark.parametrize("name", CROSS)
+MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}]
+IN_TURN = [
+    (name, classes, MODES[(i + j) % 2])
+    for i, name in enumerate(CROSS)
+    for j, classes in enumerate((3, 70))
+]
+"""All losses with few and with many classes, the modes in turn."""
+
+
+@pytest.mark.parametrize(("name", "classes", "options"), IN_TURN)
 def test_steps_are_those_of_cross_entropy(name: str, classes: int, options: dict[str, Any]) -> None:
     """Whether the loss takes the softmax, or the model ends with it."""
     loss, same = CROSS[name]

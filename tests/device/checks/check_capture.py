@@ -216,7 +216,7 @@ def test_inverses_keep_their_memory(inverse: str) -> None:
         options |= {"factor_update_period": 2, "inverse_update_period": 4}
         opts = [late(model, **options, capturable=own) for model, own in zip(models, (True, False))]
         seen: list[list[int]] = []
-        for x, y in [(to_device(x), to_device(y)) for x, y in batches(9)]:
+        for x, y in [(to_device(x), to_device(y)) for x, y in batches(6)]:
             states = []
             for model, opt in zip(models, opts):
                 step(model, opt, x, y)

@@ -127,8 +127,16 @@ def test_layouts_without_gradients_are_no_wait_of_their_own(
             torch.testing.assert_close(held(q.detach()), p.detach(), **TOLERANCE)
 
 
-@pytest.mark.parametrize("build", [network, Detached, Unused])
-@pytest.mark.parametrize("options", [{}, {"safeguard": True}, {"weight_decay": 1e-2}])
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (network, {}),
+        (network, {"safeguard": True}),
+        (network, {"weight_decay": 1e-2}),
+        (Detached, {}),
+        (Unused, {"safeguard": True}),
+    ],
+)
 def test_it_is_that_of_the_processor(build: Any, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     here = build()
@@ -172,7 +180,7 @@ def test_what_comes_after_a_first_step_that_is_not_taken(factor: float) -> None:
     results = []
     for is_there in (False, True):
         with simulated() if is_there else torch.enable_grad():
-            model, data = network(), batches(3)
+            model, data = network(), batches(2)
             if is_there:
                 model = to_device(model)
                 data = [(to_device(x), to_device(y)) for x, y in data]

@@ -82,7 +82,7 @@ def two_forward_passes(model: nn.Module, opt: KFAC) -> None:
 def trained(backward: Callable[[nn.Module, KFAC], None], options: dict[str, Any]) -> Tensor:
     model = TwoHeads()
     opt = KFAC(model, fisher="exact", **options)
-    for _ in range(6):
+    for _ in range(3):
         opt.zero_grad()
         backward(model, opt)
         opt.step()

@@ -95,7 +95,7 @@ def test_training_on_some_examples(random_layers: bool, options: dict[str, Any])
         own = {"factor_fraction": 0.3, **with_kl_clip(options, 0.1)}
         opt = KFAC(model, loss_fn, **own)
         losses = []
-        for step in range(16):
+        for step in range(8):
             torch.manual_seed(step)
             state = torch.get_rng_state()
             x, y = image_batch(24)
@@ -107,7 +107,7 @@ def test_training_on_some_examples(random_layers: bool, options: dict[str, Any])
             opt.step()
             assert torch.equal(state, torch.get_rng_state())
             losses.append(loss.item())
-            if resume and step == 9:
+            if resume and step == 4:
                 saved = opt.state_dict()
                 opt = KFAC(model, loss_fn, **own)
                 opt.load_state_dict(saved)

@@ -59,10 +59,10 @@ def net() -> nn.Sequential:
 
 
 def trained(then: Callable[[Tensor], Tensor], given: bool) -> Tensor:
-    """The parameters after four steps with a loss on what follows from the output."""
+    """The parameters after three steps with a loss on what follows from the output."""
     model, loss_fn = net(), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn if given else None, fisher="exact")
-    for _ in range(4):
+    for _ in range(3):
         opt.zero_grad()
         out = then(model(X))
         loss = loss_fn(out, Y) if given else opt.observe(functional.cross_entropy(out, Y))
@@ -90,7 +90,7 @@ def test_an_output_that_is_changed_after_the_backward_pass() -> None:
     for changed in (False, True):
         model, loss_fn = net(), nn.CrossEntropyLoss()
         opt = KFAC(model, loss_fn)
-        for _ in range(4):
+        for _ in range(3):
             opt.zero_grad()
             out = model(X)
             loss_fn(out, Y).backward()
@@ -111,7 +111,7 @@ def test_a_nonlinear_change_of_a_part_is_refused_and_the_remedy_works() -> None:
     with pytest.raises(RuntimeError, match=r"got CopySlices.*in place"):
         opt.step()
     assert torch.equal(before, weights(model))
-    for _ in range(10):
+    for _ in range(6):
         opt.zero_grad()
         out = model(X)
         out = torch.cat([out[:, :1], out[:, 1:].sigmoid()], 1)
@@ -143,7 +143,7 @@ def test_a_model_that_overwrites_the_output_of_a_layer() -> None:
     for in_place in (False, True):
         model = Overwriting(in_place)
         opt = KFAC(model, fisher="exact")
-        for _ in range(4):
+        for _ in range(3):
             opt.zero_grad()
             model(X, Y)["loss"].backward()
             opt.step()

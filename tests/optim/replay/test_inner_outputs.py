@@ -61,7 +61,7 @@ def trained(
     """The parameters after some steps."""
     loss_fn = nn.CrossEntropyLoss() if given else None
     opt = KFAC(model, loss_fn, **{"fisher": "exact", **options})
-    for _ in range(4):
+    for _ in range(3):
         opt.zero_grad()
         opt.observe(loss(model)).backward()
         opt.step()

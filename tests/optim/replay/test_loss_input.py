@@ -77,7 +77,7 @@ def test_a_loss_inside_of_the_model(
     plain, loss_fn = conv_net(random_layers=random_layers), nn.CrossEntropyLoss()
     model = WithLoss(random_layers=random_layers, keyword=keyword)
     opts = KFAC(plain, loss_fn, **options), KFAC(model, model.loss_fn, **options)
-    for seed in range(6):
+    for seed in range(3):
         x, y = image_batch(seed=seed)
         torch.manual_seed(seed)
         train_step(plain, loss_fn, opts[0], (x, y))
@@ -143,7 +143,7 @@ def test_two_heads_train(kind: str, options: dict[str, Any]) -> None:
     model, (x, y) = TwoHeads(kind), image_batch()
     opt = KFAC(model, model.loss_fn, **with_kl_clip(options, None))
     losses = []
-    for _ in range(20):
+    for _ in range(8):
         opt.zero_grad()
         loss = two_head_loss(model, model.loss_fn, x, y)
         loss.backward()
@@ -265,7 +265,7 @@ def test_a_likelihood_of_the_users_trains_in_every_fisher(fisher: Any) -> None:
     x = torch.randn(20, 4, dtype=torch.float64)
     model, loss_fn = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1)), StudentT()
     opt = KFAC(model.double(), loss_fn, fisher=fisher)
-    losses = [train_step(model, loss_fn, opt, (x, x[:, :1].sin())) for _ in range(15)]
+    losses = [train_step(model, loss_fn, opt, (x, x[:, :1].sin())) for _ in range(10)]
     assert losses[-1] < 0.1 * losses[0]
 
 
@@ -277,7 +277,7 @@ def test_losses_of_several_targets() -> None:
         torch.manual_seed(0)
         model = nn.Linear(4, 2).double()
         opt = KFAC(model, loss_fn, fisher="exact", damping=1e-3)
-        for _ in range(12):
+        for _ in range(6):
             opt.zero_grad()
             if isinstance(loss_fn, nn.MSELoss):
                 (loss_fn(model(x), x[:, :2]) / 2).backward()

@@ -91,7 +91,7 @@ def same(output: Tensor) -> Tensor:
 
 def trained(loss_fn: nn.Module, model: nn.Module, loss: Callable[[KFAC, Tensor], Tensor]) -> Tensor:
     opt = KFAC(model, loss_fn, fisher="exact")
-    for _ in range(7):
+    for _ in range(4):
         opt.zero_grad()
         loss(opt, model(X)).backward()
         opt.step()
@@ -233,7 +233,7 @@ def test_a_loss_in_the_loop_is_refused_and_as_a_module_it_trains(name: str) -> N
     opt.remove_hooks()
     model.zero_grad()
     opt = KFAC(model, loss_fn)
-    for _ in range(12):
+    for _ in range(6):
         opt.zero_grad()
         loss = loss_fn(model(X), target)
         loss.backward()
@@ -267,7 +267,7 @@ def test_a_module_of_several_outputs_is_refused_and_of_one_tensor_it_trains() ->
     model.zero_grad()
     one = FarthestOfOne()
     opt = KFAC(model, one)
-    for _ in range(12):
+    for _ in range(6):
         opt.zero_grad()
         loss = one(torch.cat([model(X), model(-X)]))
         loss.backward()

@@ -56,7 +56,7 @@ def trained(loss: Loss, options: dict[str, Any], *last: nn.Module) -> Tensor:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), *last).double()
     opt, x = KFAC(model, fisher="exact", **options), torch.randn(CALLS, 4).double()
     y = torch.arange(CALLS) % 3
-    for _ in range(3):
+    for _ in range(2):
         opt.zero_grad()
         opt.observe(loss(model, x, y)).backward()
         opt.step()

@@ -103,9 +103,9 @@ def test_training_on_subsets(random_layers: bool) -> None:
         opt = KFAC(model, loss_fn, curvature_fraction=0.5)
         torch.manual_seed(1)
         x, y = image_batch(24)
-        for step in range(20):
+        for step in range(10):
             train_step(model, loss_fn, opt, (x, y))
-            if resume and step == 9:
+            if resume and step == 4:
                 state = opt.state_dict()
                 opt = KFAC(model, loss_fn, curvature_fraction=0.5)
                 opt.load_state_dict(state)

@@ -56,7 +56,7 @@ def test_a_step_is_shortened_until_its_own_loss_does_not_grow() -> None:
     """While every step is checked, as at first; the damping and its floor react."""
     model, loss_fn, opt = wavy()
     shortened = 0
-    for seed in range(20):
+    for seed in range(12):
         before, state, batch = weights(model), opt._step, wavy_batch(seed)
         damping, floor = state._rule.damping(0), state._rule.floor
         slow = {p: opt.state[p][BUFFER].clone() for p in model.parameters() if opt.state[p]}
@@ -87,7 +87,7 @@ def test_a_step_that_is_fitted_before_a_comparison_is_due_is_compared() -> None:
     opt.load_state_dict(state)
     reduction = opt._step._reduction
     early = shortened = 0
-    for seed in range(24):
+    for seed in range(14):
         before, adapted, reduction.ratio = weights(model), reduction.adapted, math.nan
         x, y = (tensor[: 6 if seed % 2 else 16] for tensor in wavy_batch(seed))
         slow = {p: opt.state[p][BUFFER].clone() for p in model.parameters() if opt.state[p]}
@@ -142,7 +142,7 @@ def test_a_step_that_no_shortening_helps_is_taken_back(
     assert not buffers(model, opt).any()
     assert opt.statistics()["step_size"] == 0
     assert opt._step._rule.damping(0) > BACKTRACKED_FACTOR * damping
-    losses = [train_step(model, loss_fn, opt, image_batch()) for _ in range(10)]
+    losses = [train_step(model, loss_fn, opt, image_batch()) for _ in range(4)]
     assert losses[-1] < losses[0]
 
 
@@ -150,7 +150,7 @@ def test_a_step_that_no_shortening_helps_is_taken_back(
 def test_every_step_is_checked_if_wanted(safeguard: bool) -> None:
     model, loss_fn, opt = wavy(safeguard=safeguard)
     wrong = 0
-    for seed in range(80):
+    for seed in range(40):
         before, floor = weights(model), opt._step._rule.floor
         loss = train_step(model, loss_fn, opt, batch := wavy_batch(seed))
         if "rejected" in opt.statistics():
@@ -166,7 +166,7 @@ def test_every_step_is_checked_if_wanted(safeguard: bool) -> None:
 
 def test_a_check_of_a_good_step_changes_nothing() -> None:
     """Between adaptations the damping stays, so that training is the same with and without."""
-    batches, found = [image_batch(24, seed=s) for s in range(60)], []
+    batches, found = [image_batch(24, seed=s) for s in range(25)], []
     for safeguard in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).double()
@@ -205,7 +205,7 @@ def test_a_given_damping_is_not_compared_with_anything(monkeypatch: pytest.Monke
     monkeypatch.setattr(Replay, "batch_loss", value)
     model, loss_fn, opt = wavy(damping=1e-4)
     wrong = 0
-    for seed in range(60):
+    for seed in range(30):
         loss = train_step(model, loss_fn, opt, batch := wavy_batch(seed))
         wrong += grown(model, loss_fn, batch, loss)
         assert opt.statistics()["damping"] == 1e-4

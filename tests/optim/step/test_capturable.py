@@ -49,9 +49,15 @@ def trained(
     return model, loss_fn, opt
 
 
-@pytest.mark.parametrize("schedule", [False, True])
-@pytest.mark.parametrize("as_tensor", [False, True])
-@pytest.mark.parametrize("options", OPTIONS)
+IN_TURN = [
+    (options, as_tensor, (index + as_tensor) % 2 == 1)
+    for index, options in enumerate(OPTIONS)
+    for as_tensor in (False, True)
+]
+"""Each option with rates of both kinds, one of which follows a schedule."""
+
+
+@pytest.mark.parametrize(("options", "as_tensor", "schedule"), IN_TURN)
 def test_steps_are_those_of_fixed_rates(
     options: dict[str, Any], as_tensor: bool, schedule: bool
 ) -> None:

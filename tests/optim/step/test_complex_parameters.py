@@ -61,7 +61,7 @@ def trained(split: bool, *, backward: bool = False, reload: bool = False, **opti
     model = nn.Sequential(Modulus(split, start), *extra, nn.Linear(3, 3).double())
     loss_fn = nn.MSELoss()
     opt = KFAC(model, loss_fn, fisher="exact", **options)
-    for step in range(5):
+    for step in range(3):
         rows = torch.randperm(32, generator=torch.Generator().manual_seed(step))[:16]
         opt.zero_grad()
         loss_fn(model(x[rows]), y[rows]).backward()

@@ -38,22 +38,28 @@ def no_inputs() -> Start:
 STARTS = [ignored, fitted, half_fitted, no_inputs]
 
 
-@pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"damping": 0.1},
-        {"momentum": 0.5},
-        {"inverse": "exact", "safeguard": True},
-        {"inverse": "ekfac", "factor_fraction": 0.5},
-        {"fallback": "gradient", "curvature_fraction": 0.5},
-        {"fisher": "empirical", "inverse_in_background": True},
-        {**FIXED},
-        {**FIXED, "inverse": "ekfac"},
-        {**FIXED, "inverse": "exact", "fallback": "adam", "fisher": "exact"},
-    ],
-)
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"damping": 0.1},
+    {"momentum": 0.5},
+    {"inverse": "exact", "safeguard": True},
+    {"inverse": "ekfac", "factor_fraction": 0.5},
+    {"fallback": "gradient", "curvature_fraction": 0.5},
+    {"fisher": "empirical", "inverse_in_background": True},
+    {**FIXED},
+    {**FIXED, "inverse": "ekfac"},
+    {**FIXED, "inverse": "exact", "fallback": "adam", "fisher": "exact"},
+]
+IN_TURN = [
+    (options, start)
+    for i, options in enumerate(OPTIONS)
+    for j, start in enumerate(STARTS)
+    if not options or options == FIXED or (i + j) % 2 == 0
+]
+"""Defaults with all starts, other options with two of them in turn."""
+
+
+@pytest.mark.parametrize(("options", "start"), IN_TURN)
 def test_a_zero_gradient_moves_nothing(options: dict[str, Any], start: Callable[[], Start]) -> None:
     """And the next batches are trained on as usual."""
     torch.manual_seed(0)
@@ -98,7 +104,7 @@ def test_saturated_outputs_are_left(seed: int, options: dict[str, Any]) -> None:
     x, y = tabular(seed)
     model, loss_fn = network(seed), nn.CrossEntropyLoss()
     opt, losses = KFAC(model, loss_fn, **options), []
-    for step in range(40):
+    for step in range(15):
         rows = torch.randperm(512, generator=torch.Generator().manual_seed(step))[:128]
         opt.zero_grad()
         loss = loss_fn(model(x[rows]), y[rows])

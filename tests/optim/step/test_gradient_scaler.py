@@ -54,21 +54,21 @@ def trained(
     return weights(model)
 
 
+SCALERS = (torch.amp.GradScaler, 2.0**10), (OtherScaler, 37.0)
 IN_TURN = [
-    (options, (None, 0.05)[(i + j) % 2], losses)
+    (options, (None, 0.05)[(i + j) % 2], losses, *SCALERS[(i + j // 2) % 2])
     for i, options in enumerate(MODES)
     for j, losses in enumerate(LOSSES)
 ]
-"""Each mode with all losses; clipped in turn, with each mode and with gradients of each kind."""
+"""Each mode with all losses; clipped in turn, and with scalers of each kind in turn."""
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("options", "bound", "losses"), IN_TURN)
+@pytest.mark.parametrize(("options", "bound", "losses", "kind", "scale"), IN_TURN)
 def test_the_factor_is_that_of_the_scaler(
-    options: dict[str, Any], bound: float | None, losses: str
+    options: dict[str, Any], bound: float | None, losses: str, kind: Any, scale: float
 ) -> None:
     own, disabled = LOSSES[losses], torch.amp.GradScaler("cpu", enabled=False)
     plain = trained(options, disabled, bound, **own)
-    for kind, scale in ((torch.amp.GradScaler, 2.0**10), (OtherScaler, 37.0)):
-        found = trained(options, kind("cpu", init_scale=scale, growth_interval=2), bound, **own)
-        torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-8)
+    found = trained(options, kind("cpu", init_scale=scale, growth_interval=2), bound, **own)
+    torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-8)
