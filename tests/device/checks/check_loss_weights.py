@@ -39,8 +39,10 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("weights", [(0.5, 0.3, 0.2), (1.0, 1.0, 1.0)])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [*((options, (0.5, 0.3, 0.2)) for options in OPTIONS), (OPTIONS[1], (1.0, 1.0, 1.0))],
+)
 def test_weights_are_those_of_the_processor(
     options: dict[str, Any], weights: tuple[float, ...]
 ) -> None:

@@ -90,8 +90,8 @@ def test_numbers_that_ask_for_another_step_get_it(factor: float, at: int) -> Non
     The step numbered 10 is due to be fitted.
     """
     here = network()
-    there, data = copy.deepcopy(here), batches(at + 3)
-    factors = [1.0] * at + [factor] + [1.0] * 2
+    there, data = copy.deepcopy(here), batches(at + 2)
+    factors = [1.0] * at + [factor, 1.0]
     own = late(here)
     for (x, y), each in zip(data, factors):
         step(here, own, x, y, each)
@@ -103,8 +103,10 @@ def test_numbers_that_ask_for_another_step_get_it(factor: float, at: int) -> Non
         compare(here, there, own, other)
 
 
-@pytest.mark.parametrize("count", [3, 10])
-@pytest.mark.parametrize(("value", "match"), [(float("nan"), "not finite"), (-1.0, "negative")])
+@pytest.mark.parametrize(
+    ("value", "match", "count"),
+    [(float("nan"), "not finite", 3), (float("nan"), "not finite", 10), (-1.0, "negative", 10)],
+)
 def test_a_step_that_is_not_taken_changes_nothing(value: float, match: str, count: int) -> None:
     """Neither an ordinary one nor one that is fitted, inverts factors and is compared."""
     with simulated():
