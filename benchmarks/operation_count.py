@@ -26,9 +26,13 @@ COMPONENTS = (
         "quadratic model",
         (
             *("optim/replay/jvp.py", "optim/replay/layer_jvp.py", "optim/replay/replay.py"),
-            *("optim/step/quadratic_model.py", "optim/step/subspace.py"),
-            *("optim/step/reduction.py", "optim/step/rounding.py", "optim/step/damping/"),
-            "optim/step/layer_gains.py",
+            *("optim/step/fits/quadratic_model.py", "optim/step/fits/subspace.py"),
+            *(
+                "optim/step/comparison/reduction.py",
+                "optim/step/rounding.py",
+                "optim/step/damping/",
+            ),
+            "optim/step/momentum/layer_gains.py",
         ),
         "",
     ),

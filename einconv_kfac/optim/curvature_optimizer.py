@@ -17,8 +17,8 @@ from einconv_kfac.optim.hyperparameters import Hyperparameters
 from einconv_kfac.optim.model_walk import named_parameters
 from einconv_kfac.optim.parameters import Training, check_member, training
 from einconv_kfac.optim.step.fallback import Fallback
-from einconv_kfac.optim.step.optimizer_state import OptimizerState
 from einconv_kfac.optim.step.runner import StepRunner
+from einconv_kfac.optim.step.states.optimizer_state import OptimizerState
 
 JOINED = (
     "{} were frozen when the optimizer was made without `params`; it trains them from now on. "

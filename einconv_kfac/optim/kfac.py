@@ -30,8 +30,8 @@ from einconv_kfac.optim.step.capturable import check_capture
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.fallback import Fallback, FallbackKind
 from einconv_kfac.optim.step.modes import check_settings, group_defaults, settings_of, step_of
-from einconv_kfac.optim.step.optimizer_state import OptimizerState
 from einconv_kfac.optim.step.runner import StepRunner
+from einconv_kfac.optim.step.states.optimizer_state import OptimizerState
 
 
 class KFAC(CurvatureOptimizer):

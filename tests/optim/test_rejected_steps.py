@@ -13,7 +13,7 @@ from torch import nn
 from einconv_kfac import KFAC
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.step.automatic import UNDONE_FACTOR
-from einconv_kfac.optim.step.quadratic_model import QuadraticModel
+from einconv_kfac.optim.step.fits.quadratic_model import QuadraticModel
 from einconv_kfac.optim.vectors import norms
 
 

@@ -36,10 +36,10 @@ from einconv_kfac.optim.factors.loss_weights import ROOT, LossWeights
 from einconv_kfac.optim.factors.missing_calls import calls_error, is_trained
 from einconv_kfac.optim.factors.sampled_moments import sampled
 from einconv_kfac.optim.factors.seen_calls import SeenCalls
+from einconv_kfac.optim.recording.passing import PassedOutputs
+from einconv_kfac.optim.recording.recorder import Recorder
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import without_autocast
-from einconv_kfac.optim.replay.passing import PassedOutputs
-from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.vectors import Direction, totals
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCapture
-from einconv_kfac.optim.replay.call_hooks import Hook
+from einconv_kfac.optim.recording.call_hooks import Hook
 from einconv_kfac.torch_versions import is_fully_sharded, parameter_groups
 
 

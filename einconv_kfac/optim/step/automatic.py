@@ -13,25 +13,25 @@ from torch import Tensor
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.replay.unknown_operations import NO_LOSS
 from einconv_kfac.optim.step.agreement import Agreement
-from einconv_kfac.optim.step.asking_ahead import AskingAhead
-from einconv_kfac.optim.step.automatic_state import check_automatic_state
+from einconv_kfac.optim.step.comparison.asking_ahead import AskingAhead
+from einconv_kfac.optim.step.comparison.guarded_momentum import GuardedMomentum
+from einconv_kfac.optim.step.comparison.reduction import Compared, Reduction
+from einconv_kfac.optim.step.comparison.unobserved import UnobservedTerms
 from einconv_kfac.optim.step.damping.damping_source import DampingSource
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.decoupled_decay import decay_
 from einconv_kfac.optim.step.first_reading import Begun, FirstNumbers, FirstReading
-from einconv_kfac.optim.step.fit import Fit, Momentum
-from einconv_kfac.optim.step.guarded_momentum import GuardedMomentum
-from einconv_kfac.optim.step.layer_gains import mean_gain
+from einconv_kfac.optim.step.fits.fit import Fit, Momentum
+from einconv_kfac.optim.step.fits.slope_trust import SlopeTrust
+from einconv_kfac.optim.step.fits.subspace import SubspaceFit
+from einconv_kfac.optim.step.momentum.layer_gains import mean_gain
+from einconv_kfac.optim.step.momentum.slow_momentum import SlowMomentum
 from einconv_kfac.optim.step.objective import Objective, common_momentum
 from einconv_kfac.optim.step.prepared_update import Preparation, PreparedUpdate
-from einconv_kfac.optim.step.reduction import Compared, Reduction
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER, Rollback, last_update, undo_
-from einconv_kfac.optim.step.slope_trust import SlopeTrust
-from einconv_kfac.optim.step.slow_momentum import SlowMomentum
+from einconv_kfac.optim.step.states.automatic_state import check_automatic_state
 from einconv_kfac.optim.step.step_fit import StepFit
 from einconv_kfac.optim.step.step_protocol import Statistics, Taken
-from einconv_kfac.optim.step.subspace import SubspaceFit
-from einconv_kfac.optim.step.unobserved import UnobservedTerms
 from einconv_kfac.optim.vectors import Direction
 
 UNDONE_FACTOR = 4.0

@@ -16,13 +16,13 @@ from torch import Tensor
 from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.running import snapshot_of
 from einconv_kfac.optim.replay.checks import check_weights
-from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.damping.damping_source import DampingSource
 from einconv_kfac.optim.step.damping.first_curvature import FirstCurvature
-from einconv_kfac.optim.step.fit import Momentum
+from einconv_kfac.optim.step.fits.carried_fit import CarriedMix
+from einconv_kfac.optim.step.fits.fit import Momentum
+from einconv_kfac.optim.step.fits.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.objective import Objective, is_late
 from einconv_kfac.optim.step.reading import Unread
-from einconv_kfac.optim.step.slope_trust import SlopeTrust
 from einconv_kfac.optim.step.step_fit import BegunFit, StepFit
 
 

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.sending import sent
-from einconv_kfac.optim.step.carried_fit import CarriedMix
 from einconv_kfac.optim.step.decoupled_decay import decay_
-from einconv_kfac.optim.step.fit import Fit
+from einconv_kfac.optim.step.fits.carried_fit import CarriedMix
+from einconv_kfac.optim.step.fits.fit import Fit
+from einconv_kfac.optim.step.fits.slope_trust import SlopeTrust
+from einconv_kfac.optim.step.fits.subspace import SubspaceFit
 from einconv_kfac.optim.step.in_place import add_
-from einconv_kfac.optim.step.layer_products import LARGEST_JOINED_ENTRIES, on_device
+from einconv_kfac.optim.step.momentum.layer_products import LARGEST_JOINED_ENTRIES, on_device
+from einconv_kfac.optim.step.momentum.slow_momentum import BUFFER, SlowMomentum
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.reading import sent_rows
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER
-from einconv_kfac.optim.step.slope_trust import SlopeTrust
-from einconv_kfac.optim.step.slow_momentum import BUFFER, SlowMomentum
-from einconv_kfac.optim.step.subspace import SubspaceFit
 from einconv_kfac.optim.vectors import Direction, layer_of, multiplied
 
 SMALLEST_COUNT = 4

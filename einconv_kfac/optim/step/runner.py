@@ -25,8 +25,8 @@ from einconv_kfac.optim.step.gradient_scaler import scaler_factor
 from einconv_kfac.optim.step.group_settings import SettingsByParameter
 from einconv_kfac.optim.step.late_check import LateCheck, restore_memory_
 from einconv_kfac.optim.step.objective import Objective, Point, memory_of, on_gpu
-from einconv_kfac.optim.step.optimizer_state import restored_on_error
 from einconv_kfac.optim.step.parameter_change import ParameterChange
+from einconv_kfac.optim.step.states.optimizer_state import restored_on_error
 from einconv_kfac.optim.step.step_protocol import Step, Taken
 from einconv_kfac.optim.vectors import Direction, norms
 

@@ -8,15 +8,15 @@ from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.preconditioning import by_scale
 from einconv_kfac.optim.factors.refresh import Inverses
 from einconv_kfac.optim.step.agreement import Agreement
-from einconv_kfac.optim.step.asking_ahead import AskingAhead
-from einconv_kfac.optim.step.carried_fit import CarriedMix
+from einconv_kfac.optim.step.comparison.asking_ahead import AskingAhead
 from einconv_kfac.optim.step.damping.search import DampingSearch, Trials
 from einconv_kfac.optim.step.damping.trials import DampingTrials, StagedFit
-from einconv_kfac.optim.step.fit import Fit, Momentum
+from einconv_kfac.optim.step.fits.carried_fit import CarriedMix
+from einconv_kfac.optim.step.fits.fit import Fit, Momentum
+from einconv_kfac.optim.step.fits.pending_fit import PendingFit, SolvedFit
+from einconv_kfac.optim.step.fits.quadratic_model import Products
+from einconv_kfac.optim.step.fits.subspace import FIT_PERIOD, SubspaceFit
 from einconv_kfac.optim.step.objective import Objective, is_late
-from einconv_kfac.optim.step.pending_fit import PendingFit, SolvedFit
-from einconv_kfac.optim.step.quadratic_model import Products
-from einconv_kfac.optim.step.subspace import FIT_PERIOD, SubspaceFit
 from einconv_kfac.optim.vectors import Direction
 
 LONGEST_WAIT = FIT_PERIOD // 2

@@ -18,7 +18,7 @@ from small_training import batches, network
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.step import reduction
+from einconv_kfac.optim.step.comparison import reduction
 from einconv_kfac.optim.step.damping.search import DampingSearch
 
 MOST = 1

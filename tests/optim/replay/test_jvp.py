@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, jvp
 
 from einconv_kfac import KFAC
+from einconv_kfac.optim.recording.recorder import Recorder
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.jvp import forward_products
-from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from einconv_kfac.optim.replay.recorder import Recorder
+from einconv_kfac.optim.recording.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
 
 NETS = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from einconv_kfac import KFAC, KFACPreconditioner
 from einconv_kfac.curvature.losses import EntrywiseRule, register_loss
-from einconv_kfac.optim.step.quadratic_model import quadratic_model
+from einconv_kfac.optim.step.fits.quadratic_model import quadratic_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}]

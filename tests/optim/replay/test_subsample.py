@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from einconv_kfac import KFAC
+from einconv_kfac.optim.recording.recorder import Recorder
 from einconv_kfac.optim.replay.batch import with_subsets
-from einconv_kfac.optim.replay.recorder import Recorder
 from einconv_kfac.optim.replay.replay import Replay
 from einconv_kfac.optim.replay.subsample import Subset
-from einconv_kfac.optim.step.quadratic_model import quadratic_model
+from einconv_kfac.optim.step.fits.quadratic_model import quadratic_model
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 LOSSES: dict[str, Any] = {

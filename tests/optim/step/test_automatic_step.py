@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.replay.replay import Replay
-from einconv_kfac.optim.step.backtracking import BACKTRACKING_FACTOR
+from einconv_kfac.optim.step.comparison.backtracking import BACKTRACKING_FACTOR
+from einconv_kfac.optim.step.comparison.reduction import BACKTRACKED_FACTOR, RELATIVE_ROUNDING
 from einconv_kfac.optim.step.damping.levenberg_marquardt import ADAPTATION
-from einconv_kfac.optim.step.reduction import BACKTRACKED_FACTOR, RELATIVE_ROUNDING
-from einconv_kfac.optim.step.slow_momentum import BUFFER
+from einconv_kfac.optim.step.momentum.slow_momentum import BUFFER
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.optim.replay.replay import Replay
+from einconv_kfac.optim.step.fits.quadratic_model import PendingModel, Products, quadratic_model
 from einconv_kfac.optim.step.objective import Objective
-from einconv_kfac.optim.step.quadratic_model import PendingModel, Products, quadratic_model
 from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.vectors import Direction, entries, precise
 

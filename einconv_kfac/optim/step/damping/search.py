@@ -10,7 +10,7 @@ from einconv_kfac.optim.factors.refresh import Inverses
 from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, POSITIVE, Maybe, Record
 from einconv_kfac.optim.step.agreement import Agreement
-from einconv_kfac.optim.step.fit import Fit
+from einconv_kfac.optim.step.fits.fit import Fit
 
 SEARCH_PERIOD = 100
 """Steps between two searches. From as many steps on, there are none where batches differ."""

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from einconv_kfac.optim.factors.refresh import Inverses
 from einconv_kfac.optim.step.damping.search import Trial
-from einconv_kfac.optim.step.fit import Fit
+from einconv_kfac.optim.step.fits.fit import Fit
 
 Begun = TypeVar("Begun")
 Solved = TypeVar("Solved")

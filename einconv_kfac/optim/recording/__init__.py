@@ -1,0 +1,1 @@
+"""Recording of forward passes, of losses and of gradients."""

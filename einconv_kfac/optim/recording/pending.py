@@ -1,0 +1,281 @@
+"""Calls of a model since the last step, from whose outputs losses are computed."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
+from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of, within
+from einconv_kfac.curvature.objective.loss_account import LossAccount
+from einconv_kfac.curvature.objective.loss_calls import LossCall
+from einconv_kfac.curvature.objective.outputs import tensors_of
+from einconv_kfac.optim.recording.pending_call import Mark, PendingCall
+from einconv_kfac.optim.recording.viewed_outputs import mark_viewed_
+from einconv_kfac.optim.replay.chain import ChainedArgument, Source, chained_arguments, needed
+from einconv_kfac.optim.replay.forward import ForwardPass, ModelCall
+from einconv_kfac.optim.replay.loss_input import Inside, LayerOutput, LossInput, Returned
+
+CALLS_WITHOUT_LOSS = 8
+"""Number of calls without a loss for which the calls of layers are kept, however large, besides
+those that show that their graph exists."""
+SMALL_CALLS_WITHOUT_LOSS = 64
+"""The same, as long as they are small."""
+ENTRIES_WITHOUT_LOSS = 1 << 22
+"""Entries of layers' inputs that small calls have together."""
+DROPPED = (
+    "All outputs of the model that a loss depends on must exist when it is observed or computed by "
+    "the loss module, got a loss of more than "
+    f"{CALLS_WITHOUT_LOSS} calls, or of {SMALL_CALLS_WITHOUT_LOSS} small ones, whose outputs were "
+    "gone before. Keep them until `step`: `outputs.append(model(x))`, and a loss of `outputs[-1]`."
+)
+"""Why a loss of calls that were dropped cannot be read."""
+
+
+@dataclass(eq=False)
+class ObservedLoss:
+    """Marks a loss that is recorded when it is backpropagated.
+
+    Args:
+        is_replaced: Whether a loss of which it is a part is recorded in its place.
+    """
+
+    is_replaced: bool = False
+
+
+class PendingCalls:
+    """The calls of a model since the last step.
+
+    A call is dropped once a loss was computed from it and its output is gone. Of calls whose
+    output is gone without a loss, the last ones are kept (see `CALLS_WITHOUT_LOSS`), and those
+    whose graph is seen to exist, so that memory stays bounded where no output is backpropagated.
+
+    Args:
+        capture: Records the calls of layers.
+        names: Returns the parameters of the model with their names.
+
+    Attributes:
+        account: Keeps what the losses were taken as.
+    """
+
+    def __init__(self, capture: LayerCapture, names: Callable[[], dict[Tensor, str]]) -> None:
+        self.account = LossAccount()
+        self._capture, self._names = capture, names
+        self._pending: list[PendingCall] = []
+        self._numbers = itertools.count()
+        self._first = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no call of the model or of a layer is kept."""
+        return not self._pending and not self._capture.calls
+
+    def begin_(self, call: ModelCall) -> None:
+        """Begin a call of the model."""
+        self._assign_()
+        kept = self._kept()
+        numbers = {number for number, _ in needed(call.chained)}
+        earlier = {p.number: p for p in self._pending if p.number in numbers}
+        for each in earlier.values():
+            each.used = True
+        new = PendingCall(next(self._numbers), call, earlier=earlier)
+        self._pending = [*kept, new]
+
+    def _kept(self) -> list[PendingCall]:
+        """Return the calls that a loss may still depend on, also through later calls."""
+        unused = [p for p in self._pending if not p.used and not p.is_alive]
+        wanted = {p.number for p in unused if p.has_graph} | _last(unused)
+        kept: list[PendingCall] = []
+        for each in reversed(self._pending):  # later calls first
+            if each.number in wanted or each.is_alive:
+                wanted.update(each.earlier)
+                kept.append(each)
+        return kept[::-1]
+
+    def chained(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ChainedArgument, ...]:
+        """Return the arguments of a call that depend on earlier calls of the model.
+
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+        """
+
+        def source_at(edge: Edge) -> tuple[Source, Tensor] | None:
+            own = self.source_at(edge, inner=False)
+            return None if own is None else ((own[0].number, own[1]), own[0].values[own[1]])
+
+        return chained_arguments(args, kwargs, source_at, self._names)
+
+    def inside_(self, loss_fn: nn.Module) -> Inside | None:
+        """Count a loss that is being computed; return its input if that is inside the model."""
+        if not self._pending or not self._pending[-1].is_running:
+            return None
+        self._pending[-1].losses += 1
+        return Inside(loss_fn, self._pending[-1].losses - 1)
+
+    def mark_layer_(self, module: nn.Module, output: Tensor) -> None:
+        """Mark the output of a layer inside the call that is running."""
+        if self._pending and self._pending[-1].is_running and output.requires_grad:
+            pending = self._pending[-1]
+            count = sum(isinstance(e, LayerOutput) and e.module is module for e in pending.values)
+            self._mark_(pending, LayerOutput(module, count), output)
+
+    def end_(self, output: Any) -> None:
+        """End the call of the model that is running."""
+        self._assign_()
+        if not self._pending:
+            return
+        pending = self._pending[-1]
+        tensors = list(tensors_of(output))
+        pending.call = None if pending.call is None else pending.call.ended()
+        pending.outputs = [weakref.ref(tensor) for tensor in tensors]
+        for index, tensor in enumerate(tensors):
+            if tensor.requires_grad:
+                self._mark_(pending, Returned(index), tensor)
+
+    def _mark_(self, pending: PendingCall, source: LossInput, tensor: Tensor) -> None:
+        """Mark a tensor of a call, and keep its value."""
+        pending.values[source] = tensor.detach()
+        pending.versions[source] = tensor._version
+        mark, is_returned = Mark(pending.number, source), isinstance(source, Returned)
+        mark_(tensor, (id(self), is_returned), mark)
+        if is_returned and edge_of(tensor)[0] not in {c.output.node for c in pending.layer_calls}:
+            pending.marks.append(weakref.ref(mark))  # others belong to nodes that calls keep
+        if isinstance(source, Returned):
+            mark_viewed_(tensor, id(self))
+
+    def mark_loss_(self, loss: Tensor) -> ObservedLoss:
+        """Mark a loss, and return the mark."""
+        mark = ObservedLoss()
+        mark_(loss, (id(self), "loss"), mark)
+        return mark
+
+    def mark_call_(self, loss_fn: nn.Module, arguments: Sequence[Any], loss: Tensor) -> None:
+        """Mark a loss as the result of a call of a loss module."""
+        call = LossCall.of(loss_fn, arguments, loss)
+        if call is not None:
+            mark_(loss, (id(self), "call"), call)
+
+    def call_at(self, edge: Edge) -> LossCall | None:
+        """Return the call of a loss module whose result is at an edge of the graph."""
+        found: LossCall | None = mark_of(edge, (id(self), "call"))
+        return found
+
+    def loss_at(self, edge: Edge) -> ObservedLoss | None:
+        """Return the mark of a loss at an edge of the graph."""
+        found: ObservedLoss | None = mark_of(edge, (id(self), "loss"))
+        return found
+
+    def source_at(
+        self,
+        edge: Edge,
+        *,
+        inner: bool = True,
+        among: Mapping[int, PendingCall] | None = None,
+    ) -> tuple[PendingCall, LossInput] | None:
+        """Return which tensor of which call an edge of the graph is, or ``None``.
+
+        Args:
+            edge: The edge.
+            inner: Whether outputs of layers count, past what the model returns.
+            among: The calls by number; those that are pending by default.
+        """
+        mark = mark_of(edge, (id(self), True)) or mark_of(within(edge), (id(self), True))
+        if mark is None and inner:
+            mark = mark_of(edge, (id(self), False))
+        if mark is None:
+            return None
+        calls = {p.number: p for p in self._pending} if among is None else among
+        return (calls[mark.call], mark.source) if mark.call in calls else None
+
+    def owner_of(
+        self, argument: Tensor, inside: Inside | None
+    ) -> tuple[PendingCall, LossInput] | None:
+        """Return the call that gave a loss its argument, and how.
+
+        Args:
+            argument: The argument.
+            inside: How the model gave it to the loss, if the model calls the loss.
+        """
+        self._assign_()
+        if inside is not None:
+            return self._pending[-1], inside
+        inputs = [(pending, pending.input_of(argument)) for pending in reversed(self._pending)]
+        found = next(((p, source) for p, source in inputs if source is not None), None)
+        return self._passed_on(argument) if found is None else found
+
+    def _passed_on(self, argument: Tensor) -> tuple[PendingCall, LossInput] | None:
+        """Return the call whose output a wrapper passed on as a tensor, and which it is."""
+        if not argument.requires_grad or within(edge_of(argument)) == edge_of(argument):
+            return None
+        return self.source_at(edge_of(argument), inner=False)
+
+    def is_dropped_at(self, edge: Edge) -> bool:
+        """Return whether an edge is a tensor of a call since the last step that was dropped."""
+        mark = mark_of(edge, (id(self), True)) or mark_of(edge, (id(self), False))
+        known = {pending.number for pending in self._pending}
+        return mark is not None and mark.call >= self._first and mark.call not in known
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether the model or a part of it was called, beside layers of another module."""
+        return any(pending.call is not None for pending in self._pending)
+
+    def layer_calls(self) -> list[LayerCall]:
+        """Return all calls of layers so far."""
+        self._assign_()
+        return [call for pending in self._pending for call in pending.layer_calls]
+
+    def clear_(self) -> None:
+        """Drop all of them."""
+        self._capture.take()
+        self._pending, self._first = [], next(self._numbers)
+
+    def _assign_(self) -> None:
+        """Assign the calls of layers since the last time to the latest call of the model."""
+        layer_calls = self._capture.take()
+        if layer_calls and not self._pending:
+            self._pending = [PendingCall(next(self._numbers))]
+        if layer_calls:
+            self._pending[-1].layer_calls += layer_calls
+
+
+def _last(unused: Sequence[PendingCall]) -> set[int]:
+    """Return the numbers of the last calls without a loss, which are kept."""
+    latest = unused[: -SMALL_CALLS_WITHOUT_LOSS - 1 : -1]
+    entries = itertools.accumulate(pending.entries for pending in latest)
+    return {
+        pending.number
+        for index, (pending, size) in enumerate(zip(latest, entries))
+        if index < CALLS_WITHOUT_LOSS or size <= ENTRIES_WITHOUT_LOSS
+    }
+
+
+def forward_passes(
+    given: Sequence[tuple[PendingCall, Sequence[LossInput]]],
+) -> tuple[ForwardPass, ...]:
+    """Return the passes of calls and of all calls that they depend on, in their order.
+
+    Args:
+        given: Calls, with the tensors that a loss depends on.
+    """
+    calls, waiting = dict[int, PendingCall](), [pending for pending, _ in given]
+    while waiting:
+        pending = waiting.pop()
+        if pending.number not in calls:
+            calls[pending.number] = pending
+            waiting += pending.earlier.values()
+    inputs = {pending.number: tuple(own) for pending, own in given}
+    found: list[ForwardPass] = []
+    known = [pending.call.chained for pending in calls.values() if pending.call is not None]
+    passed = {source for chained in known for source in needed(chained)}
+    for number, pending in sorted(calls.items()):
+        assert pending.call is not None
+        later = tuple(source for at, source in passed if at == number)
+        found.append(ForwardPass(pending.call, inputs.get(number, ()), number, later))
+    return tuple(found)

@@ -1,0 +1,294 @@
+"""Hooks that record the batches of a step.
+
+They record, for each loss that is backpropagated, the forward passes, the outputs, the loss as a
+function of them, and the weight with which the loss enters the objective (``1 / k`` if a training
+loop divides by ``k`` micro-batches).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from einconv_kfac.curvature.estimation.capture import (
+    LayerCall,
+    LayerCapture,
+    sees_own_output,
+)
+from einconv_kfac.curvature.estimation.evaluation import Evaluation
+from einconv_kfac.curvature.losses.loss_registry import is_built_in
+from einconv_kfac.curvature.objective.outputs import losses_of
+from einconv_kfac.distributed.stored import check_still_whole, graph_leaf, is_divided
+from einconv_kfac.optim.model_walk import ModelTree
+from einconv_kfac.optim.recording.buffers import ChangingBuffers
+from einconv_kfac.optim.recording.call_hooks import CallHooks, Hook, detach
+from einconv_kfac.optim.recording.gradients import GradientWatch
+from einconv_kfac.optim.recording.observation import GivenObservation, Observation, ReadObservation
+from einconv_kfac.optim.recording.pending import PendingCalls
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.environment import Environment
+from einconv_kfac.optim.replay.forward import NOT_REPLAYED, ModelCall
+from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOutputs
+from einconv_kfac.optim.replay.loss_input import loss_arguments, with_kept_reduction
+from einconv_kfac.optim.replay.unknown_operations import explained_checkpoints
+from einconv_kfac.optim.replay.versions import Versions, arguments_of, state_of
+
+OnBackward = Callable[[Evaluation, list[LayerCall], Batch], frozenset[str]]
+"""Called when the backward pass of a loss begins, with the calls of layers and the batch.
+
+It returns the names of the layers whose factors the loss contributed to.
+"""
+
+
+class Recorder:
+    """Records the batches since the last step.
+
+    The hooks do not keep the recorder alive, and copies of the model are not recorded.
+
+    Args:
+        model: The model.
+        loss_fn: The loss module, or ``None`` for losses that the model returns.
+        on_backward: Called when the backward pass of a loss begins.
+        on_cleared: Called when the gradients of all earlier losses turn out to have been dropped.
+        capture: Records the calls of layers; none by default.
+        entry: The module that is called: the model, or the result of ``torch.compile(model)``.
+
+    Attributes:
+        enabled: Whether calls are recorded.
+        keeps_outputs: Whether what a replay needs is kept: buffers, outputs of layers, losses as
+            functions of outputs.
+        keeps_layers: Whether outputs of layers are kept as well, which makes products cheaper.
+        tree: The modules and parameters of the model.
+        gradients: Watches the gradients between backward passes and steps.
+        account: Keeps what the losses were taken as.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: nn.Module | None,
+        on_backward: OnBackward,
+        on_cleared: Callable[[], None] = lambda: None,
+        capture: LayerCapture | None = None,
+        entry: nn.Module | None = None,
+    ) -> None:
+        self.enabled = True
+        self.keeps_outputs, self.keeps_layers = False, True
+        self._batches: list[Batch] = []
+        self._model, self._loss_fn = model, loss_fn
+        self._on_backward, self._on_cleared = on_backward, on_cleared
+        self._entry = model if entry is None else entry
+        self._capture = LayerCapture([]) if capture is None else capture
+        self._pending = PendingCalls(self._capture, self._named)
+        self.account = self._pending.account
+        self._buffers = ChangingBuffers()
+        self._outputs: LayerOutputs | None = None  # of the call that is running
+        self._running: nn.Module | None = None  # the module of that call
+        self._is_whole = not any(map(is_divided, model.parameters()))
+        self.tree = ModelTree(model)
+        self.gradients = GradientWatch(self.tree)
+        self._handles = self._attached()
+        weakref.finalize(self, detach, self._handles)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is recorded."""
+        return not self._batches and self._pending.is_empty
+
+    def take(self) -> list[Batch]:
+        """Return the batches whose gradients are in ``.grad``, and drop everything recorded."""
+        self._drop_cleared_()
+        batches, self._batches, self._outputs = self._batches, [], None
+        if batches:
+            self._calls.end_step_()
+        self.gradients.forget_()
+        self._pending.clear_()
+        return batches
+
+    def remove(self) -> None:
+        """Remove every hook, and drop everything recorded."""
+        detach(self._handles)
+        self.take()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record neither batches nor calls of layers inside the block."""
+        capture = self._capture
+        before = self.enabled, capture.enabled
+        self.enabled = capture.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled, capture.enabled = before
+
+    def observed(self, loss: Tensor) -> Tensor:
+        """Return a loss that is recorded when it is backpropagated, in place of its parts.
+
+        Raises:
+            ValueError: If it is not one number, or does not depend on the model.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"`loss` must be a tensor with one number, got {given}.")
+        if self.enabled and torch.is_grad_enabled() and not self.observe_(loss):
+            raise ValueError(
+                "`loss` must depend on what the model returned or on its parameters, got a loss "
+                "that does not. Call `observe` of the optimizer whose model it trains, before "
+                "`loss.backward()`."
+            )
+        return loss
+
+    def observe_(self, loss: Tensor) -> bool:
+        """Record a loss when it is backpropagated, from its graph; return whether it is one.
+
+        Args:
+            loss: The loss, one number.
+        """
+        if not (self.enabled and torch.is_grad_enabled() and loss.requires_grad):
+            return False
+        observation = ReadObservation(self._model, self._pending, loss)
+        if observation.is_empty:
+            return False
+        for part in observation.parts:
+            part.is_replaced = True
+        self._record_(loss, observation)
+        return True
+
+    def _attached(self) -> list[RemovableHandle]:
+        """Attach the hooks, and return their handles."""
+        after_layer = Hook(self._after_layer)
+        layers = [m for m in self._entry.modules() if type(m) in (*LINEAR, *NORMALIZING)]
+        handles = [m.register_forward_hook(after_layer, prepend=True) for m in layers]
+        before, after = Hook(self._before_model), Hook(self._after_model)
+        self._calls = CallHooks(self._entry, before, after)
+        if self._entry is self._model:
+            self._calls.watch_parts_([] if self._loss_fn is None else self._loss_fn.modules())
+        handles += self._calls.handles
+        if self._loss_fn is not None:
+            hook = Hook(self._after_loss)
+            handles.append(self._loss_fn.register_forward_hook(hook, with_kwargs=True))
+        return handles
+
+    def _before_model(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Record the arguments and the environment of a call of the model, or of a part of it.
+
+        Parts are watched until the first step ends, and after it if one was called by itself.
+        """
+        if self._running is None and self._is_recording() and self._calls.may_begin(model):
+            self._running = model
+            self._calls.begin_(model)
+            call = self._kept(model, args, kwargs) if self.keeps_outputs else NOT_REPLAYED
+            self._outputs = call.outputs if self.keeps_outputs and self.keeps_layers else None
+            self._pending.begin_(call)
+
+    def _kept(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
+        """Return what a replay of a call needs."""
+        self.tree.find_()
+        modules, parameters = self.tree.modules, self.tree.parameters.values()
+        copied = self._buffers.copied_(modules)
+        return ModelCall(
+            args,
+            kwargs,
+            Environment.now(modules.values(), parameters, copied),
+            Versions(arguments_of(args, kwargs)),
+            state_of(parameters),
+            chained=self._pending.chained(args, kwargs),
+            module=self._calls.name_of(model),
+            replaced=self.tree.replaced(),
+        )
+
+    def _after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the output of a layer."""
+        if self._outputs is not None and self.enabled:
+            if sees_own_output(module):
+                self._outputs.keep_(module, output)
+            else:
+                self._outputs.drop_(module)
+        if (self._loss_fn is None or self.keeps_outputs) and self._is_recording():
+            self._pending.mark_layer_(module, output)
+
+    def _after_model(self, model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        """Record the output of a call of the model or of a part of it."""
+        if self._running is model:
+            self._running = self._outputs = None
+            self._pending.end_(output)
+            if self.keeps_outputs:
+                self._buffers.compare_(self.tree.modules)
+            if self._loss_fn is None:
+                for loss in losses_of(output):
+                    self.observe_(loss)
+
+    def _after_loss(
+        self, loss_fn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
+    ) -> None:
+        """Record a batch when its loss is backpropagated."""
+        if not self.enabled or loss_fn is not self._loss_fn:
+            return
+        inside = self._pending.inside_(loss_fn)
+        if not self._is_recording() or not loss.requires_grad:
+            return
+        arguments = loss_arguments(loss_fn, args, kwargs)
+        observation = GivenObservation.of(loss_fn, arguments, loss, self._pending, inside)
+        if not is_built_in(loss_fn):
+            self._pending.mark_call_(loss_fn, arguments, loss)
+        if observation is None:
+            self.observe_(with_kept_reduction(loss_fn, loss))
+        else:
+            self._record_(loss, observation)
+
+    def _record_(self, loss: Tensor, observation: Observation) -> None:
+        """Record a loss when it is backpropagated."""
+        this, part = weakref.ref(self), self._pending.mark_loss_(loss)
+
+        def begin_backward(weight: Tensor) -> None:
+            recorder = this()
+            if recorder is None or not recorder.enabled or part.is_replaced:
+                return
+            if recorder.gradients.lands_(observation):
+                recorder._begin_backward_(observation, weight.detach())
+
+        loss.register_hook(begin_backward)  # type: ignore[no-untyped-call]
+
+    def _begin_backward_(self, observation: Observation, weight: Tensor) -> None:
+        """Record a batch, whose backward pass begins."""
+        self._drop_cleared_()
+        if self._is_whole:
+            check_still_whole(self._model)
+        try:
+            with self.paused(), torch.enable_grad(), explained_checkpoints():
+                evaluation, calls = observation.evaluation(weight)
+                batch = observation.batch(evaluation, weight, replayed=self.keeps_outputs)
+                layers = self._on_backward(evaluation, calls, batch)
+                self._batches.append(replace(batch, layers=layers))
+        except BaseException:
+            self.take()  # and what was collected from earlier losses
+            raise
+        if any(each.call.replaced for each in batch.forwards):
+            self.tree.find_()  # by now the model has its own parameters again
+        self.gradients.look_after_pass_(observation)
+
+    def _drop_cleared_(self) -> None:
+        """Drop the batches whose gradients were dropped since."""
+        if self._batches and self.gradients.are_cleared():
+            self._batches = []
+            self.gradients.clear_()
+            self._on_cleared()
+
+    def _named(self) -> dict[Tensor, str]:
+        """Return the parameters of the model with their names."""
+        return {graph_leaf(p): name for name, p in self._model.named_parameters()}
+
+    def _is_recording(self) -> bool:
+        """Return whether calls are recorded."""
+        if not (self.enabled and torch.is_grad_enabled()):
+            return False
+        return torch._C._functorch.peek_interpreter_stack() is None  # not inside `torch.func`

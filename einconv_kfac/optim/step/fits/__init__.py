@@ -1,0 +1,1 @@
+"""The quadratic model of a step in a subspace, and its minimum."""

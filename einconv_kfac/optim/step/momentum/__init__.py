@@ -1,0 +1,1 @@
+"""The slow momentum and its gains by layer."""

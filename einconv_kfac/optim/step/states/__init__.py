@@ -1,0 +1,1 @@
+"""What of an optimizer is saved, loaded and restored."""

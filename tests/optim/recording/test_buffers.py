@@ -1,0 +1,104 @@
+"""Models whose forward passes change buffers that they depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import image_batch, train_step, weights
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from einconv_kfac import KFAC
+from einconv_kfac.optim.recording import buffers
+from einconv_kfac.optim.recording.recorder import Recorder
+from einconv_kfac.optim.replay.replay import Replay
+
+
+class Moving(nn.Module):
+    """Subtracts a running mean, which it updates or replaces."""
+
+    def __init__(self, replaces: bool) -> None:
+        super().__init__()
+        self.replaces = replaces
+        self.register_buffer("mean", torch.zeros(36).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            mean = self.mean.lerp(x.mean(0), 0.5)
+            if self.replaces:
+                self.mean = mean
+            else:
+                self.mean.copy_(mean)
+        return x - self.mean
+
+
+def net(kind: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    if kind == "spectral":
+        first: list[Any] = [spectral_norm(nn.Linear(36, 5))]
+    else:
+        first = [Moving(kind == "replaced"), nn.Linear(36, 5)]
+    return nn.Sequential(nn.Flatten(), *first, nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+@pytest.mark.parametrize("kind", ["updated", "replaced", "spectral"])
+@pytest.mark.parametrize("small", [True, False])
+def test_a_replay_begins_with_the_buffers_of_the_forward_pass(
+    kind: str, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large buffers are copied from the first change on."""
+    if not small:
+        monkeypatch.setattr(buffers, "COPIED_ENTRIES", 1)
+    model, loss_fn, (x, y) = net(kind), nn.CrossEntropyLoss(), image_batch()
+    recorder = Recorder(model, loss_fn, lambda *_: None)
+    recorder.keeps_outputs = True
+    for _ in range(2):
+        output = model(x)
+        loss_fn(output, y).backward()
+    after = [b.clone() for b in model.buffers()]
+    replay = Replay(model, recorder.paused)
+    (repeated,) = replay.outputs(recorder.take()[-1])
+    torch.testing.assert_close(repeated, output, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(after, model.buffers()))
+
+
+@pytest.mark.parametrize("kind", ["updated", "replaced", "spectral"])
+def test_they_train(kind: str) -> None:
+    model, loss_fn = net(kind), nn.CrossEntropyLoss()
+    opt = KFAC(model, loss_fn)
+    before = weights(model)
+    losses = [train_step(model, loss_fn, opt, image_batch(24)) for _ in range(8)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert not torch.equal(before, weights(model))
+
+
+class Growing(nn.Module):
+    """Subtracts the mean of what it has seen, in a buffer that grows or is registered late."""
+
+    def __init__(self, is_late: bool) -> None:
+        super().__init__()
+        if not is_late:
+            self.register_buffer("seen", torch.zeros(1, 36).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = [self.seen] if hasattr(self, "seen") else []
+        self.register_buffer("seen", torch.cat([*known, x.detach().mean(0, keepdim=True)]))
+        return x - self.seen.mean(0)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_buffer_that_has_become_large_is_copied(
+    is_late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffers, "COPIED_ENTRIES", 35 if is_late else 36)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), Growing(is_late), nn.Linear(36, 3)).double()
+    x, _ = image_batch()
+    changing = buffers.ChangingBuffers()
+    changing.copied_(dict(model.named_modules()))
+    model(x)
+    changing.compare_(dict(model.named_modules()))
+    copies = changing.copied_(dict(model.named_modules()))
+    assert torch.equal(copies["1.seen"], model[1].seen)
