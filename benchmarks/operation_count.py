@@ -27,16 +27,12 @@ COMPONENTS = (
         (
             *("optim/replay/jvp.py", "optim/replay/layer_jvp.py", "optim/replay/replay.py"),
             *("optim/step/fits/quadratic_model.py", "optim/step/fits/subspace.py"),
-            *(
-                "optim/step/comparison/reduction.py",
-                "optim/step/rounding.py",
-                "optim/step/damping/",
-            ),
-            "optim/step/momentum/layer_gains.py",
+            *("optim/step/comparison/reduction.py", "optim/step/momentum/layer_gains.py"),
+            *("optim/step/rounding.py", "optim/step/damping/"),
         ),
         "",
     ),
-    ("hooks", ("optim/replay/", "curvature/estimation/capture.py"), ""),
+    ("hooks", ("optim/recording/", "optim/replay/", "curvature/estimation/capture.py"), ""),
     ("momentum, update", ("",), ""),
 )
 """Components of a step: files, and a part of the name of their functions. The first one counts that

@@ -115,12 +115,6 @@ class Layout:
         last = matrix.shape[-1] - 1
         return self._tensors(matrix.narrow(-1, 0, last), matrix.select(-1, last))
 
-    def mapped(
-        self, tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]
-    ) -> dict[str, Tensor]:
-        """Return what a function makes of the matrices of tensors, as tensors by parameter name."""
-        return self.from_matrix(function(self.to_matrix(tensors)))
-
     def is_transpose_of(self, other: Layout) -> bool:
         """Return whether the matrices are the transposes of another layout's, of one weight.
 
@@ -178,6 +172,13 @@ class Layout:
                 f"{list(tensor.shape)}."
             )
         return tensor
+
+
+def mapped_matrices(
+    layout: Layout, tensors: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Return what a function makes of the matrices of tensors, as tensors by parameter name."""
+    return layout.from_matrix(function(layout.to_matrix(tensors)))
 
 
 def joined_matrices(layouts: Sequence[Layout], tensors: Mapping[str, Tensor]) -> Tensor:

@@ -11,7 +11,11 @@ from typing import TypeAlias
 import torch
 
 from einconv_kfac.curvature.blocks.batching import LARGEST_BATCHED_DIMENSION
-from einconv_kfac.curvature.blocks.matrix_layout import divided_matrices, joined_matrices
+from einconv_kfac.curvature.blocks.matrix_layout import (
+    divided_matrices,
+    joined_matrices,
+    mapped_matrices,
+)
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.protocol import Inverted, LayerInverse
@@ -143,7 +147,7 @@ def _applied(layers: Sequence[AtHand], gradient: Direction) -> Direction:
     ((layer, inverse),) = layers
     if not gradient.keys() >= set(layer.parameters):
         gradient = {**layer.zeros(), **gradient}
-    return _precise(layer.layout.mapped(gradient, inverse.apply), gradient)
+    return _precise(mapped_matrices(layer.layout, gradient, inverse.apply), gradient)
 
 
 def _applied_together(layers: Sequence[AtHand], gradient: Direction) -> Direction:

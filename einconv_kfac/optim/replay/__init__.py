@@ -1,1 +1,1 @@
-"""Recording of forward passes, their replay, and Jacobian-vector products."""
+"""Recorded forward passes, run again, and Jacobian-vector products."""

@@ -7,10 +7,12 @@ from typing import Any
 
 from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NOT_NEGATIVE, NUMBER, Listed, Maybe, Record
-from einconv_kfac.optim.step.damping.levenberg_marquardt import LARGEST_NOISE
 from einconv_kfac.optim.step.reading import Unread
 from einconv_kfac.optim.step.rounding import ROUNDING_MARGIN
 
+LARGEST_NOISE = 0.1
+"""Noise from which on batches disagree: the floor of the damping counts in full, and the damping
+shrinks no faster."""
 DISAGREEMENT_PERIOD = 100
 """Steps between two comparisons of batches that have disagreed, so that the floor counts in full.
 Where they have agreed, they are compared whenever the predicted change is, with the true one."""

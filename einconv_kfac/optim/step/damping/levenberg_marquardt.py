@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from einconv_kfac.optim.state_schema import NOT_NEGATIVE, POSITIVE, Maybe, Record
+from einconv_kfac.optim.step.agreement import LARGEST_NOISE
 
 INITIAL_FRACTION = 0.1
 """First damping, as a fraction of the curvature along the first gradient."""
@@ -17,8 +18,6 @@ ADAPTATION_PERIOD = 10
 """Steps between two adaptations of the damping."""
 ADAPTATION = (19 / 20) ** 5
 """Factor of one adaptation (Martens and Grosse, 2015)."""
-LARGEST_NOISE = 0.1
-"""Noise from which on the floor counts in full, and the damping shrinks no faster."""
 SMALLEST_SHARE = 8 * torch.finfo(torch.float32).eps
 """Smallest fraction of the floor that counts: below it, the damping would be within the rounding of
 the curvature in single precision, and so would be the step."""

@@ -10,8 +10,7 @@ from optim_cases import conv_net, image_batch, train_step
 from torch import nn
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.step.agreement import Agreement
-from einconv_kfac.optim.step.damping.levenberg_marquardt import LARGEST_NOISE
+from einconv_kfac.optim.step.agreement import LARGEST_NOISE, Agreement
 from einconv_kfac.optim.step.damping.search import (
     SCALE_BOUNDS,
     SEARCH_PERIOD,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim import DampingRule, LevenbergMarquardt
+from einconv_kfac.optim.step.agreement import LARGEST_NOISE
 from einconv_kfac.optim.step.damping.levenberg_marquardt import (
     ADAPTATION,
-    LARGEST_NOISE,
     UNUSED_POWER,
 )
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.replay.replay import Replay
-from einconv_kfac.optim.step.damping.levenberg_marquardt import LARGEST_NOISE
+from einconv_kfac.optim.step.agreement import LARGEST_NOISE
 from einconv_kfac.optim.step.fits.subspace import FIT_PERIOD
 from einconv_kfac.optim.step.momentum.slow_momentum import BUFFER
 from einconv_kfac.optim.step.step_fit import LONGEST_WAIT
