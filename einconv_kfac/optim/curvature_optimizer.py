@@ -184,8 +184,9 @@ class CurvatureOptimizer(Optimizer):
 
     def _settle_(self) -> bool:
         """Check the last step if that is still to be done; return ``False`` if it was skipped."""
-        if taken := self._runner.late.settle_():
-            return taken
+        late = self._runner.late
+        if late.is_settled or late.settle_():
+            return True
         self._report = self._earlier
         return False
 

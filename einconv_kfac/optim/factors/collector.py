@@ -41,7 +41,7 @@ from einconv_kfac.optim.recording.recorder import Recorder
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import without_autocast
 from einconv_kfac.optim.replay.replay import Replay
-from einconv_kfac.optim.vectors import Direction, totals
+from einconv_kfac.optim.vectors import Direction
 
 
 class Collector:
@@ -286,7 +286,7 @@ class Collector:
             **{f"The gradient of '{name}'": [own] for name, own in gradient.items()},
             **{f"A Kronecker factor of '{name}'": own for name, own in moments.items()},
         }
-        return Finiteness(named, lambda: [*known, *totals(others)])
+        return Finiteness(named, partial(list, known), others)
 
     def remove_hooks(self) -> None:
         """Detach from the model and the loss for good."""

@@ -21,7 +21,6 @@ from einconv_kfac.optim.factors.curvature_state import (
     check_curvature_state,
     loaded_layers,
 )
-from einconv_kfac.optim.factors.inversion_spacing import spacing
 from einconv_kfac.optim.factors.layer_numbers import LayerNumbers
 from einconv_kfac.optim.factors.output_change import OutputChange
 from einconv_kfac.optim.factors.ownership import DEFAULT_SHARING, Ownership, Sharing
@@ -165,7 +164,7 @@ class RunningCurvature:
     def begin_(self) -> None:
         """Drop what was collected, and decide which layers the next step collects for."""
         self._change.present = None
-        self.inversions.spacing = spacing(self.layers.values())
+        self.inversions.space_()
         self._numbers.set_(self._schedules.at(self.steps), self.settings.by_parameter)
         periods = self._numbers.of("factor_update_period")
         work = {n: (own.factor_step, periods[n]) for n, own in self.layers.items()}
@@ -191,7 +190,7 @@ class RunningCurvature:
             scales = self.collector.weights.scales(moments)
             found = [Contribution(layers[n], m, decays[n], *scales[n]) for n, m in moments.items()]
             move_averages_(found, self.steps)
-            self.inversions.spacing = spacing(self.layers.values())
+            self.inversions.space_()
         known = any(own.factor_step is not None for own in self.layers.values())
         if self.layers and not (known or self.collector.has_seen_loss):
             raise RuntimeError(NO_LOSS)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.devices.stream_capture import is_capturing
+from einconv_kfac.optim.vectors import totals
 
 NOT_FINITE = "{} was not finite; the step was skipped."
 
@@ -27,7 +28,8 @@ class Finiteness:
 
     Args:
         named: The tensors, by what they are.
-        numbers: Returns norms or sums of all of them, on one device.
+        numbers: Returns norms or sums of them, on one device.
+        summed: Those whose sums are taken together.
 
     Attributes:
         is_known: Whether the tensors are known to be finite.
@@ -38,15 +40,16 @@ class Finiteness:
         self,
         named: Mapping[str, Sequence[Tensor]],
         numbers: Callable[[], Sequence[Tensor]] = list,
+        summed: Sequence[Tensor] = (),
     ) -> None:
-        self._named, self._numbers = named, numbers
+        self._named, self._numbers, self._summed = named, numbers, summed
         self._flags: dict[torch.dtype, Tensor] = {}
         self.is_known = self.is_late = False
 
     @cached_property
     def numbers(self) -> Tensor:
         """The numbers as a vector."""
-        found = list(self._numbers())
+        found = [*self._numbers(), *(totals(self._summed) if self._summed else ())]
         return torch.stack(found) if found else torch.zeros(1)
 
     @cached_property
@@ -98,7 +101,7 @@ class Finiteness:
         self._named = {
             name: found for name, own in self._named.items() if (found := _with_entries(own))
         }
-        self._numbers = lambda: torch._foreach_norm(self._tensors(), math.inf)
+        self._numbers, self._summed = lambda: torch._foreach_norm(self._tensors(), math.inf), ()
         self.is_late = True
 
     def names(self) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import TypeAlias
 
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
@@ -20,6 +21,12 @@ from einconv_kfac.optim.schedule import is_due
 
 Inverses: TypeAlias = dict[str, Inverted]
 """Damped inverses of the layers that have factors, by name."""
+
+PASSES = 3
+"""Products with each weight per row of its inputs, in a forward and a backward pass."""
+SMALLEST_SIZE = 256
+"""Rows of a factor from which its inversion counts: smaller ones take less time than the calls of a
+layer."""
 
 
 class Refresh:
@@ -76,6 +83,10 @@ class Refresh:
         self.use_(now, step)
         self._begin_(later, dampings, intervals, step)
         self.set_damping_(dampings)
+
+    def space_(self) -> None:
+        """Find the spacing, once factors were updated."""
+        self.spacing = spacing(self._running.values())
 
     @property
     def _periods(self) -> Mapping[str, int]:
@@ -209,3 +220,34 @@ class Refresh:
             found = begun(self._kind.timed, [task for task in wanted if task is not None])
             for name in names:
                 self._running[name].pending = Pending(step, step + delay(intervals[name]), found)
+
+
+def spacing(layers: Iterable[RunningFactors]) -> int:
+    """Return the least number of steps between two inversions early in training.
+
+    In as many steps, forward and backward passes take at most as many operations as an inversion of
+    all factors: ``d^3`` for one of ``d`` rows, and ``6 n co d`` for ``n`` rows of inputs of a layer
+    with ``d`` inputs and ``co`` outputs. It follows from shapes, so that all workers, and a run
+    that is resumed, have the same.
+
+    Args:
+        layers: The layers; those whose calls were not seen do not count.
+    """
+    inversions = passes = 0
+    for own in layers:
+        if own.rows:
+            inversions += _inversion_operations(own)
+            passes += 2 * PASSES * own.rows * _entries(own)
+    return max(1, inversions // passes) if passes else 1
+
+
+def _inversion_operations(running: RunningFactors) -> int:
+    """Return the operations of the inversions of a layer's factors, as far as they count."""
+    sizes = [(shape[0], shape[-1]) for shape in running.shapes if shape[1:-1]]  # not diagonal
+    return sum(groups * size**3 for groups, size in sizes if size >= SMALLEST_SIZE)
+
+
+def _entries(running: RunningFactors) -> int:
+    """Return the entries that a row of inputs meets; a one-hot one is looked up."""
+    layer = running.layer
+    return 0 if all(use.rule.one_hot for use in layer.uses) else prod(layer.layout.shape)

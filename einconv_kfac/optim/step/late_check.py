@@ -22,11 +22,16 @@ from einconv_kfac.optim.step.selection import or_others
 
 
 class LateCheck:
-    """The check of the last step, if it is still to come."""
+    """The check of the last step, if it is still to come.
+
+    Attributes:
+        is_settled: Whether there is nothing to check.
+    """
 
     def __init__(self) -> None:
         self._undo: tuple[Callable[[], None], ...] = ()
         self._waiting: tuple[LateNumbers, list[str]] | None = None
+        self.is_settled = True
 
     def prepare_(self, *undo: Callable[[], None]) -> None:
         """Take functions that restore, after the coming step, what the device does not."""
@@ -39,16 +44,18 @@ class LateCheck:
             finite: Whether its numbers are finite, by whose flag the device decides.
         """
         self._waiting = LateNumbers(finite.numbers), finite.names()
+        self.is_settled = False
 
     def drop_(self) -> None:
         """Drop the check of a step that was not taken."""
-        self._waiting = None
+        self._waiting, self.is_settled = None, True
 
     def settle_(self) -> bool:
         """Check the last step if that is still to be done; return ``False`` if it was skipped."""
         if self._waiting is None:
             return True
-        (numbers, names), self._waiting = self._waiting, None
+        numbers, names = self._waiting
+        self.drop_()
         found = zip(names, numbers.read())
         fault = next((name for name, number in found if not math.isfinite(number)), None)
         if fault is None:
