@@ -47,17 +47,17 @@ class Probe:
             return torch.equal(entries_of(self.gradient), self.value)
         return self.gradient._version == self.version
 
-    @property
-    def is_cleared(self) -> bool | None:
-        """Whether the gradient was dropped, or overwritten with zeros; ``None`` if it was zero.
+    def is_cleared(self, *, is_read: bool) -> bool | None:
+        """Return whether the gradient was dropped or zeroed; ``None`` if it was zero before.
 
-        A GPU is not asked where the version of the gradient tells of no change. That of
-        ``p.grad.data.zero_()`` is seen on a processor.
+        Args:
+            is_read: Whether a gradient on a processor is read where its version tells of no
+                change, as after ``p.grad.data.zero_()``. A GPU would have to be waited for.
         """
         gradient = self.parameter.grad
         if gradient is None:
             return True
-        if self.is_intact and (self.is_divided or not gradient.is_cpu):
+        if self.is_intact and (self.is_divided or not (is_read and gradient.is_cpu)):
             return False
         if not bool(self.value.any()):
             return None
@@ -70,9 +70,14 @@ def are_intact(probes: Iterable[Probe]) -> bool:
     return all(probe.is_intact for probe in probes)
 
 
-def are_cleared(probes: Iterable[Probe]) -> bool:
-    """Return whether all gradients were dropped or zeroed; none was, where all were zero."""
-    answers = {probe.is_cleared for probe in probes}
+def are_cleared(probes: Iterable[Probe], *, are_read: bool) -> bool:
+    """Return whether all gradients were dropped or zeroed; none was, where all were zero.
+
+    Args:
+        probes: The gradients.
+        are_read: See `Probe.is_cleared`.
+    """
+    answers = {probe.is_cleared(is_read=are_read) for probe in probes}
     return True in answers and False not in answers
 
 

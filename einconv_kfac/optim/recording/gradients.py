@@ -117,13 +117,17 @@ class GradientWatch:
             self._compare_()
             self._lost.check()
 
-    def are_cleared(self) -> bool:
+    def are_cleared(self, *, before_pass: bool) -> bool:
         """Return whether all gradients of the last pass were dropped or zeroed since.
 
         Of a pass that an error ended, also whether it left none.
+
+        Args:
+            before_pass: Whether another pass begins. Gradients are read then: to zero those of a
+                step would be to no purpose.
         """
         if self._probes:
-            return are_cleared(self._probes)
+            return are_cleared(self._probes, are_read=before_pass)
         if self._running in (None, torch._C._current_graph_task_id()):
             return False
         found = [parameter.grad for parameter in all_stored(self._tree.parameters.values())]

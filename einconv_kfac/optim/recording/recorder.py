@@ -104,7 +104,7 @@ class Recorder:
 
     def take(self) -> list[Batch]:
         """Return the batches whose gradients are in ``.grad``, and drop everything recorded."""
-        self._drop_cleared_()
+        self._drop_cleared_(before_pass=False)
         batches, self._batches, self._outputs = self._batches, [], None
         if batches:
             self._calls.end_step_()
@@ -260,7 +260,7 @@ class Recorder:
 
     def _begin_backward_(self, observation: Observation, weight: Tensor) -> None:
         """Record a batch, whose backward pass begins."""
-        self._drop_cleared_()
+        self._drop_cleared_(before_pass=True)
         if self._is_whole:
             check_still_whole(self._model)
         try:
@@ -276,9 +276,9 @@ class Recorder:
             self.tree.find_()  # by now the model has its own parameters again
         self.gradients.look_after_pass_(observation)
 
-    def _drop_cleared_(self) -> None:
+    def _drop_cleared_(self, *, before_pass: bool) -> None:
         """Drop the batches whose gradients were dropped since."""
-        if self._batches and self.gradients.are_cleared():
+        if self._batches and self.gradients.are_cleared(before_pass=before_pass):
             self._batches = []
             self.gradients.clear_()
             self._on_cleared()
