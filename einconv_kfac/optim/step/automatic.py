@@ -61,12 +61,13 @@ class AutomaticStep:
         self._trust, self._agreement = SlopeTrust(), Agreement()
         self._slow = SlowMomentum()
         self._rollback = Rollback()
-        self._reduction = Reduction(self._replay, rule, self._noise, safeguard)
+        self._dampings = DampingSource(rule, self._replay)
+        own = rule, self._dampings.is_sufficient, self._noise, safeguard
+        self._reduction = Reduction(self._replay, *own)
         subspace = SubspaceFit(curvature, self._trust, self._agreement)
         self._fit = StepFit(curvature, subspace, AskingAhead(self._reduction), self._agreement)
         self._preparation = Preparation(self._fit.subspace, self._trust, self._slow, safeguard)
         self._guarded = GuardedMomentum(self._slow, self._reduction, safeguard)
-        self._dampings = DampingSource(rule, self._replay)
         self._first = FirstReading(curvature, self._fit, self._trust, self._dampings)
         self._warned = False
         self._unobserved = UnobservedTerms(self._replay)
@@ -260,6 +261,7 @@ class AutomaticStep:
             "agreement": self._agreement.state_dict(),
             "keeps_layers": self._curvature.recorder.keeps_layers,
             "raised": self._dampings.factor,
+            "first": self._dampings.first,
             "rule": self._rule.state_dict(),
             "search": self._fit.search.state_dict(),
             "subspace": self._fit.subspace.state_dict(),
@@ -289,6 +291,7 @@ class AutomaticStep:
         self._agreement.load_state_dict(state["agreement"])
         self._curvature.recorder.keeps_layers = state["keeps_layers"]
         self._dampings.factor = state["raised"]
+        self._dampings.first = state["first"]
         self._rule.load_state_dict(state["rule"])
         self._fit.search.load_state_dict(state["search"])
         self._fit.subspace.load_state_dict(state["subspace"])

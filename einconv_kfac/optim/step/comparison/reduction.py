@@ -83,6 +83,8 @@ class Reduction:
     Args:
         replay: Runs the model again.
         rule: The damping rule, which adapts to the ratio.
+        is_sufficient: Returns whether the damping of a step is large enough to leave it where
+            shortening the step helps.
         noise: Returns how much batches differ at one point; see `Agreement`.
         safeguard: Whether to compare after every step.
 
@@ -92,10 +94,15 @@ class Reduction:
     """
 
     def __init__(
-        self, replay: Replay, rule: DampingRule, noise: Callable[[], float], safeguard: bool
+        self,
+        replay: Replay,
+        rule: DampingRule,
+        is_sufficient: Callable[[int], bool],
+        noise: Callable[[], float],
+        safeguard: bool,
     ) -> None:
         self._replay = replay
-        self._rule = rule
+        self._rule, self._is_sufficient = rule, is_sufficient
         self._noise = noise
         self._safeguard = safeguard
         self.adapted: int | None = None
@@ -204,18 +211,29 @@ class Reduction:
             The fraction of the step that is left.
         """
         (change, rounding, growth), predicted = numbers, at.predicted
-        self._adapt_rule_(change, predicted, rounding, at.step if before.adapts else None)
-        if change <= growth:
-            return 1.0
-        if abs(predicted) > ROUNDING_MARGIN * rounding or not math.isfinite(change):
+        due, left = at.step if before.adapts else None, 1.0
+        if not change <= growth:
+            allowed = before.allowed(predicted)
+            left = backtrack_(objective.parameters, update, lambda: self.value(objective), allowed)
+        is_enough = 0 < left < 1 and self._is_sufficient(at.step)
+        self._adapt_rule_(change, predicted, rounding, due, is_enough=is_enough)
+        is_known = abs(predicted) > ROUNDING_MARGIN * rounding or not math.isfinite(change)
+        if left < 1 and is_known and not is_enough:
             self._rule.after_rejection(BACKTRACKED_FACTOR)
-        allowed = before.allowed(predicted)
-        return backtrack_(objective.parameters, update, lambda: self.value(objective), allowed)
+        return left
 
     def _adapt_rule_(
-        self, change: float, predicted: float, rounding: float, step: int | None
+        self,
+        change: float,
+        predicted: float,
+        rounding: float,
+        step: int | None,
+        *,
+        is_enough: bool,
     ) -> None:
         """Keep the ratio, and adapt the damping to it if due or low, unless it is one of roundings.
+
+        Nor is it adapted where it is enough to have shortened the step.
 
         A loss that did not change in any bit was rounded to the same number.
         """
@@ -225,7 +243,7 @@ class Reduction:
         if step is not None:
             self.adapted = step
         is_failure = predicted < 0 and not self.ratio >= FAILURE_RATIO
-        if is_known and (step is not None or is_failure):
+        if is_known and not is_enough and (step is not None or is_failure):
             self._rule.after_ratio(self.ratio, predicted, self._noise())
 
     def expect_(

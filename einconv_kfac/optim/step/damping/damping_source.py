@@ -29,12 +29,14 @@ class DampingSource:
 
     Attributes:
         factor: The factor of a given damping, at least 1.
+        first: The first damping of the rule.
     """
 
     def __init__(self, rule: DampingRule, replay: Replay) -> None:
         self._rule = rule
         self._replay = replay
         self.factor = 1.0
+        self.first: float | None = None
 
     def damping_(self, objective: Objective, step: int) -> float | None:
         """Return the damping; ``None`` as long as every gradient was zero and none is given."""
@@ -58,7 +60,7 @@ class DampingSource:
         if found is None:
             return None
         self._rule.initial(found)
-        damping = self._of_rule(step)
+        self.first = damping = self._of_rule(step)
         assert damping is not None
         return damping
 
@@ -78,6 +80,15 @@ class DampingSource:
     def is_known(self, objective: Objective, step: int) -> bool:
         """Return whether a damping is given, or known to the rule."""
         return objective.settings.damping is not None or self._rule.damping(step) is not None
+
+    def is_sufficient(self, step: int) -> bool:
+        """Return whether the damping of the rule is at least the first one.
+
+        A larger one turns steps towards the gradient, and makes all of them short for the sake of
+        the layers along which the model is worst.
+        """
+        found = self._rule.damping(step)
+        return not (found is None or self.first is None) and found >= self.first
 
     def raise_(self, factor: float) -> None:
         """Raise the damping by a factor after a step that failed."""

@@ -8,7 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from einconv_kfac.optim.state_schema import COUNT, FLAG, POSITIVE, Anything, Maybe, Record, Schema
+from einconv_kfac.optim.state_schema import (
+    COUNT,
+    FLAG,
+    POSITIVE,
+    Anything,
+    Maybe,
+    Record,
+    Schema,
+)
 from einconv_kfac.optim.step.agreement import Agreement
 from einconv_kfac.optim.step.damping.rule import DampingRule
 from einconv_kfac.optim.step.damping.search import DampingSearch
@@ -20,6 +28,7 @@ from einconv_kfac.optim.step.rollback import Rollback
 _SCHEMAS: dict[str, Schema] = {
     "adapted": Maybe(COUNT),
     "agreement": Agreement.schema,
+    "first": Maybe(POSITIVE),
     "keeps_layers": FLAG,
     "raised": POSITIVE,
     "rule": Anything(),
