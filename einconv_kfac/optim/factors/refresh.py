@@ -60,6 +60,7 @@ class Refresh:
         self._in_background = in_background
         self._warned = False
         self.spacing = 1
+        self._spaced: list[tuple[int, list[tuple[int, ...]]]] = []
 
     def refresh_(self, dampings: Mapping[str, float], step: int) -> None:
         """Recompute the inverses that are due, and set the damping of all.
@@ -85,8 +86,10 @@ class Refresh:
         self.set_damping_(dampings)
 
     def space_(self) -> None:
-        """Find the spacing, once factors were updated."""
-        self.spacing = spacing(self._running.values())
+        """Find the spacing, where rows or shapes of layers have changed."""
+        found = [(own.rows, own.shapes) for own in self._running.values()]
+        if found != self._spaced:
+            self._spaced, self.spacing = found, spacing(self._running.values())
 
     @property
     def _periods(self) -> Mapping[str, int]:
