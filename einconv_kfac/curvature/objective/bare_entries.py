@@ -13,17 +13,17 @@ from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.units import drawn
 
 
-def slopes_without_curvature(
+def places_without_curvature(
     terms: Iterable[Term], gradients: Mapping[Edge, Tensor]
 ) -> dict[Edge, Tensor]:
-    """Return the gradients at outputs where slices of these, over all examples, have no curvature.
+    """Return where outputs that a loss has slope at lack curvature, in whole or in slices.
 
-    A slice has one index in one of the dimensions after the first. All other entries are zero,
-    and outputs without such slices are left out.
+    A slice has one index in one of the dimensions after the first, over all examples. Outputs
+    without such slices are left out.
 
     Args:
         terms: The terms of the loss.
-        gradients: The gradients of the loss at outputs ``[n, *f]`` that terms depend on.
+        gradients: The gradients of the loss at outputs ``[n, *f]``.
     """
     curved: dict[Edge, Tensor] = {}
     for term in terms:
@@ -33,10 +33,12 @@ def slopes_without_curvature(
     found = {}
     for edge, gradient in gradients.items():
         places = curved.get(edge)
-        if places is not None and places.ndim > 1:  # not of a curvature of the whole
-            slope = gradient.where(_bare(places), 0)
-            if bool(slope.any()):
-                found[edge] = slope
+        if places is None:
+            found[edge] = torch.ones_like(gradient, dtype=torch.bool)
+        elif places.ndim > 1:  # not of a curvature of the whole
+            bare = _bare(places)
+            if bool(gradient.where(bare, 0).any()):
+                found[edge] = bare
     return found
 
 

@@ -24,6 +24,10 @@ _WITHOUT = "is not implemented"
 """What torch says of kernels without a derivative, as that of `hardsigmoid`."""
 
 
+class OnceDifferentiableError(RuntimeError):
+    """An operation has a first derivative that cannot be differentiated."""
+
+
 class LinearMap:
     """The derivative ``J`` of a tensor by the tensors that it depends on.
 
@@ -71,7 +75,7 @@ class LinearMap:
         except RuntimeError as error:  # as of `torch.cdist`, or of a kernel without a derivative
             if not isinstance(error, NotImplementedError) and _WITHOUT not in str(error):
                 raise
-            raise RuntimeError(_ONCE.format(error)) from error
+            raise OnceDifferentiableError(_ONCE.format(error)) from error
         return product if product is None or create_graph else product.detach()
 
     @property

@@ -229,15 +229,17 @@ class Probabilities(Categorical):
 
 @dataclass(frozen=True)
 class Empirical:
-    """The empirical Fisher ``n sum_i g_i g_i^T`` of a mean over ``n`` examples.
+    """The empirical Fisher ``n sum_i g_i g_i^T / s`` of a mean over ``n`` examples.
 
     Args:
         gradient: The gradient of the loss, ``[n, *f]``; example ``i`` has the row ``g_i``.
+        scale: ``s``, the loss if it is not negative by its form; 1 by default.
     """
 
     name: ClassVar[str] = "the empirical Fisher"
 
     gradient: Tensor
+    scale: Tensor | None = None
 
     @property
     def rows(self) -> torch.Size:
@@ -256,7 +258,9 @@ class Empirical:
 
     def roots(self) -> Iterator[Tensor]:
         """See `LocalCurvature`."""
-        yield self.gradient * len(self.gradient) ** 0.5
+        rows = torch.tensor(float(len(self.gradient)))
+        factor = rows if self.scale is None else rows.to(self.scale.device) / self.scale
+        yield self.gradient * factor.sqrt().to(self.gradient.dtype)
 
     def masked(self, root: Tensor, kept: Tensor) -> Tensor:
         """See `LocalCurvature`."""

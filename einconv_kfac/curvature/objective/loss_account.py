@@ -5,22 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Sequence
 
+from einconv_kfac.curvature.objective.densities import Information
 from einconv_kfac.curvature.objective.local_curvature import Empirical
 from einconv_kfac.curvature.objective.terms import Term
 
-EMPIRICAL = (
-    "The loss has no curvature that is known at an output of the model ({}). The empirical Fisher "
-    "of that output takes its place, from which single steps may be far too long or too short; "
+NO_CURVATURE = (
+    "The loss has no curvature that is known at an output of the model ({}). {} takes its place; "
     "`coverage()` shows it. Write a loss that is curved there, as `F.huber_loss(out, y)` in place "
     "of `F.l1_loss(out, y)`, or a module with a rule: `register_loss(type(loss_fn), rule)` of "
     "`einconv_kfac.curvature`."
 )
-"""The warning about an empirical Fisher, which the given targets alone decide on."""
+"""The warning about a loss whose curvature is not known."""
+_FISHER = "The empirical Fisher of that output, from which steps may be far too long or too short,"
+_DENSITIES = "The information of densities exp(-loss / mean loss)"
 LINEAR = "the loss is linear in it"
 
 
 class LossAccount:
-    """Keeps what the losses of a model were taken as, and warns of the first empirical Fisher.
+    """Keeps what the losses of a model were taken as, and warns of the first one without curvature.
 
     Attributes:
         lines: A line for each operation that the curvature came from, in the order in which they
@@ -41,19 +43,21 @@ class LossAccount:
         self._lines.setdefault(f"{type(loss).__name__}: by its rule")
 
     def add_(self, terms: Sequence[Term], left_out: Collection[str]) -> None:
-        """Add a loss, and warn if it is the first with an empirical Fisher.
+        """Add a loss, and warn if it is the first with an output without known curvature.
 
         Args:
             terms: Its terms.
             left_out: The nonlinear operations without curvature of their own.
         """
-        others = ", ".join(sorted(left_out))
         for term in terms:
             self._lines.setdefault(f"{term.name}: {term.curvature.name}")
-        if any(isinstance(term.curvature, Empirical) for term in terms):
-            if not self._is_warned:
-                self._is_warned = True
-                text = EMPIRICAL.format(others or LINEAR)
-                warnings.warn(text, UserWarning, stacklevel=2)
-        elif others:
+        taken = {term.name for term in terms if isinstance(term.curvature, Information)}
+        others = ", ".join(sorted({*left_out} - taken))
+        is_empirical = any(isinstance(term.curvature, Empirical) for term in terms)
+        if (is_empirical or taken) and not self._is_warned:
+            self._is_warned = True
+            names = others or LINEAR if is_empirical else ", ".join(sorted(taken))
+            text = NO_CURVATURE.format(names, _FISHER if is_empirical else _DENSITIES)
+            warnings.warn(text, UserWarning, stacklevel=2)
+        if others and not is_empirical:
             self._lines.setdefault(f"{others}: without curvature of their own, to first order")

@@ -7,7 +7,8 @@ from functools import cache, cached_property, partial
 
 from torch import Generator, Tensor
 
-from einconv_kfac.curvature.objective.bare_entries import slopes_without_curvature
+from einconv_kfac.curvature.objective.bare_entries import places_without_curvature
+from einconv_kfac.curvature.objective.densities import WithoutCurvature
 from einconv_kfac.curvature.objective.distributions import ENTRIES, Distributions
 from einconv_kfac.curvature.objective.enclosed_calls import (
     CallAt,
@@ -169,7 +170,9 @@ class Reading:
             for edge, gradient in graph.ends.items()
             if gradient.ndim and (edge in bare or not graph.inner)
         }
-        own = self._hessians(), ends, self._rules.left_out(), self._account
+        known = {*self._rules.curved, *self._rules.inner}
+        without = WithoutCurvature.of(graph, known, (self.loss * self.weight).sum())
+        own = self._hessians(), ends, without, self._rules.left_out(), self._account
         return cache(partial(_all_terms, *own))
 
     def _hessians(self) -> Callable[[], Sequence[Term]]:
@@ -226,25 +229,33 @@ class Reading:
 def _all_terms(
     find: Callable[[], Sequence[Term]],
     ends: Mapping[Edge, tuple[LinearMap, Tensor]],
+    without: WithoutCurvature,
     left_out: Collection[str],
     account: LossAccount | None,
 ) -> tuple[Term, ...]:
-    """Return the terms found, and the empirical Fisher where none gives curvature.
+    """Return the terms found, and what takes the place of curvature where there is none.
 
     Args:
         find: Finds the terms.
         ends: Tensors to which rules may give no curvature in whole or in part, as a map from the
             sources and a gradient.
+        without: The operations next to the loss without curvature of their own.
         left_out: The operations without curvature of their own.
         account: Receives what the loss is taken as.
     """
-    terms = find()
-    curved = {edge for term in terms for edge in term.sources}
-    bare = {edge: own for edge, (_, own) in ends.items() if edge not in curved}
-    others = {edge: own for edge, (_, own) in ends.items() if edge in curved}
-    bare |= slopes_without_curvature(terms, others)
+    terms, gradients = tuple(find()), {edge: own for edge, (_, own) in ends.items()}
+    places = places_without_curvature(terms, gradients)
+    if own := [*without.terms(places, gradients)]:
+        terms = (*terms, *(term for term, _ in own))
+        covered = {end for _, inner in own for end in inner}
+        places = places_without_curvature(terms, gradients)
+        places = {end: where for end, where in places.items() if end not in covered}
     name = ", ".join(sorted(left_out)) or "linear"
-    empirical = (Term((e,), (ends[e][0],), Empirical(g), name) for e, g in bare.items())
+    slopes = {edge: gradients[edge].where(own, 0) for edge, own in places.items()}
+    empirical = (
+        Term((e,), (ends[e][0],), Empirical(g, without.scale(e, g)), name)
+        for e, g in slopes.items()
+    )
     result = (*terms, *empirical)
     if account is not None:
         is_whole = any(term.name in (WHOLE, ENTRIES) for term in terms)

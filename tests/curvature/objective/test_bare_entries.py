@@ -21,27 +21,23 @@ POSITIONS = torch.randn(5, 3, 4, generator=GENERATOR, dtype=torch.float64)
 T = torch.randn(5, 4, generator=GENERATOR, dtype=torch.float64)
 Y = torch.arange(5) % 2
 
-PARTLY: dict[str, tuple[Tensor, Loss, Loss, tuple[slice, ...]]] = {
-    "absolute": (
-        X,
-        lambda o: functional.mse_loss(o[:, :1], T[:, :1]) + functional.l1_loss(o[:, 1:], T[:, 1:]),
-        lambda o: functional.mse_loss(o[:, :1], T[:, :1]),
-        (slice(None), slice(1, None)),
-    ),
+PARTLY: dict[str, tuple[Tensor, Loss, Loss, tuple[slice, ...], Tensor]] = {
     "variance": (
         X,
         lambda o: functional.gaussian_nll_loss(o[:, :2], T[:, :2], functional.softplus(o[:, 2:])),
         lambda o: ((o[:, :2] - T[:, :2]).square() / functional.softplus(X[:, 2:])).mean() / 2,
         (slice(None), slice(2, None)),
+        torch.ones(()),
     ),
     "positions": (
         POSITIONS,
         lambda o: functional.cross_entropy(o[:, 0], Y) + (o[:, 1] * T).mean(),
         lambda o: functional.cross_entropy(o[:, 0], Y),
         (slice(None), slice(1, 2)),
+        T.abs().mean(),
     ),
 }
-"""Outputs, a loss, its part with curvature, and where it has none."""
+"""Outputs, a loss, its part with curvature, where it has none, and a number it is linear in."""
 WHOLLY: dict[str, Loss] = {
     "smooth, in part": lambda o: functional.smooth_l1_loss(o, T),
     "smooth, far off": lambda o: (
@@ -73,12 +69,12 @@ def matrix(loss: Loss, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", PARTLY)
 def test_columns_without_curvature(name: str) -> None:
-    x, loss, curved, part = PARTLY[name]
+    x, loss, curved, part, unit = PARTLY[name]
     slope = torch.zeros_like(x)
     slope[part] = gradient_of(loss)(x)[part]
     examples = torch.eye(len(x), dtype=x.dtype)[:, :, None] * slope.flatten(1)[:, None]
     own = examples.reshape(len(x), -1)  # a row for each example
-    expected = matrix(curved, x) + len(x) * own.T @ own
+    expected = matrix(curved, x) + len(x) * own.T @ own / unit
     torch.testing.assert_close(found(loss, x), expected)
 
 

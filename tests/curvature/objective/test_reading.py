@@ -195,15 +195,25 @@ def test_values_at_other_outputs(name: str) -> None:
     torch.testing.assert_close(tail.value([other]), loss(other), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["absolute", "overlap", "margin", "cosine"])
-def test_losses_without_curvature_have_the_empirical_fisher(name: str) -> None:
-    reading, output, _ = read(OTHERS[name])
+UNITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "overlap": lambda o: torch.ones(()),  # the weight of the quotient
+    "margin": OTHERS["margin"],
+    "cosine": lambda o: functional.normalize(T, dim=-1).abs().sum(-1).mean(),
+}
+"""Numbers that losses are linear in: the loss itself, or the weights of its operations."""
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e3])
+@pytest.mark.parametrize("name", UNITS)
+def test_losses_without_curvature_have_the_empirical_fisher(name: str, factor: float) -> None:
+    reading, output, _ = read(lambda o: factor * OTHERS[name](o))
     tail = reading.tail(reading.graph.sources)
     gradient = torch.autograd.functional.jacobian(OTHERS[name], output.detach())
     u = torch.randn(output.shape, generator=GENERATOR, dtype=torch.float64)
     along = (gradient * u).flatten(1).sum(1)
     found = tail.expansion([[u]]).curvature[0, 0]
-    torch.testing.assert_close(found, EXAMPLES * along @ along, rtol=1e-9, atol=1e-12)
+    expected = factor * EXAMPLES * (along @ along) / UNITS[name](output).detach()
+    torch.testing.assert_close(found, expected.double(), rtol=1e-9, atol=1e-12)
 
 
 def test_an_unknown_operation_is_named() -> None:

@@ -1,0 +1,204 @@
+"""Losses without curvature as densities ``exp(-l / s)``, whose scale ``s`` is the mean loss."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from einconv_kfac.curvature.objective.graph import Edge, dependents, first_met, kind_of_node
+from einconv_kfac.curvature.objective.linear_map import LinearMap, OnceDifferentiableError
+from einconv_kfac.curvature.objective.local_curvature import Diagonal
+from einconv_kfac.curvature.objective.loss_graph import LossGraph
+from einconv_kfac.curvature.objective.node_registry import NODE_RULES
+from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.nodes.elementary import Rectifier
+from einconv_kfac.curvature.objective.terms import Term
+from einconv_kfac.curvature.objective.units import drawn
+
+MOST = 0.75
+"""The part of a loss from which losses that are linear in pieces count beside others."""
+_IN_PIECES = {"Abs", "Clamp", "ClampMin", "ClampMax", "Relu", "LeakyRelu", "Maximum", "Minimum"}
+
+
+@dataclass(frozen=True)
+class Information(Diagonal):
+    """The information ``w / s`` of densities ``exp(-l / s) / Z`` about their losses ``l``.
+
+    For ``l = |f - y|`` it is the Fisher information of a Laplace distribution with the scale ``s``
+    of maximum likelihood, times that scale: the curvature of ``l`` itself.
+    """
+
+    name: ClassVar[str] = "the information of densities exp(-loss / mean loss)"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The results ``l [*a]`` of an operation next to the loss, which adds ``<w, l>`` to it.
+
+    Args:
+        edge: The result in the graph.
+        map_: Its derivative by the outputs of the model.
+        weight: ``w``, the derivative of the loss by it, in float32 at least.
+        function: The operation.
+        inputs: Its inputs in the recorded pass.
+        ends: The ends of the graph that it depends on.
+        name: Its name.
+        bends_alone: Whether the operation is linear in pieces, and none before it has curvature.
+    """
+
+    edge: Edge
+    map_: LinearMap
+    weight: Tensor
+    function: Function
+    inputs: tuple[Tensor, ...]
+    ends: Collection[Edge]
+    name: str
+    bends_alone: bool
+
+    @cached_property
+    def sum(self) -> Tensor | None:
+        """``<w, l>``; ``None`` if a loss or a weight is negative, or it is zero."""
+        values = self.function(*self.inputs).to(self.weight.dtype)
+        if bool((values < 0).any() | (self.weight < 0).any()):
+            return None
+        found = (values * self.weight).sum()
+        return found if bool(found > 0) and bool(found.isfinite()) else None
+
+    def term(self) -> Term | None:
+        """Return the curvature ``J^T diag(w / s) J``, where ``J`` is the derivative of ``l``.
+
+        ``s`` is the mean of ``l`` with the weights ``w``. ``None`` if there is no `sum`.
+        """
+        if self.sum is None:
+            return None
+        values = self.weight * (self.weight.sum() / self.sum)
+        return Term((self.edge,), (self.map_,), Information(values), self.name)
+
+
+@dataclass(frozen=True)
+class WithoutCurvature:
+    """The operations next to a loss that have no curvature of their own.
+
+    Args:
+        losses: Those that can be evaluated.
+        units: For each end of the graph that the loss depends on by an operation that cannot be
+            evaluated: the sum of the magnitudes of the weights with which results enter the loss.
+        linear: The ends that the loss is linear in.
+        loss: The loss.
+    """
+
+    losses: Sequence[Losses]
+    units: Mapping[Edge, Tensor]
+    linear: Collection[Edge]
+    loss: Tensor
+
+    @staticmethod
+    def of(graph: LossGraph, known: Collection[Node], loss: Tensor) -> WithoutCurvature:
+        """Return those of a graph, which must exist.
+
+        Args:
+            graph: The graph of the loss.
+            known: The operations whose curvature is known.
+            loss: The loss.
+        """
+        nonlinear, losses = {*graph.nonlinear}, list[Losses]()
+        units: dict[Edge, Tensor] = {}
+        found = first_met([graph.root], lambda e: e[0] in nonlinear or graph.is_end(e))
+        for edge in found - graph.ends.keys():
+            weight = graph.seen.get(edge)
+            if edge[0] in known or weight is None:
+                continue
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            own = _losses_at(graph, edge, weight, known)
+            if own is not None:
+                losses.append(own)
+                continue
+            unit = weight.abs().sum()
+            for end in first_met([edge], graph.is_end):
+                units[end] = units[end] + unit if end in units else unit
+        return WithoutCurvature(losses, units, found & graph.ends.keys(), loss)
+
+    def terms(
+        self, places: Mapping[Edge, Tensor], gradients: Mapping[Edge, Tensor]
+    ) -> Iterator[tuple[Term, Collection[Edge]]]:
+        """Yield terms of losses that depend on given places alone, with ends past the outputs.
+
+        Those that bend alone are taken everywhere if they are `MOST` of the loss. Losses of whole
+        batches are left out, as they would be one entry.
+
+        Args:
+            places: For each end of the graph, where it is so; nowhere at other ends.
+            gradients: The gradients at all ends.
+        """
+        sums = [each.sum for each in self.losses if each.bends_alone and each.sum is not None]
+        is_most = bool(sums) and bool(sum(sums) >= MOST * self.loss)
+        for losses in self.losses if places or is_most else ():
+            inner = {*losses.ends} - {*losses.map_.sources}
+            rows = max((len(gradients[end]) for end in losses.ends if end in gradients), default=0)
+            if losses.weight.numel() < rows or inner - places.keys():
+                continue
+            term = losses.term()
+            if term is not None and not (losses.bends_alone and is_most):
+                term = _within(term, places, gradients)
+            if term is not None:
+                yield term, inner
+
+    def scale(self, edge: Edge, slope: Tensor) -> Tensor:
+        """Return a number that the part of a loss is linear in that depends on an end.
+
+        It is this part, if it is a sum of `Losses`. Otherwise it is the sum of the magnitudes of
+        the weights of results, and of the slope where the loss is linear in the end.
+
+        Args:
+            edge: The end.
+            slope: The gradient at the end, where it has no curvature.
+        """
+        own = [each for each in self.losses if edge in each.ends]
+        sums = [each.sum for each in own if each.sum is not None]
+        if edge in self.units or edge in self.linear or len(sums) < len(own):
+            sums = [each.weight.abs().sum() for each in own]
+            sums += [self.units[edge]] if edge in self.units else []
+            sums += [slope.abs().sum()] if edge in self.linear else []
+        result = torch.stack(sums).sum() if sums else torch.ones(())
+        return result.where(result > 0, 1)
+
+
+def _within(
+    term: Term, places: Mapping[Edge, Tensor], gradients: Mapping[Edge, Tensor]
+) -> Term | None:
+    """Return the entries of a term that depend on given places alone; ``None`` without such."""
+    others: dict[Edge, Tensor] = {}
+    for edge in term.sources & gradients.keys():
+        random = drawn(gradients[edge])
+        others[edge] = random.where(~places[edge], 0) if edge in places else random
+    try:
+        touched, values = term.tangent(others), term.curvature.support()
+    except OnceDifferentiableError:
+        return None
+    kept = values if touched is None else values.where(touched == 0, 0)
+    return replace(term, curvature=Information(kept)) if bool(kept.any()) else None
+
+
+def _losses_at(
+    graph: LossGraph, edge: Edge, weight: Tensor, known: Collection[Node]
+) -> Losses | None:
+    """Return the losses at the result of an operation, or ``None`` if they cannot be found."""
+    node: Any = edge[0]
+    rule = NODE_RULES.get(kind_of_node(node))
+    if rule is None or edge[1]:
+        return None
+    function = rule.function(node)
+    saved = [node._saved_result.detach()] if isinstance(rule, Rectifier) else rule.inputs(node)
+    inputs = tuple(each for each in saved if each is not None)
+    if function is None or len(inputs) < len(saved):
+        return None
+    kind = kind_of_node(node)
+    bends_alone = kind in _IN_PIECES and not {*dependents(edge, graph.is_source)} & {*known}
+    ends = first_met([edge], graph.is_end)
+    return Losses(edge, graph.map_to(edge), weight, function, inputs, ends, kind, bends_alone)
