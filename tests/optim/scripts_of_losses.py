@@ -111,7 +111,7 @@ def policy_gradient() -> list[float]:
     return [sum(costs[:5]) / 5, sum(costs[-10:]) / 10]
 
 
-@script("a loss without curvature (L1, Dice, margins)")
+@script("a loss without curvature (L1, hinges, quantiles, Dice)")
 def absolute() -> list[float]:
     model, loss_fn, (x, _) = net(1), nn.L1Loss(), data()
     target = x[:, :1] * x[:, 1:2]
