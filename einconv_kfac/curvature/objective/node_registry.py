@@ -6,6 +6,7 @@ from einconv_kfac.curvature.objective.node_rule import NodeRule
 from einconv_kfac.curvature.objective.nodes import (
     bilinear,
     elementary,
+    normalisation,
     reductions,
     softmax,
     triangular,
@@ -15,6 +16,7 @@ _RULES: tuple[NodeRule, ...] = (
     *elementary.RULES,
     *softmax.RULES,
     *bilinear.RULES,
+    *normalisation.RULES,
     *reductions.RULES,
     *triangular.RULES,
 )

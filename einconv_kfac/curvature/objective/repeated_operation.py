@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 from einconv_kfac.curvature.objective.graph import Edge, NodeOrder, Stops, inputs_of, kind_of_node
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
+from einconv_kfac.curvature.objective.recorded_results import recorded_result
 from einconv_kfac.curvature.objective.tail import Operation
 
 
@@ -45,16 +46,18 @@ def operation_of(node: Node, own: Repeated, stops: Stops) -> Operation:
     if rule is None or any(maps[len(rule.inputs(node)) :]):
         return Operation(kind, (node, 0), tuple((None, each) for each in maps), None)
     values = [
-        _output_before(node, own.output(edge)) if value is None and edge is not None else value
+        _value_before(node, edge, own) if value is None and edge is not None else value
         for value, edge in zip(rule.inputs(node), chain(edges, repeat(None)))
     ]
     maps += [None] * (len(values) - len(maps))
     return Operation(kind, (node, 0), tuple(zip(values, maps)), rule.function(node))
 
 
-def _output_before(node: Any, value: Tensor | None) -> Tensor | None:
-    """Return an input that a node does not save, if it is an output that is not overwritten."""
-    result = getattr(node, "_saved_result", None)
-    if value is None or (result is not None and result.data_ptr() == value.data_ptr()):
+def _value_before(node: Any, edge: Edge, own: Repeated) -> Tensor | None:
+    """Return an input that a node does not save: an output, or the result of an operation."""
+    value, result = own.output(edge), getattr(node, "_saved_result", None)
+    if value is None:
+        return recorded_result(edge)
+    if result is not None and result.data_ptr() == value.data_ptr():  # overwritten
         return None
     return value

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 REMEDIES = {
-    "Relu": "write `x.clamp(min=0)` in place of `relu(x)`",
+    "Relu": (
+        "write `x.clamp(min=0)` in place of `relu(x)`, which does not keep its input (that of a "
+        "layer is known if its bias has `requires_grad`, whether or not it is trained)"
+    ),
     "Max": "write `x.amax(dim)` in place of `x.max(dim)`",
     "Min": "write `x.amin(dim)` in place of `x.min(dim)`",
     "LinalgSvd": "return a penalty of parameters from the model's `forward`, beside its output",
