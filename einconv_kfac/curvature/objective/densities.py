@@ -17,7 +17,9 @@ from einconv_kfac.curvature.objective.local_curvature import Diagonal
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.nodes.bilinear import AddedProduct
 from einconv_kfac.curvature.objective.nodes.elementary import Rectifier
+from einconv_kfac.curvature.objective.nodes.normalisation import Normalisation
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.units import drawn
 
@@ -110,7 +112,7 @@ class WithoutCurvature:
         nonlinear, losses = {*graph.nonlinear}, list[Losses]()
         units: dict[Edge, Tensor] = {}
         found = first_met([graph.root], lambda e: e[0] in nonlinear or graph.is_end(e))
-        for edge in found - graph.ends.keys():
+        for edge in sorted(found - graph.ends.keys(), key=lambda e: (graph.nodes[e[0]], e[1])):
             weight = graph.seen.get(edge)
             if edge[0] in known or weight is None:
                 continue
@@ -188,10 +190,13 @@ def _within(
 def _losses_at(
     graph: LossGraph, edge: Edge, weight: Tensor, known: Collection[Node]
 ) -> Losses | None:
-    """Return the losses at the result of an operation, or ``None`` if they cannot be found."""
+    """Return the losses at the result of an operation, or ``None`` if they cannot be found.
+
+    That is so where the rule of the operation leaves a shift out.
+    """
     node: Any = edge[0]
     rule = NODE_RULES.get(kind_of_node(node))
-    if rule is None or edge[1]:
+    if rule is None or edge[1] or isinstance(rule, (AddedProduct, Normalisation)):
         return None
     function = rule.function(node)
     saved = [node._saved_result.detach()] if isinstance(rule, Rectifier) else rule.inputs(node)
