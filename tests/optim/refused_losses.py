@@ -107,8 +107,8 @@ LOSSES: dict[str, Refused] = {
     ),
     "largest of each row": Refused(
         r"got Max. Write `x.amax\(dim\)`",
-        observing(lambda o: (o - 1).square().max(1).values.mean()),
-        observing(lambda o: (o - 1).square().amax(1).mean()),
+        observing(lambda o: (o - 1).max(1).values.square().mean()),
+        observing(lambda o: (o - 1).amax(1).square().mean()),
     ),
     "a derivative in the loop": Refused(
         "got TanhBackward. Compute derivatives of the model in the `forward`",

@@ -17,7 +17,8 @@ from einconv_kfac.curvature.objective.graph import (
 )
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes import normalisation
-from einconv_kfac.curvature.objective.nodes.elementary import Entrywise
+from einconv_kfac.curvature.objective.nodes.bilinear import Product
+from einconv_kfac.curvature.objective.nodes.elementary import Entrywise, Power, saved_options
 from einconv_kfac.curvature.objective.nodes.reductions import Reduction
 
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias"}
@@ -26,8 +27,8 @@ _VIEWS = {"View", "UnsafeView", "ReshapeAlias"}
 def recorded_result(edge: Edge) -> Tensor | None:
     """Return the result of an operation, computed again from what its node saves.
 
-    Known are layers with weights, normalisations, sums and functions of entries. ``None`` for
-    others, and where there is a shift that is not in the graph, because its layer is frozen.
+    Known are layers with weights, normalisations, sums, products and functions of entries. ``None``
+    for others, and where there is a shift that is not in the graph, because its layer is frozen.
 
     Args:
         edge: The result in the graph.
@@ -43,7 +44,7 @@ def recorded_result(edge: Edge) -> Tensor | None:
 
 
 def _of_function(node: Any) -> Tensor | None:
-    """Return the result of a function of entries."""
+    """Return the result of a function whose inputs the node saves."""
     rule = NODE_RULES[kind_of_node(node)]
     function, inputs = rule.function(node), rule.inputs(node)
     if function is None or any(each is None for each in inputs):
@@ -63,6 +64,14 @@ def _of_sum(node: Any) -> Tensor | None:
     if first is None or second is None:
         return None
     return torch.add(first, second, alpha=node._saved_alpha)
+
+
+def _of_total(node: Any) -> Tensor | None:
+    """Return a sum or mean over dimensions."""
+    before = _before(node, 0)
+    function = torch.sum if kind_of_node(node) == "Sum" else torch.mean
+    known = ("dim", "keepdim") if hasattr(node, "_saved_dim") else ()
+    return None if before is None else function(before, **saved_options(node, known))
 
 
 def _before(node: Any, index: int) -> Tensor | None:
@@ -111,12 +120,18 @@ def _leaf(edge: Edge | None) -> Tensor | None:
     return None if leaf is None else leaf.detach()
 
 
-_FUNCTIONS = [rule for rule in NODE_RULES.values() if isinstance(rule, (Entrywise, Reduction))]
+_FUNCTIONS = [
+    rule
+    for rule in NODE_RULES.values()
+    if isinstance(rule, (Entrywise, Power, Reduction)) or type(rule) is Product
+]
 _BY_KIND: Mapping[str, Callable[[Any], Tensor | None]] = {
     **dict.fromkeys((rule.kind for rule in _FUNCTIONS), _of_function),
     **dict.fromkeys((rule.kind for rule in normalisation.RULES), _of_normalisation),
     "Relu": _of_rectifier,
     "Add": _of_sum,
+    "Sum": _of_total,
+    "Mean": _of_total,
     "Convolution": _of_convolution,
     "Addmm": _of_linear_layer,
 }

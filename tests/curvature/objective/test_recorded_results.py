@@ -72,8 +72,8 @@ def loss_of(result: Tensor) -> Tensor:
     return functional.softplus(-result).mean()
 
 
-def tail_of(other: nn.Module) -> Tail:
-    output = X.clone().requires_grad_() * 1.0
+def tail_of(other: Callable[[Tensor], Tensor], x: Tensor = X) -> Tail:
+    output = x.clone().requires_grad_() * 1.0
     mark_(output, "test", output.detach())
     loss = loss_of(other(output))
     given = edge_of(loss), loss.detach(), torch.ones_like(loss)
@@ -90,6 +90,24 @@ def test_the_loss_at_other_outputs(name: str, training: bool) -> None:
     tail = tail_of(other)
     assert not tail.unknown()
     torch.testing.assert_close(tail.value([moved]), loss_of(other(moved)), rtol=1e-9, atol=1e-12)
+
+
+LARGEST: dict[str, Callable[[Tensor], Tensor]] = {
+    "entries": lambda o: o.max(1).values,
+    "smallest, kept": lambda o: o.min(1, keepdim=True).values,
+    "distances": lambda o: torch.cdist(o, o + 1).max(1).values,
+    "squares": lambda o: (o - 1).square().max(1).values,
+    "sums of squares": lambda o: (o[:, None] - o).pow(2).sum(-1).max(1).values,
+    "roots of means": lambda o: (o[:, None] - o).pow(2).mean(-1).add(1e-3).sqrt().max(1).values,
+    "products": lambda o: (o @ o.T).min(1).values,
+}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_largest_entries_along_a_dimension(name: str) -> None:
+    x, moved, largest = X.flatten(1), (X + 0.3 * X.flip(0)).flatten(1), LARGEST[name]
+    found = tail_of(largest, x).value([moved])
+    torch.testing.assert_close(found, loss_of(largest(moved)), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["features", "batch norm, positive part", "linear layers"])

@@ -38,7 +38,7 @@ class Reduction:
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`."""
-        value = getattr(node, f"_saved_{self.saved}", None)  # Max along a dimension keeps none
+        value = getattr(node, f"_saved_{self.saved}", None)
         return [None if value is None else value.detach()]
 
     def function(self, node: Any) -> Function | None:
@@ -52,6 +52,16 @@ class Reduction:
     ) -> LocalCurvature | None:
         """See `NodeRule`."""
         return None
+
+
+@dataclass(frozen=True)
+class Extremum(Reduction):
+    """The largest or smallest entries, whose node keeps no input where it is along a dimension."""
+
+    def function(self, node: Any) -> Function | None:
+        """See `NodeRule`; the indices are left out."""
+        known = hasattr(node, "_saved_dim")
+        return partial(self.apply, **saved_options(node, ("dim", "keepdim") if known else ()))
 
 
 def _ctc_losses(*args: Any, **kwargs: Any) -> Tensor:
@@ -68,8 +78,8 @@ RULES = (
     Reduction("Std", torch.std, ("dim", "correction", "keepdim")),
     Reduction("Amax", torch.amax, ("dim", "keepdim")),
     Reduction("Amin", torch.amin, ("dim", "keepdim")),
-    Reduction("Max", torch.amax),
-    Reduction("Min", torch.amin),
+    Extremum("Max", torch.amax),
+    Extremum("Min", torch.amin),
     Reduction("Prod", torch.prod),
     Reduction("Cumprod", torch.cumprod, ("dim",)),
     Reduction("Glu", functional.glu, ("dim",)),
