@@ -55,7 +55,7 @@ FLOORS: Mapping[str, Sequence[set[str]]] = {
         {"clipping", "decoupled_decay", "late_check", "momentum", "rounding", "step_protocol"},
         {"agreement", "fixed"},
         {"capturable", "fits"},
-        {"damping"},
+        {"damping", "promise"},
         {"comparison"},
         {"prepared_update", "states", "step_fit"},
         {"first_reading", "runner"},

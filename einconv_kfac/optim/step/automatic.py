@@ -28,6 +28,7 @@ from einconv_kfac.optim.step.momentum.layer_gains import mean_gain
 from einconv_kfac.optim.step.momentum.slow_momentum import SlowMomentum
 from einconv_kfac.optim.step.objective import Objective, common_momentum
 from einconv_kfac.optim.step.prepared_update import Preparation, PreparedUpdate
+from einconv_kfac.optim.step.promise import Promise
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER, Rollback, last_update, undo_
 from einconv_kfac.optim.step.states.automatic_state import check_automatic_state
 from einconv_kfac.optim.step.step_fit import StepFit
@@ -61,8 +62,9 @@ class AutomaticStep:
         self._trust, self._agreement = SlopeTrust(), Agreement()
         self._slow = SlowMomentum()
         self._rollback = Rollback()
+        self._promise = Promise(self._rollback, self._agreement)
         self._dampings = DampingSource(rule, self._replay)
-        own = rule, self._dampings.is_sufficient, self._noise, safeguard
+        own = rule, self._dampings.is_sufficient, lambda: self._agreement.noise, safeguard
         self._reduction = Reduction(self._replay, *own)
         subspace = SubspaceFit(curvature, self._trust, self._agreement)
         self._fit = StepFit(curvature, subspace, AskingAhead(self._reduction), self._agreement)
@@ -74,9 +76,7 @@ class AutomaticStep:
 
     def check(self, objective: Objective) -> None:
         """See `Step`."""
-        if not objective.parameters:
-            return
-        if not objective.batches:
+        if objective.parameters and not objective.batches:
             raise RuntimeError(NO_LOSS)
 
     def take_(self, objective: Objective) -> Taken:
@@ -140,11 +140,13 @@ class AutomaticStep:
         """
         if begun.mix is None:
             return None
-        fit = self._fit.subspace.carried(objective, begun.mix, first.products)
-        if fit is None:
+        found = self._fit.subspace.carried(objective, begun.mix, first.products)
+        if found is None:
             return None
-        if prepared and self._preparation.is_right(prepared, objective, fit, first.products):
-            update, numbers = self._preparation.take_(objective, prepared, fit)
+        fit = self._promise.kept(found, self._curvature.steps)
+        ahead = prepared if fit is found else None
+        if ahead and self._preparation.is_right(ahead, objective, fit, first.products):
+            update, numbers = self._preparation.take_(objective, ahead, fit)
             return self._taken(update, {"damping": begun.damping, **numbers})
         return self._tried_(objective, followed, fit, begun.damping)
 
@@ -170,6 +172,7 @@ class AutomaticStep:
         if not is_due:
             objective = self._first.checked(objective, may_doubt=False)
         fit = self._fit.best_(objective, followed, begun.damping, begun.fit)
+        fit = self._promise.kept(fit, self._curvature.steps)
         return self._tried_(objective, followed, fit, begun.damping)
 
     def _tried_(self, objective: Objective, followed: Momentum, fit: Fit, damping: float) -> Taken:
@@ -215,10 +218,6 @@ class AutomaticStep:
         """Ask for the objective before a step, with which the step is likely to be compared."""
         is_bounded, step = is_fitted or self._fit.subspace.was_bounded, self._curvature.steps
         self._reduction.ask_(objective, step, is_bounded=is_bounded, is_fitted=is_fitted)
-
-    def _noise(self) -> float:
-        """Return how much batches differ at one point; 0 where the batch repeats."""
-        return self._agreement.noise
 
     def _taken(self, update: Direction, numbers: Statistics) -> Taken:
         """Return a step with its statistics."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +19,19 @@ class Rollback:
 
     That is: if it exceeds all values so far by more than their largest size or range. On the
     batch of the last step itself, a step that fits noise looks as good as any.
+
+    Attributes:
+        value: The last value that did not explode; not a number before the first.
     """
 
     def __init__(self) -> None:
         self._range: tuple[float, float] | None = None
+        self.value = math.nan
+
+    @property
+    def lowest(self) -> float:
+        """The lowest value that did not explode; not a number before the first."""
+        return self._range[0] if self._range else math.nan
 
     def is_needed(self, value: float) -> bool:
         """Return whether a value of the objective has exploded."""
@@ -32,6 +42,7 @@ class Rollback:
         """Extend the range of values that did not explode."""
         lowest, highest = self._range or (value, value)
         self._range = min(lowest, value), max(highest, value)
+        self.value = value
 
     schema = Record({"range": Maybe(Listed(FINITE, 2))})
 

@@ -21,6 +21,9 @@ from einconv_kfac.optim.vectors import Direction, combination
 LARGEST_GROWTH = 4.0
 """Growth of the slope along the mix, relative to the last fit, above which coefficients are fitted
 anew: the gradients are then of another size, as after a change of the loss or its weight."""
+LARGEST_CLOSE_GROWTH = 2.0
+"""The same where batches agree. Growth is then not one of noise but of the objective, as where a
+softmax is about to leave saturation, and its curvature grows as much."""
 LARGEST_SHARE = 2.0
 """Factor between the sizes of two batches above which coefficients are fitted anew."""
 
@@ -101,18 +104,22 @@ class CarriedFit:
         point = objective.parameters, objective.gradient
         return CarriedMix(mixed, pending_products(point, followed, mixed))
 
-    def fit(self, mix: CarriedMix, numbers: Sequence[float], trust: float) -> Fit | None:
+    def fit(
+        self, mix: CarriedMix, numbers: Sequence[float], trust: float, *, is_noisy: bool
+    ) -> Fit | None:
         """Return the step along a mix, or ``None`` where the coefficients do not hold.
 
         Args:
             mix: The mix.
             numbers: Its `CarriedMix.numbers` on the host.
             trust: The fraction of the slope that later batches confirm.
+            is_noisy: Whether batches differ, and their slopes.
         """
         products = mix.products.of(numbers)
         slope = sum(own.own for own in products.values())
         square = sum(own.update for own in products.values())
-        if not (LARGEST_GROWTH * self._slope <= slope < 0 and square < math.inf):
+        growth = LARGEST_GROWTH if is_noisy else LARGEST_CLOSE_GROWTH
+        if not (growth * self._slope <= slope < 0 and square < math.inf):
             return None
         along = Along(slope, trust * slope, -self._ratio * slope, square)
         whole = Fit([mix.direction], (1.0,), along, self.mix, products=products, is_carried=True)

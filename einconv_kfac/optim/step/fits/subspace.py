@@ -120,7 +120,8 @@ class SubspaceFit:
             mix: The mix.
             numbers: Its `CarriedMix.numbers` on the host.
         """
-        fit = self._carried.fit(mix, numbers, self._trust.fraction)
+        is_noisy = not self._agreement.is_close
+        fit = self._carried.fit(mix, numbers, self._trust.fraction, is_noisy=is_noisy)
         if fit is None:
             return None
         share = self.reach * fit.length / _bound(objective)

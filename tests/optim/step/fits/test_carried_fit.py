@@ -89,6 +89,12 @@ def test_a_step_between_fits_is_that_multiple_of_the_preconditioned_gradient() -
         assert ratio == pytest.approx(first["step_size"] / first["trust"], rel=1e-9)
 
 
+def settle(model: nn.Module, loss_fn: nn.Module, opt: KFAC) -> None:
+    """Train until the slope grows no more from step to step, which would ask for another fit."""
+    for _ in range(8):
+        train_step(model, loss_fn, opt, image_batch(32, seed=0))
+
+
 def heavier(model: nn.Module, loss_fn: nn.Module, opt: KFAC) -> None:
     x, y = image_batch(32, seed=0)
     opt.zero_grad()
@@ -120,7 +126,7 @@ def test_a_new_objective_is_fitted_anew(
     change: Callable[[nn.Module, nn.Module, KFAC], None], products: list[int]
 ) -> None:
     model, loss_fn, opt = late()
-    train_step(model, loss_fn, opt, image_batch(32, seed=0))
+    settle(model, loss_fn, opt)
     products.clear()
     train_step(model, loss_fn, opt, image_batch(32, seed=0))
     assert not products
@@ -129,8 +135,33 @@ def test_a_new_objective_is_fitted_anew(
     assert products
 
 
+@pytest.mark.parametrize(
+    ("noise", "weight", "is_fitted"), [(0.0, 1.7, True), (1.0, 1.7, False), (1.0, 4.0, True)]
+)
+def test_a_slope_that_grows_is_fitted_anew(
+    noise: float, weight: float, is_fitted: bool, products: list[int]
+) -> None:
+    """It grows with the square of the weight: threefold is no noise where batches agree."""
+    model, loss_fn, opt = late()
+    settle(model, loss_fn, opt)
+    opt._step._fit.subspace.drop_()  # a fit is due
+    before, (x, y) = [p.detach().clone() for p in model.parameters()], image_batch(32, seed=0)
+    train_step(model, loss_fn, opt, (x, y))
+    with torch.no_grad():
+        for parameter, kept in zip(model.parameters(), before):
+            parameter.copy_(kept)
+    opt._step._agreement.drop_()
+    opt._step._agreement.noise = noise
+    products.clear()
+    opt.zero_grad()
+    (weight * loss_fn(model(x), y)).backward()
+    opt.step()
+    assert bool(products) == is_fitted
+
+
 def test_new_inverses_are_fitted_to(products: list[int]) -> None:
     model, loss_fn, opt = late(inverse_update_period=4)
+    settle(model, loss_fn, opt)
     running = [*opt._preconditioner.layers.values()]
     fitted, inverted = [], []
     for _ in range(FIT_PERIOD - 1):
