@@ -140,10 +140,10 @@ class AutomaticStep:
         """
         if begun.mix is None:
             return None
-        found = self._fit.subspace.carried(objective, begun.mix, first.products)
-        if found is None:
+        if (found := self._fit.subspace.carried(objective, begun.mix, first.products)) is None:
             return None
-        fit = self._promise.kept(found, self._curvature.steps)
+        exceeds = -found.along.slope > self._rollback.value
+        fit = self._promise.kept(found, self._curvature.steps) if exceeds else found
         ahead = prepared if fit is found else None
         if ahead and self._preparation.is_right(ahead, objective, fit, first.products):
             update, numbers = self._preparation.take_(objective, ahead, fit)
