@@ -165,6 +165,24 @@ def test_bfloat16_models(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", MODES)
+def test_clipping_past_autograd_is_clipping(options: dict[str, Any]) -> None:
+    ends = []
+    for is_past in (False, True):
+        model, loss_fn = conv_net(), nn.CrossEntropyLoss()
+        opt = KFAC(model, loss_fn, fisher="exact", **options)
+        for seed in range(3):
+            opt.zero_grad()
+            x, y = image_batch(seed=seed)
+            loss_fn(model(x), y).backward()
+            for p in model.parameters():
+                assert p.grad is not None
+                (p.grad.data if is_past else p.grad).mul_(0.1)
+            opt.step()
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, **EXACT)
+
+
+@pytest.mark.parametrize("options", MODES)
 def test_models_that_share_a_loss_do_not_disturb_each_other(options: dict[str, Any]) -> None:
     alone, loss_fn = [conv_net(seed=s) for s in (0, 1)], nn.CrossEntropyLoss()
     for model in alone:

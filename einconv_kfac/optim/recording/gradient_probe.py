@@ -38,26 +38,32 @@ class Probe:
         value = entries_of(gradient).clone()
         return Probe(parameter, gradient, gradient._version, value, is_divided(gradient))
 
-    @property
-    def is_intact(self) -> bool:
-        """Whether ``.grad`` is the same tensor with the same values."""
+    def is_intact(self, *, is_read: bool) -> bool:
+        """Return whether ``.grad`` is the same tensor with the same values.
+
+        Args:
+            is_read: Whether a gradient on a processor is read where its version tells of no
+                change, as after ``p.grad.data.mul_(c)``. A GPU would have to be waited for.
+        """
         if self.parameter.grad is not self.gradient:
             return False
-        if self.is_divided:
+        if self.gradient._version != self.version and not self.is_divided:
+            return False
+        if self.is_divided or (is_read and self.gradient.is_cpu):
             return torch.equal(entries_of(self.gradient), self.value)
-        return self.gradient._version == self.version
+        return True
 
     def is_cleared(self, *, is_read: bool) -> bool | None:
         """Return whether the gradient was dropped or zeroed; ``None`` if it was zero before.
 
         Args:
-            is_read: Whether a gradient on a processor is read where its version tells of no
-                change, as after ``p.grad.data.zero_()``. A GPU would have to be waited for.
+            is_read: See `is_intact`; ``p.grad.data.zero_()`` tells of no change either.
         """
         gradient = self.parameter.grad
         if gradient is None:
             return True
-        if self.is_intact and (self.is_divided or not (is_read and gradient.is_cpu)):
+        are_values = self.is_divided or not (is_read and gradient.is_cpu)
+        if are_values and self.is_intact(is_read=False):
             return False
         if not bool(self.value.any()):
             return None
@@ -66,8 +72,8 @@ class Probe:
 
 
 def are_intact(probes: Iterable[Probe]) -> bool:
-    """Return whether no gradient has changed."""
-    return all(probe.is_intact for probe in probes)
+    """Return whether no gradient has changed, as far as the host can tell without waiting."""
+    return all(probe.is_intact(is_read=True) for probe in probes)
 
 
 def are_cleared(probes: Iterable[Probe], *, are_read: bool) -> bool:

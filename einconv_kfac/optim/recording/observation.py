@@ -129,7 +129,10 @@ class ReadObservation:
 
     Attributes:
         parts: The losses that are parts of this one.
+        is_waiting: Whether it was not backpropagated yet.
     """
+
+    is_waiting = True
 
     def __init__(self, model: nn.Module, pending: PendingCalls, loss: Tensor) -> None:
         self._names: dict[Tensor, str] = {
@@ -143,6 +146,7 @@ class ReadObservation:
         self._calls = {call.number: call for call in self._found_calls()}
         for call in self._calls.values():
             call.used = True
+            call.readers.append(weakref.ref(self))
 
     def _found_calls(self) -> list[PendingCall]:
         """Return the calls of the model that the loss depends on."""
@@ -182,6 +186,7 @@ class ReadObservation:
         if root is None:
             assert tensor is not None
             root = edge_of(tensor)
+        self.is_waiting = False
         self._root = None  # a hook of the graph that refers to the graph would keep it alive
         own = weight / _total(weight)
         at = self._pending.call_at

@@ -51,9 +51,9 @@ class ObservedLoss:
 class PendingCalls:
     """The calls of a model since the last step.
 
-    A call is dropped once a loss was computed from it and its output is gone. Of calls whose
-    output is gone without a loss, the last ones are kept (see `CALLS_WITHOUT_LOSS`), and those
-    whose graph is seen to exist, so that memory stays bounded where no output is backpropagated.
+    A call is dropped once its losses were backpropagated and its output is gone. Of calls whose
+    output is gone before, the last ones are kept (see `CALLS_WITHOUT_LOSS`), and those whose
+    graph is seen to exist, so that memory stays bounded where no output is backpropagated.
 
     Args:
         capture: Records the calls of layers.
@@ -88,7 +88,7 @@ class PendingCalls:
 
     def _kept(self) -> list[PendingCall]:
         """Return the calls that a loss may still depend on, also through later calls."""
-        unused = [p for p in self._pending if not p.used and not p.is_alive]
+        unused = [p for p in self._pending if p.may_have_loss and not p.is_alive]
         wanted = {p.number for p in unused if p.has_graph} | _last(unused)
         kept: list[PendingCall] = []
         for each in reversed(self._pending):  # later calls first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -20,6 +21,13 @@ class Mark:
     source: LossInput
 
 
+class Reader(Protocol):
+    """A loss that is read off its graph."""
+
+    is_waiting: bool
+    """Whether it was not backpropagated yet."""
+
+
 @dataclass(eq=False)
 class PendingCall:
     """A call of the model, or calls of layers outside of one.
@@ -34,6 +42,7 @@ class PendingCall:
         outputs: Weak references to the tensors of the output; ``None`` while the call runs.
         losses: Number of losses that the model has computed so far.
         used: Whether a loss was computed from the output.
+        readers: Weak references to losses that are read off the graph, with the output or without.
         earlier: The calls that its arguments depend on, by number.
     """
 
@@ -46,6 +55,7 @@ class PendingCall:
     outputs: list[weakref.ref[Tensor]] | None = None
     losses: int = 0
     used: bool = False
+    readers: list[weakref.ref[Reader]] = field(default_factory=list)
     earlier: dict[int, PendingCall] = field(default_factory=dict)
 
     @property
@@ -57,6 +67,12 @@ class PendingCall:
     def is_alive(self) -> bool:
         """Whether a tensor of the output exists."""
         return any(reference() is not None for reference in self.outputs or [])
+
+    @property
+    def may_have_loss(self) -> bool:
+        """Whether a loss may still be computed from the output, or from losses that wait."""
+        readers = (reference() for reference in self.readers)
+        return not self.used or any(each is not None and each.is_waiting for each in readers)
 
     @property
     def entries(self) -> int:

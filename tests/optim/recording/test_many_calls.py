@@ -111,3 +111,25 @@ def test_calls_without_a_graph_are_dropped(
     assert sum(reference() is not None for reference in given) < most
     opt.observe(functional.cross_entropy(model(torch.randn(6, 4)), y)).backward()
     opt.step()
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("given", [False, True])
+def test_parts_that_were_read_before_the_sum(given: bool, options: dict[str, Any]) -> None:
+    """Losses of examples, each read when it was computed, and summed when the output is gone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    of_examples = nn.CrossEntropyLoss(reduction="none")
+    opt = KFAC(model, of_examples if given else None, fisher="exact", **options)
+    x, y = torch.randn(CALLS, 4).double(), torch.arange(CALLS) % 3
+
+    def part(one: Tensor, target: Tensor) -> Tensor:
+        whole = of_examples(model(one), target).sum() / CALLS
+        return whole if given else opt.observe(whole)
+
+    for _ in range(2):
+        opt.zero_grad()
+        parts = [part(*batch) for batch in zip(x.split(8), y.split(8))]
+        opt.observe(torch.stack(parts).sum()).backward()
+        opt.step()
+    torch.testing.assert_close(weights(model), trained(at_once, options))
