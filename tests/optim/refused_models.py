@@ -16,7 +16,7 @@ from refused_scripts import (
 )
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from einconv_kfac import KFAC
 
@@ -28,16 +28,21 @@ def whole_checkpointed(model: nn.Module, *, use_reentrant: bool) -> Tensor:
     return loss
 
 
+def selected() -> Any:
+    """Return contexts that keep the results of products of matrices."""
+    return create_selective_checkpoint_contexts([torch.ops.aten.addmm.default])
+
+
 class Checkpointed(nn.Module):
     """A network whose first layer is computed again in the backward pass."""
 
-    def __init__(self, use_reentrant: bool) -> None:
+    def __init__(self, use_reentrant: bool, **options: Any) -> None:
         super().__init__()
-        self.net, self.use_reentrant = net(), use_reentrant
+        self.net, self.options = net(), {"use_reentrant": use_reentrant, **options}
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone().requires_grad_()
-        inner = checkpoint(self.net[0], x, use_reentrant=self.use_reentrant)
+        inner = checkpoint(self.net[0], x, **self.options)
         return self.net[2](self.net[1](inner))
 
 
@@ -168,6 +173,13 @@ MODELS: dict[str, Refused] = {
         plain,
         plain,
         build=lambda: Checkpointed(True),
+        remedied=lambda: Checkpointed(False),
+    ),
+    "a selective checkpoint": Refused(
+        "got selective activation checkpointing.*Leave out `context_fn`",
+        plain,
+        plain,
+        build=lambda: Checkpointed(False, context_fn=selected),
         remedied=lambda: Checkpointed(False),
     ),
     "a reentrant checkpoint of the whole model": Refused(

@@ -27,7 +27,8 @@ _COMPILED = (
     "The loss must be computed without `torch.compile`, got a compiled function between the "
     "model's output, or its parameters, and the loss. Compiled code frees what its backward pass "
     "needs, so that the dependence of the loss on the model cannot be read. Call this function "
-    "uncompiled. A compiled model is no obstacle: pass `torch.compile(model)` to KFAC, and call it."
+    "uncompiled. A compiled model is no obstacle: write `model = torch.compile(model)` in place of "
+    "`model.compile()`, pass that to KFAC, and call it."
 )
 
 
@@ -262,5 +263,17 @@ def reached_nodes(outputs: Sequence[Tensor | GradientEdge]) -> set[Node]:
 
 def has_compiled_code(outputs: Sequence[Tensor | GradientEdge]) -> bool:
     """Return whether the graphs of outputs have nodes of compiled code."""
-    nodes = reached_nodes(outputs)
-    return any(isinstance(node, BackwardCFunction) and _is_compiled(node) for node in nodes)
+    return any(_is_compiled(node) for node in _functions(outputs))
+
+
+def has_functions(outputs: Sequence[Tensor | GradientEdge]) -> bool:
+    """Return whether the graphs of outputs have functions that are written in Python.
+
+    Operators of ``torch.library`` and control flow (``torch.cond``) are such functions.
+    """
+    return any(kind_of_node(node) not in _IDENTITIES for node in _functions(outputs))
+
+
+def _functions(outputs: Sequence[Tensor | GradientEdge]) -> list[Any]:
+    """Return the nodes of functions that are written in Python in the graphs of outputs."""
+    return [node for node in reached_nodes(outputs) if isinstance(node, BackwardCFunction)]

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from einconv_kfac.curvature.objective.graph import has_functions
 from einconv_kfac.curvature.objective.loss_model import Expansion
 from einconv_kfac.optim.replay.adjoint import Adjoint, GradientSwitch
 from einconv_kfac.optim.replay.batch import Batch
@@ -262,16 +263,17 @@ class Replay:
     def check_products_(self, batch: Batch, parameters: Direction, direction: Direction) -> None:
         """Check that a batch can be differentiated, and choose how.
 
-        Forward mode also differentiates what the model computes without gradients. Where that makes
-        a difference to the backward pass, two of these take its place.
+        Forward mode also differentiates what the model computes without gradients, and torch drops
+        tangents in operators of ``torch.library`` and in control flow. Where that makes a
+        difference to the backward pass, two of these take its place.
 
         For the other arguments and errors see `check`.
         """
         repeated = partial(self._repeated, batch, self._is_repeated_)
         with self._paused(), torch.enable_grad(), GradientSwitch() as switch:
-            repeated({})
+            is_doubtful = has_functions(repeated({})) or switch.was_off
         (tangents,) = self.jacobian_products(batch, parameters, [direction])
-        if switch.was_off and self.forward_mode:
+        if is_doubtful and self.forward_mode:
             with self._paused():
                 adjoint = Adjoint.of(repeated, parameters, direction)
             environments = [each.call.environment for each in batch.forwards for _ in each.inputs]

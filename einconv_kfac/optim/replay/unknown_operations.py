@@ -21,6 +21,8 @@ REMEDIES = {
 }
 """What can be written in place of operations that do not keep their input."""
 
+SELECTIVE = "selective activation checkpoint"
+"""What torch's message names where the graph of selectively checkpointed code is read twice."""
 LINEAR = "derivatives of linear layers"
 """How derivatives are named that no operation of the graph names."""
 NO_LOSS = (
@@ -62,6 +64,12 @@ def explained_checkpoints() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if SELECTIVE in str(error):
+            raise RuntimeError(
+                "Layers that are checkpointed must be computed again as a whole, got selective "
+                "activation checkpointing, whose graph torch lets nobody read twice. Leave out "
+                "`context_fn`: checkpoint(layer, x, use_reentrant=False)."
+            ) from error
         if "torch.utils.checkpoint" not in str(error):
             raise
         raise RuntimeError(

@@ -46,6 +46,30 @@ class Rescaled(nn.Module):
         return output
 
 
+@torch.library.custom_op("einconv_kfac_tests::cube", mutates_args=())
+def cube(x: Tensor) -> Tensor:
+    """Return cubes; forward mode drops the tangents of such an operator without an error."""
+    return x**3
+
+
+cube.register_autograd(
+    lambda ctx, gradient: 3 * ctx.saved_tensors[0] ** 2 * gradient,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+class Cubes(nn.Module):
+    """A network with cubes of its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(cube(self.first(x)))
+        return output
+
+
 def curvature_along(model: nn.Module, step: list[Tensor]) -> float:
     """Return ``u^T G u`` of the squared error, by two backward passes."""
     output = model(X)
@@ -55,7 +79,7 @@ def curvature_along(model: nn.Module, step: list[Tensor]) -> float:
     return float(2 * tangent.square().mean())
 
 
-@pytest.mark.parametrize("build", [Equilibrium, Rescaled])
+@pytest.mark.parametrize("build", [Equilibrium, Rescaled, Cubes])
 def test_the_step_minimises_the_quadratic_model_of_autograd(
     build: Callable[[], nn.Module],
 ) -> None:
