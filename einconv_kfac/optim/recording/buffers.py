@@ -1,12 +1,14 @@
-"""Copies of buffers that a forward pass changes and depends on.
+"""Copies of buffers and frozen parameters that a forward pass changes and depends on.
 
-An example are the vectors of spectral normalisation.
+Examples are the vectors of spectral normalisation, and a second encoder that follows the trained
+one (momentum contrast).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,6 +16,8 @@ from einconv_kfac.optim.replay.versions import version_of
 
 COPIED_ENTRIES = 1 << 16
 """Number of entries up to which a buffer is copied before every forward pass."""
+FROZEN_ENTRIES = 1 << 25
+"""Number of entries of all frozen parameters that are copied before the first step."""
 
 
 class ChangingBuffers:
@@ -21,39 +25,82 @@ class ChangingBuffers:
 
     Buffers of up to `COPIED_ENTRIES` are copied every time, larger ones from the first forward
     pass on that has changed them. Running statistics of batch normalisation in training mode
-    are left out, since the outputs do not depend on them.
+    are left out, since the outputs do not depend on them. Frozen parameters are copied before
+    the first step, and then those that a forward pass has changed.
     """
 
     def __init__(self) -> None:
-        self._large: set[str] = set()
-        self._before: dict[str, tuple[int, int]] = {}
+        self._changing: set[str] = set()
+        self._before: dict[str, tuple[int, ...]] = {}
+        self._copies: dict[str, Tensor] = {}  # of the call that is running
+        self._is_first = True  # until the first step
 
-    def copied_(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """Return copies by name; call it before a forward pass.
+    def settle_(self) -> None:
+        """Copy no more frozen parameters but those that a forward pass has changed."""
+        self._is_first = False
 
-        Args:
-            modules: The modules of the model by name.
-        """
-        buffers = _buffers(modules)
-        self._before = {name: (id(buffer), version_of(buffer)) for name, buffer in buffers.items()}
-        return {
-            name: buffer.detach().clone()
-            for name, buffer in buffers.items()
-            if buffer.numel() <= COPIED_ENTRIES or name in self._large
-        }
-
-    def compare_(self, modules: Mapping[str, nn.Module]) -> None:
-        """Find the large buffers that the forward pass has changed; call it afterwards.
+    def copied_(
+        self, modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, Tensor]:
+        """Return copies by name, which `compare_` may reduce; call it before a forward pass.
 
         Args:
             modules: The modules of the model by name.
+            parameters: Its parameters by name.
         """
-        self._large |= {
-            name
-            for name, buffer in _buffers(modules).items()
-            if buffer.numel() > COPIED_ENTRIES
-            and self._before.get(name) != (id(buffer), version_of(buffer))
+        buffers, frozen = _buffers(modules), _frozen(parameters)
+        self._before = _states({**buffers, **frozen})
+        changing, size = self._changing, 0
+        copied = {n for n, b in buffers.items() if b.numel() <= COPIED_ENTRIES or n in changing}
+        for name, parameter in frozen.items():
+            size += parameter.numel() if self._is_first else 0
+            if name in changing or (self._is_first and size <= FROZEN_ENTRIES):
+                copied.add(name)
+        self._copies = {
+            name: tensor.detach().clone()
+            for name, tensor in {**buffers, **frozen}.items()
+            if name in copied
         }
+        return self._copies
+
+    def compare_(
+        self, modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Find what the forward pass has changed; call it afterwards.
+
+        Frozen parameters on a processor are read, as their versions do not tell of a change of
+        ``.data``. Copies of those that have not changed are dropped.
+
+        Args:
+            modules: The modules of the model by name.
+            parameters: Its parameters by name.
+        """
+        buffers, frozen = _buffers(modules), _frozen(parameters)
+        large = {name: b for name, b in buffers.items() if b.numel() > COPIED_ENTRIES}
+        states = _states({**large, **frozen})
+        self._changing |= {name for name, own in states.items() if self._before.get(name) != own}
+        for name in [name for name in self._copies if name in frozen]:
+            copy, present = self._copies[name], frozen[name].detach()
+            if name not in self._changing and present.is_cpu and not torch.equal(copy, present):
+                self._changing.add(name)
+            if name not in self._changing:
+                del self._copies[name]
+
+
+def _states(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return what changes with a tensor, or where another takes its place, by name."""
+    return {n: (id(t), version_of(t), _memory_of(t)) for n, t in tensors.items()}
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """Return where a parameter is stored, which an assignment to its ``.data`` changes."""
+    return tensor.data_ptr() if type(tensor) is nn.Parameter else 0
+
+
+def _frozen(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the parameters that are not trained, by name, without those of other libraries."""
+    pairs: Iterable[tuple[str, nn.Parameter]] = parameters.items()
+    return {n: p for n, p in pairs if type(p) is nn.Parameter and not p.requires_grad}
 
 
 def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

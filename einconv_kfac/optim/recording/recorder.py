@@ -108,6 +108,7 @@ class Recorder:
         batches, self._batches, self._outputs = self._batches, [], None
         if batches:
             self._calls.end_step_()
+            self._buffers.settle_()
         self.gradients.forget_()
         self._pending.clear_()
         return batches
@@ -194,7 +195,7 @@ class Recorder:
         """Return what a replay of a call needs."""
         self.tree.find_()
         modules, parameters = self.tree.modules, self.tree.parameters.values()
-        copied = self._buffers.copied_(modules)
+        copied = self._buffers.copied_(modules, self.tree.parameters)
         return ModelCall(
             args,
             kwargs,
@@ -222,7 +223,7 @@ class Recorder:
             self._running = self._outputs = None
             self._pending.end_(output)
             if self.keeps_outputs:
-                self._buffers.compare_(self.tree.modules)
+                self._buffers.compare_(self.tree.modules, self.tree.parameters)
             if self._loss_fn is None:
                 for loss in losses_of(output):
                     self.observe_(loss)

@@ -107,7 +107,7 @@ def check_repeated(batch: Batch, outputs: Sequence[Tensor]) -> None:
     raise RuntimeError(
         "The model must repeat its output when a recorded batch is replayed for adaptive=True, "
         "got a different one. Draw random numbers from torch's global generator, numpy's or "
-        "`random`, keep state between calls only in buffers (not in parameters or attributes), "
+        "`random`, keep state between calls only in buffers or frozen parameters (no attributes), "
         "change attributes of modules after the step, and parameters after it or inside of "
         "`torch.no_grad()` (not through `.data`), run attention without cuDNN, or pass "
         "adaptive=False."

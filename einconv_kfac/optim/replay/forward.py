@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from einconv_kfac.optim.model_walk import named_modules, parameters_in
+from einconv_kfac.optim.model_walk import named_modules, named_parameters
 from einconv_kfac.optim.replay.bags import native_embeddings
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, replaced
 from einconv_kfac.optim.replay.dropout import batch_masks
@@ -59,8 +59,19 @@ class ModelCall:
         return self if environment is self.environment else replace(self, environment=environment)
 
     def has_moved(self, model: nn.Module) -> bool:
-        """Return whether parameters of the model were changed after the call."""
-        return state_of(parameters_in(named_modules(model).values())) != self.parameters
+        """Return whether parameters of the model were changed after the call.
+
+        Those that the call itself changed, of which there are copies, do not count.
+        """
+        found = named_parameters(model)
+        own, copied = state_of(found.values()), self.environment.buffers
+        if len(own) != len(self.parameters):
+            return True
+        return any(
+            now != then
+            for name, now, then in zip(found, own, self.parameters)
+            if name not in copied
+        )
 
 
 NOT_REPLAYED = ModelCall((), {}, NOT_KEPT, Versions(()), ())
@@ -76,7 +87,8 @@ class Substitutes:
         modules: Its modules.
         parameters: The parameters that take other values, by name in the model.
         values_of: These values by parameter.
-        buffers: The buffers of the model with their names; a buffer may have several.
+        buffers: The buffers and frozen parameters of the model with their names; one may have
+            several.
         norms: Forward methods of modules that change no buffers, of which no copies are needed.
         forwards: These, and those of other layers.
     """
@@ -94,26 +106,28 @@ class Substitutes:
         """Return what stands for a model with other values of its parameters."""
         modules = named_modules(model).values()
         norms = batch_norms(modules)
-        named = model.named_parameters(remove_duplicate=False)
+        named = list(model.named_parameters(remove_duplicate=False))
+        frozen = [(name, tensor) for name, tensor in named if not tensor.requires_grad]
         return Substitutes(
             model,
             modules,
             parameters,
             {tensor: parameters[name] for name, tensor in named if name in parameters},
-            [*model.named_buffers(remove_duplicate=False)],
+            [*model.named_buffers(remove_duplicate=False), *frozen],
             norms,
             native_recurrences(modules) | native_embeddings(modules) | norms,
         )
 
     def values(self, part: nn.Module, buffers: Mapping[str, Tensor]) -> Direction:
-        """Return other parameters and copies of the buffers, by name in each module that has them.
+        """Return other parameters and copies of buffers, by name in each module that has them.
 
         Each module comes once: `functional_call` does not restore a module that it finds under
         several names.
 
         Args:
             part: The part of the model to which the names are relative.
-            buffers: The values of buffers, by name in the model; the others keep theirs.
+            buffers: The values of buffers and of frozen parameters, by name in the model; the
+                others keep theirs.
         """
         copies = {tensor: buffers[name] for name, tensor in self.buffers if name in buffers}
         copies = {tensor: value.clone() for tensor, value in copies.items()}
@@ -123,6 +137,8 @@ class Substitutes:
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter in self.values_of:
                     values[start + name] = self.values_of[parameter]
+                elif parameter is not None and parameter in copies:
+                    values[start + name] = copies[parameter]
             for name, buffer in module._buffers.items():
                 if buffer is None or (module in self.norms and buffer not in copies):
                     continue

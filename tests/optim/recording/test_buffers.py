@@ -8,6 +8,8 @@ import pytest
 import torch
 from optim_cases import image_batch, train_step, weights
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.functional import normalize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from einconv_kfac import KFAC
@@ -97,8 +99,67 @@ def test_a_buffer_that_has_become_large_is_copied(
     model = nn.Sequential(nn.Flatten(), Growing(is_late), nn.Linear(36, 3)).double()
     x, _ = image_batch()
     changing = buffers.ChangingBuffers()
-    changing.copied_(dict(model.named_modules()))
+    changing.copied_(dict(model.named_modules()), {})
     model(x)
-    changing.compare_(dict(model.named_modules()))
-    copies = changing.copied_(dict(model.named_modules()))
+    changing.compare_(dict(model.named_modules()), {})
+    copies = changing.copied_(dict(model.named_modules()), {})
     assert torch.equal(copies["1.seen"], model[1].seen)
+
+
+class Normalised(nn.Module):
+    """A layer divided by its norm along a vector that each forward pass improves.
+
+    Args:
+        way: How the vector is kept: as a buffer, or as a frozen parameter changed in some way.
+    """
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layer, self.way = nn.Linear(36, 5), way
+        start = torch.linspace(-1, 2, 5)
+        if way == "buffer":
+            self.register_buffer("u", start)
+        else:
+            self.u = nn.Parameter(start, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight
+        with torch.no_grad():
+            u = normalize(weight @ (weight.T @ self.u), dim=0)
+            if self.way == "assigned":
+                self.u.data = u
+            else:
+                (self.u.data if self.way == "data" else self.u).copy_(u)
+        norm = (weight.T @ self.u.clone()).norm()
+        return functional.linear(x, weight / norm, self.layer.bias)
+
+
+@pytest.mark.parametrize("way", ["copied", "data", "assigned"])
+def test_frozen_parameters_that_a_forward_pass_changes_are_as_buffers(way: str) -> None:
+    """Their vectors are those of one pass, and steps those of a model that has buffers."""
+    models = []
+    for each in ("buffer", way):
+        torch.manual_seed(0)
+        own = [nn.Flatten(), Normalised(each), nn.Tanh(), nn.Linear(5, 3)]
+        model, loss_fn = nn.Sequential(*own).double(), nn.CrossEntropyLoss()
+        opt = KFAC(model, loss_fn, fisher="exact")
+        for seed in range(4):
+            train_step(model, loss_fn, opt, image_batch(seed=seed))
+        models.append(model)
+    first, second = (model.state_dict() for model in models)
+    assert first.keys() == second.keys()
+    for name, expected in first.items():
+        torch.testing.assert_close(second[name], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_frozen_parameters_that_stay_are_copied_until_the_first_step() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    given = dict(model.named_modules()), dict(model.named_parameters())
+    changing = buffers.ChangingBuffers()
+    copies = changing.copied_(*given)
+    assert copies.keys() == {"0.weight", "0.bias"}
+    changing.compare_(*given)
+    assert not copies
+    changing.settle_()
+    assert not changing.copied_(*given)
