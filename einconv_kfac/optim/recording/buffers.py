@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from einconv_kfac.optim.replay.layer_jvp import batch_norms
 from einconv_kfac.optim.replay.versions import version_of
 
 COPIED_ENTRIES = 1 << 16
@@ -105,10 +105,11 @@ def _frozen(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return the buffers that outputs may depend on, by name."""
+    norms = batch_norms(modules)
     return {
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in modules.items()
-        if module._buffers and not (isinstance(module, _BatchNorm) and module.training)
+        if module._buffers and not (module in norms and module.training)
         for name, buffer in module._buffers.items()
         if buffer is not None
     }

@@ -104,8 +104,8 @@ class Substitutes:
     @staticmethod
     def of(model: nn.Module, parameters: Direction) -> Substitutes:
         """Return what stands for a model with other values of its parameters."""
-        modules = named_modules(model).values()
-        norms = batch_norms(modules)
+        named_parts = named_modules(model)
+        modules, norms = named_parts.values(), batch_norms(named_parts)
         named = list(model.named_parameters(remove_duplicate=False))
         frozen = [(name, tensor) for name, tensor in named if not tensor.requires_grad]
         return Substitutes(

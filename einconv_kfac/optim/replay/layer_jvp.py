@@ -15,7 +15,7 @@ those of the recorded forward pass. Group normalisation has contiguous inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -34,13 +34,28 @@ from einconv_kfac.torch_versions import make_dual
 Forward: TypeAlias = Callable[..., Tensor]
 
 
-def batch_norms(modules: Collection[nn.Module]) -> Forwards:
+def batch_norms(modules: Mapping[str, nn.Module]) -> Forwards:
     """Return forward methods of batch normalisation that leave running statistics as they are.
 
     In training mode the outputs do not depend on these, so that a replay needs no copies of them.
+    Subclasses and parts of layers, as for training with quantisation, may read them themselves.
+
+    Args:
+        modules: The modules of the model by name.
     """
-    own = [m for m in modules if type(m) in NORMALIZING and "forward" not in vars(m)]
-    return {module: partial(_on_batch, module) for module in own}
+    return {
+        module: partial(_on_batch, module)
+        for name, module in modules.items()
+        if type(module) in NORMALIZING
+        and "forward" not in vars(module)
+        and not _is_in_layer(name, modules)
+    }
+
+
+def _is_in_layer(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Return whether the module that contains another one has parameters of its own."""
+    parent = modules.get(name.rpartition(".")[0]) if name else None
+    return parent is not None and any(p is not None for p in parent._parameters.values())
 
 
 def _on_batch(module: Any, x: Tensor) -> Tensor:

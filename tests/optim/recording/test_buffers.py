@@ -163,3 +163,39 @@ def test_frozen_parameters_that_stay_are_copied_until_the_first_step() -> None:
     assert not copies
     changing.settle_()
     assert not changing.copied_(*given)
+
+
+class Renormalised(nn.BatchNorm1d):
+    """Batch normalisation whose outputs depend on its running statistics in training, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, running = x.mean(0), self.running_mean
+        assert running is not None
+        output = (x - mean) / x.std(0) + (mean - running).detach()
+        with torch.no_grad():
+            running.lerp_(mean, 0.5)
+        return output
+
+
+class Folded(nn.Linear):
+    """A layer that reads the statistics of a part of it, as for training with quantisation."""
+
+    def __init__(self) -> None:
+        super().__init__(36, 5)
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.norm.running_mean is not None
+        mean = self.norm.running_mean.clone()
+        output: Tensor = self.norm(super().forward(x))
+        return output + mean - 2 * self.norm.running_mean
+
+
+@pytest.mark.parametrize("first", [lambda: [nn.Linear(36, 5), Renormalised(5)], lambda: [Folded()]])
+def test_running_statistics_that_are_read_in_training(first: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), *first(), nn.Tanh(), nn.Linear(5, 3)).double()
+    loss_fn, batch = nn.CrossEntropyLoss(), image_batch(24)
+    opt = KFAC(model, loss_fn)
+    losses = [train_step(model, loss_fn, opt, batch) for _ in range(8)]
+    assert losses[-1] < losses[0]
