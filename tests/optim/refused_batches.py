@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from refused_scripts import (
     CROSS_ENTROPY,
     Refused,
@@ -40,6 +41,16 @@ def reused_observed_target(model: nn.Module, opt: KFAC, *, cloned: bool = False)
     loss = opt.observe(functional.mse_loss(model(X), target.clone() if cloned else target))
     loss.backward()
     target.zero_()
+    return loss
+
+
+def weighted_losses(model: nn.Module, opt: KFAC, *, cloned: bool = False) -> Tensor:
+    """Two losses, whose weights change before the step."""
+    shares, output = torch.ones(2, dtype=X.dtype), model(X)
+    losses = torch.stack([functional.cross_entropy(output, Y), output.square().mean()])
+    loss = opt.observe(((shares.clone() if cloned else shares) * losses).sum())
+    loss.backward()
+    shares.mul_(0.9)
     return loss
 
 
@@ -98,6 +109,12 @@ BATCHES: dict[str, Refused] = {
         r"which was overwritten.*\.clone\(\)",
         reused_observed_target,
         of(reused_observed_target, cloned=True),
+        loss_fn=None,
+    ),
+    "weights of losses that change": Refused(
+        r"one that was overwritten in place.*\.clone\(\)",
+        weighted_losses,
+        of(weighted_losses, cloned=True),
         loss_fn=None,
     ),
     "half of a batch with batch statistics": Refused(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from einconv_kfac.curvature.objective.graph import (
     Edge,
@@ -19,6 +20,11 @@ _ONCE = (
     "The operations between the model's output and the loss must be differentiable twice, got one "
     "that is not: {} Write it with other operations, as ((x[:, None] - y) ** 2).sum(-1) in place "
     "of torch.cdist(x, y) ** 2."
+)
+_CHANGED = (
+    "Tensors that the loss is computed from must not change before the step when adaptive=True, "
+    "got one that was overwritten in place, as by the step of another optimizer. Pass a copy "
+    "(`.clone()`), or take the step of this optimizer first, or pass adaptive=False."
 )
 _WITHOUT = "is not implemented"
 """What torch says of kernels without a derivative, as that of `hardsigmoid`."""
@@ -48,7 +54,7 @@ class LinearMap:
         self._transposed: dict[Edge, Tensor] | None = None
         self.sources = [target]
         if not stops(target):
-            with torch.enable_grad():
+            with torch.enable_grad(), saved_tensors_hooks(_kept, _checked):
                 self._w = zeros_at(target).requires_grad_()
                 found = backpropagated({target: self._w}, nodes, stops)
             self._transposed = {e: t for e, t in found.items() if t.requires_grad}
@@ -95,3 +101,26 @@ class LinearMap:
         inputs = list(own.values())
         found = torch.autograd.grad(product, inputs, vector.to(product), allow_unused=True)
         return {edge: part for edge, part in zip(own, found) if part is not None}
+
+
+def _kept(tensor: Tensor) -> tuple[Tensor, int]:
+    """Return a tensor that a backward pass needs, and its version.
+
+    Parameters of others, such as learned weights of several losses or the proxies of classes, are
+    copied: the step of their optimizer may come before that of this one.
+    """
+    base = tensor if tensor._base is None else tensor._base
+    own = tensor.detach().clone() if base.is_leaf and base.requires_grad else tensor
+    return own, 0 if own.is_inference() else own._version
+
+
+def _checked(kept: tuple[Tensor, int]) -> Tensor:
+    """Return what `_kept` kept, if it was not changed since.
+
+    Raises:
+        RuntimeError: If it was.
+    """
+    tensor, version = kept
+    if not tensor.is_inference() and tensor._version != version:
+        raise RuntimeError(_CHANGED)
+    return tensor

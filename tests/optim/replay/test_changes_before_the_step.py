@@ -9,6 +9,7 @@ import pytest
 import torch
 from optim_cases import weights
 from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from einconv_kfac import KFAC
 
@@ -78,3 +79,25 @@ def test_parameters_changed_through_data_are_refused_with_a_remedy() -> None:
     with pytest.raises(RuntimeError, match=words):
         trained(clamp_data, rate=0.0)
     assert trained(clamp, rate=0.0)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["weights", "proxies"])
+def test_parameters_of_the_loss_may_be_trained_first(kind: str) -> None:
+    """Weights of losses, or proxies of classes, by another optimizer that steps first or last."""
+    ends = []
+    for is_first in (False, True):
+        model = net(0.0)
+        shares = torch.ones(2, dtype=X.dtype, requires_grad=True)
+        proxies = torch.eye(3, dtype=X.dtype).requires_grad_()
+        opt, other = KFAC(model, fisher="exact"), torch.optim.SGD([shares, proxies], 0.1)
+        for _ in range(3):
+            opt.zero_grad()
+            other.zero_grad()
+            scores = model(X) @ proxies.T if kind == "proxies" else model(X)
+            losses = cross_entropy(scores, Y), scores.square().mean()
+            own = shares if kind == "weights" else shares.detach().clone()
+            opt.observe(own[0] * losses[0] + own[1] * losses[1]).backward()
+            for each in (other, opt) if is_first else (opt, other):
+                each.step()
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-12)
