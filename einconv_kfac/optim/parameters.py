@@ -133,8 +133,12 @@ def check_member(
     present = {parameter: name for name, parameter in model.named_parameters()}
     for parameter in parameters:
         if parameter not in present and parameter not in names:
-            shape = list(parameter.shape)
-            raise ValueError(f"`params` must be parameters of `model`, got one of {shape}.")
+            raise ValueError(
+                "`params` must be parameters of `model`, got another one of shape "
+                f"{list(parameter.shape)}. Pass a module that contains all that is trained, whose "
+                "`forward` may return the loss, or train other parameters, as those of a loss, by "
+                "another optimizer."
+            )
     for parameter, name in present.items():
         names.setdefault(parameter, name)
 

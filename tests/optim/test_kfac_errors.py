@@ -27,7 +27,10 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"approximation": "kfc"}, "`approximation` must be one of .*'expand'.*, got 'kfc'"),
     ({"mc_samples": 0}, "`mc_samples` must be at least 1, got 0"),
     ({"mc_samples": 2, "fisher": "exact"}, "`mc_samples` must be 1 for fisher='exact'.*got 2"),
-    ({"params": [nn.Parameter(torch.zeros(2))]}, r"`params` must be parameters of `model`"),
+    (
+        {"params": [nn.Parameter(torch.zeros(2))]},
+        r"`params` must be parameters of `model`, got another one of shape \[2\].* by another",
+    ),
     ({"params": []}, "optimizer got an empty parameter list"),
 ]
 
