@@ -112,3 +112,28 @@ def test_ways_to_write_a_loss_of_two_calls(name: str, number: int, mode: int) ->
     torch.testing.assert_close(found, want, rtol=1e-8, atol=1e-10)
     assert before[-1] < before[0]
     assert not losses or losses == pytest.approx(before, rel=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 0.1, "adaptive": False}])
+def test_parts_that_are_called_later_are_refused_and_the_remedy_works(
+    options: dict[str, Any],
+) -> None:
+    """Their calls are watched from the first step on, or not at all."""
+    ends = []
+    for is_called in (False, True):
+        model = Net()
+        opt = KFAC(model, fisher="exact", **options)
+        if is_called:
+            model.net[0](A)
+        for call in (model, model, lambda x, own=model.net: own[2](own[1](own[0](x)))):
+            opt.zero_grad()
+            opt.observe(CROSS_ENTROPY(call(A), Y)).backward()
+            if call is not model and not is_called:
+                with pytest.raises(RuntimeError, match=r"after the first step only: call each"):
+                    opt.step()
+                call = model  # noqa: PLW2901
+                opt.zero_grad()
+                opt.observe(CROSS_ENTROPY(call(A), Y)).backward()
+            opt.step()
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-11)

@@ -14,9 +14,11 @@ from einconv_kfac.curvature.objective.graph import has_compiled_code
 UNSEEN = (
     "Compiled models: pass `torch.compile(model)` itself here and call that. Checkpointed layers: "
     "pass use_reentrant=False. Layers that only another loss reaches: name them in `exclude`. "
-    "Models that return no tensors: return them, or a tuple, a mapping or an object that has them. "
-    "Models called by torch.vmap, and losses of derivatives of the model alone: do this in the "
-    "`forward` of a module that returns the result, and pass that module."
+    "Parts of the model that are called by themselves after the first step only: call each once "
+    "before it, `model.encoder(x)`. Models that return no tensors: return them, or a tuple, a "
+    "mapping or an object that has them. Models called by torch.vmap, and losses of derivatives of "
+    "the model alone: do this in the `forward` of a module that returns the result, and pass that "
+    "module."
 )
 
 
