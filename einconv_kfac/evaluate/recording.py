@@ -25,6 +25,20 @@ def is_exported_to_onnx() -> bool:
     return _is_in_onnx_export()
 
 
+def takes_kernels(simplify: bool) -> bool:
+    """Return whether kernels compute a convolution, and not the contraction of its network.
+
+    ONNX has torch's operators alone. Dynamo (``torch.compile``, strict export) cannot trace the
+    search for the order of a contraction.
+
+    Args:
+        simplify: Whether kernels are wanted where there is a choice.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return simplify and not is_exported_to_onnx()
+
+
 def is_traced_for_onnx() -> bool:
     """Return whether ``torch.onnx.export(..., dynamo=False)`` records, without changes of views."""
     is_traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]

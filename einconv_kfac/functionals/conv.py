@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from einconv_kfac.evaluate import contract_convolution, evaluate
-from einconv_kfac.evaluate.recording import is_exported_to_onnx, is_recorded
+from einconv_kfac.evaluate.recording import is_recorded, takes_kernels
 from einconv_kfac.expressions import convNd_forward
 from einconv_kfac.expressions.shapes import check_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, finished
@@ -45,7 +45,7 @@ def convNd(  # noqa: N802 (einconv's name)
         dilation: Input positions between kernel entries.
         groups: Number of channel groups.
         simplify: Whether to contract by kernels selected from the sizes; otherwise the
-            network is contracted as given.
+            network is contracted as given, except in code that ``torch.compile`` traces.
 
     Returns:
         Tensor of shape ``[n, (g co), *o]``, or ``[(g co), *o]``.
@@ -65,7 +65,7 @@ def convNd(  # noqa: N802 (einconv's name)
     options = map(hashable, (stride, padding, dilation, groups))
     geometry_of = _geometry if is_recorded() else _cached_geometry
     geometry = geometry_of(batch.shape[1:], weight.shape, *options)
-    if as_flag(simplify, "simplify") and not is_exported_to_onnx():
+    if takes_kernels(as_flag(simplify, "simplify")):
         output = contract_convolution(geometry, "v", batch, weight)
     else:
         sizes = batch.shape[0], batch.shape[1], weight.shape[0]

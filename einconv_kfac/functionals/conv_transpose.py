@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from einconv_kfac.evaluate import contract_convolution, evaluate
-from einconv_kfac.evaluate.recording import is_exported_to_onnx, is_recorded
+from einconv_kfac.evaluate.recording import is_recorded, takes_kernels
 from einconv_kfac.expressions import convNd_input_vjp
 from einconv_kfac.expressions.shapes import check_transposed_weight, spatial_size
 from einconv_kfac.functionals.operands import batched, checked, finished
@@ -70,7 +70,7 @@ def conv_transposeNd(  # noqa: N802 (in line with convNd)
     keys = map(hashable, (stride, padding, output_padding, dilation, groups))
     geometry_of = _geometry if is_recorded() else _cached_geometry
     geometry = geometry_of(batch.shape[1:], weight.shape, *keys)
-    if as_flag(simplify, "simplify") and not is_exported_to_onnx():
+    if takes_kernels(as_flag(simplify, "simplify")):
         output = contract_convolution(geometry, "x", weight, batch)
     else:
         network = convNd_input_vjp.network(geometry, batch.shape[0], channels[0], batch.shape[1])

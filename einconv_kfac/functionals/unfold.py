@@ -52,7 +52,7 @@ def unfoldNd(  # noqa: N802 (einconv's name)
     check_tensor(x, "x")
     sizes = spatial_size(tuple(x.shape), "x")
     geometry = parse_geometry(sizes, kernel_size, stride, padding, dilation)
-    if as_flag(simplify, "simplify"):
+    if as_flag(simplify, "simplify") or torch.compiler.is_dynamo_compiling():
         return windows.unfold(geometry, x)
     return _own(evaluate(convNd_unfold.network(geometry, x.shape[0], x.shape[1]), x))
 
@@ -96,7 +96,7 @@ def foldNd(  # noqa: N802 (in line with unfoldNd)
     geometry = parse_geometry(sizes, kernel_size, stride, padding, dilation)
     columns = x.unsqueeze(0) if x.ndim == 2 else x
     channels = column_channels(tuple(columns.shape), geometry)
-    if as_flag(simplify, "simplify"):
+    if as_flag(simplify, "simplify") or torch.compiler.is_dynamo_compiling():
         folded = windows.fold(geometry, columns)
     else:
         folded = _own(evaluate(convNd_fold.network(geometry, columns.shape[0], channels), columns))
@@ -139,7 +139,7 @@ def unfoldNd_transpose(  # noqa: N802 (in line with unfoldNd)
     sizes = spatial_size(tuple(x.shape), "x")
     options = (kernel_size, stride, padding, output_padding, dilation)
     geometry = conv_transpose_geometry(sizes, *options)
-    if as_flag(simplify, "simplify"):
+    if as_flag(simplify, "simplify") or torch.compiler.is_dynamo_compiling():
         return windows.unfold_transposed(geometry, x)
     return _own(evaluate(conv_transposeNd_unfold.network(geometry, x.shape[0], x.shape[1]), x))
 

@@ -131,6 +131,19 @@ def test_compiles_without_graph_breaks() -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+def test_contractions_as_given_compile_without_graph_breaks() -> None:
+    layers = ConvNd(1, 4, 4, 3, simplify=False), ConvTransposeNd(1, 4, 2, 2, 2, simplify=False)
+    model = torch.nn.Sequential(*layers).double()
+
+    def transformed(x: Tensor) -> Tensor:
+        return model(foldNd(unfoldNd(x, 2, simplify=False), 6, 2, simplify=False))
+
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), transformed(x))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_exports() -> None:
     model = torch.nn.Sequential(ConvNd(2, 4, 6, 3, stride=2), ConvTransposeNd(2, 6, 2, 2, 2))
     x = torch.randn(2, 4, 7, 6)
