@@ -12,16 +12,22 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.batching import LARGEST_BATCHED_DIMENSION
+from einconv_kfac.curvature.blocks.damped_inverse import damped_inverse
 from einconv_kfac.curvature.blocks.diagonal_factor import diagonal_of, is_diagonal
+from einconv_kfac.curvature.blocks.low_rank import UNKNOWN, RankBound
 from einconv_kfac.curvature.devices.late_numbers import LateNumbers
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """A tensor for the factor ``A`` and one for the factor ``B``."""
+Bounds: TypeAlias = tuple[RankBound, RankBound]
+"""Bounds on the ranks of a factor ``A`` and of a factor ``B``."""
+UNKNOWN_RANKS: Bounds = (UNKNOWN, UNKNOWN)
 
-PLANE = 2
-"""Dimension of matrices that have a short closed form of the inverse."""
 RANGE_FRACTION = 2.0**-10
 """Largest damping of a factor, as a fraction of the largest number of its data type."""
+NORM_ENTRIES = 1 << 20
+"""Entries of a factor whose absolute values are computed at once, in memory that stays in a cache:
+two to four times as fast as torch's norm along a dimension."""
 DAMPING_GROWTH_AFTER_FAILURE = 10.0
 """Factor by which the damping of a layer grows where its Cholesky decomposition fails."""
 
@@ -85,6 +91,7 @@ def invert_damped(
     names: Sequence[str],
     *,
     damping_increases: int = 0,
+    bounds: Sequence[Bounds] | None = None,
 ) -> list[DampedFactors]:
     """Invert pairs of factors, with the damping of each pair split by trace balance.
 
@@ -98,6 +105,7 @@ def invert_damped(
         names: The name of each pair, for errors.
         damping_increases: How often the damping of a pair may grow, tenfold each time, where
             float64 fails as well.
+        bounds: Bounds on the ranks of each pair, where they are known.
 
     Raises:
         RuntimeError: If a damped factor is not positive definite at the last attempt, or its
@@ -105,12 +113,13 @@ def invert_damped(
     """
     results: list[DampedFactors | None] = [None] * len(pairs)
     stacks = _stacks(pairs, dampings)
-    for indices, found in zip(stacks, _inverted(pairs, dampings, stacks)):
+    ranks = bounds or [UNKNOWN_RANKS] * len(pairs)
+    for indices, found in zip(stacks, _inverted(pairs, dampings, stacks, ranks)):
         parts: Sequence[DampedFactors | None] = [None]
         if found is not None:
             parts = found.split([len(pairs[index][0]) for index in indices])
         elif len(indices) > 1:
-            parts = _inverted(pairs, dampings, [[index] for index in indices])
+            parts = _inverted(pairs, dampings, [[index] for index in indices], ranks)
         for index, part in zip(indices, parts):
             results[index] = part
     return [
@@ -130,13 +139,17 @@ def _stacks(pairs: Sequence[Pair], dampings: Sequence[float]) -> list[list[int]]
 
 
 def _inverted(
-    pairs: Sequence[Pair], dampings: Sequence[float], stacks: Sequence[Sequence[int]]
+    pairs: Sequence[Pair],
+    dampings: Sequence[float],
+    stacks: Sequence[Sequence[int]],
+    bounds: Sequence[Bounds],
 ) -> list[DampedFactors | None]:
     """Return the inverses of each stack, as those of one pair, or ``None`` where one fails."""
     joined = [_joined([pairs[index] for index in indices]) for indices in stacks]
     own = [dampings[indices[0]] for indices in stacks]
     parts = [split_damping(pair, damping) for pair, damping in zip(joined, own)]
     factors, shares = ([each for pair in several for each in pair] for several in (joined, parts))
+    ranks = [bound for indices in stacks for bound in bounds[indices[0]]]
 
     def of(inverses: Sequence[Tensor | None]) -> list[DampedFactors | None]:
         return [
@@ -145,7 +158,7 @@ def _inverted(
         ]
 
     if not all(factor.is_cuda for factor in factors):
-        return of(damped_inverses(factors, shares))
+        return of(damped_inverses(factors, shares, ranks))
     begun: list[DampedFactors | None] = []
 
     def meanwhile(inverses: Sequence[Tensor | None]) -> None:
@@ -155,7 +168,7 @@ def _inverted(
             assert each is not None
             _ = each._by_group
 
-    found = damped_inverses(factors, shares, meanwhile)
+    found = damped_inverses(factors, shares, ranks, meanwhile)
     return begun if all(inverse is not None for inverse in found) else of(found)
 
 
@@ -187,6 +200,7 @@ def split_damping(factors: Pair, damping: float) -> Pair:
 def damped_inverses(
     factors: Sequence[Tensor],
     dampings: Sequence[Tensor],
+    bounds: Sequence[RankBound] = (),
     meanwhile: Callable[[Sequence[Tensor | None]], None] | None = None,
 ) -> list[Tensor | None]:
     """Return ``(F + damping I)^-1`` for each factor, or ``None`` if Cholesky or its range fails.
@@ -196,9 +210,11 @@ def damped_inverses(
     Args:
         factors: Factors ``[g, d, d]``, or their diagonals ``[g, d]``.
         dampings: Dampings ``[g]``.
+        bounds: Bounds on the ranks of the factors, or none.
         meanwhile: Asks a GPU for more before the host waits, given inverses that may be wrong.
     """
-    found = [_damped_inverse(factor, damping) for factor, damping in zip(factors, dampings)]
+    known = bounds or [UNKNOWN] * len(factors)
+    found = [damped_inverse(*own) for own in zip(factors, dampings, known)]
     if not found:
         return []
     flag, inverses = _are_right(found), [inverse for inverse, _ in found]
@@ -240,40 +256,6 @@ def _in_float64(pair: Pair, damping: float, name: str, damping_increases: int) -
     )
 
 
-def _damped_inverse(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(factor + damping I)^-1`` per group, and a number per group, ``[g]``.
-
-    The number is not zero where the damped factor is not positive definite. The host does not wait.
-    """
-    size = factor.shape[-1]
-    if is_diagonal(factor) or size == 1:
-        damped = factor + damping.reshape(-1, *(1,) * (factor.ndim - 1))
-        inverse = damped.reciprocal()
-        failures = ~(inverse > 0).flatten(1).all(-1)
-    elif size == PLANE:
-        inverse, positive = _inverse_in_plane(factor, damping)
-        failures = ~positive
-    else:
-        damped = factor.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
-        triangle, failures = torch.linalg.cholesky_ex(damped)
-        # an unfinished triangle may have a zero on its diagonal, and cannot be inverted
-        triangle.diagonal(dim1=-2, dim2=-1).masked_fill_((failures != 0).unsqueeze(-1), 1)
-        inverse = torch.cholesky_inverse(triangle)
-    return inverse, failures
-
-
-def _inverse_in_plane(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `_damped_inverse` of 2x2 matrices by their Schur complements, and what is positive."""
-    first, last = factor[:, 0, 0] + damping, factor[:, 1, 1] + damping
-    slope = factor[:, 1, 0] / first
-    complement = last - slope * factor[:, 1, 0]
-    corner = complement.reciprocal()
-    side = -slope * corner
-    inverse = torch.stack([first.reciprocal() - slope * side, side, side, corner], -1)
-    return inverse.reshape(-1, PLANE, PLANE), (first > 0) & (complement > 0)
-
-
 def _mean_eigenvalue(factor: Tensor) -> Tensor:
     """Return ``tr(F) / dim(F)`` per group, ``[g]``, positive."""
     mean = diagonal_of(factor).mean(dim=-1)
@@ -284,5 +266,9 @@ def _one_norm(factor: Tensor) -> Tensor:
     """Return the 1-norm per group, ``[g]``."""
     if is_diagonal(factor):
         return factor.abs().amax(-1)
-    columns: Tensor = torch.linalg.vector_norm(factor, 1, dim=-1)
-    return columns.amax(-1)
+    if factor.is_cuda:
+        columns: Tensor = torch.linalg.vector_norm(factor, 1, dim=-1)
+        return columns.amax(-1)
+    groups, size = factor.shape[:2]
+    parts = factor.split(max(1, NORM_ENTRIES // max(1, groups * size)), dim=-2)
+    return torch.stack([part.abs().sum(-1).amax(-1) for part in parts]).amax(0)

@@ -107,7 +107,7 @@ class RunningCurvature:
             if known is not None and set(layer.parameters) <= set(known.layer.parameters):
                 continue
             if self._excluded.isdisjoint(layer.modules):
-                self.layers[layer.name] = RunningFactors(layer, self.estimator.shapes(layer))
+                self.layers[layer.name] = RunningFactors(layer, self.estimator)
                 self.collector.watch(layer)
         for name in [own.name for own in found if own.name in self.layers]:
             self.layers[name] = self.layers.pop(name)  # as in the model

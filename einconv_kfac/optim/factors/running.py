@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.blocks.cholesky import Pair
+from einconv_kfac.curvature.blocks.cholesky import UNKNOWN_RANKS, Bounds, Pair
+from einconv_kfac.curvature.blocks.low_rank import RankBound
+from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.definiteness import FACTOR
 from einconv_kfac.optim.inverses.background import Pending
@@ -65,17 +67,20 @@ class RunningFactors:
 
     Args:
         layer: The layer.
-        shapes: The shapes of its factors ``A`` and ``B``; one that is diagonal is ``[g, d]``.
+        estimator: Which Fisher its factors are of.
 
     Attributes:
-        shapes: See above.
+        shapes: The shapes of its factors ``A`` and ``B``; one that is diagonal is ``[g, d]``.
         is_owned: Whether this worker has the factors; every worker has the inverse.
         rows: Number of products of the weight with a vector in the forward passes of a step.
     """
 
-    def __init__(self, layer: Layer, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, layer: Layer, estimator: FisherEstimator) -> None:
         self.layer = layer
-        self.shapes = [tuple(shape) for shape in shapes]
+        self.shapes = [tuple(shape) for shape in estimator.shapes(layer)]
+        sampled = estimator.fisher in {"mc", "empirical"}
+        self._gradients = estimator.mc_samples if sampled else None  # of a row, if it is known
+        self._bounded: tuple[Pair, Bounds] | None = None
         self.updates = self.rows = 0
         self.is_owned = True
         self.factors: Pair | None = None
@@ -116,7 +121,21 @@ class RunningFactors:
         return self._task(self._shaped() if self.factors is None else self.factors, damping)
 
     def _task(self, factors: Pair, damping: float) -> Task:
-        return Task(self.layer.name, factors, damping, self.layer.layout)
+        return Task(self.layer.name, factors, damping, self.layer.layout, self._bounds())
+
+    def _bounds(self) -> Bounds:
+        """Return bounds on the ranks of the factors: the rows that they were updated with.
+
+        Rows are those of the last update. Where earlier ones had more, `low_rank` finds a larger
+        rank, and the factor is inverted as any other.
+        """
+        if self.factors is None or not self.rows:
+            return UNKNOWN_RANKS
+        if self._bounded is None or self._bounded[0] is not self.factors:
+            rows = self.rows * self.updates
+            gradients = self._gradients and self._gradients * rows
+            self._bounded = self.factors, (RankBound(rows), RankBound(gradients))
+        return self._bounded[1]
 
     def _shaped(self) -> Pair:
         """Return tensors without numbers that have the shapes of the factors."""
@@ -197,7 +216,7 @@ class RunningFactors:
         made = copy(self)
         made.updates = made.retries = made.rows = 0
         made.factors = made.factor_step = made.conditions = None
-        made._is_elsewhere = False
+        made._is_elsewhere, made._bounded = False, None
         made.inverse = made.inverse_step = made.pending = None
         return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def begun(invert: Callable[[Sequence[Task]], list[Inverted]], tasks: Sequence[Ta
         invert: Inverts the factors of layers, as `Kind.timed`.
         tasks: The layers and their factors, which are copied.
     """
-    copies = [replace(t, factors=(t.factors[0].clone(), t.factors[1].clone())) for t in tasks]
+    copies = [task.copied() for task in tasks]
     stream = SideStream(copies[0].factors[0].device)
     stream.follow_(factor for task in copies for factor in task.factors)
 

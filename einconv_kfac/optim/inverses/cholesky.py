@@ -72,6 +72,7 @@ def _invert(tasks: Sequence[Task]) -> list[Inverted]:
         [task.damping for task in tasks],
         [f"'{task.name}'" for task in tasks],
         damping_increases=MOST_DAMPING_INCREASES,
+        bounds=[task.bounds for task in tasks],
     )
     results = []
     for task, damped in zip(tasks, found):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.blocks.cholesky import Pair
+from einconv_kfac.curvature.blocks.cholesky import UNKNOWN_RANKS, Bounds, Pair
 from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal
 from einconv_kfac.curvature.blocks.eigen import EigenBlock
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
@@ -88,12 +88,19 @@ class Task:
         factors: ``A [g, d, d]`` and ``B [g, co, co]``; those that are diagonal as ``[g, d]``.
         damping: The damping.
         layout: The layer's parameters.
+        bounds: Bounds on the ranks of the factors.
     """
 
     name: str
     factors: Pair
     damping: float
     layout: Layout
+    bounds: Bounds = UNKNOWN_RANKS
+
+    def copied(self) -> Task:
+        """Return the task with copies of its factors, for another thread."""
+        (a, b), (of_a, of_b) = self.factors, self.bounds
+        return replace(self, factors=(a.clone(), b.clone()), bounds=(of_a.anew(), of_b.anew()))
 
     @property
     def work(self) -> int:

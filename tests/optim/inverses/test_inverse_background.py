@@ -70,7 +70,7 @@ def test_errors_surface_when_the_inverse_is_due(monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patched:
         patched.setattr(
             "einconv_kfac.curvature.blocks.cholesky.damped_inverses",
-            lambda factors, _: [None] * len(factors),
+            lambda factors, *_: [None] * len(factors),
         )
         train_step(model, loss_fn, opt, image_batch())
         opt.state_dict()  # waits, and leaves the failure out
