@@ -67,7 +67,8 @@ def test_a_larger_rank_than_the_bound_is_found(tail: float) -> None:
 def test_special_factors() -> None:
     zero = torch.zeros(1, LEAST_SIZE, LEAST_SIZE)
     form = low_rank(zero, 2)
-    assert form is not None and not form.core.any()
+    assert form is not None
+    assert not form.core.any()
     assert low_rank(zero + torch.nan, 2) is None
     assert RankBound(ROWS).form(torch.eye(8)[None]) is None  # small
     assert RankBound(ROWS).form(torch.ones(1, LEAST_SIZE)) is None  # diagonal
@@ -83,6 +84,8 @@ def test_forms_are_found_once_and_repeat() -> None:
     form = bound.form(own)
     assert torch.equal(torch.rand(()), first)  # the global random state has not moved
     assert form is bound.form(own)
-    assert form is not None and bound.form(own.clone()) is not form
+    assert bound.form(own.clone()) is not form
     again = bound.anew().form(own)
-    assert again is not None and torch.equal(form.basis, again.basis)
+    assert form is not None
+    assert again is not None
+    assert torch.equal(form.basis, again.basis)
