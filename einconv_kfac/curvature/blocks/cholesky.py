@@ -270,5 +270,5 @@ def _one_norm(factor: Tensor) -> Tensor:
         columns: Tensor = torch.linalg.vector_norm(factor, 1, dim=-1)
         return columns.amax(-1)
     groups, size = factor.shape[:2]
-    parts = factor.split(max(1, NORM_ENTRIES // max(1, groups * size)), dim=-2)
+    parts = torch.split(factor, max(1, NORM_ENTRIES // max(1, groups * size)), dim=-2)
     return torch.stack([part.abs().sum(-1).amax(-1) for part in parts]).amax(0)

@@ -29,6 +29,18 @@ def test_inverses_of_several_pairs() -> None:
             torch.testing.assert_close(found.conditions()[index], expected)
 
 
+@pytest.mark.parametrize("entries", [1, 9, 20])
+def test_condition_numbers_of_large_factors(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
+    """The norms are computed part by part."""
+    monkeypatch.setattr("einconv_kfac.curvature.blocks.cholesky.NORM_ENTRIES", entries)
+    torch.manual_seed(0)
+    own = pair(2, 3, 4)
+    (found,) = invert_damped([own], [0.1], ["a"])
+    for factor, part, condition in zip(own, split_damping(own, 0.1), found.conditions()):
+        damped = factor + part[:, None, None] * torch.eye(factor.shape[-1], dtype=factor.dtype)
+        torch.testing.assert_close(condition, torch.linalg.cond(damped, 1).amax())
+
+
 def test_a_failure_concerns_its_pair_alone() -> None:
     torch.manual_seed(0)
     good, bad = pair(1, 2, 2, torch.float32), (torch.eye(2)[None], INDEFINITE)
