@@ -25,6 +25,8 @@ UNKNOWN_RANKS: Bounds = (UNKNOWN, UNKNOWN)
 
 RANGE_FRACTION = 2.0**-10
 """Largest damping of a factor, as a fraction of the largest number of its data type."""
+NORM_SIZE = 1024
+"""Rows of a factor from which its norm takes several operations on a CPU."""
 NORM_ENTRIES = 1 << 20
 """Entries of a factor whose absolute values are computed at once, in memory that stays in a cache:
 two to four times as fast as torch's norm along a dimension."""
@@ -266,9 +268,9 @@ def _one_norm(factor: Tensor) -> Tensor:
     """Return the 1-norm per group, ``[g]``."""
     if is_diagonal(factor):
         return factor.abs().amax(-1)
-    if factor.is_cuda:
+    groups, size = factor.shape[:2]
+    if factor.is_cuda or size < NORM_SIZE:
         columns: Tensor = torch.linalg.vector_norm(factor, 1, dim=-1)
         return columns.amax(-1)
-    groups, size = factor.shape[:2]
     parts = torch.split(factor, max(1, NORM_ENTRIES // max(1, groups * size)), dim=-2)
     return torch.stack([part.abs().sum(-1).amax(-1) for part in parts]).amax(0)

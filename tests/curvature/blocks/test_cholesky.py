@@ -33,6 +33,7 @@ def test_inverses_of_several_pairs() -> None:
 def test_condition_numbers_of_large_factors(monkeypatch: pytest.MonkeyPatch, entries: int) -> None:
     """The norms are computed part by part."""
     monkeypatch.setattr("einconv_kfac.curvature.blocks.cholesky.NORM_ENTRIES", entries)
+    monkeypatch.setattr("einconv_kfac.curvature.blocks.cholesky.NORM_SIZE", 1)
     torch.manual_seed(0)
     own = pair(2, 3, 4)
     (found,) = invert_damped([own], [0.1], ["a"])
