@@ -83,16 +83,21 @@ class OperationCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count inside the block, copies of tensors that are on the host among them."""
+        """Count inside the block, copies of tensors that are on the host among them.
+
+        What is read because it is on a processor is left out: tensors say that they are not.
+        """
         originals = {name: getattr(Tensor, name) for name in HOST_COPIES}
         for name, original in originals.items():
             setattr(Tensor, name, self._counted(original))
+        Tensor.is_cpu = property(lambda _: False)  # type: ignore[assignment]
         try:
             with self:
                 yield
         finally:
             for name, original in originals.items():
                 setattr(Tensor, name, original)
+            del Tensor.is_cpu
 
     def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Return a method that counts as a wait, whatever it does inside."""

@@ -73,7 +73,7 @@ def layer_weights(
 
 def _is_zero(weight: Tensor) -> bool:
     """Return whether a weight is zero; the host reads it on a CPU only."""
-    return weight.device.type == "cpu" and not float(weight)
+    return weight.is_cpu and not float(weight)
 
 
 def _are_common(batches: Sequence[Batch], layers: Sequence[str]) -> float:

@@ -85,7 +85,7 @@ class LossWeights:
             RuntimeError: If losses of the step are means and sums.
         """
         self._keep_reduction_(evaluation)
-        is_read = weight.device.type == "cpu" and not isinstance(self._first, Tensor)
+        is_read = weight.is_cpu and not isinstance(self._first, Tensor)
         own = self._known_(float(weight)) if is_read else self._unread_(weight)
         if own is None:
             return None

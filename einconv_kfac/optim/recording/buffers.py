@@ -27,17 +27,16 @@ class ChangingBuffers:
     pass on that has changed them. Running statistics of batch normalisation in training mode
     are left out, since the outputs do not depend on them. Frozen parameters are copied before
     the first step, and then those that a forward pass has changed.
+
+    Attributes:
+        is_first: Whether the first step is still to come.
     """
 
     def __init__(self) -> None:
         self._changing: set[str] = set()
         self._before: dict[str, tuple[int, ...]] = {}
         self._copies: dict[str, Tensor] = {}  # of the call that is running
-        self._is_first = True  # until the first step
-
-    def settle_(self) -> None:
-        """Copy no more frozen parameters but those that a forward pass has changed."""
-        self._is_first = False
+        self.is_first = True
 
     def copied_(
         self, modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]
@@ -53,8 +52,8 @@ class ChangingBuffers:
         changing, size = self._changing, 0
         copied = {n for n, b in buffers.items() if b.numel() <= COPIED_ENTRIES or n in changing}
         for name, parameter in frozen.items():
-            size += parameter.numel() if self._is_first else 0
-            if name in changing or (self._is_first and size <= FROZEN_ENTRIES):
+            size += parameter.numel() if self.is_first else 0
+            if name in changing or (self.is_first and size <= FROZEN_ENTRIES):
                 copied.add(name)
         self._copies = {
             name: tensor.detach().clone()

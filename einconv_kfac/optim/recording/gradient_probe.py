@@ -50,7 +50,8 @@ class Probe:
         if self.gradient._version != self.version and not self.is_divided:
             return False
         if self.is_divided or (is_read and self.gradient.is_cpu):
-            return torch.equal(entries_of(self.gradient), self.value)
+            own = local_of(self.gradient) if self.is_divided else self.gradient
+            return torch.equal(_first(own), self.value)
         return True
 
     def is_cleared(self, *, is_read: bool) -> bool | None:

@@ -108,7 +108,7 @@ class Recorder:
         batches, self._batches, self._outputs = self._batches, [], None
         if batches:
             self._calls.end_step_()
-            self._buffers.settle_()
+            self._buffers.is_first = False
         self.gradients.forget_()
         self._pending.clear_()
         return batches

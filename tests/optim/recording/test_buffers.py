@@ -161,7 +161,7 @@ def test_frozen_parameters_that_stay_are_copied_until_the_first_step() -> None:
     assert copies.keys() == {"0.weight", "0.bias"}
     changing.compare_(*given)
     assert not copies
-    changing.settle_()
+    changing.is_first = False
     assert not changing.copied_(*given)
 
 

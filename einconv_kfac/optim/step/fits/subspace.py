@@ -13,7 +13,7 @@ from einconv_kfac.optim.factors.curvature import RunningCurvature
 from einconv_kfac.optim.factors.preconditioning import by_scale
 from einconv_kfac.optim.schedule import is_due
 from einconv_kfac.optim.state_schema import COUNT, NUMBER, Maybe, Record
-from einconv_kfac.optim.step.agreement import Agreement
+from einconv_kfac.optim.step.agreement import LARGEST_NOISE, Agreement
 from einconv_kfac.optim.step.fits.carried_fit import CarriedFit, CarriedMix
 from einconv_kfac.optim.step.fits.fit import Fit, Momentum
 from einconv_kfac.optim.step.fits.pending_fit import PendingFit, SolvedFit
@@ -120,7 +120,7 @@ class SubspaceFit:
             mix: The mix.
             numbers: Its `CarriedMix.numbers` on the host.
         """
-        is_noisy = not self._agreement.is_close
+        is_noisy = self._agreement.noise >= LARGEST_NOISE
         fit = self._carried.fit(mix, numbers, self._trust.fraction, is_noisy=is_noisy)
         if fit is None:
             return None
