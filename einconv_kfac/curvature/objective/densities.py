@@ -112,7 +112,8 @@ class WithoutCurvature:
         nonlinear, losses = {*graph.nonlinear}, list[Losses]()
         units: dict[Edge, Tensor] = {}
         found = first_met([graph.root], lambda e: e[0] in nonlinear or graph.is_end(e))
-        for edge in sorted(found - graph.ends.keys(), key=lambda e: (graph.nodes[e[0]], e[1])):
+        results = [edge for edge in found - graph.ends.keys() if edge[0] in nonlinear]
+        for edge in sorted(results, key=lambda e: (graph.nodes[e[0]], e[1])):
             weight = graph.seen.get(edge)
             if edge[0] in known or weight is None:
                 continue
