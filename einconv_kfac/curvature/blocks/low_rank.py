@@ -50,7 +50,7 @@ class LowRank:
     core: Tensor
 
     def inverse(self, core_inverse: Tensor, damping: Tensor) -> Tensor:
-        """Return ``(Q C Q^T + damping I)^-1 [g, d, d]``.
+        """Return ``(Q C Q^T + damping I)^-1 [g, d, d]``, symmetric to the last bit.
 
         Args:
             core_inverse: ``(C + damping I)^-1``.
@@ -59,7 +59,8 @@ class LowRank:
         shift = damping.reciprocal().unsqueeze(-1)
         change = core_inverse.clone()
         change.diagonal(dim1=-2, dim2=-1).sub_(shift)
-        inverse = product(product(self.basis, change), self.basis.mT)
+        half = product(product(self.basis, change / 2), self.basis.mT)
+        inverse = half + half.mT
         inverse.diagonal(dim1=-2, dim2=-1).add_(shift)
         return inverse
 

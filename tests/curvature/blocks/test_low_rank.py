@@ -33,6 +33,7 @@ def test_inverses_are_those_of_the_whole_matrix(groups: int, damping: float) -> 
     for inverse, own, part in zip(found.inverses, pair, split_damping(pair, damping)):
         damped = own + part[:, None, None] * torch.eye(own.shape[-1], dtype=own.dtype)
         torch.testing.assert_close(inverse, torch.linalg.inv(damped), rtol=1e-7, atol=1e-9)
+        assert torch.equal(inverse, inverse.mT)
     assert found.retries == 0
 
 
