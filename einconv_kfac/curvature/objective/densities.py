@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from einconv_kfac.curvature.objective.graph import Edge, dependents, first_met, kind_of_node
+from einconv_kfac.curvature.objective.graph import (
+    Edge,
+    dependents,
+    first_met,
+    kind_of_node,
+)
 from einconv_kfac.curvature.objective.linear_map import LinearMap, OnceDifferentiableError
 from einconv_kfac.curvature.objective.local_curvature import Diagonal
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
+from einconv_kfac.curvature.objective.magnitudes import magnitudes_of
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.node_rule import Function
 from einconv_kfac.curvature.objective.nodes.bilinear import AddedProduct
@@ -92,12 +98,15 @@ class WithoutCurvature:
         units: For each end of the graph that the loss depends on by an operation that cannot be
             evaluated: the sum of the magnitudes of the weights with which results enter the loss.
         linear: The ends that the loss is linear in.
+        magnitudes: The terms of logarithms of softmaxes whose weights have both signs, with the
+            ends that each depends on.
         loss: The loss.
     """
 
     losses: Sequence[Losses]
     units: Mapping[Edge, Tensor]
     linear: Collection[Edge]
+    magnitudes: Sequence[tuple[Term, Collection[Edge]]]
     loss: Tensor
 
     @staticmethod
@@ -125,7 +134,9 @@ class WithoutCurvature:
             unit = weight.abs().sum()
             for end in first_met([edge], graph.is_end):
                 units[end] = units[end] + unit if end in units else unit
-        return WithoutCurvature(losses, units, found & graph.ends.keys(), loss)
+        linear = found & graph.ends.keys()
+        magnitudes = list(magnitudes_of(graph, known, linear))
+        return WithoutCurvature(losses, units, linear, magnitudes, loss)
 
     def terms(
         self, places: Mapping[Edge, Tensor], gradients: Mapping[Edge, Tensor]
@@ -150,6 +161,10 @@ class WithoutCurvature:
             if term is not None and not (losses.bends_alone and is_most):
                 term = _within(term, places, gradients)
             if term is not None:
+                yield term, inner
+        for term, ends in self.magnitudes if places else ():
+            inner = {*ends} - term.sources
+            if not inner - places.keys() and _is_within(term, places, gradients):
                 yield term, inner
 
     def scale(self, edge: Edge, slope: Tensor) -> Tensor:
@@ -176,16 +191,30 @@ def _within(
     term: Term, places: Mapping[Edge, Tensor], gradients: Mapping[Edge, Tensor]
 ) -> Term | None:
     """Return the entries of a term that depend on given places alone; ``None`` without such."""
+    try:
+        touched, values = _touched(term, places, gradients), term.curvature.support()
+    except OnceDifferentiableError:
+        return None
+    kept = values.where(~touched, 0)
+    return replace(term, curvature=Information(kept)) if bool(kept.any()) else None
+
+
+def _is_within(term: Term, places: Mapping[Edge, Tensor], gradients: Mapping[Edge, Tensor]) -> bool:
+    """Return whether a term depends on given places alone."""
+    try:
+        return not bool(_touched(term, places, gradients).any())
+    except OnceDifferentiableError:
+        return False
+
+
+def _touched(term: Term, places: Mapping[Edge, Tensor], gradients: Mapping[Edge, Tensor]) -> Tensor:
+    """Return which entries of a term depend on other places than those given."""
     others: dict[Edge, Tensor] = {}
     for edge in term.sources & gradients.keys():
         random = drawn(gradients[edge])
         others[edge] = random.where(~places[edge], 0) if edge in places else random
-    try:
-        touched, values = term.tangent(others), term.curvature.support()
-    except OnceDifferentiableError:
-        return None
-    kept = values if touched is None else values.where(touched == 0, 0)
-    return replace(term, curvature=Information(kept)) if bool(kept.any()) else None
+    tangent = term.tangent(others)
+    return torch.zeros((), dtype=torch.bool) if tangent is None else tangent != 0
 
 
 def _losses_at(

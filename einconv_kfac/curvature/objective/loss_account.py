@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 from einconv_kfac.curvature.objective.densities import Information
 from einconv_kfac.curvature.objective.local_curvature import Empirical
+from einconv_kfac.curvature.objective.magnitudes import Magnitude
 from einconv_kfac.curvature.objective.terms import Term
 
 NO_CURVATURE = (
@@ -52,7 +53,8 @@ class LossAccount:
         for term in terms:
             self._lines.setdefault(f"{term.name}: {term.curvature.name}")
         taken = {term.name for term in terms if isinstance(term.curvature, Information)}
-        others = ", ".join(sorted({*left_out} - taken))
+        magnitudes = {term.name for term in terms if isinstance(term.curvature, Magnitude)}
+        others = ", ".join(sorted({*left_out} - taken - magnitudes))
         is_empirical = any(isinstance(term.curvature, Empirical) for term in terms)
         if (is_empirical or taken) and not self._is_warned:
             self._is_warned = True
