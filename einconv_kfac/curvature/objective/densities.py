@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,11 +21,7 @@ from einconv_kfac.curvature.objective.linear_map import LinearMap, OnceDifferent
 from einconv_kfac.curvature.objective.local_curvature import Diagonal
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.magnitudes import magnitudes_of
-from einconv_kfac.curvature.objective.node_registry import NODE_RULES
-from einconv_kfac.curvature.objective.node_rule import Function
-from einconv_kfac.curvature.objective.nodes.bilinear import AddedProduct
-from einconv_kfac.curvature.objective.nodes.elementary import Rectifier
-from einconv_kfac.curvature.objective.nodes.normalisation import Normalisation
+from einconv_kfac.curvature.objective.recorded_results import recorded_result
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.units import drawn
 
@@ -53,8 +49,7 @@ class Losses:
         edge: The result in the graph.
         map_: Its derivative by the outputs of the model.
         weight: ``w``, the derivative of the loss by it, in float32 at least.
-        function: The operation.
-        inputs: Its inputs in the recorded pass.
+        values: ``l`` in the recorded pass.
         ends: The ends of the graph that it depends on.
         name: Its name.
         bends_alone: Whether the operation is linear in pieces, and none before it has curvature.
@@ -63,8 +58,7 @@ class Losses:
     edge: Edge
     map_: LinearMap
     weight: Tensor
-    function: Function
-    inputs: tuple[Tensor, ...]
+    values: Tensor
     ends: Collection[Edge]
     name: str
     bends_alone: bool
@@ -72,10 +66,9 @@ class Losses:
     @cached_property
     def sum(self) -> Tensor | None:
         """``<w, l>``; ``None`` if a loss or a weight is negative, or it is zero."""
-        values = self.function(*self.inputs).to(self.weight.dtype)
-        if bool((values < 0).any() | (self.weight < 0).any()):
+        if bool((self.values < 0).any() | (self.weight < 0).any()):
             return None
-        found = (values * self.weight).sum()
+        found = (self.values * self.weight).sum()
         return found if bool(found > 0) and bool(found.isfinite()) else None
 
     def term(self) -> Term | None:
@@ -220,20 +213,11 @@ def _touched(term: Term, places: Mapping[Edge, Tensor], gradients: Mapping[Edge,
 def _losses_at(
     graph: LossGraph, edge: Edge, weight: Tensor, known: Collection[Node]
 ) -> Losses | None:
-    """Return the losses at the result of an operation, or ``None`` if they cannot be found.
-
-    That is so where the rule of the operation leaves a shift out.
-    """
-    node: Any = edge[0]
-    rule = NODE_RULES.get(kind_of_node(node))
-    if rule is None or edge[1] or isinstance(rule, (AddedProduct, Normalisation)):
+    """Return the losses at the result of an operation, or ``None`` if they cannot be found."""
+    values = None if edge[1] else recorded_result(edge)
+    if values is None:
         return None
-    function = rule.function(node)
-    saved = [node._saved_result.detach()] if isinstance(rule, Rectifier) else rule.inputs(node)
-    inputs = tuple(each for each in saved if each is not None)
-    if function is None or len(inputs) < len(saved):
-        return None
-    kind = kind_of_node(node)
+    kind = kind_of_node(edge[0])
     bends_alone = kind in _IN_PIECES and not {*dependents(edge, graph.is_source)} & {*known}
     ends = first_met([edge], graph.is_end)
-    return Losses(edge, graph.map_to(edge), weight, function, inputs, ends, kind, bends_alone)
+    return Losses(edge, graph.map_to(edge), weight, values, ends, kind, bends_alone)

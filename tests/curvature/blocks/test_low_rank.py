@@ -37,16 +37,15 @@ def test_inverses_are_those_of_the_whole_matrix(groups: int, damping: float) -> 
     assert found.retries == 0
 
 
-def test_is_as_exact_as_a_decomposition_in_single_precision() -> None:
+def test_is_exact_up_to_rounding_in_single_precision() -> None:
+    """An inverse is known up to the condition number times the rounding, about 0.014 here."""
     pair = factor(ROWS, dtype=torch.float32), torch.ones(1, 1, 1)
     damped = pair[0].double() + split_damping(pair, 1e-6)[0].double() * torch.eye(LEAST_SIZE)
     expected = torch.linalg.inv(damped)
-    low, whole = (
-        invert_damped([pair], [1e-6], ["it"], bounds=[(RankBound(rank), UNKNOWN)])[0].inverses[0]
-        for rank in (ROWS, None)
-    )
-    errors = [torch.linalg.matrix_norm(found - expected, 2).item() for found in (low, whole)]
-    assert errors[0] < errors[1]
+    (found,) = invert_damped([pair], [1e-6], ["it"], bounds=[(RankBound(ROWS), UNKNOWN)])
+    error = torch.linalg.matrix_norm(found.inverses[0] - expected, 2)
+    bound = torch.linalg.cond(damped, 2) * torch.finfo(torch.float32).eps
+    assert bool(error < bound * torch.linalg.matrix_norm(expected, 2) / 4)
 
 
 @pytest.mark.parametrize("tail", [1.0, 1e-4])

@@ -6,13 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from loss_curvature import loss_curvature
 from torch import Tensor
 from torch.func import grad as gradient_of
 from torch.func import hessian
 from torch.nn import functional
-
-from einconv_kfac.curvature.objective.graph import edge_of, mark_, mark_of
-from einconv_kfac.curvature.objective.reading import Reading
 
 Loss = Callable[[Tensor], Tensor]
 GENERATOR = torch.Generator().manual_seed(0)
@@ -51,18 +49,6 @@ WHOLLY: dict[str, Loss] = {
 """Losses whose Hessian is all of their curvature."""
 
 
-def found(loss: Loss, x: Tensor) -> Tensor:
-    output = x.clone().requires_grad_() * 1.0
-    mark_(output, "test", output.detach())
-    value = loss(output)
-    given = edge_of(value), value.detach(), torch.ones_like(value)
-    reading = Reading(*given, lambda edge: mark_of(edge, "test"), {})
-    tail = reading.tail(reading.graph.sources)
-    value.backward()  # frees the graph
-    units = torch.eye(x.numel(), dtype=x.dtype).reshape(-1, *x.shape)
-    return tail.expansion([[unit] for unit in units]).curvature
-
-
 def matrix(loss: Loss, x: Tensor) -> Tensor:
     return hessian(loss)(x).reshape(x.numel(), x.numel())
 
@@ -75,9 +61,9 @@ def test_columns_without_curvature(name: str) -> None:
     examples = torch.eye(len(x), dtype=x.dtype)[:, :, None] * slope.flatten(1)[:, None]
     own = examples.reshape(len(x), -1)  # a row for each example
     expected = matrix(curved, x) + len(x) * own.T @ own / unit
-    torch.testing.assert_close(found(loss, x), expected)
+    torch.testing.assert_close(loss_curvature(loss, x), expected)
 
 
 @pytest.mark.parametrize("name", WHOLLY)
 def test_columns_with_curvature_keep_it(name: str) -> None:
-    torch.testing.assert_close(found(WHOLLY[name], X), matrix(WHOLLY[name], X))
+    torch.testing.assert_close(loss_curvature(WHOLLY[name], X), matrix(WHOLLY[name], X))

@@ -7,13 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from loss_curvature import loss_curvature
 from torch import Tensor
 from torch.distributions import Laplace
 from torch.func import hessian, jacrev
 from torch.nn import functional
-
-from einconv_kfac.curvature.objective.graph import edge_of, mark_, mark_of
-from einconv_kfac.curvature.objective.reading import Reading
 
 Losses = Callable[[Tensor], Tensor]
 GENERATOR = torch.Generator().manual_seed(0)
@@ -42,18 +40,6 @@ LOSSES: dict[str, tuple[Losses, Tensor]] = {
 """Losses, and their weights in the sum."""
 
 
-def found(loss: Losses, x: Tensor, factor: float = 1.0) -> Tensor:
-    output = x.clone().requires_grad_() * 1.0
-    mark_(output, "test", output.detach())
-    value = loss(output) * factor
-    given = edge_of(value), value.detach(), torch.ones_like(value)
-    reading = Reading(*given, lambda edge: mark_of(edge, "test"), {})
-    tail = reading.tail(reading.graph.sources)
-    value.backward()  # frees the graph
-    units = torch.eye(x.numel(), dtype=x.dtype).reshape(-1, *x.shape)
-    return tail.expansion([[unit] for unit in units]).curvature
-
-
 def information(losses: Losses, weight: Tensor, x: Tensor) -> Tensor:
     """Return ``J^T diag(w / s) J`` for the mean ``s`` of the losses."""
     jacobian = jacrev(losses)(x).reshape(weight.numel(), x.numel())
@@ -73,7 +59,9 @@ def matrix(loss: Losses, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", LOSSES)
 def test_it_is_that_of_densities_and_linear_in_the_loss(name: str, factor: float) -> None:
     expected = factor * information(*LOSSES[name], X)
-    torch.testing.assert_close(found(partial(total, *LOSSES[name]), X, factor), expected)
+    torch.testing.assert_close(
+        loss_curvature(lambda o: factor * total(*LOSSES[name], o), X), expected
+    )
 
 
 def test_absolute_differences_have_the_fisher_information_of_a_laplace_distribution() -> None:
@@ -88,7 +76,7 @@ def test_absolute_differences_have_the_fisher_information_of_a_laplace_distribut
     )
     fisher = jacrev(logarithm)(torch.zeros((), dtype=torch.float64), draws).square().mean()
     expected = torch.eye(24, dtype=torch.float64) * fisher * scale / 24
-    torch.testing.assert_close(found(partial(functional.l1_loss, target=T), X), expected)
+    torch.testing.assert_close(loss_curvature(partial(functional.l1_loss, target=T), X), expected)
 
 
 def test_columns_beside_curved_ones() -> None:
@@ -100,7 +88,7 @@ def test_columns_beside_curved_ones() -> None:
 
     weight = torch.full((6, 3), 1 / 18, dtype=torch.float64)
     expected = matrix(curved, X) + information(flat, weight, X)
-    torch.testing.assert_close(found(lambda o: curved(o) + flat(o).mean(), X), expected)
+    torch.testing.assert_close(loss_curvature(lambda o: curved(o) + flat(o).mean(), X), expected)
 
 
 def test_entries_that_depend_on_curved_columns_are_left_out() -> None:
@@ -114,7 +102,9 @@ def test_entries_that_depend_on_curved_columns_are_left_out() -> None:
     jacobian = jacrev(flat)(X).reshape(24, 24)
     own = jacobian.T @ (kept.flatten()[:, None] / flat(X).mean() * jacobian)
     expected = 9 * matrix(curved, X) + own
-    torch.testing.assert_close(found(lambda o: 9 * curved(o) + flat(o).mean(), X), expected)
+    torch.testing.assert_close(
+        loss_curvature(lambda o: 9 * curved(o) + flat(o).mean(), X), expected
+    )
 
 
 @pytest.mark.parametrize("part", [0.1, 30.0])
@@ -126,4 +116,4 @@ def test_they_count_beside_a_curved_loss_if_they_are_most_of_it(part: float) -> 
     if part > 1:
         expected += part * information(*LOSSES["absolute"], X)
     loss = lambda o: curved(o) + part * functional.l1_loss(o, T)  # noqa: E731
-    torch.testing.assert_close(found(loss, X), expected)
+    torch.testing.assert_close(loss_curvature(loss, X), expected)

@@ -6,13 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from loss_curvature import loss_curvature
 from torch import Tensor
 from torch.distributions import Categorical
 from torch.func import hessian
 from torch.nn import functional
-
-from einconv_kfac.curvature.objective.graph import edge_of, mark_, mark_of
-from einconv_kfac.curvature.objective.reading import Reading
 
 Loss = Callable[[Tensor], Tensor]
 GENERATOR = torch.Generator().manual_seed(0)
@@ -44,18 +42,6 @@ POLICIES: dict[str, Loss] = {
 }
 
 
-def found(loss: Loss, x: Tensor, last: Loss | None = None) -> Tensor:
-    output = x.clone().requires_grad_() * 1.0 if last is None else last(x.clone().requires_grad_())
-    mark_(output, "test", output.detach())
-    value = loss(output)
-    given = edge_of(value), value.detach(), torch.ones_like(value)
-    reading = Reading(*given, lambda edge: mark_of(edge, "test"), {})
-    tail = reading.tail(reading.graph.sources)
-    value.backward()  # frees the graph
-    units = torch.eye(x.numel(), dtype=x.dtype).reshape(-1, *x.shape)
-    return tail.expansion([[unit] for unit in units]).curvature
-
-
 def by_magnitudes(x: Tensor) -> Tensor:
     """Return the Hessian of the cross entropies with the magnitudes of their weights."""
 
@@ -68,14 +54,14 @@ def by_magnitudes(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies(name: str) -> None:
-    torch.testing.assert_close(found(POLICIES[name], X), by_magnitudes(X))
+    torch.testing.assert_close(loss_curvature(POLICIES[name], X), by_magnitudes(X))
 
 
 def test_a_model_that_ends_with_log_probabilities() -> None:
     def loss(o: Tensor) -> Tensor:
         return -(o.gather(1, Y[:, None])[:, 0] * REWARDS).mean()
 
-    own = found(loss, X, lambda x: (x * 1.0).log_softmax(1))
+    own = loss_curvature(loss, X, lambda x: (x * 1.0).log_softmax(1))
     torch.testing.assert_close(own, by_magnitudes(X))
 
 
@@ -87,7 +73,7 @@ def test_a_policy_beside_a_value() -> None:
 
     expected = hessian(value)(x)
     expected[:, :4, :, :4] += by_magnitudes(X).reshape(5, 4, 5, 4)
-    own = found(lambda o: POLICIES["clipped ratios"](o[:, :4]) + value(o), x)
+    own = loss_curvature(lambda o: POLICIES["clipped ratios"](o[:, :4]) + value(o), x)
     torch.testing.assert_close(own, expected.reshape(25, 25))
 
 
@@ -96,4 +82,4 @@ def test_an_entropy_whose_hessian_is_known_keeps_it() -> None:
         return (o.softmax(1) * o.log_softmax(1)).sum(1).mean()
 
     convex = hessian(entropy)(0.1 * X).reshape(20, 20)
-    torch.testing.assert_close(found(entropy, 0.1 * X), convex)
+    torch.testing.assert_close(loss_curvature(entropy, 0.1 * X), convex)
