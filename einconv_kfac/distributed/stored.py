@@ -36,6 +36,11 @@ def graph_leaves(parameters: Iterable[P]) -> list[P]:
     return [graph_leaf(own) for own in parameters] if _LEAVES.data else list(parameters)
 
 
+def leaf_names(model: nn.Module) -> dict[Tensor, str]:
+    """Return the names of a model's parameters, by `graph_leaf`."""
+    return {graph_leaf(p): name for name, p in model.named_parameters()}
+
+
 def stored_of(parameter: P) -> P:
     """Return the parameter that an optimizer has of one that the model has at present."""
     return _other(_STORED, parameter)

@@ -141,8 +141,17 @@ class LossGraph:
 
     def _is_linear(self, node: Node) -> bool:
         """Return whether an operation is linear in what depends on the model."""
-        kind = kind_of_node(node)
-        if kind in LINEAR:
-            return kind != "CopySlices" or is_assignment(node)
-        dependent = [self.depends(edge) for edge in inputs_of(node)]
-        return kind in NODE_RULES and NODE_RULES[kind].is_linear(dependent)
+        return is_linear(node, self.depends)
+
+
+def is_linear(node: Node, depends: Callable[[Edge | None], bool]) -> bool:
+    """Return whether an operation is linear in those of its inputs that depend on something.
+
+    Args:
+        node: The operation.
+        depends: Whether an input does; ``None`` stands for a constant.
+    """
+    kind = kind_of_node(node)
+    if kind in LINEAR:
+        return kind != "CopySlices" or is_assignment(node)
+    return kind in NODE_RULES and NODE_RULES[kind].is_linear([*map(depends, inputs_of(node))])

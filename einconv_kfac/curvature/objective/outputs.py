@@ -55,3 +55,12 @@ def losses_of(output: Any) -> list[Tensor]:
 def _is_loss(value: Any) -> bool:
     """Return whether a value is one number that can be differentiated."""
     return isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad
+
+
+def numbers_of(output: Any) -> list[Tensor]:
+    """Return what may be losses in an output: `losses_of`, and all other tensors ``[]``.
+
+    They are results of operations that can be differentiated, each of them once.
+    """
+    others = (t for t in tensors_of(output) if t.ndim == 0 and t.grad_fn is not None)
+    return [*{id(tensor): tensor for tensor in (*losses_of(output), *others)}.values()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of, within
 from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.loss_calls import LossCall
-from einconv_kfac.curvature.objective.outputs import tensors_of
+from einconv_kfac.curvature.objective.outputs import numbers_of, tensors_of
+from einconv_kfac.optim.recording.observed_losses import ObservedLoss, ReturnedLosses, ends_among
 from einconv_kfac.optim.recording.pending_call import Mark, PendingCall
 from einconv_kfac.optim.recording.viewed_outputs import mark_viewed_
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, chained_arguments, needed
@@ -37,17 +37,6 @@ DROPPED = (
 """Why a loss of calls that were dropped cannot be read."""
 
 
-@dataclass(eq=False)
-class ObservedLoss:
-    """Marks a loss that is recorded when it is backpropagated.
-
-    Args:
-        is_replaced: Whether a loss of which it is a part is recorded in its place.
-    """
-
-    is_replaced: bool = False
-
-
 class PendingCalls:
     """The calls of a model since the last step.
 
@@ -61,10 +50,11 @@ class PendingCalls:
 
     Attributes:
         account: Keeps what the losses were taken as.
+        returned: The numbers that the model returned, each of which may be a loss.
     """
 
     def __init__(self, capture: LayerCapture, names: Callable[[], dict[Tensor, str]]) -> None:
-        self.account = LossAccount()
+        self.account, self.returned = LossAccount(), ReturnedLosses()
         self._capture, self._names = capture, names
         self._pending: list[PendingCall] = []
         self._numbers = itertools.count()
@@ -152,8 +142,32 @@ class PendingCalls:
     def mark_loss_(self, loss: Tensor) -> ObservedLoss:
         """Mark a loss, and return the mark."""
         mark = ObservedLoss()
-        mark_(loss, (id(self), "loss"), mark)
+        mark_(loss, self._losses, mark)
         return mark
+
+    def new_numbers(self, output: Any) -> list[Tensor]:
+        """Return the numbers in an output that may be losses, and are not observed yet."""
+        numbers = numbers_of(output)
+        if not numbers:
+            return []
+        known = {id(number) for number in numbers}
+        others = [tensor for tensor in tensors_of(output) if id(tensor) not in known]
+        found = ends_among(numbers, others)
+        return [number for number in found if self.loss_at(edge_of(number)) is None]
+
+    @property
+    def _losses(self) -> tuple[int, str]:
+        """The owner of the marks of losses."""
+        return id(self), "loss"
+
+    def pass_on_(self, root: Edge | None, weight: Tensor) -> None:
+        """Note what a loss that is recorded contributes to numbers that the model returned.
+
+        Args:
+            root: The edge of the loss; ``None`` if it has no such parts.
+            weight: Its whole weight in the pass that is running.
+        """
+        self.returned.pass_on_(root, weight, self._losses)
 
     def mark_call_(self, loss_fn: nn.Module, arguments: Sequence[Any], loss: Tensor) -> None:
         """Mark a loss as the result of a call of a loss module."""
@@ -168,8 +182,8 @@ class PendingCalls:
 
     def loss_at(self, edge: Edge) -> ObservedLoss | None:
         """Return the mark of a loss at an edge of the graph."""
-        found: ObservedLoss | None = mark_of(edge, (id(self), "loss"))
-        return found
+        found: ObservedLoss | None = mark_of(within(edge), self._losses)
+        return mark_of(edge, self._losses) if found is None else found
 
     def source_at(
         self,
@@ -234,6 +248,7 @@ class PendingCalls:
     def clear_(self) -> None:
         """Drop all of them."""
         self._capture.take()
+        self.returned.clear_()
         self._pending, self._first = [], next(self._numbers)
 
     def _assign_(self) -> None:

@@ -11,27 +11,25 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from einconv_kfac.curvature.estimation.capture import (
-    LayerCall,
-    LayerCapture,
-    sees_own_output,
-)
+from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture, sees_own_output
 from einconv_kfac.curvature.estimation.evaluation import Evaluation
 from einconv_kfac.curvature.losses.loss_registry import is_built_in
-from einconv_kfac.curvature.objective.outputs import losses_of
-from einconv_kfac.distributed.stored import check_still_whole, graph_leaf, is_divided
+from einconv_kfac.distributed.stored import check_still_whole, is_divided, leaf_names
 from einconv_kfac.optim.model_walk import ModelTree
 from einconv_kfac.optim.recording.buffers import ChangingBuffers
 from einconv_kfac.optim.recording.call_hooks import CallHooks, Hook, detach
 from einconv_kfac.optim.recording.gradients import GradientWatch
-from einconv_kfac.optim.recording.observation import GivenObservation, Observation, ReadObservation
+from einconv_kfac.optim.recording.observation import GivenObservation, Observation
+from einconv_kfac.optim.recording.observed_losses import INDEPENDENT, ObservedLoss, check_number
 from einconv_kfac.optim.recording.pending import PendingCalls
+from einconv_kfac.optim.recording.read_observation import ReadObservation
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import Environment
 from einconv_kfac.optim.replay.forward import NOT_REPLAYED, ModelCall
@@ -86,7 +84,7 @@ class Recorder:
         self._on_backward, self._on_cleared = on_backward, on_cleared
         self._entry = model if entry is None else entry
         self._capture = LayerCapture([]) if capture is None else capture
-        self._pending = PendingCalls(self._capture, self._named)
+        self._pending = PendingCalls(self._capture, partial(leaf_names, model))
         self.account = self._pending.account
         self._buffers = ChangingBuffers()
         self._outputs: LayerOutputs | None = None  # of the call that is running
@@ -135,15 +133,10 @@ class Recorder:
         Raises:
             ValueError: If it is not one number, or does not depend on the model.
         """
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            given = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"`loss` must be a tensor with one number, got {given}.")
+        check_number(loss)
+        self._pending.returned.is_needed &= self._loss_fn is None
         if self.enabled and torch.is_grad_enabled() and not self.observe_(loss):
-            raise ValueError(
-                "`loss` must depend on what the model returned or on its parameters, got a loss "
-                "that does not. Call `observe` of the optimizer whose model it trains, before "
-                "`loss.backward()`."
-            )
+            raise ValueError(INDEPENDENT)
         return loss
 
     def observe_(self, loss: Tensor) -> bool:
@@ -161,6 +154,13 @@ class Recorder:
             part.is_replaced = True
         self._record_(loss, observation)
         return True
+
+    def _assume_(self, output: Any) -> None:
+        """Record numbers that the model returned, if the backward pass comes through them."""
+        for loss in self._pending.new_numbers(output):
+            observation = ReadObservation(self._model, self._pending, loss, is_assumed=True)
+            if not observation.is_penalty:
+                self._pending.returned.add_(self._record_(loss, observation))
 
     def _attached(self) -> list[RemovableHandle]:
         """Attach the hooks, and return their handles."""
@@ -224,9 +224,8 @@ class Recorder:
             self._pending.end_(output)
             if self.keeps_outputs:
                 self._buffers.compare_(self.tree.modules, self.tree.parameters)
-            if self._loss_fn is None:
-                for loss in losses_of(output):
-                    self.observe_(loss)
+            if self._is_recording():
+                self._assume_(output)
 
     def _after_loss(
         self, loss_fn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor
@@ -237,6 +236,7 @@ class Recorder:
         inside = self._pending.inside_(loss_fn)
         if not self._is_recording() or not loss.requires_grad:
             return
+        self._pending.returned.is_needed = False
         arguments = loss_arguments(loss_fn, args, kwargs)
         observation = GivenObservation.of(loss_fn, arguments, loss, self._pending, inside)
         if not is_built_in(loss_fn):
@@ -246,21 +246,30 @@ class Recorder:
         else:
             self._record_(loss, observation)
 
-    def _record_(self, loss: Tensor, observation: Observation) -> None:
-        """Record a loss when it is backpropagated."""
+    def _record_(self, loss: Tensor, observation: Observation) -> ObservedLoss:
+        """Record a loss when it is backpropagated, and return its mark."""
         this, part = weakref.ref(self), self._pending.mark_loss_(loss)
 
         def begin_backward(weight: Tensor) -> None:
             recorder = this()
             if recorder is None or not recorder.enabled or part.is_replaced:
                 return
+            if observation.is_assumed and not recorder._pending.returned.is_needed:
+                return
             if recorder.gradients.lands_(observation):
-                recorder._begin_backward_(observation, weight.detach())
+                recorder._begin_backward_(observation, weight.detach(), part)
 
         loss.register_hook(begin_backward)  # type: ignore[no-untyped-call]
+        return part
 
-    def _begin_backward_(self, observation: Observation, weight: Tensor) -> None:
-        """Record a batch, whose backward pass begins."""
+    def _begin_backward_(
+        self, observation: Observation, weight: Tensor, part: ObservedLoss
+    ) -> None:
+        """Record a batch, whose backward pass begins, as far as no other has it as a part."""
+        with self.paused():
+            self._pending.pass_on_(observation.root, weight)
+        if (weight := part.rest_(weight)) is None:
+            return
         self._drop_cleared_(before_pass=True)
         if self._is_whole:
             check_still_whole(self._model)
@@ -283,10 +292,6 @@ class Recorder:
             self._batches = []
             self.gradients.clear_()
             self._on_cleared()
-
-    def _named(self) -> dict[Tensor, str]:
-        """Return the parameters of the model with their names."""
-        return {graph_leaf(p): name for name, p in self._model.named_parameters()}
 
     def _is_recording(self) -> bool:
         """Return whether calls are recorded."""

@@ -35,6 +35,7 @@ class Batch:
         has_moved: Whether parameters were changed after the passes, and outputs and loss are those
             of the present ones.
         layers: Names of the layers whose factors it contributed to.
+        is_assumed: Whether it was taken for a loss since the model returned it.
     """
 
     forwards: tuple[ForwardPass, ...]
@@ -49,6 +50,7 @@ class Batch:
     subset: Subset | None = None
     has_moved: bool = False
     layers: frozenset[str] = frozenset()
+    is_assumed: bool = False
 
     def curvature_forwards(self) -> list[ForwardPass]:
         """Return the forward passes that the curvature is computed from, those of the subset.

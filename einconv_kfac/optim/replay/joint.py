@@ -135,6 +135,7 @@ def _joint(batches: Sequence[Batch]) -> Batch:
         torch.ones_like(batches[0].weight),
         Versions(()),
         has_moved=any(batch.has_moved for batch in batches),
+        is_assumed=all(batch.is_assumed for batch in batches),
     )
 
 

@@ -32,6 +32,13 @@ NO_LOSS = (
     "autograd.grad or a checkpoint with use_reentrant=True have no recorded loss."
 )
 
+OTHER_LOSS = (
+    "`step` needs the loss it steps on, but saw only numbers that the model returned, which do not "
+    "explain {fraction:.0%} of the slope along the step. Write `loss = optimizer.observe(loss)` "
+    "with the whole loss before `loss.backward()`."
+)
+"""Why numbers that the model returned are not taken for losses."""
+
 
 def refusal_of(unknown: Sequence[str]) -> str:
     """Return the message about operations that cannot be evaluated again.

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.replay import Replay
+from einconv_kfac.optim.replay.unknown_operations import OTHER_LOSS
 from einconv_kfac.optim.step.fits.fit import Fit
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.vectors import sum_of
 
 UNOBSERVED_FRACTION = 0.05
 """Fraction of the slope up to which a difference to the recorded losses counts as rounding."""
+LARGEST_FRACTION = 0.5
+"""The same, up to which a number that the model returned passes for the loss."""
 ROUNDING = 1e-5
 """Slope, relative to the size of the losses, up to which it is attributed to rounding."""
 PRECISE_EPSILON = 1e-4
@@ -45,7 +48,8 @@ class UnobservedTerms:
             objective: The objective.
 
         Raises:
-            RuntimeError: If the model does not repeat its outputs.
+            RuntimeError: If the model does not repeat its outputs, or if numbers that it returned
+                passed for losses and are not.
         """
         slope = fit.along.first_slope
         if not (fit.unobserved and slope):
@@ -59,6 +63,8 @@ class UnobservedTerms:
         if precise < 1 or not abs(slope) > ROUNDING * float(size):
             return 0.0
         self._replay.check_outputs(objective.batches)
+        if fraction > LARGEST_FRACTION and all(own.is_assumed for own in objective.batches):
+            raise RuntimeError(OTHER_LOSS.format(fraction=fraction))
         if not self._warned:
             self._warned = True
             warnings.warn(

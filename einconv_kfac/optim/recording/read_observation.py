@@ -1,0 +1,203 @@
+"""A loss that is read off its graph, between its computation and its backward pass."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import Tensor, nn
+
+from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.curvature.estimation.evaluation import Evaluation, ReadEvaluation
+from einconv_kfac.curvature.estimation.other_uses import nodes_inside
+from einconv_kfac.curvature.objective.graph import Edge, dependents, edge_of, leaf_of
+from einconv_kfac.curvature.objective.reading import Reading
+from einconv_kfac.distributed.stored import leaf_names
+from einconv_kfac.optim.recording.observed_losses import ObservedLoss
+from einconv_kfac.optim.recording.pending import DROPPED, PendingCalls, forward_passes
+from einconv_kfac.optim.recording.pending_call import PendingCall
+from einconv_kfac.optim.recording.returned_terms import terms_of
+from einconv_kfac.optim.recording.viewed_outputs import OVERWRITTEN, is_overwritten_at
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.loss_input import LossInput
+from einconv_kfac.optim.replay.unknown_operations import LINEAR, refusal_of_derivatives
+from einconv_kfac.optim.replay.versions import Versions
+
+
+class ReadObservation:
+    """A loss whose dependence on the model is read off its autograd graph.
+
+    Args:
+        model: The model.
+        pending: The calls of the model.
+        loss: The loss, with its graph.
+        is_assumed: See `Observation`.
+
+    Attributes:
+        parts: The losses that are parts of this one.
+        is_waiting: Whether it was not backpropagated yet.
+        is_assumed: See the argument.
+    """
+
+    is_waiting = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pending: PendingCalls,
+        loss: Tensor,
+        *,
+        is_assumed: bool = False,
+    ) -> None:
+        self._names = leaf_names(model)
+        self._pending = pending
+        self.is_assumed = is_assumed
+        self._loss, self._tensor = loss.detach(), weakref.ref(loss)
+        self._root: Edge | None = edge_of(loss)
+        self._layer_calls = pending.layer_calls()
+        self._has_calls = pending.has_calls
+        self._terms = {(call.number, source) for call, source in terms_of(self._root, pending)}
+        self._calls = {call.number: call for call in self._found_calls()}
+        for call in self._calls.values():
+            call.used |= not is_assumed
+            call.readers.append(weakref.ref(self))
+
+    def _found_calls(self) -> list[PendingCall]:
+        """Return the calls of the model that the loss depends on."""
+        found: list[PendingCall] = []
+        assert self._root is not None
+        self._uses_parameters = self._is_overwritten = self._lacks_calls = False
+        whole = self._pending.loss_at(self._root)  # observed after it was recorded
+        self.parts: list[ObservedLoss] = [] if whole is None else [whole]
+
+        def stops(edge: Edge) -> bool:
+            if (part := self._pending.loss_at(edge)) is not None:
+                self.parts.append(part)
+            owner = self._pending.source_at(edge)
+            is_term = owner is not None and (owner[0].number, owner[1]) in self._terms
+            if owner is None or is_term or edge == self._root:
+                self._uses_parameters |= leaf_of(edge) in self._names
+                self._is_overwritten |= is_overwritten_at(edge, id(self._pending))
+                self._lacks_calls |= owner is None and self._pending.is_dropped_at(edge)
+                return False
+            found.append(owner[0])
+            return True
+
+        dependents(self._root, stops)
+        return found
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the loss depends neither on outputs of the model nor on its parameters."""
+        return not self._calls and not self._uses_parameters
+
+    @property
+    def is_penalty(self) -> bool:
+        """Whether the loss depends on parameters alone."""
+        return not self._calls
+
+    @property
+    def root(self) -> Edge:
+        """The edge of the loss."""
+        tensor = self._tensor()
+        if self._root is not None:
+            return self._root
+        assert tensor is not None
+        return edge_of(tensor)
+
+    def evaluation(self, weight: Tensor) -> tuple[Evaluation, list[LayerCall]]:
+        """See `Observation`."""
+        if self._is_overwritten:
+            raise RuntimeError(OVERWRITTEN)
+        if self._lacks_calls:
+            raise RuntimeError(DROPPED)
+        root = self.root
+        for call in self._calls.values():
+            call.used = True
+        self.is_waiting = False
+        self._root = None  # a hook of the graph that refers to the graph would keep it alive
+        own = weight / _total(weight)
+        at = self._pending.call_at
+        calls = self._layer_calls if self._has_calls else []
+        layers = [(call.output.node, call.output.output_nr) for call in calls]
+        given = root, self._loss, own, self._value, self._names, at, layers
+        return ReadEvaluation(Reading(*given, self._pending.account)), self._layer_calls
+
+    def _source(self, edge: Edge) -> tuple[PendingCall, LossInput] | None:
+        """Return which tensor of which call an edge is, or ``None``."""
+        owner = self._pending.source_at(edge, among=self._calls)
+        is_term = owner is not None and (owner[0].number, owner[1]) in self._terms
+        return None if is_term else owner
+
+    def _value(self, edge: Edge) -> Tensor | None:
+        """Return the value of a tensor of a call in the recorded pass."""
+        owner = self._source(edge)
+        return None if owner is None else owner[0].values[owner[1]]
+
+    def batch(self, evaluation: Evaluation, weight: Tensor, *, replayed: bool) -> Batch:
+        """See `Observation`."""
+        assert isinstance(evaluation, ReadEvaluation)
+        reading = evaluation.reading
+        loss = (reading.weight * self._loss).sum()
+        total = _total(weight) if weight.ndim else weight.abs()
+        if not replayed:
+            self._check_derivatives(reading)
+            return Batch((), (), (), None, loss, total)
+        by_call: dict[int, list[tuple[LossInput, Edge]]] = {}
+        for edge in reading.graph.outputs:
+            owner = self._source(edge)
+            assert owner is not None
+            by_call.setdefault(owner[0].number, []).append((owner[1], edge))
+        forwards = [(self._calls[number], inputs) for number, inputs in sorted(by_call.items())]
+        outputs = [edge for _, inputs in forwards for _, edge in inputs]
+        parameters = [edge for edge in reading.graph.sources if edge not in outputs]
+        tail = reading.tail([*outputs, *parameters])
+        return Batch(
+            forward_passes([(call, [each for each, _ in inputs]) for call, inputs in forwards]),
+            tuple(call.values[each] for call, inputs in forwards for each, _ in inputs),
+            tuple(self._names[leaf] for e in parameters if (leaf := leaf_of(e)) is not None),
+            tail,
+            loss,
+            total,
+            Versions(("a tensor that the loss is computed from", t) for t in tail.tensors()),
+            written=Versions.known(
+                (f"a tensor of the model ({each})", call.values[each], call.versions[each])
+                for call, inputs in forwards
+                for each, _ in inputs
+            ),
+            is_assumed=self.is_assumed,
+        )
+
+    def _check_derivatives(self, reading: Reading) -> None:
+        """Raise a ``RuntimeError`` if the loss uses layers in derivatives outside of the model."""
+        kinds = reading.graph.derivatives()
+        if not kinds and len(reading.graph.sources) > len(reading.graph.outputs):
+            kinds = [LINEAR] if self._enters_layers(reading) else []
+        if not kinds:
+            return
+        leaves = (leaf_of(edge) for edge in reading.graph.sources)
+        names = [f"{self._names[leaf]}." for leaf in leaves if leaf is not None]
+        layers = {call.layer for call in self._layer_calls}
+        used = [
+            each
+            for each in sorted(layers)
+            if any(name.startswith(f"{each}." if each else "") for name in names)
+        ]
+        if used:
+            raise RuntimeError(refusal_of_derivatives(kinds, used))
+
+    def _enters_layers(self, reading: Reading) -> bool:
+        """Return whether the loss uses operations inside of a layer's call past its output.
+
+        The derivative of a linear layer is linear, of the weight as the call transposed it.
+        """
+        ends = {call.output.node for call in self._layer_calls}
+        inner = {node for call in self._layer_calls for node in nodes_inside(call)} - ends
+        return any(leaf_of((node, 0)) is None for node in reading.graph.past(ends) & inner)
+
+
+def _total(weight: Tensor) -> Tensor:
+    """Return the weight of a loss in the objective, which several numbers share."""
+    total = weight.sum()
+    if weight.ndim == 0:
+        total = total.abs()  # a loss that is maximised has the weight -1 in itself
+    return total.where(total > 0, 1)
