@@ -1,8 +1,14 @@
-"""A copy of a loss module as it is at a call."""
+"""Copies of a loss module and of small tensors as they are at a call."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LARGEST_COPY = 1 << 16
+"""Entries of a tensor up to which it is copied, so that a script may change it in place."""
 
 
 def snapshot(loss_fn: nn.Module) -> nn.Module:
@@ -20,3 +26,15 @@ def snapshot(loss_fn: nn.Module) -> nn.Module:
         name: None if module is None else snapshot(module) for name, module in own._modules.items()
     }
     return own
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of a small tensor that needs no gradient; any other value itself.
+
+    Scripts change targets, weights and masks in place after the backward pass, to fill them anew.
+    """
+    if not isinstance(value, Tensor) or type(value) not in (Tensor, nn.Parameter):
+        return value
+    if value.requires_grad or value.numel() > LARGEST_COPY or value.layout != torch.strided:
+        return value
+    return value if value.is_inference() else value.detach().clone()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from einconv_kfac.curvature.losses.snapshot import copied
 from einconv_kfac.curvature.objective.graph import (
     Edge,
     NodeOrder,
@@ -107,10 +108,11 @@ def _kept(tensor: Tensor) -> tuple[Tensor, int]:
     """Return a tensor that a backward pass needs, and its version.
 
     Parameters of others, such as learned weights of several losses or the proxies of classes, are
-    copied: the step of their optimizer may come before that of this one.
+    copied: the step of their optimizer may come before that of this one. So are small constants.
     """
     base = tensor if tensor._base is None else tensor._base
-    own = tensor.detach().clone() if base.is_leaf and base.requires_grad else tensor
+    is_other = base.is_leaf and base.requires_grad
+    own = tensor.detach().clone() if is_other else copied(tensor)
     return own, 0 if own.is_inference() else own._version
 
 

@@ -13,7 +13,7 @@ from einconv_kfac.curvature.losses.local_expansion import local_expansion
 from einconv_kfac.curvature.losses.loss_call import Targets, depends_on_parameters
 from einconv_kfac.curvature.losses.loss_registry import found_rule, has_rule, is_registered
 from einconv_kfac.curvature.losses.loss_rule import LossRule
-from einconv_kfac.curvature.losses.snapshot import snapshot
+from einconv_kfac.curvature.losses.snapshot import copied, snapshot
 from einconv_kfac.curvature.objective.graph import Edge, edge_of
 from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
 
@@ -50,7 +50,8 @@ class LossCall:
         if depends_on_parameters(tuple(targets)):
             return None
         own, x = snapshot(loss_fn), value.detach()
-        return LossCall(own, edge_of(value), x, tuple(targets), loss.detach(), x._version)
+        kept = tuple(map(copied, targets))
+        return LossCall(own, edge_of(value), x, kept, loss.detach(), x._version)
 
     @property
     def is_intact(self) -> bool:

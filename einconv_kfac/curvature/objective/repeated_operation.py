@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from einconv_kfac.curvature.losses.snapshot import copied
 from einconv_kfac.curvature.objective.graph import Edge, NodeOrder, Stops, inputs_of, kind_of_node
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
@@ -50,7 +52,12 @@ def operation_of(node: Node, own: Repeated, stops: Stops) -> Operation:
         for value, edge in zip(rule.inputs(node), chain(edges, repeat(None)))
     ]
     maps += [None] * (len(values) - len(maps))
-    return Operation(kind, (node, 0), tuple(zip(values, maps)), rule.function(node))
+    values = [copied(value) if map_ is None else value for value, map_ in zip(values, maps)]
+    function = rule.function(node)
+    if isinstance(function, partial):
+        options = {name: copied(own) for name, own in function.keywords.items()}
+        function = partial(function.func, *function.args, **options)
+    return Operation(kind, (node, 0), tuple(zip(values, maps)), function)
 
 
 def _value_before(node: Any, edge: Edge, own: Repeated) -> Tensor | None:

@@ -12,7 +12,7 @@ from einconv_kfac.curvature.estimation.evaluation import Evaluation, RuleEvaluat
 from einconv_kfac.curvature.losses import has_rule
 from einconv_kfac.curvature.losses.loss_call import Targets, depends_on_parameters
 from einconv_kfac.curvature.losses.loss_registry import is_overridden
-from einconv_kfac.curvature.losses.snapshot import snapshot
+from einconv_kfac.curvature.losses.snapshot import copied, snapshot
 from einconv_kfac.curvature.objective.graph import Edge
 from einconv_kfac.curvature.objective.loss_model import GivenLoss
 from einconv_kfac.optim.recording.pending import PendingCalls, forward_passes
@@ -109,16 +109,17 @@ class GivenObservation:
 
     def batch(self, evaluation: Evaluation, weight: Tensor, *, replayed: bool) -> Batch:
         """See `Observation`."""
-        output = self._output.detach()
+        output, targets, versions = self._output.detach(), self._targets, self._versions
+        if replayed and versions.changed() is None:
+            targets = [copied(target) for target in targets]
+            versions = Versions(("a target of the loss", target) for target in targets)
         return Batch(
             forward_passes([(self._owner[0], [self._owner[1]])]),
             (output,),
             (),
-            GivenLoss.recorded(self._loss_fn, output, self._targets, self._loss)
-            if replayed
-            else None,
+            GivenLoss.recorded(self._loss_fn, output, targets, self._loss) if replayed else None,
             self._loss,
             weight,
-            self._versions,
+            versions,
             written=self._written,
         )

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture, sees_own_output
 from einconv_kfac.curvature.estimation.evaluation import Evaluation
 from einconv_kfac.curvature.losses.loss_registry import is_built_in
+from einconv_kfac.curvature.losses.snapshot import copied
 from einconv_kfac.distributed.stored import check_still_whole, is_divided, leaf_names
 from einconv_kfac.optim.model_walk import ModelTree
 from einconv_kfac.optim.recording.buffers import ChangingBuffers
@@ -36,7 +37,7 @@ from einconv_kfac.optim.replay.forward import NOT_REPLAYED, ModelCall
 from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOutputs
 from einconv_kfac.optim.replay.loss_input import loss_arguments, with_kept_reduction
 from einconv_kfac.optim.replay.unknown_operations import explained_checkpoints
-from einconv_kfac.optim.replay.versions import Versions, arguments_of, state_of
+from einconv_kfac.optim.replay.versions import Versions, state_of
 
 OnBackward = Callable[[Evaluation, list[LayerCall], Batch], frozenset[str]]
 """Called when the backward pass of a loss begins, with the calls of layers and the batch.
@@ -194,14 +195,14 @@ class Recorder:
     def _kept(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         """Return what a replay of a call needs."""
         self.tree.find_()
-        modules, parameters = self.tree.modules, self.tree.parameters.values()
-        copied = self._buffers.copied_(modules, self.tree.parameters)
+        modules, parameters = self.tree.modules, self.tree.parameters
+        buffers = self._buffers.copied_(modules, parameters)
+        kept = tuple(map(copied, args)), {name: copied(own) for name, own in kwargs.items()}
         return ModelCall(
-            args,
-            kwargs,
-            Environment.now(modules.values(), parameters, copied),
-            Versions(arguments_of(args, kwargs)),
-            state_of(parameters),
+            *kept,
+            Environment.now(modules.values(), parameters.values(), buffers),
+            Versions.of_call(args, kwargs, *kept),
+            state_of(parameters.values()),
             chained=self._pending.chained(args, kwargs),
             module=self._calls.name_of(model),
             replaced=self.tree.replaced(),
@@ -266,17 +267,16 @@ class Recorder:
         self, observation: Observation, weight: Tensor, part: ObservedLoss
     ) -> None:
         """Record a batch, whose backward pass begins, as far as no other has it as a part."""
-        with self.paused():
-            self._pending.pass_on_(observation.root, weight)
-        if (weight := part.rest_(weight)) is None:
+        self._pending.pass_on_(observation.root, weight)
+        if (rest := part.rest_(weight)) is None:
             return
         self._drop_cleared_(before_pass=True)
         if self._is_whole:
             check_still_whole(self._model)
         try:
             with self.paused(), torch.enable_grad(), explained_checkpoints():
-                evaluation, calls = observation.evaluation(weight)
-                batch = observation.batch(evaluation, weight, replayed=self.keeps_outputs)
+                evaluation, calls = observation.evaluation(rest)
+                batch = observation.batch(evaluation, rest, replayed=self.keeps_outputs)
                 layers = self._on_backward(evaluation, calls, batch)
                 self._batches.append(replace(batch, layers=layers))
         except BaseException:

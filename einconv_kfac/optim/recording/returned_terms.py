@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from einconv_kfac.curvature.objective.graph import Edge, dependents
+from einconv_kfac.curvature.objective.graph import Edge, Stops, dependents
 from einconv_kfac.curvature.objective.linear_parts import linear_parts
 from einconv_kfac.optim.recording.pending import PendingCalls
 from einconv_kfac.optim.recording.pending_call import PendingCall
@@ -28,9 +28,11 @@ def terms_of(root: Edge, pending: PendingCalls) -> list[tuple[PendingCall, LossI
     def is_other(edge: Edge) -> bool:
         return pending.source_at(edge) is not None
 
-    found: list[tuple[PendingCall, LossInput]] = []
-    for number in linear_parts(root, is_number, is_other):
-        own = pending.source_at(number)
-        if own is not None and dependents(number, lambda e, n=number: e != n and is_other(e)):
-            found.append(own)
-    return found
+    numbers = linear_parts(root, is_number, is_other)
+    owners = [pending.source_at(edge) for edge in numbers if _reaches(edge, is_other)]
+    return [owner for owner in owners if owner is not None]
+
+
+def _reaches(edge: Edge, stops: Stops) -> bool:
+    """Return whether a tensor depends on another one at which a walk stops."""
+    return bool(dependents(edge, lambda other: other != edge and stops(other)))

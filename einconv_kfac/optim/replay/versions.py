@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -40,18 +40,37 @@ class Versions:
 
     Args:
         named: Tensors with what they are.
+        copies: The identities of those that were copied before the call that they are passed to,
+            so that they may change after it.
 
     Attributes:
         during_call: What the call changed that the tensors were passed to; see `end_call_`.
     """
 
-    def __init__(self, named: Iterable[tuple[str, object]]) -> None:
+    def __init__(self, named: Iterable[tuple[str, object]], copies: Collection[int] = ()) -> None:
         self.during_call: str | None = None
+        self._copies = copies
         self._known = [
             (name, tensor, tensor._version)
             for name, tensor in named
             if isinstance(tensor, Tensor) and not tensor.is_inference()
         ]
+
+    @staticmethod
+    def of_call(
+        args: Sequence[Any], kwargs: dict[str, Any], kept: Sequence[Any], named: dict[str, Any]
+    ) -> Versions:
+        """Return the versions of the arguments of a call of the model.
+
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+            kept: The positional arguments, or copies of them.
+            named: The keyword arguments, or copies of them.
+        """
+        pairs = zip((*args, *kwargs.values()), (*kept, *named.values()))
+        copies = {id(given) for given, own in pairs if own is not given}
+        return Versions(arguments_of(args, kwargs), copies)
 
     @staticmethod
     def known(tensors: Iterable[tuple[str, Tensor, int]]) -> Versions:
@@ -63,9 +82,12 @@ class Versions:
     def end_call_(self) -> None:
         """Note what was changed so far, by the call that the tensors were passed to."""
         self.during_call = self.changed()
+        self._known = [each for each in self._known if id(each[1]) not in self._copies]
 
     def changed(self) -> str | None:
         """Return what was changed in place, or ``None``."""
+        if self.during_call is not None:
+            return self.during_call
         return next((n for n, tensor, version in self._known if tensor._version != version), None)
 
 
