@@ -53,8 +53,8 @@ class KFAC(CurvatureOptimizer):
         model: The model, or what torch wrapped around it. Layers that a rule of
             `einconv_kfac.curvature` covers are preconditioned; parameters of others take the
             ``fallback`` (see `coverage`).
-        loss_fn: The loss module that the training loop calls. Without it, the loss is what the
-            model returns as ``loss``, or what the loop passes to `observe`.
+        loss_fn: The loss module that the training loop calls. Without it, losses are numbers that
+            the model returns, or what the loop passes to `observe`.
         lr: Scale of the update, 1 by default; required if not ``adaptive``.
         params: Parameters or parameter groups; by default all that the model trains, now or once
             they are unfrozen. A group may set ``lr``, ``weight_decay``, ``momentum``, ``damping``

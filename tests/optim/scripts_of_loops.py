@@ -28,6 +28,25 @@ def mixed_precision() -> list[float]:
     return losses
 
 
+@script(
+    "targets, masks or inputs that are filled anew in place after `backward` (`label.fill_(0)`)"
+)
+def filled_anew() -> list[float]:
+    model, loss_fn, (x, y) = net(1), nn.BCEWithLogitsLoss(), data()
+    opt, losses, label = KFAC(model, loss_fn), [], torch.empty(24)
+    for _ in range(2 * STEPS):
+        opt.zero_grad()
+        total = 0.0
+        for kind, value in ((y == 0, 1.0), (y != 0, 0.0)):
+            rows = x[kind][:12]
+            loss = loss_fn(model(rows)[:, 0], label.fill_(value)[: len(rows)])
+            loss.backward()
+            total += float(loss.detach())
+        opt.step()
+        losses.append(total)
+    return losses
+
+
 @script("gradient accumulation")
 def accumulation() -> list[float]:
     model, loss_fn, (x, y) = net(), nn.CrossEntropyLoss(), data()

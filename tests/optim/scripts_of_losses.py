@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from documented_scripts import data, net, script, steps
 from torch import Tensor, nn
@@ -21,6 +23,33 @@ def functional_loss() -> list[float]:
     model, (x, y) = net(), data()
     opt = KFAC(model)
     return steps(opt, lambda: opt.observe(functional.cross_entropy(model(x), y)))
+
+
+@script(
+    "a model that computes its losses (`logits, loss = model(x, y)`, a mapping of losses that the "
+    "loop adds up with weights)"
+)
+def returned_losses() -> list[float]:
+    class Both(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.net, self.name = net(), name
+
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            scores = self.net(x)
+            loss = functional.cross_entropy(scores, y)
+            small = scores.square().mean()
+            return (scores, loss) if self.name == "pair" else {"class": loss, "size": small}
+
+    pair, parts, (x, y) = Both("pair"), Both("parts"), data()
+    first = steps(KFAC(pair), lambda: pair(x, y)[1])
+    opt = KFAC(parts)
+    weights = {"class": 1.0, "size": 1e-3}
+
+    def total() -> Tensor:
+        return torch.stack([weights[name] * own for name, own in parts(x, y).items()]).sum()
+
+    return max(first, steps(opt, total), key=lambda losses: losses[-1])
 
 
 @script("a reshape before the loss")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from einconv_kfac import KFAC
+from einconv_kfac.curvature.losses import snapshot
 
 EXACT = {"rtol": 1e-8, "atol": 1e-10}
 N, S, V = 5, 4, 3
@@ -255,7 +256,9 @@ def test_an_unknown_operation_is_refused_with_a_remedy() -> None:
     opt.step()
 
 
-def test_a_call_that_was_overwritten_is_refused() -> None:
+def test_a_call_that_was_overwritten_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its tensors are larger than those of which copies are kept."""
+    monkeypatch.setattr(snapshot, "LARGEST_COPY", 0)
     model, loss_fn = net(), nn.CrossEntropyLoss()
     opt, x = KFAC(model, loss_fn), X.clone()
     loss_fn(model(x)[:, 0], Y[:, 0]).backward()

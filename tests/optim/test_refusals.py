@@ -14,9 +14,16 @@ from refused_scripts import good
 from torch import Tensor
 
 from einconv_kfac import KFAC
+from einconv_kfac.curvature.losses import snapshot
 
 CASES = {**LOSSES, **MODELS, **BATCHES}
 assert len(CASES) == len(LOSSES) + len(MODELS) + len(BATCHES)
+
+
+@pytest.fixture(autouse=True)
+def _no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all tensors be larger than those of which copies are kept."""
+    monkeypatch.setattr(snapshot, "LARGEST_COPY", 0)
 
 
 @pytest.mark.parametrize("name", CASES)
