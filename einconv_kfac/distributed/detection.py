@@ -103,9 +103,11 @@ def _check_parallel(model: nn.Module) -> None:
     """Raise a ``ValueError`` if a model is neither whole on each worker nor alone."""
     for module in model.modules():
         name = type(module).__name__
-        if isinstance(module, nn.DataParallel) or name == "FullyShardedDataParallel":
+        is_copied = isinstance(module, nn.DataParallel) and len(module.device_ids) > 1
+        if is_copied or name == "FullyShardedDataParallel":
             raise ValueError(
-                f"`model` must be a module or its DistributedDataParallel, got {name}. Wrap it in "
+                f"`model` must be a module or its DistributedDataParallel, got {name} on several "
+                "devices. Wrap it in "
                 "torch.nn.parallel.DistributedDataParallel, with one process for each device."
             )
 

@@ -1,11 +1,16 @@
-"""Modules that torch wraps around a model: `torch.compile` and `DistributedDataParallel`."""
+"""Modules that torch wraps around a model: of `torch.compile`, and parallel ones.
+
+`DataParallel` on one device, or on none, calls the module itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+_PARALLEL = (DataParallel, DistributedDataParallel)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -17,9 +22,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def recorded_module(model: nn.Module) -> nn.Module:
     """Return the outermost module whose calls have the arguments that the model receives.
 
-    `DistributedDataParallel` moves arguments to its device before it calls the module inside.
+    `DistributedDataParallel` and `DataParallel` move arguments to their device before they call the
+    module inside.
     """
-    return next(m for m in _layers_of(model) if not isinstance(m, DistributedDataParallel))
+    return next(m for m in _layers_of(model) if not isinstance(m, _PARALLEL))
 
 
 def compiled_wrappers(model: nn.Module) -> list[nn.Module]:
@@ -55,7 +61,7 @@ def _layers_of(model: nn.Module) -> Iterator[nn.Module]:
     module: object = model
     while isinstance(module, nn.Module):
         yield module
-        if isinstance(module, DistributedDataParallel):
+        if isinstance(module, _PARALLEL):
             module = module.module
         else:
             module = getattr(module, "_orig_mod", None)

@@ -157,3 +157,46 @@ def test_normalisation_over_all_workers_is_refused(made: Any) -> None:
     finally:
         torch.distributed.destroy_process_group()
     made(synchronized)  # one process normalises over its own batch
+
+
+def normalised(*, synchronized: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if synchronized else model
+
+
+def trained_as(
+    model: nn.Module, given: nn.Module, called: nn.Module, **options: Any
+) -> torch.Tensor:
+    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    loss_fn, y = nn.CrossEntropyLoss(), torch.arange(24) % 3
+    opt = KFAC(given, loss_fn, **options)
+    for _ in range(3):
+        opt.zero_grad()
+        loss_fn(called(x), y).backward()
+        opt.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": False, "lr": 0.1}])
+@pytest.mark.parametrize("is_given", [True, False])
+def test_data_parallel_on_one_device(options: Any, is_given: bool) -> None:
+    plain, model = normalised(), normalised()
+    wrapper = nn.DataParallel(model, device_ids=[])
+    wrapper.device_ids = []  # as on a machine without GPUs
+    found = trained_as(model, wrapper if is_given else model, wrapper, **options)
+    assert torch.equal(found, trained_as(plain, plain, plain, **options))
+
+
+def test_data_parallel_on_several_devices_is_refused() -> None:
+    wrapper = nn.DataParallel(normalised())
+    wrapper.device_ids = [0, 1]
+    with pytest.raises(ValueError, match="got DataParallel on several devices"):
+        KFAC(wrapper, nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": False, "lr": 0.1}])
+def test_synchronized_statistics_of_one_process(options: Any) -> None:
+    models = normalised(), normalised(synchronized=True)
+    first, second = (trained(model, model, model, **options) for model in models)
+    assert torch.equal(first, second)
