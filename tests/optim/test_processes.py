@@ -198,5 +198,5 @@ def test_data_parallel_on_several_devices_is_refused() -> None:
 @pytest.mark.parametrize("options", [{}, {"adaptive": False, "lr": 0.1}])
 def test_synchronized_statistics_of_one_process(options: Any) -> None:
     models = normalised(), normalised(synchronized=True)
-    first, second = (trained(model, model, model, **options) for model in models)
+    first, second = (trained_as(model, model, model, **options) for model in models)
     assert torch.equal(first, second)

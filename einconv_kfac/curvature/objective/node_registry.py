@@ -6,6 +6,7 @@ from einconv_kfac.curvature.objective.node_rule import NodeRule
 from einconv_kfac.curvature.objective.nodes import (
     bilinear,
     elementary,
+    in_place,
     normalisation,
     reductions,
     softmax,
@@ -14,6 +15,7 @@ from einconv_kfac.curvature.objective.nodes import (
 
 _RULES: tuple[NodeRule, ...] = (
     *elementary.RULES,
+    *in_place.RULES,
     *softmax.RULES,
     *bilinear.RULES,
     *normalisation.RULES,

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.losses.snapshot import copied
+from einconv_kfac.curvature.objective.frozen_shifts import follows, frozen_shift
 from einconv_kfac.curvature.objective.graph import Edge, NodeOrder, Stops, inputs_of, kind_of_node
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
-from einconv_kfac.curvature.objective.recorded_results import recorded_result
+from einconv_kfac.curvature.objective.recorded_results import Known, recorded_result
 from einconv_kfac.curvature.objective.tail import Operation
 
 
@@ -63,8 +64,11 @@ def operation_of(node: Node, own: Repeated, stops: Stops) -> Operation:
 def _value_before(node: Any, edge: Edge, own: Repeated) -> Tensor | None:
     """Return an input that a node does not save: an output, or the result of an operation."""
     value, result = own.output(edge), getattr(node, "_saved_result", None)
-    if value is None:
-        return recorded_result(edge)
-    if result is not None and result.data_ptr() == value.data_ptr():  # overwritten
-        return None
-    return value
+    if value is not None:
+        is_overwritten = result is not None and result.data_ptr() == value.data_ptr()
+        return None if is_overwritten else value
+    found = recorded_result(edge)
+    if found is None and kind_of_node(node) == "Relu":
+        found = recorded_result(edge, Known(own.output, frozen_shift))
+        found = found if found is None or follows(node._saved_result.detach(), found) else None
+    return found

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 REMEDIES = {
     "Relu": (
         "write `x.clamp(min=0)` in place of `relu(x)`, which does not keep its input (that of a "
-        "layer is known if its bias has `requires_grad`, whether or not it is trained)"
+        "layer of torch is known)"
     ),
     "Max": "write `x.amax(dim)` in place of `x.max(dim)`",
     "Min": "write `x.amin(dim)` in place of `x.min(dim)`",
     "LinalgSvd": "return a penalty of parameters from the model's `forward`, beside its output",
-    "CopySlices": "make a new tensor in place of changing a part of one in place",
+    "CopySlices": (
+        "make a new tensor in place of changing a part of one in place (an activation after "
+        "InstanceNorm: inplace=False)"
+    ),
     "autograd.Function _DDPSink": (
         "pass the DistributedDataParallel in place of the module inside of it (it has "
         "`find_unused_parameters` or `static_graph`)"

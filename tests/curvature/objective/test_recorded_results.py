@@ -110,13 +110,21 @@ def test_largest_entries_along_a_dimension(name: str) -> None:
     torch.testing.assert_close(found, loss_of(largest(moved)), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["features", "batch norm, positive part", "linear layers"])
-def test_a_shift_that_is_frozen_is_not_known(name: str) -> None:
-    assert tail_of(network(name).requires_grad_(False)).unknown() == ["Relu"]
+def test_a_shift_of_no_layer_is_not_known() -> None:
+    """Tensors that are the parameters of no module."""
+    weight, bias = torch.randn(2, 3, 3, 3).double(), torch.randn(2).double()
+    found = tail_of(lambda x: functional.relu(functional.conv2d(x, weight, bias)))
+    assert found.unknown() == ["Relu"]
 
 
-@pytest.mark.parametrize("name", ["batch norm", "instance norm", "without bias", "bicubic"])
-def test_frozen_networks_without_need_of_shifts(name: str) -> None:
+FROZEN = [
+    "batch norm", "instance norm", "without bias", "bicubic", "features",
+    "batch norm, positive part", "linear layers",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_networks(name: str) -> None:
     other, moved = network(name).requires_grad_(False), X + 0.3 * X.flip(0)
     found = tail_of(other).value([moved])
     torch.testing.assert_close(found, loss_of(other(moved)), rtol=1e-9, atol=1e-12)
