@@ -246,7 +246,7 @@ class Collector:
         weights = {name: self._layers[name].weight for name in self.due - self.moments.keys()}
         missing = [n for n, own in weights.items() if is_trained(self._model.get_parameter(own))]
         if missing:
-            raise calls_error(self._model, missing, has_batches=bool(batches))
+            raise calls_error(self._model, missing, batches)
 
     def not_finite(
         self,

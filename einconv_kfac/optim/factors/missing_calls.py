@@ -8,7 +8,8 @@ from torch import nn
 
 from einconv_kfac.distributed.stored import local_of, stored_of
 from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts
-from einconv_kfac.optim.replay.unknown_operations import NO_LOSS
+from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.unknown_operations import NO_LOSS, OTHER_LAYERS
 
 
 def is_trained(parameter: nn.Parameter) -> bool:
@@ -17,17 +18,19 @@ def is_trained(parameter: nn.Parameter) -> bool:
     return gradient is not None and bool(local_of(gradient).any())
 
 
-def calls_error(model: nn.Module, missing: Sequence[str], *, has_batches: bool) -> RuntimeError:
+def calls_error(model: nn.Module, missing: Sequence[str], batches: Sequence[Batch]) -> RuntimeError:
     """Return the error for trained layers without recorded calls.
 
     Args:
         model: The model.
         missing: Names of the layers.
-        has_batches: Whether any loss was recorded.
+        batches: The recorded losses.
     """
-    if not has_batches:
+    if not batches:
         return RuntimeError(NO_LOSS)
     names = ", ".join(f"'{name}'" for name in sorted(missing))
+    if all(batch.is_assumed for batch in batches):
+        return RuntimeError(OTHER_LAYERS.format(names=names))
     return RuntimeError(
         f"The factors of {names} need calls that the loss depends on, got none, though "
         f"there is a gradient. {advice(compiled_parts(model, missing))}"

@@ -55,8 +55,10 @@ class ReadObservation:
         self._root: Edge | None = edge_of(loss)
         self._layer_calls = pending.layer_calls()
         self._has_calls = pending.has_calls
-        self._terms = {(call.number, source) for call, source in terms_of(self._root, pending)}
-        self._calls = {call.number: call for call in self._found_calls()}
+        terms = terms_of(self._root, pending, self._names)
+        self._terms = {(call.number, source) for call, source in terms}
+        found = [*self._found_calls(), *(call for call, _ in terms)]
+        self._calls = {call.number: call for call in found}
         for call in self._calls.values():
             call.used |= not is_assumed
             call.readers.append(weakref.ref(self))
@@ -115,12 +117,23 @@ class ReadObservation:
             call.used = True
         self.is_waiting = False
         self._root = None  # a hook of the graph that refers to the graph would keep it alive
-        own = weight / _total(weight)
-        at = self._pending.call_at
-        calls = self._layer_calls if self._has_calls else []
+        reading = self._reading(root, weight / _total(weight))
+        if self._terms and reading.tail(reading.graph.sources).unknown():
+            self._terms = set()  # they count as outputs of the model
+            reading = self._reading(root, weight / _total(weight))
+        return ReadEvaluation(reading), self._layer_calls
+
+    def _reading(self, root: Edge, weight: Tensor) -> Reading:
+        """Return what the graph of the loss says.
+
+        Args:
+            root: The edge of the loss.
+            weight: The weight of each of its numbers in it.
+        """
+        at, calls = self._pending.call_at, self._layer_calls if self._has_calls else []
         layers = [(call.output.node, call.output.output_nr) for call in calls]
-        given = root, self._loss, own, self._value, self._names, at, layers
-        return ReadEvaluation(Reading(*given, self._pending.account)), self._layer_calls
+        given = root, self._loss, weight, self._value, self._names, at, layers
+        return Reading(*given, self._pending.account)
 
     def _source(self, edge: Edge) -> tuple[PendingCall, LossInput] | None:
         """Return which tensor of which call an edge is, or ``None``."""

@@ -41,6 +41,13 @@ OTHER_LOSS = (
     "with the whole loss before `loss.backward()`."
 )
 """Why numbers that the model returned are not taken for losses."""
+OTHER_LAYERS = (
+    "`step` needs the loss it steps on, but saw only numbers that the model returned, which do not "
+    "depend on calls of {names}, though there is a gradient. Write "
+    "`loss = optimizer.observe(loss)` with the whole loss before `loss.backward()`, or name these "
+    "layers in `exclude`."
+)
+"""The same, where layers have a gradient that these numbers do not depend on."""
 
 
 def refusal_of(unknown: Sequence[str]) -> str:

@@ -240,3 +240,55 @@ def test_a_scaled_loss() -> None:
         scaler.unscale_(opt)
 
     torch.testing.assert_close(trained(Net(lambda o, c, t: (o, c)), loop), plain(), **EXACT)
+
+
+def codes(scores: Tensor, table: Tensor) -> Tensor:
+    return (scores.detach() - table[scores.detach().argmax(1)]).square().mean()
+
+
+class Codes(Net):
+    """A network with a term of a table that no layer's call explains."""
+
+    def __init__(self, term: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(lambda *_: None)
+        self.table, self.term = nn.Embedding(3, 3).double(), term
+
+    def forward(self, x: Tensor, y: Tensor = Y) -> Any:
+        scores = self.last(self.first(x).tanh())
+        return self.term(scores, self.table.weight), scores
+
+
+TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "of a table": codes,
+    "of operations that are not known": lambda o, t: o.topk(2).values.square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_terms_that_cannot_be_read_are_outputs(name: str) -> None:
+    """As the term of a codebook, of weights that are used past the calls of layers."""
+    model, losses = Codes(TERMS[name]), []
+
+    def loop(net: nn.Module, opt: KFAC) -> None:
+        term, scores = net(X)
+        loss = opt.observe(functional.cross_entropy(scores, Y) + 0.1 * term)
+        loss.backward()
+        losses.append(float(loss.detach()))
+
+    trained(model, loop)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_layers_that_a_returned_number_does_not_depend_on() -> None:
+    class Two(Net):
+        def forward(self, x: Tensor, y: Tensor = Y) -> Any:
+            hidden = self.first(x).tanh()
+            return hidden.square().mean(), self.last(hidden)
+
+    def loop(net: nn.Module, _: KFAC) -> None:
+        term, scores = net(X)
+        (functional.cross_entropy(scores, Y) + term).backward()
+
+    with pytest.raises(RuntimeError, match=r"not depend on calls of 'last'.*optimizer\.observe"):
+        trained(Two(lambda *_: None), loop)
