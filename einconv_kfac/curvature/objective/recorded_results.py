@@ -21,7 +21,7 @@ from einconv_kfac.curvature.objective.nodes.bilinear import Product
 from einconv_kfac.curvature.objective.nodes.elementary import Entrywise, Power, saved_options
 from einconv_kfac.curvature.objective.nodes.reductions import Reduction
 
-_VIEWS = {"View", "UnsafeView", "ReshapeAlias"}
+_VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
 
 
 def _none(_: object) -> None:

@@ -66,6 +66,17 @@ def dead() -> nn.Module:
     return model
 
 
+class Step(nn.Module):
+    """A step of a decoder, with a dimension of one for the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(36, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(1)).unsqueeze(0).relu().squeeze(0)
+
+
 def trained(features: nn.Module, *, n: int = 3) -> Tensor:
     """Return a generator's weights after steps on a loss of features."""
     torch.manual_seed(0)
@@ -90,7 +101,7 @@ def built(build: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("build", [plain, residual, dead])
+@pytest.mark.parametrize("build", [plain, residual, dead, Step])
 def test_frozen_features(build: Callable[[], nn.Module]) -> None:
     frozen = built(build).requires_grad_(False)
     found, expected = trained(frozen), trained(built(build))
