@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from einconv_kfac.curvature.objective.graph import Edge, Stops, dependents, first_met, inputs_of
 from einconv_kfac.curvature.objective.loss_graph import is_linear
 
 
 def linear_parts(root: Edge, is_number: Stops, is_other: Stops) -> set[Edge]:
     """Return the numbers in which a loss is linear, those inside of others among them.
+
+    A product of two numbers counts as linear in neither.
 
     Args:
         root: The edge of the loss.
@@ -20,24 +20,26 @@ def linear_parts(root: Edge, is_number: Stops, is_other: Stops) -> set[Edge]:
     waiting = [root]
     while waiting:
         top = waiting.pop()
-        starts = [edge for edge in inputs_of(top[0]) if edge is not None]
-        met = first_met(starts, lambda edge: is_number(edge) or is_other(edge))
-        own = {e for e in met - found if is_number(e) and _is_linear_in(top, e)}
+        own = _linear_at(top, is_number, is_other) - found
         found |= own
         waiting += own
     return found - {root}
 
 
-def _is_linear_in(top: Edge, part: Edge) -> bool:
-    """Return whether a tensor is linear in another one that it depends on."""
-    nodes = dependents(top, partial(_same, part))
+def _linear_at(top: Edge, is_number: Stops, is_other: Stops) -> set[Edge]:
+    """Return the numbers that are met first below a tensor, and in which it is linear."""
+    starts = [edge for edge in inputs_of(top[0]) if edge is not None]
+
+    def stops(edge: Edge) -> bool:
+        return is_number(edge) or is_other(edge)
+
+    numbers = {edge for edge in first_met(starts, stops) if is_number(edge)}
+    if not numbers:
+        return numbers
+    nodes = dependents(top, numbers.__contains__)
 
     def depends(edge: Edge | None) -> bool:
-        return edge is not None and (edge == part or edge[0] in nodes)
+        return edge is not None and (edge in numbers or edge[0] in nodes)
 
-    return all(is_linear(node, depends) for node in nodes)
-
-
-def _same(first: Edge, second: Edge) -> bool:
-    """Return whether two edges are the same."""
-    return first == second
+    bent = [edge for node in nodes if not is_linear(node, depends) for edge in inputs_of(node)]
+    return numbers - first_met([edge for edge in bent if edge is not None], stops)
