@@ -37,7 +37,8 @@ def terms_of(
         return pending.source_at(edge) is not None
 
     def is_parameter(edge: Edge) -> bool:
-        return leaf_of(edge) in parameters
+        leaf = leaf_of(edge)
+        return leaf is not None and leaf in parameters
 
     numbers = linear_parts(root, is_number, is_other)
     owners = [pending.source_at(e) for e in numbers if _ends_at(e, is_other, is_parameter)]
