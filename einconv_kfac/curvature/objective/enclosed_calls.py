@@ -18,6 +18,7 @@ from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.node_rule import NodeRule
+from einconv_kfac.curvature.objective.nodes.reductions import is_selection
 from einconv_kfac.curvature.objective.tail import Operation
 
 CallAt = Callable[[Edge], "LossCall | None"]
@@ -91,8 +92,8 @@ def _nodes_of(call: LossCall, edge: Edge, is_source: Stops) -> Iterable[Node]:
 
 
 def _is_known(node: Node) -> bool:
-    """Return whether an operation can be evaluated for other inputs."""
+    """Return whether an operation can be evaluated for other inputs, with another selection."""
     rule: NodeRule | None = NODE_RULES.get(kind_of_node(node))
-    if rule is None or rule.function(node) is None:
+    if rule is None or rule.function(node) is None or is_selection(node):
         return False
     return all(value is not None for value in rule.inputs(node))

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import gc
 
-import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 _SHIFTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The shift of each frozen weight that was asked for."""
-ROUNDING = 1e3
-"""Rounding errors, in units of the largest entry, up to which tensors are the same."""
 
 
 def frozen_shift(weight: Tensor | None) -> Tensor | None:
@@ -36,15 +33,3 @@ def frozen_shift(weight: Tensor | None) -> Tensor | None:
         _SHIFTS[own] = next((s for s in shifts if isinstance(s, Tensor)), None)
     found = _SHIFTS[own]
     return None if found is None or found.requires_grad else found.detach()
-
-
-def follows(result: Tensor, before: Tensor) -> bool:
-    """Return whether a positive part is that of a tensor, up to rounding.
-
-    Args:
-        result: The positive part.
-        before: The tensor, computed with a shift that may be that of another layer.
-    """
-    eps = torch.finfo(result.dtype).eps
-    bound = ROUNDING * eps * before.abs().max() if before.numel() else 0.0
-    return before.shape == result.shape and bool(((before.relu() - result).abs() <= bound).all())

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
+from einconv_kfac.curvature.objective.distance_gradients import distance_gradients
 from einconv_kfac.torch_versions import gradient_edge
 
 Edge: TypeAlias = tuple[Node, int]
@@ -201,10 +202,13 @@ def backpropagated(
 
 def _called(node: Node, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """Return what a node passes on for gradients at its outputs."""
-    if kind_of_node(node) in _IDENTITIES:
+    kind = kind_of_node(node)
+    if kind in _IDENTITIES:
         return gradients
     if isinstance(node, BackwardCFunction):
         return _called_function(node, gradients)
+    if (found := distance_gradients(kind, node, gradients[0])) is not None:
+        return found
     call: Any = node
     results = call(*gradients)
     return results if isinstance(results, tuple) else (results,)

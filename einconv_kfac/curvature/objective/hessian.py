@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from einconv_kfac.curvature.objective.graph import (
 )
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Blocks, Diagonal, LocalCurvature
+from einconv_kfac.curvature.objective.nodes.reductions import is_selection
 from einconv_kfac.curvature.objective.tail import Tail
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.units import drawn
@@ -40,7 +40,6 @@ _UNDONE = {
 """Operations that are curved together with those before them in another way than alone."""
 _TOGETHER = {*_UNDONE, *_PROBABILITIES, *_ROOTS, "LogSoftmax", "Logsumexp"}
 _BILINEAR = {"Mm", "Bmm", "Mv", "Dot", "Vdot", "Addmm", "Baddbmm", "Addbmm", "Addmv", "Addr"}
-_SELECTIONS = {"Max", "Min", "Sort", "Topk", "Kthvalue", "Median", "Mode", "Cummax", "Cummin"}
 Product = Callable[[Tensor], "Tensor | None"]
 """Returns the product of the Hessian and a vector."""
 Graph = tuple[Sequence[Tensor], Sequence["Tensor | None"]]
@@ -147,11 +146,6 @@ def hessian_by(tail: Tail, edge: Edge, known: Sequence[Term]) -> LocalCurvature 
     except RuntimeError:  # an operation without a second derivative
         return None
     return None if found is None else found.curvature
-
-
-def is_selection(node: Any) -> bool:
-    """Return whether a node selects entries of its input, and saves which these are."""
-    return kind_of_node(node) in _SELECTIONS and hasattr(node, "_saved_indices")
 
 
 def _is_raised(edge: Edge) -> bool:

@@ -56,7 +56,7 @@ class LinearMap:
         self.sources = [target]
         if not stops(target):
             with torch.enable_grad(), saved_tensors_hooks(_kept, _checked):
-                self._w = zeros_at(target).requires_grad_()
+                self._w = torch.ones_like(zeros_at(target)).requires_grad_()
                 found = backpropagated({target: self._w}, nodes, stops)
             self._transposed = {e: t for e, t in found.items() if t.requires_grad}
             self.sources = list(self._transposed)

@@ -7,10 +7,11 @@ from einconv_kfac.curvature.objective.nodes import (
     bilinear,
     elementary,
     in_place,
+    linear_systems,
     normalisation,
     reductions,
     softmax,
-    triangular,
+    spectra,
 )
 
 _RULES: tuple[NodeRule, ...] = (
@@ -20,7 +21,8 @@ _RULES: tuple[NodeRule, ...] = (
     *bilinear.RULES,
     *normalisation.RULES,
     *reductions.RULES,
-    *triangular.RULES,
+    *linear_systems.RULES,
+    *spectra.RULES,
 )
 NODE_RULES = {rule.kind: rule for rule in _RULES}
 """The rules, by the name of the operation."""

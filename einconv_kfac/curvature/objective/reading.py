@@ -24,7 +24,6 @@ from einconv_kfac.curvature.objective.graph import (
 from einconv_kfac.curvature.objective.hessian import (
     WHOLE,
     hessian_by,
-    is_selection,
     may_lack,
     only_argument,
     with_hessians,
@@ -33,6 +32,7 @@ from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Empirical
 from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.loss_graph import LossGraph, Values
+from einconv_kfac.curvature.objective.nodes.reductions import is_selection
 from einconv_kfac.curvature.objective.repeated_operation import Repeated, operation_of
 from einconv_kfac.curvature.objective.rule_terms import RuleTerms
 from einconv_kfac.curvature.objective.tail import Tail

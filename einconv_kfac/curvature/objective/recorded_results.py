@@ -7,21 +7,36 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.objective.graph import (
     Edge,
     inputs_of,
     kind_of_node,
     leaf_of,
-    metadata_of,
 )
+from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes import normalisation
 from einconv_kfac.curvature.objective.nodes.bilinear import Product
-from einconv_kfac.curvature.objective.nodes.elementary import Entrywise, Power, saved_options
+from einconv_kfac.curvature.objective.nodes.elementary import Entrywise, Power
+from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
 from einconv_kfac.curvature.objective.nodes.reductions import Reduction
 
-_VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"}
+# fmt: off
+_WITH_CONSTANTS = frozenset(
+    (
+        "Add", "AddBroadcast", "Cat", "Complex", "ConstantPadNd", "Copy", "CopySlices",
+        "IndexAdd", "IndexFill", "IndexPut", "MaskedFill", "MaskedScatter", "Rsub", "Scatter",
+        "ScatterAdd", "Stack", "Sub", "Where",
+    )
+)
+# fmt: on
+"""Linear operations to which constants may belong that their nodes do not save."""
+_SUMS = ("Add", "Sub", "Rsub", "Cat", "Stack")
+"""Those whose constants have an input of their own."""
+_SCALES = ("Mul", "Div")
+"""Operations that are linear where one factor is constant."""
 
 
 def _none(_: object) -> None:
@@ -34,10 +49,13 @@ class Known(NamedTuple):
     Args:
         output: Returns the recorded value of a model's output at an edge, or ``None``.
         shift_of: Returns the shift of a frozen layer by its weight, or ``None``.
+        leaves_out_constants: Whether to leave out constants that are added, which are not in the
+            graph, in place of returning ``None``.
     """
 
     output: Callable[[Edge], Tensor | None] = _none
     shift_of: Callable[[Tensor | None], Tensor | None] = _none
+    leaves_out_constants: bool = False
 
 
 NOTHING = Known()
@@ -58,12 +76,9 @@ def recorded_result(edge: Edge, known: Known = NOTHING) -> Tensor | None:
     if value is not None:
         return value
     with torch.no_grad():
-        if kind in _BY_KIND:
-            return _BY_KIND[kind](edge[0], known)
-        if kind in _VIEWS:
-            before = _before(edge[0], 0, known)
-            return None if before is None else before.reshape(metadata_of(edge).shape)
-    return None
+        if kind in _BY_KIND and (found := _BY_KIND[kind](edge[0], known)) is not None:
+            return found
+        return _of_linear(edge, known) if _is_proportional(edge[0], known) else None
 
 
 def _of_function(node: Any, _: Known) -> Tensor | None:
@@ -81,20 +96,23 @@ def _of_rectifier(node: Any, _: Known) -> Tensor | None:
     return result
 
 
-def _of_sum(node: Any, known: Known) -> Tensor | None:
-    """Return the sum of two results."""
-    first, second = _before(node, 0, known), _before(node, 1, known)
-    if first is None or second is None:
+def _is_proportional(node: Node, known: Known) -> bool:
+    """Return whether a result is linear in those that it depends on, without a constant."""
+    kind, edges = kind_of_node(node), inputs_of(node)
+    if kind in _SCALES:
+        return sum(edge is not None for edge in edges) == 1
+    if kind in _SUMS:
+        return known.leaves_out_constants or (kind != "Rsub" and None not in edges)
+    return kind in LINEAR - _WITH_CONSTANTS
+
+
+def _of_linear(edge: Edge, known: Known) -> Tensor | None:
+    """Return the result of an operation that is linear in the results before."""
+    before = {own: recorded_result(own, known) for own in inputs_of(edge[0]) if own is not None}
+    given = {own: value for own, value in before.items() if value is not None}
+    if len(given) < len(before):
         return None
-    return torch.add(first, second, alpha=node._saved_alpha)
-
-
-def _of_total(node: Any, known: Known) -> Tensor | None:
-    """Return a sum or mean over dimensions."""
-    before = _before(node, 0, known)
-    function = torch.sum if kind_of_node(node) == "Sum" else torch.mean
-    names = ("dim", "keepdim") if hasattr(node, "_saved_dim") else ()
-    return None if before is None else function(before, **saved_options(node, names))
+    return LinearMap(edge, {edge[0]: 0}, lambda own: own != edge)(given)
 
 
 def _of_largest(node: Any, _: Known) -> Tensor | None:
@@ -173,9 +191,6 @@ _BY_KIND: Mapping[str, Callable[[Any, Known], Tensor | None]] = {
     **dict.fromkeys((rule.kind for rule in _FUNCTIONS), _of_function),
     **dict.fromkeys((rule.kind for rule in normalisation.RULES), _of_normalisation),
     "Relu": _of_rectifier,
-    "Add": _of_sum,
-    "Sum": _of_total,
-    "Mean": _of_total,
     "MaxPool2DWithIndices": _of_largest,
     "Convolution": _of_convolution,
     "Addmm": _of_linear_layer,

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.losses.snapshot import copied
-from einconv_kfac.curvature.objective.frozen_shifts import follows, frozen_shift
+from einconv_kfac.curvature.objective.frozen_shifts import frozen_shift
 from einconv_kfac.curvature.objective.graph import Edge, NodeOrder, Stops, inputs_of, kind_of_node
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
+from einconv_kfac.curvature.objective.positive_parts import before_positive_part, follows
 from einconv_kfac.curvature.objective.recorded_results import Known, recorded_result
 from einconv_kfac.curvature.objective.tail import Operation
 
@@ -46,7 +47,8 @@ def operation_of(node: Node, own: Repeated, stops: Stops) -> Operation:
         LinearMap(e, own.nodes, stops) if e is not None and own.depends(e) else None for e in edges
     ]
     rule = NODE_RULES.get(kind)
-    if rule is None or any(maps[len(rule.inputs(node)) :]):
+    output = (node, getattr(rule, "output", 0))
+    if rule is None or any(maps[len(rule.inputs(node)) :]) or _has_others(output, own.nodes):
         return Operation(kind, (node, 0), tuple((None, each) for each in maps), None)
     values = [
         _value_before(node, edge, own) if value is None and edge is not None else value
@@ -58,7 +60,16 @@ def operation_of(node: Node, own: Repeated, stops: Stops) -> Operation:
     if isinstance(function, partial):
         options = {name: copied(own) for name, own in function.keywords.items()}
         function = partial(function.func, *function.args, **options)
-    return Operation(kind, (node, 0), tuple(zip(values, maps)), function)
+    return Operation(kind, output, tuple(zip(values, maps)), function)
+
+
+def _has_others(output: Edge, nodes: NodeOrder) -> bool:
+    """Return whether operations use other outputs of the same operation."""
+    node, index = output
+    if len(node._input_metadata) == 1:
+        return False
+    used = {edge for each in nodes for edge in inputs_of(each) if edge is not None}
+    return any((node, i) in used for i in range(len(node._input_metadata)) if i != index)
 
 
 def _value_before(node: Any, edge: Edge, own: Repeated) -> Tensor | None:
@@ -67,8 +78,11 @@ def _value_before(node: Any, edge: Edge, own: Repeated) -> Tensor | None:
     if value is not None:
         is_overwritten = result is not None and result.data_ptr() == value.data_ptr()
         return None if is_overwritten else value
-    found = recorded_result(edge)
-    if found is None and kind_of_node(node) == "Relu":
-        found = recorded_result(edge, Known(own.output, frozen_shift))
-        found = found if found is None or follows(node._saved_result.detach(), found) else None
-    return found
+    if result is None or kind_of_node(node) != "Relu":
+        return recorded_result(edge, Known(own.output))
+    result = result.detach()
+    found = recorded_result(edge, Known(own.output, frozen_shift))
+    if found is not None and follows(result, found):
+        return found
+    unshifted = recorded_result(edge, Known(own.output, leaves_out_constants=True))
+    return None if unshifted is None else before_positive_part(result, unshifted)

@@ -75,6 +75,41 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "Fourier": lambda o: torch.fft.fft(torch.fft.rfft(o, dim=1), dim=2).abs().square().mean(),
     "inverse Fourier": lambda o: torch.fft.irfft(torch.fft.rfft(o, dim=1), dim=1).square().mean(),
     "connectionist": connectionist,
+    "inverses": lambda o: torch.linalg.inv(square(o)).mean() + torch.erfinv(0.5 * o.tanh()).mean(),
+    "system": lambda o: torch.linalg.solve(square(o), o.mT).mean(),
+    "system of a vector": lambda o: torch.linalg.solve(square(o), o[:, 0]).square().mean(),
+    "system from the right": lambda o: torch.linalg.solve(square(o), o, left=False).mean(),
+    "determinants": lambda o: torch.linalg.det(square(o)).mean() + torch.logdet(square(o)).sum(),
+    "Cholesky": lambda o: (
+        torch.cholesky_solve(o.mT, torch.linalg.cholesky(square(o))).mean()
+        + torch.cholesky_inverse(torch.linalg.cholesky(square(o))).sum()
+    ),
+    "eigenvalues": lambda o: (torch.linalg.eigvalsh(square(o)) - 1).square().mean(),
+    "singular values": lambda o: (torch.linalg.svdvals(o) - T[:, 0]).square().mean(),
+    "nuclear norm": lambda o: torch.linalg.matrix_norm(o - T, "nuc").mean(),
+    "exponential": lambda o: torch.linalg.matrix_exp(0.3 * square(o)).mean(),
+    "cross product": lambda o: (torch.linalg.cross(o, o.flip(1)) - T).square().mean(),
+    "pairs": lambda o: (functional.pdist(o.flatten(1)) - 1).square().mean(),
+    "pairs of rows": lambda o: (torch.cdist(o, o) - 1).square().mean(),
+    "products": lambda o: ((1 + 0.1 * o).prod(1) - 1).square().mean() + o.prod(2, True).mean(),
+    "inverse functions": lambda o: (
+        o.asinh().square().mean()
+        + (1.5 + o.square()).acosh().mean()
+        + (0.5 * o.tanh()).atanh().mean()
+        + (0.9 * o.sigmoid()).logit().mean()
+        + torch.mvlgamma(2 + o.exp(), 2).mean()
+    ),
+    "sums of exponentials": lambda o: (o.logcumsumexp(1) - T).square().mean(),
+    "attention": lambda o: functional.scaled_dot_product_attention(o, o, o).square().mean(),
+    "pooling in three dimensions": lambda o: functional.max_pool3d(o[None], (1, 2, 2)).mean(),
+    "positive parts": lambda o: (
+        functional.relu(o[:, 1:, 0] + o[:, :-1, 1]).mean()
+        + functional.relu(torch.cat([o, -2 * o.flip(0)], 1)).square().mean()
+        + functional.relu(o.mean(1) / 3).sum()
+    ),
+    "hinge": lambda o: functional.relu(0.5 - o).mean() + functional.relu(1 + 2 * o).square().mean(),
+    "margin": lambda o: functional.relu((o - T).norm(dim=2) - o.norm(dim=2) + 0.3).mean(),
+    "median": lambda o: (o - T).abs().median(),
 }
 
 
@@ -151,7 +186,10 @@ def derivative(o: Tensor) -> Tensor:
     [
         (lambda o: Sub.apply(o).mean(), "autograd.Function Sub"),
         (derivative, "TanhBackward"),
-        (lambda o: o.topk(2).values.mean(), "Topk"),
+        (lambda o: o.remainder(2).mean(), "Remainder"),
+        (lambda o: torch.linalg.eigh(square(o)).eigenvectors.mean(), "LinalgEigh"),
+        (lambda o: torch.linalg.svd(o).U.mean(), "LinalgSvd"),
+        (lambda o: functional.threshold(o, 0.1, 2.0).mean(), "Threshold"),
         (lambda o: (o - 1).max(1).values.mean(), "Max"),
     ],
 )

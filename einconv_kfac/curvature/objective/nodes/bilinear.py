@@ -101,6 +101,10 @@ RULES = (
         tuple(frozenset({index}) for index in range(3)),
         ("expand1", "expand2", "expand3", "sumdim"),
     ),
+    Product("LinalgCross", torch.linalg.cross, ("self", "other"), _EITHER, ("dim",)),
+    Product(
+        "CholeskySolve", torch.cholesky_solve, ("self", "input2"), (frozenset({0}),), ("upper",)
+    ),
     Product("Dist", torch.dist, ("self", "other"), (), ("p",)),
     Product("Hypot", torch.hypot, ("self", "other"), ()),
     Product("Lerp", torch.lerp, ("self", "end", "weight"), (frozenset({0, 1}), frozenset({2}))),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from einconv_kfac.curvature.objective.graph import inputs_of, kind_of_node, zeros_at
 from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
 from einconv_kfac.curvature.objective.node_rule import Function
 from einconv_kfac.curvature.objective.nodes.elementary import saved_options
@@ -25,12 +26,14 @@ class Reduction:
         apply: The operation.
         options: Names of arguments that the node saves.
         saved: The name under which the node saves the input.
+        output: The index of the output, beside which others have no derivative.
     """
 
     kind: str
-    apply: Callable[..., Tensor]
+    apply: Callable[..., Any]
     options: tuple[str, ...] = ()
     saved: str = "self"
+    output: int = 0
 
     def is_linear(self, dependent: Sequence[bool]) -> bool:
         """See `NodeRule`."""
@@ -45,7 +48,7 @@ class Reduction:
         """See `NodeRule`."""
         if getattr(node, f"_saved_{self.saved}", None) is None:
             return None
-        return partial(self.apply, **saved_options(node, self.options))
+        return partial(self.apply, **saved_options(node, self._present(node)))
 
     def curvature(
         self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
@@ -53,15 +56,66 @@ class Reduction:
         """See `NodeRule`."""
         return None
 
+    def _present(self, node: Any) -> tuple[str, ...]:
+        """Return the names of those arguments that this form of the operation has."""
+        return tuple(name for name in self.options if hasattr(node, f"_saved_{name}"))
+
 
 @dataclass(frozen=True)
 class Extremum(Reduction):
     """The largest or smallest entries, whose node keeps no input where it is along a dimension."""
 
+    options: tuple[str, ...] = ("dim", "keepdim")
+
     def function(self, node: Any) -> Function | None:
         """See `NodeRule`; the indices are left out."""
-        known = hasattr(node, "_saved_dim")
-        return partial(self.apply, **saved_options(node, ("dim", "keepdim") if known else ()))
+        return partial(self.apply, **saved_options(node, self._present(node)))
+
+
+@dataclass(frozen=True)
+class Selection(Reduction):
+    """Entries at indices that the node saves, which stay selected as they were.
+
+    The node saves neither its input, for which zeros stand, nor by which rule it selects. A form
+    without a dimension saves its input, and is evaluated again.
+    """
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`."""
+        if not is_selection(node):
+            return super().inputs(node)
+        edge = inputs_of(node)[0]
+        return [None if edge is None else zeros_at(edge)]
+
+    def function(self, node: Any) -> Function | None:
+        """See `NodeRule`."""
+        if not is_selection(node):
+            return super().function(node)
+        return partial(
+            _selected,
+            dim=saved_options(node, ("dim",))["dim"],
+            indices=node._saved_indices,
+            keepdim=getattr(node, "_saved_keepdim", True),
+        )
+
+
+def is_selection(node: Any) -> bool:
+    """Return whether a node selects entries of its input, and saves which these are."""
+    rule = BY_KIND.get(kind_of_node(node))
+    return isinstance(rule, (Extremum, Selection)) and hasattr(node, "_saved_indices")
+
+
+def _selected(x: Tensor, dim: int, indices: Tensor, keepdim: bool) -> Tensor:
+    """Return the entries at indices along a dimension, which is kept or not."""
+    if keepdim:
+        return x.gather(dim, indices)
+    return x.gather(dim, indices.unsqueeze(dim)).squeeze(dim)
+
+
+def _log_of_determinant(x: Tensor) -> Tensor:
+    """Return the logarithm of the absolute value of a determinant."""
+    found: Tensor = torch.linalg.slogdet(x)[1]
+    return found
 
 
 def _ctc_losses(*args: Any, **kwargs: Any) -> Tensor:
@@ -70,6 +124,7 @@ def _ctc_losses(*args: Any, **kwargs: Any) -> Tensor:
     return losses
 
 
+_WINDOWS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
 RULES = (
     Reduction("LinalgVectorNorm", torch.linalg.vector_norm, ("ord", "dim", "keepdim")),
     Reduction("Norm", torch.norm, ("p", "dim", "keepdim")),
@@ -80,14 +135,24 @@ RULES = (
     Reduction("Amin", torch.amin, ("dim", "keepdim")),
     Extremum("Max", torch.amax),
     Extremum("Min", torch.amin),
-    Reduction("Prod", torch.prod),
+    Selection("Sort", torch.sort),
+    Selection("Topk", torch.topk),
+    Selection("Kthvalue", torch.kthvalue),
+    Selection("Mode", torch.mode),
+    Selection("Cummax", torch.cummax),
+    Selection("Cummin", torch.cummin),
+    Selection("Median", torch.median),
+    Selection("Nanmedian", torch.nanmedian),
+    Reduction("Prod", torch.prod, ("dim", "keepdim")),
+    Reduction("Pdist", functional.pdist, ("p",)),
+    Reduction("LinalgDet", torch.linalg.det, saved="A"),
+    Reduction("LinalgSlogdet", _log_of_determinant, saved="A", output=1),
+    Reduction("LinalgMatrixExp", torch.linalg.matrix_exp),
+    Reduction("CholeskyInverse", torch.cholesky_inverse, ("upper",)),
     Reduction("Cumprod", torch.cumprod, ("dim",)),
     Reduction("Glu", functional.glu, ("dim",)),
-    Reduction(
-        "MaxPool2DWithIndices",
-        functional.max_pool2d,
-        ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
-    ),
+    Reduction("MaxPool2DWithIndices", functional.max_pool2d, _WINDOWS),
+    Reduction("MaxPool3DWithIndices", functional.max_pool3d, _WINDOWS),
     Reduction("Logcumsumexp", torch.logcumsumexp, ("dim",)),
     Reduction(
         "MultiMarginLoss",
@@ -102,3 +167,5 @@ RULES = (
         saved="log_probs",
     ),
 )
+BY_KIND = {rule.kind: rule for rule in RULES}
+"""The rules, by the name of the operation."""

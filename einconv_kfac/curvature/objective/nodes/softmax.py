@@ -100,5 +100,6 @@ def categorical(scores: Tensor, weight: Tensor, dim: int) -> Categorical | None:
 RULES = (
     Softmax("LogSoftmax", torch.log_softmax, lambda result: result, is_logarithm=True),
     Softmax("Softmax", torch.softmax, torch.log),
+    Softmax("SafeSoftmax", torch._safe_softmax, torch.log),
     LogSumExp(),
 )

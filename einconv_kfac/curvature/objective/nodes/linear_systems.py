@@ -1,4 +1,4 @@
-"""Triangular systems and Cholesky factors, as in the density of a Gaussian vector."""
+"""Linear systems, inverses and Cholesky factors, as in the density of a Gaussian vector."""
 
 from __future__ import annotations
 
@@ -72,4 +72,58 @@ class CholeskyFactor:
         return None
 
 
-RULES = (TriangularSolve(), CholeskyFactor())
+@dataclass(frozen=True)
+class Solve:
+    """The solution ``x`` of ``a x = b`` or ``x a = b``; the node saves ``a`` and ``x``."""
+
+    kind: str = "LinalgSolveEx"
+
+    def is_linear(self, dependent: Sequence[bool]) -> bool:
+        """See `NodeRule`; in ``b`` alone."""
+        return not dependent[0]
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`."""
+        a, x = node._saved_A.detach(), node._saved_result.detach()
+        is_vector = x.ndim == a.ndim - 1
+        columns = x.unsqueeze(-1) if is_vector else x
+        b = a @ columns if node._saved_left else columns @ a
+        return [a, b.squeeze(-1) if is_vector else b]
+
+    def function(self, node: Any) -> Function | None:
+        """See `NodeRule`."""
+        return partial(torch.linalg.solve, **saved_options(node, ("left",)))
+
+    def curvature(
+        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
+    ) -> LocalCurvature | None:
+        """See `NodeRule`; it is indefinite."""
+        return None
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """The inverse of a matrix, which the node saves."""
+
+    kind: str = "LinalgInvEx"
+
+    def is_linear(self, dependent: Sequence[bool]) -> bool:
+        """See `NodeRule`."""
+        return False
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`."""
+        return [torch.linalg.inv(node._saved_inverse.detach())]
+
+    def function(self, node: Any) -> Function | None:
+        """See `NodeRule`."""
+        return torch.linalg.inv
+
+    def curvature(
+        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
+    ) -> LocalCurvature | None:
+        """See `NodeRule`; it is indefinite."""
+        return None
+
+
+RULES = (TriangularSolve(), CholeskyFactor(), Solve(), Inverse())
