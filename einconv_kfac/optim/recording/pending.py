@@ -108,9 +108,10 @@ class PendingCalls:
         self._pending[-1].losses += 1
         return Inside(loss_fn, self._pending[-1].losses - 1)
 
-    def mark_layer_(self, module: nn.Module, output: Tensor) -> None:
-        """Mark the output of a layer inside the call that is running."""
-        if self._pending and self._pending[-1].is_running and output.requires_grad:
+    def mark_layer_(self, module: nn.Module, output: Any) -> None:
+        """Mark the output of a layer inside the call that is running, if it is one tensor."""
+        is_trained = isinstance(output, Tensor) and output.requires_grad
+        if is_trained and self._pending and self._pending[-1].is_running:
             pending = self._pending[-1]
             count = sum(isinstance(e, LayerOutput) and e.module is module for e in pending.values)
             self._mark_(pending, LayerOutput(module, count), output)

@@ -34,7 +34,7 @@ from einconv_kfac.optim.recording.read_observation import ReadObservation
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import Environment
 from einconv_kfac.optim.replay.forward import NOT_REPLAYED, ModelCall
-from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOutputs
+from einconv_kfac.optim.replay.layer_outputs import LayerOutputs, is_known, parts_with_outputs
 from einconv_kfac.optim.replay.loss_input import loss_arguments, with_kept_reduction
 from einconv_kfac.optim.replay.unknown_operations import explained_checkpoints
 from einconv_kfac.optim.replay.versions import Versions, state_of
@@ -166,7 +166,7 @@ class Recorder:
     def _attached(self) -> list[RemovableHandle]:
         """Attach the hooks, and return their handles."""
         after_layer = Hook(self._after_layer)
-        layers = [m for m in self._entry.modules() if type(m) in (*LINEAR, *NORMALIZING)]
+        layers = parts_with_outputs(self._entry, self._model)
         handles = [m.register_forward_hook(after_layer, prepend=True) for m in layers]
         before, after = Hook(self._before_model), Hook(self._after_model)
         self._calls = CallHooks(self._entry, before, after)
@@ -208,9 +208,9 @@ class Recorder:
             replaced=self.tree.replaced(),
         )
 
-    def _after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the output of a layer."""
-        if self._outputs is not None and self.enabled:
+    def _after_layer(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        """Keep the output of a layer, from which a loss may be computed inside of the model."""
+        if self._outputs is not None and self.enabled and is_known(module):
             if sees_own_output(module):
                 self._outputs.keep_(module, output)
             else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from einconv_kfac.optim.replay.subsample import Subset
 from einconv_kfac.torch_versions import packs_saved_tensors
@@ -22,6 +23,27 @@ LINEAR = (
 """Modules that are linear in their input and in their parameters; subclasses may not be."""
 NORMALIZING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _NODES = ("NativeBatchNorm", "CudnnBatchNorm")
+
+
+def is_known(module: nn.Module) -> bool:
+    """Return whether Jacobian-vector products use what a module returned or computed."""
+    return type(module) in LINEAR or type(module) in NORMALIZING
+
+
+def parts_with_outputs(*wholes: nn.Module) -> list[nn.Module]:
+    """Return the parts of a model whose outputs a loss inside of it may be computed from.
+
+    These are layers with parameters, and all that `LayerOutputs` keeps.
+
+    Args:
+        wholes: The module that is called, and the model inside of it.
+    """
+    return [
+        module
+        for module in wholes[0].modules()
+        if is_known(module)
+        or (module._parameters and module not in wholes and not isinstance(module, ScriptModule))
+    ]
 
 
 @dataclass(frozen=True)

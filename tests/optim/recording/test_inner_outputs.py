@@ -110,3 +110,37 @@ def test_a_part_called_after_the_whole_counts_as_inside_of_it(mode: str, given: 
     expected = trained(Returning(), inside, MODES[mode])
     found = trained(Returning(), beside, MODES[mode], given=given)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+class Pairs(nn.Module):
+    """Returns the embeddings of pairs; as their loss, if that is given."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Embedding(5, 4).double(), nn.Embedding(5, 4).double()
+        self.loss = loss
+
+    def forward(self, pairs: Tensor) -> Any:
+        found = self.first(pairs[:, 0]), self.second(pairs[:, 1])
+        return found if self.loss is None else self.loss(*found)
+
+
+def of_products(first: Tensor, second: Tensor) -> Tensor:
+    """The loss of a skip-gram model."""
+    return -functional.logsigmoid((first * second).sum(1)).mean()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loss_inside_of_the_model_of_layers_of_other_kinds(mode: str) -> None:
+    pairs, found = torch.randint(5, (16, 2), generator=GENERATOR), []
+    for model in (Pairs(of_products), Pairs()):
+        opt = KFAC(model, **{"fisher": "exact", **MODES[mode]})
+        for _ in range(3):
+            opt.zero_grad()
+            result = model(pairs)
+            loss = of_products(*result) if isinstance(result, tuple) else result
+            opt.observe(loss).backward()
+            opt.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
