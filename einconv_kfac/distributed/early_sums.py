@@ -147,10 +147,6 @@ class Channel:
         message.begin_()
         return message
 
-    def are_level_(self) -> None:
-        """Take note that all workers have begun as many."""
-        self._recent.clear()
-
     def level_(self, collectives: Collectives) -> list[Begun]:
         """Begin what other workers have begun, with zeros; all workers call it.
 

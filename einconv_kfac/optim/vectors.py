@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import accumulate, combinations_with_replacement
+from itertools import combinations_with_replacement
 from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 Key = TypeVar("Key", bound=Hashable)
 Direction: TypeAlias = dict[str, Tensor]
@@ -101,43 +100,6 @@ def gram_matrix(
     totals = {pair: sum_of(found) for pair, found in sums.items()}
     pairs = [(min(i, j), max(i, j)) for i in range(count) for j in range(count)]
     return torch.stack([totals.get(pair, zero) for pair in pairs]).reshape(count, count)
-
-
-def products_by_layer(
-    layers: Iterable[Sequence[str]], pairs: Sequence[tuple[Direction, Direction]]
-) -> list[list[float]]:
-    """Return the inner product of each pair over each layer's parameters, ``[layers][pairs]``.
-
-    The host waits for the device once.
-
-    Args:
-        layers: Names of the parameters of each layer.
-        pairs: The pairs of directions.
-    """
-    layers = list(layers)
-    known = dict.fromkeys(name for own in layers for name in own)
-    parts = [
-        (pair, names, values)
-        for pair, (a, b) in enumerate(pairs)
-        for names, values in _products([name for name in known if name in a and name in b], a, b)
-    ]
-    found = iter(torch.cat([values for _, _, values in parts]).tolist() if parts else ())
-    table = {(pair, name): next(found) for pair, names, _ in parts for name in names}
-    return [[sum(table.get((i, n), 0.0) for n in own) for i in range(len(pairs))] for own in layers]
-
-
-def _products(
-    names: Iterable[str], a: Direction, b: Direction
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield inner products tensor by tensor, several names at a time, in float64."""
-    for chunk in _chunks(names, a):
-        left, right = _joined(a, chunk), _joined(b, chunk)
-        if len(chunk) == 1:
-            yield chunk, torch.dot(left, right).double().unsqueeze(0)
-        else:
-            sums = pad((left.double() * right).cumsum(0), (1, 0))
-            ends = accumulate((entries(a[name]).numel() for name in chunk), initial=0)
-            yield chunk, torch.stack([sums[end] for end in ends]).diff()
 
 
 def _by_weight(

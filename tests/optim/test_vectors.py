@@ -17,7 +17,6 @@ from einconv_kfac.optim.vectors import (
     gram_matrix,
     inner,
     inner_products,
-    products_by_layer,
     scaled,
 )
 
@@ -85,23 +84,6 @@ def test_products(kind: str, weights: dict[str, float] | None) -> None:
     torch.testing.assert_close(found, expected.flatten(), **close)
     if weights is None:
         torch.testing.assert_close(inner_products(known[1], known), expected[1], **close)
-
-
-@pytest.mark.usefixtures("joined")
-@pytest.mark.parametrize("kind", KINDS)
-def test_products_by_layer(kind: str) -> None:
-    known = directions(kind)
-    layers = [["a.weight", "a.bias"], ["large.weight"], ["number", "b.weight"], ["nothing"]]
-    pairs = [(known[0], known[3]), (known[1], known[2]), (known[0], known[1])]
-    found = products_by_layer(layers, pairs)
-    for names, row in zip(layers, found):
-        for value, (a, b) in zip(row, pairs):
-            expected = float(product({n: a[n] for n in names if n in a}, b))
-            assert value == pytest.approx(
-                expected, rel=TOLERANCE.get(kind, 1e-11), abs=1e2 * TOLERANCE.get(kind, 1e-12)
-            )
-    assert products_by_layer([], pairs) == []
-    assert products_by_layer(layers, []) == [[], [], [], []]
 
 
 @pytest.mark.parametrize("kind", KINDS)
