@@ -52,5 +52,7 @@ def test_the_damping_does_not_outgrow_the_first_one() -> None:
         dampings.append(opt.statistics()["damping"])
         ratios.append(opt.statistics()["ratio"])
     assert min(ratios) < 0  # steps were shortened
-    assert max(dampings) < 3 * dampings[0]
+    for before, after, ratio in zip(dampings, dampings[1:], ratios):
+        assert not (ratio < 0 and before >= dampings[0] and after > before)
+    assert max(dampings) < 8 * dampings[0]
     assert loss_fn(model(x), y) < 1.2
