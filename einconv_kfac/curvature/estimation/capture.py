@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any
 
 import torch
@@ -102,7 +101,7 @@ class _CallRecorder:
             is_batch,
             is_own,
             get_gradient_edge(x).node if x.requires_grad else None,
-            all(isinstance(p, (nn.Parameter, NoneType)) for p in module._parameters.values()),
+            layer.has_parameters(module),
         )
         self._capture.calls.append(call)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -10,6 +11,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from einconv_kfac.curvature.arguments import flag
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.layers.computed_weight import ComputedWeight, NamedWeight
+from einconv_kfac.curvature.layers.computed_weights import computed_weight
 from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.layers.layer_registry import is_hidden, layer_rule, overrides_forward
@@ -18,7 +21,9 @@ from einconv_kfac.curvature.layers.shared_weights import Candidate, joined, owne
 from einconv_kfac.curvature.module_arguments import check_module
 
 
-def find_layers(model: nn.Module, *, every: bool = False, exclude: Exclusion = ()) -> list[Layer]:
+def find_layers(
+    model: nn.Module, *, every: bool = False, exclude: Exclusion = (), computed: bool = False
+) -> list[Layer]:
     """Return the layers of a model whose weight is trained and that a rule covers.
 
     Modules that share a weight are one layer. If they have different biases, the layer has none;
@@ -29,18 +34,21 @@ def find_layers(model: nn.Module, *, every: bool = False, exclude: Exclusion = (
         every: Whether to include those that the optimizer does not precondition.
         exclude: Modules, types of modules, names of modules or patterns of names, with all that
             they contain. A layer is left out if one of its modules is.
+        computed: Whether to include those whose weight is computed from parameters, as by weight
+            normalization. Their matrices are those of the weight.
 
     Raises:
         ValueError: If a layer's parameters do not exist yet, or ``exclude`` matches nothing.
     """
     check_module(model, "find_layers(model)")
-    layers, _ = discovered(model, every=flag("every", every), strict=True)
+    given = flag("every", every), flag("computed", computed)
+    layers, _ = discovered(model, every=given[0], strict=True, computed=given[1])
     excluded = excluded_modules(model, exclude)
     return [layer for layer in layers if excluded.isdisjoint(layer.modules)]
 
 
 def discovered(
-    model: nn.Module, *, every: bool = False, strict: bool = False
+    model: nn.Module, *, every: bool = False, strict: bool = False, computed: bool = False
 ) -> tuple[list[Layer], dict[str, str]]:
     """Return the layers, and why parameters that modules share belong to none, by name.
 
@@ -48,6 +56,7 @@ def discovered(
         model: See `find_layers`.
         every: See `find_layers`.
         strict: Whether to raise if a layer's parameters do not exist yet.
+        computed: See `find_layers`.
 
     Raises:
         ValueError: See `find_layers`.
@@ -64,37 +73,46 @@ def discovered(
             _check_initialized(name, module)
         parts = rule.parts(module)
         for part in parts:
-            if not refusal(name, module, part):
-                own = name if len(parts) == 1 else f"{name}.{part.weight}".lstrip(".")
-                candidates.append(Candidate(own, module, part, _layout(module, part, names)))
+            if refusal(name, module, part, computed=computed):
+                continue
+            own = name if len(parts) == 1 else f"{name}.{part.weight}".lstrip(".")
+            weight = _named(name, module, part, names) if computed else None
+            layout = _layout(module, part, names, weight)
+            candidates.append(Candidate(own, module, part, layout, weight))
     return joined(candidates, owners(model, names))
 
 
-def refusal(name: str, module: nn.Module, part: LayerRule | None = None) -> str | None:
+def refusal(
+    name: str, module: nn.Module, part: LayerRule | None = None, *, computed: bool = False
+) -> str | None:
     """Return the reason why a module's parameters are not covered, or ``None`` if they are.
 
     Args:
         name: Its name in the model.
         module: The module.
         part: The rule of one of its weights; its own rule by default.
+        computed: Whether its weight may be computed from parameters in a known way.
     """
     rule, own = part or layer_rule(module), dict(module.named_parameters(recurse=False))
     if rule is None:
         return f"no rule covers {type(module).__name__}; `register_layer` adds one"
-    if is_parametrized(module):
+    weight = _computed(module, rule) if computed else None
+    if weight is None and is_parametrized(module):
         return "its weight is parametrized; remove the parametrization first"
-    if any(is_lazy(parameter) for parameter in own.values()):
+    weights = own if weight is None else {**own, rule.weight: None} | weight.parameters()
+    if any(is_lazy(parameter) for parameter in weights.values()):
         return "its parameters are not initialized; run the model on a batch first"
-    is_complex = any(parameter.is_complex() for parameter in own.values())
+    is_complex = any(p is not None and p.is_complex() for p in weights.values())
     reason = "its parameters are complex" if is_complex else rule.refusal(module)
     if reason is None and overrides_forward(module):
         kind = type(module).__name__
         is_own = "forward" not in vars(module)
         own_pass = f"{kind} has a forward pass of its own; `register_layer` adds a rule"
         return own_pass if is_own else "its forward pass was replaced"
-    if rule.weight not in own:
+    if rule.weight not in weights:
         return "its weight is not a parameter of its own"
-    return reason if own[rule.weight].requires_grad else "its weight is frozen"
+    used = [own[rule.weight]] if weight is None else [*weight.parameters().values()]
+    return reason if all(p.requires_grad for p in used) else "its weight is frozen"
 
 
 def _check_initialized(name: str, module: nn.Module) -> None:
@@ -115,11 +133,48 @@ def _revealed(model: nn.Module, name: str, module: nn.Module) -> LayerRule | Non
     return rule.reveal(parent, module) or layer_rule(module)
 
 
-def _layout(module: nn.Module, rule: LayerRule, names: Mapping[Tensor, str]) -> Layout:
+def _computed(module: nn.Module, rule: LayerRule) -> ComputedWeight | None:
+    """Return how a module computes its weight, where its rule allows that."""
+    return computed_weight(module, rule.weight) if rule.may_compute_weight else None
+
+
+def _named(
+    name: str, module: nn.Module, rule: LayerRule, names: Mapping[Tensor, str]
+) -> NamedWeight | None:
+    """Return how a module computes its weight, with names in the model."""
+    weight = _computed(module, rule)
+    if weight is None:
+        return None
+    parameters = tuple(names[parameter] for parameter in weight.parameters().values())
+    return NamedWeight(f"{name}.{rule.weight}".lstrip("."), parameters, weight)
+
+
+class _WithWeight:
+    """A module with a given weight, which is not computed for its shape alone."""
+
+    def __init__(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        self._module = module
+        setattr(self, name, weight)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _layout(
+    module: nn.Module, rule: LayerRule, names: Mapping[Tensor, str], computed: NamedWeight | None
+) -> Layout:
     """Return the layout of a module's trained parameters, by their names in the model."""
     own = dict(module.named_parameters(recurse=False))
-    weight, bias = own[rule.weight], own.get(rule.bias)
-    split, order = rule.split(module)
+    if computed is None:
+        weight = own[rule.weight]
+        name, (split, order) = names[weight], rule.split(module)
+    else:
+        weight = next(iter(computed.tensors().values()))
+        name, (split, order) = (
+            computed.name,
+            rule.split(_WithWeight(module, rule.weight, weight)),
+        )
+    bias = own.get(rule.bias)
     if bias is None or not bias.requires_grad:
-        return Layout(names[weight], None, tuple(weight.shape), split, order)
-    return Layout(names[weight], names[bias], tuple(weight.shape), split, order, tuple(bias.shape))
+        return Layout(name, None, tuple(weight.shape), split, order)
+    return Layout(name, names[bias], tuple(weight.shape), split, order, tuple(bias.shape))

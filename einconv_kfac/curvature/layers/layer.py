@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.layers.computed_weight import NamedWeight
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
 
 
@@ -36,12 +38,14 @@ class Layer:
         name: Its name in the model.
         modules: The modules that use its parameters; several if they share them.
         rule: The rule for the type of the first.
-        layout: Its parameters as matrices ``[g, co, d]``.
+        layout: Its weight and bias as matrices ``[g, co, d]``. A computed weight has the name that
+            it would have as a parameter.
         uses: One entry per module, where they differ in type: a tied embedding and output layer.
+        computed: How the weight is computed from parameters, or ``None`` if it is one.
 
     Attributes:
         module: The first module.
-        weight: Name of the weight in the model.
+        weight: Name of the weight in the model, or of the first parameter that it is computed from.
         bias: Name of the bias in the model, or ``None`` if there is none that is trained.
         parameters: Names of the parameters that the layer's factors cover.
     """
@@ -51,6 +55,7 @@ class Layer:
     rule: LayerRule
     layout: Layout
     uses: tuple[Use, ...] = ()
+    computed: NamedWeight | None = field(default=None, compare=False)
     # stored, since every step of an optimizer reads them for every layer
     module: nn.Module = field(init=False, repr=False, compare=False)
     weight: str = field(init=False, repr=False, compare=False)
@@ -62,9 +67,12 @@ class Layer:
             uses = tuple(Use(module, self.rule) for module in self.modules)
             object.__setattr__(self, "uses", uses)
         object.__setattr__(self, "module", self.modules[0])
-        object.__setattr__(self, "weight", self.layout.weight)
+        names = self.layout.parameters
+        if self.computed is not None:
+            names = (*self.computed.parameters, *names[1:])
+        object.__setattr__(self, "weight", names[0])
         object.__setattr__(self, "bias", self.layout.bias)
-        object.__setattr__(self, "parameters", self.layout.parameters)
+        object.__setattr__(self, "parameters", names)
 
     @property
     def is_tied(self) -> bool:
@@ -85,16 +93,34 @@ class Layer:
     def tensors(self) -> dict[str, nn.Parameter]:
         """Return the parameters by name, without those that were removed since."""
         own = dict(self.module.named_parameters(recurse=False))
-        found = zip(self.parameters, (self.rule.weight, self.rule.bias))
-        return {name: own[attribute] for name, attribute in found if attribute in own}
+        found = zip(self.layout.parameters, (self.rule.weight, self.rule.bias))
+        known = {name: own[attribute] for name, attribute in found if attribute in own}
+        return known if self.computed is None else {**self.computed.tensors(), **known}
 
     def zeros(self) -> dict[str, Tensor]:
-        """Return a zero tensor for each parameter, by name."""
-        return {name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()}
+        """Return zeros like the weight and the bias, by their names in the layout."""
+        tensors = self.tensors()
+        known = {self.layout.weight: tensors[self.weight]} if self.weight in tensors else {}
+        known |= {name: tensors[name] for name in self.layout.parameters if name in tensors}
+        return {name: torch.zeros_like(tensor) for name, tensor in known.items()}
 
     def to_matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return tensors by parameter name as one matrix per group, ``[g, co, d]``."""
-        return self.layout.to_matrix(tensors)
+        """Return gradients by parameter name as one matrix per group, ``[g, co, d]``."""
+        return self.layout.to_matrix(self.with_weight(tensors))
+
+    def with_weight(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return gradients with that of a computed weight, in place of those it is made of."""
+        if self.computed is None:
+            return gradients
+        own, names = self.computed.gradient(gradients), self.computed.parameters
+        return {self.layout.weight: own} | {n: g for n, g in gradients.items() if n not in names}
+
+    def has_parameters(self, module: nn.Module) -> bool:
+        """Return whether one of the modules has its parameters, and no tensors in their place."""
+        own = [*module._parameters.values()]
+        if self.computed is not None:
+            own += self.computed.computed.owner._parameters.values()
+        return all(isinstance(parameter, (nn.Parameter, NoneType)) for parameter in own)
 
     def from_matrix(self, matrix: Tensor) -> dict[str, Tensor]:
         """Return matrices ``[g, co, d]`` as tensors by parameter name."""

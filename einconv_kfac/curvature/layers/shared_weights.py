@@ -10,6 +10,7 @@ from inspect import getattr_static
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.layers.computed_weight import NamedWeight
 from einconv_kfac.curvature.layers.layer import Layer, Use
 from einconv_kfac.curvature.layers.layer_registry import layer_rule
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
@@ -24,12 +25,14 @@ class Candidate:
         module: The module.
         rule: Its rule.
         layout: Its parameters as matrices.
+        computed: How the weight is computed from parameters that no other module has.
     """
 
     name: str
     module: nn.Module
     rule: LayerRule
     layout: Layout
+    computed: NamedWeight | None = None
 
     def __str__(self) -> str:
         return f"'{self.name}' ({type(self.module).__name__})"
@@ -92,7 +95,8 @@ def _layer(group: Sequence[Candidate], *, with_bias: bool) -> Layer:
     first = group[0]
     layout = first.layout if with_bias else first.layout.without_bias()
     uses = tuple(Use(own.module, own.rule, _is_transposed(first, own)) for own in group)
-    return Layer(first.name, tuple(own.module for own in group), first.rule, layout, uses)
+    modules = tuple(own.module for own in group)
+    return Layer(first.name, modules, first.rule, layout, uses, first.computed)
 
 
 def _unseen(names: Sequence[str]) -> str | None:

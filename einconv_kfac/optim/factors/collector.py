@@ -232,7 +232,7 @@ class Collector:
             if uncalled and not hidden:
                 known |= uncalled
             layers = [self._layers[name] for name in sorted(known)]
-            layers = [own for own in layers if own.rule.weight in own.module._parameters]
+            layers = [own for own in layers if own.weight in own.tensors()]
             self._past[kind] = sorted(used_past_calls(outputs, calls, layers))
         return self._past[kind]
 

@@ -99,7 +99,7 @@ class RunningCurvature:
         self._parameters = parameters
         present = named_parameters(self.model)
         self._trained = [p.requires_grad for p in present.values()]
-        self.apart = scaled_apart(found := find_layers(self.model))
+        self.apart = scaled_apart(found := find_layers(self.model, computed=True))
         for layer in found:
             known = self.layers.get(layer.name)
             if parameters is not None and layer.weight not in parameters:

@@ -67,6 +67,7 @@ class OutputChange:
             update: The update, by parameter name; zero for those that it lacks.
             parameters: The parameters, by name.
         """
+        update, parameters = self._of_weights(update, parameters)
         alike: dict[Hashable, list[RunningFactors]] = defaultdict(list)
         for running in self._layers.values():
             if running.factors is not None:
@@ -75,6 +76,16 @@ class OutputChange:
             return torch.zeros((), dtype=torch.float64)
         moved, present = _squares(stacks, update), self._of_parameters(stacks, parameters)
         return torch.where(present > 0, moved / present, 0.0).sqrt().sum()
+
+    def _of_weights(self, update: Direction, parameters: Direction) -> tuple[Direction, Direction]:
+        """Return an update and parameters with computed weights, by their names in layouts."""
+        for layer in (running.layer for running in self._layers.values()):
+            if layer.computed is not None and layer.weight in parameters:
+                change = layer.computed.change(parameters, update)
+                update = {**update, layer.layout.weight: change}
+                weight = layer.computed.value(parameters)
+                parameters = {**parameters, layer.layout.weight: weight}
+        return update, parameters
 
     def _of_parameters(self, stacks: Stacks, parameters: Direction) -> Tensor:
         """Return `_squares` of the parameters, which are the same for several updates."""
@@ -93,7 +104,7 @@ def _tensors(stacks: Stacks, parameters: Direction) -> Iterator[Tensor]:
     for running in (each for stack in stacks for each in stack):
         if running.factors is not None:
             yield running.factors[0]
-        yield from (parameters[name] for name in running.layer.parameters if name in parameters)
+        yield from (parameters[name] for name in running.layer.layout.parameters if name in parameters)
 
 
 def _form(running: RunningFactors, *directions: Direction) -> Hashable:
@@ -101,10 +112,10 @@ def _form(running: RunningFactors, *directions: Direction) -> Hashable:
     assert running.factors is not None
     layer, (a, _) = running.layer, running.factors
     groups, rows, columns = layer.layout.shape
-    is_whole = all(name in own for name in layer.parameters for own in directions)
+    is_whole = all(name in own for name in layer.layout.parameters for own in directions)
     if max(rows, columns) > LARGEST_BATCHED_DIMENSION or not is_whole:
         return layer.name
-    own = [(own[name].dtype, own[name].device) for own in directions for name in layer.parameters]
+    own = [(own[name].dtype, own[name].device) for own in directions for name in layer.layout.parameters]
     return groups, rows, columns, a.shape, a.dtype, *own
 
 
@@ -116,8 +127,8 @@ def _squares(stacks: Stacks, values: Direction) -> Tensor:
 def _squares_together(stack: Sequence[RunningFactors], values: Direction) -> Tensor:
     """Return ``tr(V A V^T)`` of layers that are treated together, ``[layers]``."""
     layers = [running.layer for running in stack]
-    if len(layers) == 1 and not all(name in values for name in layers[0].parameters):
-        known = {name: values[name] for name in layers[0].parameters if name in values}
+    if len(layers) == 1 and not all(name in values for name in layers[0].layout.parameters):
+        known = {name: values[name] for name in layers[0].layout.parameters if name in values}
         values = {**layers[0].zeros(), **known}
     rows = joined_matrices([layer.layout for layer in layers], values)
     a = _joined([running.factors[0] for running in stack if running.factors is not None])

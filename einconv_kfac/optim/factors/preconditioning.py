@@ -53,15 +53,32 @@ class Preconditioning:
                 it.
             inverses: Inverses by layer, instead of the present ones.
         """
+        given = self._with_weights(gradient)
         if inverses is None:
-            stacks = self._present_stacks(gradient)
+            stacks = self._present_stacks(given)
         else:
-            stacks = _stacks(self._layers, gradient, inverses)
+            stacks = _stacks(self._layers, given, inverses)
         result: Direction = {}
         for stack in stacks:
             apply = _applied if len(stack) == 1 else _applied_together
-            result.update(apply(stack, gradient))
+            result.update(apply(stack, given))
+        self._divide_(result)
         return {name: result[name] for name in gradient if name in result}
+
+    def _with_weights(self, gradient: Direction) -> Direction:
+        """Return gradients with those of computed weights, in place of what they are made of."""
+        for running in self._layers.values():
+            layer = running.layer
+            if layer.computed is not None and layer.weight in gradient:
+                gradient = dict(layer.with_weight(gradient))
+        return gradient
+
+    def _divide_(self, result: Direction) -> None:
+        """Divide the steps of computed weights between the parameters that they are made of."""
+        for running in self._layers.values():
+            layer = running.layer
+            if layer.computed is not None and layer.layout.weight in result:
+                result.update(layer.computed.steps(result.pop(layer.layout.weight)))
 
     def _present_stacks(self, gradient: Direction) -> Stacks:
         """Return what is preconditioned together by the present inverses."""
@@ -124,7 +141,7 @@ def _at_hand(
 ) -> Iterator[AtHand]:
     """Yield the layers whose weights have gradients and that have an inverse, with it."""
     for name, running in layers.items():
-        inverse, own = running.inverse, gradient.get(running.layer.weight)
+        inverse, own = running.inverse, gradient.get(running.layer.layout.weight)
         if inverses is not None:
             inverse = inverses[name].inverse if name in inverses else None
         if inverse is not None and own is not None:
@@ -136,16 +153,16 @@ def _form(layer: Layer, inverse: LayerInverse, gradient: Direction) -> Hashable:
     layout, form = layer.layout, inverse.form
     _, rows, columns = layout.shape
     is_small = max(rows, columns) <= LARGEST_BATCHED_DIMENSION
-    if form is None or not is_small or not gradient.keys() >= set(layer.parameters):
+    if form is None or not is_small or not gradient.keys() >= set(layout.parameters):
         return layer.name
-    own = [(gradient[name].dtype, gradient[name].device) for name in layer.parameters]
+    own = [(gradient[name].dtype, gradient[name].device) for name in layout.parameters]
     return form, rows, columns, *own
 
 
 def _applied(layers: Sequence[AtHand], gradient: Direction) -> Direction:
     """Return the preconditioned gradient of a layer's parameters."""
     ((layer, inverse),) = layers
-    if not gradient.keys() >= set(layer.parameters):
+    if not gradient.keys() >= set(layer.layout.parameters):
         gradient = {**layer.zeros(), **gradient}
     return _precise(mapped_matrices(layer.layout, gradient, inverse.apply), gradient)
 

@@ -33,6 +33,7 @@ class ConvRule(LayerRule):
     """Outputs ``[n, (g co), *s]``; ``a`` is a column of the unfolded, padded input."""
 
     kinds: ClassVar[tuple[Kind, ...]] = (_ConvNd,)
+    may_compute_weight = True
     examples: ClassVar[tuple[LayerExample, ...]] = (
         LayerExample(lambda: nn.Conv2d(4, 6, (3, 2), 2, (1, 0), 2, 2), (3, 4, 6, 5)),
         LayerExample(lambda: nn.Conv1d(4, 2, 3, padding=2, padding_mode="circular"), (3, 4, 5)),
@@ -105,7 +106,7 @@ class ConvRule(LayerRule):
         **into: Any,
     ) -> Tensor:
         """See `LayerRule`; inputs are unfolded a few examples at a time."""
-        entries = self.positions(module, y_shape) * module.weight.numel()
+        entries = self.positions(module, y_shape) * _weight_entries(module)
         parts = [
             super(ConvRule, self).input_diagonal(
                 module, part, (len(part), *y_shape[1:]), approximation, bias, alpha=len(part)
@@ -132,3 +133,9 @@ class ConvRule(LayerRule):
             x.shape[2:], module.kernel_size, module.stride, padding, module.dilation
         )
         return pad_input(x, geometry.padding, module.padding_mode), 0
+
+
+def _weight_entries(module: Any) -> int:
+    """Return the number of entries of the weight, which may be costly to compute."""
+    sides = module.in_channels, module.out_channels, *module.kernel_size
+    return prod(sides) // int(module.groups)

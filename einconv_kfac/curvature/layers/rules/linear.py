@@ -19,6 +19,7 @@ class LinearRule(LayerRule):
 
     kinds: ClassVar[tuple[Kind, ...]] = (nn.Linear,)
     row_dim = 1
+    may_compute_weight = True
     examples: ClassVar[tuple[LayerExample, ...]] = (
         LayerExample(lambda: nn.Linear(4, 3), (5, 4)),
         LayerExample(lambda: nn.Linear(4, 3, bias=False), (3, 2, 2, 4)),

@@ -1,0 +1,1 @@
+"""Weights that layers compute from parameters, one kind per file."""
