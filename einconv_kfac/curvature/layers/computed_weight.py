@@ -48,6 +48,10 @@ class ComputedWeight(ABC):
     def step(self, parameters: Values, step: Tensor) -> Values:
         """Return ``J^+ u``, the smallest update of the parameters for an update ``u`` of ``W``."""
 
+    @abstractmethod
+    def size(self, first: Tensor) -> Tensor:
+        """Return norms of the first parameter, which broadcast, and which ``W`` is invariant to."""
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters by their names in the owner, without those that were removed."""
         own = self.owner._parameters

@@ -16,6 +16,7 @@ from einconv_kfac.optim.hyperparameters import DEFAULT_DAMPING, DEFAULT_MOMENTUM
 from einconv_kfac.optim.state_schema import Record
 from einconv_kfac.optim.step.clipping import clip_
 from einconv_kfac.optim.step.fallback import Fallback
+from einconv_kfac.optim.step.held_norms import HeldNorms
 from einconv_kfac.optim.step.objective import Objective
 from einconv_kfac.optim.step.parameter_change import ParameterChange
 from einconv_kfac.optim.step.reading import read
@@ -70,15 +71,17 @@ class FixedStep:
         """
         clip = clip_(direction, objective)
         steps = {**direction, **objective.others}
-        alike: dict[tuple[float, float], list[str]] = defaultdict(list)
+        held = HeldNorms.of(self._curvature.layers, objective.parameters)
+        alike: dict[tuple[float, float, bool], list[str]] = defaultdict(list)
         for name in objective.parameters:
-            alike[objective.rates[name], self._momentum_of(objective, name)].append(name)
+            momentum = self._momentum_of(objective, name)
+            alike[objective.rates[name], momentum, name in held.known].append(name)
         moved: dict[str, tuple[Tensor, float]] = {}
         changes = []
-        for (rate, momentum), names in alike.items():
+        for (rate, momentum, is_held), names in alike.items():
             velocities = _velocities_(objective, names, steps, momentum)
             moved.update({name: (own, -rate) for name, own in zip(names, velocities)})
-            changes.append(_change(objective, names, velocities, rate))
+            changes.append(_change(objective, names, velocities, rate, held if is_held else None))
         return Taken({"damping": damping, "clip": clip}, moved, changes=changes)
 
     def _momentum_of(self, objective: Objective, name: str) -> float:
@@ -119,17 +122,25 @@ def _not_finite(objective: Objective, direction: Direction) -> str | None:
 
 
 def _change(
-    objective: Objective, names: Sequence[str], velocities: list[Tensor], rate: float
+    objective: Objective,
+    names: Sequence[str],
+    velocities: list[Tensor],
+    rate: float,
+    held: HeldNorms | None,
 ) -> ParameterChange:
-    """Return the change of parameters that share a rate."""
+    """Return the change of parameters that share a rate, and have norms to keep or have none."""
     parameters = [objective.parameters[name] for name in names]
     finite = objective.finite
-    if not objective.settings.decoupled_weight_decay:
+    is_decaying = objective.settings.decoupled_weight_decay
+    if not is_decaying and held is None:
         added = or_zero(velocities, finite) if finite.is_late else velocities
         return ParameterChange.adding(parameters, added, -rate)
     own = objective.by_parameter
-    values = list(torch._foreach_mul(parameters, [1 - rate * own[n].weight_decay for n in names]))
+    decays = [rate * own[name].weight_decay * is_decaying for name in names]
+    values = list(torch._foreach_mul(parameters, [1 - decay for decay in decays]))
     torch._foreach_add_(values, velocities, alpha=-rate)
+    if held is not None:
+        values = [held.held(name, value) for name, value in zip(names, values)]
     if finite.is_late:
         values = or_others(values, parameters, finite)
     return ParameterChange.replacing(parameters, values)

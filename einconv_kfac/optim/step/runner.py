@@ -23,6 +23,7 @@ from einconv_kfac.optim.step.capturable import check_begun
 from einconv_kfac.optim.step.fallback import Fallback
 from einconv_kfac.optim.step.gradient_scaler import scaler_factor
 from einconv_kfac.optim.step.group_settings import SettingsByParameter
+from einconv_kfac.optim.step.held_norms import HeldNorms
 from einconv_kfac.optim.step.late_check import LateCheck, restore_memory_
 from einconv_kfac.optim.step.objective import Objective, Point, memory_of, on_gpu
 from einconv_kfac.optim.step.parameter_change import ParameterChange
@@ -215,7 +216,10 @@ class StepRunner:
         if self._is_captured:
             check_begun(objective, moments)
         before = {name: dict(own) for name, own in memory.items() if finite.is_late}
+        held = HeldNorms.of(curvature.layers, point.parameters)
         taken = self.step.take_(objective)
+        if self.step.moves_parameters:
+            held.restore_(point.parameters, memory)
         kept = self.fallback.keep_(memory, moments, finite)
         if finite.is_late and not self.settings.capturable:
             undo_ = restore_memory_(memory, before, finite)

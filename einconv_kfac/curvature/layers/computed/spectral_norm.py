@@ -62,6 +62,10 @@ class SpectralWeight(ComputedWeight):
         n = self._normal(v)
         return (_across(v, _across(n, step)) * (n * v).sum(),)
 
+    def size(self, first: Tensor) -> Tensor:
+        """See `ComputedWeight`."""
+        return first.norm()
+
     def _normal(self, v: Tensor) -> Tensor:
         """Return ``n``, in the shape of the weight."""
         left, right = (self._vectors.get_buffer(name).to(v) for name in self._names)

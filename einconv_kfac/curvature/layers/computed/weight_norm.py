@@ -50,6 +50,10 @@ class NormalizedWeight(ComputedWeight):
         along = _along(h, step, g)
         return (step - h * along) * (norm * _inverse(g)), along
 
+    def size(self, first: Tensor) -> Tensor:
+        """See `ComputedWeight`."""
+        return _norm(first, self.owner.get_parameter(self.attributes[1]))
+
 
 def _norm(v: Tensor, g: Tensor) -> Tensor:
     """Return the norms of the slices, shaped like the scales."""
