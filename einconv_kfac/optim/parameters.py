@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from einconv_kfac.curvature.arguments import shown
-from einconv_kfac.curvature.layers.coverage import coverage
+from einconv_kfac.curvature.layers.coverage import layer_coverage
 from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.curvature.text_table import table
 
@@ -77,8 +77,12 @@ EXCLUDED = "its layer is left out by `exclude`, or has no weight in `params`"
 
 def _reasons(model: nn.Module) -> dict[str, str]:
     """Return why parameters that are not covered are not, by name."""
-    reasons = {row.parameter: row.reason or EXCLUDED for row in coverage(model)}
-    preconditioned = {name for layer in find_layers(model) for name in layer.parameters}
+    reasons = {
+        row.parameter: row.reason or EXCLUDED for row in layer_coverage(model, computed=True)
+    }
+    preconditioned = {
+        name for layer in find_layers(model, computed=True) for name in layer.parameters
+    }
     for name, reason in reasons.items():
         if reason == EXCLUDED and name not in preconditioned:
             reasons[name] = "layers of its type are not preconditioned by default"

@@ -130,6 +130,7 @@ class KFACPreconditioner:
             in_background=inverse_in_background,
             sharing=Sharing(divide_factors, communication_dtype),
             seed=seed,
+            computed=False,  # another optimizer's steps would change norms without bound
         )
         try:
             with self._curvature.workers.together():

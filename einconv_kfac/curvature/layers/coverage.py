@@ -69,13 +69,23 @@ def coverage(model: nn.Module) -> Coverage:
     1.weight   PReLU   -      no rule covers PReLU; `register_layer` adds one
     """
     check_module(model, "coverage(model)")
-    layers, reasons = discovered(model, every=True)
+    return layer_coverage(model, computed=False)
+
+
+def layer_coverage(model: nn.Module, *, computed: bool) -> Coverage:
+    """Return the layer that covers each parameter, or why none does.
+
+    Args:
+        model: The model.
+        computed: Whether layers may compute their weight from parameters, see `find_layers`.
+    """
+    layers, reasons = discovered(model, every=True, computed=computed)
     owners = {name: layer.name for layer in layers for name in layer.parameters}
-    return Coverage(list(_rows(model, owners, reasons)))
+    return Coverage(list(_rows(model, owners, reasons, computed=computed)))
 
 
 def _rows(
-    model: nn.Module, owners: dict[str, str], reasons: dict[str, str]
+    model: nn.Module, owners: dict[str, str], reasons: dict[str, str], *, computed: bool
 ) -> Iterator[ParameterCoverage]:
     """Yield the rows in the order of the model's parameters."""
     modules = dict(model.named_modules())
@@ -83,7 +93,7 @@ def _rows(
         path, own = _owner(name, modules)
         module, reason = modules[path], ""
         if name not in owners:
-            reason = reasons.get(name) or _refusal(path, module, own)
+            reason = reasons.get(name) or _refusal(path, module, own, computed=computed)
             reason = reason if parameter.requires_grad else "it is frozen"
         kind = nn.utils.parametrize.type_before_parametrizations(module).__name__
         yield ParameterCoverage(name, owners.get(name), kind, reason)
@@ -97,19 +107,20 @@ def _owner(name: str, modules: dict[str, nn.Module]) -> tuple[str, str]:
     return (outer[1:], own) if is_original else (path, own)
 
 
-def _refusal(path: str, module: nn.Module, own: str) -> str:
+def _refusal(path: str, module: nn.Module, own: str, *, computed: bool) -> str:
     """Return the reason why a parameter that no module shares is not covered.
 
     Args:
         path: Name of the module that owns it.
         module: That module.
         own: The parameter's name in it.
+        computed: See `layer_coverage`.
     """
     rule = layer_rule(module)
     if rule is None:
         return str(refusal(path, module))
     parts = rule.parts(module)
     found = [part for part in parts if own in (part.weight, part.bias)]
-    reason = refusal(path, module, (found or parts)[0])
+    reason = refusal(path, module, (found or parts)[0], computed=computed)
     unseen = "another module uses it unseen" if found else None
     return reason or unseen or f"the rule of {type(module).__name__} leaves it out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from einconv_kfac.curvature.layers.layer_registry import is_hidden, layer_rule, 
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
 from einconv_kfac.curvature.layers.shared_weights import Candidate, joined, owners
 from einconv_kfac.curvature.module_arguments import check_module
+
+SHARED = "another module computes its weight from it as well"
 
 
 def find_layers(
@@ -62,7 +65,9 @@ def discovered(
         ValueError: See `find_layers`.
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    candidates = []
+    counts = Counter(p for module in model.modules() for p in module._parameters.values())
+    candidates: list[Candidate] = []
+    reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         rule = layer_rule(module)
         if rule is not None and is_hidden(module):
@@ -77,9 +82,13 @@ def discovered(
                 continue
             own = name if len(parts) == 1 else f"{name}.{part.weight}".lstrip(".")
             weight = _named(name, module, part, names) if computed else None
+            if weight is not None and any(counts[p] > 1 for p in weight.tensors().values()):
+                reasons |= dict.fromkeys(weight.parameters, SHARED)
+                continue
             layout = _layout(module, part, names, weight)
             candidates.append(Candidate(own, module, part, layout, weight))
-    return joined(candidates, owners(model, names))
+    layers, others = joined(candidates, owners(model, names))
+    return layers, reasons | others
 
 
 def refusal(
@@ -99,20 +108,21 @@ def refusal(
     weight = _computed(module, rule) if computed else None
     if weight is None and is_parametrized(module):
         return "its weight is parametrized; remove the parametrization first"
-    weights = own if weight is None else {**own, rule.weight: None} | weight.parameters()
-    if any(is_lazy(parameter) for parameter in weights.values()):
+    if weight is not None:
+        own |= weight.parameters()
+    if any(is_lazy(parameter) for parameter in own.values()):
         return "its parameters are not initialized; run the model on a batch first"
-    is_complex = any(p is not None and p.is_complex() for p in weights.values())
+    is_complex = any(parameter.is_complex() for parameter in own.values())
     reason = "its parameters are complex" if is_complex else rule.refusal(module)
     if reason is None and overrides_forward(module):
         kind = type(module).__name__
         is_own = "forward" not in vars(module)
         own_pass = f"{kind} has a forward pass of its own; `register_layer` adds a rule"
         return own_pass if is_own else "its forward pass was replaced"
-    if rule.weight not in weights:
+    names = (rule.weight,) if weight is None else weight.attributes
+    if not own.keys() >= set(names):
         return "its weight is not a parameter of its own"
-    used = [own[rule.weight]] if weight is None else [*weight.parameters().values()]
-    return reason if all(p.requires_grad for p in used) else "its weight is frozen"
+    return reason if all(own[name].requires_grad for name in names) else "its weight is frozen"
 
 
 def _check_initialized(name: str, module: nn.Module) -> None:
@@ -168,12 +178,10 @@ def _layout(
     if computed is None:
         weight = own[rule.weight]
         name, (split, order) = names[weight], rule.split(module)
-    else:
+    else:  # to compute it could change buffers
         weight = next(iter(computed.tensors().values()))
-        name, (split, order) = (
-            computed.name,
-            rule.split(_WithWeight(module, rule.weight, weight)),
-        )
+        name, own_module = computed.name, _WithWeight(module, rule.weight, weight)
+        split, order = rule.split(own_module)
     bias = own.get(rule.bias)
     if bias is None or not bias.requires_grad:
         return Layout(name, None, tuple(weight.shape), split, order)

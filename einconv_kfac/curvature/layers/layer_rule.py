@@ -64,7 +64,7 @@ class LayerRule(ABC):
             ``A`` of ``"expand"`` is then diagonal.
         weight: Name of the weight in the module.
         bias: Name of the bias in the module, if it has one.
-        may_compute_weight: Whether the weight may be computed from parameters, see `ComputedWeight`.
+        may_compute_weight: Whether the weight may be computed from parameters (`ComputedWeight`).
         has_own_scale: Whether the factors of such layers, and of layers before them, may be off by
             a factor of their own, for which the automatic step has a coefficient.
         row_dim: The dimension of inputs and outputs ``[n, ...]`` in front of which an example may

@@ -51,6 +51,7 @@ class RunningCurvature:
         in_background: Whether a thread inverts.
         seed: Seed of sampled targets and examples.
         sharing: How several workers share factors.
+        computed: Whether weights may be computed from parameters, see `find_layers`.
     """
 
     def __init__(
@@ -64,13 +65,14 @@ class RunningCurvature:
         in_background: bool = False,
         seed: int = 0,
         sharing: Sharing = DEFAULT_SHARING,
+        computed: bool = True,
     ) -> None:
         self.layers: dict[str, RunningFactors] = {}
         self._numbers = LayerNumbers(self.layers, settings)
         self.steps, self.estimator = 0, estimator
         self._schedules, self.model = settings, unwrapped(model)
         self.seed, self._entry, self._exclude = seed_value(seed), model, exclude
-        self._in_background = flag("inverse_in_background", in_background)
+        self._in_background, self._computed = flag("inverse_in_background", in_background), computed
         self._excluded = excluded_modules(self.model, exclude)
         self._kind = kind_of(inverse, estimator.fisher)
         self._sharing, dtype = sharing, sharing.communication_dtype
@@ -99,7 +101,7 @@ class RunningCurvature:
         self._parameters = parameters
         present = named_parameters(self.model)
         self._trained = [p.requires_grad for p in present.values()]
-        self.apart = scaled_apart(found := find_layers(self.model, computed=True))
+        self.apart = scaled_apart(found := find_layers(self.model, computed=self._computed))
         for layer in found:
             known = self.layers.get(layer.name)
             if parameters is not None and layer.weight not in parameters:
@@ -266,9 +268,8 @@ class RunningCurvature:
 
         def restore() -> None:
             restore_layers()
-            self.steps = steps
             self._numbers.restore_(settings)
-            self.seed = self.collector.seed = seed
+            self.steps, self.seed, self.collector.seed = steps, seed, seed
             self.begin_()
 
         return restore
@@ -295,6 +296,5 @@ class RunningCurvature:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state of the curvature of the same model that `check_state` accepts."""
         self.layers.update(loaded_layers(self.layers, state["layers"]))
-        self.steps = state["steps"]
-        self.seed = self.collector.seed = state["seed"]
+        self.steps, self.seed, self.collector.seed = state["steps"], state["seed"], state["seed"]
         self.begin_()

@@ -104,18 +104,20 @@ def _tensors(stacks: Stacks, parameters: Direction) -> Iterator[Tensor]:
     for running in (each for stack in stacks for each in stack):
         if running.factors is not None:
             yield running.factors[0]
-        yield from (parameters[name] for name in running.layer.layout.parameters if name in parameters)
+        yield from (
+            parameters[name] for name in running.layer.layout.parameters if name in parameters
+        )
 
 
 def _form(running: RunningFactors, *directions: Direction) -> Hashable:
     """Return what layers share that are treated together, or a layer's name."""
     assert running.factors is not None
-    layer, (a, _) = running.layer, running.factors
-    groups, rows, columns = layer.layout.shape
-    is_whole = all(name in own for name in layer.layout.parameters for own in directions)
+    layout, (a, _) = running.layer.layout, running.factors
+    groups, rows, columns = layout.shape
+    is_whole = all(name in own for name in layout.parameters for own in directions)
     if max(rows, columns) > LARGEST_BATCHED_DIMENSION or not is_whole:
-        return layer.name
-    own = [(own[name].dtype, own[name].device) for own in directions for name in layer.layout.parameters]
+        return running.layer.name
+    own = [(own[name].dtype, own[name].device) for own in directions for name in layout.parameters]
     return groups, rows, columns, a.shape, a.dtype, *own
 
 

@@ -15,7 +15,7 @@ class SpectralWeight(ComputedWeight):
         J dV = (dV - W <n, dV>) / sigma
         J^+ u = sigma (I - w w^T) (I - n n^T) u
 
-    The range of ``J`` is what ``n`` is orthogonal to, and its null space that of multiples of ``V``.
+    The range of ``J`` is what ``n`` is orthogonal to, its null space the multiples of ``V``.
 
     Args:
         owner: The module that has the parameter.
@@ -64,14 +64,15 @@ class SpectralWeight(ComputedWeight):
 
     def size(self, first: Tensor) -> Tensor:
         """See `ComputedWeight`."""
-        return first.norm()
+        return first.square().sum().sqrt()
 
     def _normal(self, v: Tensor) -> Tensor:
         """Return ``n``, in the shape of the weight."""
-        left, right = (self._vectors.get_buffer(name).to(v) for name in self._names)
+        left, right = (self._vectors.get_buffer(name).detach().to(v) for name in self._names)
         shape = list(v.shape)
         first = shape.pop(self._dim)
-        return (left.unsqueeze(1) * right).reshape(first, *shape).movedim(0, self._dim)
+        product: Tensor = left.unsqueeze(1) * right
+        return product.reshape(first, *shape).movedim(0, self._dim)
 
 
 def _across(v: Tensor, tensor: Tensor) -> Tensor:

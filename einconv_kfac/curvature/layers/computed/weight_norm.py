@@ -10,6 +10,8 @@ from einconv_kfac.curvature.layers.computed_weight import ComputedWeight, Values
 SMALLEST_SCALE = 0.1
 """Scales below this fraction of their root mean square count as if they were larger. The direction
 of a slice with a small scale hardly changes the weight, so that its exact step would be large."""
+SMALLEST_RATIO = 1e-3
+"""The same for scales below this multiple of the norm of their slice, as where all are zero."""
 
 
 class NormalizedWeight(ComputedWeight):
@@ -20,7 +22,7 @@ class NormalizedWeight(ComputedWeight):
         J (dv, dg) = h dg + (g / |v|) t(dv)
         J^+ u = (|v| / g t(u), <h, u>)
 
-    ``J`` is onto as long as no ``g`` is zero.
+    ``J`` is onto as long as no ``g`` is zero, and ``J^+`` is bounded where one is small.
     """
 
     def value(self, parameters: Values) -> Tensor:
@@ -39,7 +41,7 @@ class NormalizedWeight(ComputedWeight):
         """See `ComputedWeight`."""
         v, g = parameters
         (dv, dg), norm = gradients, _norm(v, g)
-        h, factor = v / norm, norm * _inverse(g)
+        h, factor = v / norm, norm * _inverse(g, norm)
         return h * (dg - _along(h, dv, g) * factor) + dv * factor
 
     def step(self, parameters: Values, step: Tensor) -> Values:
@@ -48,7 +50,7 @@ class NormalizedWeight(ComputedWeight):
         norm = _norm(v, g)
         h = v / norm
         along = _along(h, step, g)
-        return (step - h * along) * (norm * _inverse(g)), along
+        return (step - h * along) * (norm * _inverse(g, norm)), along
 
     def size(self, first: Tensor) -> Tensor:
         """See `ComputedWeight`."""
@@ -65,8 +67,8 @@ def _along(h: Tensor, tensor: Tensor, g: Tensor) -> Tensor:
     return (h * tensor).sum_to_size(g.shape)
 
 
-def _inverse(g: Tensor) -> Tensor:
-    """Return ``1 / g``, bounded and continuous where a scale is small; zero of zero."""
+def _inverse(g: Tensor, norm: Tensor) -> Tensor:
+    """Return ``1 / g``, bounded and continuous where a scale is small."""
     square = g.square()
-    bounded = torch.maximum(square, SMALLEST_SCALE**2 * square.mean())
-    return torch.where(square > 0, g / bounded, 0.0)
+    smallest = torch.maximum(SMALLEST_SCALE**2 * square.mean(), SMALLEST_RATIO**2 * norm.square())
+    return g / torch.maximum(square, smallest)

@@ -138,4 +138,4 @@ class ConvRule(LayerRule):
 def _weight_entries(module: Any) -> int:
     """Return the number of entries of the weight, which may be costly to compute."""
     sides = module.in_channels, module.out_channels, *module.kernel_size
-    return prod(sides) // int(module.groups)
+    return int(prod(sides) // module.groups)
