@@ -11,6 +11,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from einconv_kfac.curvature.layers.computed.spectral_norm import SpectralWeight
+from einconv_kfac.curvature.layers.computed.standardization import KINDS, StandardizedWeight
 from einconv_kfac.curvature.layers.computed.weight_norm import NormalizedWeight
 from einconv_kfac.curvature.layers.computed_weight import ComputedWeight
 
@@ -25,8 +26,16 @@ def computed_weight(module: nn.Module, name: str) -> ComputedWeight | None:
         name: Name of the weight in it.
     """
     found = _by_parametrization(module, name) or _by_hook(module, name)
+    if found is None and is_standardized(module):
+        found = StandardizedWeight(module)
     is_whole = found is not None and len(found.parameters()) == len(found.attributes)
     return found if is_whole else None
+
+
+def is_standardized(module: nn.Module) -> bool:
+    """Return whether a module standardizes its weight in the forward pass."""
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
+    return not names.isdisjoint(KINDS)
 
 
 def _by_parametrization(module: nn.Module, name: str) -> ComputedWeight | None:

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from einconv_kfac.curvature.arguments import flag
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.layers.computed_weight import ComputedWeight, NamedWeight
-from einconv_kfac.curvature.layers.computed_weights import computed_weight
+from einconv_kfac.curvature.layers.computed_weights import computed_weight, is_standardized
 from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.layers.layer_registry import is_hidden, layer_rule, overrides_forward
@@ -106,8 +106,8 @@ def refusal(
     if rule is None:
         return f"no rule covers {type(module).__name__}; `register_layer` adds one"
     weight = _computed(module, rule) if computed else None
-    if weight is None and is_parametrized(module):
-        return "its weight is parametrized; remove the parametrization first"
+    if weight is None and (unlike := _unlike(module)):
+        return unlike
     if weight is not None:
         own |= weight.parameters()
     if any(is_lazy(parameter) for parameter in own.values()):
@@ -123,6 +123,15 @@ def refusal(
     if not own.keys() >= set(names):
         return "its weight is not a parameter of its own"
     return reason if all(own[name].requires_grad for name in names) else "its weight is frozen"
+
+
+def _unlike(module: nn.Module) -> str | None:
+    """Return the reason for a weight that is no parameter, or ``None``."""
+    if is_parametrized(module):
+        return "its weight is parametrized; remove the parametrization first"
+    if is_standardized(module):
+        return "its weight is standardized in the forward pass: the block is no Kronecker product"
+    return None
 
 
 def _check_initialized(name: str, module: nn.Module) -> None:

@@ -35,22 +35,22 @@ class NormalizedWeight(ComputedWeight):
         v, g = parameters
         (dv, dg), norm = update, _norm(v, g)
         h = v / norm
-        return h * (dg - _along(h, dv, g) * g / norm) + dv * (g / norm)
+        return h * (dg - along(h, dv, g) * g / norm) + dv * (g / norm)
 
     def gradient(self, parameters: Values, gradients: Values) -> Tensor:
         """See `ComputedWeight`."""
         v, g = parameters
         (dv, dg), norm = gradients, _norm(v, g)
-        h, factor = v / norm, norm * _inverse(g, norm)
-        return h * (dg - _along(h, dv, g) * factor) + dv * factor
+        h, factor = v / norm, norm * bounded_inverse(g, norm)
+        return h * (dg - along(h, dv, g) * factor) + dv * factor
 
     def step(self, parameters: Values, step: Tensor) -> Values:
         """See `ComputedWeight`."""
         v, g = parameters
         norm = _norm(v, g)
         h = v / norm
-        along = _along(h, step, g)
-        return (step - h * along) * (norm * _inverse(g, norm)), along
+        radial = along(h, step, g)
+        return (step - h * radial) * (norm * bounded_inverse(g, norm)), radial
 
     def size(self, first: Tensor) -> Tensor:
         """See `ComputedWeight`."""
@@ -62,12 +62,12 @@ def _norm(v: Tensor, g: Tensor) -> Tensor:
     return v.square().sum_to_size(g.shape).sqrt()
 
 
-def _along(h: Tensor, tensor: Tensor, g: Tensor) -> Tensor:
+def along(h: Tensor, tensor: Tensor, g: Tensor) -> Tensor:
     """Return the inner product of each slice with ``h``, shaped like the scales."""
     return (h * tensor).sum_to_size(g.shape)
 
 
-def _inverse(g: Tensor, norm: Tensor) -> Tensor:
+def bounded_inverse(g: Tensor, norm: Tensor) -> Tensor:
     """Return ``1 / g``, bounded and continuous where a scale is small."""
     square = g.square()
     smallest = torch.maximum(SMALLEST_SCALE**2 * square.mean(), SMALLEST_RATIO**2 * norm.square())

@@ -21,12 +21,6 @@ from einconv_kfac.padding import pad_input
 
 _UNFOLDED_ENTRIES = 1 << 24
 """Number of entries of unfolded inputs that are held at a time, at most about."""
-STANDARDIZED = frozenset(
-    f"timm.layers.std_conv.{name}"
-    for name in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
-)
-"""Types whose output is not linear in the parameter: the block ``J^T (B (x) A) J`` with the
-Jacobian ``J`` of the standardization is no Kronecker product."""
 
 
 class ConvRule(LayerRule):
@@ -45,13 +39,6 @@ class ConvRule(LayerRule):
         return (module.groups, shape[0] // module.groups, *shape[1:]), tuple(
             range(1 + module.weight.ndim)
         )
-
-    def refusal(self, module: Any) -> str | None:
-        """See `LayerRule`."""
-        names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
-        if names.isdisjoint(STANDARDIZED):
-            return None
-        return "its weight is standardized in the forward pass: the block is no Kronecker product"
 
     def inputs(self, module: _ConvNd, x: Tensor, y_shape: Sequence[int]) -> Tensor:
         """See `LayerRule`."""

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
+from einconv_kfac.curvature.layers.computed.standardization import KINDS
 from einconv_kfac.curvature.layers.rules.convolution import ConvRule
+from einconv_kfac.curvature.layers.rules.same_convolution import SameConvRule
 
 
 class StandardizedConvRule(ConvRule):
-    """No block: the output is not linear in the parameter.
+    """Convolutions with the standardized weight.
 
-    The Gauss-Newton block of the parameter is ``J^T (B (x) A) J`` with the Jacobian ``J`` of the
-    standardization, which depends on the weight, and is no Kronecker product.
+    The output is not linear in the parameter. Its Gauss-Newton block is ``J^T (B (x) A) J`` with
+    the Jacobian ``J`` of the standardization, and no Kronecker product.
     """
 
-    kinds = tuple(
-        f"timm.layers.std_conv.{name}"
-        for name in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
-    )
+    kinds = KINDS
     examples = ()
 
-    def refusal(self, module: Any) -> str | None:
-        """See `LayerRule`."""
-        return "its weight is standardized in the forward pass: the block is no Kronecker product"
+    def padded(self, module: Any, x: Tensor) -> tuple[Tensor, Any]:
+        """See `ConvRule`; some pad as TensorFlow does."""
+        if getattr(module, "same_pad", False):
+            return SameConvRule().padded(module, x)
+        return super().padded(module, x)
