@@ -52,6 +52,10 @@ class ComputedWeight(ABC):
     def size(self, first: Tensor) -> Tensor:
         """Return norms of the first parameter, which broadcast, and which ``W`` is invariant to."""
 
+    @abstractmethod
+    def stretch(self, parameters: Values) -> Tensor:
+        """Return the mean square of the singular values of ``J`` that are not zero, a number."""
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters by their names in the owner, without those that were removed."""
         own = self.owner._parameters
@@ -89,6 +93,10 @@ class NamedWeight:
         point = self._present()
         found = self.computed.step(point, step.to(point[0].dtype))
         return dict(zip(self.parameters, found))
+
+    def stretch(self) -> Tensor:
+        """Return the mean square of the singular values of ``J`` that are not zero, a number."""
+        return self.computed.stretch(self._present())
 
     def value(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the weight for values of the parameters by name."""

@@ -7,15 +7,11 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
-from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from einconv_kfac.curvature.layers.computed.spectral_norm import SpectralWeight
 from einconv_kfac.curvature.layers.computed.standardization import KINDS, StandardizedWeight
 from einconv_kfac.curvature.layers.computed.weight_norm import NormalizedWeight
 from einconv_kfac.curvature.layers.computed_weight import ComputedWeight
-
-_NORM, _SPECTRAL = parametrizations._WeightNorm, parametrizations._SpectralNorm
 
 
 def computed_weight(module: nn.Module, name: str) -> ComputedWeight | None:
@@ -46,12 +42,9 @@ def _by_parametrization(module: nn.Module, name: str) -> ComputedWeight | None:
     owner, path = entries[name], f"parametrizations.{name}."
     if len(entries) > 1 or len(owner) > 1:
         return None
-    rule = owner[0]
-    if type(rule) is _NORM:
-        return NormalizedWeight(owner, ("original1", "original0"), path)
-    if type(rule) is _SPECTRAL and owner.original.ndim > 1:
-        return SpectralWeight(owner, "original", path, rule, ("_u", "_v"), rule.dim)
-    return None
+    if type(owner[0]) is not parametrizations._WeightNorm:
+        return None
+    return NormalizedWeight(owner, ("original1", "original0"), path)
 
 
 def _by_hook(module: nn.Module, name: str) -> ComputedWeight | None:
@@ -59,10 +52,6 @@ def _by_hook(module: nn.Module, name: str) -> ComputedWeight | None:
     hooks = [h for h in module._forward_pre_hooks.values() if getattr(h, "name", None) == name]
     if len(hooks) != 1 or name in module._parameters:
         return None
-    hook: Any = hooks[0]
-    if type(hook) is WeightNorm:
-        return NormalizedWeight(module, (f"{name}_v", f"{name}_g"))
-    if type(hook) is SpectralNorm:
-        vectors = f"{name}_u", f"{name}_v"
-        return SpectralWeight(module, f"{name}_orig", "", module, vectors, hook.dim)
-    return None
+    if type(hooks[0]) is not WeightNorm:
+        return None
+    return NormalizedWeight(module, (f"{name}_v", f"{name}_g"))

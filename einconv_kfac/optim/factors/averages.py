@@ -51,6 +51,7 @@ def move_averages_(contributions: Sequence[Contribution], step: int) -> None:
     weights = [own.weight for own in present]
     _scale_([b for _, b in found], [own.scale for own in present], weights)
     _move_(present, found)
+    _measure_([own.running for own in contributions])
     for own in contributions:
         if not own.running.is_owned:
             own.running.updated_elsewhere_()
@@ -60,6 +61,16 @@ def move_averages_(contributions: Sequence[Contribution], step: int) -> None:
             own.running.correct_(squares.values, own.decay)
         own.running.factor_step, own.running.rows = step, own.moments.rows
         own.running.factor_seconds = own.moments.seconds
+
+
+def _measure_(layers: Sequence[RunningFactors]) -> None:
+    """Set the stretch of layers that compute their weights; the host waits for a device once."""
+    known = [(own, weight.stretch()) for own in layers if (weight := own.layer.computed)]
+    if known:
+        first = known[0][1]
+        numbers = torch.stack([stretch.to(first).double() for _, stretch in known]).tolist()
+        for (running, _), number in zip(known, numbers):
+            running.stretch = number
 
 
 def _scale_(factors: list[Tensor], scales: list[float], weights: Sequence[Tensor | None]) -> None:

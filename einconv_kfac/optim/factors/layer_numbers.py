@@ -51,5 +51,6 @@ class LayerNumbers:
         return self._found[name]
 
     def dampings(self, default: float, decay: Mapping[str, float]) -> dict[str, float]:
-        """Return the dampings by layer, see `GroupSettings.dampings`."""
-        return self.settings.dampings(self.weights(), default, decay)
+        """Return the dampings by layer, see `GroupSettings.dampings`, in units of their weights."""
+        found = self.settings.dampings(self.weights(), default, decay)
+        return {name: value / self._layers[name].stretch for name, value in found.items()}

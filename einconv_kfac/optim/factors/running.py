@@ -23,6 +23,7 @@ from einconv_kfac.optim.inverses.registry import (
 )
 from einconv_kfac.optim.state_schema import (
     COUNT,
+    POSITIVE,
     Anything,
     Leaf,
     Listed,
@@ -43,6 +44,7 @@ _SCHEMA = Record(
         "factor_step": Maybe(COUNT),
         "inverse_step": Maybe(COUNT),
         "retries": COUNT,
+        "stretch": POSITIVE,
         "conditions": Maybe(_CONDITIONS),
         "inverse": Anything(),
         "pending": Maybe(
@@ -59,7 +61,10 @@ _SCHEMA = Record(
     }
 )
 """What the state of a layer must be, but for the shapes of factors and for inverses."""
-_STATE = ("updates", "rows", "factors", "factor_step", "inverse_step", "retries", "conditions")
+_STATE = (
+    *("updates", "rows", "factors", "factor_step"),
+    *("inverse_step", "retries", "stretch", "conditions"),
+)
 
 
 class RunningFactors:
@@ -73,6 +78,9 @@ class RunningFactors:
         shapes: The shapes of its factors ``A`` and ``B``; one that is diagonal is ``[g, d]``.
         is_owned: Whether this worker has the factors; every worker has the inverse.
         rows: Number of products of the weight with a vector in the forward passes of a step.
+        stretch: Mean square of the change of the weight by a step of its parameters of length 1,
+            when the factors were last updated; 1 if the weight is a parameter. The damping of the
+            parameters is that of the weight times it.
     """
 
     def __init__(self, layer: Layer, estimator: FisherEstimator) -> None:
@@ -89,7 +97,7 @@ class RunningFactors:
         self.inverse: LayerInverse | None = None
         self.inverse_step: int | None = None
         self.pending: Pending | None = None
-        self.retries = 0
+        self.retries, self.stretch = 0, 1.0
         self.conditions: Tensor | None = None
         self.factor_seconds = 0.0
         self.inverse_seconds = 0.0

@@ -44,7 +44,6 @@ class Scaled(Standardized):
 
 
 Build = Callable[[], nn.Module]
-SPECTRAL = "spectral"
 CASES: dict[str, Build] = {
     "linear": lambda: parametrizations.weight_norm(nn.Linear(3, 4)),
     "one norm": lambda: parametrizations.weight_norm(nn.Linear(3, 4), dim=None),
@@ -57,10 +56,6 @@ CASES: dict[str, Build] = {
     "hook, one norm": lambda: nn.utils.weight_norm(nn.Linear(3, 4), dim=None),
     "standardized": lambda: Standardized(4, 3, 2),
     "standardized, scaled": lambda: Scaled(4, 6, 2, groups=2),
-    SPECTRAL: lambda: parametrizations.spectral_norm(nn.Linear(3, 4)),
-    f"{SPECTRAL}, transposed": lambda: parametrizations.spectral_norm(nn.ConvTranspose1d(4, 2, 3)),
-    f"{SPECTRAL} hook": lambda: nn.utils.spectral_norm(nn.Conv1d(2, 3, 2)),
-    f"{SPECTRAL} hook, transposed": lambda: nn.utils.spectral_norm(nn.ConvTranspose1d(4, 2, 3)),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*_norm. is deprecated")
 
@@ -161,7 +156,7 @@ def test_changes_of_standardized_weights_with_a_large_constant(
     torch.testing.assert_close(weight.value(point), expected.detach())
 
 
-WITH_SCALE = [name for name in CASES if not name.startswith(SPECTRAL) and name != "standardized"]
+WITH_SCALE = [name for name in CASES if name != "standardized"]
 
 
 @pytest.mark.parametrize("name", WITH_SCALE)
@@ -193,8 +188,9 @@ def test_what_is_covered() -> None:
             "norm": parametrizations.weight_norm(nn.Linear(2, 2)),
             "own": own,
             "frozen": parametrizations.weight_norm(frozen),
-            "first": parametrizations.spectral_norm(shared),
+            "first": parametrizations.weight_norm(shared),
             "both": parametrizations.spectral_norm(parametrizations.weight_norm(nn.Linear(2, 2))),
+            "spectral": parametrizations.spectral_norm(nn.Linear(2, 2)),
             "embedding": parametrizations.weight_norm(nn.Embedding(3, 2)),
         }
     )
@@ -210,17 +206,23 @@ def test_what_is_covered() -> None:
     assert [layer.name for layer in find_layers(model, computed=True)] == ["norm", "first"]
     assert not find_layers(model)
     assert all("parametrized" in row.reason for row in coverage(model) if "norm" in row.parameter)
-    model["second"] = parametrizations.spectral_norm(nn.Linear(2, 2))
+    model["second"] = parametrizations.weight_norm(nn.Linear(2, 2))
     second = model["second"].parametrizations.weight
-    second.original = shared.parametrizations.weight.original
+    second.original1 = shared.parametrizations.weight.original1
     assert [layer.name for layer in find_layers(model, computed=True)] == ["norm"]
 
 
-def test_discovery_leaves_the_vectors_of_a_spectral_norm_alone() -> None:
-    model = parametrizations.spectral_norm(nn.Conv1d(2, 3, 2))
-    before = [buffer.clone() for buffer in model.buffers()]
-    assert len(find_layers(model, computed=True)) == 1
-    assert all(map(torch.equal, before, model.buffers()))
+@pytest.mark.parametrize("name", CASES)
+def test_the_stretch_is_the_mean_square_of_singular_values(name: str) -> None:
+    """Of standardized weights, those of the first parameter."""
+    model, weight = example(name)
+    j = jacobian(model, weight)
+    if "standard" in name:
+        j = j[:, : next(iter(weight.tensors().values())).numel()]
+    values = torch.linalg.svdvals(j)
+    squares = values[values > 1e-6].square()
+    tolerance = {"rtol": 1e-5, "atol": 0.0}
+    torch.testing.assert_close(weight.stretch(), squares.mean(), **tolerance)
 
 
 def test_blocks_of_parameters_are_refused() -> None:

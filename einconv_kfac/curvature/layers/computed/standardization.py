@@ -63,6 +63,11 @@ class StandardizedWeight(ComputedWeight):
         """See `ComputedWeight`; means of rows stay in any case."""
         return _norms(_centred(first))
 
+    def stretch(self, parameters: Values) -> Tensor:
+        """See `ComputedWeight`; that of directions across the rows."""
+        norm, _, scale, _ = self._rows(parameters)
+        return (scale / norm).square().mean()
+
     def _rows(self, parameters: Values) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ``|c|``, ``c / |c|``, ``g`` and ``r`` of each row."""
         owner: Any = self.owner

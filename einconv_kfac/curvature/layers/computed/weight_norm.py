@@ -56,6 +56,12 @@ class NormalizedWeight(ComputedWeight):
         """See `ComputedWeight`."""
         return _norm(first, self.owner.get_parameter(self.attributes[1]))
 
+    def stretch(self, parameters: Values) -> Tensor:
+        """See `ComputedWeight`."""
+        v, g = parameters
+        squares = (g / _norm(v, g)).square()
+        return squares.mean() + (1 - squares).sum() / v.numel()
+
 
 def _norm(v: Tensor, g: Tensor) -> Tensor:
     """Return the norms of the slices, shaped like the scales."""
