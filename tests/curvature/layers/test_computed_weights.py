@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 
 from einconv_kfac.curvature import coverage, find_layers, kronecker_factors
+from einconv_kfac.curvature.estimation.capture import LayerCapture
 from einconv_kfac.curvature.layers.computed_weight import NamedWeight
 
 
@@ -223,6 +224,17 @@ def test_the_stretch_is_the_mean_square_of_singular_values(name: str) -> None:
     squares = values[values > 1e-6].square()
     tolerance = {"rtol": 1e-5, "atol": 0.0}
     torch.testing.assert_close(weight.stretch(), squares.mean(), **tolerance)
+
+
+@pytest.mark.parametrize("name", ["linear", "hook"])
+def test_calls_with_other_tensors_are_told_apart(name: str) -> None:
+    model, weight = example(name)
+    x = torch.ones(2, *{"linear": (3,), "hook": (2, 4)}[name], dtype=torch.float64)
+    others = {n: 2 * p for n, p in weight.tensors().items()}
+    with LayerCapture(find_layers(model, computed=True)) as capture:
+        functional_call(model, others, (x,))
+        model(x)
+        assert [call.has_parameters for call in capture.calls] == [False, True]
 
 
 def test_blocks_of_parameters_are_refused() -> None:
