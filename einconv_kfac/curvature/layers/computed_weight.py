@@ -1,4 +1,4 @@
-"""Weights that layers compute from parameters, as by weight normalization, and their Jacobians.
+"""Weights that layers compute from parameters, as by weight normalisation, and their Jacobians.
 
 A layer multiplies with an effective weight ``W(theta)``. Its block of the Gauss-Newton matrix is
 ``J^T K J`` with the Jacobian ``J = dW/dtheta`` and the block ``K`` of a layer whose weight is a

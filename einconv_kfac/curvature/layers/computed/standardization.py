@@ -1,4 +1,4 @@
-"""Weight standardization (Qiao et al., 2019; Brock et al., 2021): rows of mean 0 and variance 1."""
+"""Weight standardisation (Qiao et al., 2019; Brock et al., 2021): rows of mean 0 and variance 1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StandardizedWeight(ComputedWeight):
     """The parameters are ``v`` and, if there is one, a gain ``k`` for each row.
 
     A row of ``d`` entries has ``W = k s (v - mean) / sqrt(variance + eps)`` with a constant ``s``.
-    That is weight normalization of ``c = v - mean`` with the scale ``g = k s sqrt(d) r`` and the
+    That is weight normalisation of ``c = v - mean`` with the scale ``g = k s sqrt(d) r`` and the
     ratio ``r = sqrt(variance / (variance + eps))``. The range of ``J`` has rows of mean 0, and
     without gains they are orthogonal to those of ``W``. That ``W`` changes a little with ``|c|``,
     as ``eps`` is not zero, is left out of ``J^+``.
@@ -80,8 +80,8 @@ class StandardizedWeight(ComputedWeight):
 
     def _unit(self, weight: Tensor) -> float:
         """Return ``s sqrt(d)``."""
-        scale = float(getattr(self.owner, "scale", 1.0))
-        return scale * math.sqrt(weight[0].numel())
+        owner: Any = self.owner
+        return float(getattr(owner, "scale", 1.0)) * math.sqrt(weight[0].numel())
 
 
 def _centred(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weight normalization (Salimans and Kingma, 2016): ``W = g v / |v|``, with one norm per slice."""
+"""Weight normalisation (Salimans and Kingma, 2016): ``W = g v / |v|``, with one norm per slice."""
 
 from __future__ import annotations
 

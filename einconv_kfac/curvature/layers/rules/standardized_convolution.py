@@ -15,7 +15,7 @@ class StandardizedConvRule(ConvRule):
     """Convolutions with the standardized weight.
 
     The output is not linear in the parameter. Its Gauss-Newton block is ``J^T (B (x) A) J`` with
-    the Jacobian ``J`` of the standardization, and no Kronecker product.
+    the Jacobian ``J`` of the standardisation, and no Kronecker product.
     """
 
     kinds = KINDS
