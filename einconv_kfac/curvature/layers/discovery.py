@@ -113,7 +113,8 @@ def refusal(
     if any(is_lazy(parameter) for parameter in own.values()):
         return "its parameters are not initialized; run the model on a batch first"
     is_complex = any(parameter.is_complex() for parameter in own.values())
-    reason = "its parameters are complex" if is_complex else rule.refusal(module)
+    refused = None if weight is not None and is_standardized(module) else rule.refusal(module)
+    reason = "its parameters are complex" if is_complex else refused
     if reason is None and overrides_forward(module):
         kind = type(module).__name__
         is_own = "forward" not in vars(module)

@@ -21,6 +21,10 @@ class StandardizedConvRule(ConvRule):
     kinds = KINDS
     examples = ()
 
+    def refusal(self, module: Any) -> str | None:
+        """See `LayerRule`; it does not hold where the weight may be computed from parameters."""
+        return "its weight is standardized in the forward pass: the block is no Kronecker product"
+
     def padded(self, module: Any, x: Tensor) -> tuple[Tensor, Any]:
         """See `ConvRule`; some pad as TensorFlow does."""
         if getattr(module, "same_pad", False):
