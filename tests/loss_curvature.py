@@ -9,13 +9,14 @@ from torch import Tensor
 
 from einconv_kfac.curvature.objective.graph import edge_of, mark_, mark_of
 from einconv_kfac.curvature.objective.reading import Reading
+from einconv_kfac.curvature.objective.tail import Tail
 
 Loss = Callable[[Tensor], Tensor]
 _NAME = "test"
 
 
-def loss_curvature(loss: Loss, x: Tensor, last: Loss | None = None) -> Tensor:
-    """Return the matrix by the entries of an output, after the graph of the loss is freed.
+def read_loss(loss: Loss, x: Tensor, last: Loss | None = None) -> Tail:
+    """Return a loss as a function of an output, after its graph is freed.
 
     Args:
         loss: The loss of the output.
@@ -30,5 +31,11 @@ def loss_curvature(loss: Loss, x: Tensor, last: Loss | None = None) -> Tensor:
     reading = Reading(*given, lambda edge: mark_of(edge, _NAME), {})
     tail = reading.tail(reading.graph.sources)
     value.backward()
+    return tail
+
+
+def loss_curvature(loss: Loss, x: Tensor, last: Loss | None = None) -> Tensor:
+    """Return the matrix by the entries of an output; for the arguments see `read_loss`."""
+    tail = read_loss(loss, x, last)
     units = torch.eye(x.numel(), dtype=x.dtype).reshape(-1, *x.shape)
     return tail.expansion([[unit] for unit in units]).curvature

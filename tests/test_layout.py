@@ -58,7 +58,7 @@ FLOORS: Mapping[str, Sequence[set[str]]] = {
         {"capturable", "fits"},
         {"damping", "promise"},
         {"comparison"},
-        {"prepared_update", "states", "step_fit"},
+        {"policy_bound", "prepared_update", "states", "step_fit"},
         {"first_reading", "runner"},
         {"automatic"},
         {"modes"},

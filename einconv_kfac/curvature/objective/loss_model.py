@@ -46,6 +46,17 @@ class LossModel(Protocol):
     def precision(self) -> torch.dtype:
         """Return the data type in which changes of the loss are computed."""
 
+    @property
+    def has_policies(self) -> bool:
+        """Whether the loss is a policy gradient, in whole or in part."""
+
+    def divergence(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return by how much its policies differ for other values of the outputs.
+
+        It is the sum of Kullback-Leibler divergences, and after it their number, ``[2]`` in
+        float64.
+        """
+
     def unknown(self) -> Sequence[str]:
         """Return the names of operations because of which `value` cannot be computed."""
 
@@ -119,6 +130,12 @@ class GivenLoss:
     def precision(self) -> torch.dtype:
         """See `LossModel`."""
         return precise_type(self._output)
+
+    has_policies = False
+
+    def divergence(self, outputs: Sequence[Tensor]) -> Tensor:
+        """See `LossModel`."""
+        return self._output.new_zeros(2, dtype=torch.float64)
 
     def unknown(self) -> Sequence[str]:
         """See `LossModel`."""

@@ -17,6 +17,7 @@ from einconv_kfac.curvature.objective.enclosed_calls import (
 )
 from einconv_kfac.curvature.objective.graph import (
     Edge,
+    Stops,
     dependents,
     first_met,
     zeros_at,
@@ -33,6 +34,7 @@ from einconv_kfac.curvature.objective.local_curvature import Empirical
 from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.loss_graph import LossGraph, Values
 from einconv_kfac.curvature.objective.nodes.reductions import is_selection
+from einconv_kfac.curvature.objective.policies import Policy, policies_of
 from einconv_kfac.curvature.objective.repeated_operation import Repeated, operation_of
 from einconv_kfac.curvature.objective.rule_terms import RuleTerms
 from einconv_kfac.curvature.objective.tail import Tail
@@ -137,7 +139,13 @@ class Reading:
             terms,
             tuple(operations),
             LinearMap(self.graph.root, self.graph.nodes, stops),
+            () if by else self._policies(stops),
         )
+
+    def _policies(self, stops: Stops) -> tuple[Policy, ...]:
+        """Return the policies of a policy gradient; for ``stops`` see `policies_of`."""
+        known = {*self._rules.curved, *self._rules.inner}
+        return tuple(policies_of(self._without.magnitudes, self.graph, known, stops))
 
     def sample(self, generator: Generator) -> dict[Edge, Tensor]:
         """Draw gradients at the ends whose second moment is the curvature of the loss."""
@@ -170,10 +178,14 @@ class Reading:
             for edge, gradient in graph.ends.items()
             if gradient.ndim and (edge in bare or not graph.inner)
         }
-        known = {*self._rules.curved, *self._rules.inner}
-        without = WithoutCurvature.of(graph, known, (self.loss * self.weight).sum())
-        own = self._hessians(), ends, without, self._rules.left_out(), self._account
+        own = self._hessians(), ends, self._without, self._rules.left_out(), self._account
         return cache(partial(_all_terms, *own))
+
+    @cached_property
+    def _without(self) -> WithoutCurvature:
+        """The operations next to the loss without curvature of their own."""
+        known = {*self._rules.curved, *self._rules.inner}
+        return WithoutCurvature.of(self.graph, known, (self.loss * self.weight).sum())
 
     def _hessians(self) -> Callable[[], Sequence[Term]]:
         """Return a function that takes Hessians where rules of operations do not give them."""

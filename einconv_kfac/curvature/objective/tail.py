@@ -16,6 +16,7 @@ from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.loss_model import Expansion
 from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.policies import Policy
 from einconv_kfac.curvature.objective.terms import Term
 
 
@@ -78,6 +79,7 @@ class Tail:
         terms: Finds the parts with curvature, which may take a Hessian.
         operations: The nonlinear operations, from outputs to loss.
         last: How the loss changes with outputs and operations.
+        policies: The distributions of policy gradients.
     """
 
     sources: tuple[Edge, ...]
@@ -88,6 +90,7 @@ class Tail:
     terms: Callable[[], tuple[Term, ...]]
     operations: tuple[Operation, ...]
     last: LinearMap
+    policies: tuple[Policy, ...] = ()
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors of the script that operations are evaluated from again."""
@@ -123,12 +126,26 @@ class Tail:
             outputs: The outputs.
             create_graph: Whether the result has a graph to the outputs.
         """
+        change = self.last(self._changes(outputs, create_graph), create_graph=create_graph)
+        return self.loss if change is None else self.loss.to(precise_type(self.loss)) + change
+
+    def _changes(self, outputs: Sequence[Tensor], create_graph: bool) -> dict[Edge, Tensor]:
+        """Return the changes of outputs and operations; for the arguments see `result`."""
         changes = {e: _difference(*pair) for e, *pair in zip(self.sources, outputs, self.values)}
         with torch.set_grad_enabled(create_graph):
             for operation in self.operations:
                 changes[operation.output] = operation.change(changes, create_graph=create_graph)
-        change = self.last(changes, create_graph=create_graph)
-        return self.loss if change is None else self.loss.to(precise_type(self.loss)) + change
+        return changes
+
+    @property
+    def has_policies(self) -> bool:
+        """See `LossModel`."""
+        return bool(self.policies)
+
+    def divergence(self, outputs: Sequence[Tensor]) -> Tensor:
+        """See `LossModel`."""
+        changes = self._changes(outputs, create_graph=False)
+        return torch.stack([policy.divergence(changes) for policy in self.policies]).sum(0)
 
     def slopes(self) -> Sequence[Tensor | None]:
         """See `LossModel`."""

@@ -83,6 +83,15 @@ class JointLoss:
         """See `LossModel`; the least of the parts."""
         return max((p.model.precision() for p in self.parts), key=lambda own: torch.finfo(own).eps)
 
+    @property
+    def has_policies(self) -> bool:
+        """See `LossModel`."""
+        return any(part.model.has_policies for part in self.parts)
+
+    def divergence(self, outputs: Sequence[Tensor]) -> Tensor:
+        """See `LossModel`."""
+        return sum_of([p.model.divergence([outputs[i] for i in p.sources]) for p in self.parts])
+
     def unknown(self) -> Sequence[str]:
         """See `LossModel`."""
         return sorted({kind for part in self.parts for kind in part.model.unknown()})

@@ -27,6 +27,7 @@ from einconv_kfac.optim.step.fits.subspace import SubspaceFit
 from einconv_kfac.optim.step.momentum.layer_gains import mean_gain
 from einconv_kfac.optim.step.momentum.slow_momentum import SlowMomentum
 from einconv_kfac.optim.step.objective import Objective, common_momentum
+from einconv_kfac.optim.step.policy_bound import PolicyBound
 from einconv_kfac.optim.step.prepared_update import Preparation, PreparedUpdate
 from einconv_kfac.optim.step.promise import Promise
 from einconv_kfac.optim.step.rollback import MOMENTUM_BUFFER, Rollback, last_update, undo_
@@ -58,10 +59,8 @@ class AutomaticStep:
     def __init__(self, curvature: RunningCurvature, rule: DampingRule, safeguard: bool) -> None:
         self._curvature, self._replay = curvature, curvature.replay
         curvature.recorder.keeps_outputs = True
-        self._rule = rule
-        self._trust, self._agreement = SlopeTrust(), Agreement()
-        self._slow = SlowMomentum()
-        self._rollback = Rollback()
+        self._rule, self._rollback = rule, Rollback()
+        self._trust, self._agreement, self._slow = SlopeTrust(), Agreement(), SlowMomentum()
         self._promise = Promise(self._rollback, self._agreement)
         self._dampings = DampingSource(rule, self._replay)
         own = rule, self._dampings.is_sufficient, lambda: self._agreement.noise, safeguard
@@ -72,6 +71,7 @@ class AutomaticStep:
         self._guarded = GuardedMomentum(self._slow, self._reduction, safeguard)
         self._first = FirstReading(curvature, self._fit, self._trust, self._dampings)
         self._warned = False
+        self._policy = PolicyBound(self._replay, self._trust, self._agreement, self._slow)
         self._unobserved = UnobservedTerms(self._replay)
 
     def check(self, objective: Objective) -> None:
@@ -116,6 +116,7 @@ class AutomaticStep:
             taken = self._carried_(objective, followed, begun, first, prepared) or self._fitted_(
                 objective, followed, begun, is_due=is_due
             )
+            self._policy.bound_(objective)
             self._slow.restart_(objective.memory, first.value, repeats=not self._agreement.noise)
         is_next = momentum is not None or self._is_due(objective, self._curvature.steps + 1)
         self._curvature.recorder.keeps_layers = is_next

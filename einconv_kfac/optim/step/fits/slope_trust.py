@@ -68,6 +68,10 @@ class SlopeTrust:
         """
         self._direction, self._slope, self._moved = direction, slope, moved
 
+    def shorten_(self, fraction: float) -> None:
+        """Take account of an update that was shortened to a fraction."""
+        self._moved *= fraction
+
     def sample_(self, gradient: Direction) -> None:
         """Average over one more sample, from the next batch's gradient, if a direction is kept."""
         self.accept_(self.pending_sample(gradient).tolist())

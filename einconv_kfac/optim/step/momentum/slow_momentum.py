@@ -148,6 +148,12 @@ class SlowMomentum:
                 self.drop_(memory)
             self._seen = value, self.steps
 
+    def shorten_(self, memory: Memory, fraction: float) -> None:
+        """Shorten a momentum to a fraction."""
+        for state in memory.values():
+            if BUFFER in state:
+                state[BUFFER] = state[BUFFER] * fraction
+
     def drop_(self, memory: Memory) -> None:
         """Drop a momentum that led too far, and the gains."""
         for state in memory.values():

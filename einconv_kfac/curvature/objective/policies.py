@@ -1,0 +1,172 @@
+"""How far a step moves the distributions of a policy gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from einconv_kfac.curvature.objective.graph import (
+    Edge,
+    Stops,
+    first_met,
+    inputs_of,
+    kind_of_node,
+    within,
+)
+from einconv_kfac.curvature.objective.linear_map import LinearMap
+from einconv_kfac.curvature.objective.local_curvature import Categorical
+from einconv_kfac.curvature.objective.loss_graph import LossGraph
+from einconv_kfac.curvature.objective.terms import Term
+
+_ROUNDING = 1e-3
+"""Sum of a gradient over classes, relative to its weights, that is attributed to rounding."""
+_CLIPPING = {"Minimum", "Maximum", "Clamp", "ClampMin", "ClampMax"}
+_LOGARITHMS = {"Log", "Log1P", "LogSoftmax", "Logsumexp", "LogSigmoid", "Pow", "Xlogy", "Lgamma"}
+_LOGARITHMS |= {"Abs", "Mvlgamma", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"}
+"""Operations that logarithms of densities are sums of."""
+
+
+class Policy(Protocol):
+    """Distributions whose logarithms enter a loss with weights of both signs."""
+
+    def divergence(self, changes: Mapping[Edge, Tensor]) -> Tensor:
+        """Return the sum of ``KL(before, after)`` over the distributions that count, in float64.
+
+        Their number follows it, ``[2]``. Those without a weight, as of masked tokens, do not count.
+
+        Args:
+            changes: The changes of earlier tensors.
+        """
+
+
+@dataclass(frozen=True)
+class ClassPolicy:
+    """Distributions over classes.
+
+    Args:
+        scores: The derivative of their scores by earlier tensors.
+        before: The distributions in the recorded pass, with the weight of each.
+    """
+
+    scores: LinearMap
+    before: Categorical
+
+    def divergence(self, changes: Mapping[Edge, Tensor]) -> Tensor:
+        """See `Policy`."""
+        dim, counts = self.before.dim, self.before.weight.squeeze(self.before.dim) != 0
+        change, p = self.scores(changes), self.before.p.double()
+        total = counts.sum().double()
+        if change is None:
+            return torch.stack([torch.zeros_like(total), total])
+        centred = change.double() - (p * change.double()).sum(dim, keepdim=True)
+        found = torch.logsumexp(p.log() + centred, dim)
+        return torch.stack([found.where(counts, 0).sum(), total])
+
+
+@dataclass(frozen=True)
+class SampledPolicy:
+    """Distributions of which the logarithms of densities at samples are known.
+
+    Args:
+        logarithms: The derivative of the logarithms by earlier tensors.
+        counts: Whether each has a weight in the loss.
+    """
+
+    logarithms: LinearMap
+    counts: Tensor
+
+    def divergence(self, changes: Mapping[Edge, Tensor]) -> Tensor:
+        """See `Policy`; ``exp(d) - 1 - d`` for the change ``d`` of a logarithm.
+
+        It is not negative, and its mean over samples of the distribution before is the divergence.
+        """
+        change, total = self.logarithms(changes), self.counts.sum().double()
+        if change is None:
+            return torch.stack([torch.zeros_like(total), total])
+        found = torch.expm1(change.double()) - change.double()
+        return torch.stack([found.where(self.counts, 0).sum(), total])
+
+
+def policies_of(
+    magnitudes: Iterable[tuple[Term, Collection[Edge]]],
+    graph: LossGraph,
+    known: Collection[Node],
+    stops: Stops,
+) -> Iterator[Policy]:
+    """Yield the policies of a loss.
+
+    Args:
+        magnitudes: Terms of logarithms of softmaxes whose weights have both signs, with their ends.
+        graph: The graph of the loss, which must exist.
+        known: The operations whose curvature is known.
+        stops: Whether a tensor's change is given.
+    """
+    found: set[Edge] = set()
+    for term, _ in magnitudes:
+        (edge,), own = term.argument, term.curvature
+        if edge in found or not isinstance(own, Categorical):
+            continue
+        if kind_of_node(within(edge)[0]) == "LogSoftmax" or _is_invariant(edge, own, graph):
+            found.add(edge)
+            yield ClassPolicy(LinearMap(edge, graph.nodes, stops), own)
+    unknown = {*graph.nonlinear} - {*known}
+    covered = {node for node in unknown if found & {*inputs_of(node)}}
+    for edge, weight in _logarithms(graph, unknown - covered):
+        yield SampledPolicy(LinearMap(edge, graph.nodes, stops), weight != 0)
+
+
+def _logarithms(graph: LossGraph, unknown: Collection[Node]) -> Iterator[tuple[Edge, Tensor]]:
+    """Yield logarithms of densities that enter a loss with weights of both signs, and the weights.
+
+    They enter it themselves, or as ratios of densities, clipped or not.
+
+    Args:
+        graph: The graph of the loss.
+        unknown: The nonlinear operations whose curvature is not known.
+    """
+    nonlinear, seen = {*graph.nonlinear}, set[Edge]()
+    logarithms = {node for node in unknown if kind_of_node(node) in _LOGARITHMS}
+    waiting = [(graph.root, False)] if logarithms else []
+    while waiting:
+        edge, is_clipped = waiting.pop()
+        kind, weight = kind_of_node(edge[0]), graph.seen.get(edge)
+        if edge in seen or graph.is_source(edge) or weight is None:
+            continue
+        seen.add(edge)
+        is_ratio = kind == "Exp" and edge[0] in unknown
+        if is_ratio or not is_clipped:
+            own = inputs_of(edge[0])[0] if is_ratio else edge
+            if own is not None and _has_both_signs(weight) and _depends(own, nonlinear, logarithms):
+                yield own, weight
+                continue
+        if edge[0] not in nonlinear or kind in _CLIPPING:
+            clips = is_clipped or edge[0] in nonlinear
+            waiting += [(each, clips) for each in inputs_of(edge[0]) if each is not None]
+
+
+def _has_both_signs(weight: Tensor) -> bool:
+    """Return whether weights have both signs."""
+    return weight.numel() > 1 and bool((weight > 0).any() & (weight < 0).any())
+
+
+def _depends(edge: Edge, nonlinear: Collection[Node], wanted: Collection[Node]) -> bool:
+    """Return whether one of the nonlinear operations next to a tensor is among those wanted."""
+    found = first_met([edge], lambda each: each[0] in nonlinear)
+    return any(each[0] in wanted for each in found)
+
+
+def _is_invariant(edge: Edge, own: Categorical, graph: LossGraph) -> bool:
+    """Return whether a loss does not depend on what all scores of a distribution share.
+
+    Those of a mixture are not scores alone, but logarithms of densities.
+    """
+    gradient = graph.seen.get(edge, graph.gradients.get(edge))
+    if gradient is None:
+        return False
+    shared = gradient.double().sum(own.dim).abs().sum()
+    return bool(shared <= _ROUNDING * own.weight.double().sum())

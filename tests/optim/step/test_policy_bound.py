@@ -1,0 +1,118 @@
+"""Steps that change a policy by much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+from torch.nn import functional
+
+from einconv_kfac import KFAC
+from einconv_kfac.optim.step import policy_bound
+from einconv_kfac.optim.step.momentum.slow_momentum import BUFFER
+from einconv_kfac.optim.step.policy_bound import LARGEST_DIVERGENCE
+
+Loss = Callable[[Tensor], Tensor]
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.tensor([0, 1, 0, 2, 0, 3])
+SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -2.0], dtype=torch.float64)
+
+
+def policy_model() -> nn.Sequential:
+    """Return a model whose policies are nearly certain of the first class."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    with torch.no_grad():
+        model[2].bias.copy_(torch.tensor([6.0, 0.0, 0.0, 0.0]))
+    return model
+
+
+def normal(o: Tensor) -> Distribution:
+    return Independent(Normal(o[:, :2], (o[:, 2:] - 1).exp()), 1)
+
+
+def policy_gradient(rewards: Tensor, policy: Callable[[Tensor], Distribution]) -> Loss:
+    """Return a loss of outputs, with samples of the policy of the first ones that it is given."""
+    samples: list[Tensor] = []
+
+    def loss(o: Tensor) -> Tensor:
+        if not samples:
+            samples.append(policy(o.detach()).sample())
+        return -(policy(o).log_prob(samples[0]) * rewards).mean()
+
+    return loss
+
+
+def step(opt: KFAC, model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Take a step, and return the outputs before and after it."""
+    opt.zero_grad()
+    output = model(X)
+    opt.observe(loss(output)).backward()
+    opt.step()
+    return output.detach(), model(X).detach()
+
+
+def rewarded(o: Tensor) -> Tensor:
+    return (functional.cross_entropy(o, Y, reduction="none") * SIGNS).mean()
+
+
+def largest_divergence(steps: int = 8) -> float:
+    """Return the largest divergence of a policy after one of the first steps."""
+    model = policy_model()
+    opt, found = KFAC(model), 0.0
+    for _ in range(steps):
+        before, after = step(opt, model, rewarded)
+        pair = Categorical(logits=before), Categorical(logits=after)
+        found = max(found, float(kl_divergence(*pair).mean()))
+    return found
+
+
+def test_classes() -> None:
+    assert largest_divergence() <= LARGEST_DIVERGENCE * (1 + 1e-9)
+
+
+def test_the_steps_would_change_the_policy_by_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_bound, "LARGEST_DIVERGENCE", torch.inf)
+    assert largest_divergence() > 10 * LARGEST_DIVERGENCE
+
+
+def test_densities() -> None:
+    model = policy_model()
+    opt, bounded = KFAC(model), 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        loss = policy_gradient(SIGNS, normal)
+        before, after = step(opt, model, loss)
+        torch.manual_seed(seed)
+        actions = normal(before).sample()
+        change = normal(after).log_prob(actions) - normal(before).log_prob(actions)
+        found = float((change.exp() - 1 - change).mean())
+        assert found <= LARGEST_DIVERGENCE * (1 + 1e-9)
+        bounded += found > LARGEST_DIVERGENCE / 4
+    assert bounded  # the bound has shortened steps, or nearly
+
+
+def test_the_momentum_is_shortened_as_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, Tensor]] = []
+    for bound in (torch.inf, LARGEST_DIVERGENCE):
+        monkeypatch.setattr(policy_bound, "LARGEST_DIVERGENCE", bound)
+        model = policy_model()
+        opt = KFAC(model)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        step(opt, model, lambda o: 1e3 * rewarded(o) / 1e3)
+        for name, p in model.named_parameters():
+            found.append({"step": p.detach() - before[name], "slow": opt.state[p][BUFFER]})
+    half = len(found) // 2
+    for free, bounded in zip(found[:half], found[half:]):
+        ratio = bounded["step"].norm() / free["step"].norm()
+        torch.testing.assert_close(bounded["slow"], ratio * free["slow"])
+
+
+def test_supervised_steps_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_bound, "LARGEST_DIVERGENCE", 0.0)  # would take every step back
+    model = policy_model()
+    before, after = step(KFAC(model), model, lambda o: functional.cross_entropy(o, Y))
+    assert not torch.equal(before, after)
