@@ -22,12 +22,8 @@ SIGNS = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -2.0], dtype=torch.float64)
 
 
 def policy_model() -> nn.Sequential:
-    """Return a model whose policies are nearly certain of the first class."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-    with torch.no_grad():
-        model[2].bias.copy_(torch.tensor([6.0, 0.0, 0.0, 0.0]))
-    return model
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4)).double()
 
 
 def normal(o: Tensor) -> Distribution:
@@ -59,7 +55,7 @@ def rewarded(o: Tensor) -> Tensor:
     return (functional.cross_entropy(o, Y, reduction="none") * SIGNS).mean()
 
 
-def largest_divergence(steps: int = 8) -> float:
+def largest_divergence(steps: int = 6) -> float:
     """Return the largest divergence of a policy after one of the first steps."""
     model = policy_model()
     opt, found = KFAC(model), 0.0
@@ -76,13 +72,13 @@ def test_classes() -> None:
 
 def test_the_steps_would_change_the_policy_by_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_bound, "LARGEST_DIVERGENCE", torch.inf)
-    assert largest_divergence() > 10 * LARGEST_DIVERGENCE
+    assert largest_divergence() > 2 * LARGEST_DIVERGENCE
 
 
 def test_densities() -> None:
     model = policy_model()
-    opt, bounded = KFAC(model), 0
-    for seed in range(8):
+    opt, largest = KFAC(model), 0.0
+    for seed in range(5):
         torch.manual_seed(seed)
         loss = policy_gradient(SIGNS, normal)
         before, after = step(opt, model, loss)
@@ -90,25 +86,24 @@ def test_densities() -> None:
         actions = normal(before).sample()
         change = normal(after).log_prob(actions) - normal(before).log_prob(actions)
         found = float((change.exp() - 1 - change).mean())
-        assert found <= LARGEST_DIVERGENCE * (1 + 1e-9)
-        bounded += found > LARGEST_DIVERGENCE / 4
-    assert bounded  # the bound has shortened steps, or nearly
+        largest = max(largest, found)
+    assert LARGEST_DIVERGENCE / 2 < largest <= LARGEST_DIVERGENCE * (1 + 1e-9)
 
 
 def test_the_momentum_is_shortened_as_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[dict[str, Tensor]] = []
-    for bound in (torch.inf, LARGEST_DIVERGENCE):
+    taken: list[tuple[Tensor, Tensor]] = []
+    for bound in (torch.inf, 1e-4):
         monkeypatch.setattr(policy_bound, "LARGEST_DIVERGENCE", bound)
         model = policy_model()
-        opt = KFAC(model)
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        step(opt, model, lambda o: 1e3 * rewarded(o) / 1e3)
-        for name, p in model.named_parameters():
-            found.append({"step": p.detach() - before[name], "slow": opt.state[p][BUFFER]})
-    half = len(found) // 2
-    for free, bounded in zip(found[:half], found[half:]):
-        ratio = bounded["step"].norm() / free["step"].norm()
-        torch.testing.assert_close(bounded["slow"], ratio * free["slow"])
+        opt, weight = KFAC(model), model[2].weight
+        before = weight.detach().clone()
+        step(opt, model, rewarded)
+        taken.append((weight.detach() - before, opt.state[weight][BUFFER]))
+    (free, free_slow), (bounded, slow) = taken
+    ratio = bounded.norm() / free.norm()
+    assert ratio < 0.5
+    torch.testing.assert_close(bounded, ratio * free)
+    torch.testing.assert_close(slow, ratio * free_slow)
 
 
 def test_supervised_steps_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatch) -> None:
