@@ -21,6 +21,7 @@ from einconv_kfac.curvature.objective.linear_map import LinearMap, OnceDifferent
 from einconv_kfac.curvature.objective.local_curvature import Diagonal
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.magnitudes import magnitudes_of
+from einconv_kfac.curvature.objective.policies import sample_terms
 from einconv_kfac.curvature.objective.recorded_results import recorded_result
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.units import drawn
@@ -93,6 +94,7 @@ class WithoutCurvature:
         linear: The ends that the loss is linear in.
         magnitudes: The terms of logarithms of softmaxes whose weights have both signs, with the
             ends that each depends on.
+        samples: The terms of logarithms of other densities whose weights have both signs.
         loss: The loss.
     """
 
@@ -100,6 +102,7 @@ class WithoutCurvature:
     units: Mapping[Edge, Tensor]
     linear: Collection[Edge]
     magnitudes: Sequence[tuple[Term, Collection[Edge]]]
+    samples: Sequence[Term]
     loss: Tensor
 
     @staticmethod
@@ -129,13 +132,15 @@ class WithoutCurvature:
                 units[end] = units[end] + unit if end in units else unit
         linear = found & graph.ends.keys()
         magnitudes = list(magnitudes_of(graph, known, linear))
-        return WithoutCurvature(losses, units, linear, magnitudes, loss)
+        samples = list(sample_terms(magnitudes, graph, known))
+        return WithoutCurvature(losses, units, linear, magnitudes, samples, loss)
 
     def terms(
         self, places: Mapping[Edge, Tensor], gradients: Mapping[Edge, Tensor]
     ) -> Iterator[tuple[Term, Collection[Edge]]]:
         """Yield terms of losses that depend on given places alone, with ends past the outputs.
 
+        Those of samples of a policy come first, wherever they are.
         Those that bend alone are taken everywhere if they are `MOST` of the loss. Losses of whole
         batches are left out, as they would be one entry.
 
@@ -143,6 +148,7 @@ class WithoutCurvature:
             places: For each end of the graph, where it is so; nowhere at other ends.
             gradients: The gradients at all ends.
         """
+        yield from ((term, ()) for term in self.samples)
         sums = [each.sum for each in self.losses if each.bends_alone and each.sum is not None]
         is_most = bool(sums) and bool(sum(sums) >= MOST * self.loss)
         for losses in self.losses if places or is_most else ():

@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 
 from einconv_kfac.curvature.objective.densities import Information
 from einconv_kfac.curvature.objective.local_curvature import Empirical
-from einconv_kfac.curvature.objective.magnitudes import Magnitude
+from einconv_kfac.curvature.objective.magnitudes import BinaryMagnitude, Magnitude
+from einconv_kfac.curvature.objective.policies import SampledInformation
 from einconv_kfac.curvature.objective.terms import Term
 
 NO_CURVATURE = (
@@ -53,7 +54,8 @@ class LossAccount:
         for term in terms:
             self._lines.setdefault(f"{term.name}: {term.curvature.name}")
         taken = {term.name for term in terms if isinstance(term.curvature, Information)}
-        magnitudes = {term.name for term in terms if isinstance(term.curvature, Magnitude)}
+        kinds = Magnitude, BinaryMagnitude, SampledInformation
+        magnitudes = {term.name for term in terms if isinstance(term.curvature, kinds)}
         others = ", ".join(sorted({*left_out} - taken - magnitudes))
         is_empirical = any(isinstance(term.curvature, Empirical) for term in terms)
         if (is_empirical or taken) and not self._is_warned:

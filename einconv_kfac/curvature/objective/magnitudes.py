@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -16,9 +17,10 @@ from einconv_kfac.curvature.objective.graph import (
     kind_of_node,
     within,
 )
-from einconv_kfac.curvature.objective.local_curvature import Categorical
+from einconv_kfac.curvature.objective.local_curvature import Categorical, Diagonal
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
+from einconv_kfac.curvature.objective.nodes.bernoulli import BernoulliLoss
 from einconv_kfac.curvature.objective.nodes.elementary import saved_options
 from einconv_kfac.curvature.objective.nodes.softmax import LogSumExp, Softmax
 from einconv_kfac.curvature.objective.terms import Term
@@ -33,6 +35,19 @@ class Magnitude(Categorical):
     """
 
     name: ClassVar[str] = "the magnitude of the Hessian of a cross entropy"
+
+
+@dataclass(frozen=True)
+class BinaryMagnitude(Diagonal):
+    """``|w| p (1 - p)``: the same for two classes with one score.
+
+    Args:
+        scores: The scores, ``[*a]``.
+    """
+
+    name: ClassVar[str] = Magnitude.name
+
+    scores: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 def magnitudes_of(
@@ -59,9 +74,14 @@ def magnitudes_of(
             yield Term((edge,), (graph.map_to(edge),), found, kind_of_node(node)), {edge}
 
 
-def _magnitude(node: Any, weight: Tensor) -> Magnitude | None:
-    """Return the curvature of the logarithm of a softmax for the magnitudes of its weights."""
+def _magnitude(node: Any, weight: Tensor) -> Magnitude | BinaryMagnitude | None:
+    """Return the curvature of the logarithm of a softmax for the magnitudes of its weights.
+
+    Also that of a Bernoulli distribution's loss by its scores.
+    """
     rule = NODE_RULES.get(kind_of_node(node))
+    if isinstance(rule, BernoulliLoss) and rule.kind == "BinaryCrossEntropyWithLogits":
+        return _binary_magnitude(node, weight, rule)
     if isinstance(rule, LogSumExp):
         signed = weight.abs()
     elif isinstance(rule, Softmax) and rule.is_logarithm:
@@ -73,3 +93,14 @@ def _magnitude(node: Any, weight: Tensor) -> Magnitude | None:
     if not isinstance(found, Categorical):
         return None
     return Magnitude(found.p, found.weight, found.dim)
+
+
+def _binary_magnitude(node: Any, weight: Tensor, rule: BernoulliLoss) -> BinaryMagnitude | None:
+    """Return the curvature of Bernoulli distributions' losses; ``None`` for weights of one sign."""
+    if not bool((weight > 0).any() & (weight < 0).any()):
+        return None
+    inputs = rule.inputs(node)
+    own = rule.curvature(node, inputs, weight.abs())
+    if not isinstance(own, Diagonal) or inputs[0] is None:
+        return None
+    return BinaryMagnitude(own.values, scores=inputs[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from einconv_kfac.curvature.objective.node_rule import NodeRule
 from einconv_kfac.curvature.objective.nodes import (
+    bernoulli,
     bilinear,
     elementary,
     in_place,
@@ -17,6 +18,7 @@ from einconv_kfac.curvature.objective.nodes import (
 _RULES: tuple[NodeRule, ...] = (
     *elementary.RULES,
     *in_place.RULES,
+    *bernoulli.RULES,
     *softmax.RULES,
     *bilinear.RULES,
     *normalisation.RULES,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.nn import functional
 
 from einconv_kfac.curvature.objective.graph import (
     Edge,
@@ -19,8 +20,9 @@ from einconv_kfac.curvature.objective.graph import (
     within,
 )
 from einconv_kfac.curvature.objective.linear_map import LinearMap
-from einconv_kfac.curvature.objective.local_curvature import Categorical
+from einconv_kfac.curvature.objective.local_curvature import Categorical, Diagonal
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
+from einconv_kfac.curvature.objective.magnitudes import BinaryMagnitude
 from einconv_kfac.curvature.objective.terms import Term
 
 _ROUNDING = 1e-3
@@ -29,6 +31,21 @@ _CLIPPING = {"Minimum", "Maximum", "Clamp", "ClampMin", "ClampMax"}
 _LOGARITHMS = {"Log", "Log1P", "LogSoftmax", "Logsumexp", "LogSigmoid", "Pow", "Xlogy", "Lgamma"}
 _LOGARITHMS |= {"Abs", "Mvlgamma", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"}
 """Operations that logarithms of densities are sums of."""
+
+
+Terms: TypeAlias = Sequence[tuple[Term, Collection[Edge]]]
+"""Terms with the ends that each depends on."""
+
+
+@dataclass(frozen=True)
+class SampledInformation(Diagonal):
+    """``|w|`` for logarithms ``l`` of densities at samples, whose weights ``w`` have both signs.
+
+    The mean of ``J^T J`` over samples, where ``J`` is the derivative of ``l``, is the Fisher
+    information of the distribution.
+    """
+
+    name: ClassVar[str] = "the information of samples of a policy"
 
 
 class Policy(Protocol):
@@ -69,6 +86,30 @@ class ClassPolicy:
 
 
 @dataclass(frozen=True)
+class BinaryPolicy:
+    """Bernoulli distributions by their scores.
+
+    Args:
+        scores: The derivative of the scores by earlier tensors.
+        before: The distributions in the recorded pass.
+    """
+
+    scores: LinearMap
+    before: BinaryMagnitude
+
+    def divergence(self, changes: Mapping[Edge, Tensor]) -> Tensor:
+        """See `Policy`."""
+        change, scores, counts = self.scores(changes), self.before.scores, self.before.values != 0
+        total = counts.sum().double()
+        if change is None:
+            return torch.stack([torch.zeros_like(total), total])
+        change, scores = change.double(), scores.double()
+        grown = functional.softplus(scores + change) - functional.softplus(scores)
+        found = grown - scores.sigmoid() * change
+        return torch.stack([found.where(counts, 0).sum(), total])
+
+
+@dataclass(frozen=True)
 class SampledPolicy:
     """Distributions of which the logarithms of densities at samples are known.
 
@@ -93,35 +134,59 @@ class SampledPolicy:
 
 
 def policies_of(
-    magnitudes: Iterable[tuple[Term, Collection[Edge]]],
-    graph: LossGraph,
-    known: Collection[Node],
-    stops: Stops,
+    classes: Terms, samples: Iterable[Term], graph: LossGraph, stops: Stops
 ) -> Iterator[Policy]:
     """Yield the policies of a loss.
 
     Args:
-        magnitudes: Terms of logarithms of softmaxes whose weights have both signs, with their ends.
+        classes: See `sample_terms`.
+        samples: What that returned.
         graph: The graph of the loss, which must exist.
-        known: The operations whose curvature is known.
         stops: Whether a tensor's change is given.
     """
-    found: set[Edge] = set()
-    for term, _ in magnitudes:
+    for edge, own in _scores(classes, graph).items():
+        map_ = LinearMap(edge, graph.nodes, stops)
+        if isinstance(own, BinaryMagnitude):
+            yield BinaryPolicy(map_, own)
+        else:
+            yield ClassPolicy(map_, own)
+    for term in samples:
+        (edge,), counts = term.argument, term.curvature.support() != 0
+        yield SampledPolicy(LinearMap(edge, graph.nodes, stops), counts)
+
+
+def sample_terms(classes: Terms, graph: LossGraph, known: Collection[Node]) -> Iterator[Term]:
+    """Yield the terms of logarithms of densities whose weights have both signs.
+
+    Args:
+        classes: Terms of logarithms of softmaxes whose weights have both signs, with their ends.
+        graph: The graph of the loss, which must exist.
+        known: The operations whose curvature is known.
+    """
+    unknown, found = {*graph.nonlinear} - {*known}, _scores(classes, graph)
+    covered = {node for node in unknown if found.keys() & {*inputs_of(node)}}
+    for edge in _logarithms(graph, unknown - covered):
+        if (weight := graph.seen.get(edge)) is not None:
+            own = SampledInformation(weight.abs())
+            yield Term((edge,), (graph.map_to(edge),), own, kind_of_node(edge[0]))
+
+
+def _scores(classes: Terms, graph: LossGraph) -> dict[Edge, Categorical | BinaryMagnitude]:
+    """Return the scores of policies over classes, and the distributions."""
+    found: dict[Edge, Categorical | BinaryMagnitude] = {}
+    for term, _ in classes:
         (edge,), own = term.argument, term.curvature
+        if isinstance(own, BinaryMagnitude):
+            found[edge] = own
         if edge in found or not isinstance(own, Categorical):
             continue
         if kind_of_node(within(edge)[0]) == "LogSoftmax" or _is_invariant(edge, own, graph):
-            found.add(edge)
-            yield ClassPolicy(LinearMap(edge, graph.nodes, stops), own)
-    unknown = {*graph.nonlinear} - {*known}
-    covered = {node for node in unknown if found & {*inputs_of(node)}}
-    for edge, weight in _logarithms(graph, unknown - covered):
-        yield SampledPolicy(LinearMap(edge, graph.nodes, stops), weight != 0)
+            found[edge] = own
+    return found
 
 
-def _logarithms(graph: LossGraph, unknown: Collection[Node]) -> Iterator[tuple[Edge, Tensor]]:
-    """Yield logarithms of densities that enter a loss with weights of both signs, and the weights.
+def _logarithms(graph: LossGraph, unknown: Collection[Node]) -> Iterator[Edge]:
+    """Yield logarithms of densities that enter a loss with weights of both signs.
 
     They enter it themselves, or as ratios of densities, clipped or not.
 
@@ -142,7 +207,7 @@ def _logarithms(graph: LossGraph, unknown: Collection[Node]) -> Iterator[tuple[E
         if is_ratio or not is_clipped:
             own = inputs_of(edge[0])[0] if is_ratio else edge
             if own is not None and _has_both_signs(weight) and _depends(own, nonlinear, logarithms):
-                yield own, weight
+                yield own
                 continue
         if edge[0] not in nonlinear or kind in _CLIPPING:
             clips = is_clipped or edge[0] in nonlinear

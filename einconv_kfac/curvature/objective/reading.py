@@ -144,8 +144,8 @@ class Reading:
 
     def _policies(self, stops: Stops) -> tuple[Policy, ...]:
         """Return the policies of a policy gradient; for ``stops`` see `policies_of`."""
-        known = {*self._rules.curved, *self._rules.inner}
-        return tuple(policies_of(self._without.magnitudes, self.graph, known, stops))
+        own = self._without.magnitudes, self._without.samples
+        return tuple(policies_of(*own, self.graph, stops))
 
     def sample(self, generator: Generator) -> dict[Edge, Tensor]:
         """Draw gradients at the ends whose second moment is the curvature of the loss."""

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from loss_curvature import read_loss
+from loss_curvature import loss_curvature, read_loss
 from torch import Tensor
 from torch.distributions import (
+    Bernoulli,
     Beta,
     Categorical,
     Distribution,
@@ -16,6 +17,7 @@ from torch.distributions import (
     Normal,
     kl_divergence,
 )
+from torch.autograd.functional import jacobian
 from torch.nn import functional
 
 Loss = Callable[[Tensor], Tensor]
@@ -91,6 +93,32 @@ DENSITIES: dict[str, Callable[[Tensor], Distribution]] = {
     ),
     "classes by probabilities": lambda o: Categorical(o.softmax(1)),
 }
+
+
+@pytest.mark.parametrize("has_entropy", [False, True], ids=["alone", "with an entropy"])
+def test_bernoulli(has_entropy: bool) -> None:
+    def loss(o: Tensor) -> Tensor:
+        own = Bernoulli(logits=o)
+        bonus = 0.01 * own.entropy().mean() if has_entropy else 0.0
+        return -(own.log_prob(ACTIONS.round().repeat(1, 2)).sum(1) * REWARDS).mean() - bonus
+
+    pair = [Bernoulli(logits=o) for o in (X, NEW)]
+    torch.testing.assert_close(divergence(loss), kl_divergence(*pair).mean())
+    p = X.sigmoid()
+    own = REWARDS.abs()[:, None] * p * (1 - p) / 5
+    torch.testing.assert_close(loss_curvature(loss, X), own.flatten().diag())
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_the_information_of_samples(name: str) -> None:
+    def log_density(o: Tensor) -> Tensor:
+        actions = Y if name.startswith("classes") else ACTIONS
+        return DENSITIES[name](o).log_prob(actions)
+
+    slopes = jacobian(log_density, X).reshape(5, 20)
+    expected = torch.einsum("n,ni,nj->ij", REWARDS.abs() / 5, slopes, slopes)
+    found = loss_curvature(lambda o: -(log_density(o) * REWARDS).mean(), X)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("is_ratio", [False, True], ids=["logarithms", "ratios"])

@@ -288,12 +288,4 @@ RULES = (
     Difference("HuberLoss", functional.huber_loss, ("delta", "reduction")),
     Difference("SmoothL1Loss", functional.smooth_l1_loss, ("beta", "reduction")),
     Entrywise("SoftMarginLoss", functional.soft_margin_loss, ("target", "reduction")),
-    Entrywise(
-        "BinaryCrossEntropy", functional.binary_cross_entropy, ("target", "weight", "reduction")
-    ),
-    Entrywise(
-        "BinaryCrossEntropyWithLogits",
-        functional.binary_cross_entropy_with_logits,
-        ("target", "weight", "pos_weight", "reduction"),
-    ),
 )
