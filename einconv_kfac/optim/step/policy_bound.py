@@ -71,9 +71,7 @@ class PolicyBound:
             self.agreement.drop_()
             self.slow.shorten_(objective.memory, left)
 
-    def _shorten_(
-        self, objective: Objective, update: Direction, batches: Sequence[Batch]
-    ) -> float:
+    def _shorten_(self, objective: Objective, update: Direction, batches: Sequence[Batch]) -> float:
         """Shorten a step until the policy changes little, and return the fraction that is left."""
         own, steps, left = [objective.parameters[name] for name in update], [*update.values()], 1.0
         for attempt in range(ATTEMPTS):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from loss_curvature import loss_curvature, read_loss
 from torch import Tensor
+from torch.autograd.functional import jacobian
 from torch.distributions import (
     Bernoulli,
     Beta,
@@ -17,7 +18,6 @@ from torch.distributions import (
     Normal,
     kl_divergence,
 )
-from torch.autograd.functional import jacobian
 from torch.nn import functional
 
 Loss = Callable[[Tensor], Tensor]
@@ -151,15 +151,15 @@ SUPERVISED: dict[str, Loss] = {
     "squares": lambda o: (o - NEW).square().mean(),
     "absolute differences": lambda o: (o - NEW).abs().mean(),
     "quantiles": lambda o: torch.maximum(0.9 * (NEW - o), -0.1 * (NEW - o)).mean(),
-    "a mixture": lambda o: -torch.logsumexp(
-        o[:, :2].log_softmax(1) + Normal(o[:, 2:], 1.0).log_prob(REWARDS[:, None]), 1
-    ).mean(),
+    "a mixture": lambda o: (
+        -torch.logsumexp(
+            o[:, :2].log_softmax(1) + Normal(o[:, 2:], 1.0).log_prob(REWARDS[:, None]), 1
+        ).mean()
+    ),
     "a critic": lambda o: (o[:, 0] * REWARDS).mean(),
     "cosines": lambda o: (functional.cosine_similarity(o, NEW) * REWARDS).mean(),
     "values": lambda o: functional.smooth_l1_loss(o[:, 0], REWARDS),
-    "a Gaussian code": lambda o: (
-        -0.5 * (1 + o[:, 2:] - o[:, :2].square() - o[:, 2:].exp()).sum()
-    ),
+    "a Gaussian code": lambda o: -0.5 * (1 + o[:, 2:] - o[:, :2].square() - o[:, 2:].exp()).sum(),
 }
 
 
