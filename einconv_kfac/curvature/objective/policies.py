@@ -180,7 +180,8 @@ def _scores(classes: Terms, graph: LossGraph) -> dict[Edge, Categorical | Binary
             found[edge] = own
         if edge in found or not isinstance(own, Categorical):
             continue
-        if kind_of_node(within(edge)[0]) == "LogSoftmax" or _is_invariant(edge, own, graph):
+        is_end = kind_of_node(within(edge)[0]) == "LogSoftmax"
+        if _is_rewarded(edge, own, graph) if is_end else _is_invariant(edge, own, graph):
             found[edge] = own
     return found
 
@@ -223,6 +224,12 @@ def _depends(edge: Edge, nonlinear: Collection[Node], wanted: Collection[Node]) 
     """Return whether one of the nonlinear operations next to a tensor is among those wanted."""
     found = first_met([edge], lambda each: each[0] in nonlinear)
     return any(each[0] in wanted for each in found)
+
+
+def _is_rewarded(edge: Edge, own: Categorical, graph: LossGraph) -> bool:
+    """Return whether a cross entropy of log-probabilities has a negative weight."""
+    gradient = graph.seen.get(edge, graph.gradients.get(edge))
+    return gradient is not None and bool((gradient.sum(own.dim) > 0).any())
 
 
 def _is_invariant(edge: Edge, own: Categorical, graph: LossGraph) -> bool:

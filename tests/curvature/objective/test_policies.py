@@ -166,3 +166,8 @@ SUPERVISED: dict[str, Loss] = {
 @pytest.mark.parametrize("name", SUPERVISED)
 def test_other_losses_have_no_policy(name: str) -> None:
     assert not read_loss(SUPERVISED[name], X).has_policies
+
+
+def test_a_classifier_that_ends_with_log_probabilities_has_no_policy() -> None:
+    tail = read_loss(lambda o: functional.nll_loss(o, Y), X, lambda x: (x * 1.0).log_softmax(1))
+    assert not tail.has_policies

@@ -330,9 +330,16 @@ def test_losses_by_hand_are_split_as_those_of_torch(name: str) -> None:
     torch.testing.assert_close(*found, rtol=tolerance, atol=0)
 
 
-def test_targets_that_depend_on_the_model_are_named() -> None:
-    def loss(o: Tensor) -> Tensor:
-        return functional.binary_cross_entropy_with_logits(o, (o - 1).sigmoid())
 
-    reading, _, _ = read(loss)
-    assert reading.tail(reading.graph.sources).unknown() == ["BinaryCrossEntropyWithLogits"]
+@pytest.mark.parametrize("has_scores", [True, False])
+def test_targets_that_depend_on_the_model_are_evaluated(has_scores: bool) -> None:
+    def loss(o: Tensor) -> Tensor:
+        if has_scores:
+            return functional.binary_cross_entropy_with_logits(o, (o - 1).sigmoid())
+        return functional.binary_cross_entropy(o.sigmoid(), (o - 1).sigmoid())
+
+    reading, output, _ = read(loss)
+    tail = reading.tail(reading.graph.sources)
+    assert not tail.unknown()
+    other = 1.5 * output.detach() - 0.3
+    torch.testing.assert_close(tail.value([other]), loss(other))
