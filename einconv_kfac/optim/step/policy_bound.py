@@ -20,7 +20,7 @@ from einconv_kfac.optim.step.reading import read
 from einconv_kfac.optim.step.rollback import last_update
 from einconv_kfac.optim.vectors import Direction, sum_of
 
-LARGEST_DIVERGENCE = 0.05
+LARGEST_DIVERGENCE = 0.01
 """Bound on the mean Kullback-Leibler divergence of a policy after a step from that before it."""
 ATTEMPTS = 16
 """Maximum number of attempts to shorten a step; after the last one it is taken back."""
@@ -38,9 +38,9 @@ class PolicyBound:
     and it says nothing of rewards under another policy than that of its samples. Where a policy is
     certain, its curvature vanishes, and a few rare samples lead far away from a policy that was
     good. So the mean divergence of the policy before a step from that after it is bounded, as in
-    the trust regions of Schulman et al. (2015) and Wu et al. (2017). It is evaluated, since the
-    Fisher information of a policy that is certain says little of that. The slow momentum is
-    shortened with the step, as it would lead on as far.
+    the trust regions of Schulman et al. (2015) and Wu et al. (2017). It is evaluated, with the part
+    of the slow momentum, which takes a forward pass. The slow momentum is shortened with the step,
+    as it would lead on as far.
 
     Several workers evaluate nothing.
 
