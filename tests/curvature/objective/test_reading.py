@@ -330,7 +330,6 @@ def test_losses_by_hand_are_split_as_those_of_torch(name: str) -> None:
     torch.testing.assert_close(*found, rtol=tolerance, atol=0)
 
 
-
 @pytest.mark.parametrize("has_scores", [True, False])
 def test_targets_that_depend_on_the_model_are_evaluated(has_scores: bool) -> None:
     def loss(o: Tensor) -> Tensor:
