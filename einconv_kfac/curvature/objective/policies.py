@@ -23,6 +23,7 @@ from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Categorical, Diagonal
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.magnitudes import BinaryMagnitude
+from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
 from einconv_kfac.curvature.objective.terms import Term
 
 _ROUNDING = 1e-3
@@ -166,7 +167,7 @@ def sample_terms(classes: Terms, graph: LossGraph, known: Collection[Node]) -> I
     unknown, found = {*graph.nonlinear} - {*known}, _scores(classes, graph)
     covered = {node for node in unknown if found.keys() & {*inputs_of(node)}}
     for edge in _logarithms(graph, unknown - covered):
-        if (weight := graph.seen.get(edge)) is not None:
+        if (weight := _weight(edge, graph)) is not None:
             own = SampledInformation(weight.abs())
             yield Term((edge,), (graph.map_to(edge),), own, kind_of_node(edge[0]))
 
@@ -189,30 +190,50 @@ def _scores(classes: Terms, graph: LossGraph) -> dict[Edge, Categorical | Binary
 def _logarithms(graph: LossGraph, unknown: Collection[Node]) -> Iterator[Edge]:
     """Yield logarithms of densities that enter a loss with weights of both signs.
 
-    They enter it themselves, or as ratios of densities, clipped or not.
+    They enter it themselves, or as ratios of densities, clipped or not. The loss computes them, or
+    the model does.
 
     Args:
         graph: The graph of the loss.
         unknown: The nonlinear operations whose curvature is not known.
     """
     nonlinear, seen = {*graph.nonlinear}, set[Edge]()
-    logarithms = {node for node in unknown if kind_of_node(node) in _LOGARITHMS}
-    waiting = [(graph.root, False)] if logarithms else []
+    wanted = {(node, 0) for node in unknown if kind_of_node(node) in _LOGARITHMS}
+    wanted |= {edge for edge in graph.outputs if _is_logarithm(edge)}
+    waiting = [(graph.root, False)] if wanted else []
+
+    def stops(edge: Edge) -> bool:
+        return edge[0] in nonlinear or graph.is_source(edge)
+
     while waiting:
         edge, is_clipped = waiting.pop()
-        kind, weight = kind_of_node(edge[0]), graph.seen.get(edge)
-        if edge in seen or graph.is_source(edge) or weight is None:
+        kind, is_source = kind_of_node(edge[0]), graph.is_source(edge)
+        weight = _weight(edge, graph)
+        if edge in seen or weight is None:
             continue
         seen.add(edge)
-        is_ratio = kind == "Exp" and edge[0] in unknown
+        is_ratio = kind == "Exp" and edge[0] in unknown and not is_source
         if is_ratio or not is_clipped:
             own = inputs_of(edge[0])[0] if is_ratio else edge
-            if own is not None and _has_both_signs(weight) and _depends(own, nonlinear, logarithms):
+            if own is not None and _has_both_signs(weight) and first_met([own], stops) & wanted:
                 yield own
                 continue
-        if edge[0] not in nonlinear or kind in _CLIPPING:
+        if not is_source and (edge[0] not in nonlinear or kind in _CLIPPING):
             clips = is_clipped or edge[0] in nonlinear
             waiting += [(each, clips) for each in inputs_of(edge[0]) if each is not None]
+
+
+def _weight(edge: Edge, graph: LossGraph) -> Tensor | None:
+    """Return the derivative of the loss by a tensor."""
+    return graph.seen.get(edge, graph.gradients.get(edge))
+
+
+def _is_logarithm(output: Edge) -> bool:
+    """Return whether a model ends with a sum of logarithms, other than those of a softmax."""
+    start = within(output)
+    found = first_met([start], lambda edge: kind_of_node(edge[0]) not in LINEAR)
+    kinds = {kind_of_node(edge[0]) for edge in found}
+    return bool(kinds & (_LOGARITHMS - {"LogSoftmax"}))
 
 
 def _has_both_signs(weight: Tensor) -> bool:
@@ -220,15 +241,9 @@ def _has_both_signs(weight: Tensor) -> bool:
     return weight.numel() > 1 and bool((weight > 0).any() & (weight < 0).any())
 
 
-def _depends(edge: Edge, nonlinear: Collection[Node], wanted: Collection[Node]) -> bool:
-    """Return whether one of the nonlinear operations next to a tensor is among those wanted."""
-    found = first_met([edge], lambda each: each[0] in nonlinear)
-    return any(each[0] in wanted for each in found)
-
-
 def _is_rewarded(edge: Edge, own: Categorical, graph: LossGraph) -> bool:
     """Return whether a cross entropy of log-probabilities has a negative weight."""
-    gradient = graph.seen.get(edge, graph.gradients.get(edge))
+    gradient = _weight(edge, graph)
     return gradient is not None and bool((gradient.sum(own.dim) > 0).any())
 
 
@@ -237,7 +252,7 @@ def _is_invariant(edge: Edge, own: Categorical, graph: LossGraph) -> bool:
 
     Those of a mixture are not scores alone, but logarithms of densities.
     """
-    gradient = graph.seen.get(edge, graph.gradients.get(edge))
+    gradient = _weight(edge, graph)
     if gradient is None:
         return False
     shared = gradient.double().sum(own.dim).abs().sum()

@@ -168,6 +168,19 @@ def test_other_losses_have_no_policy(name: str) -> None:
     assert not read_loss(SUPERVISED[name], X).has_policies
 
 
+@pytest.mark.parametrize("is_ratio", [False, True], ids=["logarithms", "ratios"])
+def test_a_model_that_returns_logarithms_of_densities(is_ratio: bool) -> None:
+    def log_density(x: Tensor) -> Tensor:
+        return DENSITIES["normal"](x).log_prob(ACTIONS)
+
+    def loss(o: Tensor) -> Tensor:
+        return clipped((o - log_density(X)).exp()) if is_ratio else -(o * REWARDS).mean()
+
+    change = log_density(NEW) - log_density(X)
+    found = divergence(loss, log_density(NEW), log_density)
+    torch.testing.assert_close(found, (change.exp() - 1 - change).mean())
+
+
 def test_a_classifier_that_ends_with_log_probabilities_has_no_policy() -> None:
     tail = read_loss(lambda o: functional.nll_loss(o, Y), X, lambda x: (x * 1.0).log_softmax(1))
     assert not tail.has_policies
