@@ -41,12 +41,9 @@ def checkpointed_loss(model: nn.Module, opt: KFAC) -> Tensor:
     return loss / len(X)
 
 
-def hinge(o: Tensor) -> Tensor:
-    return (1 - o).relu().square().mean()
-
-
-def clamped_hinge(o: Tensor) -> Tensor:
-    return (1 - o).clamp(min=0).square().mean()
+def shifted(o: Tensor) -> Tensor:
+    one = torch.eye(o.shape[1], dtype=o.dtype)
+    return functional.linear(o, one, one.cumsum(0)[-1] - 0.5)
 
 
 def penalty(model: nn.Module, opt: KFAC) -> Tensor:
@@ -103,12 +100,9 @@ def functional_gradients(model: nn.Module, _: KFAC) -> Tensor:
 
 LOSSES: dict[str, Refused] = {
     "relu before the loss": Refused(
-        r"got Relu. Write `x.clamp\(min=0\)`", observing(hinge), observing(clamped_hinge)
-    ),
-    "largest of each row": Refused(
-        r"got Max. Write `x.amax\(dim\)`",
-        observing(lambda o: (o - 1).max(1).values.square().mean()),
-        observing(lambda o: (o - 1).amax(1).square().mean()),
+        r"got Relu. Write `x.clamp\(min=0\)`",
+        observing(lambda o: shifted(o).relu().square().mean()),
+        observing(lambda o: shifted(o).clamp(min=0).square().mean()),
     ),
     "a derivative in the loop": Refused(
         "got TanhBackward. Compute derivatives of the model in the `forward`",

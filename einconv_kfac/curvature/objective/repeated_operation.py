@@ -12,9 +12,17 @@ from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.losses.snapshot import copied
 from einconv_kfac.curvature.objective.frozen_shifts import frozen_shift
-from einconv_kfac.curvature.objective.graph import Edge, NodeOrder, Stops, inputs_of, kind_of_node
+from einconv_kfac.curvature.objective.graph import (
+    Edge,
+    NodeOrder,
+    Stops,
+    inputs_of,
+    kind_of_node,
+    zeros_at,
+)
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
+from einconv_kfac.curvature.objective.nodes.reductions import fixed_selection, is_selection
 from einconv_kfac.curvature.objective.positive_parts import before_positive_part, follows
 from einconv_kfac.curvature.objective.recorded_results import Known, recorded_result
 from einconv_kfac.curvature.objective.tail import Operation
@@ -57,6 +65,8 @@ def operation_of(node: Node, own: Repeated, stops: Stops) -> Operation:
     maps += [None] * (len(values) - len(maps))
     values = [copied(value) if map_ is None else value for value, map_ in zip(values, maps)]
     function = rule.function(node)
+    if is_selection(node) and edges[0] is not None and values[0] is None:
+        values, function = [zeros_at(edges[0])], fixed_selection(node)
     if isinstance(function, partial):
         options = {name: copied(own) for name, own in function.keywords.items()}
         function = partial(function.func, *function.args, **options)

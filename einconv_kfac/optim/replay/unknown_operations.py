@@ -10,8 +10,6 @@ REMEDIES = {
         "write `x.clamp(min=0)` in place of `relu(x)`, which does not keep its input (that of a "
         "layer of torch is known)"
     ),
-    "Max": "write `x.amax(dim)` in place of `x.max(dim)`",
-    "Min": "write `x.amin(dim)` in place of `x.min(dim)`",
     "LinalgSvd": "return a penalty of parameters from the model's `forward`, beside its output",
     "CopySlices": (
         "make a new tensor in place of changing a part of one in place (an activation after "

@@ -47,6 +47,10 @@ SELECTED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     "third": (lambda o: o.kthvalue(3, dim=1).values, entries(X.kthvalue(3, 1), 1, keepdim=False)),
     "median": (lambda o: o.median(0, True).values, entries(X.median(0, True), 0)),
     "most frequent": (lambda o: o.mode(1).values, entries(X.mode(1), 1, keepdim=False)),
+    "maximum of what is not known": (
+        lambda o: (o - T).max(1).values,
+        entries((X - T).max(1), 1, keepdim=False),
+    ),
     "running maximum": (lambda o: o.cummax(1).values, entries(X.cummax(1), 1)),
 }
 
@@ -56,7 +60,7 @@ def test_selected_entries_stay_selected(name: str) -> None:
     select, fixed = SELECTED[name]
     target = torch.rand_like(fixed(X))
     tail = tail_of(lambda o: (select(o).reshape(target.shape) - target).square().mean())
-    expected = (fixed(OTHER) - target).square().mean()
+    expected = (fixed(OTHER) - fixed(X) + select(X).reshape(target.shape) - target).square().mean()
     torch.testing.assert_close(tail.value([OTHER]), expected)
     along = torch.randn(8, 5, generator=GENERATOR, dtype=torch.float64)
     found = tail.expansion([[along]]).curvature[0, 0]

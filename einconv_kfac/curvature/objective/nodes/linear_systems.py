@@ -117,7 +117,7 @@ class Inverse:
 
     def function(self, node: Any) -> Function | None:
         """See `NodeRule`."""
-        return torch.linalg.inv
+        return partial(torch.linalg.inv)
 
     def curvature(
         self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor

@@ -89,20 +89,23 @@ class Selection(Reduction):
 
     def function(self, node: Any) -> Function | None:
         """See `NodeRule`."""
-        if not is_selection(node):
-            return super().function(node)
-        return partial(
-            _selected,
-            dim=saved_options(node, ("dim",))["dim"],
-            indices=node._saved_indices,
-            keepdim=getattr(node, "_saved_keepdim", True),
-        )
+        return fixed_selection(node) if is_selection(node) else super().function(node)
 
 
 def is_selection(node: Any) -> bool:
     """Return whether a node selects entries of its input, and saves which these are."""
     rule = BY_KIND.get(kind_of_node(node))
     return isinstance(rule, (Extremum, Selection)) and hasattr(node, "_saved_indices")
+
+
+def fixed_selection(node: Any) -> Function:
+    """Return what takes the entries of another input that a node selected."""
+    return partial(
+        _selected,
+        dim=saved_options(node, ("dim",))["dim"],
+        indices=node._saved_indices,
+        keepdim=getattr(node, "_saved_keepdim", True),
+    )
 
 
 def _selected(x: Tensor, dim: int, indices: Tensor, keepdim: bool) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Eigenvalues:
 
     def function(self, node: Any) -> Function | None:
         """See `NodeRule`."""
-        return torch.linalg.eigvalsh
+        return partial(torch.linalg.eigvalsh)
 
     def curvature(
         self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
@@ -61,7 +62,7 @@ class SingularValues:
 
     def function(self, node: Any) -> Function | None:
         """See `NodeRule`."""
-        return torch.linalg.svdvals
+        return partial(torch.linalg.svdvals)
 
     def curvature(
         self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
