@@ -72,16 +72,17 @@ class ReturnedLosses:
 
     Attributes:
         is_needed: Whether they count, as no loss of the module that was given was computed.
+        marks: Their marks.
     """
 
     def __init__(self) -> None:
         self.is_needed = True
-        self._marks: list[weakref.ref[ObservedLoss]] = []
+        self.marks: list[weakref.ref[ObservedLoss]] = []
 
     def add_(self, mark: ObservedLoss) -> None:
         """Add the mark of a number."""
-        self._marks = [each for each in self._marks if each() is not None]
-        self._marks.append(weakref.ref(mark))
+        self.marks = [each for each in self.marks if each() is not None]
+        self.marks.append(weakref.ref(mark))
 
     def pass_on_(self, root: Edge | None, weight: Tensor, owner: object) -> None:
         """Note what the weight of a recorded loss contributes to those of numbers below it.
@@ -91,7 +92,7 @@ class ReturnedLosses:
             weight: Its whole weight, of which all that leads to it is recorded.
             owner: The owner of the marks.
         """
-        known = {mark for each in self._marks if (mark := each()) is not None}
+        known = {mark for each in self.marks if (mark := each()) is not None}
         if root is None or not known - {mark_of(root, owner)}:
             return
 
@@ -103,10 +104,6 @@ class ReturnedLosses:
             found = backpropagated({root: weight}, nodes, stops)
         for edge, own in found.items():
             mark_of(edge, owner).pass_(own)
-
-    def clear_(self) -> None:
-        """Drop all of them."""
-        self.is_needed, self._marks = True, []
 
 
 def ends_among(numbers: Sequence[Tensor], others: Iterable[Tensor]) -> list[Tensor]:

@@ -168,7 +168,8 @@ class PendingCalls:
             root: The edge of the loss; ``None`` if it has no such parts.
             weight: Its whole weight in the pass that is running.
         """
-        self.returned.pass_on_(root, weight, self._losses)
+        if self.returned.marks:
+            self.returned.pass_on_(root, weight, self._losses)
 
     def mark_call_(self, loss_fn: nn.Module, arguments: Sequence[Any], loss: Tensor) -> None:
         """Mark a loss as the result of a call of a loss module."""
@@ -249,7 +250,7 @@ class PendingCalls:
     def clear_(self) -> None:
         """Drop all of them."""
         self._capture.take()
-        self.returned.clear_()
+        self.returned.is_needed, self.returned.marks = True, []
         self._pending, self._first = [], next(self._numbers)
 
     def _assign_(self) -> None:

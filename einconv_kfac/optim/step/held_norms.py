@@ -62,9 +62,9 @@ class HeldNorms:
             memory: The optimizer's state, whose last update is replaced.
         """
         names = [name for name in self.known if name in parameters]
-        added = [self.held(name, parameters[name]) - parameters[name] for name in names]
         if not names:
             return
+        added = [self.held(name, parameters[name]) - parameters[name] for name in names]
         add_([parameters[name] for name in names], added)
         for name, own in zip(names, added):
             if MOMENTUM_BUFFER in memory[name]:

@@ -63,10 +63,10 @@ class PolicyBound:
             objective: The objective; its parameters are those after the step.
         """
         batches = [b for b in objective.batches if b.loss_model and b.loss_model.has_policies]
-        update = last_update(objective.memory)
-        if not (batches and update) or objective.workers.size > 1:
+        if not batches or objective.workers.size > 1:
             return
-        if (left := self._shorten_(objective, update, batches)) < 1:
+        update = last_update(objective.memory)
+        if update and (left := self._shorten_(objective, update, batches)) < 1:
             self.trust.shorten_(left)
             self.agreement.drop_()
             self.slow.shorten_(objective.memory, left)

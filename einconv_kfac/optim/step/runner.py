@@ -216,9 +216,10 @@ class StepRunner:
         if self._is_captured:
             check_begun(objective, moments)
         before = {name: dict(own) for name, own in memory.items() if finite.is_late}
-        held = HeldNorms.of(curvature.layers, point.parameters)
+        has_norms = any(own.layer.computed is not None for own in curvature.layers.values())
+        held = HeldNorms.of(curvature.layers, point.parameters) if has_norms else None
         taken = self.step.take_(objective)
-        if self.step.moves_parameters:
+        if held is not None and self.step.moves_parameters:
             held.restore_(point.parameters, memory)
         kept = self.fallback.keep_(memory, moments, finite)
         if finite.is_late and not self.settings.capturable:
