@@ -19,8 +19,8 @@ from einconv_kfac.curvature.objective.graph import (
 
 _ONCE = (
     "The operations between the model's output and the loss must be differentiable twice, got one "
-    "that is not: {} Write it with other operations, as ((x[:, None] - y) ** 2).sum(-1) in place "
-    "of torch.cdist(x, y) ** 2."
+    "that is not: {} Write it with other operations, as (x[:, None] - y).abs().pow(3).sum(-1) in "
+    "place of torch.cdist(x, y, p=3) ** 3."
 )
 _CHANGED = (
     "Tensors that the loss is computed from must not change before the step when adaptive=True, "

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from einconv_kfac.curvature.objective.graph import edge_of, mark_, mark_of
 from einconv_kfac.curvature.objective.reading import Reading
@@ -34,6 +35,12 @@ def connectionist(o: Tensor) -> Tensor:
     targets, lengths = torch.ones(4, 2, dtype=torch.long), torch.full((4,), 2)
     inputs = o.log_softmax(2).transpose(0, 1)
     return functional.ctc_loss(inputs, 1 + targets.cumsum(1) % 2, torch.full((4,), 6), lengths)
+
+
+def attention(o: Tensor) -> Tensor:
+    """A loss of attention, by single operations."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return functional.scaled_dot_product_attention(o, o, o).square().mean()
 
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -100,7 +107,7 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
         + torch.mvlgamma(2 + o.exp(), 2).mean()
     ),
     "sums of exponentials": lambda o: (o.logcumsumexp(1) - T).square().mean(),
-    "attention": lambda o: functional.scaled_dot_product_attention(o, o, o).square().mean(),
+    "attention": attention,
     "pooling in three dimensions": lambda o: functional.max_pool3d(o[None], (1, 2, 2)).mean(),
     "positive parts": lambda o: (
         functional.relu(o[:, 1:, 0] + o[:, :-1, 1]).mean()

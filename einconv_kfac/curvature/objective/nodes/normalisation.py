@@ -62,19 +62,31 @@ def _normalised(mean: Tensor | None, variance: Tensor | None, x: Tensor, **own: 
 
 
 def _of_layer(node: Any) -> Function:
-    """Return a layer normalisation; the node saves ``1 / sqrt(variance + eps)`` in place of eps."""
+    """Return a layer normalisation, whose node does not save eps."""
     shape, x = [*node._saved_normalized_shape], node._saved_input.detach().double()
     dims = [*range(x.ndim - len(shape), x.ndim)]
-    inner = node._saved_result2.detach().double().square().reciprocal()
-    eps = float((inner - x.var(dims, correction=0, keepdim=True)).mean().clamp_min(0))
+    eps = _eps(node, x.var(dims, correction=0, keepdim=True))
     weight = _constant(node._saved_weight)
     return partial(functional.layer_norm, normalized_shape=shape, weight=weight, eps=eps)
 
 
 def _of_groups(node: Any) -> Function:
-    """Return a normalisation of groups of channels."""
-    own = {"weight": _constant(node._saved_weight), "eps": node._saved_eps}
-    return partial(functional.group_norm, num_groups=node._saved_group, **own)
+    """Return a normalisation of groups of channels; not all versions of torch save eps."""
+    x, groups = node._saved_input.detach().double(), node._saved_group
+    eps = _eps(node, x.reshape(len(x), groups, -1).var(2, correction=0))
+    weight = _constant(node._saved_weight)
+    return partial(functional.group_norm, num_groups=groups, weight=weight, eps=eps)
+
+
+def _eps(node: Any, variance: Tensor) -> float:
+    """Return the number that was added to the variance, of which the node saves the inverse root.
+
+    Args:
+        node: The node.
+        variance: The variance, shaped like that inverse root.
+    """
+    inner = node._saved_result2.detach().double().square().reciprocal()
+    return float((inner - variance).mean().clamp_min(0))
 
 
 def _constant(value: Tensor | None) -> Tensor | None:
