@@ -201,9 +201,9 @@ def test_loading_a_state_of_other_layers_or_modes_is_refused() -> None:
     with pytest.raises(ValueError, match="same `adaptive`"):
         KFAC(one, loss_fn).load_state_dict(KFAC(one, loss_fn, 0.1, adaptive=False).state_dict())
     previous = {**KFAC(one, loss_fn).state_dict(), "kfac": {"version": 5, "automatic": {}}}
-    with pytest.raises(ValueError, match="must be a KFAC state of version 10, got 5"):
+    with pytest.raises(ValueError, match="must be a KFAC state of version 11, got 5"):
         KFAC(one, loss_fn).load_state_dict(previous)
-    with pytest.raises(ValueError, match="must be a KFAC state of version 10, got a state without"):
+    with pytest.raises(ValueError, match="must be a KFAC state of version 11, got a state without"):
         KFACPreconditioner(one, loss_fn).load_state_dict({"layers": {}, "inverse": "factored"})
     with pytest.raises(ValueError, match="must be a KFAC state of version"):
         KFAC(one, loss_fn).load_state_dict(torch.optim.SGD(one.parameters(), 0.1).state_dict())

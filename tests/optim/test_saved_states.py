@@ -193,10 +193,10 @@ def test_hooks_see_the_whole_state(options: dict[str, Any]) -> None:
 
     def migrate(_: Any, found: dict[str, Any]) -> dict[str, Any]:
         own = found["kfac"]
-        return {**found, "kfac": {**own, "version": 10}}
+        return {**found, "kfac": {**own, "version": 11}}
 
     old = changed(state, ("kfac", "version"), replace_by(-1))
-    with pytest.raises(ValueError, match="of version 10, got -1"):
+    with pytest.raises(ValueError, match="of version 11, got -1"):
         other.load_state_dict(old)
     other.register_load_state_dict_pre_hook(migrate)
     loaded: list[Any] = []

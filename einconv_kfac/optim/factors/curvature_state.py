@@ -10,7 +10,7 @@ from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.inverses.protocol import Kind
 from einconv_kfac.optim.state_schema import COUNT, INTEGER, TEXT, Anything, Each, Record
 
-CURVATURE_STATE_VERSION = 10
+CURVATURE_STATE_VERSION = 11
 """Version of saved states, of the optimizer and of the preconditioner."""
 _SCHEMA = Record(
     {
