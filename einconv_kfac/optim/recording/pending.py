@@ -113,8 +113,8 @@ class PendingCalls:
         is_trained = isinstance(output, Tensor) and output.requires_grad
         if is_trained and self._pending and self._pending[-1].is_running:
             pending = self._pending[-1]
-            count = sum(isinstance(e, LayerOutput) and e.module is module for e in pending.values)
-            self._mark_(pending, LayerOutput(module, count), output)
+            self._mark_(pending, LayerOutput(module, pending.marked[module]), output)
+            pending.marked[module] += 1
 
     def end_(self, output: Any) -> None:
         """End the call of the model that is running."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.optim.replay.forward import ModelCall
@@ -38,6 +39,7 @@ class PendingCall:
         layer_calls: The calls of layers.
         values: The tensors that it returned or computed inside, detached.
         versions: The versions of these tensors when they were computed.
+        marked: The number of outputs of each layer among them.
         marks: Weak references to the marks of outputs that the graph alone keeps.
         outputs: Weak references to the tensors of the output; ``None`` while the call runs.
         losses: Number of losses that the model has computed so far.
@@ -51,6 +53,7 @@ class PendingCall:
     layer_calls: list[LayerCall] = field(default_factory=list)
     values: dict[LossInput, Tensor] = field(default_factory=dict)
     versions: dict[LossInput, int] = field(default_factory=dict)
+    marked: Counter[nn.Module] = field(default_factory=Counter)
     marks: list[weakref.ref[Mark]] = field(default_factory=list)
     outputs: list[weakref.ref[Tensor]] | None = None
     losses: int = 0
