@@ -21,7 +21,13 @@ from einconv_kfac.curvature.objective.nodes import normalisation
 from einconv_kfac.curvature.objective.nodes.bilinear import Product
 from einconv_kfac.curvature.objective.nodes.elementary import Entrywise, Power
 from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
-from einconv_kfac.curvature.objective.nodes.reductions import Reduction
+from einconv_kfac.curvature.objective.nodes.reductions import (
+    Extremum,
+    Reduction,
+    Selection,
+    fixed_selection,
+    is_selection,
+)
 
 # fmt: off
 _WITH_CONSTANTS = frozenset(
@@ -115,6 +121,14 @@ def _of_linear(edge: Edge, known: Known) -> Tensor | None:
     return LinearMap(edge, {edge[0]: 0}, lambda own: own != edge)(given)
 
 
+def _of_selection(node: Any, known: Known) -> Tensor | None:
+    """Return entries at indices that the node saves; without these it saves what it selects of."""
+    if not is_selection(node):
+        return _of_function(node, known)
+    before = _before(node, 0, known)
+    return None if before is None else fixed_selection(node)(before)
+
+
 def _of_largest(node: Any, _: Known) -> Tensor | None:
     """Return the largest entries of windows, at the indices that the node saves."""
     x, indices = node._saved_self.detach(), node._saved_result1
@@ -182,6 +196,7 @@ def _leaf(edge: Edge | None, known: Known, weight: Tensor | None) -> Tensor | No
     return None if leaf is None else leaf.detach()
 
 
+_SELECTING = (Extremum, Selection)
 _FUNCTIONS = [
     rule
     for rule in NODE_RULES.values()
@@ -190,6 +205,7 @@ _FUNCTIONS = [
 _BY_KIND: Mapping[str, Callable[[Any, Known], Tensor | None]] = {
     **dict.fromkeys((rule.kind for rule in _FUNCTIONS), _of_function),
     **dict.fromkeys((rule.kind for rule in normalisation.RULES), _of_normalisation),
+    **dict.fromkeys((r.kind for r in _FUNCTIONS if isinstance(r, _SELECTING)), _of_selection),
     "Relu": _of_rectifier,
     "MaxPool2DWithIndices": _of_largest,
     "Convolution": _of_convolution,

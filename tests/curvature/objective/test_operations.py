@@ -116,6 +116,11 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "hinge": lambda o: functional.relu(0.5 - o).mean() + functional.relu(1 + 2 * o).square().mean(),
     "margin": lambda o: functional.relu((o - T).norm(dim=2) - o.norm(dim=2) + 0.3).mean(),
+    "hardest triplets": lambda o: functional.relu(
+        torch.cdist(o, T).max(2).values
+        - torch.cdist(o, T).topk(1, largest=False).values[..., 0]
+        - 1
+    ).mean(),
     "median": lambda o: (o - T).abs().median(),
 }
 

@@ -99,3 +99,9 @@ def test_a_constant_that_does_not_explain_the_other_entries() -> None:
     tail = tail_of(lambda o: functional.relu(o + shift).mean())
     expected = functional.relu(OTHER + shift).where(shift + X > 0, 0).mean()
     torch.testing.assert_close(tail.value([OTHER]), expected)
+
+
+def test_a_positive_part_of_selected_entries() -> None:
+    tail = tail_of(lambda o: functional.relu(1 - o.topk(3, dim=1).values).square().mean())
+    selected = OTHER.gather(1, X.topk(3, dim=1).indices)
+    torch.testing.assert_close(tail.value([OTHER]), functional.relu(1 - selected).square().mean())
