@@ -56,6 +56,7 @@ class LinearMap:
         self.sources = [target]
         if not stops(target):
             with torch.enable_grad(), saved_tensors_hooks(_kept, _checked):
+                # any ``w`` would do, but of zero some derivatives, as of logcumsumexp, are NaN
                 self._w = torch.ones_like(zeros_at(target)).requires_grad_()
                 found = backpropagated({target: self._w}, nodes, stops)
             self._transposed = {e: t for e, t in found.items() if t.requires_grad}
