@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.objective.graph import (
     Edge,
+    dependents,
     inputs_of,
     kind_of_node,
     leaf_of,
@@ -78,13 +79,15 @@ def recorded_result(edge: Edge, known: Known = NOTHING) -> Tensor | None:
         edge: The result in the graph.
         known: What is known beside the nodes.
     """
-    kind, value = kind_of_node(edge[0]), known.output(edge)
-    if value is not None:
-        return value
     with torch.no_grad():
-        if kind in _BY_KIND and (found := _BY_KIND[kind](edge[0], known)) is not None:
-            return found
-        return _of_linear(edge, known) if _is_proportional(edge[0], known) else None
+        value = _of_node(edge, known)
+        return _of_linear(edge, known) if value is None else value
+
+
+def _of_node(edge: Edge, known: Known) -> Tensor | None:
+    """Return a result that is an output of the model, or follows from what its own node saves."""
+    kind, value = kind_of_node(edge[0]), known.output(edge)
+    return _BY_KIND[kind](edge[0], known) if value is None and kind in _BY_KIND else value
 
 
 def _of_function(node: Any, _: Known) -> Tensor | None:
@@ -113,12 +116,20 @@ def _is_proportional(node: Node, known: Known) -> bool:
 
 
 def _of_linear(edge: Edge, known: Known) -> Tensor | None:
-    """Return the result of an operation that is linear in the results before."""
-    before = {own: recorded_result(own, known) for own in inputs_of(edge[0]) if own is not None}
-    given = {own: value for own, value in before.items() if value is not None}
-    if len(given) < len(before):
-        return None
-    return LinearMap(edge, {edge[0]: 0}, lambda own: own != edge)(given)
+    """Return a result that is linear, without a constant, in results that are known."""
+    given, seen, waiting = dict[Edge, Tensor](), {edge}, [edge]
+    while waiting:
+        node = waiting.pop()[0]
+        if not _is_proportional(node, known):
+            return None
+        for own in {own for own in inputs_of(node) if own is not None} - seen:
+            seen.add(own)
+            if (value := _of_node(own, known)) is not None:
+                given[own] = value
+            else:
+                waiting.append(own)
+    nodes = dependents(edge, given.__contains__)
+    return LinearMap(edge, nodes, given.__contains__)(given)
 
 
 def _of_selection(node: Any, known: Known) -> Tensor | None:

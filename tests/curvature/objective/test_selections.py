@@ -105,3 +105,14 @@ def test_a_positive_part_of_selected_entries() -> None:
     tail = tail_of(lambda o: functional.relu(1 - o.topk(3, dim=1).values).square().mean())
     selected = OTHER.gather(1, X.topk(3, dim=1).indices)
     torch.testing.assert_close(tail.value([OTHER]), functional.relu(1 - selected).square().mean())
+
+
+def test_a_positive_part_behind_many_linear_operations() -> None:
+    """Each uses the one before twice: there are more ways through them than one can walk."""
+
+    def loss(o: Tensor) -> Tensor:
+        for _ in range(600):
+            o = 0.5 * o + 0.5 * o.flip(0)
+        return functional.relu(1 - o).square().mean()
+
+    torch.testing.assert_close(tail_of(loss).value([OTHER]), loss(OTHER))
