@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from einconv_kfac.curvature.objective.graph import has_functions
+from einconv_kfac.optim.replay.host_pooling import HostPooling
 from einconv_kfac.optim.replay.jvp import Function, Tangents, inner, normal
 from einconv_kfac.optim.vectors import Direction, sum_of
 
@@ -32,6 +34,22 @@ class GradientSwitch(TorchFunctionMode):
         if func is torch._C._set_grad_enabled and args and not args[0]:
             self.was_off = True
         return func(*args, **(kwargs or {}))
+
+
+def observed(run: Callable[[], Tangents]) -> tuple[bool, bool]:
+    """Run a model with a graph, and say whether forward mode may differ from backward passes there.
+
+    So it may with functions of users, and where gradients are switched off.
+
+    Args:
+        run: Returns the model's outputs.
+
+    Returns:
+        Whether it may, and whether the model calls max pooling.
+    """
+    with torch.enable_grad(), GradientSwitch() as switch, HostPooling() as pooling:
+        outputs = run()
+    return has_functions(outputs) or switch.was_off, pooling.is_used
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,12 @@ class Batch:
             return list(self.outputs)
         return [output[self.subset.rows] for output in self.outputs]
 
+    def precision(self, outputs: Sequence[Tensor]) -> float:
+        """Return the largest machine epsilon of computations with these outputs or tangents."""
+        environments = [each.call.environment for each in self.forwards for _ in each.inputs]
+        eps = (own.precision(output.dtype) for own, output in zip(environments, outputs))
+        return max(eps, default=0.0)
+
 
 def with_subsets(
     batches: Sequence[Batch], part: float, seed: int, step: int, workers: Workers = ALONE

@@ -11,9 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.objective.graph import has_functions
 from einconv_kfac.curvature.objective.loss_model import Expansion
-from einconv_kfac.optim.replay.adjoint import Adjoint, GradientSwitch
+from einconv_kfac.optim.replay.adjoint import Adjoint, observed
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.checks import (
     check_batch,
@@ -26,6 +25,7 @@ from einconv_kfac.optim.replay.gradient_hooks import (
     evaluated_without_hooks,
     without_gradient_hooks,
 )
+from einconv_kfac.optim.replay.host_pooling import HostPooling
 from einconv_kfac.optim.replay.joint import joined
 from einconv_kfac.optim.replay.jvp import Tangents, backward_products, forward_products
 from einconv_kfac.optim.replay.present_outputs import present
@@ -65,6 +65,7 @@ class Replay:
         self.takes_gradients = False
         self.leaves_out_hooks = False
         self._doubts: list[Tensor] | None = None
+        self._pools = False
         self.is_checked = False
         self._model = model
         self._paused = paused
@@ -158,10 +159,13 @@ class Replay:
         known = partial(accepts, batch), partial(check_repeated, batch)
         return evaluated_without_hooks(run, self._model, *known)
 
-    def _hooks(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _without_graph(self) -> Iterator[None]:
         """Return a context for a replay without a graph."""
         leaves_out = self.leaves_out_hooks and not self.takes_gradients
-        return without_gradient_hooks(self._model) if leaves_out else nullcontext()
+        hooks = without_gradient_hooks(self._model) if leaves_out else nullcontext()
+        with hooks, HostPooling() if self._pools else nullcontext():
+            yield
 
     def _forward_products(
         self, batch: Batch, parameters: Direction, directions: Sequence[Direction]
@@ -171,16 +175,12 @@ class Replay:
 
         def run(given: Direction) -> Outputs:
             kept = not self.takes_gradients
-            with self._hooks():
+            with self._without_graph():
                 return run_all(forwards, self._model, given, tangents=kept)
 
-        def products() -> tuple[Outputs, list[Tangents]]:
-            return forward_products(
-                run, parameters, directions, with_gradients=self.takes_gradients
-            )
-
+        products = partial(forward_products, run, parameters, directions)
         try:
-            outputs, found = products()
+            outputs, found = products(with_gradients=self.takes_gradients)
         except NotImplementedError:
             if self.takes_gradients:
                 raise
@@ -193,7 +193,7 @@ class Replay:
                 check_repeated(batch, outputs)
         self.takes_gradients = True  # kept outputs or a missing graph may have broken it
         try:
-            outputs, found = products()
+            outputs, found = products(with_gradients=True)
             check_repeated(batch, outputs)
         except BaseException:
             self.takes_gradients = False
@@ -270,15 +270,13 @@ class Replay:
         For the other arguments and errors see `check`.
         """
         repeated = partial(self._repeated, batch, self._is_repeated_)
-        with self._paused(), torch.enable_grad(), GradientSwitch() as switch:
-            is_doubtful = has_functions(repeated({})) or switch.was_off
+        with self._paused():
+            is_doubtful, self._pools = observed(partial(repeated, {}))
         (tangents,) = self.jacobian_products(batch, parameters, [direction])
         if is_doubtful and self.forward_mode:
             with self._paused():
                 adjoint = Adjoint.of(repeated, parameters, direction)
-            environments = [each.call.environment for each in batch.forwards for _ in each.inputs]
-            eps = [own.precision(t.dtype) for own, t in zip(environments, tangents)]
-            self.forward_mode = adjoint.agrees(tangents, max(eps, default=0.0))
+            self.forward_mode = adjoint.agrees(tangents, batch.precision(tangents))
             self.jacobian_products(batch, parameters, [direction])
         self.is_checked = True
 
@@ -291,7 +289,7 @@ class Replay:
         """Return the tensors of forward passes; for ``given`` see `outputs`."""
         if not self.takes_gradients:
             try:
-                with torch.no_grad(), self._hooks():
+                with torch.no_grad(), self._without_graph():
                     return tuple(o.detach() for o in run_all(forwards, self._model, given))
             except RuntimeError as error:
                 if "grad" not in str(error):
