@@ -247,23 +247,6 @@ def joined(rank: int, size: int) -> Found:
     return found
 
 
-def inner_module(rank: int, size: int) -> Found:
-    """The optimizer has the module inside of a wrapper that hides it in the graph."""
-    found, loss_fn = Found(), nn.CrossEntropyLoss()
-    for name in ("static_graph", "find_unused_parameters"):
-        module = conv_net()
-        options: dict[str, Any] = {name: True}
-        model = DistributedDataParallel(module, **options)
-        for owner, given in (("module", module), ("wrapper", model)):
-            opt = KFAC(given, loss_fn)
-            x, y = image_batch(8, rank)
-            loss_fn(model(x), y).backward()
-            with errors(found, f"{name}, {owner}"):
-                opt.step()
-            opt.remove_hooks()
-    return found
-
-
 FAULTS: tuple[Callable[[int, int], Found], ...] = (
     not_finite,
     not_finite_moments,
@@ -280,7 +263,6 @@ FAULTS: tuple[Callable[[int, int], Found], ...] = (
     state_of_one,
     without_batch,
     joined,
-    inner_module,
 )
 
 

@@ -125,15 +125,6 @@ def test_steps_inside_of_join_are_refused(found: Any) -> None:
     assert_equal_weights(found["joined"])
 
 
-def test_the_module_inside_of_a_wrapper_that_hides_it_is_refused_with_the_remedy(
-    found: Any,
-) -> None:
-    for own in found["inner_module"]:
-        for name in ("static_graph", "find_unused_parameters"):
-            assert "Pass the DistributedDataParallel in place of" in own[f"{name}, module"]
-            assert f"{name}, wrapper" not in own
-
-
 @pytest.mark.parametrize("case", ["killed", "killed_with_divided_factors", "stopped"])
 def test_workers_end_when_one_of_them_is_lost(case: str) -> None:
     """A killed one is noticed at once, and one that hangs after the timeout of the group."""

@@ -23,7 +23,8 @@ class Case:
 
     Args:
         options: Of the optimizer.
-        wrapper: Of `DistributedDataParallel`; ``None`` if the optimizer gets the module inside.
+        wrapper: Of `DistributedDataParallel`.
+        is_inside: Whether the optimizer gets the module inside of the wrapper.
         model: Makes the model.
         loss: Makes the loss.
         compiled: ``"inside"`` or ``"outside"`` of the wrapper.
@@ -41,7 +42,8 @@ class Case:
     """
 
     options: dict[str, Any] = field(default_factory=dict)
-    wrapper: dict[str, Any] | None = field(default_factory=dict)
+    wrapper: dict[str, Any] = field(default_factory=dict)
+    is_inside: bool = False
     model: Callable[[], nn.Module] = conv_net
     loss: Callable[[], nn.Module] = nn.CrossEntropyLoss
     compiled: str = ""
@@ -209,17 +211,24 @@ _CASES: dict[str, Case] = {
     "automatic, groups, scaler": Case(groups=two_groups, scaler=(64.0, False)),
     "uneven, scaler, clipped": Case(sizes=(3, 7, 5, 9), scaler=(64.0, True), clip=0.1),
     "uneven, weighted": Case({"fisher": "exact"}, sizes=(3, 7, 5, 9), weighted=True),
-    "bare": Case(wrapper=None),
-    "bare, fixed": Case(FIXED, wrapper=None),
+    "inside": Case(is_inside=True),
+    "inside, fixed": Case(FIXED, is_inside=True),
     "bucket views": Case(wrapper={"gradient_as_bucket_view": True, "bucket_cap_mb": 1}),
     "unused": Case(wrapper={"find_unused_parameters": True}, model=Branches),
-    "unused, empirical": Case(
-        {**FIXED, "fisher": "empirical"}, wrapper={"find_unused_parameters": True}, model=Branches
+    "unused, empirical, inside": Case(
+        {**FIXED, "fisher": "empirical"},
+        wrapper={"find_unused_parameters": True},
+        is_inside=True,
+        model=Branches,
     ),
     # torch fails where the first pass of a static graph is one of `no_sync`
     "static graph": Case(wrapper={"static_graph": True}, sizes=(12, 12), workers=(2,)),
-    "static graph, empirical": Case(
-        {"fisher": "empirical"}, wrapper={"static_graph": True}, sizes=(12, 12), workers=(2,)
+    "static graph, empirical, inside": Case(
+        {"fisher": "empirical"},
+        wrapper={"static_graph": True},
+        is_inside=True,
+        sizes=(12, 12),
+        workers=(2,),
     ),
     "compiled inside": Case(compiled="inside"),
     "compiled outside": Case(compiled="outside"),

@@ -36,7 +36,7 @@ def wrapped(case: Case, model: nn.Module, group: Any = None) -> nn.Module:
         return torch.compile(model, backend="eager") if case.compiled else model
     if case.compiled == "inside":
         model = torch.compile(model, backend="eager")
-    model = DistributedDataParallel(model, process_group=group, **(case.wrapper or {}))
+    model = DistributedDataParallel(model, process_group=group, **case.wrapper)
     return torch.compile(model, backend="eager") if case.compiled == "outside" else model
 
 
@@ -88,7 +88,7 @@ class Training:
         self.module, self.loss_fn = case.model(), case.loss()
         is_alone = size == 1 and group is None
         self.model = self.module if is_alone else wrapped(case, self.module, group)
-        given = self.module if case.wrapper is None else self.model
+        given = self.module if case.is_inside else self.model
         options = dict(case.options)
         if case.groups is not None:
             options["params"] = case.groups(self.module)

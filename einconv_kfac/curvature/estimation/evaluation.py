@@ -14,7 +14,17 @@ from torch.autograd.graph import GradientEdge
 
 from einconv_kfac.curvature.losses import evaluate_loss, has_targets, loss_rule
 from einconv_kfac.curvature.losses.loss_rule import TorchLossRule
-from einconv_kfac.curvature.objective.graph import Edge, edge_of, within, zeros_at
+from einconv_kfac.curvature.objective.graph import (
+    WRAPPER,
+    Edge,
+    NodeOrder,
+    backpropagated,
+    dependents,
+    edge_of,
+    kind_of_node,
+    within,
+    zeros_at,
+)
 from einconv_kfac.curvature.objective.ignored_labels import (
     ignores_all_labels,
     is_mean_of_labels,
@@ -240,12 +250,27 @@ def loss_gradients(evaluation: Evaluation) -> list[Tensor]:
     """Return the gradient of a loss at each output of the model; the graph is kept."""
     if isinstance(evaluation, ReadEvaluation):
         return list(evaluation.reading.graph.ends.values())
-    sources: Any = (evaluation.loss,)
-    outputs: Any = evaluation.heads
-    weights = (evaluation.weight,)
-    found = torch.autograd.grad(sources, outputs, weights, retain_graph=True, allow_unused=True)
-    pairs = zip(found, evaluation.like_outputs())
-    return [torch.zeros_like(like) if gradient is None else gradient for gradient, like in pairs]
+    ends = _ends(evaluation)
+    with torch.no_grad():
+        start = {_edge(evaluation.loss): evaluation.weight}
+        found = backpropagated(start, _operations(evaluation), ends.__contains__)
+    pairs = zip(ends, evaluation.like_outputs())
+    return [found[end] if end in found else torch.zeros_like(like) for end, like in pairs]
+
+
+def _ends(evaluation: Evaluation) -> list[Edge]:
+    """Return the edges of the outputs where they leave the model."""
+    return [_edge(head) for head in evaluation.heads]
+
+
+def _edge(end: Tensor | GradientEdge) -> Edge:
+    """Return the edge of a tensor, or of what stands for one."""
+    return (end.node, end.output_nr) if isinstance(end, GradientEdge) else edge_of(end)
+
+
+def _operations(evaluation: Evaluation) -> NodeOrder:
+    """Return the operations between the outputs of a model and a loss."""
+    return dependents(_edge(evaluation.loss), _ends(evaluation).__contains__)
 
 
 def empirical_roots(
@@ -255,7 +280,8 @@ def empirical_roots(
 
     It begins at the loss, unless a wrapper stands between the outputs and the model.
     """
-    if any(_differ(*ends) for ends in zip(evaluation.outputs, evaluation.heads)):
+    is_known = any(_differ(*ends) for ends in zip(evaluation.outputs, evaluation.heads))
+    if is_known or any(kind_of_node(node) == WRAPPER for node in _operations(evaluation)):
         return evaluation.outputs, loss_gradients(evaluation)
     return (evaluation.loss,), (evaluation.weight,)
 

@@ -22,8 +22,11 @@ NodeOrder: TypeAlias = Mapping[Node, int]
 """The positions of nodes in forward order; it is iterated over in this order."""
 _KEY = "einconv_kfac"
 _INSIDE = "inside"
-_IDENTITIES = ("BackwardHookFunction",)
-"""Python functions that return their input; torch inserts them for backward hooks."""
+WRAPPER = "_DDPSink"
+"""The function that `DistributedDataParallel` may insert after its module. A backward pass through
+its node is the beginning of the one that averages gradients, and there must be no other."""
+_IDENTITIES = ("BackwardHookFunction", WRAPPER)
+"""Python functions that return their inputs; torch also inserts them for backward hooks."""
 _COMPILED = (
     "The loss must be computed without `torch.compile`, got a compiled function between the "
     "model's output, or its parameters, and the loss. Compiled code frees what its backward pass "
@@ -86,11 +89,7 @@ def passed_on_(tensor: Tensor, inner: Edge) -> None:
 
 
 def within(edge: Edge) -> Edge:
-    """Return the edge inside of a model that a wrapper passed on, or else the edge itself.
-
-    The backward pass of `DistributedDataParallel` through its own node, which it may insert, is
-    the beginning of the one that averages gradients, and there must be no other.
-    """
+    """Return the edge inside of a model that a wrapper passed on, or else the edge itself."""
     found: Edge | None = mark_of(edge, _INSIDE)
     return edge if found is None else found
 

@@ -15,10 +15,6 @@ REMEDIES = {
         "make a new tensor in place of changing a part of one in place (an activation after "
         "InstanceNorm: inplace=False)"
     ),
-    "autograd.Function _DDPSink": (
-        "pass the DistributedDataParallel in place of the module inside of it (it has "
-        "`find_unused_parameters` or `static_graph`)"
-    ),
 }
 """What can be written in place of operations that do not keep their input."""
 

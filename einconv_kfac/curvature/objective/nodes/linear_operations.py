@@ -18,7 +18,7 @@ LINEAR = frozenset(
         "UpsampleBilinear2DAa", "UpsampleLinear1D", "UpsampleNearest1D", "UpsampleNearest2D",
         "UpsampleNearest3D", "UpsampleNearestExact1D", "UpsampleNearestExact2D",
         "UpsampleNearestExact3D", "UpsampleTrilinear3D", "View", "ViewAsComplex", "ViewAsReal",
-        "Where",
+        "Where", "_DDPSink",
     )
 )
 # fmt: on
