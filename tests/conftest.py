@@ -65,6 +65,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = items[:: config.getoption("every")]
 
 
+@pytest.fixture(autouse=True)
+def _same_random_numbers(request: pytest.FixtureRequest) -> None:
+    """Let each test draw the same numbers, in whatever order tests run, and alone.
+
+    Modules whose tests draw from a generator of their own call it ``GENERATOR``.
+    """
+    torch.manual_seed(0)
+    own = getattr(getattr(request.node, "module", None), "GENERATOR", None)
+    if isinstance(own, torch.Generator):
+        own.manual_seed(2)
+
+
 def pytest_collection_finish() -> None:
     """Keep what was imported and collected out of garbage collections, which it makes slow.
 

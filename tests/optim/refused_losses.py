@@ -41,11 +41,6 @@ def checkpointed_loss(model: nn.Module, opt: KFAC) -> Tensor:
     return loss / len(X)
 
 
-def shifted(o: Tensor) -> Tensor:
-    one = torch.eye(o.shape[1], dtype=o.dtype)
-    return functional.linear(o, one, one.cumsum(0)[-1] - 0.5)
-
-
 def penalty(model: nn.Module, opt: KFAC) -> Tensor:
     x = X.clone().requires_grad_()
     (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
@@ -101,8 +96,8 @@ def functional_gradients(model: nn.Module, _: KFAC) -> Tensor:
 LOSSES: dict[str, Refused] = {
     "relu before the loss": Refused(
         r"got Relu. Write `x.clamp\(min=0\)`",
-        observing(lambda o: shifted(o).relu().square().mean()),
-        observing(lambda o: shifted(o).clamp(min=0).square().mean()),
+        observing(lambda o: o.relu_().square().mean()),
+        observing(lambda o: o.clamp(min=0).square().mean()),
     ),
     "a derivative in the loop": Refused(
         "got TanhBackward. Compute derivatives of the model in the `forward`",

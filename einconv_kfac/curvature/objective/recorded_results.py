@@ -57,7 +57,7 @@ class Known(NamedTuple):
         output: Returns the recorded value of a model's output at an edge, or ``None``.
         shift_of: Returns the shift of a frozen layer by its weight, or ``None``.
         leaves_out_constants: Whether to leave out constants that are added, which are not in the
-            graph, in place of returning ``None``.
+            graph, and shifts that are not known, in place of returning ``None``.
     """
 
     output: Callable[[Edge], Tensor | None] = _none
@@ -159,8 +159,12 @@ def _of_linear_layer(node: Any, known: Known) -> Tensor | None:
     if mat1 is None:  # where the weight is frozen
         mat1 = _before(node, 1, known)
     shift = _leaf(inputs_of(node)[0], known, mat2)
-    if shift is None or mat1 is None or mat2 is None:
+    if mat1 is None or mat2 is None:
         return None
+    if shift is None:
+        if not known.leaves_out_constants:
+            return None
+        shift = mat2.new_zeros(())
     return torch.addmm(shift, mat1, mat2, beta=node._saved_beta, alpha=node._saved_alpha)
 
 
@@ -168,7 +172,8 @@ def _of_convolution(node: Any, known: Known) -> Tensor | None:
     """Return the result of a convolution."""
     x, weight, has_shift = node._saved_input, node._saved_weight, node._saved_bias_sym_sizes_opt
     bias = _leaf(inputs_of(node)[2], known, weight) if any(has_shift or ()) else None
-    if x is None or weight is None or (bias is None and any(has_shift or ())):
+    is_shifted = bias is not None or not any(has_shift or ()) or known.leaves_out_constants
+    if x is None or weight is None or not is_shifted:
         return None
     names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
     options = [getattr(node, f"_saved_{name}") for name in names]
@@ -184,7 +189,8 @@ def _of_normalisation(node: Any, known: Known) -> Tensor | None:
     assert function is not None
     unshifted = function(node._saved_input)
     if shift is None:
-        return unshifted if node._saved_weight is None else None
+        is_whole = node._saved_weight is None or known.leaves_out_constants
+        return unshifted if is_whole else None
     if kind == "NativeLayerNorm":
         return unshifted + shift
     return unshifted + shift.reshape(-1, *[1] * (unshifted.ndim - 2))

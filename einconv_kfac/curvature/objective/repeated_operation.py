@@ -94,5 +94,5 @@ def _value_before(node: Any, edge: Edge, own: Repeated) -> Tensor | None:
     found = recorded_result(edge, Known(own.output, frozen_shift))
     if found is not None and follows(result, found):
         return found
-    unshifted = recorded_result(edge, Known(own.output, leaves_out_constants=True))
+    unshifted = recorded_result(edge, Known(own.output, frozen_shift, leaves_out_constants=True))
     return None if unshifted is None else before_positive_part(result, unshifted)

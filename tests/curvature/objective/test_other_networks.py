@@ -77,6 +77,20 @@ class Step(nn.Module):
         return self.layer(x.flatten(1)).unsqueeze(0).relu().squeeze(0)
 
 
+class Critic(nn.Module):
+    """A network of an image and a state, which no node of a graph keeps; no sign changes in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(38, 4), nn.Linear(4, 2)
+        with torch.no_grad():
+            self.first.bias += torch.tensor([-4.0, -3, 3, 4])
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.arange(6.0, dtype=x.dtype).reshape(3, 2)
+        return self.second(functional.relu(self.first(torch.cat([x.flatten(1), state], 1)))).relu()
+
+
 def trained(features: nn.Module, *, n: int = 3) -> Tensor:
     """Return a generator's weights after steps on a loss of features."""
     torch.manual_seed(0)
@@ -101,7 +115,7 @@ def built(build: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("build", [plain, residual, dead, Step])
+@pytest.mark.parametrize("build", [plain, residual, dead, Step, Critic])
 def test_frozen_features(build: Callable[[], nn.Module]) -> None:
     frozen = built(build).requires_grad_(False)
     found, expected = trained(frozen), trained(built(build))
@@ -109,23 +123,26 @@ def test_frozen_features(build: Callable[[], nn.Module]) -> None:
 
 
 def test_a_weight_that_two_layers_share() -> None:
-    """The shift of the other layer does not fit, which the positive part shows."""
-    first, second = nn.Linear(3, 4), nn.Linear(3, 4)
-    with torch.no_grad():
-        second.bias += 1
+    """The shift of the other layer does not fit, which the positive part shows: zeros stay."""
+    first, second = (nn.Linear(3, 4).double() for _ in range(2))
     second.weight = first.weight
+    with torch.no_grad():
+        first.bias.copy_(torch.tensor([8.0, 9, -8, -9]))
+        second.bias.copy_(torch.tensor([-8.0, 8, 9, -7]))
     for own in (first, second):
         own.requires_grad_(False)
-    torch.manual_seed(0)
-    net = nn.Linear(5, 3)
+
+    def moved(layer: nn.Module, positive: Callable[[Tensor], Tensor]) -> Tensor:
+        torch.manual_seed(0)
+        net, x = nn.Linear(5, 3).double(), torch.randn(8, 5).double()
+        opt = KFAC(net, fisher="exact")
+        opt.observe(positive(layer(net(x))).square().mean()).backward()
+        opt.step()
+        return weights(net)
+
     for layer in (first, second):
-        opt = KFAC(net)
-        opt.observe(functional.relu(layer(net(torch.randn(8, 5)))).square().mean()).backward()
-        if torch.equal(frozen_shift(first.weight), layer.bias):  # type: ignore[arg-type]
-            opt.step()
-        else:
-            with pytest.raises(RuntimeError, match="got Relu"):
-                opt.step()
+        found, expected = moved(layer, functional.relu), moved(layer, Positive())
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_shifts_that_are_not_found() -> None:

@@ -110,11 +110,18 @@ def test_largest_entries_along_a_dimension(name: str) -> None:
     torch.testing.assert_close(found, loss_of(largest(moved)), rtol=1e-9, atol=1e-12)
 
 
-def test_a_shift_of_no_layer_is_not_known() -> None:
-    """Tensors that are the parameters of no module."""
-    weight, bias = torch.randn(2, 3, 3, 3).double(), torch.randn(2).double()
-    found = tail_of(lambda x: functional.relu(functional.conv2d(x, weight, bias)))
-    assert found.unknown() == ["Relu"]
+def test_zeros_stay_where_a_shift_is_that_of_no_layer() -> None:
+    """Tensors that are the parameters of no module; the second channel is positive nowhere."""
+    weight, shift = torch.full((2, 3, 3, 3), 0.1).double(), torch.tensor([9.0, -9.0]).double()
+
+    def other(x: Tensor) -> Tensor:
+        return functional.relu(functional.conv2d(x, weight, shift))
+
+    found, moved, beyond = tail_of(other), X + 0.3 * X.flip(0), X + 50
+    torch.testing.assert_close(found.value([moved]), loss_of(other(moved)), rtol=1e-9, atol=1e-12)
+    zeros = torch.zeros_like(other(beyond)[:, 1])
+    kept = torch.stack([other(beyond)[:, 0], zeros], 1)
+    torch.testing.assert_close(found.value([beyond]), loss_of(kept), rtol=1e-9, atol=1e-12)
 
 
 FROZEN = [
