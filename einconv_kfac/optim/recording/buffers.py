@@ -1,12 +1,12 @@
-"""Copies of buffers and frozen parameters that a forward pass changes and depends on.
+"""Copies of buffers and parameters that a forward pass changes and depends on.
 
-Examples are the vectors of spectral normalisation, and a second encoder that follows the trained
-one (momentum contrast).
+Examples are the vectors of spectral normalisation, a second encoder that follows the trained one
+(momentum contrast), and codes that follow averages of latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -67,23 +67,37 @@ class ChangingBuffers:
     ) -> None:
         """Find what the forward pass has changed; call it afterwards.
 
+        Parameters in whose place it put others have the values that it began with.
+
         Frozen parameters on a processor are read, as their versions do not tell of a change of
         ``.data``. Copies of those that have not changed are dropped.
 
         Args:
             modules: The modules of the model by name.
-            parameters: Its parameters by name.
+            parameters: Its parameters by name, as they were before.
         """
         buffers, frozen = _buffers(modules), _frozen(parameters)
         large = {name: b for name, b in buffers.items() if b.numel() > COPIED_ENTRIES}
         states = _states({**large, **frozen})
         self._changing |= {name for name, own in states.items() if self._before.get(name) != own}
+        self._copies |= {n: p.detach().clone() for n, p in _replaced(modules, parameters)}
         for name in [name for name in self._copies if name in frozen]:
             copy, present = self._copies[name], frozen[name].detach()
             if name not in self._changing and present.is_cpu and not torch.equal(copy, present):
                 self._changing.add(name)
             if name not in self._changing:
                 del self._copies[name]
+
+
+def _replaced(
+    modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield parameters, not of other libraries, that modules no longer have, with their names."""
+    for name, parameter in parameters.items():
+        prefix, _, own = name.rpartition(".")
+        is_plain = type(parameter) is nn.Parameter and prefix in modules
+        if is_plain and modules[prefix]._parameters.get(own) is not parameter:
+            yield name, parameter
 
 
 def _states(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

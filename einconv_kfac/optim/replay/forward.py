@@ -87,8 +87,7 @@ class Substitutes:
         modules: Its modules.
         parameters: The parameters that take other values, by name in the model.
         values_of: These values by parameter.
-        buffers: The buffers and frozen parameters of the model with their names; one may have
-            several.
+        buffers: The buffers and parameters of the model with their names; one may have several.
         norms: Forward methods of modules that change no buffers, of which no copies are needed.
         forwards: These, and those of other layers.
     """
@@ -107,13 +106,12 @@ class Substitutes:
         named_parts = named_modules(model)
         modules, norms = named_parts.values(), batch_norms(named_parts)
         named = list(model.named_parameters(remove_duplicate=False))
-        frozen = [(name, tensor) for name, tensor in named if not tensor.requires_grad]
         return Substitutes(
             model,
             modules,
             parameters,
             {tensor: parameters[name] for name, tensor in named if name in parameters},
-            [*model.named_buffers(remove_duplicate=False), *frozen],
+            [*model.named_buffers(remove_duplicate=False), *named],
             norms,
             native_recurrences(modules) | native_embeddings(modules) | norms,
         )
@@ -126,8 +124,8 @@ class Substitutes:
 
         Args:
             part: The part of the model to which the names are relative.
-            buffers: The values of buffers and of frozen parameters, by name in the model; the
-                others keep theirs.
+            buffers: The values of buffers, and of parameters that are frozen or that the pass
+                replaced, by name in the model; the others keep theirs.
         """
         copies = {tensor: buffers[name] for name, tensor in self.buffers if name in buffers}
         copies = {tensor: value.clone() for tensor, value in copies.items()}
@@ -135,10 +133,10 @@ class Substitutes:
         for prefix, module in named_modules(part).items():
             start = f"{prefix}." if prefix else ""
             for name, parameter in module._parameters.items():
-                if parameter is not None and parameter in self.values_of:
-                    values[start + name] = self.values_of[parameter]
-                elif parameter is not None and parameter in copies:
+                if parameter is not None and parameter in copies:
                     values[start + name] = copies[parameter]
+                elif parameter is not None and parameter in self.values_of:
+                    values[start + name] = self.values_of[parameter]
             for name, buffer in module._buffers.items():
                 if buffer is None or (module in self.norms and buffer not in copies):
                     continue

@@ -76,6 +76,35 @@ def test_they_train(kind: str) -> None:
     assert not torch.equal(before, weights(model))
 
 
+class MovingParameter(nn.Module):
+    """Subtracts a running mean in a parameter, in whose place each forward pass puts another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(36).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.mean = nn.Parameter(self.mean.lerp(x.mean(0), 0.5))
+        return x - self.mean.detach()
+
+
+@pytest.mark.parametrize("options", [{"fisher": "exact"}, {"lr": 0.1, "adaptive": False}])
+def test_parameters_that_a_forward_pass_replaces_are_as_buffers(options: dict[str, Any]) -> None:
+    """As the codes of an autoencoder that follow averages of its latents."""
+
+    def trained(first: nn.Module) -> Tensor:
+        model, loss_fn = net("replaced"), nn.CrossEntropyLoss()
+        model[1] = first
+        opt = KFAC(model, loss_fn, **options)
+        for number in range(3):
+            train_step(model, loss_fn, opt, image_batch(24, number))
+        return weights(model[2:])
+
+    found = trained(MovingParameter())
+    torch.testing.assert_close(found, trained(Moving(replaces=True)), rtol=1e-10, atol=1e-12)
+
+
 class Growing(nn.Module):
     """Subtracts the mean of what it has seen, in a buffer that grows or is registered late."""
 
