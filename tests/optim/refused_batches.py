@@ -71,18 +71,6 @@ def named(model: nn.Module, _: KFAC) -> Tensor:
     return loss
 
 
-def single(model: nn.Module, _: KFAC) -> Tensor:
-    loss: Tensor = CROSS_ENTROPY(model(X[0]), Y[0])
-    loss.backward()
-    return loss
-
-
-def batch_of_one(model: nn.Module, _: KFAC) -> Tensor:
-    loss: Tensor = CROSS_ENTROPY(model(X[0].unsqueeze(0)), Y[:1])
-    loss.backward()
-    return loss
-
-
 def two_sizes(model: nn.Module, opt: KFAC) -> Tensor:
     loss = opt.observe(CROSS_ENTROPY(model(X), Y) + model(X[:7]).square().mean())
     loss.backward()
@@ -132,11 +120,6 @@ BATCHES: dict[str, Refused] = {
         build=Named,
         options=HALF,
         remedied_options={},
-    ),
-    "one example": Refused(
-        r"must be a non-empty batch.*`x.unsqueeze\(0\)`",
-        single,
-        batch_of_one,
     ),
     "two sizes of batches": Refused(
         "calls of '0' must.*Use approximation='expand'",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
+from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients, shape_of
 from einconv_kfac.curvature.estimation.evaluation import Root
 from einconv_kfac.curvature.objective.graph import reached_nodes
 
@@ -124,13 +124,14 @@ class BackwardPasses:
         edges = [call.output for call in calls]
         if not (self._is_batched and edges):
             return None
+        own = [v.reshape(len(v), *shape_of(o)) for o, v in zip(self._outputs, vectors)]
         with warnings.catch_warnings():  # of operations that repeat themselves for each vector
             warnings.filterwarnings("ignore", "There is a performance drop")
             try:
                 found = torch.autograd.grad(
                     sources,
                     edges,
-                    vectors,
+                    own,
                     retain_graph=True,
                     allow_unused=True,
                     is_grads_batched=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
@@ -22,6 +24,23 @@ def scattered_rows(layer: str) -> ValueError:
     )
 
 
+def check_batched(calls: Iterable[LayerCall]) -> None:
+    """Raise a ``ValueError`` if a call had an input without a dimension of examples."""
+    for call in calls:
+        if call.is_unbatched:
+            raise _no_batch(call, call.x.shape[1:])
+
+
+def _no_batch(call: LayerCall, shape: torch.Size) -> ValueError:
+    """Return the error for an input that is not a batch."""
+    is_empty = shape[:1] == (0,)
+    remedy = "Add a batch dimension with `x.unsqueeze(0)`"
+    return ValueError(
+        f"The input of '{call.layer}' ({type(call.module).__name__}) must be a non-empty batch "
+        f"[n, ...], got shape {list(shape)}. {'Leave out such batches' if is_empty else remedy}."
+    )
+
+
 def check_call(call: LayerCall) -> None:
     """Raise a ``ValueError`` if a call does not show what a layer computes for a batch."""
     kind = type(call.module).__name__
@@ -32,12 +51,7 @@ def check_call(call: LayerCall) -> None:
             f"exclude=['{call.layer}']."
         )
     if not call.is_batch:
-        is_empty = call.x.shape[:1] == (0,)
-        remedy = "Add a batch dimension with `x.unsqueeze(0)`"
-        raise ValueError(
-            f"The input of '{call.layer}' ({kind}) must be a non-empty batch [n, ...], got shape "
-            f"{list(call.x.shape)}. {'Leave out such batches' if is_empty else remedy}."
-        )
+        raise _no_batch(call, call.x.shape)
     if not call.is_own:
         raise ValueError(
             f"The first forward hook of '{call.layer}' ({kind}) must be the one that records its "

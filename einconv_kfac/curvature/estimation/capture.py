@@ -8,7 +8,7 @@ computes a weight gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,8 @@ from torch.nn.modules import module as torch_module
 
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.module_hooks import InactiveHook, is_compiling
-from einconv_kfac.curvature.objective.graph import viewed
+from einconv_kfac.curvature.objective.graph import Edge, metadata_of, viewed
+from einconv_kfac.curvature.objective.unbatched import Batching, LayerOutput
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class LayerCall:
         output: Gradient edge of the output, or of the whole tensor that it is a view of.
         row_dim: See `LayerRule`.
         is_batch: Whether the input is a batch with at least one example.
+        is_unbatched: Whether it was one example without a dimension of examples, which is added in
+            `x` and `y_shape`.
         is_own: Whether the output is what the layer itself computed, before hooks of others.
         source: Node of the input in the autograd graph, if it has one.
         has_parameters: Whether the module had its parameters in the call, and no other tensors in
@@ -48,6 +51,7 @@ class LayerCall:
     output: GradientEdge
     row_dim: int | None = 1
     is_batch: bool = True
+    is_unbatched: bool = False
     is_own: bool = True
     source: Node | None = None
     has_parameters: bool = True
@@ -90,17 +94,23 @@ class _CallRecorder:
         layer, module = self._layer, self._module
         rule, edge = layer.use_of(module).rule, get_gradient_edge(viewed(y))
         is_own = not module._forward_hooks or sees_own_output(module)
+        source = get_gradient_edge(x).node if x.requires_grad else None
+        x, y_shape = x.detach(), y.shape
+        is_unbatched = not rule.accepts(module, x) and rule.accepts(module, x.unsqueeze(0))
+        if is_unbatched:
+            x, y_shape = x.unsqueeze(0), torch.Size([1, *y_shape])
         is_batch = x.shape[:1] != (0,) and rule.accepts(module, x)
         call = LayerCall(
             layer.name,
             module,
-            x.detach(),
-            y.shape,
+            x,
+            y_shape,
             edge,
             rule.row_dim,
             is_batch,
+            is_unbatched,
             is_own,
-            get_gradient_edge(x).node if x.requires_grad else None,
+            source,
             layer.has_parameters(module),
         )
         self._capture.calls.append(call)
@@ -166,6 +176,37 @@ class LayerCapture:
             self.enabled = before
 
 
+def outputs_of(calls: Iterable[LayerCall]) -> dict[Edge, LayerOutput]:
+    """Return the outputs of calls, and what their first dimensions are."""
+    return {
+        (call.output.node, call.output.output_nr): LayerOutput(
+            call.layer, _batching(call), len(call.y_shape) - call.is_unbatched
+        )
+        for call in calls
+    }
+
+
+def _batching(call: LayerCall) -> Batching:
+    """Return what the first dimension of a call's output is."""
+    if call.is_unbatched:
+        return Batching.UNBATCHED
+    return Batching.ONE_ROW if call.y_shape[:-1].numel() == 1 else Batching.BATCH
+
+
+def may_be_unbatched(output: Tensor, calls: Iterable[LayerCall]) -> bool:
+    """Return whether an output of a model may have no dimension of examples."""
+    kinds = {_batching(call) for call in calls} - {Batching.BATCH}
+    is_row = output.ndim == 1 and output.numel() > 1
+    return Batching.UNBATCHED in kinds or (is_row and bool(kinds))
+
+
+def shape_of(output: Tensor | GradientEdge) -> torch.Size:
+    """Return the shape of a tensor that may be given as its gradient edge."""
+    if isinstance(output, Tensor):
+        return output.shape
+    return torch.Size(metadata_of((output.node, output.output_nr)).shape)
+
+
 def call_gradients(
     outputs: Sequence[Tensor | GradientEdge], roots: Sequence[Tensor], calls: Sequence[LayerCall]
 ) -> list[Tensor | None]:
@@ -173,7 +214,7 @@ def call_gradients(
 
     Args:
         outputs: Model outputs, or a loss, ``[*f]`` each.
-        roots: A vector ``[*f]`` for each.
+        roots: A vector ``[*f]`` for each, or ``[1, *f]`` for an unbatched output.
         calls: Calls of layers.
 
     Returns:
@@ -184,5 +225,6 @@ def call_gradients(
     if not (outputs and edges):
         return [None] * len(edges)
     sources: Any = outputs
-    found = torch.autograd.grad(sources, edges, roots, retain_graph=True, allow_unused=True)
+    own = [r.reshape(shape_of(output)) for output, r in zip(outputs, roots)]
+    found = torch.autograd.grad(sources, edges, own, retain_graph=True, allow_unused=True)
     return [None if g is None else g.reshape(call.y_shape) for g, call in zip(found, calls)]

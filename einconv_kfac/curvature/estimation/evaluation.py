@@ -76,8 +76,12 @@ class Evaluation(Protocol):
     def shows_emptiness(self) -> bool:
         """Whether the loss is not finite if no target enters it, as a mean over targets."""
 
+    @property
+    def takes_unbatched(self) -> bool:
+        """Whether outputs may be those of an unbatched input, without a dimension of examples."""
+
     def like_outputs(self) -> Sequence[Tensor]:
-        """Return tensors like the outputs."""
+        """Return tensors like the outputs, ``[1, *f]`` for one without a dimension of examples."""
 
     def sample(self, generator: Generator) -> Sequence[Tensor]:
         """Draw a root vector for each output whose second moment is the curvature of the loss."""
@@ -147,6 +151,8 @@ class RuleEvaluation:
     def shows_emptiness(self) -> bool:
         """See `Evaluation`."""
         return getattr(self.loss_fn, "reduction", "") == "mean"
+
+    takes_unbatched = False
 
     def like_outputs(self) -> Sequence[Tensor]:
         """See `Evaluation`."""
@@ -218,13 +224,15 @@ class ReadEvaluation:
         """See `Evaluation`."""
         return is_mean_of_labels(self.reading.graph)
 
+    takes_unbatched = True
+
     def like_outputs(self) -> Sequence[Tensor]:
         """See `Evaluation`."""
-        return [zeros_at(edge) for edge in self.reading.graph.ends]
+        return self.filled({})
 
     def sample(self, generator: Generator) -> Sequence[Tensor]:
         """See `Evaluation`."""
-        return self._filled(self.reading.sample(generator))
+        return self.filled(self.reading.sample(generator))
 
     def samples(self, generator: Generator) -> Iterator[Sequence[Tensor]]:
         """See `Evaluation`."""
@@ -234,11 +242,13 @@ class ReadEvaluation:
     def roots(self) -> Iterator[Root]:
         """See `Evaluation`."""
         for found, is_alone in self.reading.roots():
-            yield Root(self._filled(found), is_alone)
+            yield Root(self.filled(found), is_alone)
 
-    def _filled(self, found: Mapping[Edge, Tensor]) -> Sequence[Tensor]:
-        """Return a root vector for each output, of zeros where there is none."""
-        return [found[e] if e in found else zeros_at(e) for e in self.reading.graph.ends]
+    def filled(self, found: Mapping[Edge, Tensor]) -> Sequence[Tensor]:
+        """Return a vector for each output, of zeros where there is none; see `like_outputs`."""
+        graph = self.reading.graph
+        own = {e: found[e] if e in found else zeros_at(e) for e in graph.ends}
+        return [v.unsqueeze(0) if e in graph.unbatched else v for e, v in own.items()]
 
 
 def first_size(outputs: Sequence[Tensor]) -> int:
@@ -249,7 +259,7 @@ def first_size(outputs: Sequence[Tensor]) -> int:
 def loss_gradients(evaluation: Evaluation) -> list[Tensor]:
     """Return the gradient of a loss at each output of the model; the graph is kept."""
     if isinstance(evaluation, ReadEvaluation):
-        return list(evaluation.reading.graph.ends.values())
+        return [*evaluation.filled(evaluation.reading.graph.ends)]
     ends = _ends(evaluation)
     with torch.no_grad():
         start = {_edge(evaluation.loss): evaluation.weight}

@@ -13,7 +13,7 @@ from einconv_kfac.curvature.arguments import choice, plain
 from einconv_kfac.curvature.estimation.arranged_call import ArrangedCall, by_layer
 from einconv_kfac.curvature.estimation.arrangement import Arrangement, Layouts
 from einconv_kfac.curvature.estimation.backward_passes import BackwardPasses, StackedRoots
-from einconv_kfac.curvature.estimation.call_checks import check_call, scattered_rows
+from einconv_kfac.curvature.estimation.call_checks import check_batched, check_call, scattered_rows
 from einconv_kfac.curvature.estimation.capture import LayerCall, call_gradients
 from einconv_kfac.curvature.estimation.evaluation import (
     Evaluation,
@@ -128,6 +128,8 @@ class FisherEstimator:
             for call in calls:
                 check_call(call)
             return
+        if not evaluation.takes_unbatched:
+            check_batched(calls)
         arrangement = self._arrangement(evaluation, moments)
         if self.fisher == "forward-only":
             reached = reached_nodes(evaluation.outputs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.arguments import shown
-from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.curvature.estimation.capture import LayerCall, outputs_of
 from einconv_kfac.curvature.estimation.evaluation import (
     Evaluation,
     ReadEvaluation,
@@ -72,9 +72,8 @@ def evaluation_of(
         return None if index is None else values[index]
 
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    layers = [(call.output.node, call.output.output_nr) for call in calls]
     own = edge_of(loss), loss.detach(), torch.ones_like(loss), value, names
-    return ReadEvaluation(Reading(*own, layers=layers, account=account))
+    return ReadEvaluation(Reading(*own, layers=outputs_of(calls), account=account))
 
 
 def _read_loss(model: nn.Module, loss_fn: Loss, batch: Any, forward: Forward | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from einconv_kfac.curvature.estimation.capture import shape_of
 from einconv_kfac.curvature.estimation.example_layout import only
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.distributed.stored import graph_leaf
@@ -68,6 +69,7 @@ def weight_gradients(
     sources: Any = outputs
     for example in range(1 if examples is None else examples):
         masked = roots if examples is None else [only(root, example) for root in roots]
+        masked = [root.reshape(shape_of(output)) for output, root in zip(outputs, masked)]
         found = torch.autograd.grad(
             sources, parameters, masked, retain_graph=True, allow_unused=True
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from einconv_kfac.curvature.objective.units import drawn
 
 
 def places_without_curvature(
-    terms: Iterable[Term], gradients: Mapping[Edge, Tensor]
+    terms: Iterable[Term], gradients: Mapping[Edge, Tensor], unbatched: Collection[Edge]
 ) -> dict[Edge, Tensor]:
     """Return where outputs that a loss has slope at lack curvature, in whole or in slices.
 
@@ -24,6 +24,7 @@ def places_without_curvature(
     Args:
         terms: The terms of the loss.
         gradients: The gradients of the loss at outputs ``[n, *f]``.
+        unbatched: Outputs ``[*f]``, of one example.
     """
     curved: dict[Edge, Tensor] = {}
     for term in terms:
@@ -35,8 +36,8 @@ def places_without_curvature(
         places = curved.get(edge)
         if places is None:
             found[edge] = torch.ones_like(gradient, dtype=torch.bool)
-        elif places.ndim > 1:  # not of a curvature of the whole
-            bare = _bare(places)
+        elif places.ndim > (edge not in unbatched):  # not of a curvature of the whole
+            bare = _bare(places.unsqueeze(0)).squeeze(0) if edge in unbatched else _bare(places)
             if bool(gradient.where(bare, 0).any()):
                 found[edge] = bare
     return found

@@ -96,6 +96,7 @@ class WithoutCurvature:
             ends that each depends on.
         samples: The terms of logarithms of other densities whose weights have both signs.
         loss: The loss.
+        unbatched: The ends without a dimension of examples.
     """
 
     losses: Sequence[Losses]
@@ -104,6 +105,7 @@ class WithoutCurvature:
     magnitudes: Sequence[tuple[Term, Collection[Edge]]]
     samples: Sequence[Term]
     loss: Tensor
+    unbatched: Collection[Edge]
 
     @staticmethod
     def of(graph: LossGraph, known: Collection[Node], loss: Tensor) -> WithoutCurvature:
@@ -133,7 +135,7 @@ class WithoutCurvature:
         linear = found & graph.ends.keys()
         magnitudes = list(magnitudes_of(graph, known, linear))
         samples = list(sample_terms(magnitudes, graph, known))
-        return WithoutCurvature(losses, units, linear, magnitudes, samples, loss)
+        return WithoutCurvature(losses, units, linear, magnitudes, samples, loss, graph.unbatched)
 
     def terms(
         self, places: Mapping[Edge, Tensor], gradients: Mapping[Edge, Tensor]
@@ -153,8 +155,9 @@ class WithoutCurvature:
         is_most = bool(sums) and bool(sum(sums) >= MOST * self.loss)
         for losses in self.losses if places or is_most else ():
             inner = {*losses.ends} - {*losses.map_.sources}
-            rows = max((len(gradients[end]) for end in losses.ends if end in gradients), default=0)
-            if losses.weight.numel() < rows or inner - places.keys():
+            known = losses.ends & gradients.keys()
+            rows = [gradients[e].shape[: e not in self.unbatched].numel() for e in known]
+            if losses.weight.numel() < max(rows, default=0) or inner - places.keys():
                 continue
             term = losses.term()
             if term is not None and not (losses.bends_alone and is_most):

@@ -77,13 +77,16 @@ def may_lack(
     return False
 
 
-def with_hessians(terms: Sequence[Term], tail: Tail, outputs: Sequence[Edge]) -> list[Term]:
+def with_hessians(
+    terms: Sequence[Term], tail: Tail, outputs: Sequence[Edge], unbatched: Collection[Edge]
+) -> list[Term]:
     """Return terms, or Hessians by outputs in place of those that give other products.
 
     Args:
         terms: The terms that rules of operations give.
         tail: The loss as a function of the outputs.
         outputs: The outputs.
+        unbatched: Those without a dimension of examples.
     """
     result = list(terms)
     if tail.unknown():
@@ -98,7 +101,7 @@ def with_hessians(terms: Sequence[Term], tail: Tail, outputs: Sequence[Edge]) ->
         if any(len(term.sources) > 1 for term in known):
             continue
         try:
-            found = _hessian_term(tail, edge, known, graph)
+            found = _hessian_term(tail, edge, known, graph, is_one=edge in unbatched)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # an operation without a second derivative
@@ -131,16 +134,19 @@ def only_argument(root: Edge, nonlinear: Collection[Node], is_source: Stops) -> 
     return found.pop() if len(found) == 1 else None
 
 
-def hessian_by(tail: Tail, edge: Edge, known: Sequence[Term]) -> LocalCurvature | None:
+def hessian_by(
+    tail: Tail, edge: Edge, known: Sequence[Term], *, is_one: bool
+) -> LocalCurvature | None:
     """Return the Hessian of a loss by a tensor; for ``None`` see `_hessian_term`.
 
     Args:
         tail: The loss as a function of the tensor.
         edge: The tensor.
         known: Terms that rules of operations give, if the tensor is an output.
+        is_one: Whether all entries of the tensor may be of one example.
     """
     try:
-        found = _hessian_term(tail, edge, known, partial(_graph, tail))
+        found = _hessian_term(tail, edge, known, partial(_graph, tail), is_one=is_one)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # an operation without a second derivative
@@ -178,7 +184,12 @@ def _graph(tail: Tail) -> Graph:
 
 
 def _hessian_term(
-    tail: Tail, edge: Edge, known: Sequence[Term], graph: Callable[[], Graph]
+    tail: Tail,
+    edge: Edge,
+    known: Sequence[Term],
+    graph: Callable[[], Graph],
+    *,
+    is_one: bool,
 ) -> Term | None:
     """Return the term of an output whose curvature is the Hessian of the loss by it.
 
@@ -190,6 +201,7 @@ def _hessian_term(
         edge: The output.
         known: The terms that depend on the output.
         graph: Returns the derivatives of the loss, once for all outputs.
+        is_one: Whether all entries of the output may be one block.
     """
     value = tail.values[tail.sources.index(edge)]
     if not value.numel() or value.dtype not in (torch.float32, torch.float64):
@@ -204,7 +216,7 @@ def _hessian_term(
     tolerance = torch.finfo(value.dtype).eps ** 0.5
     if _is_known(known, edge, (first, second), found, tolerance):
         return None
-    curvature = _curvature(product, first, found, tolerance)
+    curvature = _curvature(product, first, found, tolerance, is_one=is_one)
     if curvature is None:
         return None
     return Term((edge,), (LinearMap(edge, {}, lambda each: each == edge),), curvature, WHOLE)
@@ -244,7 +256,7 @@ def _is_known(
 
 
 def _curvature(
-    product: Product, vector: Tensor, found: Tensor, tolerance: float
+    product: Product, vector: Tensor, found: Tensor, tolerance: float, *, is_one: bool
 ) -> LocalCurvature | None:
     """Return the Hessian, which has a product that is given, as a diagonal or as blocks."""
 
@@ -256,7 +268,7 @@ def _curvature(
         if bool(diagonal.min() < -tolerance * diagonal.max()):
             return None
         return Diagonal(diagonal.clamp_min(0))
-    for dims in range(1, vector.ndim):
+    for dims in range(1, vector.ndim + is_one):
         rows = vector.shape[: vector.ndim - dims]
         if vector[(0,) * len(rows)].numel() > LARGEST_BLOCK:
             return None

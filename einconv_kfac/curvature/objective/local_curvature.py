@@ -234,17 +234,19 @@ class Empirical:
     Args:
         gradient: The gradient of the loss, ``[n, *f]``; example ``i`` has the row ``g_i``.
         scale: ``s``, the loss if it is not negative by its form; 1 by default.
+        is_one: Whether the gradient ``[*f]`` is that of one example.
     """
 
     name: ClassVar[str] = "the empirical Fisher"
 
     gradient: Tensor
     scale: Tensor | None = None
+    is_one: bool = False
 
     @property
     def rows(self) -> torch.Size:
         """See `LocalCurvature`."""
-        return self.gradient.shape[:1]
+        return self.gradient.shape[: not self.is_one]
 
     def support(self) -> Tensor:
         """See `LocalCurvature`."""
@@ -254,22 +256,27 @@ class Empirical:
         """See `LocalCurvature`; a random sign per example."""
         (root,) = self.roots()
         signs = _signs(self.rows, root, generator)
-        return root * signs.reshape(-1, *[1] * (root.ndim - 1))
+        return root * self._like_rows(signs, root)
 
     def roots(self) -> Iterator[Tensor]:
         """See `LocalCurvature`."""
-        rows = torch.tensor(float(len(self.gradient)))
+        rows = torch.tensor(float(self.rows.numel()))
         factor = rows if self.scale is None else rows.to(self.scale.device) / self.scale
         yield self.gradient * factor.sqrt().to(self.gradient.dtype)
 
     def masked(self, root: Tensor, kept: Tensor) -> Tensor:
         """See `LocalCurvature`."""
-        return root.where(kept.reshape(-1, *[1] * (root.ndim - 1)), 0)
+        return root.where(self._like_rows(kept, root), 0)
+
+    def _like_rows(self, numbers: Tensor, root: Tensor) -> Tensor:
+        """Return a number for each example, to be multiplied with a vector."""
+        return numbers.reshape(*self.rows, *[1] * (root.ndim - len(self.rows)))
 
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """See `LocalCurvature`."""
         (root,) = self.roots()
-        by_example = [(root * v).double().unsqueeze(-1).flatten(1).sum(1) for v in vectors]
+        entries = [(root * v).double().reshape(self.rows.numel(), -1) for v in vectors]
+        by_example = [each.sum(1) for each in entries]
         left = torch.stack(by_example)
         return left @ left.mT
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
 from einconv_kfac.curvature.objective.nodes.slices import is_assignment
+from einconv_kfac.curvature.objective.unbatched import LayerOutput, unbatched_of
 from einconv_kfac.curvature.objective.units import drawn
 
 Values = Callable[[Edge], "Tensor | None"]
@@ -47,6 +49,7 @@ class LossGraph:
         outputs: Those that are outputs.
         inner: The outputs of layers that the loss depends on past the outputs of the model.
         ends: The gradients at the outputs of the model and of these layers.
+        unbatched: Those of them without a dimension of examples.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class LossGraph:
         weight: Tensor,
         output: Values,
         parameters: Mapping[Tensor, str],
-        layers: Iterable[Edge] = (),
+        layers: Mapping[Edge, LayerOutput] = MappingProxyType({}),
     ) -> None:
         self.root = root
         self.output, self._parameters = output, parameters
@@ -72,6 +75,7 @@ class LossGraph:
             self.ends = dict.fromkeys([*self.outputs, *self.inner], weight)
             found = self.at_ends(start)
             self.ends = {edge: found[edge] for edge in self.ends if edge in found}
+        self.unbatched = unbatched_of(self.ends, layers)
         self.nonlinear = [node for node in self.nodes if not self._is_linear(node)]
 
     def derivatives(self) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
+from types import MappingProxyType
 
 from torch import Generator, Tensor
 
@@ -39,6 +40,7 @@ from einconv_kfac.curvature.objective.repeated_operation import Repeated, operat
 from einconv_kfac.curvature.objective.rule_terms import RuleTerms
 from einconv_kfac.curvature.objective.tail import Tail
 from einconv_kfac.curvature.objective.terms import Term
+from einconv_kfac.curvature.objective.unbatched import LayerOutput
 from einconv_kfac.curvature.objective.units import example_of_units
 
 
@@ -69,7 +71,7 @@ class Reading:
         output: Values,
         parameters: Mapping[Tensor, str],
         call_at: CallAt = no_call,
-        layers: Iterable[Edge] = (),
+        layers: Mapping[Edge, LayerOutput] = MappingProxyType({}),
         account: LossAccount | None = None,
     ) -> None:
         self.loss, self.weight, self._account = loss, weight, account
@@ -164,7 +166,8 @@ class Reading:
         values = {edge: self.graph.value(edge) for edge in self.graph.outputs}
         device = next(iter(self.graph.gradients.values())).device
         for term in self._find_terms():
-            for root, is_alone in term.roots(example_of_units(term, values, device)):
+            examples = example_of_units(term, values, self.graph.unbatched, device)
+            for root, is_alone in term.roots(examples):
                 yield self.graph.at_ends(term.gradients(root)), is_alone
 
     @cached_property
@@ -179,7 +182,7 @@ class Reading:
             if gradient.ndim and (edge in bare or not graph.inner)
         }
         own = self._hessians(), ends, self._without, self._rules.left_out(), self._account
-        return cache(partial(_all_terms, *own))
+        return cache(partial(_all_terms, *own, graph.unbatched))
 
     @cached_property
     def _without(self) -> WithoutCurvature:
@@ -204,11 +207,11 @@ class Reading:
         by = only_argument(graph.root, nonlinear, graph.is_source)
         if by is None or (tail := self._tail([by], tuple, [by])).unknown():
             tail = self._tail(graph.sources, tuple)
-            return partial(with_hessians, terms, tail, graph.outputs)
+            return partial(with_hessians, terms, tail, graph.outputs, graph.unbatched)
         known, map_ = terms if by in graph.outputs else (), graph.map_to(by)
 
         def by_argument() -> Sequence[Term]:
-            found = hessian_by(tail, by, known)
+            found = hessian_by(tail, by, known, is_one=bool(graph.unbatched))
             return terms if found is None else [Term((by,), (map_,), found, WHOLE)]
 
         return by_argument
@@ -244,6 +247,7 @@ def _all_terms(
     without: WithoutCurvature,
     left_out: Collection[str],
     account: LossAccount | None,
+    unbatched: Collection[Edge],
 ) -> tuple[Term, ...]:
     """Return the terms found, and what takes the place of curvature where there is none.
 
@@ -254,18 +258,19 @@ def _all_terms(
         without: The operations next to the loss without curvature of their own.
         left_out: The operations without curvature of their own.
         account: Receives what the loss is taken as.
+        unbatched: The tensors without a dimension of examples.
     """
     terms, gradients = tuple(find()), {edge: own for edge, (_, own) in ends.items()}
-    places = places_without_curvature(terms, gradients)
+    places = places_without_curvature(terms, gradients, unbatched)
     if own := [*without.terms(places, gradients)]:
         terms = (*terms, *(term for term, _ in own))
         covered = {end for _, inner in own for end in inner}
-        places = places_without_curvature(terms, gradients)
+        places = places_without_curvature(terms, gradients, unbatched)
         places = {end: where for end, where in places.items() if end not in covered}
     name = ", ".join(sorted(left_out)) or "linear"
     slopes = {edge: gradients[edge].where(own, 0) for edge, own in places.items()}
     empirical = (
-        Term((e,), (ends[e][0],), Empirical(g, without.scale(e, g)), name)
+        Term((e,), (ends[e][0],), Empirical(g, without.scale(e, g), e in unbatched), name)
         for e, g in slopes.items()
     )
     result = (*terms, *empirical)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,18 +13,26 @@ from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
 from einconv_kfac.curvature.objective.terms import Term
 
 
-def example_of_units(term: Term, outputs: Mapping[Edge, Tensor], device: torch.device) -> Tensor:
+def example_of_units(
+    term: Term,
+    outputs: Mapping[Edge, Tensor],
+    unbatched: Collection[Edge],
+    device: torch.device,
+) -> Tensor:
     """Return the example of each unit of a term, or -1 for several; flat.
 
     Args:
         term: The term.
         outputs: The values of the model's outputs.
+        unbatched: Those that are one example, without a dimension of examples.
         device: The device of the result.
     """
+    outputs = {e: v.unsqueeze(0) if e in unbatched else v for e, v in outputs.items()}
     sizes = {len(value) for edge, value in outputs.items() if edge in term.sources and value.ndim}
     found = torch.full((term.curvature.rows.numel(),), -2, dtype=torch.long)
     for example in range(max(sizes, default=0)):
         vectors = {edge: _only(value, example) for edge, value in outputs.items()}
+        vectors = {e: v.squeeze(0) if e in unbatched else v for e, v in vectors.items()}
         tangent = term.tangent(vectors)
         if tangent is None:
             continue

@@ -60,6 +60,11 @@ class WeightedEvaluation:
         """See `Evaluation`."""
         return self.evaluation.shows_emptiness
 
+    @property
+    def takes_unbatched(self) -> bool:
+        """See `Evaluation`."""
+        return self.evaluation.takes_unbatched
+
     def like_outputs(self) -> Sequence[Tensor]:
         """See `Evaluation`."""
         return self.evaluation.like_outputs()

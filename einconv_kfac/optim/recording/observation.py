@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.curvature.estimation.capture import LayerCall, may_be_unbatched
 from einconv_kfac.curvature.estimation.evaluation import Evaluation, RuleEvaluation
 from einconv_kfac.curvature.losses import has_rule
 from einconv_kfac.curvature.losses.loss_call import Targets, depends_on_parameters
@@ -87,7 +87,11 @@ class GivenObservation:
         pending: PendingCalls,
         inside: Inside | None,
     ) -> GivenObservation | None:
-        """Return the observation, or ``None`` if a rule for the loss or the output is missing."""
+        """Return the observation, or ``None`` if the loss is to be read off its graph.
+
+        That is so without a rule for it or an output of the model, and for outputs that may have
+        no dimension of examples.
+        """
         owner = pending.owner_of(arguments[0], inside)
         is_known = has_rule(loss_fn) and not is_overridden(loss_fn)
         is_known = is_known and not depends_on_parameters(tuple(arguments[1:]))
@@ -95,10 +99,13 @@ class GivenObservation:
             return None
         if isinstance(owner[1], Returned) and not owner[0].is_intact(owner[1]):
             return None
+        calls = pending.layer_calls()
+        if may_be_unbatched(arguments[0], calls):
+            return None
         owner[0].used = True
         pending.account.add_rule_(loss_fn)
         own = snapshot(loss_fn)
-        return GivenObservation(own, arguments, loss.detach(), owner, pending.layer_calls())
+        return GivenObservation(own, arguments, loss.detach(), owner, calls)
 
     def evaluation(self, weight: Tensor) -> tuple[Evaluation, list[LayerCall]]:
         """See `Observation`."""

@@ -6,7 +6,7 @@ import weakref
 
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.estimation.capture import LayerCall
+from einconv_kfac.curvature.estimation.capture import LayerCall, outputs_of
 from einconv_kfac.curvature.estimation.evaluation import Evaluation, ReadEvaluation
 from einconv_kfac.curvature.estimation.other_uses import nodes_inside
 from einconv_kfac.curvature.objective.graph import Edge, dependents, edge_of, leaf_of
@@ -131,8 +131,7 @@ class ReadObservation:
             weight: The weight of each of its numbers in it.
         """
         at, calls = self._pending.call_at, self._layer_calls if self._has_calls else []
-        layers = [(call.output.node, call.output.output_nr) for call in calls]
-        given = root, self._loss, weight, self._value, self._names, at, layers
+        given = root, self._loss, weight, self._value, self._names, at, outputs_of(calls)
         return Reading(*given, self._pending.account)
 
     def _source(self, edge: Edge) -> tuple[PendingCall, LossInput] | None:
