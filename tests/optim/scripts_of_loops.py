@@ -6,6 +6,7 @@ import torch
 from documented_scripts import STEPS, data, net, script, steps
 from torch import nn
 from torch.distributed import HashStore
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -148,3 +149,17 @@ def processes() -> list[float]:
         return steps(KFAC(model, loss_fn), lambda: loss_fn(model(x), y), 10)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@script("unbatched inputs (`policy(state)` with a state `[d]`), whose losses are added up")
+def unbatched() -> list[float]:
+    model, (x, y) = net(), data(12)
+    opt = KFAC(model)
+    return steps(
+        opt,
+        lambda: opt.observe(
+            torch.stack(
+                [functional.cross_entropy(model(own), y[i]) for i, own in enumerate(x)]
+            ).sum()
+        ),
+    )
