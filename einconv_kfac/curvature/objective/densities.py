@@ -21,7 +21,7 @@ from einconv_kfac.curvature.objective.linear_map import LinearMap, OnceDifferent
 from einconv_kfac.curvature.objective.local_curvature import Diagonal
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.magnitudes import magnitudes_of
-from einconv_kfac.curvature.objective.policies import sample_terms
+from einconv_kfac.curvature.objective.policy_samples import is_known, sample_terms
 from einconv_kfac.curvature.objective.recorded_results import recorded_result
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.units import drawn
@@ -94,7 +94,8 @@ class WithoutCurvature:
         linear: The ends that the loss is linear in.
         magnitudes: The terms of logarithms of softmaxes whose weights have both signs, with the
             ends that each depends on.
-        samples: The terms of logarithms of other densities whose weights have both signs.
+        samples: The terms of logarithms of other densities whose weights have both signs, also
+            where the curvature of those with positive weights is known.
         loss: The loss.
         unbatched: The ends without a dimension of examples.
     """
@@ -150,7 +151,7 @@ class WithoutCurvature:
             places: For each end of the graph, where it is so; nowhere at other ends.
             gradients: The gradients at all ends.
         """
-        yield from ((term, ()) for term in self.samples)
+        yield from ((term, ()) for term in self.samples if not is_known(term))
         sums = [each.sum for each in self.losses if each.bends_alone and each.sum is not None]
         is_most = bool(sums) and bool(sum(sums) >= MOST * self.loss)
         for losses in self.losses if places or is_most else ():

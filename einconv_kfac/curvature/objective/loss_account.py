@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from einconv_kfac.curvature.objective.densities import Information
 from einconv_kfac.curvature.objective.local_curvature import Empirical
 from einconv_kfac.curvature.objective.magnitudes import BinaryMagnitude, Magnitude
-from einconv_kfac.curvature.objective.policies import SampledInformation
+from einconv_kfac.curvature.objective.policy_samples import SampledInformation
 from einconv_kfac.curvature.objective.terms import Term
 
 NO_CURVATURE = (

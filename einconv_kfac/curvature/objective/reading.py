@@ -146,7 +146,7 @@ class Reading:
 
     def _policies(self, stops: Stops) -> tuple[Policy, ...]:
         """Return the policies of a policy gradient; for ``stops`` see `policies_of`."""
-        own = self._without.magnitudes, self._without.samples
+        own = self._without.magnitudes, self._without.samples, self._rules.terms
         return tuple(policies_of(*own, self.graph, stops))
 
     def sample(self, generator: Generator) -> dict[Edge, Tensor]:

@@ -111,3 +111,33 @@ def test_supervised_steps_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatc
     model = policy_model()
     before, after = step(KFAC(model), model, lambda o: functional.cross_entropy(o, Y))
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("unbatched", [False, True])
+@pytest.mark.parametrize("kind", ["scores", "probabilities"])
+def test_samples_of_an_episode_are_one_policy(kind: str, *, unbatched: bool) -> None:
+    """A loop that appends the loss of each sample to a list takes the steps of a batch."""
+
+    def losses(o: Tensor, rows: slice | int) -> Tensor:
+        given = {"logits": o} if kind == "scores" else {"probs": o}
+        return -Categorical(**given).log_prob(Y[rows]) * SIGNS[rows]
+
+    def episode(model: nn.Module) -> Tensor:
+        if unbatched:
+            return torch.stack([losses(model(X[i]), i) for i in range(len(X))]).sum()
+        return torch.cat(
+            [losses(model(X[i : i + 1]), slice(i, i + 1)) for i in range(len(X))]
+        ).sum()
+
+    found = []
+    for loss in (episode, lambda model: losses(model(X), slice(None)).sum()):
+        model = policy_model()
+        if kind == "probabilities":
+            model.append(nn.Softmax(-1))
+        opt = KFAC(model, fisher="exact")
+        for _ in range(2):
+            opt.zero_grad()
+            opt.observe(loss(model)).backward()
+            opt.step()
+        found.append(model(X).detach())
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
