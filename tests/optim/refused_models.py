@@ -16,6 +16,7 @@ from refused_scripts import (
 )
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from einconv_kfac import KFAC
@@ -160,7 +161,40 @@ class Custom(nn.Module):
         return self.function.apply(x)
 
 
+class Reading(nn.Module):
+    """An autoencoder that uses the weight of its decoder itself, and returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder = nn.Linear(5, 4).double(), nn.Linear(4, 5).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = functional.linear(self.encoder(x).tanh(), self.decoder.weight)
+        return functional.mse_loss(found, x)
+
+
+def observed(model: nn.Module, opt: KFAC) -> Tensor:
+    loss = opt.observe(model(X))
+    loss.backward()
+    return loss
+
+
+def of_weights(**options: Any) -> Refused:
+    return Refused(
+        r"uses the weights of 'decoder' themselves.*exclude=\['decoder'\]",
+        observed,
+        observed,
+        build=Reading,
+        options=options,
+        remedied_options={**options, "exclude": ["decoder"]},
+        loss_fn=None,
+    )
+
+
 MODELS: dict[str, Refused] = {
+    "weights without calls": of_weights(),
+    "weights without calls, fixed rates": of_weights(adaptive=False, lr=0.1),
     "a model that overwrites its input": Refused(
         "argument 0 of the model, which was overwritten.*model itself.*inplace=False",
         copied,

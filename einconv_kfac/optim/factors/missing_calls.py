@@ -11,6 +11,12 @@ from einconv_kfac.optim.factors.compiled_parts import advice, compiled_parts
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.unknown_operations import NO_LOSS, OTHER_LAYERS
 
+WEIGHTS_ALONE = (
+    "The loss uses the weights of {names} themselves, as `layer.weight`, and does not depend on "
+    "calls of these layers, so that they have no factors. Leave them to the fallback: "
+    "exclude={given}."
+)
+
 
 def is_trained(parameter: nn.Parameter) -> bool:
     """Return whether a parameter has a gradient that is not zero."""
@@ -29,6 +35,9 @@ def calls_error(model: nn.Module, missing: Sequence[str], batches: Sequence[Batc
     if not batches:
         return RuntimeError(NO_LOSS)
     names = ", ".join(f"'{name}'" for name in sorted(missing))
+    used = {name.rpartition(".")[0] for batch in batches for name in batch.parameters}
+    if used.issuperset(missing):
+        return RuntimeError(WEIGHTS_ALONE.format(names=names, given=sorted(missing)))
     if all(batch.is_assumed for batch in batches):
         return RuntimeError(OTHER_LAYERS.format(names=names))
     return RuntimeError(

@@ -153,7 +153,7 @@ class ReadObservation:
         total = _total(weight) if weight.ndim else weight.abs()
         if not replayed:
             self._check_derivatives(reading)
-            return Batch((), (), (), None, loss, total)
+            return Batch((), (), self._used(reading), None, loss, total)
         by_call: dict[int, list[tuple[LossInput, Edge]]] = {}
         for edge in reading.graph.outputs:
             owner = self._source(edge)
@@ -166,7 +166,7 @@ class ReadObservation:
         return Batch(
             forward_passes([(call, [each for each, _ in inputs]) for call, inputs in forwards]),
             tuple(call.values[each] for call, inputs in forwards for each, _ in inputs),
-            tuple(self._names[leaf] for e in parameters if (leaf := leaf_of(e)) is not None),
+            self._used(reading),
             tail,
             loss,
             total,
@@ -178,6 +178,11 @@ class ReadObservation:
             ),
             is_assumed=self.is_assumed,
         )
+
+    def _used(self, reading: Reading) -> tuple[str, ...]:
+        """Return the names of the parameters that the loss uses itself, in the order of sources."""
+        leaves = (leaf_of(edge) for edge in reading.graph.sources)
+        return tuple(self._names[leaf] for leaf in leaves if leaf in self._names)
 
     def _check_derivatives(self, reading: Reading) -> None:
         """Raise a ``RuntimeError`` if the loss uses layers in derivatives outside of the model."""
