@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.objective.graph import (
     Edge,
+    dependents,
     first_met,
     inputs_of,
     kind_of_node,
+    metadata_of,
     within,
 )
 from einconv_kfac.curvature.objective.local_curvature import (
@@ -35,7 +38,7 @@ _LOGARITHMS |= {"Abs", "Mvlgamma", "BinaryCrossEntropy", "BinaryCrossEntropyWith
 
 _SUMS = {"Add", "Stack", "Cat"}
 """Operations by which a loop over samples adds up a loss."""
-Groups: TypeAlias = "dict[tuple[tuple[str, ...], bool], dict[Edge, None]]"
+Groups: TypeAlias = "dict[tuple[tuple[object, ...], bool], dict[Edge, None]]"
 """Tensors by the operations that follow them, and by whether one of these clips."""
 Terms: TypeAlias = Sequence[tuple[Term, Collection[Edge]]]
 """Terms with the ends that each depends on."""
@@ -67,7 +70,7 @@ def sample_terms(classes: Terms, graph: LossGraph, known: Collection[Node]) -> I
     """
     unknown, found = {*graph.nonlinear} - {*known}, scores_of(classes, graph)
     covered = {node for node in unknown if found.keys() & {*inputs_of(node)}}
-    for edge, is_known in _logarithms(graph, unknown - covered):
+    for edge, _, is_known, _ in _Samples(graph, unknown - covered).found():
         if (weight := _weight(edge, graph)) is not None:
             own = SampledInformation(weight.abs(), is_known=is_known)
             yield Term((edge,), (graph.map_to(edge),), own, kind_of_node(edge[0]))
@@ -93,63 +96,106 @@ def scores_of(classes: Terms, graph: LossGraph) -> dict[Edge, Categorical | Bina
     return found
 
 
-def _logarithms(graph: LossGraph, unknown: Collection[Node]) -> Iterator[tuple[Edge, bool]]:
-    """Yield logarithms of densities that enter a loss with weights of both signs.
+class _Sample(NamedTuple):
+    """The logarithm of a density in a loss.
+
+    Args:
+        edge: The logarithm.
+        weight: The derivative of the loss by it, or by the ratio of densities.
+        is_known: Whether the curvature of all operations that it consists of is known.
+        kinds: What it is computed from: operations, and shapes of tensors that depend on the model.
+    """
+
+    edge: Edge
+    weight: Tensor
+    is_known: bool
+    kinds: frozenset[object]
+
+
+class _Samples:
+    """Logarithms of densities that enter a loss with weights of both signs.
 
     They enter it themselves, or as ratios of densities, clipped or not. The loss computes them, or
     the model does. Those of single samples, as a loop over an episode appends to a list, are
-    judged together where they enter the loss by the same operations. The curvature of those with
-    positive weights may be known; the second value tells.
+    judged together where they enter the loss by the same operations and are computed alike. The
+    curvature of those with weights of one sign may be known.
 
     Args:
         graph: The graph of the loss.
         unknown: The nonlinear operations whose curvature is not known.
     """
-    nonlinear, seen = {*graph.nonlinear}, set[Edge]()
-    ends = {edge for edge in graph.outputs if _is_logarithm(edge)}
-    wanted = {(node, 0) for node in unknown if kind_of_node(node) in _LOGARITHMS} | ends
-    others = {(node, 0) for node in nonlinear if kind_of_node(node) in _LOGARITHMS} - wanted
-    waiting: Groups = {((), False): {graph.root: None}} if wanted else {}
 
-    def stops(edge: Edge) -> bool:
-        return edge[0] in nonlinear or graph.is_source(edge)
+    def __init__(self, graph: LossGraph, unknown: Collection[Node]) -> None:
+        self._graph, self._unknown = graph, {*unknown}
+        self._nonlinear = {*graph.nonlinear}
+        ends = {edge for edge in graph.outputs if _is_logarithm(edge)}
+        logarithms = {(n, 0) for n in self._nonlinear if kind_of_node(n) in _LOGARITHMS}
+        self._all = logarithms | ends
+        self._wanted = {edge for edge in logarithms if edge[0] in self._unknown} | ends
 
-    while waiting:
-        path, is_clipped = key = next(iter(waiting))
-        edges = [edge for edge in waiting.pop(key) if edge not in seen]
-        seen.update(edges)
-        found: dict[Edge, tuple[Edge, Tensor, bool]] = {}
-        for edge in edges:
-            kind, weight = kind_of_node(edge[0]), _weight(edge, graph)
-            is_ratio = kind == "Exp" and edge[0] in unknown and not graph.is_source(edge)
-            own = inputs_of(edge[0])[0] if is_ratio else edge
-            if weight is None or own is None or (is_clipped and not is_ratio):
-                continue
-            met = first_met([own], stops)
-            if met & wanted or (weight.numel() == 1 and met & others):
-                found[edge] = own, weight, not met & wanted
-        chosen = _of_both_signs(found)
-        yield from ((found[edge][0], found[edge][2]) for edge in chosen)
-        left = [e for e in edges if e not in chosen and _weight(e, graph) is not None]
-        for edge in left:
-            kind, is_curved = kind_of_node(edge[0]), edge[0] in nonlinear
-            if graph.is_source(edge) or (is_curved and kind not in _CLIPPING):
-                continue
-            after = path if kind in _SUMS else (*path, kind)
-            group = waiting.setdefault((after, is_clipped or is_curved), {})
-            group.update({each: None for each in inputs_of(edge[0]) if each is not None})
+    def found(self) -> Iterator[_Sample]:
+        """Yield them."""
+        seen = set[Edge]()
+        waiting: Groups = {((), False): {self._graph.root: None}} if self._wanted else {}
+        while waiting:
+            path, is_clipped = key = next(iter(waiting))
+            edges = [edge for edge in waiting.pop(key) if edge not in seen]
+            seen.update(edges)
+            samples = {e: own for e in edges if (own := self._sample(e, is_clipped)) is not None}
+            chosen = _of_both_signs(samples)
+            yield from (samples[edge] for edge in chosen)
+            for edge in edges:
+                if edge not in chosen and self._is_passed(edge):
+                    is_curved = edge[0] in self._nonlinear
+                    for place, before in enumerate(inputs_of(edge[0])):
+                        if before is not None:
+                            after = (_path(path, edge[0], place), is_clipped or is_curved)
+                            waiting.setdefault(after, {})[before] = None
+
+    def _sample(self, edge: Edge, is_clipped: bool) -> _Sample | None:
+        """Return the logarithm of a density at a tensor, if there may be one."""
+        graph, kind = self._graph, kind_of_node(edge[0])
+        is_ratio = kind == "Exp" and edge[0] in self._unknown and not graph.is_source(edge)
+        weight, own = _weight(edge, graph), inputs_of(edge[0])[0] if is_ratio else edge
+        if weight is None or own is None or (is_clipped and not is_ratio):
+            return None
+        met = first_met([own], lambda e: e[0] in self._nonlinear or graph.is_source(e))
+        is_new = bool(met & self._wanted)
+        if not is_new and (weight.numel() > 1 or not met & self._all):
+            return None
+        below = dependents(own, graph.is_source) if weight.numel() == 1 else {}
+        is_new = is_new or bool(self._unknown.intersection(below))
+        kinds = {kind_of_node(e[0]) for e in met if e in self._all}
+        inputs = (e for node in below for e in inputs_of(node) if e is not None)
+        shapes = {tuple(metadata_of(e).shape) for e in inputs if e in graph.gradients}
+        return _Sample(own, weight, not is_new, frozenset[object](kinds | shapes))
+
+    def _is_passed(self, edge: Edge) -> bool:
+        """Return whether what enters an operation enters the loss linearly, or clipped."""
+        graph = self._graph
+        if graph.is_source(edge) or _weight(edge, graph) is None:
+            return False
+        return edge[0] not in self._nonlinear or kind_of_node(edge[0]) in _CLIPPING
 
 
-def _of_both_signs(found: Mapping[Edge, tuple[Edge, Tensor, bool]]) -> list[Edge]:
-    """Return the tensors with weights of both signs, and the numbers if theirs have both signs."""
-    single = {edge: w.flatten() for edge, (_, w, _) in found.items() if w.numel() == 1}
-    is_new = not all(found[edge][2] for edge in single)
-    are_both = is_new and _has_both_signs(torch.cat([*single.values()]))
-    return [
-        edge
-        for edge, (_, w, _) in found.items()
-        if _has_both_signs(w) or (are_both and edge in single)
-    ]
+def _path(path: tuple[object, ...], node: Node, place: int) -> tuple[object, ...]:
+    """Return by which operations an input enters a loss; sums of a loop do not count."""
+    kind = kind_of_node(node)
+    return path if kind in _SUMS or (kind == "Sub" and not place) else (*path, kind, place)
+
+
+def _of_both_signs(samples: Mapping[Edge, _Sample]) -> set[Edge]:
+    """Return the tensors with weights of both signs, and numbers if theirs have both signs."""
+    chosen = {edge for edge, own in samples.items() if _has_both_signs(own.weight)}
+    alike: dict[frozenset[object], list[Edge]] = defaultdict(list)
+    for edge, own in samples.items():
+        if own.weight.numel() == 1:
+            alike[own.kinds].append(edge)
+    for edges in alike.values():
+        weights = torch.stack([samples[edge].weight.flatten()[0] for edge in edges])
+        if _has_both_signs(weights) and not all(samples[edge].is_known for edge in edges):
+            chosen.update(edges)
+    return chosen
 
 
 def _weight(edge: Edge, graph: LossGraph) -> Tensor | None:

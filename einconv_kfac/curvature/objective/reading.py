@@ -36,6 +36,7 @@ from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.loss_graph import LossGraph, Values
 from einconv_kfac.curvature.objective.nodes.reductions import is_selection
 from einconv_kfac.curvature.objective.policies import Policy, policies_of
+from einconv_kfac.curvature.objective.policy_samples import is_known
 from einconv_kfac.curvature.objective.repeated_operation import Repeated, operation_of
 from einconv_kfac.curvature.objective.rule_terms import RuleTerms
 from einconv_kfac.curvature.objective.tail import Tail
@@ -182,7 +183,18 @@ class Reading:
             if gradient.ndim and (edge in bare or not graph.inner)
         }
         own = self._hessians(), ends, self._without, self._rules.left_out(), self._account
-        return cache(partial(_all_terms, *own, graph.unbatched))
+        return cache(partial(_all_terms, *own, graph.unbatched, self._replaced()))
+
+    @cached_property
+    def _samples(self) -> list[Term]:
+        """The samples of a policy whose information takes the place of other curvature."""
+        return [term for term in self._without.samples if not is_known(term)]
+
+    def _replaced(self) -> set[int]:
+        """Return what identifies the terms of operations that samples of a policy consist of."""
+        given = self.graph.is_source
+        nodes = {node for term in self._samples for node in dependents(term.argument[0], given)}
+        return {id(term) for node, term in self._rules.by_node.items() if node in nodes}
 
     @cached_property
     def _without(self) -> WithoutCurvature:
@@ -207,7 +219,8 @@ class Reading:
         by = only_argument(graph.root, nonlinear, graph.is_source)
         if by is None or (tail := self._tail([by], tuple, [by])).unknown():
             tail = self._tail(graph.sources, tuple)
-            return partial(with_hessians, terms, tail, graph.outputs, graph.unbatched)
+            outputs = [e for e in graph.outputs if not any(e in t.sources for t in self._samples)]
+            return partial(with_hessians, terms, tail, outputs, graph.unbatched)
         known, map_ = terms if by in graph.outputs else (), graph.map_to(by)
 
         def by_argument() -> Sequence[Term]:
@@ -248,6 +261,7 @@ def _all_terms(
     left_out: Collection[str],
     account: LossAccount | None,
     unbatched: Collection[Edge],
+    replaced: Collection[int],
 ) -> tuple[Term, ...]:
     """Return the terms found, and what takes the place of curvature where there is none.
 
@@ -259,8 +273,10 @@ def _all_terms(
         left_out: The operations without curvature of their own.
         account: Receives what the loss is taken as.
         unbatched: The tensors without a dimension of examples.
+        replaced: See `Reading`; these terms are left out.
     """
-    terms, gradients = tuple(find()), {edge: own for edge, (_, own) in ends.items()}
+    terms = tuple(term for term in find() if id(term) not in replaced)
+    gradients = {edge: own for edge, (_, own) in ends.items()}
     places = places_without_curvature(terms, gradients, unbatched)
     if own := [*without.terms(places, gradients)]:
         terms = (*terms, *(term for term, _ in own))

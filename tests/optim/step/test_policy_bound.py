@@ -113,14 +113,27 @@ def test_supervised_steps_are_not_evaluated_again(monkeypatch: pytest.MonkeyPatc
     assert not torch.equal(before, after)
 
 
+def normal_with_entropy(o: Tensor, rows: slice | int) -> Tensor:
+    policy = Normal(o[..., 0], (o[..., 1] - 1).exp())
+    value = 0.5 * (o[..., 2] - SIGNS[rows]).square()
+    return -policy.log_prob(X[rows, 0]) * SIGNS[rows] + value - 0.01 * policy.entropy()
+
+
+EPISODES: dict[str, Callable[[Tensor, slice | int], Tensor]] = {
+    "scores": lambda o, rows: -Categorical(logits=o).log_prob(Y[rows]) * SIGNS[rows],
+    "softmax": lambda o, rows: -Categorical(probs=o.softmax(-1)).log_prob(Y[rows]) * SIGNS[rows],
+    "probabilities": lambda o, rows: -Categorical(probs=o).log_prob(Y[rows]) * SIGNS[rows],
+    "normal distribution": normal_with_entropy,
+}
+
+
 @pytest.mark.parametrize("unbatched", [False, True])
-@pytest.mark.parametrize("kind", ["scores", "probabilities"])
+@pytest.mark.parametrize("kind", EPISODES)
 def test_samples_of_an_episode_are_one_policy(kind: str, *, unbatched: bool) -> None:
     """A loop that appends the loss of each sample to a list takes the steps of a batch."""
 
     def losses(o: Tensor, rows: slice | int) -> Tensor:
-        given = {"logits": o} if kind == "scores" else {"probs": o}
-        return -Categorical(**given).log_prob(Y[rows]) * SIGNS[rows]
+        return EPISODES[kind](o, rows)
 
     def episode(model: nn.Module) -> Tensor:
         if unbatched:
