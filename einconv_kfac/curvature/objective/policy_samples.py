@@ -138,11 +138,15 @@ class _Samples:
         seen = set[Edge]()
         waiting: Groups = {((), False): {self._graph.root: None}} if self._wanted else {}
         while waiting:
-            path, is_clipped = key = next(iter(waiting))
+            path, is_clipped = key = min(waiting, key=lambda key: len(key[0]))  # whole groups
             edges = [edge for edge in waiting.pop(key) if edge not in seen]
             seen.update(edges)
-            samples = {e: own for e in edges if (own := self._sample(e, is_clipped)) is not None}
-            chosen = _of_both_signs(samples)
+            possible = _of_both_signs(
+                {e: w for e in edges if (w := _weight(e, self._graph)) is not None}
+            )
+            found = ((edge, self._sample(edge, is_clipped)) for edge in possible)
+            samples = {edge: own for edge, own in found if own is not None}
+            chosen = _chosen(samples)
             yield from (samples[edge] for edge in chosen)
             for edge in edges:
                 if edge not in chosen and self._is_passed(edge):
@@ -184,18 +188,24 @@ def _path(path: tuple[object, ...], node: Node, place: int) -> tuple[object, ...
     return path if kind in _SUMS or (kind == "Sub" and not place) else (*path, kind, place)
 
 
-def _of_both_signs(samples: Mapping[Edge, _Sample]) -> set[Edge]:
-    """Return the tensors with weights of both signs, and numbers if theirs have both signs."""
-    chosen = {edge for edge, own in samples.items() if _has_both_signs(own.weight)}
-    alike: dict[frozenset[object], list[Edge]] = defaultdict(list)
+def _chosen(samples: Mapping[Edge, _Sample]) -> set[Edge]:
+    """Return tensors with weights of both signs; numbers are judged with those computed alike."""
+    alike: dict[object, list[Edge]] = defaultdict(list)
     for edge, own in samples.items():
-        if own.weight.numel() == 1:
-            alike[own.kinds].append(edge)
+        alike[own.kinds if own.weight.numel() == 1 else edge].append(edge)
+    chosen = set[Edge]()
     for edges in alike.values():
-        weights = torch.stack([samples[edge].weight.flatten()[0] for edge in edges])
-        if _has_both_signs(weights) and not all(samples[edge].is_known for edge in edges):
-            chosen.update(edges)
+        if not all(samples[edge].is_known for edge in edges):
+            chosen |= _of_both_signs({edge: samples[edge].weight for edge in edges})
     return chosen
+
+
+def _of_both_signs(weights: Mapping[Edge, Tensor]) -> set[Edge]:
+    """Return the tensors with weights of both signs, and all numbers if theirs have both signs."""
+    single = {edge: weight.flatten() for edge, weight in weights.items() if weight.numel() == 1}
+    chosen = {edge for edge, weight in weights.items() if _has_both_signs(weight)}
+    are_both = len(single) > 1 and _has_both_signs(torch.cat([*single.values()]))
+    return chosen.union(single) if are_both else chosen
 
 
 def _weight(edge: Edge, graph: LossGraph) -> Tensor | None:
