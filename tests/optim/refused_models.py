@@ -182,7 +182,7 @@ def observed(model: nn.Module, opt: KFAC) -> Tensor:
 
 def of_weights(**options: Any) -> Refused:
     return Refused(
-        r"uses the weights of 'decoder' themselves.*exclude=\['decoder'\]",
+        r"factors of 'decoder' need calls.*uses their weights themselves.*exclude=\['decoder'\]",
         observed,
         observed,
         build=Reading,

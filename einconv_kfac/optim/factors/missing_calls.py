@@ -12,9 +12,8 @@ from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.unknown_operations import NO_LOSS, OTHER_LAYERS
 
 WEIGHTS_ALONE = (
-    "The loss uses the weights of {names} themselves, as `layer.weight`, and does not depend on "
-    "calls of these layers, so that they have no factors. Leave them to the fallback: "
-    "exclude={given}."
+    "The loss uses their weights themselves, as `layer.weight`. Where that is meant, leave them to "
+    "the fallback: exclude={given}."
 )
 
 
@@ -36,11 +35,10 @@ def calls_error(model: nn.Module, missing: Sequence[str], batches: Sequence[Batc
         return RuntimeError(NO_LOSS)
     names = ", ".join(f"'{name}'" for name in sorted(missing))
     used = {name.rpartition(".")[0] for batch in batches for name in batch.parameters}
-    if used.issuperset(missing):
-        return RuntimeError(WEIGHTS_ALONE.format(names=names, given=sorted(missing)))
+    alone = WEIGHTS_ALONE.format(given=sorted(missing)) if used.issuperset(missing) else ""
+    need = f"The factors of {names} need calls that the loss depends on, got none"
+    need += ", though there is a gradient."
     if all(batch.is_assumed for batch in batches):
-        return RuntimeError(OTHER_LAYERS.format(names=names))
-    return RuntimeError(
-        f"The factors of {names} need calls that the loss depends on, got none, though "
-        f"there is a gradient. {advice(compiled_parts(model, missing))}"
-    )
+        return RuntimeError(f"{need} {alone}" if alone else OTHER_LAYERS.format(names=names))
+    parts = need, alone, advice(compiled_parts(model, missing))
+    return RuntimeError(" ".join(part for part in parts if part))
