@@ -275,8 +275,9 @@ class Empirical:
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """See `LocalCurvature`."""
         (root,) = self.roots()
-        entries = [(root * v).double().reshape(self.rows.numel(), -1) for v in vectors]
-        by_example = [each.sum(1) for each in entries]
+        entries = [(root * v).double().unsqueeze(-1) for v in vectors]
+        entries = [each.unsqueeze(0) if self.is_one else each for each in entries]
+        by_example = [each.flatten(1).sum(1) for each in entries]
         left = torch.stack(by_example)
         return left @ left.mT
 
