@@ -260,17 +260,12 @@ def loss_gradients(evaluation: Evaluation) -> list[Tensor]:
     """Return the gradient of a loss at each output of the model; the graph is kept."""
     if isinstance(evaluation, ReadEvaluation):
         return [*evaluation.filled(evaluation.reading.graph.ends)]
-    ends = _ends(evaluation)
+    ends = [*map(_edge, evaluation.heads)]
     with torch.no_grad():
         start = {_edge(evaluation.loss): evaluation.weight}
         found = backpropagated(start, _operations(evaluation), ends.__contains__)
     pairs = zip(ends, evaluation.like_outputs())
     return [found[end] if end in found else torch.zeros_like(like) for end, like in pairs]
-
-
-def _ends(evaluation: Evaluation) -> list[Edge]:
-    """Return the edges of the outputs where they leave the model."""
-    return [_edge(head) for head in evaluation.heads]
 
 
 def _edge(end: Tensor | GradientEdge) -> Edge:
@@ -280,7 +275,7 @@ def _edge(end: Tensor | GradientEdge) -> Edge:
 
 def _operations(evaluation: Evaluation) -> NodeOrder:
     """Return the operations between the outputs of a model and a loss."""
-    return dependents(_edge(evaluation.loss), _ends(evaluation).__contains__)
+    return dependents(_edge(evaluation.loss), [*map(_edge, evaluation.heads)].__contains__)
 
 
 def empirical_roots(
