@@ -92,11 +92,15 @@ class ChangingBuffers:
 def _replaced(
     modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield parameters, not of other libraries, that modules no longer have, with their names."""
+    """Yield parameters, with names, that modules no longer have.
+
+    Those of other libraries and of scripted modules, which make them anew, are left out.
+    """
     for name, parameter in parameters.items():
         prefix, _, own = name.rpartition(".")
-        is_plain = type(parameter) is nn.Parameter and prefix in modules
-        if is_plain and modules[prefix]._parameters.get(own) is not parameter:
+        present = modules[prefix]._parameters if prefix in modules else None
+        is_plain = type(parameter) is nn.Parameter and isinstance(present, dict)
+        if is_plain and present is not None and present.get(own) is not parameter:
             yield name, parameter
 
 
