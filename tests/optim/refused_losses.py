@@ -43,7 +43,8 @@ def checkpointed_loss(model: nn.Module, opt: KFAC) -> Tensor:
 
 def penalty(model: nn.Module, opt: KFAC) -> Tensor:
     x = X.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    y = model(x)  # the derivative is taken with a vector that depends on the model
+    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     loss = opt.observe(functional.cross_entropy(model(X), Y) + slope.square().mean())
     loss.backward()
     return loss
@@ -59,7 +60,7 @@ class Penalized(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach().requires_grad_()
         y = self.net(x)
-        return y, torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+        return y, torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
 
 
 def inner_penalty(model: nn.Module, opt: KFAC) -> Tensor:

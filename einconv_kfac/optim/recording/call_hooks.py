@@ -24,15 +24,13 @@ class Hook(ModuleHook):
         method: The method, bound to the object.
     """
 
-    def __init__(self, method: Callable[..., None]) -> None:
+    def __init__(self, method: Callable[..., Any]) -> None:
         self._method = weakref.WeakMethod(method)
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         """Call the method, unless torch is compiling."""
-        if is_compiling():
-            return
-        if (method := self._method()) is not None:
-            method(*args)
+        method = None if is_compiling() else self._method()
+        return None if method is None else method(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return InactiveHook, ()

@@ -15,8 +15,8 @@ from einconv_kfac.curvature.losses.loss_registry import is_overridden
 from einconv_kfac.curvature.losses.snapshot import copied, snapshot
 from einconv_kfac.curvature.objective.graph import Edge
 from einconv_kfac.curvature.objective.loss_model import GivenLoss
-from einconv_kfac.optim.recording.pending import PendingCalls, forward_passes
-from einconv_kfac.optim.recording.pending_call import PendingCall
+from einconv_kfac.optim.recording.pending import PendingCalls
+from einconv_kfac.optim.recording.pending_call import PendingCall, forward_passes
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.environment import Autocast
 from einconv_kfac.optim.replay.loss_input import Inside, LossInput, Returned

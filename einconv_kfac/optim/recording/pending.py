@@ -14,12 +14,19 @@ from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of
 from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.outputs import numbers_of, tensors_of
+from einconv_kfac.optim.recording.input_derivatives import InputDerivatives, takes_derivatives
 from einconv_kfac.optim.recording.observed_losses import ObservedLoss, ReturnedLosses, ends_among
 from einconv_kfac.optim.recording.pending_call import Mark, PendingCall
 from einconv_kfac.optim.recording.viewed_outputs import mark_viewed_
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, chained_arguments, needed
-from einconv_kfac.optim.replay.forward import ForwardPass, ModelCall
-from einconv_kfac.optim.replay.loss_input import Inside, LayerOutput, LossInput, Returned
+from einconv_kfac.optim.replay.forward import ModelCall
+from einconv_kfac.optim.replay.loss_input import (
+    Derivative,
+    Inside,
+    LayerOutput,
+    LossInput,
+    Returned,
+)
 
 CALLS_WITHOUT_LOSS = 8
 """Number of calls without a loss for which the calls of layers are kept, however large, besides
@@ -128,12 +135,24 @@ class PendingCalls:
         for index, tensor in enumerate(tensors):
             if tensor.requires_grad:
                 self._mark_(pending, Returned(index), tensor)
+                if pending.derivatives is not None:
+                    pending.derivatives.watch_(Returned(index), tensor)
+
+    def watched_(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Return arguments by which derivatives of the call that is running are seen, if any."""
+        if not any(map(takes_derivatives, (*args, *kwargs.values()))):
+            return None
+        pending = self._pending[-1]
+        pending.derivatives = InputDerivatives(self._mark_, pending)
+        return pending.derivatives.watched(args, kwargs)
 
     def _mark_(self, pending: PendingCall, source: LossInput, tensor: Tensor) -> None:
         """Mark a tensor of a call, and keep its value."""
         pending.values[source] = tensor.detach()
         pending.versions[source] = tensor._version
-        mark, is_returned = Mark(pending.number, source), isinstance(source, Returned)
+        mark, is_returned = Mark(pending.number, source), isinstance(source, (Returned, Derivative))
         mark_(tensor, (id(self), is_returned), mark)
         if is_returned and edge_of(tensor)[0] not in {c.output.node for c in pending.layer_calls}:
             pending.marks.append(weakref.ref(mark))  # others belong to nodes that calls keep
@@ -271,28 +290,3 @@ def _last(unused: Sequence[PendingCall]) -> set[int]:
         for index, (pending, size) in enumerate(zip(latest, entries))
         if index < CALLS_WITHOUT_LOSS or size <= ENTRIES_WITHOUT_LOSS
     }
-
-
-def forward_passes(
-    given: Sequence[tuple[PendingCall, Sequence[LossInput]]],
-) -> tuple[ForwardPass, ...]:
-    """Return the passes of calls and of all calls that they depend on, in their order.
-
-    Args:
-        given: Calls, with the tensors that a loss depends on.
-    """
-    calls, waiting = dict[int, PendingCall](), [pending for pending, _ in given]
-    while waiting:
-        pending = waiting.pop()
-        if pending.number not in calls:
-            calls[pending.number] = pending
-            waiting += pending.earlier.values()
-    inputs = {pending.number: tuple(own) for pending, own in given}
-    found: list[ForwardPass] = []
-    known = [pending.call.chained for pending in calls.values() if pending.call is not None]
-    passed = {source for chained in known for source in needed(chained)}
-    for number, pending in sorted(calls.items()):
-        assert pending.call is not None
-        later = tuple(source for at, source in passed if at == number)
-        found.append(ForwardPass(pending.call, inputs.get(number, ()), number, later))
-    return tuple(found)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
-from einconv_kfac.optim.replay.forward import ModelCall
+from einconv_kfac.optim.recording.input_derivatives import InputDerivatives
+from einconv_kfac.optim.replay.chain import needed
+from einconv_kfac.optim.replay.forward import ForwardPass, ModelCall
 from einconv_kfac.optim.replay.loss_input import LossInput, Returned
 
 
@@ -46,6 +49,7 @@ class PendingCall:
         used: Whether a loss was computed from the output.
         readers: Weak references to losses that are read off the graph, with the output or without.
         earlier: The calls that its arguments depend on, by number.
+        derivatives: Watches derivatives by its arguments, if one requires gradients.
     """
 
     number: int
@@ -60,6 +64,7 @@ class PendingCall:
     used: bool = False
     readers: list[weakref.ref[Reader]] = field(default_factory=list)
     earlier: dict[int, PendingCall] = field(default_factory=dict)
+    derivatives: InputDerivatives | None = None
 
     @property
     def is_running(self) -> bool:
@@ -97,3 +102,28 @@ class PendingCall:
             if reference() is argument:
                 return Returned(index)
         return None
+
+
+def forward_passes(
+    given: Sequence[tuple[PendingCall, Sequence[LossInput]]],
+) -> tuple[ForwardPass, ...]:
+    """Return the passes of calls and of all calls that they depend on, in their order.
+
+    Args:
+        given: Calls, with the tensors that a loss depends on.
+    """
+    calls, waiting = dict[int, PendingCall](), [pending for pending, _ in given]
+    while waiting:
+        pending = waiting.pop()
+        if pending.number not in calls:
+            calls[pending.number] = pending
+            waiting += pending.earlier.values()
+    inputs = {pending.number: tuple(own) for pending, own in given}
+    found: list[ForwardPass] = []
+    known = [pending.call.chained for pending in calls.values() if pending.call is not None]
+    passed = {source for chained in known for source in needed(chained)}
+    for number, pending in sorted(calls.items()):
+        assert pending.call is not None
+        later = tuple(source for at, source in passed if at == number)
+        found.append(ForwardPass(pending.call, inputs.get(number, ()), number, later))
+    return tuple(found)

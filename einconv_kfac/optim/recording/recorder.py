@@ -180,17 +180,16 @@ class Recorder:
 
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Record the arguments and the environment of a call of the model, or of a part of it.
-
-        Parts are watched until the first step ends, and after it if one was called by itself.
-        """
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Record the arguments and the environment of a call of the model, or of a part of it."""
         if self._running is None and self._is_recording() and self._calls.may_begin(model):
             self._running = model
             self._calls.begin_(model)
             call = self._kept(model, args, kwargs) if self.keeps_outputs else NOT_REPLAYED
             self._outputs = call.outputs if self.keeps_outputs and self.keeps_layers else None
             self._pending.begin_(call)
+            return self._pending.watched_(args, kwargs)
+        return None
 
     def _kept(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         """Return what a replay of a call needs."""

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from einconv_kfac.optim.model_walk import named_modules, named_parameters
 from einconv_kfac.optim.replay.bags import native_embeddings
 from einconv_kfac.optim.replay.chain import ChainedArgument, Source, replaced
+from einconv_kfac.optim.replay.derivatives import Derivatives, without_derivatives
 from einconv_kfac.optim.replay.dropout import batch_masks
 from einconv_kfac.optim.replay.environment import NOT_KEPT, Environment
 from einconv_kfac.optim.replay.layer_jvp import batch_norms, layer_jvps
@@ -204,8 +205,12 @@ class ForwardPass:
         given = {each.index: each.value(model, own.parameters, earlier) for each in call.chained}
         args, kwargs = replaced(call.args, call.kwargs, given)
 
+        wanted = (*self.inputs, *self.passed)
+        base = without_derivatives(wanted)
+        derivatives = Derivatives(args, kwargs, wanted, self.subset)
+
         def run() -> Any:
-            return _called(called, values, args, kwargs)
+            return _called(called, values, derivatives.args, derivatives.kwargs)
 
         values, forwards = own.values(called, call.environment.buffers), own.forwards
         if self.subset is not None:
@@ -216,7 +221,7 @@ class ForwardPass:
             stack.enter_context(call.environment.restored(model))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(substituted(forwards))
-            return found_inputs((*self.inputs, *self.passed), run)
+            return derivatives.found(wanted, dict(zip(base, found_inputs(base, run))))
 
 
 def _called(

@@ -100,7 +100,22 @@ class LayerOutput:
         return f"call number {self.index + 1} of a layer ({type(self.module).__name__})"
 
 
-LossInput: TypeAlias = Returned | Inside | LayerOutput
+@dataclass(frozen=True, eq=False)
+class Derivative:
+    """``sum_i J_i^T v_i``, where ``J_i`` is the derivative of a tensor of a call by an argument.
+
+    Args:
+        argument: The position or the name of the argument.
+        weights: The tensors, returned ones or derivatives themselves, and the vectors ``v_i``.
+    """
+
+    argument: int | str
+    weights: tuple[tuple[LossInput, Tensor], ...]
+
+
+Direct: TypeAlias = Returned | Inside | LayerOutput
+"""How a tensor follows from a run of the model itself."""
+LossInput: TypeAlias = Direct | Derivative
 """How a tensor on which a loss depends follows from a call of the model."""
 
 
@@ -116,7 +131,7 @@ class _Countdown:
         return self._left == -1
 
 
-def found_inputs(inputs: Sequence[LossInput], run: Run) -> tuple[Tensor, ...]:
+def found_inputs(inputs: Sequence[Direct], run: Run) -> tuple[Tensor, ...]:
     """Run a model and return tensors of the run; it ends early if none of them is returned.
 
     Raises:

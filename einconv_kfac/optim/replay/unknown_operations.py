@@ -20,6 +20,11 @@ REMEDIES = {
 
 SELECTIVE = "selective activation checkpoint"
 """What torch's message names where the graph of selectively checkpointed code is read twice."""
+KNOWN_DERIVATIVES = (
+    "outside, those by a tensor that the model is called with are known, with vectors that do not "
+    "depend on the model"
+)
+"""Which derivatives of a model are evaluated again."""
 LINEAR = "derivatives of linear layers"
 """How derivatives are named that no operation of the graph names."""
 NO_LOSS = (
@@ -55,7 +60,7 @@ def refusal_of(unknown: Sequence[str]) -> str:
     if derivatives:
         known.append(
             "compute derivatives of the model in the `forward` of a module that returns them, and "
-            "pass that module"
+            f"pass that module ({KNOWN_DERIVATIVES})"
         )
     whole = (
         "compute the loss in a module, call that on the output (on several outputs as one tensor, "
@@ -103,7 +108,8 @@ def refusal_of_derivatives(kinds: Sequence[str], layers: Sequence[str]) -> str:
         "Derivatives of the model must be computed in the `forward` of a module that returns them, "
         f"got {', '.join(kinds)} between model and loss, which use the weights of {list(layers)} "
         "past the calls that factors describe. Pass that module, KFAC(module), and take the loss "
-        f"of what it returns, or leave the layers out: exclude={list(layers)}."
+        f"of what it returns ({KNOWN_DERIVATIVES}), or leave the layers out: "
+        f"exclude={list(layers)}."
     )
 
 
