@@ -99,8 +99,9 @@ def _replaced(
     for name, parameter in parameters.items():
         prefix, _, own = name.rpartition(".")
         present = modules[prefix]._parameters if prefix in modules else None
-        is_plain = type(parameter) is nn.Parameter and isinstance(present, dict)
-        if is_plain and present is not None and present.get(own) is not parameter:
+        if type(parameter) is not nn.Parameter or not isinstance(present, dict):
+            continue
+        if present.get(own) is not parameter:
             yield name, parameter
 
 
