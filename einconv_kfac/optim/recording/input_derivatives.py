@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from einconv_kfac.optim.replay.loss_input import Derivative, LossInput
 
-Found = Callable[[LossInput, Tensor], None]
-"""Receives a derivative of a call, and which one it is."""
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and the keyword arguments of a call."""
 
 
 class InputDerivatives:
@@ -41,9 +41,7 @@ class InputDerivatives:
         self._pass = -1
         self._weights: dict[LossInput, Tensor | None] = {}
 
-    def watched(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def watched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Return the arguments of the call, with views of those that require gradients."""
         given = tuple(self._view(index, own) for index, own in enumerate(args))
         return given, {name: self._view(name, own) for name, own in kwargs.items()}

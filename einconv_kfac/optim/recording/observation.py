@@ -16,9 +16,11 @@ from einconv_kfac.curvature.losses.snapshot import copied, snapshot
 from einconv_kfac.curvature.objective.graph import Edge
 from einconv_kfac.curvature.objective.loss_model import GivenLoss
 from einconv_kfac.optim.recording.pending import PendingCalls
-from einconv_kfac.optim.recording.pending_call import PendingCall, forward_passes
+from einconv_kfac.optim.recording.pending_call import PendingCall
 from einconv_kfac.optim.replay.batch import Batch
+from einconv_kfac.optim.replay.chain import needed
 from einconv_kfac.optim.replay.environment import Autocast
+from einconv_kfac.optim.replay.forward import ForwardPass
 from einconv_kfac.optim.replay.loss_input import Inside, LossInput, Returned
 from einconv_kfac.optim.replay.versions import Versions
 
@@ -130,3 +132,28 @@ class GivenObservation:
             versions,
             written=self._written,
         )
+
+
+def forward_passes(
+    given: Sequence[tuple[PendingCall, Sequence[LossInput]]],
+) -> tuple[ForwardPass, ...]:
+    """Return the passes of calls and of all calls that they depend on, in their order.
+
+    Args:
+        given: Calls, with the tensors that a loss depends on.
+    """
+    calls, waiting = dict[int, PendingCall](), [pending for pending, _ in given]
+    while waiting:
+        pending = waiting.pop()
+        if pending.number not in calls:
+            calls[pending.number] = pending
+            waiting += pending.earlier.values()
+    inputs = {pending.number: tuple(own) for pending, own in given}
+    found: list[ForwardPass] = []
+    known = [pending.call.chained for pending in calls.values() if pending.call is not None]
+    passed = {source for chained in known for source in needed(chained)}
+    for number, pending in sorted(calls.items()):
+        assert pending.call is not None
+        later = tuple(source for at, source in passed if at == number)
+        found.append(ForwardPass(pending.call, inputs.get(number, ()), number, later))
+    return tuple(found)

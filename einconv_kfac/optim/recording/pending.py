@@ -14,7 +14,7 @@ from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of
 from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.outputs import numbers_of, tensors_of
-from einconv_kfac.optim.recording.input_derivatives import InputDerivatives, takes_derivatives
+from einconv_kfac.optim.recording.input_derivatives import Arguments, InputDerivatives
 from einconv_kfac.optim.recording.observed_losses import ObservedLoss, ReturnedLosses, ends_among
 from einconv_kfac.optim.recording.pending_call import Mark, PendingCall
 from einconv_kfac.optim.recording.viewed_outputs import mark_viewed_
@@ -138,11 +138,9 @@ class PendingCalls:
                 if pending.derivatives is not None:
                     pending.derivatives.watch_(Returned(index), tensor)
 
-    def watched_(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def watched_(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Return arguments by which derivatives of the call that is running are seen, if any."""
-        if not any(map(takes_derivatives, (*args, *kwargs.values()))):
+        if not any(getattr(own, "requires_grad", False) for own in (*args, *kwargs.values())):
             return None
         pending = self._pending[-1]
         pending.derivatives = InputDerivatives(self._mark_, pending)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.optim.recording.input_derivatives import InputDerivatives
-from einconv_kfac.optim.replay.chain import needed
-from einconv_kfac.optim.replay.forward import ForwardPass, ModelCall
+from einconv_kfac.optim.replay.forward import ModelCall
 from einconv_kfac.optim.replay.loss_input import LossInput, Returned
 
 
@@ -102,28 +100,3 @@ class PendingCall:
             if reference() is argument:
                 return Returned(index)
         return None
-
-
-def forward_passes(
-    given: Sequence[tuple[PendingCall, Sequence[LossInput]]],
-) -> tuple[ForwardPass, ...]:
-    """Return the passes of calls and of all calls that they depend on, in their order.
-
-    Args:
-        given: Calls, with the tensors that a loss depends on.
-    """
-    calls, waiting = dict[int, PendingCall](), [pending for pending, _ in given]
-    while waiting:
-        pending = waiting.pop()
-        if pending.number not in calls:
-            calls[pending.number] = pending
-            waiting += pending.earlier.values()
-    inputs = {pending.number: tuple(own) for pending, own in given}
-    found: list[ForwardPass] = []
-    known = [pending.call.chained for pending in calls.values() if pending.call is not None]
-    passed = {source for chained in known for source in needed(chained)}
-    for number, pending in sorted(calls.items()):
-        assert pending.call is not None
-        later = tuple(source for at, source in passed if at == number)
-        found.append(ForwardPass(pending.call, inputs.get(number, ()), number, later))
-    return tuple(found)

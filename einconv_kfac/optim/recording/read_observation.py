@@ -12,9 +12,10 @@ from einconv_kfac.curvature.estimation.other_uses import nodes_inside
 from einconv_kfac.curvature.objective.graph import Edge, dependents, edge_of, leaf_of
 from einconv_kfac.curvature.objective.reading import Reading
 from einconv_kfac.distributed.stored import leaf_names
+from einconv_kfac.optim.recording.observation import forward_passes
 from einconv_kfac.optim.recording.observed_losses import ObservedLoss
 from einconv_kfac.optim.recording.pending import DROPPED, PendingCalls
-from einconv_kfac.optim.recording.pending_call import PendingCall, forward_passes
+from einconv_kfac.optim.recording.pending_call import PendingCall
 from einconv_kfac.optim.recording.returned_terms import terms_of
 from einconv_kfac.optim.recording.viewed_outputs import OVERWRITTEN, is_overwritten_at
 from einconv_kfac.optim.replay.batch import Batch

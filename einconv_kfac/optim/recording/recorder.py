@@ -27,6 +27,7 @@ from einconv_kfac.optim.model_walk import ModelTree
 from einconv_kfac.optim.recording.buffers import ChangingBuffers
 from einconv_kfac.optim.recording.call_hooks import CallHooks, Hook, detach
 from einconv_kfac.optim.recording.gradients import GradientWatch
+from einconv_kfac.optim.recording.input_derivatives import Arguments
 from einconv_kfac.optim.recording.observation import GivenObservation, Observation
 from einconv_kfac.optim.recording.observed_losses import INDEPENDENT, ObservedLoss, check_number
 from einconv_kfac.optim.recording.pending import PendingCalls
@@ -180,7 +181,7 @@ class Recorder:
 
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> Arguments | None:
         """Record the arguments and the environment of a call of the model, or of a part of it."""
         if self._running is None and self._is_recording() and self._calls.may_begin(model):
             self._running = model

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.replay.derivatives import without_derivatives
 from einconv_kfac.optim.replay.forward import ForwardPass
-from einconv_kfac.optim.replay.loss_input import Returned
+from einconv_kfac.optim.replay.loss_input import Derivative, Returned
 from einconv_kfac.optim.replay.subsample import check_separate
 from einconv_kfac.optim.replay.unknown_operations import refusal_between, refusal_of
 
@@ -38,8 +37,8 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
     if batch.refusal is not None:
         raise RuntimeError(batch.refusal)
     assert batch.loss_model is not None
-    inner = [i for f in batch.forwards for i in without_derivatives(f.inputs)]
-    inner = [each for each in inner if not isinstance(each, Returned)]
+    outside = (Returned, Derivative)
+    inner = [i for f in batch.forwards for i in f.inputs if not isinstance(i, outside)]
     if inner and compiled:
         raise RuntimeError(
             "`loss_fn` must be called outside of a compiled model when adaptive=True, got a "
