@@ -229,7 +229,7 @@ MODELS: dict[str, Refused] = {
         remedied=lambda: Counting(True),
     ),
     "a layer that is moved": Refused(
-        "must run again.*param must be a Parameter.*cannot move a copy of a layer",
+        "must run again.*cannot move a copy of a layer",
         plain,
         plain,
         build=lambda: Measuring(True),
