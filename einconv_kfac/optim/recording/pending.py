@@ -139,10 +139,14 @@ class PendingCalls:
                     pending.derivatives.watch_(Returned(index), tensor)
 
     def watched_(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """Return arguments by which derivatives of the call that is running are seen, if any."""
-        if not any(getattr(own, "requires_grad", False) for own in (*args, *kwargs.values())):
+        """Return arguments by which derivatives of the call that is running are seen, if any.
+
+        A replay makes new leaves of them, which must not depend on earlier calls.
+        """
+        pending, given = self._pending[-1], (*args, *kwargs.values())
+        is_chained = pending.call is not None and bool(pending.call.chained)
+        if is_chained or not any(getattr(own, "requires_grad", False) for own in given):
             return None
-        pending = self._pending[-1]
         pending.derivatives = InputDerivatives(self._mark_, pending)
         return pending.derivatives.watched(args, kwargs)
 

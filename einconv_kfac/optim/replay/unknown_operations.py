@@ -21,8 +21,8 @@ REMEDIES = {
 SELECTIVE = "selective activation checkpoint"
 """What torch's message names where the graph of selectively checkpointed code is read twice."""
 KNOWN_DERIVATIVES = (
-    "outside, those by a tensor that the model is called with are known, with vectors that do not "
-    "depend on the model"
+    "outside, those by a tensor that the model is called with are known, if neither this tensor "
+    "nor the vectors depend on the model"
 )
 """Which derivatives of a model are evaluated again."""
 LINEAR = "derivatives of linear layers"

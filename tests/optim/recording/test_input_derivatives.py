@@ -202,6 +202,64 @@ def test_a_derivative_with_a_vector_that_depends_on_the_model_is_refused() -> No
     assert torch.equal(weights(model), before)
 
 
+class Parts(nn.Module):
+    """An encoder and a decoder, whose derivative by the code is a part of the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder = nn.Linear(2, 2).double(), net()
+
+    def forward(self, x: Tensor) -> Returned:
+        code = self.encoder(x)
+        y = self.decoder(code)
+        return y, by(y, code)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_an_argument_that_depends_on_the_model(options: dict[str, Any]) -> None:
+    """It is refused where the derivative has to be evaluated again."""
+
+    def trained_as(whole: bool) -> Tensor:
+        model = Parts()
+        opt = KFAC(model, **options)
+        opt.observe(loss_of(model(X) if whole else Parts.forward(model, X))).backward()
+        opt.step()
+        return weights(model)
+
+    expected = trained_as(whole=True)
+    if "lr" in options:
+        torch.testing.assert_close(trained_as(whole=False), expected, rtol=1e-9, atol=1e-12)
+        return
+    with pytest.raises(RuntimeError, match="if neither this tensor nor the vectors depend on the"):
+        trained_as(whole=False)
+
+
+def test_a_derivative_that_is_an_argument_of_a_later_call() -> None:
+    class Later(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            return self.net(by(self.net(x), x))
+
+    def trained_with(inside: bool) -> Tensor:
+        model, x = Later(), X.clone().requires_grad_()
+        opt = KFAC(model if inside else model.net, fisher="exact")
+        for _ in range(2):
+            y = model(x) if inside else model.net(by(model.net(x), x))
+            opt.zero_grad()
+            opt.observe((y - 1).square().mean()).backward()
+            opt.step()
+        return weights(model)
+
+    found, expected = trained_with(inside=False), trained_with(inside=True)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_the_gradient_by_an_argument_is_that_of_torch() -> None:
     """Also where it is taken with the backward pass of the loss."""
     model, x = net(), X.clone().requires_grad_()
