@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -13,19 +15,27 @@ Function: TypeAlias = Callable[..., Tensor]
 """Returns the output of an operation for its inputs."""
 
 
-class NodeRule(Protocol):
-    """Describes one kind of nonlinear node of the autograd graph, from what the node saves."""
+@dataclass(frozen=True)
+class NodeRule(ABC):
+    """Describes one kind of nonlinear node of the autograd graph, from what the node saves.
 
-    @property
-    def kind(self) -> str:
-        """Name of the operation, as `kind_of_node` returns it."""
+    Args:
+        kind: Name of the operation, as `kind_of_node` returns it.
+        output: The index of the output that is described; others have no derivative.
+    """
+
+    kind: str
+    output: int = field(default=0, kw_only=True)
 
     def is_linear(self, dependent: Sequence[bool]) -> bool:
         """Return whether the operation is linear in those inputs that depend on the model."""
+        return False
 
+    @abstractmethod
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """Return the inputs in the recorded pass; ``None`` for those that cannot be found."""
 
+    @abstractmethod
     def function(self, node: Any) -> Function | None:
         """Return the operation as a function of its inputs; it must not refer to the node.
 
@@ -37,10 +47,11 @@ class NodeRule(Protocol):
     ) -> LocalCurvature | None:
         """Return the curvature of ``<weight, output>`` by the first input.
 
-        ``None`` stands for a matrix that vanishes or is not positive semi-definite.
+        ``None`` stands for a matrix that vanishes, is not positive semi-definite, or is not known.
 
         Args:
             node: The node.
             inputs: The inputs in the recorded pass.
             weight: The derivative of the loss by the output, shaped like it.
         """
+        return None

@@ -55,7 +55,7 @@ def operation_of(node: Node, own: Repeated, stops: Stops) -> Operation:
         LinearMap(e, own.nodes, stops) if e is not None and own.depends(e) else None for e in edges
     ]
     rule = NODE_RULES.get(kind)
-    output = (node, getattr(rule, "output", 0))
+    output = (node, 0 if rule is None else rule.output)
     if rule is None or any(maps[len(rule.inputs(node)) :]) or _has_others(output, own.nodes):
         return Operation(kind, (node, 0), tuple((None, each) for each in maps), None)
     values = [

@@ -10,20 +10,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
-from einconv_kfac.curvature.objective.nodes.elementary import Entrywise, diagonal
+from einconv_kfac.curvature.objective.nodes.elementary import WithTarget, diagonal
 
 
 @dataclass(frozen=True)
-class BernoulliLoss(Entrywise):
+class BernoulliLoss(WithTarget):
     """A loss of its input and its target; both depend on the model in the entropy of `Bernoulli`.
 
     With the magnitudes of weights of both signs, the Hessian by the scores is the Fisher
     information of a policy.
     """
-
-    def inputs(self, node: Any) -> Sequence[Tensor | None]:
-        """See `NodeRule`."""
-        return [node._saved_self.detach(), node._saved_target.detach()]
 
     def curvature(
         self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor

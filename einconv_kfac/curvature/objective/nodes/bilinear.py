@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.objective.graph import zeros_at
-from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
-from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.node_rule import Function, NodeRule
 from einconv_kfac.curvature.objective.nodes.elementary import saved_options
 
 
 @dataclass(frozen=True)
-class Product:
+class Product(NodeRule):
     """An operation that is linear in some of its inputs while the others are constant.
 
     Args:
@@ -49,12 +48,6 @@ class Product:
         if self.apply is None:
             return None
         return partial(self.apply, **saved_options(node, self.options))
-
-    def curvature(
-        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
-    ) -> LocalCurvature | None:
-        """See `NodeRule`; it is indefinite."""
-        return None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from einconv_kfac.curvature.objective.local_curvature import Diagonal, LocalCurvature
-from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.node_rule import Function, NodeRule
 
 CURVATURE_ROUNDING = 1e-6
 """Negative curvature, relative to the largest entry, that is attributed to rounding."""
@@ -33,7 +33,7 @@ def before_leaky_relu(result: Tensor, *, negative_slope: float) -> Tensor | None
 
 
 @dataclass(frozen=True)
-class Entrywise:
+class Entrywise(NodeRule):
     """A function of every entry, or a loss ``sum_j l_j(f_j)``; its Hessian is diagonal.
 
     Args:
@@ -50,10 +50,6 @@ class Entrywise:
     options: tuple[str, ...] = ()
     inverse: Callable[[Tensor], Tensor] | None = None
     restored: Callable[..., Tensor | None] = lost
-
-    def is_linear(self, dependent: Sequence[bool]) -> bool:
-        """See `NodeRule`."""
-        return False
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`."""
@@ -78,12 +74,17 @@ class Entrywise:
 
 
 @dataclass(frozen=True)
-class Difference(Entrywise):
-    """A loss of the difference between its input and its target, which may both depend."""
+class WithTarget(Entrywise):
+    """A loss of its input and of a target that may depend on the model as well."""
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`."""
         return [node._saved_self.detach(), node._saved_target.detach()]
+
+
+@dataclass(frozen=True)
+class Difference(WithTarget):
+    """A loss of the difference between its input and its target, which may both depend."""
 
     def curvature(
         self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
@@ -99,14 +100,10 @@ class Difference(Entrywise):
 
 
 @dataclass(frozen=True)
-class Power:
+class Power(NodeRule):
     """A power of numbers or tensors, each of which may depend on the model."""
 
     kind: str = "Pow"
-
-    def is_linear(self, dependent: Sequence[bool]) -> bool:
-        """See `NodeRule`."""
-        return False
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`; numbers are none."""
@@ -151,14 +148,10 @@ def is_square(node: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Rectifier:
+class Rectifier(NodeRule):
     """The positive part, whose node keeps no input: it must be an output of the model."""
 
     kind: str = "Relu"
-
-    def is_linear(self, dependent: Sequence[bool]) -> bool:
-        """See `NodeRule`."""
-        return False
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`."""
@@ -167,12 +160,6 @@ class Rectifier:
     def function(self, node: Any) -> Function | None:
         """See `NodeRule`."""
         return torch.relu
-
-    def curvature(
-        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
-    ) -> LocalCurvature | None:
-        """See `NodeRule`; it is zero."""
-        return None
 
 
 def diagonal(

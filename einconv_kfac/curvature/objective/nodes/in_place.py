@@ -17,8 +17,7 @@ from einconv_kfac.curvature.objective.graph import (
     reached_nodes,
     zeros_at,
 )
-from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
-from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.node_rule import Function, NodeRule
 from einconv_kfac.curvature.objective.nodes.elementary import before_leaky_relu, saved_options
 from einconv_kfac.curvature.objective.nodes.slices import is_assignment
 
@@ -55,7 +54,7 @@ _ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class InPlace:
+class InPlace(NodeRule):
     """An activation that overwrites a view; other operations in place are not known.
 
     The node does not tell which operation it applies. The graph of its gradient shows it.
@@ -76,12 +75,6 @@ class InPlace:
         """See `NodeRule`."""
         found = activation_of(node)
         return None if found is None else partial(found[0].apply, **found[1])
-
-    def curvature(
-        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
-    ) -> LocalCurvature | None:
-        """See `NodeRule`; it is zero."""
-        return None
 
 
 def activation_of(node: Any) -> tuple[Activation, dict[str, Any], Tensor] | None:

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
-from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.node_rule import Function, NodeRule
 from einconv_kfac.curvature.objective.nodes.elementary import saved_options
 
 
 @dataclass(frozen=True)
-class TriangularSolve:
+class TriangularSolve(NodeRule):
     """The solution ``x`` of ``a x = b`` for a triangular ``a``; the node saves ``a`` and ``x``."""
 
     kind: str = "LinalgSolveTriangular"
@@ -39,22 +38,12 @@ class TriangularSolve:
         options = saved_options(node, ("upper", "left", "unitriangular"))
         return partial(torch.linalg.solve_triangular, **options)
 
-    def curvature(
-        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
-    ) -> LocalCurvature | None:
-        """See `NodeRule`; it is indefinite."""
-        return None
-
 
 @dataclass(frozen=True)
-class CholeskyFactor:
+class CholeskyFactor(NodeRule):
     """The Cholesky factor ``l`` of a matrix ``l l^T``; the node saves ``l``."""
 
     kind: str = "LinalgCholeskyEx"
-
-    def is_linear(self, dependent: Sequence[bool]) -> bool:
-        """See `NodeRule`."""
-        return False
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`."""
@@ -65,15 +54,9 @@ class CholeskyFactor:
         """See `NodeRule`."""
         return partial(torch.linalg.cholesky, **saved_options(node, ("upper",)))
 
-    def curvature(
-        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
-    ) -> LocalCurvature | None:
-        """See `NodeRule`; it is indefinite."""
-        return None
-
 
 @dataclass(frozen=True)
-class Solve:
+class Solve(NodeRule):
     """The solution ``x`` of ``a x = b`` or ``x a = b``; the node saves ``a`` and ``x``."""
 
     kind: str = "LinalgSolveEx"
@@ -94,22 +77,12 @@ class Solve:
         """See `NodeRule`."""
         return partial(torch.linalg.solve, **saved_options(node, ("left",)))
 
-    def curvature(
-        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
-    ) -> LocalCurvature | None:
-        """See `NodeRule`; it is indefinite."""
-        return None
-
 
 @dataclass(frozen=True)
-class Inverse:
+class Inverse(NodeRule):
     """The inverse of a matrix, which the node saves."""
 
     kind: str = "LinalgInvEx"
-
-    def is_linear(self, dependent: Sequence[bool]) -> bool:
-        """See `NodeRule`."""
-        return False
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`."""
@@ -118,12 +91,6 @@ class Inverse:
     def function(self, node: Any) -> Function | None:
         """See `NodeRule`."""
         return partial(torch.linalg.inv)
-
-    def curvature(
-        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
-    ) -> LocalCurvature | None:
-        """See `NodeRule`; it is indefinite."""
-        return None
 
 
 RULES = (TriangularSolve(), CholeskyFactor(), Solve(), Inverse())

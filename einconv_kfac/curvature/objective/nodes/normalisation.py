@@ -10,12 +10,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
-from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.node_rule import Function, NodeRule
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class Normalisation(NodeRule):
     """A normalisation whose scale and shift are constants; the shift is left out.
 
     No node saves the shift. The output changes as much without it.
@@ -28,10 +27,6 @@ class Normalisation:
     kind: str
     of: Callable[[Any], Function]
 
-    def is_linear(self, dependent: Sequence[bool]) -> bool:
-        """See `NodeRule`."""
-        return False
-
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`."""
         return [node._saved_input.detach()]
@@ -39,12 +34,6 @@ class Normalisation:
     def function(self, node: Any) -> Function | None:
         """See `NodeRule`."""
         return self.of(node)
-
-    def curvature(
-        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
-    ) -> LocalCurvature | None:
-        """See `NodeRule`; it is indefinite."""
-        return None
 
 
 def _of_batch(node: Any, *, eps: str = "eps") -> Function:

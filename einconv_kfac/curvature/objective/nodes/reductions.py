@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from einconv_kfac.curvature.objective.graph import inputs_of, kind_of_node, zeros_at
-from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
-from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.node_rule import Function, NodeRule
 from einconv_kfac.curvature.objective.nodes.elementary import saved_options
 
 
 @dataclass(frozen=True)
-class Reduction:
+class Reduction(NodeRule):
     """An operation over several entries of its input.
 
     Args:
@@ -26,18 +25,12 @@ class Reduction:
         apply: The operation.
         options: Names of arguments that the node saves.
         saved: The name under which the node saves the input.
-        output: The index of the output, beside which others have no derivative.
     """
 
     kind: str
     apply: Callable[..., Any]
     options: tuple[str, ...] = ()
     saved: str = "self"
-    output: int = 0
-
-    def is_linear(self, dependent: Sequence[bool]) -> bool:
-        """See `NodeRule`."""
-        return False
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`."""
@@ -49,12 +42,6 @@ class Reduction:
         if getattr(node, f"_saved_{self.saved}", None) is None:
             return None
         return partial(self.apply, **saved_options(node, self._present(node)))
-
-    def curvature(
-        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
-    ) -> LocalCurvature | None:
-        """See `NodeRule`."""
-        return None
 
     def _present(self, node: Any) -> tuple[str, ...]:
         """Return the names of those arguments that this form of the operation has."""

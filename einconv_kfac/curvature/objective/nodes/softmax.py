@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.objective.local_curvature import Categorical, LocalCurvature
-from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.node_rule import Function, NodeRule
 from einconv_kfac.curvature.objective.nodes.elementary import CURVATURE_ROUNDING, saved_options
 
 
 @dataclass(frozen=True)
-class Softmax:
+class Softmax(NodeRule):
     """The softmax of scores, or its logarithm.
 
     With log-probabilities ``log p`` and weights ``c``, the Hessian of ``sum_v c_v log p_v`` is
@@ -33,10 +33,6 @@ class Softmax:
     apply: Callable[..., Tensor]
     inverse: Callable[[Tensor], Tensor]
     is_logarithm: bool = False
-
-    def is_linear(self, dependent: Sequence[bool]) -> bool:
-        """See `NodeRule`."""
-        return False
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`; scores up to a constant."""
@@ -58,14 +54,10 @@ class Softmax:
 
 
 @dataclass(frozen=True)
-class LogSumExp:
+class LogSumExp(NodeRule):
     """The logarithm of a sum of exponentials, as in a categorical distribution's log-density."""
 
     kind: str = "Logsumexp"
-
-    def is_linear(self, dependent: Sequence[bool]) -> bool:
-        """See `NodeRule`."""
-        return False
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`."""

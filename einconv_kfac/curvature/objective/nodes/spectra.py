@@ -10,20 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
-from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.node_rule import Function, NodeRule
 
 
 @dataclass(frozen=True)
-class Eigenvalues:
+class Eigenvalues(NodeRule):
     """The eigenvalues of a Hermitian matrix; eigenvectors are not known."""
 
     kind: str = "LinalgEigh"
-    output: int = 0
-
-    def is_linear(self, dependent: Sequence[bool]) -> bool:
-        """See `NodeRule`."""
-        return False
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`."""
@@ -35,23 +29,12 @@ class Eigenvalues:
         """See `NodeRule`."""
         return partial(torch.linalg.eigvalsh)
 
-    def curvature(
-        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
-    ) -> LocalCurvature | None:
-        """See `NodeRule`; it is indefinite."""
-        return None
-
 
 @dataclass(frozen=True)
-class SingularValues:
+class SingularValues(NodeRule):
     """The singular values of a matrix; singular vectors are not known."""
 
     kind: str = "LinalgSvd"
-    output: int = 1
-
-    def is_linear(self, dependent: Sequence[bool]) -> bool:
-        """See `NodeRule`."""
-        return False
 
     def inputs(self, node: Any) -> Sequence[Tensor | None]:
         """See `NodeRule`."""
@@ -64,11 +47,5 @@ class SingularValues:
         """See `NodeRule`."""
         return partial(torch.linalg.svdvals)
 
-    def curvature(
-        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
-    ) -> LocalCurvature | None:
-        """See `NodeRule`; it is indefinite."""
-        return None
 
-
-RULES = (Eigenvalues(), SingularValues())
+RULES = (Eigenvalues(), SingularValues(output=1))
