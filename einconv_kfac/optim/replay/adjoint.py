@@ -15,31 +15,40 @@ from einconv_kfac.optim.replay.host_pooling import HostPooling
 from einconv_kfac.optim.replay.jvp import Function, Tangents, inner, normal
 from einconv_kfac.optim.vectors import Direction, sum_of
 
+ROUNDING_ERRORS = 100
+"""Relative difference, in machine epsilons, up to which products agree."""
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+"""What reads whether a tensor requires gradients."""
+
 
 class GradientSwitch(TorchFunctionMode):
-    """A context that notes whether gradients were switched off inside, as by ``torch.no_grad``.
+    """A context that notes whether a model asks for gradients inside, or switches them off.
+
+    A model may route gradients past an operation only where its input requires them.
 
     Attributes:
-        was_off: Whether they were.
+        was_used: Whether gradients were switched off, as by ``torch.no_grad``, or a tensor was
+            asked whether it requires them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.was_off = False
+        self.was_used = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Call a function of torch."""
-        if func is torch._C._set_grad_enabled and args and not args[0]:
-            self.was_off = True
+        is_off = func is torch._C._set_grad_enabled and args and not args[0]
+        if is_off or func == _REQUIRES_GRAD:
+            self.was_used = True
         return func(*args, **(kwargs or {}))
 
 
 def observed(run: Callable[[], Tangents]) -> tuple[bool, bool]:
     """Run a model with a graph, and say whether forward mode may differ from backward passes there.
 
-    So it may with functions of users, and where gradients are switched off.
+    So it may with functions of users, and where gradients are switched off or asked for.
 
     Args:
         run: Returns the model's outputs.
@@ -49,7 +58,7 @@ def observed(run: Callable[[], Tangents]) -> tuple[bool, bool]:
     """
     with torch.enable_grad(), GradientSwitch() as switch, HostPooling() as pooling:
         outputs = run()
-    return has_functions(outputs) or switch.was_off, pooling.is_used
+    return has_functions(outputs) or switch.was_used, pooling.is_used
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ class Adjoint:
             return True
         left = sum_of([inner(t, w) for t, w in zip(tangents, self.ws)])
         size = sum_of([inner(t, t).sqrt() for t in tangents])
-        allowed = 10 * eps**0.5 * (size + self.value.abs()) + 10 * eps * self.bound
+        rounding = min(ROUNDING_ERRORS * eps, 10 * eps**0.5)
+        allowed = rounding * (size + self.value.abs()) + 10 * eps * self.bound
         difference = (left - self.value).abs()
         return not bool(difference.isfinite()) or bool(difference <= allowed)

@@ -263,9 +263,9 @@ class Replay:
     def check_products_(self, batch: Batch, parameters: Direction, direction: Direction) -> None:
         """Check that a batch can be differentiated, and choose how.
 
-        Forward mode also differentiates what the model computes without gradients, and torch drops
-        tangents in operators of ``torch.library`` and in control flow. Where that makes a
-        difference to the backward pass, two of these take its place.
+        Forward mode also differentiates what the model computes without gradients, nothing requires
+        them there, and torch drops tangents in operators of ``torch.library`` and in control flow.
+        Where that makes a difference to the backward pass, two of these take its place.
 
         For the other arguments and errors see `check`.
         """

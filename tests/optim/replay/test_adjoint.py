@@ -46,6 +46,22 @@ class Rescaled(nn.Module):
         return output
 
 
+class StraightThrough(nn.Module):
+    """A network with codes that let gradients through where features require them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.first(x)
+        codes = features.detach().round(decimals=1)
+        if features.requires_grad:
+            codes = features + (codes - features).detach()
+        output: Tensor = self.head(codes)
+        return output
+
+
 @torch.library.custom_op("einconv_kfac_tests::cube", mutates_args=())
 def cube(x: Tensor) -> Tensor:
     """Return cubes; forward mode drops the tangents of such an operator without an error."""
@@ -79,7 +95,7 @@ def curvature_along(model: nn.Module, step: list[Tensor]) -> float:
     return float(2 * tangent.square().mean())
 
 
-@pytest.mark.parametrize("build", [Equilibrium, Rescaled, Cubes])
+@pytest.mark.parametrize("build", [Equilibrium, Rescaled, StraightThrough, Cubes])
 def test_the_step_minimises_the_quadratic_model_of_autograd(
     build: Callable[[], nn.Module],
 ) -> None:
