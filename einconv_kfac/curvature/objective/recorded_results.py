@@ -19,12 +19,13 @@ from einconv_kfac.curvature.objective.graph import (
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes import normalisation
-from einconv_kfac.curvature.objective.nodes.bilinear import Product
-from einconv_kfac.curvature.objective.nodes.elementary import Entrywise, Power
+from einconv_kfac.curvature.objective.nodes.bilinear import AddedProduct
+from einconv_kfac.curvature.objective.nodes.elementary import Rectifier
+from einconv_kfac.curvature.objective.nodes.in_place import InPlace
 from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
+from einconv_kfac.curvature.objective.nodes.normalisation import Normalisation
 from einconv_kfac.curvature.objective.nodes.reductions import (
     Extremum,
-    Reduction,
     Selection,
     fixed_selection,
     is_selection,
@@ -40,7 +41,7 @@ _WITH_CONSTANTS = frozenset(
 )
 # fmt: on
 """Linear operations to which constants may belong that their nodes do not save."""
-_SUMS = ("Add", "Sub", "Rsub", "Cat", "Stack")
+_SUMS = ("Add", "Sub", "Cat", "Stack")
 """Those whose constants have an input of their own."""
 _SCALES = ("Mul", "Div")
 """Operations that are linear where one factor is constant."""
@@ -86,8 +87,14 @@ def recorded_result(edge: Edge, known: Known = NOTHING) -> Tensor | None:
 
 def _of_node(edge: Edge, known: Known) -> Tensor | None:
     """Return a result that is an output of the model, or follows from what its own node saves."""
-    kind, value = kind_of_node(edge[0]), known.output(edge)
-    return _BY_KIND[kind](edge[0], known) if value is None and kind in _BY_KIND else value
+    (node, index), value = edge, known.output(edge)
+    if value is None and (leaf := leaf_of(edge)) is not None:
+        return leaf.detach()
+    kind = kind_of_node(node)
+    rule = NODE_RULES.get(kind)
+    if value is not None or kind not in _BY_KIND or (rule is not None and rule.output != index):
+        return value
+    return _BY_KIND[kind](node, known)
 
 
 def _of_function(node: Any, _: Known) -> Tensor | None:
@@ -110,8 +117,8 @@ def _is_proportional(node: Node, known: Known) -> bool:
     kind, edges = kind_of_node(node), inputs_of(node)
     if kind in _SCALES:
         return sum(edge is not None for edge in edges) == 1
-    if kind in _SUMS:
-        return known.leaves_out_constants or (kind != "Rsub" and None not in edges)
+    if known.leaves_out_constants or (kind in _SUMS and None not in edges):
+        return kind in LINEAR
     return kind in LINEAR - _WITH_CONSTANTS
 
 
@@ -214,11 +221,8 @@ def _leaf(edge: Edge | None, known: Known, weight: Tensor | None) -> Tensor | No
 
 
 _SELECTING = (Extremum, Selection)
-_FUNCTIONS = [
-    rule
-    for rule in NODE_RULES.values()
-    if isinstance(rule, (Entrywise, Power, Reduction)) or type(rule) is Product
-]
+_WITHOUT_INPUTS = (Rectifier, InPlace, Normalisation, AddedProduct)
+_FUNCTIONS = [r for r in NODE_RULES.values() if not isinstance(r, _WITHOUT_INPUTS)]
 _BY_KIND: Mapping[str, Callable[[Any, Known], Tensor | None]] = {
     **dict.fromkeys((rule.kind for rule in _FUNCTIONS), _of_function),
     **dict.fromkeys((rule.kind for rule in normalisation.RULES), _of_normalisation),

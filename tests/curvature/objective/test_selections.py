@@ -67,6 +67,32 @@ def test_selected_entries_stay_selected(name: str) -> None:
     torch.testing.assert_close(found, 2 * fixed(along).square().mean())
 
 
+THRESHOLDS = torch.linspace(-0.5, 0.5, 5, dtype=torch.float64).requires_grad_()
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "logarithm of a sum": lambda o: o.logsumexp(1) - 1.8,
+    "of few": lambda o: (
+        o.masked_fill(T > 0.6, -torch.inf).logsumexp(1).masked_fill(T[:, 0] > 0.7, -1.0)
+    ),
+    "log-probabilities": lambda o: o.log_softmax(1) + 1.7,
+    "probabilities": lambda o: 0.3 - o.softmax(1),
+    "solution": lambda o: torch.linalg.solve(o[:5] + 4 * torch.eye(5).double(), o[3:]),
+    "eigenvalues": lambda o: torch.linalg.eigvalsh(o.T @ o) - 5,
+    "singular values": lambda o: 2 - torch.linalg.svdvals(o),
+    "parameters": lambda o: o - THRESHOLDS,
+    "filled": lambda o: o.masked_fill(T > 0.8, -3.0),
+    "padded": lambda o: functional.pad(o, (1, 1), value=-1.0),
+    "selected of two": lambda o: torch.where(T > 0.8, T - 2, 2 * o),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_positive_part_of_other_operations(name: str) -> None:
+    def loss(o: Tensor) -> Tensor:
+        return functional.relu(PARTS[name](o)).square().mean()
+
+    torch.testing.assert_close(tail_of(loss).value([OTHER]), loss(OTHER))
+
+
 @pytest.mark.parametrize("shift", [0.0, 1.0, -0.7])
 @pytest.mark.parametrize("scale", [1.0, -2.0])
 def test_a_constant_follows_from_the_positive_part(shift: float, scale: float) -> None:
