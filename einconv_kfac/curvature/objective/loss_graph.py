@@ -21,7 +21,7 @@ from einconv_kfac.curvature.objective.graph import (
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
-from einconv_kfac.curvature.objective.nodes.slices import is_assignment
+from einconv_kfac.curvature.objective.nodes.slices import is_affine
 from einconv_kfac.curvature.objective.unbatched import LayerOutput, unbatched_of
 from einconv_kfac.curvature.objective.units import drawn
 
@@ -157,5 +157,5 @@ def is_linear(node: Node, depends: Callable[[Edge | None], bool]) -> bool:
     """
     kind = kind_of_node(node)
     if kind in LINEAR:
-        return kind != "CopySlices" or is_assignment(node)
+        return kind != "CopySlices" or is_affine(node)
     return kind in NODE_RULES and NODE_RULES[kind].is_linear([*map(depends, inputs_of(node))])
