@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_a_nonlinear_change_of_a_part_is_refused_and_the_remedy_works() -> None:
     opt = KFAC(model)
     before = weights(model)
     out = model(X)
-    out[:, 1:].sigmoid_()
+    out[:, 1:].sin_()
     opt.observe(functional.cross_entropy(out, Y)).backward()
     with pytest.raises(RuntimeError, match=r"got CopySlices.*in place"):
         opt.step()
@@ -114,12 +115,31 @@ def test_a_nonlinear_change_of_a_part_is_refused_and_the_remedy_works() -> None:
     for _ in range(6):
         opt.zero_grad()
         out = model(X)
-        out = torch.cat([out[:, :1], out[:, 1:].sigmoid()], 1)
+        out = torch.cat([out[:, :1], out[:, 1:].sin()], 1)
         loss = opt.observe(functional.cross_entropy(out, Y))
         loss.backward()
         opt.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": False, "lr": 0.1}])
+def test_an_activation_of_a_part_is_as_out_of_place(options: dict[str, Any]) -> None:
+    found = []
+    for in_place in (True, False):
+        model = net()
+        opt = KFAC(model, **options)
+        for _ in range(3):
+            opt.zero_grad()
+            out = model(X)
+            if in_place:
+                out[:, 1:].sigmoid_()
+            else:
+                out = torch.cat([out[:, :1], out[:, 1:].sigmoid()], 1)
+            opt.observe(functional.cross_entropy(out, Y)).backward()
+            opt.step()
+        found.append(weights(model))
+    torch.testing.assert_close(*found, **EXACT)
 
 
 class Overwriting(nn.Module):
