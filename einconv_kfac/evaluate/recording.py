@@ -8,8 +8,18 @@ import torch
 
 
 def is_recorded() -> bool:
-    """Return whether operations are compiled, or seen by a mode that traces or counts them."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Return whether operations are compiled, or seen by a mode that traces or counts them.
+
+    ``torch.func.functionalize`` is such a mode: it has no rule for functions with derivatives of
+    their own.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    functionalize = torch._C._functorch.TransformType.Functionalize
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == functionalize for level in levels)
 
 
 def is_transformed() -> bool:

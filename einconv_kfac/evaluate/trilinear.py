@@ -22,6 +22,9 @@ from einconv_kfac.evaluate.operator import conjugate, flattened, traced_convolut
 from einconv_kfac.evaluate.recording import is_recorded, is_transformed
 from einconv_kfac.geometry import Geometry
 
+_unsafe_view: Any = torch.ops.aten._unsafe_view
+"""A view that autograd takes for a tensor of its own, as the result of a matrix product is one."""
+
 
 def contract_convolution(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
     """Return one of the three tensors of a convolution, contracted from the two others.
@@ -78,8 +81,9 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(geometry: Geometry, role: str, first: Tensor, second: Tensor) -> Tensor:
-        """Contract."""
-        return contract_as_given(geometry, role, first, second)
+        """Contract; a result that is a view could not be changed in place."""
+        result = contract_as_given(geometry, role, first, second)
+        return _unsafe_view(result, result.shape) if result._is_view() else result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -294,3 +294,38 @@ def test_results_own_their_memory(kernel: int, simplify: bool) -> None:
         before = given.clone()
         result.add_(1)
         assert torch.equal(given, before)
+
+
+LAYERS_WITHOUT_BIAS = [
+    lambda dtype: nn.Conv2d(4, 6, 1, bias=False, dtype=dtype),
+    lambda dtype: nn.Conv2d(4, 6, 3, padding=1, bias=False, dtype=dtype),
+    lambda dtype: nn.Conv2d(4, 4, 3, groups=4, bias=False, dtype=dtype),
+    lambda dtype: nn.ConvTranspose1d(4, 6, 3, stride=2, bias=False, dtype=dtype),
+    lambda dtype: nn.Conv3d(4, 6, 2, stride=2, bias=False, dtype=dtype),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS_WITHOUT_BIAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_recorded_results_are_changed_in_place(layer: Any, dtype: torch.dtype, batch: int) -> None:
+    torchs = layer(dtype)
+    ours = convert(copy.deepcopy(torchs))
+    x = torch.randn(batch, 4, *[5] * (torchs.weight.ndim - 2), dtype=dtype)
+    for network in (torchs, ours):
+        nn.functional.relu_(network(x).mul_(2)).square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, torchs.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", LAYERS_WITHOUT_BIAS)
+def test_functionalized_functions(layer: Any) -> None:
+    torchs = layer(torch.float64)
+    ours = convert(copy.deepcopy(torchs))
+    x = torch.randn(2, 4, *[5] * (torchs.weight.ndim - 2), dtype=torch.float64)
+
+    def gradient(network: nn.Module) -> Function:
+        return torch.func.grad(lambda x: network(x).relu_().square().sum())
+
+    for transform in (torch.func.functionalize, lambda f: torch.vmap(torch.func.functionalize(f))):
+        close(transform(ours)(x), transform(torchs)(x))
+    close(torch.func.functionalize(gradient(ours))(x), gradient(torchs)(x))
