@@ -153,7 +153,8 @@ def _jacobian_rows(
 ) -> list[Tensor]:
     """Return the gradients of every example along every root vector, ``[(v n), g, co, d]``.
 
-    The GGN block of each layout is the sum of their outer products.
+    The GGN block of each layout is the sum of their outer products. Root vectors that are zero are
+    left out; a loss without curvature leaves one row of zeros.
     """
     names = [name for layout in layouts for name in layout.parameters]
     own = [parameters[name] for name in names]
@@ -167,7 +168,10 @@ def _jacobian_rows(
         vector = dict(zip(names, gradients))
         for rows, layout in zip(found, layouts):
             rows.append(layout.to_matrix(vector))
-    return [torch.stack(rows) for rows in found]
+    return [
+        torch.stack(rows) if rows else own[0].new_zeros(1, *layout.shape)
+        for rows, layout in zip(found, layouts)
+    ]
 
 
 def _compared(name: str, block: Any, rows: Tensor) -> LayerVerification:

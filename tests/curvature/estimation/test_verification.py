@@ -34,6 +34,17 @@ def test_numbers_are_those_of_dense_matrices(kind: str) -> None:
     assert "4.weight   PReLU  -      no rule covers PReLU" in lines[-1]
 
 
+def test_a_loss_without_curvature_has_exact_blocks_of_zeros() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 2)).double()
+    x, y, loss_fn = random(3, 2, 4), random(3, 2) + 10, nn.HuberLoss()  # linear, far from targets
+    assert not dense_ggn(model, loss_fn, x, y, "0").any()
+    found = verify(model, loss_fn, (x, y))
+    for row in found.layers:
+        assert (row.relative_error, row.cosine, row.trace_ratio) == (0, 1, 1)
+    assert found.loss_scale != found.loss_scale
+
+
 def test_a_wrong_loss_rule_shows() -> None:
     class Doubled(nn.MSELoss):
         def forward(self, output: Tensor, target: Tensor) -> Tensor:
