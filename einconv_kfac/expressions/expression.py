@@ -29,8 +29,8 @@ class Expression:
 
     @property
     def _scaled(self) -> bool:
-        """Whether a scale other than one is an operand."""
-        return self.network.scale != 1
+        """Whether the scale is an operand: it is not one, or no other operand is left."""
+        return self.network.scale != 1 or not self.network.nodes
 
     def bind(self, *tensors: Tensor) -> Bound:
         """Return equation, operands, and the shape of the result."""

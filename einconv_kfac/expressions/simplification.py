@@ -47,6 +47,12 @@ def simplify(equation: str, operands: Sequence[Tensor]) -> tuple[str, list[Tenso
         raise ValueError(
             f"`operands` must be the {len(inputs)} tensors of {equation!r}, got {len(operands)}."
         )
+    for number, (operand, indices) in enumerate(zip(operands, inputs)):
+        if operand.ndim != len(indices):
+            raise ValueError(
+                f"`operands[{number}]` must have the {len(indices)} dimensions that "
+                f"{equation!r} names, got shape {list(operand.shape)}."
+            )
     nodes = tuple(map(_node, range(len(inputs)), operands, inputs))
     sizes = {index: size for node in nodes for index, size in zip(node.indices, node.operand.shape)}
     shape = tuple(sizes.get(index, 0) for index in output)  # `Network` refuses unknown indices

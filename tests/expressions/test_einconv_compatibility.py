@@ -165,6 +165,17 @@ def test_types_survive_simplification() -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int64])
+@pytest.mark.parametrize("equation", ["koi->", "koi->ki", "koi,kab->ai"])
+def test_patterns_alone_leave_an_operand(equation: str, dtype: torch.dtype) -> None:
+    patterns = [index_pattern(1, 1, padding=1, dtype=dtype)]  # a row of 0, 1, 0
+    patterns += [index_pattern(1, 1, dtype=dtype)] * equation.count(",")
+    expected = torch.einsum(equation, *patterns)
+    found, operands = simplify(equation, patterns)
+    assert operands
+    torch.testing.assert_close(torch.einsum(found, *operands).reshape(expected.shape), expected)
+
+
 @pytest.mark.parametrize("copied", [torch.clone, lambda p: p.to(torch.float64), lambda p: p * 1])
 def test_copies_of_patterns_are_recognized(copied: Any) -> None:
     pattern = copied(index_pattern(8, 2, stride=2, dtype=torch.float32))

@@ -61,6 +61,10 @@ def test_bad_patterns_equations_and_networks_are_named() -> None:
         index_pattern(3, 4)
     with pytest.raises(ValueError, match=r"`operands` must be the 2 tensors .* got 1"):
         simplify("ab,bc->ac", [X])
+    with pytest.raises(
+        ValueError, match=r"`operands\[1\]` must have the 2 dimensions .* \[6, 2, 3\]"
+    ):
+        simplify("abc,bc->ac", [X, W])
     with pytest.raises(ValueError, match="`equation` must be like"):
         parse_equation("ab,bc")
     with pytest.raises(ValueError, match="must have at most 52 indices, got 53"):
