@@ -34,6 +34,9 @@ class Block(Protocol):
     def to_dense(self) -> Tensor:
         """Return the blocks as ``[g, co * d, co * d]``."""
 
+    def diagonal(self) -> Tensor:
+        """Return the diagonal ``[g, co, d]``."""
+
     def trace(self) -> Tensor:
         """Return the trace, summed over groups."""
 

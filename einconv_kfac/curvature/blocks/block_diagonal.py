@@ -124,6 +124,16 @@ class KroneckerFactors(Mapping[str, Any]):
         """Return the eigenvalues ``[g, co, d]`` by layer."""
         return {name: block.eigenvalues() for name, block in self._blocks.items()}
 
+    def diagonal(self) -> dict[str, Tensor]:
+        """Return the diagonal, a tensor of each parameter's shape by name.
+
+        That of ``inverse(damping)`` has the variances of the Gaussian from which `sample` draws.
+        """
+        result: dict[str, Tensor] = {}
+        for block in self._blocks.values():
+            result.update(block.layout.from_matrix(block.diagonal()))
+        return result
+
     def trace(self) -> Tensor:
         """Return the trace."""
         return self._sum(lambda block: block.trace())

@@ -84,6 +84,12 @@ class EigenBlock:
         columns = self.matmul(eye.reshape(-1, 1, co, d).expand(-1, g, co, d))  # v g co d
         return columns.flatten(2).permute(1, 2, 0)
 
+    def diagonal(self) -> Tensor:
+        """Return the diagonal ``[g, co, d]``, ``U_B^2 values (U_A^2)^T`` with squared entries."""
+        basis_a, basis_b, values = self.basis_a, self.basis_b, self.values
+        values = values if basis_b is None else basis_b.square() @ values
+        return values if basis_a is None else values @ basis_a.square().mT
+
     def diagonal_in(self, other: EigenBlock) -> Tensor:
         """Return the block's diagonal in the eigenbasis of another block, ``[g, co, d]``.
 

@@ -19,6 +19,7 @@ from einconv_kfac.curvature.arguments import (
 from einconv_kfac.curvature.blocks.cholesky import invert_damped
 from einconv_kfac.curvature.blocks.diagonal_factor import (
     dense,
+    diagonal_of,
     inner_product,
     times,
     times_on_right,
@@ -78,6 +79,11 @@ class KroneckerBlock:
         """Return the blocks as ``[g, co * d, co * d]``."""
         pairs = zip(*(dense(factor).contiguous() for factor in (self.B, self.A)))  # for `kron`
         return self.scale * torch.stack([torch.kron(b, a) for b, a in pairs])
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal ``[g, co, d]``, without the dense matrix."""
+        a, b = diagonal_of(self.A), diagonal_of(self.B)
+        return self.scale * b[:, :, None] * a[:, None, :]
 
     def trace(self) -> Tensor:
         """Return the trace, ``scale * sum_g tr(A) tr(B)``."""

@@ -48,6 +48,10 @@ class SumBlock:
         """Return the blocks as ``[g, co * d, co * d]``."""
         return _total([term.to_dense() for term in self.terms])
 
+    def diagonal(self) -> Tensor:
+        """Return the diagonal ``[g, co, d]``."""
+        return _total([term.diagonal() for term in self.terms])
+
     def trace(self) -> Tensor:
         """Return the trace."""
         return _total([term.trace() for term in self.terms])

@@ -85,6 +85,11 @@ def test_linear_operations(kind: str) -> None:
         got = curvature @ v
         assert {name: t.shape for name, t in got.items()} == {n: t.shape for n, t in v.items()}
         torch.testing.assert_close(flat(curvature, got), flat(curvature, v) @ matrix, **TOLERANCE)
+    diagonal = curvature.diagonal()
+    assert {name: t.shape for name, t in diagonal.items()} == {
+        name: t.shape for name, t in vector(curvature).items()
+    }
+    torch.testing.assert_close(flat(curvature, diagonal), matrix.diagonal(), **TOLERANCE)
     torch.testing.assert_close(curvature.trace(), matrix.trace(), **TOLERANCE)
     torch.testing.assert_close(curvature.frobenius_norm(), matrix.norm(), **TOLERANCE)
     torch.testing.assert_close(whole(curvature * -0.5), -0.5 * matrix, **TOLERANCE)
@@ -104,7 +109,10 @@ def test_spectral_operations(kind: str, damping: float) -> None:
     torch.testing.assert_close(values, torch.linalg.eigvalsh(matrix), **TOLERANCE)
     torch.testing.assert_close(whole(curvature.eigh()), matrix, **TOLERANCE)
     torch.testing.assert_close(curvature.logdet(damping), damped.logdet(), **TOLERANCE)
-    torch.testing.assert_close(whole(curvature.inverse(damping)), damped.inverse(), **TOLERANCE)
+    inverse = curvature.inverse(damping)
+    torch.testing.assert_close(whole(inverse), damped.inverse(), **TOLERANCE)
+    variances = flat(curvature, inverse.diagonal())
+    torch.testing.assert_close(variances, damped.inverse().diagonal(), **TOLERANCE)
     v = vector(curvature)
     solved = flat(curvature, curvature.solve(v, damping))
     torch.testing.assert_close(damped @ solved, flat(curvature, v), **TOLERANCE)

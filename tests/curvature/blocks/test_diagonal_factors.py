@@ -55,6 +55,7 @@ def test_the_algebra_is_that_of_dense_matrices(forms: tuple[bool, bool]) -> None
     vectors = torch.randn(5, *SHAPE, dtype=torch.float64)
     flat = vectors.flatten(1)
     torch.testing.assert_close(block.matmul(vectors).flatten(1), flat @ matrix, **TOLERANCE)
+    torch.testing.assert_close(block.diagonal().flatten(), matrix.diagonal(), **TOLERANCE)
     torch.testing.assert_close(block.trace(), matrix.trace(), **TOLERANCE)
     torch.testing.assert_close(block.frobenius_norm(), matrix.norm(), **TOLERANCE)
     torch.testing.assert_close(
