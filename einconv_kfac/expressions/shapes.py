@@ -79,7 +79,7 @@ def check_weight(weight: Shape, in_channels: int, ndim: int, groups: int) -> Non
     check_kernel(weight, groups)
 
 
-def column_channels(columns: Shape, geometry: Geometry) -> int:
+def column_channels(columns: Shape, geometry: Geometry, name: str = "z") -> int:
     """Return the channels of columns ``[n, (c k), (o)]``.
 
     Raises:
@@ -88,7 +88,7 @@ def column_channels(columns: Shape, geometry: Geometry) -> int:
     entries = prod(geometry.kernel_size)
     if len(columns) != 3 or columns[1] % entries or columns[2] != geometry.positions:
         raise ValueError(
-            f"`z` must have shape [batch, channels * {entries}, {geometry.positions}], got "
+            f"`{name}` must have shape [batch, channels * {entries}, {geometry.positions}], got "
             f"{list(columns)}."
         )
     return columns[1] // entries

@@ -95,7 +95,7 @@ def foldNd(  # noqa: N802 (in line with unfoldNd)
     sizes = as_sizes(output_size, "output_size")
     geometry = parse_geometry(sizes, kernel_size, stride, padding, dilation)
     columns = x.unsqueeze(0) if x.ndim == 2 else x
-    channels = column_channels(tuple(columns.shape), geometry)
+    channels = column_channels(tuple(columns.shape), geometry, "x")
     if as_flag(simplify, "simplify") or torch.compiler.is_dynamo_compiling():
         folded = windows.fold(geometry, columns)
     else:

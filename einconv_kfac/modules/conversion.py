@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TypeGuard, TypeVar
 
 from torch import nn
@@ -20,14 +21,17 @@ _KINDS = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 
+_BEHAVIOUR = ("__call__", "__getattr__", "__getstate__", "__setattr__", "__setstate__")
+"""Special methods by which a subclass may compute or keep something else."""
+
 
 def convert(model: Model, simplify: bool = True) -> Model:
     """Replace every torch convolution in a model by the layer of this package, in place.
 
     The new layers share parameters, buffers and hooks with the old ones and have their names. A
     layer that appears several times in the model is replaced by one layer. Layers that compute
-    something else are not replaced: subclasses with a forward pass of their own, parametrized
-    layers, and lazy layers before their initialisation.
+    something else are not replaced: subclasses with methods or attributes of their own,
+    parametrized layers, and lazy layers before their initialisation.
 
     Args:
         model: A model, or a convolution; for a convolution the new layer is returned.
@@ -64,8 +68,15 @@ def _convertible(module: nn.Module) -> TypeGuard[_ConvNd]:
     kind = next((kind for kind in _KINDS if isinstance(module, kind)), None)
     if kind is None or isinstance(module, LazyModuleMixin) or is_parametrized(module):
         return False
-    methods = ("forward", "_conv_forward")
-    return all(getattr(type(module), name) is getattr(kind, name) for name in methods)
+    bases = type(module).__mro__
+    return not any(map(_is_own, chain(*map(vars, bases[: bases.index(kind)]))))
+
+
+def _is_own(name: str) -> bool:
+    """Return whether a name in a subclass is of behaviour that its replacement would not have."""
+    if name.startswith("__") and name.endswith("__"):
+        return name in _BEHAVIOUR
+    return name != "extra_repr"
 
 
 def _counterpart(module: _ConvNd, simplify: bool) -> nn.Module:

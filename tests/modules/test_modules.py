@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,36 @@ def test_fold_equals_torch() -> None:
     torch.testing.assert_close(FoldNd((6, 7), 3, 1, 1, 2)(x), nn.Fold((6, 7), 3, 1, 1, 2)(x))
     shown = repr(nn.Fold((6, 7), 3)).replace("Fold(", "FoldNd(")
     assert repr(FoldNd((6, 7), 3)) == shown
+
+
+def test_conversion_leaves_subclasses_with_behaviour_of_their_own() -> None:
+    class Renamed(nn.Conv2d):
+        def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+            state[prefix + "weight"] = state.pop(prefix + "kernel")
+            super()._load_from_state_dict(state, prefix, *rest)
+
+    class Named(nn.Conv1d):
+        role = "stem"
+
+    class Doubled(nn.ConvTranspose2d):
+        def __call__(self, *arguments: Any) -> Any:
+            return 2 * super().__call__(*arguments)
+
+    class Shown(nn.Conv2d):
+        """A documented one."""
+
+        def __init__(self) -> None:
+            super().__init__(2, 2, 1)
+
+        def extra_repr(self) -> str:
+            return "shown"
+
+    model = nn.Sequential(Renamed(2, 2, 1), Named(2, 2, 1), Doubled(2, 2, 1), Shown())
+    x = torch.randn(1, 2, 3, 3)
+    doubled = model[2](x)
+    convert(model)
+    assert [type(layer) for layer in model] == [Renamed, Named, Doubled, ConvNd]
+    torch.testing.assert_close(model[2](x), doubled)
 
 
 def test_conversion_keeps_what_it_must() -> None:
