@@ -86,15 +86,11 @@ class KroneckerGGN(GGNInterface):  # type: ignore[misc]
     def diag(self, x: Any, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the loss and the diagonal of the Gauss-Newton matrix of a batch, see `kron`."""
         names = self._trained_names()
-        parameters = dict(self.model.named_parameters())
-        ones = {name: torch.ones_like(parameters[name]) for name in names}
-        curvature = self._curvature(x, y, "diagonal", **_known(kwargs, "mc_samples"))
-        known = curvature.parameters
+        entries = self._curvature(x, y, "diagonal", **_known(kwargs, "mc_samples")).diagonal()
         for name in names:
-            if name not in known:
+            if name not in entries:
                 raise ValueError(_no_block(name))
-        product = curvature @ {name: ones[name] for name in known}
-        diagonal = torch.cat([product[name].flatten() for name in names])
+        diagonal = torch.cat([entries[name].flatten() for name in names])
         if self.subnetwork_indices is not None:
             diagonal = diagonal[self.subnetwork_indices]
         return self._loss(x, y), self.factor * diagonal
