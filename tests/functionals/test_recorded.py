@@ -329,3 +329,16 @@ def test_functionalized_functions(layer: Any) -> None:
     for transform in (torch.func.functionalize, lambda f: torch.vmap(torch.func.functionalize(f))):
         close(transform(ours)(x), transform(torchs)(x))
     close(torch.func.functionalize(gradient(ours))(x), gradient(torchs)(x))
+
+
+def test_gradients_recorded_with_symbolic_sizes() -> None:
+    x, weight = operands(1, {}, torch.float64)
+
+    def gradient(function: Function) -> Function:
+        def loss(weight: Tensor, x: Tensor) -> Tensor:
+            return function(x, weight, stride=2, padding=1).square().sum()
+
+        return torch.func.grad(loss)
+
+    recorded = make_fx(gradient(conv_transposeNd), tracing_mode="symbolic")(weight, x)
+    close(recorded(weight, x), gradient(nn.functional.conv_transpose1d)(weight, x))

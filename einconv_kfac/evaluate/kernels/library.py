@@ -85,6 +85,18 @@ def input_vjp(geometry: Geometry, weight: Tensor, v: Tensor) -> Tensor:
     return padded(result, [(-left, -right) for left, right in geometry.exact_padding])
 
 
+def recorded_input_vjp(geometry: Geometry, weight: Tensor, v: Tensor) -> Tensor:
+    """Return `input_vjp` as a transposed convolution, whose derivatives torch records."""
+    stride, padding, dilation, _, _, groups = _options(geometry)
+    sizes = zip(_input_size(geometry), geometry.axes, padding)
+    extra = [size + 2 * left - axis.covered_size for size, axis, left in sizes]
+    options = (stride, padding, dilation, True, extra, groups)
+    result: Tensor = convolution(v, weight, None, *options)
+    if _is_even(geometry):
+        return result
+    return padded(result, [(-left, -right) for left, right in geometry.exact_padding])
+
+
 def weight_vjp(geometry: Geometry, x: Tensor, v: Tensor) -> Tensor:
     """Return ``x P v -> [(g co), ci, *k]``."""
     channels = x.shape[1] // geometry.groups

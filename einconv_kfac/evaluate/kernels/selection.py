@@ -52,6 +52,8 @@ def by_role(kernel: Kernel) -> dict[str, Contraction]:
 
 DENSE, DEPTHWISE, INNERMOST, STACKED = map(by_role, (dense, depthwise, innermost, stacked))
 LIBRARY, WIDE = map(by_role, (library, wide))
+RECORDED = {**LIBRARY, "x": library.recorded_input_vjp}
+"""Contractions by operations of torch whose derivatives of every order can be recorded."""
 
 
 def others(role: str) -> tuple[str, str]:
@@ -90,7 +92,7 @@ def contract_by_torch(geometry: Geometry, role: str, first: Tensor, second: Tens
 
     Of complex tensors, for which torch lacks some of them, the real parts are contracted.
     """
-    kernel = (LIBRARY if geometry.ndim <= library.MOST_AXES else STACKED)[role]
+    kernel = (RECORDED if geometry.ndim <= library.MOST_AXES else STACKED)[role]
     if not first.is_complex():
         return kernel(geometry, first, second)
     a, b, c, d = first.real, first.imag, second.real, second.imag
