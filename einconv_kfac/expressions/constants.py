@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from fractions import Fraction
 from threading import Lock
 
 import torch
@@ -91,6 +92,15 @@ def _ordinary(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not tensor.is_meta and not tensor.is_inference()
 
 
-def scalar(value: float, like: Tensor) -> Tensor:
-    """Return a number as a tensor without dimensions, with another's type and device."""
-    return torch.full((), value, device=like.device, dtype=like.dtype)
+def scalar(value: Fraction, like: Tensor) -> Tensor:
+    """Return a number as a tensor without dimensions, with another's type and device.
+
+    Raises:
+        ValueError: If the type has no fractions, and the number is one.
+    """
+    if value.denominator != 1 and not (like.is_floating_point() or like.is_complex()):
+        raise ValueError(
+            "`x` must be of floating-point or complex numbers where the result has the factor "
+            f"{value}, got {like.dtype}. Pass x.double()."
+        )
+    return torch.full((), float(value), device=like.device, dtype=like.dtype)

@@ -43,5 +43,5 @@ class Expression:
             else:
                 operands.append(constant(operand, device, dtype))
         if self._scaled:
-            operands.append(scalar(float(self.network.scale), tensors[0]))
+            operands.append(scalar(self.network.scale, tensors[0]))
         return self.equation, operands, self.network.shape

@@ -56,6 +56,18 @@ def test_bad_input_is_named(
         module.einsum_expression(*arguments, **options)
 
 
+@pytest.mark.parametrize("simplified", [True, False])
+@pytest.mark.parametrize("operation", ["convNd_kfc", "convNd_kfac_reduce"])
+def test_means_of_integers_are_refused(operation: str, simplified: bool) -> None:
+    module = import_module(f"einconv_kfac.expressions.{operation}")
+    x = torch.arange(24).reshape(2, 2, 6)
+    with pytest.raises(ValueError, match=r"`x` must be of floating-point .* 1/2, got torch.int64"):
+        module.einsum_expression(x, 6, simplify=simplified)
+    equation, operands, shape = module.einsum_expression(x[:1], 6, simplify=simplified)
+    found = torch.einsum(equation, *operands).reshape(shape)
+    assert torch.equal(found[0], torch.outer(x[0].flatten(), x[0].flatten()))
+
+
 def test_bad_patterns_equations_and_networks_are_named() -> None:
     with pytest.raises(ValueError, match="`kernel_size` must fit"):
         index_pattern(3, 4)
