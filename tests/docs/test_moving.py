@@ -102,6 +102,27 @@ def operator(kind: Any, *problem: Any, **options: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_scale_of_factors_without_gradients(reduction: str, approximation: Any) -> None:
+    model, loss_fn, data = problem(reduction)
+    ours = kronecker_factors(
+        model, loss_fn, data, fisher="forward-only", approximation=approximation
+    )
+    theirs = KFACLinearOperator(
+        model, loss_fn, list(model.parameters()), data, fisher_type="forward-only",
+        separate_weight_and_bias=False, kfac_approx=approximation,
+    )  # fmt: skip
+    vector = {name: p.detach() for name, p in model.named_parameters()}
+    examples = 6 if reduction == "sum" else 1
+    positions = {"0": 4 if approximation == "expand" else 1, "3": 1}
+    found = ours @ vector
+    for (name, _), expected in zip(vector.items(), theirs @ list(vector.values())):
+        scale = examples * positions[name.split(".")[0]]
+        torch.testing.assert_close(found[name], scale * expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
 def test_operators_of_curvlinops(approximation: Any) -> None:
     given = problem()
     vector = [torch.randn_like(p) for p in given[0].parameters()]
