@@ -16,7 +16,7 @@ def found() -> dict[int, list[Any]]:
     return run_workers("factor_cases.factors", 1, 3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "unused"])
 def test_factors_are_those_of_all_data(kind: str, found: Any) -> None:
     first, *others = (own[kind] for own in found[3])
     assert all(torch.equal(first, other) for other in others)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.estimation.forward import Forward, evaluation_of
 from einconv_kfac.curvature.estimation.moments import Moments
 from einconv_kfac.curvature.estimation.other_uses import used_past_calls
+from einconv_kfac.curvature.estimation.participation import Counted, Participation
 from einconv_kfac.curvature.estimation.preservation import undisturbed
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.objective.loss_account import LossAccount
@@ -23,11 +24,12 @@ from einconv_kfac.distributed.summable import Summable
 from einconv_kfac.distributed.workers import ALONE, Workers
 
 
-class SummableMoments(Moments, Summable, Protocol):
+class SummableMoments(Moments, Summable, Counted, Protocol):
     """Moments that workers can add up."""
 
 
-M = TypeVar("M", bound=SummableMoments)
+_PARTICIPATION = "."
+"""A key beside names of layers, which no module has as its name."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,29 @@ class DataPass:
     progress: bool = False
     workers: Workers = ALONE
 
-    def add_to_(self, moments: dict[str, M], estimator: FisherEstimator) -> None:
+    def add_to_(
+        self, moments: Mapping[str, SummableMoments], estimator: FisherEstimator
+    ) -> Participation:
         """Add every batch of all workers to the moments of each layer, and restore the model.
 
         Args:
             moments: By layer name.
             estimator: Which Fisher of which loss.
+
+        Returns:
+            The numbers of examples that have a part in each layer.
         """
         with self.workers.together():
-            self._add_own_to_(moments, estimator)
-            self.workers.combined(moments, lambda: moments)
+            participation = self._add_own_to_(moments, estimator)
+            sums: dict[str, Summable] = {**moments, _PARTICIPATION: participation}
+            self.workers.combined(sums, lambda: sums)
+        return participation
 
-    def _add_own_to_(self, moments: Mapping[str, Moments], estimator: FisherEstimator) -> None:
+    def _add_own_to_(
+        self, moments: Mapping[str, SummableMoments], estimator: FisherEstimator
+    ) -> Participation:
         """Add every batch of this worker."""
+        participation = Participation(moments)
         account = LossAccount()
         with undisturbed(self.model), LayerCapture(self.layers) as capture, torch.enable_grad():
             for index, batch in enumerate(self._batches()):
@@ -73,6 +85,7 @@ class DataPass:
                 number, device = self.workers.number(index), evaluation.weight.device
                 generator = stream(device, "factors", self.seed, 0, number)
                 calls = capture.take()
+                before = {name: each.examples for name, each in moments.items()}
                 with capture.paused():  # checkpointed layers run again in backward passes
                     past = used_past_calls(evaluation.outputs, calls, self.layers)
                     own = [call for call in calls if call.layer not in past]
@@ -81,6 +94,8 @@ class DataPass:
                     if past:
                         layers = [layer for layer in self.layers if layer.name in past]
                         estimator.add_weights_(moments, layers, evaluation, generator)
+                    participation.add_(moments, before, evaluation)
+        return participation
 
     def _batches(self) -> Iterator[Any]:
         """Iterate over the batches, and show a progress bar if `progress`."""

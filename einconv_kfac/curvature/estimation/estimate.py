@@ -30,6 +30,7 @@ from einconv_kfac.curvature.layers.discovery import find_layers
 from einconv_kfac.curvature.layers.exclusion import Exclusion
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.losses import check_reduction, loss_rule
+from einconv_kfac.curvature.losses.loss_call import is_sum
 from einconv_kfac.curvature.module_arguments import check_module
 from einconv_kfac.distributed.detection import check_whole, parallel_workers_of
 from einconv_kfac.distributed.wrappers import unwrapped
@@ -61,15 +62,16 @@ def kronecker_factors(
         expand:  A = 1/N sum_{n,s} a a^T,     B = 1/(N S) sum_{n,s} g g^T
         reduce:  A = 1/N sum_n abar abar^T,   B = 1/N sum_n gsum gsum^T
 
-    (Grosse and Martens, 2016; Eschenhagen et al., 2023), times ``N`` for a sum loss. A batch in
-    which no target counts, since every label is ignored or of a class without weight, is left
-    out of all averages, as if it were not in the data. For fisher='empirical' and a mean over
-    ``T`` terms per example, the block is of the order of ``1/T`` of the others, see
-    `FisherEstimator`. With ``"expand"`` the ``A`` of an embedding is diagonal and stored as its
-    diagonal. An embedding and a linear layer of one weight have one block: the Kronecker product
-    that has the partial traces of the sum of both layers' products, so that its trace is that of
-    the sum. The model does not change: gradients, buffers, training flags and the random state
-    are restored.
+    (Grosse and Martens, 2016; Eschenhagen et al., 2023), times ``N`` for a sum loss. A layer that
+    some batches do not use, as an expert or a branch, has averages over the batches that do; for a
+    mean loss its block is multiplied by their share of all examples. A batch in which no target
+    counts, since every label is ignored or of a class without weight, is left out of all averages,
+    as if it were not in the data. For fisher='empirical' and a mean over ``T`` terms per example,
+    the block is of the order of ``1/T`` of the others, see `FisherEstimator`. With ``"expand"`` the
+    ``A`` of an embedding is diagonal and stored as its diagonal. An embedding and a linear layer of
+    one weight have one block: the Kronecker product that has the partial traces of the sum of both
+    layers' products, so that its trace is that of the sum. The model does not change:
+    gradients, buffers, training flags and the random state are restored.
 
     A weight may be used past the calls of its layer: transposed, in a function, or in a
     derivative of the network that the forward pass takes. The calls do not describe its gradients
@@ -145,8 +147,9 @@ def kronecker_factors(
     if kind == "diagonal":
         return _with_squares(data_pass, estimator, {})
     moments = {layer.name: LayerMoments(layer, approximation, max_factor_size) for layer in layers}
-    data_pass.add_to_(moments, estimator)
-    factors = _finite(KroneckerFactors({n: _block(own, estimator) for n, own in moments.items()}))
+    part = data_pass.add_to_(moments, estimator)
+    blocks = {n: _block(own, estimator, part.share(n)) for n, own in moments.items()}
+    factors = _finite(KroneckerFactors(blocks))
     return factors if kind == "kfac" else _with_squares(data_pass, estimator, factors.eigh())
 
 
@@ -163,8 +166,11 @@ def _with_squares(
     squares = {
         layer.name: SquaredGradients(layer, bases.get(layer.name)) for layer in data_pass.layers
     }
-    data_pass.add_to_(squares, estimator)
-    blocks = {name: own.block(estimator.scale(own.examples)) for name, own in squares.items()}
+    part = data_pass.add_to_(squares, estimator)
+    blocks = {
+        name: own.block(_scale(own.examples, estimator, part.share(name)))
+        for name, own in squares.items()
+    }
     return _finite(KroneckerFactors(blocks))
 
 
@@ -185,10 +191,17 @@ def _finite(factors: KroneckerFactors) -> KroneckerFactors:
     return factors
 
 
-def _block(moments: LayerMoments, estimator: FisherEstimator) -> KroneckerBlock:
-    """Return a layer's block."""
+def _block(moments: LayerMoments, estimator: FisherEstimator, share: float) -> KroneckerBlock:
+    """Return a layer's block, whose batches have a share of the examples."""
     a, b = estimator.factors(moments)
-    return KroneckerBlock(a, b, moments.layer.layout, estimator.scale(moments.examples))
+    scale = _scale(moments.examples, estimator, share)
+    return KroneckerBlock(a, b, moments.layer.layout, scale)
+
+
+def _scale(examples: int, estimator: FisherEstimator, share: float) -> float:
+    """Return the scale of a block of a layer whose batches have a share of all examples."""
+    scale = estimator.scale(examples)
+    return scale if is_sum(estimator.loss_fn) else share * scale
 
 
 def _chosen(
