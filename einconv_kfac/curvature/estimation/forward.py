@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.arguments import shown
+from einconv_kfac.curvature.arguments import described, shown
 from einconv_kfac.curvature.estimation.capture import LayerCall, outputs_of
 from einconv_kfac.curvature.estimation.evaluation import (
     Evaluation,
@@ -107,12 +107,19 @@ def evaluated(
         forward: Runs the model on the batch.
 
     Raises:
-        ValueError: If the batch is not a pair and there is no ``forward``.
+        ValueError: If the batch is not a pair and there is no ``forward``, or the output is no
+            tensor.
         RuntimeError: If ``loss_fn`` is a submodule that is not called exactly once.
     """
     if any(module is loss_fn for module in model.modules()):
         return _evaluated_inside(model, loss_fn, batch, forward)
     output, target = (_on_pair if forward is None else forward)(model, batch)
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"The model's output must be a tensor for a {type(loss_fn).__name__}, got "
+            f"{described(output)}. Pass `forward`, a function of model and batch that returns the "
+            "tensor of scores and the target, or a function of output and target as `loss_fn`."
+        )
     return RuleEvaluation(loss_fn, output, target)
 
 

@@ -262,8 +262,8 @@ def no_data(layer: Layer) -> RuntimeError:
     """Return the error for a layer on which no loss depended."""
     return RuntimeError(
         f"Factors of '{layer.name}' need data, got none: there was no batch with a target that "
-        "counts, or the loss of none depends on it through calls that record gradients. Leave it "
-        f"out: exclude=['{layer.name}']."
+        "counts, or the loss of none depends on it through calls that record gradients (those of "
+        f"a checkpoint do with use_reentrant=False). Leave it out: exclude=['{layer.name}']."
     )
 
 

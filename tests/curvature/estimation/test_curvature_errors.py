@@ -14,6 +14,18 @@ X, Y = torch.ones(4, 3), torch.zeros(4, dtype=torch.long)
 LINEAR, LOSS = nn.Linear(3, 2), nn.CrossEntropyLoss()
 
 
+class Several(nn.Linear):
+    """A layer's scores in a tuple, or in a dictionary."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__(3, 2)
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> Any:
+        scores = super().forward(x)
+        return (scores, x) if self.kind is tuple else {"logits": scores}
+
+
 CASES: list[tuple[str, nn.Module, nn.Module, Any, dict[str, Any], type[Exception], str]] = [
     ("fisher", LINEAR, LOSS, [(X, Y)], {"fisher": "type-2"}, ValueError,
      r"`fisher` must be one of \('mc', 'empirical', 'exact', 'forward-only'\), got 'type-2'"),
@@ -37,6 +49,11 @@ CASES: list[tuple[str, nn.Module, nn.Module, Any, dict[str, Any], type[Exception
      "non-empty batch"),
     ("no pairs", LINEAR, LOSS, [X], {}, ValueError,
      r"`data` must yield pairs \(x, y\), got Tensor\. Pass `forward`"),
+    ("tuple", nn.Sequential(LINEAR, nn.Linear(2, 3), Several(tuple)), LOSS, [(X, Y)], {},
+     ValueError, r"output must be a tensor for a CrossEntropyLoss, got a tuple. Pass `forward`"),
+    ("mapping", nn.Sequential(LINEAR, nn.Linear(2, 3), Several(dict)), LOSS, [(X, Y)],
+     {"fisher": "empirical"}, ValueError,
+     r"output must be a tensor for a CrossEntropyLoss, got a dict\. .*, or a function of output"),
     ("lazy", nn.LazyLinear(2), LOSS, [(X, Y)], {}, ValueError,
      r"parameters.*must exist|Parameters must exist, but those of '' \(LazyLinear\)"),
     ("largest factor", LINEAR, LOSS, [(X, Y)], {"max_factor_size": 0}, ValueError,
