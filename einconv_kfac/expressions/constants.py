@@ -98,9 +98,14 @@ def scalar(value: Fraction, like: Tensor) -> Tensor:
     Raises:
         ValueError: If the type has no fractions, and the number is one.
     """
-    if value.denominator != 1 and not (like.is_floating_point() or like.is_complex()):
+    check_factor(value, like)
+    return torch.full((), float(value), device=like.device, dtype=like.dtype)
+
+
+def check_factor(value: Fraction, tensor: Tensor) -> None:
+    """Raise a ``ValueError`` if a fraction is the factor of a tensor of integers."""
+    if value.denominator != 1 and not (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(
             "`x` must be of floating-point or complex numbers where the result has the factor "
-            f"{value}, got {like.dtype}. Pass x.double()."
+            f"{value}, got {tensor.dtype}. Pass x.double()."
         )
-    return torch.full((), float(value), device=like.device, dtype=like.dtype)

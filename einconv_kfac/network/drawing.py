@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from einconv_kfac.network.network import Network
+from einconv_kfac.network.network import Network, check_network
 from einconv_kfac.network.operand import Delta, Leaf, Operand, Pattern
 from einconv_kfac.network.picture import RADIUS_PX, Mark, Picture, Point
 from einconv_kfac.network.placement import (
@@ -30,12 +30,16 @@ def draw(network: Network) -> Picture:
     output. A dot joins an index of more than two nodes, or ends an index of one node that is
     summed.
 
+    Raises:
+        TypeError: If the argument is no network.
+
     >>> from einconv_kfac.expressions import convNd_forward
     >>> from einconv_kfac.geometry import conv_geometry
     >>> picture = draw(convNd_forward.network(conv_geometry((8,), 3), 2, 4, 5))
     >>> picture.svg[:4]  # picture.save("forward.svg") and .save("forward.png") write files
     '<svg'
     """
+    check_network(network)
     points = positions(network)
     top, bottom = (extreme(y for _, y in points) for extreme in (min, max))
     lines: list[Mark] = []

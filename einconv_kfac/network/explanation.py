@@ -9,7 +9,7 @@ from math import prod
 
 from einconv_kfac.network.equation import parse_equation
 from einconv_kfac.network.lowering import lowered
-from einconv_kfac.network.network import Network
+from einconv_kfac.network.network import Network, check_network
 from einconv_kfac.network.path import contraction_path
 
 
@@ -57,7 +57,11 @@ def explain(network: Network) -> Explanation:
     The cost counts multiply-accumulates and the entries of the largest intermediate; equal
     contractions are computed and counted once. An index that only one operand of a contraction has
     is summed before the product, as ``torch.einsum`` does.
+
+    Raises:
+        TypeError: If the argument is no network.
     """
+    check_network(network)
     views = lowered(network)
     shapes = [node.operand.shape for node in views.nodes]
     contractions, known, largest = [], set(), 0

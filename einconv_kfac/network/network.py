@@ -139,3 +139,9 @@ class Network:
         scale = "" if self.scale == 1 else f"{self.scale} "
         factors = " ".join(f"{n.operand.name}[{' '.join(n.indices)}]" for n in self.nodes)
         return f"{scale}{factors} -> [{' '.join(self.output)}]"
+
+
+def check_network(network: object) -> None:
+    """Raise a ``TypeError`` if an argument is no network."""
+    if not isinstance(network, Network):
+        raise TypeError(f"`network` must be a `Network`, got {network!r}.")

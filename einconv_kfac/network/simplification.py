@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from einconv_kfac.network.cache import cached
-from einconv_kfac.network.network import Network
+from einconv_kfac.network.network import Network, check_network
 from einconv_kfac.network.rules import RULES
 
 
@@ -12,7 +12,11 @@ def simplified(network: Network) -> Network:
     """Return the network with the rewrite rules applied until none applies.
 
     The value, the shape of the result and the order of the caller's tensors do not change.
+
+    Raises:
+        TypeError: If the argument is no network.
     """
+    check_network(network)
     while (simpler := _rewritten(network)) is not None:
         network = simpler
     return network
