@@ -6,6 +6,7 @@ from einconv_kfac.curvature.objective.node_rule import NodeRule
 from einconv_kfac.curvature.objective.nodes import (
     bernoulli,
     bilinear,
+    derivatives,
     elementary,
     in_place,
     linear_systems,
@@ -25,6 +26,7 @@ _RULES: tuple[NodeRule, ...] = (
     *reductions.RULES,
     *linear_systems.RULES,
     *spectra.RULES,
+    *derivatives.RULES,
 )
 NODE_RULES = {rule.kind: rule for rule in _RULES}
 """The rules, by the name of the operation."""

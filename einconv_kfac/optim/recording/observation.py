@@ -15,10 +15,11 @@ from einconv_kfac.curvature.losses.loss_registry import is_overridden
 from einconv_kfac.curvature.losses.snapshot import copied, snapshot
 from einconv_kfac.curvature.objective.graph import Edge
 from einconv_kfac.curvature.objective.loss_model import GivenLoss
+from einconv_kfac.optim.recording.kept_calls import DROPPED
 from einconv_kfac.optim.recording.pending import PendingCalls
 from einconv_kfac.optim.recording.pending_call import PendingCall
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.replay.chain import needed
+from einconv_kfac.optim.replay.chain import Source, dependences_of, needed
 from einconv_kfac.optim.replay.environment import Autocast
 from einconv_kfac.optim.replay.forward import ForwardPass
 from einconv_kfac.optim.replay.loss_input import Inside, LossInput, Returned
@@ -141,19 +142,38 @@ def forward_passes(
 
     Args:
         given: Calls, with the tensors that a loss depends on.
+
+    Raises:
+        RuntimeError: If one of these calls was dropped.
     """
-    calls, waiting = dict[int, PendingCall](), [pending for pending, _ in given]
+    calls, passed = dict[int, PendingCall](), dict[Source, None]()
+    waiting = [(pending, source) for pending, own in given for source in own]
     while waiting:
-        pending = waiting.pop()
-        if pending.number not in calls:
+        pending, source = waiting.pop()
+        further = dependences_of(pending.vectors, [source])
+        if pending.number not in calls and pending.call is not None:
             calls[pending.number] = pending
-            waiting += pending.earlier.values()
+            further += [each.own for each in pending.call.chained]
+        for number, other in needed(further):
+            if (number, other) not in passed:
+                passed[number, other] = None
+                waiting.append((_call(pending, number), other))
     inputs = {pending.number: tuple(own) for pending, own in given}
     found: list[ForwardPass] = []
-    known = [pending.call.chained for pending in calls.values() if pending.call is not None]
-    passed = {source for chained in known for source in needed(chained)}
     for number, pending in sorted(calls.items()):
         assert pending.call is not None
         later = tuple(source for at, source in passed if at == number)
-        found.append(ForwardPass(pending.call, inputs.get(number, ()), number, later))
+        own = inputs.get(number, ())
+        found.append(ForwardPass(pending.call, own, number, later, vectors=pending.vectors))
     return tuple(found)
+
+
+def _call(pending: PendingCall, number: int) -> PendingCall:
+    """Return a call, or one that it depends on, by its number."""
+    if number == pending.number:
+        return pending
+    other = pending.others.get(number)
+    found = pending.earlier.get(number) if other is None else other()
+    if found is None:
+        raise RuntimeError(DROPPED)
+    return found

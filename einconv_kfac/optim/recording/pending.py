@@ -14,11 +14,24 @@ from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of
 from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.outputs import numbers_of, tensors_of
-from einconv_kfac.optim.recording.input_derivatives import Arguments, InputDerivatives
+from einconv_kfac.optim.recording.input_derivatives import (
+    Arguments,
+    InputDerivatives,
+    has_curved,
+)
+from einconv_kfac.optim.recording.kept_calls import kept_calls
 from einconv_kfac.optim.recording.observed_losses import ObservedLoss, ReturnedLosses, ends_among
 from einconv_kfac.optim.recording.pending_call import Mark, PendingCall
+from einconv_kfac.optim.recording.separate_outputs import separate
 from einconv_kfac.optim.recording.viewed_outputs import mark_viewed_
-from einconv_kfac.optim.replay.chain import ChainedArgument, Source, chained_arguments, needed
+from einconv_kfac.optim.replay.chain import (
+    ChainedArgument,
+    Source,
+    chained_arguments,
+    dependence_of,
+    needed,
+)
+from einconv_kfac.optim.replay.environment import NOT_KEPT
 from einconv_kfac.optim.replay.forward import ModelCall
 from einconv_kfac.optim.replay.loss_input import (
     Derivative,
@@ -26,29 +39,15 @@ from einconv_kfac.optim.replay.loss_input import (
     LayerOutput,
     LossInput,
     Returned,
+    Vector,
 )
-
-CALLS_WITHOUT_LOSS = 8
-"""Number of calls without a loss for which the calls of layers are kept, however large, besides
-those that show that their graph exists."""
-SMALL_CALLS_WITHOUT_LOSS = 64
-"""The same, as long as they are small."""
-ENTRIES_WITHOUT_LOSS = 1 << 22
-"""Entries of layers' inputs that small calls have together."""
-DROPPED = (
-    "All outputs of the model that a loss depends on must exist when it is observed or computed by "
-    "the loss module, got a loss of more than "
-    f"{CALLS_WITHOUT_LOSS} calls, or of {SMALL_CALLS_WITHOUT_LOSS} small ones, whose outputs were "
-    "gone before. Keep them until `step`: `outputs.append(model(x))`, and a loss of `outputs[-1]`."
-)
-"""Why a loss of calls that were dropped cannot be read."""
 
 
 class PendingCalls:
     """The calls of a model since the last step.
 
     A call is dropped once its losses were backpropagated and its output is gone. Of calls whose
-    output is gone before, the last ones are kept (see `CALLS_WITHOUT_LOSS`), and those whose
+    output is gone before, the last ones are kept (see `kept_calls`), and those whose
     graph is seen to exist, so that memory stays bounded where no output is backpropagated.
 
     Args:
@@ -75,24 +74,13 @@ class PendingCalls:
     def begin_(self, call: ModelCall) -> None:
         """Begin a call of the model."""
         self._assign_()
-        kept = self._kept()
-        numbers = {number for number, _ in needed(call.chained)}
+        kept = kept_calls(self._pending)
+        numbers = {number for number, _ in needed(each.own for each in call.chained)}
         earlier = {p.number: p for p in self._pending if p.number in numbers}
         for each in earlier.values():
             each.used = True
         new = PendingCall(next(self._numbers), call, earlier=earlier)
         self._pending = [*kept, new]
-
-    def _kept(self) -> list[PendingCall]:
-        """Return the calls that a loss may still depend on, also through later calls."""
-        unused = [p for p in self._pending if p.may_have_loss and not p.is_alive]
-        wanted = {p.number for p in unused if p.has_graph} | _last(unused)
-        kept: list[PendingCall] = []
-        for each in reversed(self._pending):  # later calls first
-            if each.number in wanted or each.is_alive:
-                wanted.update(each.earlier)
-                kept.append(each)
-        return kept[::-1]
 
     def chained(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ChainedArgument, ...]:
         """Return the arguments of a call that depend on earlier calls of the model.
@@ -101,12 +89,26 @@ class PendingCalls:
             args: The positional arguments.
             kwargs: The keyword arguments.
         """
+        return chained_arguments(args, kwargs, self._tensor_at, self._names)
 
-        def source_at(edge: Edge) -> tuple[Source, Tensor] | None:
-            own = self.source_at(edge, inner=False)
-            return None if own is None else ((own[0].number, own[1]), own[0].values[own[1]])
+    def _tensor_at(self, edge: Edge) -> tuple[Source, Tensor] | None:
+        """Return which tensor of which call an edge of the graph is, and its value."""
+        own = self.source_at(edge, inner=False)
+        return None if own is None else ((own[0].number, own[1]), own[0].values[own[1]])
 
-        return chained_arguments(args, kwargs, source_at, self._names)
+    def depends_(self, call: PendingCall, vector: Vector, tensor: Tensor) -> bool:
+        """See `Notes`; the graph is read if the call is to be replayed."""
+        if call.call is None or call.call.environment is NOT_KEPT:
+            return True
+        try:
+            found = dependence_of(tensor, self._tensor_at, self._names())
+        except RuntimeError:  # as of code that was compiled
+            return False
+        if found is not None:
+            numbers = {number for number, _ in needed([found])} - {call.number}
+            call.vectors[vector] = found
+            call.others |= {p.number: weakref.ref(p) for p in self._pending if p.number in numbers}
+        return True
 
     def inside_(self, loss_fn: nn.Module) -> Inside | None:
         """Count a loss that is being computed; return its input if that is inside the model."""
@@ -123,37 +125,43 @@ class PendingCalls:
             self._mark_(pending, LayerOutput(module, pending.marked[module]), output)
             pending.marked[module] += 1
 
-    def end_(self, output: Any) -> None:
-        """End the call of the model that is running."""
+    def end_(self, output: Any) -> Any:
+        """End the call of the model that is running, and return what the script gets."""
         self._assign_()
         if not self._pending:
-            return
-        pending = self._pending[-1]
+            return output
+        pending, watch, given = self._pending[-1], self._pending[-1].derivatives, output
         tensors = list(tensors_of(output))
+        if watch is not None:
+            given = separate(output, tensors, watch.first)
+        pairs = list(zip(tensors, tensors_of(given)))
         pending.call = None if pending.call is None else pending.call.ended()
-        pending.outputs = [weakref.ref(tensor) for tensor in tensors]
-        for index, tensor in enumerate(tensors):
+        pending.outputs = [weakref.ref(own) for _, own in pairs]
+        for index, (tensor, own) in enumerate(pairs):
             if tensor.requires_grad:
-                self._mark_(pending, Returned(index), tensor)
-                if pending.derivatives is not None:
-                    pending.derivatives.watch_(Returned(index), tensor)
+                self._mark_(pending, Returned(index), tensor, own)
+                if watch is not None:
+                    watch.watch_(Returned(index), own)
+        return given
 
     def watched_(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """Return arguments by which derivatives of the call that is running are seen, if any.
-
-        A replay makes new leaves of them, which must not depend on earlier calls.
-        """
-        pending, given = self._pending[-1], (*args, *kwargs.values())
-        is_chained = pending.call is not None and bool(pending.call.chained)
-        if is_chained or not any(getattr(own, "requires_grad", False) for own in given):
+        """Return arguments by which derivatives of the call that is running are seen, if any."""
+        if not has_curved((*args, *kwargs.values())):
             return None
-        pending.derivatives = InputDerivatives(self._mark_, pending)
+        pending = self._pending[-1]
+        pending.derivatives = InputDerivatives(self, pending)
         return pending.derivatives.watched(args, kwargs)
 
-    def _mark_(self, pending: PendingCall, source: LossInput, tensor: Tensor) -> None:
-        """Mark a tensor of a call, and keep its value."""
-        pending.values[source] = tensor.detach()
-        pending.versions[source] = tensor._version
+    def found_(self, call: PendingCall, source: Derivative, tensor: Tensor) -> None:
+        """See `Notes`."""
+        self._mark_(call, source, tensor)
+
+    def _mark_(
+        self, pending: PendingCall, source: LossInput, tensor: Tensor, own: Tensor | None = None
+    ) -> None:
+        """Mark a tensor of a call, and keep its value; the script may have a copy of its own."""
+        value = tensor if own is None else own
+        pending.values[source], pending.versions[source] = value.detach(), value._version
         mark, is_returned = Mark(pending.number, source), isinstance(source, (Returned, Derivative))
         mark_(tensor, (id(self), is_returned), mark)
         if is_returned and edge_of(tensor)[0] not in {c.output.node for c in pending.layer_calls}:
@@ -281,14 +289,3 @@ class PendingCalls:
             self._pending = [PendingCall(next(self._numbers))]
         if layer_calls:
             self._pending[-1].layer_calls += layer_calls
-
-
-def _last(unused: Sequence[PendingCall]) -> set[int]:
-    """Return the numbers of the last calls without a loss, which are kept."""
-    latest = unused[: -SMALL_CALLS_WITHOUT_LOSS - 1 : -1]
-    entries = itertools.accumulate(pending.entries for pending in latest)
-    return {
-        pending.number
-        for index, (pending, size) in enumerate(zip(latest, entries))
-        if index < CALLS_WITHOUT_LOSS or size <= ENTRIES_WITHOUT_LOSS
-    }

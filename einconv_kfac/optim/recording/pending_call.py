@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.optim.recording.input_derivatives import InputDerivatives
+from einconv_kfac.optim.replay.chain import Dependence
 from einconv_kfac.optim.replay.forward import ModelCall
-from einconv_kfac.optim.replay.loss_input import LossInput, Returned
+from einconv_kfac.optim.replay.loss_input import LossInput, Returned, Vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,8 @@ class PendingCall:
         readers: Weak references to losses that are read off the graph, with the output or without.
         earlier: The calls that its arguments depend on, by number.
         derivatives: Watches derivatives by its arguments, if one requires gradients.
+        vectors: How vectors of these depend on tensors of calls and on parameters.
+        others: Weak references to the calls that they depend on, by number.
     """
 
     number: int
@@ -62,7 +65,9 @@ class PendingCall:
     used: bool = False
     readers: list[weakref.ref[Reader]] = field(default_factory=list)
     earlier: dict[int, PendingCall] = field(default_factory=dict)
-    derivatives: InputDerivatives | None = None
+    derivatives: InputDerivatives[PendingCall] | None = None
+    vectors: dict[Vector, Dependence] = field(default_factory=dict)
+    others: dict[int, weakref.ref[PendingCall]] = field(default_factory=dict)
 
     @property
     def is_running(self) -> bool:

@@ -12,15 +12,16 @@ from einconv_kfac.curvature.estimation.other_uses import nodes_inside
 from einconv_kfac.curvature.objective.graph import Edge, dependents, edge_of, leaf_of
 from einconv_kfac.curvature.objective.reading import Reading
 from einconv_kfac.distributed.stored import leaf_names
+from einconv_kfac.optim.recording.kept_calls import DROPPED
 from einconv_kfac.optim.recording.observation import forward_passes
 from einconv_kfac.optim.recording.observed_losses import ObservedLoss
-from einconv_kfac.optim.recording.pending import DROPPED, PendingCalls
+from einconv_kfac.optim.recording.pending import PendingCalls
 from einconv_kfac.optim.recording.pending_call import PendingCall
 from einconv_kfac.optim.recording.returned_terms import terms_of
 from einconv_kfac.optim.recording.viewed_outputs import OVERWRITTEN, is_overwritten_at
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.loss_input import LossInput
-from einconv_kfac.optim.replay.unknown_operations import LINEAR, refusal_of_derivatives
+from einconv_kfac.optim.replay.unknown_operations import LINEAR, refusal_of, refusal_of_derivatives
 from einconv_kfac.optim.replay.versions import Versions
 
 
@@ -152,8 +153,8 @@ class ReadObservation:
         reading = evaluation.reading
         loss = (reading.weight * self._loss).sum()
         total = _total(weight) if weight.ndim else weight.abs()
+        self._check_derivatives(reading, replayed=replayed)
         if not replayed:
-            self._check_derivatives(reading)
             return Batch((), (), self._used(reading), None, loss, total)
         by_call: dict[int, list[tuple[LossInput, Edge]]] = {}
         for edge in reading.graph.outputs:
@@ -185,10 +186,17 @@ class ReadObservation:
         leaves = (leaf_of(edge) for edge in reading.graph.sources)
         return tuple(self._names[leaf] for leaf in leaves if leaf in self._names)
 
-    def _check_derivatives(self, reading: Reading) -> None:
-        """Raise a ``RuntimeError`` if the loss uses layers in derivatives outside of the model."""
+    def _check_derivatives(self, reading: Reading, *, replayed: bool) -> None:
+        """Raise a ``RuntimeError`` if the loss uses layers in derivatives outside of the model.
+
+        Those of linear layers can be evaluated again.
+
+        Args:
+            reading: What the graph of the loss says.
+            replayed: Whether the batch is to be replayed.
+        """
         kinds = reading.graph.derivatives()
-        if not kinds and len(reading.graph.sources) > len(reading.graph.outputs):
+        if not (kinds or replayed) and len(reading.graph.sources) > len(reading.graph.outputs):
             kinds = [LINEAR] if self._enters_layers(reading) else []
         if not kinds:
             return
@@ -201,7 +209,9 @@ class ReadObservation:
             if any(name.startswith(f"{each}." if each else "") for name in names)
         ]
         if used:
-            raise RuntimeError(refusal_of_derivatives(kinds, used))
+            raise RuntimeError(
+                refusal_of(kinds) if replayed else refusal_of_derivatives(kinds, used)
+            )
 
     def _enters_layers(self, reading: Reading) -> bool:
         """Return whether the loss uses operations inside of a layer's call past its output.

@@ -218,15 +218,17 @@ class Recorder:
         if (self._loss_fn is None or self.keeps_outputs) and self._is_recording():
             self._pending.mark_layer_(module, output)
 
-    def _after_model(self, model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-        """Record the output of a call of the model or of a part of it."""
-        if self._running is model:
-            self._running = self._outputs = None
-            self._pending.end_(output)
-            if self.keeps_outputs:
-                self._buffers.compare_(self.tree.modules, self.tree.parameters)
-            if self._is_recording():
-                self._assume_(output)
+    def _after_model(self, model: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
+        """Record the output of a call of the model or of a part of it, and return it."""
+        if self._running is not model:
+            return None
+        self._running = self._outputs = None
+        given = self._pending.end_(output)
+        if self.keeps_outputs:
+            self._buffers.compare_(self.tree.modules, self.tree.parameters)
+        if self._is_recording():
+            self._assume_(output)
+        return given
 
     def _after_loss(
         self, loss_fn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], loss: Tensor

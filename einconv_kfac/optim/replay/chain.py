@@ -6,7 +6,7 @@ replay runs all these calls, each with the outputs of those before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,44 +15,57 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, leaf_of
 from einconv_kfac.curvature.objective.link import Link
-from einconv_kfac.optim.replay.loss_input import LossInput
+from einconv_kfac.optim.replay.loss_input import LossInput, Vector, derivatives_of
 from einconv_kfac.optim.vectors import Direction
 
 Source: TypeAlias = "tuple[int, LossInput]"
 """The number of a call, and which of its tensors it is."""
 SourceAt: TypeAlias = "Callable[[Edge], tuple[Source, Tensor] | None]"
 """Returns which tensor of which call an edge of the graph is, and its value."""
+TensorOf: TypeAlias = "Callable[[Source], Tensor]"
+"""Returns a tensor of a call."""
 
 
 @dataclass(frozen=True)
-class ChainedArgument:
-    """An argument that depends on outputs of earlier calls, or on parameters.
+class Dependence:
+    """How a tensor depends on tensors of calls, or on parameters.
 
     Args:
-        index: Its index among all positional and keyword arguments, nested ones included.
-        sources: The outputs and names of parameters that it depends on.
-        link: The argument as a function of them; ``None`` if it is the one source itself.
+        sources: The tensors and names of parameters that it depends on.
+        link: The tensor as a function of them; ``None`` if it is the one source itself.
     """
 
-    index: int
     sources: tuple[Source | str, ...]
     link: Link | None
 
-    def value(self, model: nn.Module, parameters: Direction, earlier: Mapping[Any, Tensor]) -> Any:
-        """Return the argument.
+    def value(self, model: nn.Module, parameters: Direction, tensor: TensorOf) -> Tensor:
+        """Return the tensor.
 
         Args:
             model: The model.
             parameters: The parameters that take other values.
-            earlier: Outputs of earlier calls.
+            tensor: Returns tensors of calls.
         """
         given = [
             parameters.get(source, model.get_parameter(source))
             if isinstance(source, str)
-            else earlier[source]
+            else tensor(source)
             for source in self.sources
         ]
         return given[0] if self.link is None else self.link(given)
+
+
+@dataclass(frozen=True)
+class ChainedArgument:
+    """An argument that depends on tensors of earlier calls, or on parameters.
+
+    Args:
+        index: Its index among all positional and keyword arguments, nested ones included.
+        own: How it depends on them.
+    """
+
+    index: int
+    own: Dependence
 
 
 def chained_arguments(
@@ -74,19 +87,28 @@ def chained_arguments(
     if not curved:
         return ()
     parameters = names()
-    found = (_chained(index, leaf, source_at, parameters) for index, leaf in curved)
-    return tuple(each for each in found if each is not None)
+    found = ((index, dependence_of(leaf, source_at, parameters)) for index, leaf in curved)
+    return tuple(ChainedArgument(index, own) for index, own in found if own is not None)
 
 
-def _chained(
-    index: int, tensor: Tensor, source_at: SourceAt, parameters: Mapping[Tensor, str]
-) -> ChainedArgument | None:
-    """Return an argument if it depends on earlier calls or parameters, or ``None``."""
+def dependence_of(
+    tensor: Tensor, source_at: SourceAt, parameters: Mapping[Tensor, str]
+) -> Dependence | None:
+    """Return how a tensor depends on calls or parameters, while the graph exists.
+
+    Args:
+        tensor: A tensor that requires gradients.
+        source_at: Finds tensors of calls.
+        parameters: The parameters of the model, with their names.
+
+    Returns:
+        ``None`` if it depends on neither.
+    """
     if tensor.is_leaf:
-        return ChainedArgument(index, (parameters[tensor],), None) if tensor in parameters else None
+        return Dependence((parameters[tensor],), None) if tensor in parameters else None
     root = edge_of(tensor)
     if (own := source_at(root)) is not None:
-        return ChainedArgument(index, (own[0],), None)
+        return Dependence((own[0],), None)
 
     def output(edge: Edge) -> Tensor | None:
         known = source_at(edge)
@@ -102,7 +124,7 @@ def _chained(
     link = Link.of(root, tensor.detach(), output, parameters)
     if link is None:
         return None
-    return ChainedArgument(index, tuple(named(edge) for edge in link.sources), link)
+    return Dependence(tuple(named(edge) for edge in link.sources), link)
 
 
 def replaced(
@@ -124,6 +146,19 @@ def replaced(
     return found
 
 
-def needed(chains: Sequence[ChainedArgument]) -> set[Source]:
-    """Return the outputs of earlier calls that arguments depend on."""
-    return {source for each in chains for source in each.sources if not isinstance(source, str)}
+def needed(dependences: Iterable[Dependence]) -> dict[Source, None]:
+    """Return the tensors of calls that others depend on."""
+    return {s: None for each in dependences for s in each.sources if not isinstance(s, str)}
+
+
+def dependences_of(
+    vectors: Mapping[Vector, Dependence], sources: Iterable[LossInput]
+) -> list[Dependence]:
+    """Return how vectors depend on calls that derivatives among tensors of a call are taken with.
+
+    Args:
+        vectors: How vectors depend on calls; others are constants.
+        sources: The tensors.
+    """
+    used = {vector: None for own in derivatives_of(sources) for _, vector in own.weights}
+    return [vectors[vector] for vector in used if vector in vectors]

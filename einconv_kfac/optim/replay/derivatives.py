@@ -1,15 +1,54 @@
-"""Derivatives of a call of a model by its arguments, evaluated again."""
+"""Derivatives of a call of a model by its inputs, evaluated again.
+
+The inputs are arguments of the call, and vectors of earlier derivatives. A vector may itself depend
+on the call. What comes back through it is no part of the derivative: it belongs to operations of
+the script.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from einconv_kfac.optim.replay.loss_input import Derivative, Direct, LossInput
+from einconv_kfac.optim.replay.loss_input import Derivative, Direct, LossInput, Vector
 from einconv_kfac.optim.replay.subsample import Subset
+
+Context: TypeAlias = Callable[[], AbstractContextManager[None]]
+"""Returns the context of a run."""
+
+
+class Gate:
+    """Ends backward passes at tensors while it is closed."""
+
+    def __init__(self) -> None:
+        self._is_closed = False
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Close the gate inside the block."""
+        before, self._is_closed = self._is_closed, True
+        try:
+            yield
+        finally:
+            self._is_closed = before
+
+    def behind(self, tensor: Tensor) -> Tensor:
+        """Return a tensor whose gradients reach another one only through the open gate."""
+        if not (tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor
+        view = tensor.view_as(tensor)
+        assert view.grad_fn is not None
+        view.grad_fn.register_prehook(self._passed)
+        return view
+
+    def _passed(self, gradients: tuple[Any, ...]) -> Any:
+        """Return no gradients if the gate is closed; ``None`` leaves them as they are."""
+        return (None,) * len(gradients) if self._is_closed else None
 
 
 class Derivatives:
@@ -18,71 +57,78 @@ class Derivatives:
     Args:
         args: The positional arguments of the run.
         kwargs: Its keyword arguments.
-        wanted: Tensors of the call, some of them derivatives.
+        wanted: The derivatives, with all that they are taken of.
+        dependent: Returns the value of a vector that depends on parameters, ``None`` for constants.
+        gate: The gate of all runs.
         subset: The examples that the run is restricted to, if not all.
 
     Attributes:
-        args: The positional arguments, of which those that are differentiated by are new leaves.
+        args: The positional arguments, of which those that are differentiated by are new tensors.
         kwargs: The keyword arguments likewise.
     """
 
     def __init__(
         self,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        wanted: Iterable[LossInput],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        wanted: Sequence[Derivative],
+        dependent: Callable[[Vector], Tensor | None],
+        gate: Gate,
         subset: Subset | None,
     ) -> None:
-        self._leaves: dict[int | str, Tensor] = {}
-        self._subset = subset
-        for each in wanted:
-            self._add_(each, args, kwargs)
-        self.args = tuple(self._leaves.get(i, own) for i, own in enumerate(args))
-        self.kwargs = {name: self._leaves.get(name, own) for name, own in kwargs.items()}
+        self.args, self.kwargs = args, kwargs
+        self._dependent, self._gate, self._subset = dependent, gate, subset
+        self._inputs: dict[int | Vector, Tensor] = {}
+        self._targets = {each.by for each in wanted}
+        if any(isinstance(by, int) for by in self._targets):
+            leaves, spec = tree_flatten((args, kwargs))
+            for by in self._targets:
+                if isinstance(by, int):
+                    self._inputs[by] = leaves[by] = _input(leaves[by])
+            self.args, self.kwargs = tree_unflatten(leaves, spec)
+        self._known: dict[LossInput, Tensor] = {}
 
-    def _add_(self, source: LossInput, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Make leaves of the arguments of a derivative, and of those that it is taken of."""
-        if not isinstance(source, Derivative):
-            return
-        key = source.argument
-        if key not in self._leaves:
-            own: Tensor = args[key] if isinstance(key, int) else kwargs[key]
-            self._leaves[key] = own.detach().requires_grad_()
-        for before, _ in source.weights:
-            self._add_(before, args, kwargs)
+    def begin_(self, returned: Mapping[Direct, Tensor]) -> None:
+        """Receive the tensors of the run itself."""
+        self._known.update(returned)
 
-    def found(
-        self, wanted: Sequence[LossInput], returned: Mapping[Direct, Tensor]
-    ) -> tuple[Tensor, ...]:
-        """Return the tensors of the call.
+    def value(
+        self, source: LossInput, context: Callable[[], AbstractContextManager[Any]]
+    ) -> Tensor:
+        """Return a tensor of the call.
 
         Args:
-            wanted: The tensors.
-            returned: Those that are no derivatives, and those that derivatives are taken of.
+            source: The tensor.
+            context: Returns the context of the run.
         """
-        known = dict[LossInput, Tensor](returned.items())
-        return tuple(self._value(each, known) for each in wanted)
-
-    def _value(self, source: LossInput, known: dict[LossInput, Tensor]) -> Tensor:
-        """Return a tensor of the call, and note it among those that are known."""
-        if source not in known:
+        if source not in self._known:
             assert isinstance(source, Derivative)
-            ends = [self._value(each, known) for each, _ in source.weights]
-            rows = slice(None) if self._subset is None else self._subset.rows
-            vectors = [vector[rows] for _, vector in source.weights]
-            leaf = self._leaves[source.argument]
-            (known[source],) = torch.autograd.grad(ends, leaf, vectors, create_graph=True)
-        return known[source]
+            ends = [self.value(each, context) for each, _ in source.weights]
+            vectors = [self._vector(vector) for _, vector in source.weights]
+            by = source.by if isinstance(source.by, int) else self._vector(source.by)
+            given = self._inputs[by] if isinstance(by, int) else by
+            pairs = [(e, v) for e, v in zip(ends, vectors) if e.requires_grad]
+            known, own = zip(*(pairs or zip(ends, vectors)))
+            with context(), self._gate.closed():
+                (found,) = torch.autograd.grad(known, given, own, create_graph=True)
+            self._known[source] = found
+        return self._known[source]
+
+    def _vector(self, vector: Vector) -> Tensor:
+        """Return the value of a vector."""
+        if vector not in self._inputs:
+            value = self._dependent(vector)
+            if value is None:
+                value = vector.value if self._subset is None else vector.value[self._subset.rows]
+            else:
+                value = self._gate.behind(value.to(vector.value.dtype))
+            self._inputs[vector] = _input(value) if vector in self._targets else value
+        return self._inputs[vector]
 
 
-def without_derivatives(wanted: Sequence[LossInput]) -> tuple[Direct, ...]:
-    """Return the tensors of a call that are wanted, or that derivatives are taken of."""
-    found: dict[Direct, None] = {}
-    waiting = [*wanted]
-    while waiting:
-        source = waiting.pop(0)
-        if isinstance(source, Derivative):
-            waiting += [each for each, _ in source.weights]
-        else:
-            found[source] = None
-    return tuple(found)
+def _input(value: Tensor) -> Tensor:
+    """Return a tensor, with its tangent and its graph, by which derivatives are taken."""
+    if value.requires_grad and torch.is_grad_enabled():
+        return value.view_as(value)
+    with torch.no_grad():
+        return value.view_as(value).requires_grad_()

@@ -120,7 +120,7 @@ class Environment:
         """Restore random states, autocast and training mode inside the block.
 
         After the block, they are what they were before it. Buffers are restored by
-        `ForwardPass.run`, which passes the copies to the model.
+        `Run`, which passes the copies to the model.
 
         Args:
             model: The model.

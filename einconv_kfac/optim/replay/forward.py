@@ -1,28 +1,23 @@
-"""Replay of a forward pass, for the same or other values of the parameters."""
+"""Forward passes as they are recorded, and what takes the place of parameters in a replay."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from einconv_kfac.optim.model_walk import named_modules, named_parameters
 from einconv_kfac.optim.replay.bags import native_embeddings
-from einconv_kfac.optim.replay.chain import ChainedArgument, Source, replaced
-from einconv_kfac.optim.replay.derivatives import Derivatives, without_derivatives
-from einconv_kfac.optim.replay.dropout import batch_masks
+from einconv_kfac.optim.replay.chain import ChainedArgument, Dependence, dependences_of
 from einconv_kfac.optim.replay.environment import NOT_KEPT, Environment
-from einconv_kfac.optim.replay.layer_jvp import batch_norms, layer_jvps
+from einconv_kfac.optim.replay.layer_jvp import batch_norms
 from einconv_kfac.optim.replay.layer_outputs import LayerOutputs
-from einconv_kfac.optim.replay.loss_input import LossInput, found_inputs
+from einconv_kfac.optim.replay.loss_input import Derivative, LossInput, Vector, derivatives_of
 from einconv_kfac.optim.replay.recurrence import native_recurrences
 from einconv_kfac.optim.replay.subsample import Subset
-from einconv_kfac.optim.replay.substitution import Forwards, substituted
+from einconv_kfac.optim.replay.substitution import Forwards
 from einconv_kfac.optim.replay.versions import State, Versions, state_of
 from einconv_kfac.optim.vectors import Direction
 
@@ -155,8 +150,9 @@ class ForwardPass:
         call: The call.
         inputs: The tensors of the call on which the loss depends.
         number: The number of the call.
-        passed: The tensors on which arguments of later calls depend.
+        passed: The tensors on which arguments of later calls and vectors of derivatives depend.
         subset: The examples that the call is restricted to, if not all.
+        vectors: How vectors of derivatives depend on calls and parameters; others are constants.
     """
 
     call: ModelCall
@@ -164,6 +160,18 @@ class ForwardPass:
     number: int = 0
     passed: tuple[LossInput, ...] = ()
     subset: Subset | None = None
+    vectors: Mapping[Vector, Dependence] = field(default_factory=dict)
+
+    @property
+    def derivatives(self) -> tuple[Derivative, ...]:
+        """The derivatives among its tensors, with all that they are taken of."""
+        return tuple(dict.fromkeys(derivatives_of((*self.inputs, *self.passed))))
+
+    @property
+    def dependences(self) -> list[Dependence]:
+        """How arguments, and vectors of derivatives, depend on tensors of calls and parameters."""
+        chained = [each.own for each in self.call.chained]
+        return [*chained, *dependences_of(self.vectors, (*self.inputs, *self.passed))]
 
     def restricted(self, subset: Subset | None) -> ForwardPass:
         """Return the forward pass of a subset of the examples.
@@ -174,98 +182,20 @@ class ForwardPass:
         """
         if subset is None:
             return self
-        if self.call.chained:
+        if self.dependences:
             raise RuntimeError(
-                "Arguments of the model must not depend on its earlier outputs when "
-                "`curvature_fraction` is below 1, got one that does. Pass curvature_fraction=1."
+                "Arguments of the model, and vectors of its derivatives, must not depend on its "
+                "outputs when `curvature_fraction` is below 1, got one that does. Pass "
+                "curvature_fraction=1."
             )
+        for own in (v.value for each in self.derivatives for _, v in each.weights):
+            if own.ndim == 0 or own.shape[0] != subset.size:
+                raise RuntimeError(
+                    "Derivatives of the model must be those of outputs with the examples in the "
+                    "first dimension when `curvature_fraction` is below 1, got one of an output "
+                    f"{list(own.shape)}. Pass curvature_fraction=1."
+                )
         args, kwargs = subset.arguments(self.call.args, self.call.kwargs)
         outputs = self.call.outputs.restricted(subset)
         call = replace(self.call, args=args, kwargs=kwargs, outputs=outputs)
         return replace(self, call=call, subset=subset)
-
-    def run(
-        self, own: Substitutes, earlier: Mapping[Source, Tensor], *, tangents: bool = False
-    ) -> tuple[Tensor, ...]:
-        """Return the tensors on which the loss depends, then those on which later calls depend.
-
-        They are ``[n, ...]``, or ``[k, ...]`` for a subset. Random layers draw the numbers that
-        they drew; buffers such as running statistics are left as they are. Attention, recurrent
-        layers and bags of embeddings use the one implementation that has a forward mode and a
-        differentiable backward pass.
-
-        Args:
-            own: The model, and the parameters that take other values, or the same with tangents.
-            earlier: The outputs of earlier calls.
-            tangents: Whether all parameters have the values of the recorded pass, and some of
-                them tangents, so that outputs of layers need not be computed again.
-        """
-        call, model = self.call, own.model
-        called = model.get_submodule(call.module)
-        given = {each.index: each.value(model, own.parameters, earlier) for each in call.chained}
-        args, kwargs = replaced(call.args, call.kwargs, given)
-
-        wanted = (*self.inputs, *self.passed)
-        base = without_derivatives(wanted)
-        derivatives = Derivatives(args, kwargs, wanted, self.subset)
-
-        def run() -> Any:
-            return _called(called, values, derivatives.args, derivatives.kwargs)
-
-        values, forwards = own.values(called, call.environment.buffers), own.forwards
-        if self.subset is not None:
-            forwards = forwards | batch_masks(own.modules, self.subset)
-        if tangents:
-            forwards = forwards | layer_jvps(own.modules, call.outputs)
-        with ExitStack() as stack:
-            stack.enter_context(call.environment.restored(model))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(substituted(forwards))
-            return derivatives.found(wanted, dict(zip(base, found_inputs(base, run))))
-
-
-def _called(
-    module: nn.Module, values: Direction, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Return what a module returns for other values of parameters and buffers.
-
-    Raises:
-        RuntimeError: If it fails, as it did not when the call was recorded.
-    """
-    try:
-        return functional_call(module, values, args, kwargs, tie_weights=False)
-    except RuntimeError:
-        raise
-    except Exception as error:
-        raise RuntimeError(
-            "The model must run again when a recorded batch is replayed for adaptive=True, got "
-            f"{error!r}. Its parameters are plain tensors then: `forward` cannot move a copy of a "
-            "layer, and must not ask for nn.Parameter. Do this in `__init__`, or pass "
-            "adaptive=False."
-        ) from error
-
-
-def run_all(
-    forwards: Sequence[ForwardPass],
-    model: nn.Module,
-    parameters: Direction,
-    *,
-    tangents: bool = False,
-) -> tuple[Tensor, ...]:
-    """Return the tensors of several passes on which the loss depends, in order.
-
-    Args:
-        forwards: The passes in the order of their calls, with all that they depend on.
-        model: The model.
-        parameters: The parameters that take other values, or the same with tangents.
-        tangents: See `ForwardPass.run`.
-    """
-    own = Substitutes.of(model, parameters)
-    earlier: dict[Source, Tensor] = {}
-    outputs: list[Tensor] = []
-    for each in forwards:
-        found = each.run(own, earlier, tangents=tangents)
-        count = len(each.inputs)
-        outputs += found[:count]
-        earlier |= {(each.number, own): t for own, t in zip(each.passed, found[count:])}
-    return tuple(outputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -101,22 +101,54 @@ class LayerOutput:
 
 
 @dataclass(frozen=True, eq=False)
-class Derivative:
-    """``sum_i J_i^T v_i``, where ``J_i`` is the derivative of a tensor of a call by an argument.
+class Vector:
+    """A vector that a derivative was taken with.
 
     Args:
-        argument: The position or the name of the argument.
+        value: Its value in the recorded pass, detached.
+    """
+
+    value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Derivative:
+    """``sum_i J_i^T v_i``, where ``J_i`` is the derivative of a tensor of a call by an input of it.
+
+    Args:
+        by: The index of an argument among all positional and keyword arguments, nested ones
+            included, or a vector of an earlier derivative of the same call.
         weights: The tensors, returned ones or derivatives themselves, and the vectors ``v_i``.
     """
 
-    argument: int | str
-    weights: tuple[tuple[LossInput, Tensor], ...]
+    by: int | Vector
+    weights: tuple[tuple[LossInput, Vector], ...]
+
+    def all_of(self) -> Iterator[Derivative]:
+        """Yield the derivative, and all earlier ones that it is taken of."""
+        yield self
+        for source, _ in self.weights:
+            if isinstance(source, Derivative):
+                yield from source.all_of()
 
 
 Direct: TypeAlias = Returned | Inside | LayerOutput
 """How a tensor follows from a run of the model itself."""
 LossInput: TypeAlias = Direct | Derivative
 """How a tensor on which a loss depends follows from a call of the model."""
+
+
+def derivatives_of(sources: Iterable[LossInput]) -> Iterator[Derivative]:
+    """Yield the derivatives among tensors of a call, and all that they are taken of."""
+    for source in sources:
+        if isinstance(source, Derivative):
+            yield from source.all_of()
+
+
+def without_derivatives(sources: Sequence[LossInput]) -> tuple[Direct, ...]:
+    """Return the tensors of a call that are wanted, or that derivatives are taken of."""
+    ends = (end for own in derivatives_of(sources) for end, _ in own.weights)
+    return tuple({s: None for s in (*sources, *ends) if not isinstance(s, Derivative)})
 
 
 class _Countdown:

@@ -20,7 +20,7 @@ from einconv_kfac.optim.replay.checks import (
     is_repeated,
     repetitions,
 )
-from einconv_kfac.optim.replay.forward import ForwardPass, run_all
+from einconv_kfac.optim.replay.forward import ForwardPass
 from einconv_kfac.optim.replay.gradient_hooks import (
     evaluated_without_hooks,
     without_gradient_hooks,
@@ -29,6 +29,7 @@ from einconv_kfac.optim.replay.host_pooling import HostPooling
 from einconv_kfac.optim.replay.joint import joined
 from einconv_kfac.optim.replay.jvp import Tangents, backward_products, forward_products
 from einconv_kfac.optim.replay.present_outputs import present
+from einconv_kfac.optim.replay.runs import run_all
 from einconv_kfac.optim.vectors import Direction
 
 Outputs: TypeAlias = tuple[Tensor, ...]

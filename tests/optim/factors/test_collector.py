@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from einconv_kfac import KFAC, KFACPreconditioner
-from einconv_kfac.optim.recording.pending import SMALL_CALLS_WITHOUT_LOSS
+from einconv_kfac.optim.recording.kept_calls import SMALL_CALLS_WITHOUT_LOSS
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 MODES: list[dict[str, Any]] = [{}, {"lr": 0.1, "adaptive": False}]

@@ -1,0 +1,63 @@
+"""Outputs of a call at which only gradients of the script arrive.
+
+A derivative of a second output reaches the first one if that is computed from it, and the second
+derivative of a hyperbolic tangent reaches its result, which it is computed from. These are parts of
+derivatives that are taken inside of the call. So the script gets a copy of such an output, with an
+edge of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from einconv_kfac.curvature.objective.graph import Edge, edge_of, first_met, inputs_of
+
+
+def separate(output: Any, tensors: Sequence[Tensor], first: int) -> Any:
+    """Return an output of a call, with copies of tensors that inner gradients may reach.
+
+    Tensors in other objects than tuples, lists and dictionaries remain as they are.
+
+    Args:
+        output: The output.
+        tensors: Its tensors.
+        first: The sequence number of the first node of the call.
+    """
+    own = {id(t): t for t in tensors if t.grad_fn is not None and t.grad_fn._sequence_nr() >= first}
+    inner = _inner([edge_of(tensor) for tensor in own.values()], first) if len(own) > 1 else set()
+    copies = {
+        key: tensor.clone()
+        for key, tensor in own.items()
+        if edge_of(tensor) in inner or _keeps_result(tensor)
+    }
+    return _replaced(output, copies) if copies else output
+
+
+def _inner(edges: Sequence[Edge], first: int) -> set[Edge]:
+    """Return the edges on which another one depends inside of the call."""
+    starts = [each for edge in edges for each in inputs_of(edge[0]) if each is not None]
+    ends = set(edges)
+    found = first_met(starts, lambda edge: edge in ends or edge[0]._sequence_nr() < first)
+    return found & ends
+
+
+def _keeps_result(tensor: Tensor) -> bool:
+    """Return whether the operation that a tensor results from may keep it for its derivative."""
+    node: Any = tensor.grad_fn
+    names = ("_saved_result", "_saved_result0", "_saved_inverse")
+    return isinstance(node, BackwardCFunction) or any(hasattr(node, name) for name in names)
+
+
+def _replaced(output: Any, copies: Mapping[int, Tensor]) -> Any:
+    """Return an output in which tensors are replaced by their copies."""
+    if isinstance(output, Tensor):
+        return copies.get(id(output), output)
+    if type(output) in (tuple, list):
+        return type(output)(_replaced(part, copies) for part in output)
+    if type(output) is dict:
+        return {name: _replaced(part, copies) for name, part in output.items()}
+    return output
