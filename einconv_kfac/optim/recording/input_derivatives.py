@@ -23,6 +23,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from einconv_kfac.curvature.losses.snapshot import copied
+from einconv_kfac.optim.recording.argument_copies import ArgumentCopies
 from einconv_kfac.optim.replay.loss_input import Derivative, LossInput, Vector
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -55,6 +56,7 @@ class InputDerivatives(Generic[CallT_contra]):
 
     def __init__(self, notes: Notes[CallT_contra], call: CallT_contra) -> None:
         self.first = 0
+        self._copies: ArgumentCopies | None = None
         self._notes, self._call = weakref.ref(notes), weakref.ref(call)
         self._pass = -1
         self._weights: dict[LossInput, Vector | None] = {}
@@ -69,7 +71,14 @@ class InputDerivatives(Generic[CallT_contra]):
         nodes = (new.grad_fn for own, new in zip(leaves, views) if new is not own)
         self.first = min((node._sequence_nr() for node in nodes), default=0)
         found: Arguments = tree_unflatten(views, spec)
+        self._copies = ArgumentCopies((args, kwargs), found)
         return found
+
+    def end_call_(self) -> None:
+        """Give the script what the call has changed in lists and dictionaries."""
+        if self._copies is not None:
+            self._copies.end_call_()
+        self._copies = None
 
     def _view(self, key: int | Vector, value: Tensor) -> Tensor:
         """Return what stands for an input."""

@@ -133,6 +133,7 @@ class PendingCalls:
         pending, watch, given = self._pending[-1], self._pending[-1].derivatives, output
         tensors = list(tensors_of(output))
         if watch is not None:
+            watch.end_call_()
             given = separate(output, tensors, watch.first)
         pairs = list(zip(tensors, tensors_of(given)))
         pending.call = None if pending.call is None else pending.call.ended()

@@ -79,8 +79,7 @@ class Recorder:
         capture: LayerCapture | None = None,
         entry: nn.Module | None = None,
     ) -> None:
-        self.enabled = True
-        self.keeps_outputs, self.keeps_layers = False, True
+        self.enabled, self.keeps_outputs, self.keeps_layers = True, False, True
         self._batches: list[Batch] = []
         self._model, self._loss_fn = model, loss_fn
         self._on_backward, self._on_cleared = on_backward, on_cleared
@@ -297,6 +296,5 @@ class Recorder:
 
     def _is_recording(self) -> bool:
         """Return whether calls are recorded."""
-        if not (self.enabled and torch.is_grad_enabled()):
-            return False
-        return torch._C._functorch.peek_interpreter_stack() is None  # not inside `torch.func`
+        is_on = self.enabled and torch.is_grad_enabled()
+        return is_on and torch._C._functorch.peek_interpreter_stack() is None  # not `torch.func`

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from einconv_kfac import KFAC
-from einconv_kfac.optim.recording import pending
+from einconv_kfac.optim.recording import kept_calls
 
 CALLS = 20
 MODES: list[dict[str, Any]] = [{}, {"adaptive": False, "lr": 0.1, "damping": 0.1}]
@@ -66,7 +66,7 @@ def trained(loss: Loss, options: dict[str, Any], *last: nn.Module) -> Tensor:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """No call is a small one."""
-    monkeypatch.setattr(pending, "ENTRIES_WITHOUT_LOSS", 1)
+    monkeypatch.setattr(kept_calls, "ENTRIES_WITHOUT_LOSS", 1)
 
 
 @pytest.mark.parametrize("options", MODES)
@@ -95,11 +95,11 @@ def test_calls_that_were_dropped_are_refused_and_the_remedy_works(
     torch.testing.assert_close(trained(kept, options), trained(at_once, options))
 
 
-@pytest.mark.parametrize(("entries", "most"), [(pending.ENTRIES_WITHOUT_LOSS, 70), (1, 12)])
+@pytest.mark.parametrize(("entries", "most"), [(kept_calls.ENTRIES_WITHOUT_LOSS, 70), (1, 12)])
 def test_calls_without_a_graph_are_dropped(
     entries: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pending, "ENTRIES_WITHOUT_LOSS", entries)
+    monkeypatch.setattr(kept_calls, "ENTRIES_WITHOUT_LOSS", entries)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     opt, y = KFAC(model), torch.arange(6) % 3
     given = []
