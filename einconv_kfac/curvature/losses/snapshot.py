@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 LARGEST_COPY = 1 << 16
 """Entries of a tensor up to which it is copied, so that a script may change it in place."""
@@ -38,3 +39,11 @@ def copied(value: Any) -> Any:
     if value.requires_grad or value.numel() > LARGEST_COPY or value.layout != torch.strided:
         return value
     return value if value.is_inference() else value.detach().clone()
+
+
+def copied_arguments(values: Any) -> Any:
+    """Return arguments of a call as they are now, in tuples, lists and dictionaries of their own.
+
+    For tensors see `copied`.
+    """
+    return tree_map(copied, values)

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture, sees_own_output
 from einconv_kfac.curvature.estimation.evaluation import Evaluation
 from einconv_kfac.curvature.losses.loss_registry import is_built_in
-from einconv_kfac.curvature.losses.snapshot import copied
+from einconv_kfac.curvature.losses.snapshot import copied_arguments
 from einconv_kfac.distributed.stored import check_still_whole, is_divided, leaf_names
 from einconv_kfac.optim.model_walk import ModelTree
 from einconv_kfac.optim.recording.buffers import ChangingBuffers
@@ -196,7 +196,7 @@ class Recorder:
         self.tree.find_()
         modules, parameters = self.tree.modules, self.tree.parameters
         buffers = self._buffers.copied_(modules, parameters)
-        kept = tuple(map(copied, args)), {name: copied(own) for name, own in kwargs.items()}
+        kept: Arguments = copied_arguments((args, kwargs))
         return ModelCall(
             *kept,
             Environment.now(modules.values(), parameters.values(), buffers),

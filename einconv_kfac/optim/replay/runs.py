@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from einconv_kfac.optim.replay.chain import Source, TensorOf, replaced
 from einconv_kfac.optim.replay.derivatives import Derivatives, Gate
@@ -101,6 +102,7 @@ def _called(
     Raises:
         RuntimeError: If it fails, as it did not when the call was recorded.
     """
+    args, kwargs = tree_map(lambda own: own, (args, kwargs))  # which the call may change
     try:
         return functional_call(module, values, args, kwargs, tie_weights=False)
     except RuntimeError:

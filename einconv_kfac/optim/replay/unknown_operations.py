@@ -21,8 +21,8 @@ REMEDIES = {
 SELECTIVE = "selective activation checkpoint"
 """What torch's message names where the graph of selectively checkpointed code is read twice."""
 KNOWN_DERIVATIVES = (
-    "outside, those by a tensor that the model is called with are known, if neither this tensor "
-    "nor the vectors depend on the model"
+    "outside, those by tensors that the model is called with are known, if `torch.autograd.grad` "
+    "takes them with one vector at a time, without `is_grads_batched` and `torch.func`"
 )
 """Which derivatives of a model are evaluated again."""
 LINEAR = "derivatives of linear layers"
@@ -114,14 +114,15 @@ def refusal_of_derivatives(kinds: Sequence[str], layers: Sequence[str]) -> str:
 
 
 def refusal_between(unknown: Sequence[str]) -> str:
-    """Return the message about operations between two calls that cannot be evaluated again.
+    """Return the message about operations before a call, or a vector, that are not known.
 
     Args:
         unknown: Their names.
     """
     known = [REMEDIES[kind] for kind in unknown if kind in REMEDIES]
     return (
-        "The operations between two calls of the model must be known when adaptive=True, got "
+        "The operations between a call of the model and another one, or a vector that its "
+        "derivative is taken with, must be known when adaptive=True, got "
         f"{', '.join(unknown)}. {_sentence([*known, 'move them into the model'])}, or pass "
         "adaptive=False."
     )

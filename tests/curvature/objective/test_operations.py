@@ -17,6 +17,7 @@ from einconv_kfac.curvature.objective.reading import Reading
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(4, 6, 3, generator=GENERATOR, dtype=torch.float64)
 T = torch.rand(4, 6, 3, generator=GENERATOR, dtype=torch.float64)
+CLASSES = torch.arange(12).reshape(4, 3) % 6
 WINDOW = torch.hann_window(4, dtype=torch.float64)
 
 
@@ -41,6 +42,23 @@ def attention(o: Tensor) -> Tensor:
     """A loss of attention, by single operations."""
     with sdpa_kernel(SDPBackend.MATH):
         return functional.scaled_dot_product_attention(o, o, o).square().mean()
+
+
+def slopes(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the squared derivative of a function, which is taken with a vector that depends."""
+
+    def loss(o: Tensor) -> Tensor:
+        x = o if o.requires_grad else o.clone().requires_grad_()
+        y = function(x)
+        vector = 1 + y.square() if y.ndim else None
+        return torch.autograd.grad(y, x, vector, create_graph=True)[0].square().mean()
+
+    return loss
+
+
+def views(o: Tensor) -> Tensor:
+    """A product of parts."""
+    return o[:, 1] * o[:, 2:5, 0] * o.diagonal(dim1=1, dim2=2) * o.unfold(1, 3, 3)[:, 1, 0]
 
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -122,6 +140,19 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
         - 1
     ).mean(),
     "median": lambda o: (o - T).abs().median(),
+    "slopes of tanh": slopes(torch.tanh),
+    "slopes of sigmoid": slopes(torch.sigmoid),
+    "slopes of softplus": slopes(lambda o: functional.softplus(o, 2)),
+    "slopes of gelu": slopes(lambda o: functional.gelu(o, approximate="tanh")),
+    "slopes of logsigmoid": slopes(functional.logsigmoid),
+    "slopes of softmax": slopes(lambda o: o.softmax(1)),
+    "slopes of log-softmax": slopes(lambda o: o.log_softmax(-1)),
+    "slopes of squared errors": slopes(lambda o: functional.mse_loss(o, T)),
+    "slopes of differences": slopes(lambda o: functional.mse_loss(o, o.flip(0), reduction="sum")),
+    "slopes of Huber": slopes(lambda o: functional.huber_loss(2 * o, T, delta=0.7)),
+    "slopes of smooth L1": slopes(lambda o: functional.smooth_l1_loss(o, T, beta=0.5)),
+    "slopes of cross entropy": slopes(lambda o: functional.cross_entropy(o, CLASSES)),
+    "slopes of parts": slopes(views),
 }
 
 
@@ -187,8 +218,8 @@ class Sub(torch.autograd.Function):
 
 
 def derivative(o: Tensor) -> Tensor:
-    """The derivative of a hyperbolic tangent, as in a gradient penalty."""
-    y = o.tanh()
+    """The derivative of a leaky ReLU, as in a gradient penalty."""
+    y = functional.leaky_relu(o.sin())
     (slope,) = torch.autograd.grad(y.sum(), o, create_graph=True)
     return slope.square().mean()
 
@@ -197,7 +228,7 @@ def derivative(o: Tensor) -> Tensor:
     ("loss", "kind"),
     [
         (lambda o: Sub.apply(o).mean(), "autograd.Function Sub"),
-        (derivative, "TanhBackward"),
+        (derivative, "LeakyReluBackward"),
         (lambda o: o.remainder(2).mean(), "Remainder"),
         (lambda o: torch.linalg.eigh(square(o)).eigenvectors.mean(), "LinalgEigh"),
         (lambda o: torch.linalg.svd(o).U.mean(), "LinalgSvd"),

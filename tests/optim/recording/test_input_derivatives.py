@@ -9,29 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from derivative_cases import MODES, Returned, Terms, X, by, net, trained
 from optim_cases import weights
 from torch import Tensor, nn
 
 from einconv_kfac import KFAC
-
-X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(6, 2)
-MODES: list[dict[str, Any]] = [{"fisher": "exact"}, {"lr": 0.01, "adaptive": False}]
-
-
-def net(inputs: int = 2) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(inputs, 5), nn.Tanh(), nn.Linear(5, 1)).double()
-
-
-def by(value: Tensor, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the derivative of a sum, with a graph."""
-    weight = torch.ones_like(value) if weight is None else weight
-    return torch.autograd.grad(value, x, weight, create_graph=True)[0]
-
-
-Returned = tuple[Tensor, ...]
-Terms = Callable[[Callable[[Tensor], Tensor], Tensor], Returned]
-"""Returns what a residual consists of, for a network and leaves."""
 
 
 def first(u: Callable[[Tensor], Tensor], x: Tensor) -> Returned:
@@ -67,35 +49,6 @@ def of_the_argument(u: Callable[[Tensor], Tensor], x: Tensor) -> Returned:
 
 
 TERMS: list[Terms] = [first, second, third, columns, weighted, of_the_argument]
-
-
-class Inside(nn.Module):
-    """Computes all terms in ``forward``."""
-
-    def __init__(self, terms: Terms) -> None:
-        super().__init__()
-        self.net, self.terms = net(), terms
-
-    def forward(self, x: Tensor) -> Returned:
-        return self.terms(self.net, x.detach().requires_grad_())
-
-
-def loss_of(terms: Returned) -> Tensor:
-    first, *others = ((each - 0.3 * k).square().mean() for k, each in enumerate(terms))
-    return sum(others, first)
-
-
-def trained(terms: Terms, *, inside: bool, **options: Any) -> Tensor:
-    """Return the weights after some steps."""
-    whole = Inside(terms)
-    opt = KFAC(whole if inside else whole.net, **options)
-    x = X.clone().requires_grad_()
-    for _ in range(3):
-        found = whole(X) if inside else terms(whole.net, x)
-        opt.zero_grad()
-        opt.observe(loss_of(found)).backward()
-        opt.step()
-    return weights(whole.net)
 
 
 @pytest.mark.parametrize("options", MODES)
@@ -190,49 +143,6 @@ def test_an_argument_of_two_calls() -> None:
 
     found, expected = trained_with(inside=False), trained_with(inside=True)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-
-
-def test_a_derivative_with_a_vector_that_depends_on_the_model_is_refused() -> None:
-    model, x = net(), X.clone().requires_grad_()
-    opt = KFAC(model)
-    opt.observe(by(model(x).square(), x).square().mean()).backward()
-    before = weights(model)
-    with pytest.raises(RuntimeError, match=r"got TanhBackward\. Compute deriv"):
-        opt.step()
-    assert torch.equal(weights(model), before)
-
-
-class Parts(nn.Module):
-    """An encoder and a decoder, whose derivative by the code is a part of the loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.encoder, self.decoder = nn.Linear(2, 2).double(), net()
-
-    def forward(self, x: Tensor) -> Returned:
-        code = self.encoder(x)
-        y = self.decoder(code)
-        return y, by(y, code)
-
-
-@pytest.mark.parametrize("options", MODES)
-def test_an_argument_that_depends_on_the_model(options: dict[str, Any]) -> None:
-    """It is refused where the derivative has to be evaluated again."""
-
-    def trained_as(whole: bool) -> Tensor:
-        model = Parts()
-        opt = KFAC(model, **options)
-        opt.observe(loss_of(model(X) if whole else Parts.forward(model, X))).backward()
-        opt.step()
-        return weights(model)
-
-    expected = trained_as(whole=True)
-    if "lr" in options:
-        torch.testing.assert_close(trained_as(whole=False), expected, rtol=1e-9, atol=1e-12)
-        return
-    with pytest.raises(RuntimeError, match="if neither this tensor nor the vectors depend on the"):
-        trained_as(whole=False)
 
 
 def test_a_derivative_that_is_an_argument_of_a_later_call() -> None:

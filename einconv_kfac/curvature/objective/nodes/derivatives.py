@@ -68,6 +68,11 @@ def _sigmoid(vector: Tensor, output: Tensor) -> Tensor:
     return vector * output * (1 - output)
 
 
+def _log_sigmoid(vector: Tensor, before: Tensor) -> Tensor:
+    """Return the derivative of the logarithm of a logistic function."""
+    return vector * torch.sigmoid(-before)
+
+
 def _softmax(vector: Tensor, output: Tensor, *, dim: int) -> Tensor:
     """Return the derivative of a softmax."""
     product = vector * output
@@ -88,7 +93,7 @@ RULES = (
     OfDerivative("LogSoftmaxBackwardData", _log_softmax, options=("dim",)),
     OfDerivative("SoftplusBackward", _aten.softplus_backward, ("self",), ("beta", "threshold")),
     OfDerivative("GeluBackward", _aten.gelu_backward, ("self",), ("approximate",)),
-    OfDerivative("LogSigmoidBackward", _aten.log_sigmoid_backward, ("self", "buffer")),
+    OfDerivative("LogSigmoidBackward", _log_sigmoid, ("self",)),
     OfDerivative("MseLossBackward", _aten.mse_loss_backward, _PAIR, ("reduction",)),
     OfDerivative("HuberLossBackward", _aten.huber_loss_backward, _PAIR, ("reduction", "delta")),
     OfDerivative(
