@@ -29,6 +29,12 @@ def linear_layer() -> nn.Linear:
     return nn.Linear(5, 3).double()
 
 
+def smooth_net() -> nn.Sequential:
+    """A network with an activation whose derivative is made of other operations."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 3)).double()
+
+
 def checkpointed_loss(model: nn.Module, opt: KFAC) -> Tensor:
     """Compute the loss in pieces, whose activations are computed again in the backward pass."""
 
@@ -46,6 +52,13 @@ def penalty(model: nn.Module, opt: KFAC) -> Tensor:
     y = model(x)  # the derivatives of all outputs are taken at once
     rows = torch.eye(3, dtype=y.dtype)[:, None].expand(3, *y.shape)
     (slopes,) = torch.autograd.grad(y, x, rows, create_graph=True, is_grads_batched=True)
+    loss = opt.observe(functional.cross_entropy(model(X), Y) + slopes.square().mean())
+    loss.backward()
+    return loss
+
+
+def functional_penalty(model: nn.Module, opt: KFAC) -> Tensor:
+    slopes = torch.func.vmap(torch.func.jacrev(model))(X)
     loss = opt.observe(functional.cross_entropy(model(X), Y) + slopes.square().mean())
     loss.backward()
     return loss
@@ -139,6 +152,21 @@ LOSSES: dict[str, Refused] = {
         inner_penalty,
         build=linear_layer,
         remedied=lambda: Penalized(linear_layer()),
+        loss_fn=None,
+        options={"lr": 0.1, "adaptive": False},
+    ),
+    "several derivatives at once": Refused(
+        r"got derivatives of linear layers .*weights of \['0', '2'\].*Pass that module",
+        penalty,
+        penalty_by_rows,
+        build=smooth_net,
+        loss_fn=None,
+    ),
+    "derivatives by torch.func": Refused(
+        r"got calls inside of torch.func .*weights of \['0', '2'\].*Pass that module",
+        functional_penalty,
+        penalty_by_rows,
+        build=smooth_net,
         loss_fn=None,
         options={"lr": 0.1, "adaptive": False},
     ),

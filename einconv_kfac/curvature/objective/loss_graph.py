@@ -13,6 +13,7 @@ from einconv_kfac.curvature.objective.graph import (
     Edge,
     backpropagated,
     dependents,
+    first_met,
     inputs_of,
     kind_of_node,
     leaf_of,
@@ -79,13 +80,20 @@ class LossGraph:
         self.nonlinear = [node for node in self.nodes if not self._is_linear(node)]
 
     def derivatives(self) -> list[str]:
-        """Return the derivatives of operations that the loss depends on, if it uses parameters.
+        """Return the derivatives of operations that the loss depends on, if they use parameters.
 
         They come from derivatives of the model that were taken between its output and the loss.
         """
         if len(self.sources) == len(self.outputs):
             return []
-        return sorted({k for node in self.nodes if (k := kind_of_node(node)).endswith("Backward")})
+        kinds = {node: kind_of_node(node) for node in self.nodes}
+        found = {node: kind for node, kind in kinds.items() if kind.endswith("Backward")}
+        return sorted({kind for node, kind in found.items() if self._uses_parameters(node)})
+
+    def _uses_parameters(self, node: Node) -> bool:
+        """Return whether an operation depends on parameters past the outputs of the model."""
+        starts = [edge for edge in inputs_of(node) if edge is not None]
+        return any(leaf_of(edge) is not None for edge in first_met(starts, self.is_source))
 
     def past(self, ends: Collection[Node]) -> set[Node]:
         """Return the operations on the way to parameters that are neither sources nor ends."""

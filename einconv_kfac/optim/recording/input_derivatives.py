@@ -23,6 +23,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from einconv_kfac.curvature.losses.snapshot import copied
+from einconv_kfac.curvature.objective.graph import edge_of
 from einconv_kfac.optim.recording.argument_copies import ArgumentCopies
 from einconv_kfac.optim.replay.loss_input import Derivative, LossInput, Vector
 
@@ -68,7 +69,7 @@ class InputDerivatives(Generic[CallT_contra]):
             self._view(index, own) if takes_derivatives(own) else own
             for index, own in enumerate(leaves)
         ]
-        nodes = (new.grad_fn for own, new in zip(leaves, views) if new is not own)
+        nodes = [edge_of(new)[0] for own, new in zip(leaves, views) if new is not own]
         self.first = min((node._sequence_nr() for node in nodes), default=0)
         found: Arguments = tree_unflatten(views, spec)
         self._copies = ArgumentCopies((args, kwargs), found)

@@ -57,12 +57,15 @@ class PendingCalls:
     Attributes:
         account: Keeps what the losses were taken as.
         returned: The numbers that the model returned, each of which may be a loss.
+        has_transforms: Whether the model was called inside of transforms of ``torch.func``, where
+            calls are not recorded.
     """
 
     def __init__(self, capture: LayerCapture, names: Callable[[], dict[Tensor, str]]) -> None:
         self.account, self.returned = LossAccount(), ReturnedLosses()
         self._capture, self._names = capture, names
         self._pending: list[PendingCall] = []
+        self.has_transforms = False
         self._numbers = itertools.count()
         self._first = 0
 
@@ -109,6 +112,10 @@ class PendingCalls:
             call.vectors[vector] = found
             call.others |= {p.number: weakref.ref(p) for p in self._pending if p.number in numbers}
         return True
+
+    def in_transform_(self) -> None:
+        """Note that a transform of ``torch.func`` calls the model, if a call of it does not."""
+        self.has_transforms |= not (self._pending and self._pending[-1].is_running)
 
     def inside_(self, loss_fn: nn.Module) -> Inside | None:
         """Count a loss that is being computed; return its input if that is inside the model."""
@@ -281,6 +288,7 @@ class PendingCalls:
         """Drop all of them."""
         self._capture.take()
         self.returned.is_needed, self.returned.marks = True, []
+        self.has_transforms = False
         self._pending, self._first = [], next(self._numbers)
 
     def _assign_(self) -> None:

@@ -21,7 +21,12 @@ from einconv_kfac.optim.recording.returned_terms import terms_of
 from einconv_kfac.optim.recording.viewed_outputs import OVERWRITTEN, is_overwritten_at
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.loss_input import LossInput
-from einconv_kfac.optim.replay.unknown_operations import LINEAR, refusal_of, refusal_of_derivatives
+from einconv_kfac.optim.replay.unknown_operations import (
+    LINEAR,
+    TRANSFORMS,
+    refusal_of,
+    refusal_of_derivatives,
+)
 from einconv_kfac.optim.replay.versions import Versions
 
 
@@ -189,15 +194,16 @@ class ReadObservation:
     def _check_derivatives(self, reading: Reading, *, replayed: bool) -> None:
         """Raise a ``RuntimeError`` if the loss uses layers in derivatives outside of the model.
 
-        Those of linear layers can be evaluated again.
-
         Args:
             reading: What the graph of the loss says.
             replayed: Whether the batch is to be replayed.
         """
         kinds = reading.graph.derivatives()
-        if not (kinds or replayed) and len(reading.graph.sources) > len(reading.graph.outputs):
-            kinds = [LINEAR] if self._enters_layers(reading) else []
+        if not kinds and len(reading.graph.sources) > len(reading.graph.outputs):
+            if self._pending.has_transforms:
+                kinds = [TRANSFORMS]
+            elif self._enters_layers(reading):
+                kinds = [LINEAR]
         if not kinds:
             return
         leaves = (leaf_of(edge) for edge in reading.graph.sources)
@@ -209,9 +215,9 @@ class ReadObservation:
             if any(name.startswith(f"{each}." if each else "") for name in names)
         ]
         if used:
-            raise RuntimeError(
-                refusal_of(kinds) if replayed else refusal_of_derivatives(kinds, used)
-            )
+            is_named = replayed and kinds[0] not in (LINEAR, TRANSFORMS)
+            text = refusal_of(kinds) if is_named else refusal_of_derivatives(kinds, used)
+            raise RuntimeError(text)
 
     def _enters_layers(self, reading: Reading) -> bool:
         """Return whether the loss uses operations inside of a layer's call past its output.

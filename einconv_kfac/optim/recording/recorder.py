@@ -87,11 +87,10 @@ class Recorder:
         self._capture = LayerCapture([]) if capture is None else capture
         self._pending = PendingCalls(self._capture, partial(leaf_names, model))
         self.account = self._pending.account
-        self._buffers = ChangingBuffers()
         self._outputs: LayerOutputs | None = None  # of the call that is running
         self._running: nn.Module | None = None  # the module of that call
         self._is_whole = not any(map(is_divided, model.parameters()))
-        self.tree = ModelTree(model)
+        self._buffers, self.tree = ChangingBuffers(), ModelTree(model)
         self.gradients = GradientWatch(self.tree)
         self._handles = self._attached()
         weakref.finalize(self, detach, self._handles)
@@ -168,8 +167,7 @@ class Recorder:
         after_layer = Hook(self._after_layer)
         layers = parts_with_outputs(self._entry, self._model)
         handles = [m.register_forward_hook(after_layer, prepend=True) for m in layers]
-        before, after = Hook(self._before_model), Hook(self._after_model)
-        self._calls = CallHooks(self._entry, before, after)
+        self._calls = CallHooks(self._entry, Hook(self._before_model), Hook(self._after_model))
         if self._entry is self._model:
             self._calls.watch_parts_([] if self._loss_fn is None else self._loss_fn.modules())
         handles += self._calls.handles
@@ -296,5 +294,7 @@ class Recorder:
 
     def _is_recording(self) -> bool:
         """Return whether calls are recorded."""
-        is_on = self.enabled and torch.is_grad_enabled()
-        return is_on and torch._C._functorch.peek_interpreter_stack() is None  # not `torch.func`
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return self.enabled and torch.is_grad_enabled()
+        self._pending.in_transform_()
+        return False

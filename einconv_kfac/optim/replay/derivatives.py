@@ -90,7 +90,7 @@ class Derivatives:
 
     def begin_(self, returned: Mapping[Direct, Tensor]) -> None:
         """Receive the tensors of the run itself."""
-        self._known.update(returned)
+        self._known |= dict[LossInput, Tensor](returned.items())
 
     def value(
         self, source: LossInput, context: Callable[[], AbstractContextManager[Any]]

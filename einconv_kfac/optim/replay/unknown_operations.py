@@ -27,6 +27,8 @@ KNOWN_DERIVATIVES = (
 """Which derivatives of a model are evaluated again."""
 LINEAR = "derivatives of linear layers"
 """How derivatives are named that no operation of the graph names."""
+TRANSFORMS = "calls inside of torch.func"
+"""How calls are named that are not recorded."""
 NO_LOSS = (
     "`step` needs the loss it steps on, but saw none whose gradient is in `.grad`. Compute it as "
     "`loss_fn(model(x), y)` with the module given here, outside of compiled functions, or write "

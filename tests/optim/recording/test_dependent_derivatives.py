@@ -66,6 +66,17 @@ class Coefficient(nn.Module):
         return self.net(x)
 
 
+class Shift(nn.Module):
+    """Adds its first argument: the derivative by it is a part of that by the second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net(2, 2)
+
+    def forward(self, shift: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(shift + self.net(x))
+
+
 def code(model: Parts, x: Tensor) -> Returned:
     h = model.encoder(x)
     y = model.decoder(h)
@@ -145,6 +156,13 @@ def vector_of_derivatives(u: nn.Module, x: Tensor) -> Returned:
     return slope, by(slope, x, slope), by(slope.square().sum(1), x)
 
 
+def by_a_shift(model: Shift, x: Tensor) -> Returned:
+    shift = x.detach().clone().requires_grad_()
+    y = model(shift, x)
+    by_shift, by_x = torch.autograd.grad(y.square().sum(), (shift, x), create_graph=True)
+    return y, by_shift, by(by_x, x), by(by_x.sin(), shift)
+
+
 def two_calls(u: nn.Module, x: Tensor) -> Returned:
     """Each of two calls is the vector of the other."""
     y, z = u(x), u(2 * x)
@@ -183,6 +201,7 @@ CASES: dict[str, tuple[Terms, Build]] = {
     "several outputs": (several, Several),
     "coefficient": (coefficient, Coefficient),
     "vector of derivatives": (vector_of_derivatives, net),
+    "a shift": (by_a_shift, Shift),
     "two calls": (two_calls, net),
     "residual": (residual, net),
     "Lagrangian": (lagrangian, lambda: net(2, 2)),
