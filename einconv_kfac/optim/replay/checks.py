@@ -79,7 +79,8 @@ def check_weights(weights: Sequence[float]) -> None:
 
 def _check_chained(model: nn.Module, forwards: Sequence[ForwardPass]) -> None:
     """Raise a ``RuntimeError`` if what stands between calls of the model cannot be replayed."""
-    links = [own.link for f in forwards for own in f.dependences if own.link is not None]
+    dependent = [each for each in forwards if each.call.chained or each.vectors]
+    links = [own.link for each in dependent for own in each.dependences if own.link is not None]
     if unknown := sorted({kind for link in links for kind in link.unknown}):
         raise RuntimeError(refusal_between(unknown))
     if links and any(each.call.has_moved(model) for each in forwards):
