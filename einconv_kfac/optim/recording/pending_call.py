@@ -76,8 +76,11 @@ class PendingCall:
 
     @property
     def is_alive(self) -> bool:
-        """Whether a tensor of the output exists."""
-        return any(reference() is not None for reference in self.outputs or [])
+        """Whether a tensor of the output is seen to exist.
+
+        What is known of vectors keeps graph and output alive, which then says nothing.
+        """
+        return not self.vectors and any(own() is not None for own in self.outputs or [])
 
     @property
     def may_have_loss(self) -> bool:
@@ -93,7 +96,7 @@ class PendingCall:
     @property
     def has_graph(self) -> bool:
         """Whether the graph of an output is seen to exist, for a loss that may come later."""
-        return any(reference() is not None for reference in self.marks)
+        return not self.vectors and any(reference() is not None for reference in self.marks)
 
     def is_intact(self, source: LossInput) -> bool:
         """Return whether no operation has changed a tensor in place."""

@@ -86,8 +86,9 @@ def _check_chained(model: nn.Module, forwards: Sequence[ForwardPass]) -> None:
     if links and any(each.call.has_moved(model) for each in forwards):
         raise RuntimeError(
             "Parameters must not change between the forward pass and the step when adaptive=True "
-            "and a call of the model depends on an earlier one through other operations. Take the "
-            "step of this optimizer first, or pass adaptive=False."
+            "and a call of the model, or a vector that its derivative is taken with, depends on "
+            "the model through other operations. Take the step of this optimizer first, or pass "
+            "adaptive=False."
         )
 
 

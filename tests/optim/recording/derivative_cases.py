@@ -47,13 +47,18 @@ def loss_of(terms: Returned) -> Tensor:
 
 
 def trained(
-    terms: Terms, *, inside: bool, build: Callable[[], nn.Module] = net, **options: Any
+    terms: Terms,
+    *,
+    inside: bool,
+    build: Callable[[], nn.Module] = net,
+    steps: int = 3,
+    **options: Any,
 ) -> Tensor:
     """Return the weights after some steps."""
     whole = Inside(terms, build)
     opt = KFAC(whole if inside else whole.net, **options)
     x = X.clone().requires_grad_()
-    for _ in range(3):
+    for _ in range(steps):
         found = whole(X) if inside else terms(whole.net, x)
         opt.zero_grad()
         opt.observe(loss_of(found)).backward()
