@@ -29,7 +29,17 @@ from einconv_kfac.optim.replay.loss_input import Derivative, LossInput, Vector
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of a call."""
-CallT_contra = TypeVar("CallT_contra", contravariant=True)
+
+
+class Call(Protocol):
+    """A call of a model."""
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether it is to be run again."""
+
+
+CallT_contra = TypeVar("CallT_contra", bound=Call, contravariant=True)
 
 
 class Notes(Protocol[CallT_contra]):
@@ -87,17 +97,19 @@ class InputDerivatives(Generic[CallT_contra]):
         view.register_hook(partial(self._arrived_, key))  # type: ignore[no-untyped-call]
         return view
 
-    def watch_(self, source: LossInput, tensor: Tensor) -> None:
+    def watch_(self, source: LossInput, tensor: Tensor, *, is_shared: bool = False) -> None:
         """Note the vectors with which derivatives of a tensor of the call are taken.
 
         Args:
             source: Which tensor of the call it is.
-            tensor: The tensor; no gradients reach it from inside of the call.
+            tensor: The tensor.
+            is_shared: Whether gradients may also reach it from inside of the call.
         """
         if tensor.requires_grad:
-            tensor.register_hook(partial(self._reached_, source))  # type: ignore[no-untyped-call]
+            hook = partial(self._reached_, source, is_shared)
+            tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _reached_(self, source: LossInput, weight: Tensor) -> Tensor | None:
+    def _reached_(self, source: LossInput, is_shared: bool, weight: Tensor) -> Tensor | None:
         """Note the vector at a tensor in a pass that keeps a graph."""
         notes, call = self._notes(), self._call()
         if not torch.is_grad_enabled() or notes is None or call is None:
@@ -106,13 +118,13 @@ class InputDerivatives(Generic[CallT_contra]):
         if number != self._pass:
             self._pass, self._weights = number, {}
         self._weights[source] = None
-        if _is_batched(weight):
+        if _is_batched(weight) or (is_shared and call.is_replayed):
             return None
         vector = Vector(copied(weight.detach()))
         if not weight.requires_grad:
             self._weights[source] = vector
             return None
-        if not in_own_pass(partial(notes.depends_, call, vector, weight)):
+        if not in_own_pass(partial(notes.depends_, call, vector, weight), weight):
             return None
         self._weights[source] = vector
         return self._view(vector, weight)
@@ -139,15 +151,19 @@ def _is_batched(tensor: Tensor) -> bool:
     return is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor)
 
 
-def in_own_pass(function: Callable[[], bool]) -> bool:
+def in_own_pass(function: Callable[[], bool], like: Tensor) -> bool:
     """Call a function that calls nodes of graphs inside of a hook, and return what it returns.
 
     In a pass that takes derivatives by given tensors, nodes return nothing for others. Inside of a
     pass of its own they return everything.
+
+    Args:
+        function: The function.
+        like: A tensor on the device of the pass.
     """
     found: list[bool] = []
     with torch.enable_grad():
-        zero = torch.zeros(()).requires_grad_().view(1)
+        zero = torch.zeros((), device=like.device).requires_grad_().view(1)
     zero.register_hook(lambda _: found.append(function()))  # type: ignore[no-untyped-call]
     zero.backward()  # type: ignore[no-untyped-call]
     return found[0]

@@ -31,7 +31,6 @@ from einconv_kfac.optim.replay.chain import (
     dependence_of,
     needed,
 )
-from einconv_kfac.optim.replay.environment import NOT_KEPT
 from einconv_kfac.optim.replay.forward import ModelCall
 from einconv_kfac.optim.replay.loss_input import (
     Derivative,
@@ -101,7 +100,7 @@ class PendingCalls:
 
     def depends_(self, call: PendingCall, vector: Vector, tensor: Tensor) -> bool:
         """See `Notes`; the graph is read if the call is to be replayed."""
-        if call.call is None or call.call.environment is NOT_KEPT:
+        if not call.is_replayed:
             return True
         try:
             found = dependence_of(tensor, self._tensor_at, self._names())
@@ -138,10 +137,10 @@ class PendingCalls:
         if not self._pending:
             return output
         pending, watch, given = self._pending[-1], self._pending[-1].derivatives, output
-        tensors = list(tensors_of(output))
+        tensors, shared = list(tensors_of(output)), set[int]()
         if watch is not None:
             watch.end_call_()
-            given = separate(output, tensors, watch.first)
+            given, shared = separate(output, tensors, watch.first)
         pairs = list(zip(tensors, tensors_of(given)))
         pending.call = None if pending.call is None else pending.call.ended()
         pending.outputs = [weakref.ref(own) for _, own in pairs]
@@ -149,7 +148,7 @@ class PendingCalls:
             if tensor.requires_grad:
                 self._mark_(pending, Returned(index), tensor, own)
                 if watch is not None:
-                    watch.watch_(Returned(index), own)
+                    watch.watch_(Returned(index), own, is_shared=id(tensor) in shared)
         return given
 
     def watched_(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:

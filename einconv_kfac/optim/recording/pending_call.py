@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.estimation.capture import LayerCall
 from einconv_kfac.optim.recording.input_derivatives import InputDerivatives
 from einconv_kfac.optim.replay.chain import Dependence
+from einconv_kfac.optim.replay.environment import NOT_KEPT
 from einconv_kfac.optim.replay.forward import ModelCall
 from einconv_kfac.optim.replay.loss_input import LossInput, Returned, Vector
 
@@ -73,6 +74,11 @@ class PendingCall:
     def is_running(self) -> bool:
         """Whether the call has begun and not ended."""
         return self.call is not None and self.outputs is None
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether it is to be run again."""
+        return self.call is not None and self.call.environment is not NOT_KEPT
 
     @property
     def is_alive(self) -> bool:

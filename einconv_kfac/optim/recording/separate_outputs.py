@@ -8,24 +8,28 @@ edge of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, first_met, inputs_of
 
 
-def separate(output: Any, tensors: Sequence[Tensor], first: int) -> Any:
+def separate(output: Any, tensors: Sequence[Tensor], first: int) -> tuple[Any, set[int]]:
     """Return an output of a call, with copies of tensors that inner gradients may reach.
 
-    Tensors in other objects than tuples, lists and dictionaries remain as they are.
+    Tensors in objects that torch does not divide into parts remain as they are.
 
     Args:
         output: The output.
         tensors: Its tensors.
         first: The sequence number of the first node of the call.
+
+    Returns:
+        The output, and the identities of its tensors that inner gradients may reach.
     """
     own = {id(t): t for t in tensors if t.grad_fn is not None and t.grad_fn._sequence_nr() >= first}
     inner = _inner([edge_of(tensor) for tensor in own.values()], first) if len(own) > 1 else set()
@@ -34,7 +38,11 @@ def separate(output: Any, tensors: Sequence[Tensor], first: int) -> Any:
         for key, tensor in own.items()
         if edge_of(tensor) in inner or _keeps_result(tensor)
     }
-    return _replaced(output, copies) if copies else output
+    if not copies:
+        return output, set()
+    parts, spec = tree_flatten(output)
+    given = [copies.get(id(part), part) for part in parts]
+    return tree_unflatten(given, spec), copies.keys() - {id(part) for part in parts}
 
 
 def _inner(edges: Sequence[Edge], first: int) -> set[Edge]:
@@ -50,14 +58,3 @@ def _keeps_result(tensor: Tensor) -> bool:
     node: Any = tensor.grad_fn
     names = ("_saved_result", "_saved_result0", "_saved_inverse")
     return isinstance(node, BackwardCFunction) or any(hasattr(node, name) for name in names)
-
-
-def _replaced(output: Any, copies: Mapping[int, Tensor]) -> Any:
-    """Return an output in which tensors are replaced by their copies."""
-    if isinstance(output, Tensor):
-        return copies.get(id(output), output)
-    if type(output) in (tuple, list):
-        return type(output)(_replaced(part, copies) for part in output)
-    if type(output) is dict:
-        return {name: _replaced(part, copies) for name, part in output.items()}
-    return output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -141,6 +141,26 @@ def last_tanh(u: nn.Module, x: Tensor) -> Returned:
     return y, by(by(y, x), x)
 
 
+class Pair(NamedTuple):
+    """Two outputs, of which the second one depends on the first one."""
+
+    y: Tensor
+    twice: Tensor
+
+
+class Named(Several):
+    """Returns a tuple with names."""
+
+    def forward(self, x: Tensor) -> Pair:  # type: ignore[override]
+        y = self.net(x)
+        return Pair(y, 2 * y)
+
+
+def named(model: Named, x: Tensor) -> Returned:
+    out = model(x)
+    return out.y, by(out.twice, x)
+
+
 def several(model: Several, x: Tensor) -> Returned:
     out = model(x)
     second = by(by(out["energies"], x), x)
@@ -199,6 +219,7 @@ CASES: dict[str, tuple[Terms, Build]] = {
     "directional": (directional, lambda: net(2, 3)),
     "last tanh": (last_tanh, lambda: net(2, 2, nn.Tanh())),
     "several outputs": (several, Several),
+    "named outputs": (named, Named),
     "coefficient": (coefficient, Coefficient),
     "vector of derivatives": (vector_of_derivatives, net),
     "a shift": (by_a_shift, Shift),
