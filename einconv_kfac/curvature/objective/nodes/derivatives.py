@@ -13,25 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
-from einconv_kfac.curvature.objective.node_rule import Function
+from einconv_kfac.curvature.objective.node_rule import Function, NodeRule
 from einconv_kfac.curvature.objective.nodes.elementary import saved_options
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 @dataclass(frozen=True)
-class OfDerivative:
+class OfDerivative(NodeRule):
     """The derivative of an operation.
 
     Args:
-        kind: See `NodeRule`.
         apply: The derivative, of the vector and of what was kept.
         kept: Names of the tensors that were kept.
         options: Names of arguments that the node saves.
     """
 
-    kind: str
     apply: Callable[..., Tensor]
     kept: tuple[str, ...] = ("output",)
     options: tuple[str, ...] = ()
@@ -50,12 +47,6 @@ class OfDerivative:
         if "reduction" in options:
             options["reduction"] = _REDUCTIONS[options["reduction"]]
         return partial(self.apply, **options)
-
-    def curvature(
-        self, node: Any, inputs: Sequence[Tensor | None], weight: Tensor
-    ) -> LocalCurvature | None:
-        """See `NodeRule`; it has none of its own."""
-        return None
 
 
 def _tanh(vector: Tensor, output: Tensor) -> Tensor:
