@@ -114,7 +114,7 @@ def check_names(names: Any, model: nn.Module) -> tuple[str, ...] | None:
         return None
     if isinstance(names, (str, Tensor)) or not isinstance(names, Iterable):
         raise ValueError(f"`parameters` must be names of parameters, got {shown(names)}.")
-    known, given = dict(model.named_parameters(remove_duplicate=False)), tuple(names)
+    known, given = dict(nn.Module.named_parameters(model, remove_duplicate=False)), tuple(names)
     for name in given:
         if not isinstance(name, str) or name not in known:
             raise ValueError(

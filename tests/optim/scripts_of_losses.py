@@ -140,6 +140,31 @@ def policy_gradient() -> list[float]:
     return [sum(costs[:5]) / 5, sum(costs[-10:]) / 10]
 
 
+class Coupling(nn.Module):
+    """A flow of one coupling, which scales and shifts half of the entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return log-densities ``[n]``."""
+        fixed, moved = x.chunk(2, 1)
+        scale, shift = self.net(fixed).chunk(2, 1)
+        z = torch.cat([fixed, moved * scale.exp() + shift], 1)
+        base: Tensor = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
+        return base + scale.sum(1)
+
+
+@script("a normalising flow")
+def flow() -> list[float]:
+    model, (x, _) = Coupling(), data()
+    x = torch.cat([x[:, :3], 3 * x[:, :3] + 0.3 * x[:, 3:]], 1)
+    opt = KFAC(model)
+    return steps(opt, lambda: opt.observe(-model(x).mean()), 10)
+
+
 @script("a loss without curvature (L1, hinges, quantiles, Dice)")
 def absolute() -> list[float]:
     model, loss_fn, (x, _) = net(1), nn.L1Loss(), data()

@@ -84,6 +84,13 @@ def layer_coverage(model: nn.Module, *, computed: bool) -> Coverage:
     return Coverage(list(_rows(model, owners, reasons, computed=computed)))
 
 
+_NO_OWNER = (
+    "The parameters of the model must be attributes of its modules, got '{}', which no module has. "
+    "The model keeps networks apart from their parameters, as loss modules of torchrl do. Make it "
+    "with functional=False, or compute the loss from the networks themselves."
+)
+
+
 def _rows(
     model: nn.Module, owners: dict[str, str], reasons: dict[str, str], *, computed: bool
 ) -> Iterator[ParameterCoverage]:
@@ -91,6 +98,8 @@ def _rows(
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         path, own = _owner(name, modules)
+        if path not in modules:
+            raise ValueError(_NO_OWNER.format(name))
         module, reason = modules[path], ""
         if name not in owners:
             reason = reasons.get(name) or _refusal(path, module, own, computed=computed)

@@ -34,7 +34,7 @@ def excluded_modules(model: nn.Module, exclude: Exclusion) -> set[nn.Module]:
             "`exclude` must be modules of `model`, their types, their names or patterns, got "
             f"{reprlib.repr(exclude)}."
         )
-    named = dict(model.named_modules(remove_duplicate=False))
+    named = dict(nn.Module.named_modules(model, remove_duplicate=False))
     chosen: set[nn.Module] = set()
     for entry in entries:
         found = _matching(named, entry)

@@ -143,7 +143,7 @@ class RunningCurvature:
     def covered(self) -> set[str]:
         """Return the names of the parameters that factors cover: layers with a trained weight."""
         layers = [running.layer for running in self.layers.values()]
-        present = self.model.named_parameters(remove_duplicate=False)
+        present = nn.Module.named_parameters(self.model, remove_duplicate=False)
         trained = {name for name, parameter in present if parameter.requires_grad}
         return {name for own in layers if own.weight in trained for name in own.parameters}
 

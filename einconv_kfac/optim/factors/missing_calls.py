@@ -12,8 +12,10 @@ from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.unknown_operations import NO_LOSS, OTHER_LAYERS
 
 WEIGHTS_ALONE = (
-    "The loss uses their weights themselves, as `layer.weight`. Where that is meant, leave them to "
-    "the fallback: exclude={given}."
+    "The loss uses their weights themselves, as `layer.weight`, or in a copy of the layers. Where "
+    "that is meant, leave them to the fallback: exclude={given}. An inner loop and a solver "
+    "(`odeint`, not `odeint_adjoint`) belong into `forward` of a module that has the model as a "
+    "part: pass that module."
 )
 
 

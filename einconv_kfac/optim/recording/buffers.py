@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.optim.replay.layer_jvp import batch_norms
+from einconv_kfac.optim.replay.loss_input import State
 from einconv_kfac.optim.replay.versions import version_of
 
 COPIED_ENTRIES = 1 << 16
@@ -30,6 +31,7 @@ class ChangingBuffers:
 
     Attributes:
         is_first: Whether the first step is still to come.
+        curved: The buffers with a graph when they were copied last, by name.
     """
 
     def __init__(self) -> None:
@@ -37,6 +39,7 @@ class ChangingBuffers:
         self._before: dict[str, tuple[int, ...]] = {}
         self._copies: dict[str, Tensor] = {}  # of the call that is running
         self.is_first = True
+        self.curved: dict[str, Tensor] = {}
 
     def copied_(
         self, modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]
@@ -48,6 +51,7 @@ class ChangingBuffers:
             parameters: Its parameters by name.
         """
         buffers, frozen = _buffers(modules), _frozen(parameters)
+        self.curved = _with_graph(buffers)
         self._before = _states({**buffers, **frozen})
         changing, size = self._changing, 0
         copied = {n for n, b in buffers.items() if b.numel() <= COPIED_ENTRIES or n in changing}
@@ -63,9 +67,14 @@ class ChangingBuffers:
         return self._copies
 
     def compare_(
-        self, modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]
-    ) -> None:
+        self,
+        called: nn.Module,
+        modules: Mapping[str, nn.Module],
+        parameters: Mapping[str, nn.Parameter],
+    ) -> list[tuple[State, Tensor]]:
         """Find what the forward pass has changed; call it afterwards.
+
+        Return the buffers that it left with a graph, on which later calls may depend.
 
         Parameters in whose place it put others have the values that it began with.
 
@@ -73,6 +82,7 @@ class ChangingBuffers:
         ``.data``. Copies of those that have not changed are dropped.
 
         Args:
+            called: The module that was called.
             modules: The modules of the model by name.
             parameters: Its parameters by name, as they were before.
         """
@@ -87,6 +97,14 @@ class ChangingBuffers:
                 self._changing.add(name)
             if name not in self._changing:
                 del self._copies[name]
+        self.curved = {}
+        places = ((name.rpartition("."), own) for name, own in _with_graph(buffers).items())
+        return [(State(called, modules[n[0]], n[2]), buffer) for n, buffer in places]
+
+
+def _with_graph(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the buffers that were computed with a graph, by name."""
+    return {name: own for name, own in buffers.items() if own.grad_fn is not None}
 
 
 def _replaced(

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
 from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of, within
 from einconv_kfac.curvature.objective.loss_account import LossAccount
-from einconv_kfac.curvature.objective.loss_calls import LossCall
-from einconv_kfac.curvature.objective.outputs import numbers_of, tensors_of
+from einconv_kfac.curvature.objective.outputs import tensors_of
 from einconv_kfac.optim.recording.input_derivatives import (
     Arguments,
     InputDerivatives,
     has_curved,
 )
 from einconv_kfac.optim.recording.kept_calls import kept_calls
-from einconv_kfac.optim.recording.observed_losses import ObservedLoss, ReturnedLosses, ends_among
+from einconv_kfac.optim.recording.loss_marks import LossMarks
 from einconv_kfac.optim.recording.pending_call import Mark, PendingCall
 from einconv_kfac.optim.recording.separate_outputs import separate
 from einconv_kfac.optim.recording.viewed_outputs import mark_viewed_
@@ -38,8 +37,12 @@ from einconv_kfac.optim.replay.loss_input import (
     LayerOutput,
     LossInput,
     Returned,
+    State,
     Vector,
 )
+
+_OUTER = (Returned, Derivative, State)
+"""Tensors that exist after a call."""
 
 
 class PendingCalls:
@@ -55,13 +58,13 @@ class PendingCalls:
 
     Attributes:
         account: Keeps what the losses were taken as.
-        returned: The numbers that the model returned, each of which may be a loss.
+        losses: The marks of losses.
         has_transforms: Whether the model was called inside of transforms of ``torch.func``, where
             calls are not recorded.
     """
 
     def __init__(self, capture: LayerCapture, names: Callable[[], dict[Tensor, str]]) -> None:
-        self.account, self.returned = LossAccount(), ReturnedLosses()
+        self.account, self.losses = LossAccount(), LossMarks()
         self._capture, self._names = capture, names
         self._pending: list[PendingCall] = []
         self.has_transforms = False
@@ -84,14 +87,20 @@ class PendingCalls:
         new = PendingCall(next(self._numbers), call, earlier=earlier)
         self._pending = [*kept, new]
 
-    def chained(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ChainedArgument, ...]:
-        """Return the arguments of a call that depend on earlier calls of the model.
+    def chained(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: Mapping[str, Tensor]
+    ) -> tuple[ChainedArgument, ...]:
+        """Return the arguments and buffers of a call that depend on earlier calls of the model.
 
         Args:
             args: The positional arguments.
             kwargs: The keyword arguments.
+            buffers: The buffers that require gradients, by name.
         """
-        return chained_arguments(args, kwargs, self._tensor_at, self._names)
+        marks = {name: mark_of(edge_of(own), (id(self), True)) for name, own in buffers.items()}
+        past = {n for n, mark in marks.items() if mark is not None and mark.call < self._first}
+        buffers = {name: own for name, own in buffers.items() if name not in past}
+        return chained_arguments(args, kwargs, buffers, self._tensor_at, self._names)
 
     def _tensor_at(self, edge: Edge) -> tuple[Source, Tensor] | None:
         """Return which tensor of which call an edge of the graph is, and its value."""
@@ -131,8 +140,13 @@ class PendingCalls:
             self._mark_(pending, LayerOutput(module, pending.marked[module]), output)
             pending.marked[module] += 1
 
-    def end_(self, output: Any) -> Any:
-        """End the call of the model that is running, and return what the script gets."""
+    def end_(self, output: Any, states: Sequence[tuple[State, Tensor]] = ()) -> Any:
+        """End the call of the model that is running, and return what the script gets.
+
+        Args:
+            output: The output.
+            states: The buffers that depend on the call.
+        """
         self._assign_()
         if not self._pending:
             return output
@@ -149,6 +163,9 @@ class PendingCalls:
                 self._mark_(pending, Returned(index), tensor, own)
                 if watch is not None:
                     watch.watch_(Returned(index), own, is_shared=id(tensor) in shared)
+        for source, tensor in states:
+            if mark_of(edge_of(tensor), (id(self), True)) is None:
+                self._mark_(pending, source, tensor)
         return given
 
     def watched_(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
@@ -169,59 +186,12 @@ class PendingCalls:
         """Mark a tensor of a call, and keep its value; the script may have a copy of its own."""
         value = tensor if own is None else own
         pending.values[source], pending.versions[source] = value.detach(), value._version
-        mark, is_returned = Mark(pending.number, source), isinstance(source, (Returned, Derivative))
+        mark, is_returned = Mark(pending.number, source), isinstance(source, _OUTER)
         mark_(tensor, (id(self), is_returned), mark)
         if is_returned and edge_of(tensor)[0] not in {c.output.node for c in pending.layer_calls}:
             pending.marks.append(weakref.ref(mark))  # others belong to nodes that calls keep
         if isinstance(source, Returned):
             mark_viewed_(tensor, id(self))
-
-    def mark_loss_(self, loss: Tensor) -> ObservedLoss:
-        """Mark a loss, and return the mark."""
-        mark = ObservedLoss()
-        mark_(loss, self._losses, mark)
-        return mark
-
-    def new_numbers(self, output: Any) -> list[Tensor]:
-        """Return the numbers in an output that may be losses, and are not observed yet."""
-        numbers = numbers_of(output)
-        if not numbers:
-            return []
-        known = {id(number) for number in numbers}
-        others = [tensor for tensor in tensors_of(output) if id(tensor) not in known]
-        found = ends_among(numbers, others)
-        return [number for number in found if self.loss_at(edge_of(number)) is None]
-
-    @property
-    def _losses(self) -> tuple[int, str]:
-        """The owner of the marks of losses."""
-        return id(self), "loss"
-
-    def pass_on_(self, root: Edge | None, weight: Tensor) -> None:
-        """Note what a loss that is recorded contributes to numbers that the model returned.
-
-        Args:
-            root: The edge of the loss; ``None`` if it has no such parts.
-            weight: Its whole weight in the pass that is running.
-        """
-        if self.returned.marks:
-            self.returned.pass_on_(root, weight, self._losses)
-
-    def mark_call_(self, loss_fn: nn.Module, arguments: Sequence[Any], loss: Tensor) -> None:
-        """Mark a loss as the result of a call of a loss module."""
-        call = LossCall.of(loss_fn, arguments, loss)
-        if call is not None:
-            mark_(loss, (id(self), "call"), call)
-
-    def call_at(self, edge: Edge) -> LossCall | None:
-        """Return the call of a loss module whose result is at an edge of the graph."""
-        found: LossCall | None = mark_of(edge, (id(self), "call"))
-        return found
-
-    def loss_at(self, edge: Edge) -> ObservedLoss | None:
-        """Return the mark of a loss at an edge of the graph."""
-        found: ObservedLoss | None = mark_of(within(edge), self._losses)
-        return mark_of(edge, self._losses) if found is None else found
 
     def source_at(
         self,
@@ -286,7 +256,7 @@ class PendingCalls:
     def clear_(self) -> None:
         """Drop all of them."""
         self._capture.take()
-        self.returned.is_needed, self.returned.marks = True, []
+        self.losses.clear_()
         self.has_transforms = False
         self._pending, self._first = [], next(self._numbers)
 

@@ -75,11 +75,11 @@ class ReadObservation:
         found: list[PendingCall] = []
         assert self._root is not None
         self._uses_parameters = self._is_overwritten = self._lacks_calls = False
-        whole = self._pending.loss_at(self._root)  # observed after it was recorded
+        whole = self._pending.losses.at(self._root)  # observed after it was recorded
         self.parts: list[ObservedLoss] = [] if whole is None else [whole]
 
         def stops(edge: Edge) -> bool:
-            if (part := self._pending.loss_at(edge)) is not None:
+            if (part := self._pending.losses.at(edge)) is not None:
                 self.parts.append(part)
             owner = self._pending.source_at(edge)
             is_term = owner is not None and (owner[0].number, owner[1]) in self._terms
@@ -137,7 +137,7 @@ class ReadObservation:
             root: The edge of the loss.
             weight: The weight of each of its numbers in it.
         """
-        at, calls = self._pending.call_at, self._layer_calls if self._has_calls else []
+        at, calls = self._pending.losses.call_at, self._layer_calls if self._has_calls else []
         given = root, self._loss, weight, self._value, self._names, at, outputs_of(calls)
         return Reading(*given, self._pending.account)
 

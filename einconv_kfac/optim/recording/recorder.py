@@ -134,7 +134,7 @@ class Recorder:
             ValueError: If it is not one number, or does not depend on the model.
         """
         check_number(loss)
-        self._pending.returned.is_needed &= self._loss_fn is None
+        self._pending.losses.returned.is_needed &= self._loss_fn is None
         if self.enabled and torch.is_grad_enabled() and not self.observe_(loss):
             raise ValueError(INDEPENDENT)
         return loss
@@ -157,10 +157,10 @@ class Recorder:
 
     def _assume_(self, output: Any) -> None:
         """Record numbers that the model returned, if the backward pass comes through them."""
-        for loss in self._pending.new_numbers(output):
+        for loss in self._pending.losses.new_numbers(output):
             observation = ReadObservation(self._model, self._pending, loss, is_assumed=True)
             if not observation.is_penalty:
-                self._pending.returned.add_(self._record_(loss, observation))
+                self._pending.losses.returned.add_(self._record_(loss, observation))
 
     def _attached(self) -> list[RemovableHandle]:
         """Attach the hooks, and return their handles."""
@@ -200,7 +200,7 @@ class Recorder:
             Environment.now(modules.values(), parameters.values(), buffers),
             Versions.of_call(args, kwargs, *kept),
             state_of(parameters.values()),
-            chained=self._pending.chained(args, kwargs),
+            chained=self._pending.chained(args, kwargs, self._buffers.curved),
             module=self._calls.name_of(model),
             replaced=self.tree.replaced(),
         )
@@ -220,9 +220,9 @@ class Recorder:
         if self._running is not model:
             return None
         self._running = self._outputs = None
-        given = self._pending.end_(output)
-        if self.keeps_outputs:
-            self._buffers.compare_(self.tree.modules, self.tree.parameters)
+        own = model, self.tree.modules, self.tree.parameters
+        states = self._buffers.compare_(*own) if self.keeps_outputs else ()
+        given = self._pending.end_(output, states)
         if self._is_recording():
             self._assume_(output)
         return given
@@ -236,11 +236,11 @@ class Recorder:
         inside = self._pending.inside_(loss_fn)
         if not self._is_recording() or not loss.requires_grad:
             return
-        self._pending.returned.is_needed = False
+        self._pending.losses.returned.is_needed = False
         arguments = loss_arguments(loss_fn, args, kwargs)
         observation = GivenObservation.of(loss_fn, arguments, loss, self._pending, inside)
         if not is_built_in(loss_fn):
-            self._pending.mark_call_(loss_fn, arguments, loss)
+            self._pending.losses.mark_call_(loss_fn, arguments, loss)
         if observation is None:
             self.observe_(with_kept_reduction(loss_fn, loss))
         else:
@@ -248,13 +248,13 @@ class Recorder:
 
     def _record_(self, loss: Tensor, observation: Observation) -> ObservedLoss:
         """Record a loss when it is backpropagated, and return its mark."""
-        this, part = weakref.ref(self), self._pending.mark_loss_(loss)
+        this, part = weakref.ref(self), self._pending.losses.mark_(loss)
 
         def begin_backward(weight: Tensor) -> None:
             recorder = this()
             if recorder is None or not recorder.enabled or part.is_replaced:
                 return
-            if observation.is_assumed and not recorder._pending.returned.is_needed:
+            if observation.is_assumed and not recorder._pending.losses.returned.is_needed:
                 return
             if recorder.gradients.lands_(observation):
                 recorder._begin_backward_(observation, weight.detach(), part)
@@ -266,7 +266,7 @@ class Recorder:
         self, observation: Observation, weight: Tensor, part: ObservedLoss
     ) -> None:
         """Record a batch, whose backward pass begins, as far as no other has it as a part."""
-        self._pending.pass_on_(observation.root, weight)
+        self._pending.losses.pass_on_(observation.root, weight)
         if (rest := part.rest_(weight)) is None:
             return
         self._drop_cleared_(before_pass=True)

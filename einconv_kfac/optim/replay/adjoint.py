@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from einconv_kfac.curvature.objective.graph import has_functions
+from einconv_kfac.optim.replay.held_parameters import check_replaced
 from einconv_kfac.optim.replay.host_pooling import HostPooling
 from einconv_kfac.optim.replay.jvp import Function, Tangents, inner, normal
 from einconv_kfac.optim.vectors import Direction, sum_of
@@ -45,19 +46,24 @@ class GradientSwitch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def observed(run: Callable[[], Tangents]) -> tuple[bool, bool]:
+def observed(run: Callable[[], Tangents], names: Mapping[Tensor, str]) -> tuple[bool, bool]:
     """Run a model with a graph, and say whether forward mode may differ from backward passes there.
 
     So it may with functions of users, and where gradients are switched off or asked for.
 
     Args:
-        run: Returns the model's outputs.
+        run: Returns the model's outputs for other values of parameters.
+        names: The parameters that took other values, with their names.
 
     Returns:
         Whether it may, and whether the model calls max pooling.
+
+    Raises:
+        RuntimeError: If the outputs depend on these parameters.
     """
     with torch.enable_grad(), GradientSwitch() as switch, HostPooling() as pooling:
         outputs = run()
+    check_replaced(outputs, names)
     return has_functions(outputs) or switch.was_used, pooling.is_used
 
 
@@ -76,17 +82,38 @@ class Adjoint:
     bound: Tensor
 
     @staticmethod
-    def of(function: Function, parameters: Direction, direction: Direction) -> Adjoint:
+    def of(
+        function: Function, model: nn.Module, parameters: Direction, direction: Direction
+    ) -> Adjoint:
         """Evaluate a function at parameters, and run its backward pass.
+
+        The parameters are those of the model itself where possible, since the backward pass of a
+        function that is written in Python may call parts of the model again.
 
         Args:
             function: Returns outputs for parameters.
+            model: The model.
             parameters: The parameters by name.
             direction: The direction ``d``.
         """
+        originals = {name: model.get_parameter(name) for name in direction}
+        if all(map(_is_plain, originals.values())):
+            try:
+                return Adjoint._by(function, {}, dict(originals.items()), direction)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # the graph between two calls is gone, which copies do not need
+                pass
+        leaves = {name: parameters[name].detach().requires_grad_() for name in direction}
+        return Adjoint._by(function, leaves, leaves, direction)
+
+    @staticmethod
+    def _by(
+        function: Function, given: Direction, leaves: Direction, direction: Direction
+    ) -> Adjoint:
+        """Return it for derivatives by leaves, with the parameters that a function is given."""
         with torch.enable_grad():
-            leaves = {name: parameters[name].detach().requires_grad_() for name in direction}
-            outputs = function(leaves)
+            outputs = function(given)
             ws = tuple(normal(output) for output in outputs)
             pairs = [(o, w) for o, w in zip(outputs, ws) if o.requires_grad]
             known, vectors = [o for o, _ in pairs], [w for _, w in pairs]
@@ -98,6 +125,16 @@ class Adjoint:
         value = sum((inner(d, g) for d, g in own), zero)
         sizes = [sum((inner(v, v) for v in each), zero) for each in zip(*own)] or [zero, zero]
         return Adjoint(ws, value, (sizes[0] * sizes[1]).sqrt())
+
+    def check(self, tangents: Tangents, eps: float) -> None:
+        """Raise a ``RuntimeError`` unless ``<J d, w> = <d, J^T w>``; see `agrees`."""
+        if not self.agrees(tangents, eps):
+            raise RuntimeError(
+                "The backward pass must be the derivative of what the model computes when "
+                "adaptive=True, got another one, by an `autograd.Function` that calls parts of the "
+                "model again in `backward`. Use a function that autograd differentiates "
+                "(`odeint` in place of `odeint_adjoint`), or pass adaptive=False."
+            )
 
     def agrees(self, tangents: Tangents, eps: float) -> bool:
         """Return whether ``<J d, w> = <d, J^T w>``, up to rounding; so if it is not finite.
@@ -114,3 +151,12 @@ class Adjoint:
         allowed = rounding * (size + self.value.abs()) + 10 * eps * self.bound
         difference = (left - self.value).abs()
         return not bool(difference.isfinite()) or bool(difference <= allowed)
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Return whether a derivative by a parameter is one of its whole, and no hook changes it."""
+    return (
+        type(parameter) is nn.Parameter
+        and parameter.requires_grad
+        and not parameter._backward_hooks
+    )

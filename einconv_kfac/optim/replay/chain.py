@@ -1,7 +1,7 @@
-"""Arguments of calls of a model that depend on outputs of earlier calls.
+"""Arguments and buffers of calls of a model that depend on outputs of earlier calls.
 
-A recurrent loop passes a state from call to call, and an encoder's output is a decoder's input. A
-replay runs all these calls, each with the outputs of those before it.
+A recurrent loop passes a state from call to call, as an argument or in a buffer, and an encoder's
+output is a decoder's input. A replay runs all these calls, each with outputs of those before it.
 """
 
 from __future__ import annotations
@@ -57,33 +57,39 @@ class Dependence:
 
 @dataclass(frozen=True)
 class ChainedArgument:
-    """An argument that depends on tensors of earlier calls, or on parameters.
+    """An argument or a buffer that depends on tensors of earlier calls, or on parameters.
 
     Args:
-        index: Its index among all positional and keyword arguments, nested ones included.
+        index: Its index among all positional and keyword arguments, nested ones included; the name
+            of a buffer in the model.
         own: How it depends on them.
     """
 
-    index: int
+    index: int | str
     own: Dependence
 
 
 def chained_arguments(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    buffers: Mapping[str, Tensor],
     source_at: SourceAt,
     names: Callable[[], Mapping[Tensor, str]],
 ) -> tuple[ChainedArgument, ...]:
-    """Return the arguments of a call that depend on earlier calls, while the graph exists.
+    """Return the arguments and buffers of a call that depend on earlier calls.
+
+    They are found while the graph exists.
 
     Args:
         args: The positional arguments.
         kwargs: The keyword arguments.
+        buffers: The buffers that require gradients, by name.
         source_at: Finds outputs of earlier calls.
         names: Returns the parameters of the model, with their names.
     """
     leaves, _ = tree_flatten((args, kwargs))
-    curved = [(i, e) for i, e in enumerate(leaves) if isinstance(e, Tensor) and e.requires_grad]
+    given: Iterable[tuple[int | str, Any]] = [*enumerate(leaves), *buffers.items()]
+    curved = [(i, e) for i, e in given if isinstance(e, Tensor) and e.requires_grad]
     if not curved:
         return ()
     parameters = names()
@@ -128,19 +134,20 @@ def dependence_of(
 
 
 def replaced(
-    args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[int, Any]
+    args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[int | str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return arguments, some of which are replaced.
 
     Args:
         args: The positional arguments.
         kwargs: The keyword arguments.
-        values: By the index of `ChainedArgument`.
+        values: By the index of `ChainedArgument`; those of buffers are left out.
     """
-    if not values:
+    own = {index: value for index, value in values.items() if isinstance(index, int)}
+    if not own:
         return args, kwargs
     leaves, spec = tree_flatten((args, kwargs))
-    for index, value in values.items():
+    for index, value in own.items():
         leaves[index] = value
     found: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, spec)
     return found

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.forward import ForwardPass
-from einconv_kfac.optim.replay.loss_input import Derivative, Returned
+from einconv_kfac.optim.replay.loss_input import Derivative, Returned, State
 from einconv_kfac.optim.replay.subsample import check_separate
 from einconv_kfac.optim.replay.unknown_operations import refusal_between, refusal_of
 
@@ -37,7 +37,7 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
     if batch.refusal is not None:
         raise RuntimeError(batch.refusal)
     assert batch.loss_model is not None
-    outside = (Returned, Derivative)
+    outside = (Returned, Derivative, State)
     inner = [i for f in batch.forwards for i in f.inputs if not isinstance(i, outside)]
     if inner and compiled:
         raise RuntimeError(
@@ -110,8 +110,9 @@ def check_repeated(batch: Batch, outputs: Sequence[Tensor]) -> None:
     raise RuntimeError(
         "The model must repeat its output when a recorded batch is replayed for adaptive=True, "
         "got a different one. Draw random numbers from torch's global generator, numpy's or "
-        "`random`, keep state between calls only in buffers or frozen parameters (no attributes), "
-        "change attributes of modules after the step, and parameters after it or inside of "
+        "`random`, keep state between calls only in buffers or frozen parameters (no attributes, "
+        "unless `forward` sets them back at its beginning, in a module that holds the loop over "
+        "time), change attributes of modules after the step, and parameters after it or inside of "
         "`torch.no_grad()` (not through `.data`), run attention without cuDNN, or pass "
         "adaptive=False."
     )

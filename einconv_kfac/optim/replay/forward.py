@@ -12,6 +12,7 @@ from einconv_kfac.optim.model_walk import named_modules, named_parameters
 from einconv_kfac.optim.replay.bags import native_embeddings
 from einconv_kfac.optim.replay.chain import ChainedArgument, Dependence, dependences_of
 from einconv_kfac.optim.replay.environment import NOT_KEPT, Environment
+from einconv_kfac.optim.replay.held_parameters import HeldParameters, held_parameters
 from einconv_kfac.optim.replay.layer_jvp import batch_norms
 from einconv_kfac.optim.replay.layer_outputs import LayerOutputs
 from einconv_kfac.optim.replay.loss_input import Derivative, LossInput, Vector, derivatives_of
@@ -33,7 +34,7 @@ class ModelCall:
         versions: The versions of the arguments.
         parameters: The state of the model's parameters.
         outputs: The outputs of layers, as far as they were kept.
-        chained: The arguments that depend on earlier calls.
+        chained: The arguments and buffers that depend on earlier calls.
         module: The name of the part of the model that was called, if not all of it.
         replaced: The name of a parameter in whose place the call used another tensor, if any.
     """
@@ -86,6 +87,7 @@ class Substitutes:
         buffers: The buffers and parameters of the model with their names; one may have several.
         norms: Forward methods of modules that change no buffers, of which no copies are needed.
         forwards: These, and those of other layers.
+        held: Attributes of modules that have parameters in them.
     """
 
     model: nn.Module
@@ -95,21 +97,26 @@ class Substitutes:
     buffers: Sequence[tuple[str, Tensor]]
     norms: Forwards
     forwards: Forwards
+    held: Sequence[HeldParameters]
 
     @staticmethod
     def of(model: nn.Module, parameters: Direction) -> Substitutes:
         """Return what stands for a model with other values of its parameters."""
         named_parts = named_modules(model)
         modules, norms = named_parts.values(), batch_norms(named_parts)
-        named = list(model.named_parameters(remove_duplicate=False))
+        named = list(nn.Module.named_parameters(model, remove_duplicate=False))
+        values_of: dict[Tensor, Tensor] = {
+            tensor: parameters[name] for name, tensor in named if name in parameters
+        }
         return Substitutes(
             model,
             modules,
             parameters,
-            {tensor: parameters[name] for name, tensor in named if name in parameters},
-            [*model.named_buffers(remove_duplicate=False), *named],
+            values_of,
+            [*nn.Module.named_buffers(model, remove_duplicate=False), *named],
             norms,
             native_recurrences(modules) | native_embeddings(modules) | norms,
+            held_parameters(modules, values_of),
         )
 
     def values(self, part: nn.Module, buffers: Mapping[str, Tensor]) -> Direction:

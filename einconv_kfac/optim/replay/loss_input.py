@@ -100,6 +100,34 @@ class LayerOutput:
         return f"call number {self.index + 1} of a layer ({type(self.module).__name__})"
 
 
+@dataclass(frozen=True)
+class State:
+    """A buffer after a call, which later calls begin with, as a membrane's potential.
+
+    Args:
+        called: The module that was called.
+        owner: The module that has the buffer.
+        name: The buffer's name there.
+    """
+
+    called: nn.Module
+    owner: nn.Module
+    name: str
+
+    def watch(self, found: Found) -> RemovableHandle:
+        """See `InnerInput`."""
+
+        def hook(_: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
+            if (buffer := self.owner._buffers.get(self.name)) is not None:
+                found(buffer)
+
+        return self.called.register_forward_hook(hook)
+
+    def missing(self) -> str:
+        """See `InnerInput`."""
+        return f"the buffer '{self.name}' of a {type(self.owner).__name__}"
+
+
 @dataclass(frozen=True, eq=False)
 class Vector:
     """A vector that a derivative was taken with.
@@ -132,7 +160,7 @@ class Derivative:
                 yield from source.all_of()
 
 
-Direct: TypeAlias = Returned | Inside | LayerOutput
+Direct: TypeAlias = Returned | Inside | LayerOutput | State
 """How a tensor follows from a run of the model itself."""
 LossInput: TypeAlias = Direct | Derivative
 """How a tensor on which a loss depends follows from a call of the model."""

@@ -264,21 +264,22 @@ class Replay:
     def check_products_(self, batch: Batch, parameters: Direction, direction: Direction) -> None:
         """Check that a batch can be differentiated, and choose how.
 
-        Forward mode also differentiates what the model computes without gradients, nothing requires
-        them there, and torch drops tangents in operators of ``torch.library`` and in control flow.
-        Where that makes a difference to the backward pass, two of these take its place.
-
-        For the other arguments and errors see `check`.
+        In forward mode nothing requires gradients, none are switched off, and operators of
+        ``torch.library`` drop tangents. Where that differs, two backward passes follow; see `check`.
         """
         repeated = partial(self._repeated, batch, self._is_repeated_)
+        leaves = {name: parameters[name].detach().requires_grad_() for name in direction}
+        names: dict[Tensor, str] = {self._model.get_parameter(n): n for n in direction}
         with self._paused():
-            is_doubtful, self._pools = observed(partial(repeated, {}))
+            is_doubtful, self._pools = observed(partial(repeated, leaves), names)
         (tangents,) = self.jacobian_products(batch, parameters, [direction])
-        if is_doubtful and self.forward_mode:
+        if is_doubtful:
             with self._paused():
-                adjoint = Adjoint.of(repeated, parameters, direction)
-            self.forward_mode = adjoint.agrees(tangents, batch.precision(tangents))
-            self.jacobian_products(batch, parameters, [direction])
+                adjoint = Adjoint.of(repeated, self._model, parameters, direction)
+            if self.forward_mode and not adjoint.agrees(tangents, batch.precision(tangents)):
+                self.forward_mode = False
+                (tangents,) = self.jacobian_products(batch, parameters, [direction])
+            adjoint.check(tangents, batch.precision(tangents))
         self.is_checked = True
 
     def check_outputs(self, batches: Sequence[Batch]) -> None:

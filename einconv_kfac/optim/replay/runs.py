@@ -15,6 +15,7 @@ from einconv_kfac.optim.replay.chain import Source, TensorOf, replaced
 from einconv_kfac.optim.replay.derivatives import Derivatives, Gate
 from einconv_kfac.optim.replay.dropout import batch_masks
 from einconv_kfac.optim.replay.forward import ForwardPass, Substitutes
+from einconv_kfac.optim.replay.held_parameters import held_values
 from einconv_kfac.optim.replay.layer_jvp import layer_jvps
 from einconv_kfac.optim.replay.loss_input import (
     LossInput,
@@ -64,7 +65,8 @@ class Run:
         wanted = forward.derivatives, self._dependent, gate, forward.subset
         self._derivatives = Derivatives(args, kwargs, *wanted)
         called = model.get_submodule(call.module)
-        values = own.values(called, call.environment.buffers)
+        buffers = {name: value for name, value in given.items() if isinstance(name, str)}
+        values = own.values(called, call.environment.buffers | buffers)
 
         def run() -> Any:
             return _called(called, values, self._derivatives.args, self._derivatives.kwargs)
@@ -91,6 +93,7 @@ class Run:
             stack.enter_context(self._forward.call.environment.restored(self._own.model))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(substituted(self._forwards))
+            stack.enter_context(held_values(self._own.held))
             yield
 
 

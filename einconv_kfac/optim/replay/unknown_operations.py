@@ -66,7 +66,8 @@ def refusal_of(unknown: Sequence[str]) -> str:
         )
     whole = (
         "compute the loss in a module, call that on the output (on several outputs as one tensor, "
-        "by `torch.cat`), and pass it: KFAC(model, it)"
+        "by `torch.cat`), and pass it: KFAC(model, it), or let `forward` return the losses of the "
+        "examples, `[n]`, and average them outside of it"
     )
     return (
         "The operations between the model's output and the loss must be known when adaptive=True, "

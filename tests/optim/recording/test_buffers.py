@@ -130,7 +130,7 @@ def test_a_buffer_that_has_become_large_is_copied(
     changing = buffers.ChangingBuffers()
     changing.copied_(dict(model.named_modules()), {})
     model(x)
-    changing.compare_(dict(model.named_modules()), {})
+    changing.compare_(model, dict(model.named_modules()), {})
     copies = changing.copied_(dict(model.named_modules()), {})
     assert torch.equal(copies["1.seen"], model[1].seen)
 
@@ -188,7 +188,7 @@ def test_frozen_parameters_that_stay_are_copied_until_the_first_step() -> None:
     changing = buffers.ChangingBuffers()
     copies = changing.copied_(*given)
     assert copies.keys() == {"0.weight", "0.bias"}
-    changing.compare_(*given)
+    changing.compare_(model, *given)
     assert not copies
     changing.is_first = False
     assert not changing.copied_(*given)

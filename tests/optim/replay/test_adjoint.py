@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -117,3 +118,46 @@ def test_the_step_minimises_the_quadratic_model_of_autograd(
     curvature = curvature_along(model, step) + damping * size
     assert along < 0
     assert curvature == pytest.approx(-along, rel=1e-9)
+
+
+class CalledAgain(torch.autograd.Function):
+    """Calls a module without a graph, and again in the backward pass, as adjoint solvers do."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x, *parameters)
+        output: Tensor = module(x)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            output = ctx.module(x.detach())
+        found = torch.autograd.grad(output, parameters, gradient, allow_unused=True)
+        return None, None, *found
+
+
+class Solved(nn.Module):
+    """A network whose first layer computes its gradients by calling itself again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = [parameter for parameter in self.inner.parameters() if parameter.requires_grad]
+        output: Tensor = self.head(torch.tanh(CalledAgain.apply(self.inner, x, *own)))
+        return output
+
+
+def test_a_backward_pass_that_calls_the_model_again_is_refused() -> None:
+    model = Solved().double()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    opt = KFAC(model, exclude=["inner"])
+    opt.observe(nn.functional.mse_loss(model(X), Y)).backward()
+    with pytest.raises(RuntimeError, match="calls parts of the model again in `backward`"):
+        opt.step()
+    for parameter, value in zip(model.parameters(), before):
+        assert torch.equal(parameter, value)

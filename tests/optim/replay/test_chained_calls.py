@@ -83,6 +83,52 @@ def bent(model: Any, call: Any, x: Tensor, y: Tensor) -> Tensor:
     return functional.mse_loss(second, x.flip(0)) + 0.1 * first.square().mean()
 
 
+class Remembering(Cell):
+    """A cell that keeps its state in a buffer."""
+
+    state: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(8, 6))
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Any:
+        self.state = self.cell(x, self.state)
+        return self.out(self.state)
+
+
+class Remembered(nn.Module):
+    """Two parts, the first of which keeps its state, and the second of which is called alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = Remembering(), nn.Linear(3, 3)
+
+
+def remembered(model: Any, call: Any, x: Tensor, y: Tensor) -> Tensor:
+    """A loop whose state the model keeps."""
+    model.state = torch.zeros(8, 6).to(x)
+    outputs = [call(x + step) for step in range(3)]
+    return functional.cross_entropy(torch.stack(outputs).mean(0), y % 3)
+
+
+def decaying(model: Any, call: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The same, where the script changes the state between the calls and uses it."""
+    model.state, outputs = torch.zeros(8, 6).to(x), []
+    for step in range(3):
+        outputs.append(call(x + step))
+        model.state = model.state.sigmoid() * 0.5
+    penalty = 0.1 * model.state.square().mean()
+    return functional.cross_entropy(torch.stack(outputs).mean(0), y % 3) + penalty
+
+
+def in_parts(model: Any, call: Any, x: Tensor, y: Tensor) -> Tensor:
+    """A part that keeps its state, and one that comes after it."""
+    model.first.state = torch.zeros(8, 6).to(x)
+    hidden = torch.stack([model.first(x + step) for step in range(3)]).mean(0)
+    return functional.cross_entropy(model.head(hidden), y % 3)
+
+
 def trained(kind: type[nn.Module], loss: Loss, *, whole: bool, **options: Any) -> list[Tensor]:
     """Train, and return the parameters.
 
@@ -123,6 +169,9 @@ CASES: list[tuple[type[nn.Module], Loss]] = [
     (Long, long_loop),
     (Mixer, twice),
     (Mixer, bent),
+    (Remembering, remembered),
+    (Remembering, decaying),
+    (Remembered, in_parts),
 ]
 
 
