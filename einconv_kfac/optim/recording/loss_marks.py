@@ -74,7 +74,3 @@ class LossMarks:
         """
         if self.returned.marks:
             self.returned.pass_on_(root, weight, self._observed)
-
-    def clear_(self) -> None:
-        """Forget the numbers that the model returned."""
-        self.returned.is_needed, self.returned.marks = True, []

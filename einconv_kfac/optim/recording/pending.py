@@ -256,7 +256,7 @@ class PendingCalls:
     def clear_(self) -> None:
         """Drop all of them."""
         self._capture.take()
-        self.losses.clear_()
+        self.losses.returned.is_needed, self.losses.returned.marks = True, []
         self.has_transforms = False
         self._pending, self._first = [], next(self._numbers)
 

@@ -265,7 +265,7 @@ class Replay:
         """Check that a batch can be differentiated, and choose how.
 
         In forward mode nothing requires gradients, none are switched off, and operators of
-        ``torch.library`` drop tangents. Where that differs, two backward passes follow; see `check`.
+        ``torch.library`` drop tangents. Where that differs, two backward passes follow.
         """
         repeated = partial(self._repeated, batch, self._is_repeated_)
         leaves = {name: parameters[name].detach().requires_grad_() for name in direction}
