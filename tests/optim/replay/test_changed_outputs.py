@@ -243,6 +243,7 @@ def test_a_changed_view_is_refused_and_the_remedy_works(
         for _ in range(2):
             opt.zero_grad()
             out = model(x)
+            is_view = out._is_view()  # not of a whole linear layer, from PyTorch 2.15 on
             if way == "in place":
                 out = VIEW_CHANGES[change](out)
             elif way == "clone":
@@ -253,7 +254,7 @@ def test_a_changed_view_is_refused_and_the_remedy_works(
             scores = out.transpose(1, 2) if end == "whole" else out
             loss = loss_fn(scores, targets)
             loss = loss if given else opt.observe(loss)
-            if way == "in place":
+            if way == "in place" and is_view:
                 before = weights(model)
                 with pytest.raises(RuntimeError, match=r"is a view.*out = model\(x\)\.clone\(\)"):
                     loss.backward()
@@ -263,7 +264,10 @@ def test_a_changed_view_is_refused_and_the_remedy_works(
             opt.step()
         found.append(weights(model))
     torch.testing.assert_close(found[1], found[2], **EXACT)
-    assert not torch.equal(found[0], found[1])
+    if is_view:
+        assert not torch.equal(found[0], found[1])
+    else:
+        torch.testing.assert_close(found[0], found[1], **EXACT)
 
 
 class Keeping(nn.Module):
