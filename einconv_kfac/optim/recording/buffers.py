@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.optim.replay.layer_jvp import batch_norms
-from einconv_kfac.optim.replay.loss_input import State
+from einconv_kfac.optim.replay.loss_input import CarriedBuffer
 from einconv_kfac.optim.replay.versions import version_of
 
 COPIED_ENTRIES = 1 << 16
@@ -71,10 +71,8 @@ class ChangingBuffers:
         called: nn.Module,
         modules: Mapping[str, nn.Module],
         parameters: Mapping[str, nn.Parameter],
-    ) -> list[tuple[State, Tensor]]:
+    ) -> list[tuple[CarriedBuffer, Tensor]]:
         """Find what the forward pass has changed; call it afterwards.
-
-        Return the buffers that it left with a graph, on which later calls may depend.
 
         Parameters in whose place it put others have the values that it began with.
 
@@ -85,6 +83,9 @@ class ChangingBuffers:
             called: The module that was called.
             modules: The modules of the model by name.
             parameters: Its parameters by name, as they were before.
+
+        Returns:
+            The buffers that it left with a graph, on which later calls may depend.
         """
         buffers, frozen = _buffers(modules), _frozen(parameters)
         large = {name: b for name, b in buffers.items() if b.numel() > COPIED_ENTRIES}
@@ -99,7 +100,7 @@ class ChangingBuffers:
                 del self._copies[name]
         self.curved = {}
         places = ((name.rpartition("."), own) for name, own in _with_graph(buffers).items())
-        return [(State(called, modules[n[0]], n[2]), buffer) for n, buffer in places]
+        return [(CarriedBuffer(called, modules[n[0]], n[2]), buffer) for n, buffer in places]
 
 
 def _with_graph(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:

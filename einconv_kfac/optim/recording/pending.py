@@ -32,17 +32,15 @@ from einconv_kfac.optim.replay.chain import (
 )
 from einconv_kfac.optim.replay.forward import ModelCall
 from einconv_kfac.optim.replay.loss_input import (
+    OUTER,
+    CarriedBuffer,
     Derivative,
     Inside,
     LayerOutput,
     LossInput,
     Returned,
-    State,
     Vector,
 )
-
-_OUTER = (Returned, Derivative, State)
-"""Tensors that exist after a call."""
 
 
 class PendingCalls:
@@ -140,7 +138,7 @@ class PendingCalls:
             self._mark_(pending, LayerOutput(module, pending.marked[module]), output)
             pending.marked[module] += 1
 
-    def end_(self, output: Any, states: Sequence[tuple[State, Tensor]] = ()) -> Any:
+    def end_(self, output: Any, states: Sequence[tuple[CarriedBuffer, Tensor]] = ()) -> Any:
         """End the call of the model that is running, and return what the script gets.
 
         Args:
@@ -186,7 +184,7 @@ class PendingCalls:
         """Mark a tensor of a call, and keep its value; the script may have a copy of its own."""
         value = tensor if own is None else own
         pending.values[source], pending.versions[source] = value.detach(), value._version
-        mark, is_returned = Mark(pending.number, source), isinstance(source, _OUTER)
+        mark, is_returned = Mark(pending.number, source), isinstance(source, OUTER)
         mark_(tensor, (id(self), is_returned), mark)
         if is_returned and edge_of(tensor)[0] not in {c.output.node for c in pending.layer_calls}:
             pending.marks.append(weakref.ref(mark))  # others belong to nodes that calls keep

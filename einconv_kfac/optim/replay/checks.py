@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from einconv_kfac.optim.replay.batch import Batch
 from einconv_kfac.optim.replay.forward import ForwardPass
-from einconv_kfac.optim.replay.loss_input import Derivative, Returned, State
+from einconv_kfac.optim.replay.loss_input import OUTER
 from einconv_kfac.optim.replay.subsample import check_separate
 from einconv_kfac.optim.replay.unknown_operations import refusal_between, refusal_of
 
@@ -37,8 +37,7 @@ def check_batch(model: nn.Module, batch: Batch, *, compiled: bool) -> None:
     if batch.refusal is not None:
         raise RuntimeError(batch.refusal)
     assert batch.loss_model is not None
-    outside = (Returned, Derivative, State)
-    inner = [i for f in batch.forwards for i in f.inputs if not isinstance(i, outside)]
+    inner = [i for f in batch.forwards for i in f.inputs if not isinstance(i, OUTER)]
     if inner and compiled:
         raise RuntimeError(
             "`loss_fn` must be called outside of a compiled model when adaptive=True, got a "

@@ -101,7 +101,7 @@ class LayerOutput:
 
 
 @dataclass(frozen=True)
-class State:
+class CarriedBuffer:
     """A buffer after a call, which later calls begin with, as a membrane's potential.
 
     Args:
@@ -160,10 +160,12 @@ class Derivative:
                 yield from source.all_of()
 
 
-Direct: TypeAlias = Returned | Inside | LayerOutput | State
+Direct: TypeAlias = Returned | Inside | LayerOutput | CarriedBuffer
 """How a tensor follows from a run of the model itself."""
 LossInput: TypeAlias = Direct | Derivative
 """How a tensor on which a loss depends follows from a call of the model."""
+OUTER = (Returned, Derivative, CarriedBuffer)
+"""Tensors that exist after a call."""
 
 
 def derivatives_of(sources: Iterable[LossInput]) -> Iterator[Derivative]:

@@ -43,7 +43,7 @@ class GradientGraph:
         with torch.enable_grad():
             results = node(zeros_at((node, 0)).requires_grad_())
         several = results if isinstance(results, tuple) else (results,)
-        self.strides = next(each.stride() for each in several if each is not None)
+        self.strides = next((each.stride() for each in several if each is not None), ())
         before = {node, *(edge[0] for edge in inputs_of(node) if edge is not None)}
         waiting = [each.grad_fn for each in several if each is not None and each.requires_grad]
         while waiting:
