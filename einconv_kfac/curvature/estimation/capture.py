@@ -23,6 +23,9 @@ from einconv_kfac.curvature.module_hooks import InactiveHook, is_compiling
 from einconv_kfac.curvature.objective.graph import Edge, metadata_of, viewed
 from einconv_kfac.curvature.objective.unbatched import Batching, LayerOutput
 
+TRACKERS = ("torch.utils.module_tracker", "torch.distributed._tools.", "torch.distributed.tensor.")
+"""Python modules whose hooks for all modules follow them, as those that count operations."""
+
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -63,8 +66,15 @@ def sees_own_output(module: nn.Module) -> bool:
     A user's hook may change the output after them, but not before.
     """
     first = next(iter(module._forward_hooks.values()), None)
-    is_own = getattr(getattr(first, "func", first), "__module__", "").startswith("einconv_kfac.")
-    return is_own and not torch_module._global_forward_hooks
+    others = torch_module._global_forward_hooks.values()
+    return _module_of(first).startswith("einconv_kfac.") and all(
+        _module_of(hook).startswith(TRACKERS) for hook in others
+    )
+
+
+def _module_of(hook: Any) -> str:
+    """Return the name of the Python module that defines a hook."""
+    return getattr(getattr(hook, "func", hook), "__module__", None) or ""
 
 
 class _CallRecorder:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 from einconv_kfac import KFAC
 
@@ -101,3 +103,20 @@ def test_an_earlier_optimizer_may_be_collected_in_a_forward_pass() -> None:
     opts[-1].step()
     assert len(opts) == 1
     assert not torch.equal(before, model[0].weight)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_operations_may_be_counted(options: dict[str, Any]) -> None:
+    with FlopCounterMode(display=False) as counted:
+        found = trained(ignore, late=False, **options)
+    torch.testing.assert_close(found, trained(ignore, late=False, **options))
+    assert counted.get_total_flops() > 0
+
+
+def test_hooks_for_all_modules_may_change_outputs() -> None:
+    handle = register_module_forward_hook(triple)
+    try:
+        with pytest.raises(ValueError, match="not for all modules"):
+            trained(ignore, late=False)
+    finally:
+        handle.remove()
