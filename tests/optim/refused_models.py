@@ -243,7 +243,7 @@ MODELS: dict[str, Refused] = {
         remedied=lambda: Drawing(False),
     ),
     "a backward pass that cannot be differentiated": Refused(
-        "Give the custom `autograd.Function` a `jvp`, or a `backward`",
+        "Give `Once` a `jvp`, or a `backward`",
         plain,
         plain,
         build=lambda: net(Custom(Once)),

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Generator, Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 
 from einconv_kfac.optim.replay.environment import ONE_THREAD
 from einconv_kfac.optim.vectors import Direction, entries, precise, sum_of
@@ -130,9 +131,10 @@ def backward_products(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # NotImplementedError is one
-            raise _refusal(str(error)) from error
+            raise _refusal(str(error), curved) from error
     for direction, product in zip(directions, products):
-        _check_adjoint(direction, product, transposed, ws)
+        if not _is_adjoint(direction, product, transposed, ws):
+            raise _refusal("<J d, w> differs from <d, J^T w>", curved)
     return [_rescaled(_completed(outputs, p), scale) for p, (_, scale) in zip(products, scaled)]
 
 
@@ -158,10 +160,10 @@ def normal(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
-def _check_adjoint(
+def _is_adjoint(
     direction: Direction, product: Sequence[Tensor], transposed: Direction, ws: Sequence[Tensor]
-) -> None:
-    """Check ``<J d, w> = <d, J^T w>``, which fails where a backward pass is not differentiable."""
+) -> bool:
+    """Return whether ``<J d, w> = <d, J^T w>``: not where a backward pass is not differentiable."""
     left = sum_of([inner(p, w) for p, w in zip(product, ws)])
     pairs = [(direction[name], g.detach()) for name, g in transposed.items() if name in direction]
     right = sum((inner(d, g) for d, g in pairs), torch.zeros_like(left))
@@ -170,8 +172,7 @@ def _check_adjoint(
     eps = torch.finfo(ws[0].dtype).eps
     size = sum_of([p.double().norm() for p in product])
     allowed = 10 * eps**0.5 * (size + right.abs()) + 10 * eps * bound
-    if not bool((left - right).abs() <= allowed) and bool((left - right).isfinite()):
-        raise _refusal("<J d, w> differs from <d, J^T w>")
+    return bool((left - right).abs() <= allowed) or not bool((left - right).isfinite())
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -179,11 +180,30 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return (entries(a.detach()).double() * entries(b.detach()).double()).sum()
 
 
-def _refusal(why: str) -> RuntimeError:
-    """Return the error for a model without Jacobian-vector products."""
+def _refusal(why: str, outputs: Sequence[Tensor]) -> RuntimeError:
+    """Return the error for a model without Jacobian-vector products, which names its functions."""
+    named = " or ".join(f"`{name}`" for name in _functions_without_jvp(outputs))
     return RuntimeError(
         "The model must have Jacobian-vector products when adaptive=True, got an operator "
-        f"without forward-mode derivative whose backward pass cannot be differentiated: {why}. "
-        "Give the custom `autograd.Function` a `jvp`, or a `backward` made of differentiable "
-        "operations without `once_differentiable`, or pass adaptive=False."
+        "without forward-mode derivative whose backward pass cannot be differentiated: "
+        f"{why.rstrip('.')}. Give {named or 'the custom `autograd.Function`'} a `jvp`, or a "
+        "`backward` made of differentiable operations without `once_differentiable`, call torch's "
+        "operations in its place, or pass adaptive=False."
     )
+
+
+def _functions_without_jvp(outputs: Sequence[Tensor]) -> list[str]:
+    """Return the names of the functions of users without a `jvp` that outputs depend on."""
+    found: dict[str, None] = {}
+    seen: set[Node] = set()
+    left = [output.grad_fn for output in outputs]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and function.jvp is torch.autograd.Function.jvp:
+            found[function.__name__] = None
+        left += [parent for parent, _ in node.next_functions]
+    return list(found)

@@ -130,13 +130,23 @@ def test_training_without_forward_mode_is_training_with_it() -> None:
     torch.testing.assert_close(*map(weights, models), rtol=1e-8, atol=1e-10)
 
 
+def test_functions_with_a_jvp_are_not_named() -> None:
+    function = type("Forward", (Cube,), {"jvp": staticmethod(lambda ctx, tangent: tangent)})
+    model, loss_fn = net(CubeOnce), nn.CrossEntropyLoss()
+    model.append(Cubes(function))
+    with pytest.raises(RuntimeError, match="Give `CubeOnce` a `jvp`"):
+        train_step(model, loss_fn, KFAC(model, loss_fn), image_batch())
+
+
 @pytest.mark.parametrize("function", [CubeOnce, CubeDetached])
 @pytest.mark.parametrize("damping", [None, 0.1])
 def test_what_cannot_be_differentiated_twice_is_refused(function: Any, damping: Any) -> None:
     model, loss_fn = net(function), nn.CrossEntropyLoss()
     opt = KFAC(model, loss_fn, damping=damping)
     before = weights(model)
-    with pytest.raises(RuntimeError, match=r"Give the custom `autograd.Function` a `jvp`"):
+    with pytest.raises(
+        RuntimeError, match=f"differentiated: .*[^.]. Give `{function.__name__}` a `jvp`"
+    ):
         train_step(model, loss_fn, opt, image_batch())
     assert torch.equal(before, weights(model))
     assert all(r["factors"] is None for r in opt._preconditioner.state_dict()["layers"].values())
