@@ -232,6 +232,56 @@ def test_peft() -> None:
     assert set(opt.coverage().values()) == {"kfac", "frozen"}
 
 
+@pytest.mark.parametrize("observed", [False, True])
+def test_fastai(observed: bool) -> None:
+    core, data = pytest.importorskip("fastai.callback.core"), import_module("fastai.data.core")
+    learner, wrapper = import_module("fastai.learner"), import_module("fastai.optimizer")
+    load, losses = import_module("fastai.data.load"), import_module("fastai.losses")
+    import_module("fastai.callback.progress")  # adds `no_bar` to Learner
+    model, loss_func, (x, y) = net(), losses.CrossEntropyLossFlat(), table()
+
+    class Observed(core.Callback):  # type: ignore[misc, name-defined]
+        def after_loss(self) -> None:
+            if self.training:
+                self.learn.loss_grad = opt.observe(self.learn.loss_grad)
+
+    opt = KFAC(model) if observed else KFAC(model, loss_func.func)
+    loader = load.DataLoader(list(zip(x, y)), bs=16)
+    learn = learner.Learner(
+        data.DataLoaders(loader, loader), model, loss_func,
+        opt_func=wrapper.OptimWrapper(opt=opt), cbs=[Observed()] * observed,
+    )  # fmt: skip
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(5, lr=1)
+    assert loss_func(model(x), y) < 0.5
+
+
+def test_deepxde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDE_BACKEND", "pytorch")
+    library = pytest.importorskip("deepxde")
+    library.config.set_random_seed(0)
+    interval = library.geometry.Interval(-1, 1)
+
+    def residual(x: Tensor, u: Tensor) -> Tensor:
+        found: Tensor = library.grad.hessian(u, x)
+        return found + torch.pi**2 * torch.sin(torch.pi * x)
+
+    ends = library.icbc.DirichletBC(interval, lambda _: 0, lambda _, is_end: is_end)
+    problem = library.data.PDE(interval, residual, ends, 16, 2)
+    model = library.Model(problem, library.nn.FNN([1, 20, 20, 1], "tanh", "Glorot uniform"))
+    opt = KFAC(model.net)
+    model.compile(opt)
+
+    def train_step(*batch: Any) -> None:
+        opt.zero_grad()
+        opt.observe(model.outputs_losses_train(*batch)[1].sum()).backward()
+        opt.step()
+
+    model.train_step = train_step
+    history, _ = model.train(iterations=20, display_every=20, verbose=0)
+    assert sum(history.loss_train[-1]) < sum(history.loss_train[0]) / 100
+
+
 def test_pytorch_geometric() -> None:
     library = pytest.importorskip("torch_geometric")
 
