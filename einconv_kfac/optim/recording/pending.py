@@ -95,10 +95,13 @@ class PendingCalls:
             kwargs: The keyword arguments.
             buffers: The buffers that require gradients, by name.
         """
-        marks = {name: mark_of(edge_of(own), (id(self), True)) for name, own in buffers.items()}
-        past = {n for n, mark in marks.items() if mark is not None and mark.call < self._first}
-        buffers = {name: own for name, own in buffers.items() if name not in past}
-        return chained_arguments(args, kwargs, buffers, self._tensor_at, self._names)
+        own = {name: each for name, each in buffers.items() if not self._is_past(edge_of(each))}
+        return chained_arguments(args, kwargs, own, self._tensor_at, self._names, self._is_past)
+
+    def _is_past(self, edge: Edge) -> bool:
+        """Return whether an edge is a tensor of a call before the last step."""
+        mark = mark_of(edge, (id(self), True)) or mark_of(within(edge), (id(self), True))
+        return mark is not None and mark.call < self._first
 
     def _tensor_at(self, edge: Edge) -> tuple[Source, Tensor] | None:
         """Return which tensor of which call an edge of the graph is, and its value."""

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from einconv_kfac.curvature.objective.graph import Edge, edge_of, leaf_of
+from einconv_kfac.curvature.objective.graph import Edge, Stops, edge_of, first_met, leaf_of
 from einconv_kfac.curvature.objective.link import Link
 from einconv_kfac.optim.replay.loss_input import LossInput, Vector, derivatives_of
 from einconv_kfac.optim.vectors import Direction
@@ -75,6 +75,7 @@ def chained_arguments(
     buffers: Mapping[str, Tensor],
     source_at: SourceAt,
     names: Callable[[], Mapping[Tensor, str]],
+    is_past: Stops,
 ) -> tuple[ChainedArgument, ...]:
     """Return the arguments and buffers of a call that depend on earlier calls.
 
@@ -86,6 +87,7 @@ def chained_arguments(
         buffers: The buffers that require gradients, by name.
         source_at: Finds outputs of earlier calls.
         names: Returns the parameters of the model, with their names.
+        is_past: Whether an edge is a tensor of a call before the last step.
     """
     leaves, _ = tree_flatten((args, kwargs))
     given: Iterable[tuple[int | str, Any]] = [*enumerate(leaves), *buffers.items()]
@@ -93,19 +95,26 @@ def chained_arguments(
     if not curved:
         return ()
     parameters = names()
-    found = ((index, dependence_of(leaf, source_at, parameters)) for index, leaf in curved)
+    found = ((i, dependence_of(leaf, source_at, parameters, is_past)) for i, leaf in curved)
     return tuple(ChainedArgument(index, own) for index, own in found if own is not None)
 
 
 def dependence_of(
-    tensor: Tensor, source_at: SourceAt, parameters: Mapping[Tensor, str]
+    tensor: Tensor,
+    source_at: SourceAt,
+    parameters: Mapping[Tensor, str],
+    is_past: Stops = lambda _: False,
 ) -> Dependence | None:
     """Return how a tensor depends on calls or parameters, while the graph exists.
+
+    A tensor that was computed before the last step is a constant where its graph cannot be read,
+    as a step changes parameters in place. Nor can a loss be backpropagated through that graph.
 
     Args:
         tensor: A tensor that requires gradients.
         source_at: Finds tensors of calls.
         parameters: The parameters of the model, with their names.
+        is_past: Whether an edge is a tensor of a call before the last step.
 
     Returns:
         ``None`` if it depends on neither.
@@ -127,7 +136,13 @@ def dependence_of(
         assert leaf is not None
         return parameters[leaf]
 
-    link = Link.of(root, tensor.detach(), output, parameters)
+    try:
+        link = Link.of(root, tensor.detach(), output, parameters)
+    except RuntimeError:
+        met = first_met([root], lambda edge: source_at(edge) is not None or is_past(edge))
+        if any(is_past(edge) for edge in met):
+            return None
+        raise
     if link is None:
         return None
     return Dependence(tuple(named(edge) for edge in link.sources), link)
