@@ -77,6 +77,19 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "distances": lambda o: torch.cdist(o, o.flip(0) + 1).mean(),
     "maximum": lambda o: o.max() - (o.min() - T.min()).square(),
     "product": lambda o: (1 + 0.1 * o).cumprod(1).mean(),
+    "convolution": lambda o: (
+        functional.conv1d(o, o[:2].exp(), o[0, 0, :2], stride=2, padding=1).square().mean()
+    ),
+    "transposed convolution": lambda o: (
+        functional.conv_transpose2d(o[:, None], o[:1, None, :2, :2].sin(), stride=2).square().mean()
+    ),
+    "modulated convolution": lambda o: (
+        functional.conv1d(
+            o.reshape(1, 24, 3), o.repeat_interleave(2, 0).reshape(8, 6, 3), padding=1, groups=4
+        )
+        .tanh()
+        .mean()
+    ),
     "gate": lambda o: functional.glu(o, dim=1).mean(),
     "pooling": lambda o: functional.max_pool2d(o, (2, 1), stride=1).square().mean(),
     "grid": lambda o: (

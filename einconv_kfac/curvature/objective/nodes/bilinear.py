@@ -62,6 +62,25 @@ class AddedProduct(Product):
         return [zeros_at((node, 0)), *super().inputs(node)[1:]]
 
 
+@dataclass(frozen=True)
+class Convolved(Product):
+    """A convolution, whose bias the node does not save; zeros take its place."""
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`."""
+        x, weight = super().inputs(node)
+        size = node._saved_bias_sym_sizes_opt
+        if not any(size or ()) or weight is None:
+            return [x, weight]
+        return [x, weight, weight.new_zeros(tuple(size))]
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """Return a convolution, which may be transposed."""
+    result: Tensor = torch.ops.aten.convolution(x, weight, bias, **options)
+    return result
+
+
 def _sums(first: str, second: str, *options: str) -> dict[str, Any]:
     """Return arguments of `AddedProduct`: the names of the factors and of options."""
     linear = (frozenset({0, 1}), frozenset({0, 2}))
@@ -101,7 +120,13 @@ RULES = (
     Product("Dist", torch.dist, ("self", "other"), (), ("p",)),
     Product("Hypot", torch.hypot, ("self", "other"), ()),
     Product("Lerp", torch.lerp, ("self", "end", "weight"), (frozenset({0, 1}), frozenset({2}))),
-    Product("Convolution", None, ("input", "weight", None), (frozenset({0}), frozenset({1, 2}))),
+    Convolved(
+        "Convolution",
+        _convolved,
+        ("input", "weight"),
+        (frozenset({0}), frozenset({1, 2})),
+        ("stride", "padding", "dilation", "transposed", "output_padding", "groups"),
+    ),
     Product("GridSampler2D", None, ("input", "grid"), (frozenset({0}),)),
     Product("Xlogy", torch.xlogy, ("self", "other"), (frozenset({0}),)),
     Product("Atan2", torch.atan2, ("self", "other"), ()),
