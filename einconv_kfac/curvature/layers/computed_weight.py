@@ -27,7 +27,12 @@ class ComputedWeight(ABC):
         owner: The module that has the parameters.
         attributes: Their names in it. The first has the shape of the weight.
         path: Name of the owner in the layer, with a dot behind it, or an empty string.
+
+    Attributes:
+        ignores_norm: Whether ``W`` does not depend on norms of the first parameter, see `size`.
     """
+
+    ignores_norm = True
 
     def __init__(self, owner: nn.Module, attributes: tuple[str, ...], path: str = "") -> None:
         self.owner, self.attributes, self.path = owner, attributes, path

@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
+from einconv_kfac.curvature.layers.computed.product import ProductWeight
 from einconv_kfac.curvature.layers.computed.standardization import KINDS, StandardizedWeight
 from einconv_kfac.curvature.layers.computed.weight_norm import NormalizedWeight
 from einconv_kfac.curvature.layers.computed_weight import ComputedWeight
@@ -49,9 +51,16 @@ def _by_parametrization(module: nn.Module, name: str) -> ComputedWeight | None:
 
 def _by_hook(module: nn.Module, name: str) -> ComputedWeight | None:
     """Return a weight that a hook computes before each call."""
-    hooks = [h for h in module._forward_pre_hooks.values() if getattr(h, "name", None) == name]
+    hooks = [hook for hook in module._forward_pre_hooks.values() if _tensor_of(hook) == name]
     if len(hooks) != 1 or name in module._parameters:
         return None
-    if type(hooks[0]) is not WeightNorm:
-        return None
-    return NormalizedWeight(module, (f"{name}_v", f"{name}_g"))
+    if type(hooks[0]) is WeightNorm:
+        return NormalizedWeight(module, (f"{name}_v", f"{name}_g"))
+    if getattr(type(hooks[0]), "apply_mask", None) is BasePruningMethod.apply_mask:
+        return ProductWeight(module, f"{name}_orig", f"{name}_mask")
+    return None
+
+
+def _tensor_of(hook: Any) -> Any:
+    """Return the name of the tensor that a hook computes, if it is known."""
+    return getattr(hook, "_tensor_name" if isinstance(hook, BasePruningMethod) else "name", None)

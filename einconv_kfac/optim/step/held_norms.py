@@ -41,8 +41,8 @@ class HeldNorms:
         for running in layers.values():
             layer = running.layer
             own = parameters.get(layer.weight)
-            if layer.computed is not None and own is not None:
-                weight = layer.computed.computed
+            weight = None if layer.computed is None else layer.computed.computed
+            if weight is not None and weight.ignores_norm and own is not None:
                 known[layer.weight] = weight, _size(weight, own)
         return HeldNorms(known)
 
