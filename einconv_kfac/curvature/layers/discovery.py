@@ -15,6 +15,8 @@ from einconv_kfac.curvature.blocks.matrix_layout import Layout
 from einconv_kfac.curvature.layers.computed_weight import ComputedWeight, NamedWeight
 from einconv_kfac.curvature.layers.computed_weights import computed_weight, is_standardized
 from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
+from einconv_kfac.curvature.layers.inner_calls import KNOWN
+from einconv_kfac.curvature.layers.inner_search import inner_rule
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.layers.layer_registry import is_hidden, layer_rule, overrides_forward
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
@@ -69,9 +71,7 @@ def discovered(
     candidates: list[Candidate] = []
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
-        rule = layer_rule(module)
-        if rule is not None and is_hidden(module):
-            rule = _revealed(model, name, module)
+        rule = _rule(model, name, module, computed=computed)
         if rule is None or not (every or rule.preconditioned):
             continue
         if strict:
@@ -115,7 +115,7 @@ def refusal(
     is_complex = any(parameter.is_complex() for parameter in own.values())
     refused = None if weight is not None and is_standardized(module) else rule.refusal(module)
     reason = "its parameters are complex" if is_complex else refused
-    if reason is None and overrides_forward(module):
+    if reason is None and overrides_forward(module) and not rule.sees_inner_calls:
         kind = type(module).__name__
         is_own = "forward" not in vars(module)
         own_pass = f"{kind} has a forward pass of its own; `register_layer` adds a rule"
@@ -144,6 +144,17 @@ def _check_initialized(name: str, module: nn.Module) -> None:
         )
 
 
+def _rule(model: nn.Module, name: str, module: nn.Module, *, computed: bool) -> LayerRule | None:
+    """Return the rule of a module, where weights may be computed that of an inner call."""
+    rule = layer_rule(module)
+    if rule is not None and is_hidden(module):
+        return _revealed(model, name, module)
+    may_be_inner = rule is None or (rule.may_compute_weight and overrides_forward(module))
+    if not (computed and may_be_inner) or is_standardized(module):
+        return rule
+    return inner_rule(module) or rule
+
+
 def _revealed(model: nn.Module, name: str, module: nn.Module) -> LayerRule | None:
     """Return the rule of a hidden module, if a rule covers the parent that bypasses its hooks."""
     parent = model.get_submodule(name.rpartition(".")[0])
@@ -155,6 +166,8 @@ def _revealed(model: nn.Module, name: str, module: nn.Module) -> LayerRule | Non
 
 def _computed(module: nn.Module, rule: LayerRule) -> ComputedWeight | None:
     """Return how a module computes its weight, where its rule allows that."""
+    if rule.sees_inner_calls:
+        return KNOWN[module].weight
     return computed_weight(module, rule.weight) if rule.may_compute_weight else None
 
 

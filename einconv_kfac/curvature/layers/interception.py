@@ -23,10 +23,23 @@ Records: TypeAlias = "Mapping[str, Record]"
 """What takes the calls of each weight of a module, by the weight's name in the module."""
 Replacement: TypeAlias = Callable[..., Any]
 """Takes the module, its records, the function of torch, and the arguments of that."""
+Ownership: TypeAlias = Callable[[nn.Module, Sequence[Any]], bool]
+"""Returns whether the arguments of a function of torch are those of a module's own call."""
+
+
+def has_parameter(module: nn.Module, args: Sequence[Any]) -> bool:
+    """Return whether arguments have a parameter of the module, as those of no other call."""
+    parts = (part if isinstance(part, list) else (part,) for part in args)
+    given = {id(value) for part in parts for value in part}
+    return any(id(p) in given for p in module._parameters.values() if p is not None)
 
 
 def intercepted(
-    module: nn.Module, weight: str, record: Record, replacements: Mapping[str, Replacement]
+    module: nn.Module,
+    weight: str,
+    record: Record,
+    replacements: Mapping[str, Replacement],
+    is_own: Ownership = has_parameter,
 ) -> Callable[[], None]:
     """Replace functions that a module calls from now on; return a function that ends it.
 
@@ -37,10 +50,11 @@ def intercepted(
         weight: Name of a weight in the module.
         record: Takes the calls of that weight.
         replacements: By the names of functions; the same for all weights of a module.
+        is_own: The same for all weights of a module.
     """
     interception = _INTERCEPTIONS.get(module)
     if interception is None:
-        interception = _INTERCEPTIONS[module] = _Interception(module, replacements)
+        interception = _INTERCEPTIONS[module] = _Interception(module, replacements, is_own)
     own = interception.records[weight]
     own.append(record)
 
@@ -60,11 +74,14 @@ class _Interception:
     Args:
         module: The module, to which no reference is kept.
         replacements: See `intercepted`.
+        is_own: See `intercepted`.
     """
 
-    def __init__(self, module: nn.Module, replacements: Mapping[str, Replacement]) -> None:
+    def __init__(
+        self, module: nn.Module, replacements: Mapping[str, Replacement], is_own: Ownership
+    ) -> None:
         self.records: dict[str, list[Record]] = defaultdict(list)
-        self._replacements = replacements
+        self._replacements, self._is_own = replacements, is_own
         self._running = threading.local()
         before = module.register_forward_pre_hook(_Hook(self._enter))
         leave = _Hook(self._leave)
@@ -87,7 +104,7 @@ class _Interception:
         mode: _Mode | None = None
         if any(active.values()):
             joined = {weight: _joined(records) for weight, records in active.items() if records}
-            mode = _Mode(module, joined, self._replacements)
+            mode = _Mode(module, joined, self._replacements, self._is_own)
             mode.__enter__()  # type: ignore[no-untyped-call]
         self._modes().append(mode)
 
@@ -123,28 +140,30 @@ class _Mode(TorchFunctionMode):
         module: The module that runs.
         records: See `Replacement`.
         replacements: See `intercepted`.
+        is_own: See `intercepted`.
     """
 
     def __init__(
-        self, module: nn.Module, records: Records, replacements: Mapping[str, Replacement]
+        self,
+        module: nn.Module,
+        records: Records,
+        replacements: Mapping[str, Replacement],
+        is_own: Ownership,
     ) -> None:
         super().__init__()
         self._module, self._records, self._replacements = module, records, replacements
+        self._is_own = is_own
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         replacement = self._replacements.get(getattr(func, "__name__", ""))
         options = kwargs or {}
-        if replacement is None or not self._is_own([*args, *options.values()]):
+        if replacement is None or not self._is_own(
+            self._module, [*args, *options.values()]
+        ):
             return func(*args, **options)
         return replacement(self._module, self._records, func, *args, **options)
-
-    def _is_own(self, args: Sequence[Any]) -> bool:
-        """Return whether arguments have a parameter of the module, as those of no other call."""
-        parts = (part if isinstance(part, list) else (part,) for part in args)
-        given = {id(value) for part in parts for value in part}
-        return any(id(p) in given for p in self._module._parameters.values() if p is not None)
 
 
 class _Hook(ModuleHook):

@@ -70,6 +70,8 @@ class LayerRule(ABC):
         row_dim: The dimension of inputs and outputs ``[n, ...]`` in front of which an example may
             have rows ``[n, rows, ...]``, as another dimension of positions; ``None`` if each row
             is a call of its own. It is 1 where any dimensions may be in front of the features.
+        sees_inner_calls: Whether it records functions of torch that the module calls, so that the
+            module may have a forward pass of its own.
         revealed: Types of submodules whose hooks the module bypasses unless it is watched.
     """
 
@@ -80,6 +82,7 @@ class LayerRule(ABC):
     has_own_scale = False
     row_dim: int | None = None
     one_hot = False
+    sees_inner_calls = False
     weight, bias = "weight", "bias"
     revealed: ClassVar[tuple[type[nn.Module], ...]] = ()
 

@@ -1,0 +1,150 @@
+"""Calls of functions of torch inside of modules, whose weight is a parameter times a constant.
+
+A layer that masks its weight, or scales it, has a forward pass of its own, which calls
+``functional.linear`` or ``functional.conv2d``. The inputs and outputs of these are the layer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from einconv_kfac.curvature.layers.computed.constant_factor import constant_factor
+from einconv_kfac.curvature.layers.computed.product import ProductWeight
+from einconv_kfac.curvature.layers.interception import Records
+
+Options = tuple[Any, ...]
+"""Stride, padding, dilation and number of groups of a convolution; of a linear layer none."""
+WEIGHT, BIAS = "weight", "bias"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a call.
+
+    Args:
+        x: The input.
+        weight: The weight.
+        bias: The bias, if there is one.
+        options: See `Options`.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    options: Options
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arguments:
+    return Arguments(input, weight, bias, ())
+
+
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Arguments:
+    dims = weight.ndim - 2
+    options = (_each(value, dims) for value in (stride, padding, dilation))
+    return Arguments(input, weight, bias, (*options, groups))
+
+
+def _each(value: Any, dims: int) -> Any:
+    """Return an option with an entry for each dimension; paddings may be words."""
+    if isinstance(value, str):
+        return value
+    entries = (value,) if isinstance(value, int) else tuple(value)
+    return entries * dims if len(entries) == 1 else entries
+
+
+FUNCTIONS: Mapping[str, Callable[..., Arguments]] = {
+    "linear": _linear,
+    **{f"conv{dims}d": _convolution for dims in (1, 2, 3)},
+}
+"""What returns the arguments of functions, by the names of these."""
+
+
+@dataclass(frozen=True)
+class InnerCall:
+    """The call of a module's forward pass.
+
+    Args:
+        options: Its options.
+        has_bias: Whether it gets the bias of the module as it is.
+        weight: Its weight, whose constant is that of the latest call.
+    """
+
+    options: Options
+    has_bias: bool
+    weight: ProductWeight
+
+
+KNOWN: WeakKeyDictionary[nn.Module, InnerCall] = WeakKeyDictionary()
+"""The calls of modules that were found to have one."""
+
+
+def owns_weight(module: nn.Module, args: Sequence[Any]) -> bool:
+    """Return whether the second argument of a function is a module's weight times a constant."""
+    own = module._parameters.get(WEIGHT)
+    others = [each for each in args if isinstance(each, Tensor)]
+    return own is not None and any(constant_factor(each, own) is not None for each in others)
+
+
+def run(module: Any, records: Records, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return what a function of torch returns, and record its call.
+
+    Args:
+        module: The module.
+        records: Takes the calls of its weight.
+        function: The function.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+    y = function(*args, **kwargs)
+    call, known = FUNCTIONS[function.__name__](*args, **kwargs), KNOWN.get(module)
+    own = module._parameters[WEIGHT]
+    factor = constant_factor(call.weight, own)
+    if known is None or factor is None or call.options != known.options:
+        return y
+    if call.bias is not None and known.has_bias and not is_plain_bias(module, call):
+        return y
+    if factor.is_known and isinstance(own, nn.Parameter):
+        known.weight.constant = factor.value()
+    records[WEIGHT](call.x, y)
+    return y
+
+
+def is_plain_bias(module: nn.Module, call: Arguments) -> bool:
+    """Return whether a call gets the bias of a module as it is."""
+    own = module._parameters.get(BIAS)
+    if own is None or call.bias is None:
+        return False
+    factor = constant_factor(call.bias, own)
+    return factor is not None and factor.is_known and factor.is_one
+
+
+REPLACEMENTS = dict.fromkeys(FUNCTIONS, run)
+
+
+class _Always:
+    """Takes the calls of every pass with gradients, so that the latest constant is known."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether gradients are enabled."""
+        return torch.is_grad_enabled()
+
+    def __call__(self, *_: object) -> None:
+        """Ignore a call."""
+
+
+ALWAYS = _Always()

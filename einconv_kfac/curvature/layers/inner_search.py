@@ -1,0 +1,147 @@
+"""The search for layers with a forward pass of their own that multiply by their weight in torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+
+from einconv_kfac.curvature.layers.computed.constant_factor import constant_factor
+from einconv_kfac.curvature.layers.computed.product import ProductWeight
+from einconv_kfac.curvature.layers.inner_calls import (
+    BIAS,
+    FUNCTIONS,
+    KNOWN,
+    WEIGHT,
+    Arguments,
+    InnerCall,
+    is_plain_bias,
+)
+from einconv_kfac.curvature.layers.inner_rules import NO_BIAS, InnerConvRule, InnerLinearRule
+from einconv_kfac.curvature.layers.layer_rule import LayerRule
+
+EXAMPLES, SIDE = 2, 9
+"""Number of examples of a trial, and of positions in each dimension beyond those of the kernel."""
+
+
+def inner_rule(module: nn.Module) -> LayerRule | None:
+    """Return the rule for the call that a forward pass makes with the module's weight.
+
+    The forward pass of a copy is tried with zeros.
+
+    Args:
+        module: A module with a forward pass of its own.
+
+    Returns:
+        ``None`` if there is no such call, or there are several.
+    """
+    known = KNOWN.get(module)
+    if known is None:
+        known = _tried(module)
+        if known is None:
+            return None
+        KNOWN[module] = known
+    bias = BIAS if known.has_bias else NO_BIAS
+    weight: Tensor = module._parameters[WEIGHT]  # type: ignore[assignment]
+    if not known.options:
+        return InnerLinearRule(bias)
+    *options, groups = known.options
+    channels = weight.shape[1] * groups, weight.shape[0]
+    return InnerConvRule(*channels, tuple(weight.shape[2:]), *options, groups, bias)
+
+
+def _tried(module: nn.Module) -> InnerCall | None:
+    """Return the call that the forward pass of a copy makes."""
+    weight = module._parameters.get(WEIGHT)
+    if weight is None or not 2 <= weight.ndim <= 5 or module._modules or not _is_simple(module):
+        return None
+    trial = _copied(module)
+    before = {name: p.detach().clone() for name, p in trial.named_parameters()}
+    recorder = _Trial(trial)
+    try:
+        with _same_random_numbers(weight), torch.enable_grad(), recorder:
+            type(module).forward(trial, _zeros(module, weight))
+    except Exception:  # it needs other inputs
+        return None
+    is_changed = any(not torch.equal(p, before[name]) for name, p in trial.named_parameters())
+    if is_changed or len(recorder.calls) != 1:
+        return None
+    (call,) = recorder.calls
+    own: Any = trial._parameters[WEIGHT]
+    factor = constant_factor(call.weight, own)
+    if factor is None:
+        return None
+    found = ProductWeight(module, WEIGHT)
+    found.constant = factor.value()
+    return InnerCall(call.options, is_plain_bias(trial, call), found)
+
+
+def _is_simple(module: nn.Module) -> bool:
+    """Return whether a module has plain tensors, and a forward pass that can be tried."""
+    is_script = isinstance(module, torch.jit.ScriptModule)
+    own = [*module._parameters.values(), *module._buffers.values()]
+    tensors = [each for each in own if each is not None]
+    if is_script or "forward" in vars(module) or any(map(is_lazy, tensors)):
+        return False
+    kinds = all(type(each.data) is Tensor and not each.is_meta for each in tensors)
+    return kinds and all(each.is_floating_point() for each in module.parameters())
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Return a copy of a module with copies of its parameters and buffers, and without hooks."""
+    result = copy.copy(module)
+    parameters = {
+        name: p if p is None else nn.Parameter(p.detach().clone(), p.requires_grad)
+        for name, p in module._parameters.items()
+    }
+    buffers = {n: b if b is None else b.detach().clone() for n, b in module._buffers.items()}
+    vars(result).update(_parameters=parameters, _buffers=buffers)
+    return result
+
+
+def _zeros(module: Any, weight: Tensor) -> Tensor:
+    """Return inputs for a trial."""
+    if weight.ndim == 2:
+        return weight.new_zeros(EXAMPLES, weight.shape[1])
+    channels = weight.shape[1] * int(getattr(module, "groups", 1))
+    dilation = getattr(module, "dilation", 1)
+    dilations = dilation if isinstance(dilation, tuple) else (dilation,) * (weight.ndim - 2)
+    sides = [(size - 1) * d + SIDE for size, d in zip(weight.shape[2:], dilations)]
+    return weight.new_zeros(EXAMPLES, channels, *sides)
+
+
+@contextmanager
+def _same_random_numbers(weight: Tensor) -> Iterator[None]:
+    """Leave the random numbers of torch after the block as they are before it."""
+    devices = [weight.device] if weight.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+class _Trial(TorchFunctionMode):
+    """Records the calls of functions with a module's weight.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._weight = module._parameters[WEIGHT]
+        self.calls: list[Arguments] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        y = func(*args, **options)
+        read = FUNCTIONS.get(getattr(func, "__name__", ""))
+        if read is not None:
+            self.calls.append(read(*args, **options))
+        return y
