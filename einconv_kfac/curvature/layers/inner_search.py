@@ -62,24 +62,49 @@ def _tried(module: nn.Module) -> InnerCall | None:
     if weight is None or not 2 <= weight.ndim <= 5 or module._modules or not _is_simple(module):
         return None
     trial = _copied(module)
+    own: Any = trial._parameters[WEIGHT]
     before = {name: p.detach().clone() for name, p in trial.named_parameters()}
-    recorder = _Trial(trial)
+    recorder = _Trial()
     try:
         with _same_random_numbers(weight), torch.enable_grad(), recorder:
             type(module).forward(trial, _zeros(module, weight))
     except Exception:  # it needs other inputs
         return None
-    is_changed = any(not torch.equal(p, before[name]) for name, p in trial.named_parameters())
-    if is_changed or len(recorder.calls) != 1:
+    changed = {name for name, p in trial.named_parameters() if not torch.equal(p, before[name])}
+    factors = [constant_factor(call.weight, own) for call in recorder.calls]
+    if len(factors) != 1 or factors[0] is None or not changed <= {WEIGHT}:
         return None
-    (call,) = recorder.calls
-    own: Any = trial._parameters[WEIGHT]
-    factor = constant_factor(call.weight, own)
-    if factor is None:
-        return None
-    found = ProductWeight(module, WEIGHT)
-    found.constant = factor.value()
+    (call,), found = recorder.calls, ProductWeight(module, WEIGHT)
+    if changed:
+        mask = _mask(trial, own.detach(), before[WEIGHT])
+        if mask is None or factors[0].parts:
+            return None
+        found = ProductWeight(module, WEIGHT, mask)
+    found.constant = factors[0].value()
     return InnerCall(call.options, is_plain_bias(trial, call), found)
+
+
+def _mask(module: nn.Module, weight: Tensor, before: Tensor) -> str | None:
+    """Return the name of what a module masks its weight with in place, as in autoregressive models.
+
+    Entries that the mask hides have gradients, as torch does not see it, but are zero in each call.
+
+    Args:
+        module: The module.
+        weight: The weight after a call.
+        before: The weight before it, without zeros.
+    """
+    mask = (weight != 0).to(weight)
+    if not torch.equal(weight, before * mask):
+        return None
+    own = {**vars(module), **module._buffers}
+    tensors = {n: t for n, t in own.items() if isinstance(t, Tensor) and t.ndim <= weight.ndim}
+    for name, tensor in tensors.items():
+        pairs = zip(reversed(tensor.shape), reversed(weight.shape))
+        if all(size in (1, other) for size, other in pairs):
+            if torch.equal(tensor.to(weight).expand_as(weight), mask):
+                return name
+    return None
 
 
 def _is_simple(module: nn.Module) -> bool:
@@ -94,13 +119,17 @@ def _is_simple(module: nn.Module) -> bool:
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """Return a copy of a module with copies of its parameters and buffers, and without hooks."""
+    """Return a copy of a module with copies of its parameters and buffers, and another weight."""
     result = copy.copy(module)
     parameters = {
         name: p if p is None else nn.Parameter(p.detach().clone(), p.requires_grad)
         for name, p in module._parameters.items()
     }
     buffers = {n: b if b is None else b.detach().clone() for n, b in module._buffers.items()}
+    weight = parameters[WEIGHT]
+    assert weight is not None
+    values = torch.linspace(1, 2, weight.numel(), dtype=weight.dtype, device=weight.device)
+    weight.data.copy_(values.view_as(weight))  # without zeros, so that masks in place show
     vars(result).update(_parameters=parameters, _buffers=buffers)
     return result
 
@@ -125,15 +154,10 @@ def _same_random_numbers(weight: Tensor) -> Iterator[None]:
 
 
 class _Trial(TorchFunctionMode):
-    """Records the calls of functions with a module's weight.
+    """Records the calls of linear functions."""
 
-    Args:
-        module: The module.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._weight = module._parameters[WEIGHT]
         self.calls: list[Arguments] = []
 
     def __torch_function__(

@@ -90,7 +90,12 @@ def _constants(tensor: Tensor) -> Iterator[Tensor]:
     for node, index in _chain(tensor):
         kind = node.name()
         if kind == "MulBackward0":
-            saved = node._saved_self if index else node._saved_other
-            yield saved.detach()
+            yield _own(node._saved_self if index else node._saved_other)
         elif kind == "DivBackward0":
-            yield torch.reciprocal(node._saved_other.detach())
+            yield torch.reciprocal(_own(node._saved_other))
+
+
+def _own(saved: Tensor) -> Tensor:
+    """Return a saved tensor; numbers of Python do not take part in the choice of data types."""
+    found = saved.detach()
+    return found.clone() if found.ndim == 0 and found.is_cpu else found
