@@ -6,7 +6,7 @@ A layer that masks its weight, or scales it, has a forward pass of its own, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,6 +21,13 @@ from einconv_kfac.curvature.layers.interception import Records
 Options = tuple[Any, ...]
 """Stride, padding, dilation and number of groups of a convolution; of a linear layer none."""
 WEIGHT, BIAS = "weight", "bias"
+_LINEAR = {"input": None, WEIGHT: None, BIAS: None}
+_CONVOLUTION = {**_LINEAR, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+FUNCTIONS: Mapping[str, Mapping[str, Any]] = {
+    "linear": _LINEAR,
+    **{f"conv{dims}d": _CONVOLUTION for dims in (1, 2, 3)},
+}
+"""The arguments of functions in their order, with defaults, by the names of these."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +47,14 @@ class Arguments:
     options: Options
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arguments:
-    return Arguments(input, weight, bias, ())
-
-
-def _convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Arguments:
-    dims = weight.ndim - 2
-    options = (_each(value, dims) for value in (stride, padding, dilation))
-    return Arguments(input, weight, bias, (*options, groups))
+def arguments_of(function: Any, *args: Any, **kwargs: Any) -> Arguments:
+    """Return the arguments of a call of one of `FUNCTIONS`."""
+    names = FUNCTIONS[function.__name__]
+    own = {**names, **dict(zip(names, args)), **kwargs}
+    x, weight, bias = (own.pop(name) for name in ("input", WEIGHT, BIAS))
+    dims, groups = weight.ndim - 2, own.pop("groups", None)
+    options = tuple(_each(value, dims) for value in own.values())
+    return Arguments(x, weight, bias, options if groups is None else (*options, groups))
 
 
 def _each(value: Any, dims: int) -> Any:
@@ -64,13 +63,6 @@ def _each(value: Any, dims: int) -> Any:
         return value
     entries = (value,) if isinstance(value, int) else tuple(value)
     return entries * dims if len(entries) == 1 else entries
-
-
-FUNCTIONS: Mapping[str, Callable[..., Arguments]] = {
-    "linear": _linear,
-    **{f"conv{dims}d": _convolution for dims in (1, 2, 3)},
-}
-"""What returns the arguments of functions, by the names of these."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +102,7 @@ def run(module: Any, records: Records, function: Any, *args: Any, **kwargs: Any)
         kwargs: Its keyword arguments.
     """
     y = function(*args, **kwargs)
-    call, known = FUNCTIONS[function.__name__](*args, **kwargs), KNOWN.get(module)
+    call, known = arguments_of(function, *args, **kwargs), KNOWN.get(module)
     own = module._parameters[WEIGHT]
     factor = constant_factor(call.weight, own)
     if known is None or factor is None or call.options != known.options:
@@ -118,7 +110,7 @@ def run(module: Any, records: Records, function: Any, *args: Any, **kwargs: Any)
     if call.bias is not None and known.has_bias and not is_plain_bias(module, call):
         return y
     if factor.is_known and isinstance(own, nn.Parameter):
-        known.weight.constant = factor.value()
+        known.weight.see_(factor.value())
     records[WEIGHT](call.x, y)
     return y
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from einconv_kfac.curvature.layers.inner_calls import (
     WEIGHT,
     Arguments,
     InnerCall,
+    arguments_of,
     is_plain_bias,
 )
 from einconv_kfac.curvature.layers.inner_rules import NO_BIAS, InnerConvRule, InnerLinearRule
@@ -51,9 +52,10 @@ def inner_rule(module: nn.Module) -> LayerRule | None:
     weight: Tensor = module._parameters[WEIGHT]  # type: ignore[assignment]
     if not known.options:
         return InnerLinearRule(bias)
-    *options, groups = known.options
+    stride, padding, dilation, groups = known.options
     channels = weight.shape[1] * groups, weight.shape[0]
-    return InnerConvRule(*channels, tuple(weight.shape[2:]), *options, groups, bias)
+    kernel = tuple(weight.shape[2:])
+    return InnerConvRule(*channels, kernel, stride, padding, dilation, groups, bias)
 
 
 def _tried(module: nn.Module) -> InnerCall | None:
@@ -74,20 +76,40 @@ def _tried(module: nn.Module) -> InnerCall | None:
     factors = [constant_factor(call.weight, own) for call in recorder.calls]
     if len(factors) != 1 or factors[0] is None or not changed <= {WEIGHT}:
         return None
-    (call,), found = recorder.calls, ProductWeight(module, WEIGHT)
+    (call,), parts = recorder.calls, factors[0].parts
+    name = _name(trial, parts)
     if changed:
-        mask = _mask(trial, own.detach(), before[WEIGHT])
-        if mask is None or factors[0].parts:
+        name = _mask_in_place(trial, own.detach(), before[WEIGHT])
+        if not name or parts:
             return None
-        found = ProductWeight(module, WEIGHT, mask)
-    found.constant = factors[0].value()
+    found = ProductWeight(module, WEIGHT, name, in_place=bool(changed))
+    if not name:
+        found.see_(factors[0].value())
     return InnerCall(call.options, is_plain_bias(trial, call), found)
 
 
-def _mask(module: nn.Module, weight: Tensor, before: Tensor) -> str | None:
-    """Return the name of what a module masks its weight with in place, as in autoregressive models.
+def _constants(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a module that are no parameters, by name."""
+    own = {**vars(module), **module._buffers}
+    return {name: t for name, t in own.items() if isinstance(t, Tensor)}
 
-    Entries that the mask hides have gradients, as torch does not see it, but are zero in each call.
+
+def _name(module: nn.Module, parts: Sequence[Tensor]) -> str:
+    """Return the name of a constant in a module, or an empty string for others and for several."""
+    if len(parts) != 1:
+        return ""
+    known = _constants(module).items()
+    found = (
+        n for n, t in known if t.data_ptr() == parts[0].data_ptr() and t.shape == parts[0].shape
+    )
+    return next(found, "")
+
+
+def _mask_in_place(module: nn.Module, weight: Tensor, before: Tensor) -> str:
+    """Return the name of what a module masks its weight with in place, or an empty string.
+
+    Autoregressive models do so. Entries that the mask hides have gradients, as torch does not see
+    it, but are zero in each call.
 
     Args:
         module: The module.
@@ -96,15 +118,13 @@ def _mask(module: nn.Module, weight: Tensor, before: Tensor) -> str | None:
     """
     mask = (weight != 0).to(weight)
     if not torch.equal(weight, before * mask):
-        return None
-    own = {**vars(module), **module._buffers}
-    tensors = {n: t for n, t in own.items() if isinstance(t, Tensor) and t.ndim <= weight.ndim}
-    for name, tensor in tensors.items():
+        return ""
+    for name, tensor in _constants(module).items():
         pairs = zip(reversed(tensor.shape), reversed(weight.shape))
-        if all(size in (1, other) for size, other in pairs):
-            if torch.equal(tensor.to(weight).expand_as(weight), mask):
-                return name
-    return None
+        fits = tensor.ndim <= weight.ndim and all(size in (1, other) for size, other in pairs)
+        if fits and torch.equal(tensor.to(weight).expand_as(weight), mask):
+            return name
+    return ""
 
 
 def _is_simple(module: nn.Module) -> bool:
@@ -165,7 +185,6 @@ class _Trial(TorchFunctionMode):
     ) -> Any:
         options = kwargs or {}
         y = func(*args, **options)
-        read = FUNCTIONS.get(getattr(func, "__name__", ""))
-        if read is not None:
-            self.calls.append(read(*args, **options))
+        if getattr(func, "__name__", "") in FUNCTIONS:
+            self.calls.append(arguments_of(func, *args, **options))
         return y

@@ -159,9 +159,7 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         replacement = self._replacements.get(getattr(func, "__name__", ""))
         options = kwargs or {}
-        if replacement is None or not self._is_own(
-            self._module, [*args, *options.values()]
-        ):
+        if replacement is None or not self._is_own(self._module, [*args, *options.values()]):
             return func(*args, **options)
         return replacement(self._module, self._records, func, *args, **options)
 

@@ -136,7 +136,8 @@ def test_what_is_covered(name: str) -> None:
     module = _Own(action)
     state = torch.get_rng_state()
     layers = find_layers(nn.Sequential(module), computed=True)
-    assert torch.equal(state, torch.get_rng_state()) and module.calls == 0
+    assert torch.equal(state, torch.get_rng_state())
+    assert module.calls == 0
     assert bool(layers) == is_covered
     (reason,) = [
         row.reason for row in layer_coverage(module, computed=True) if row.parameter == "weight"
@@ -156,7 +157,8 @@ def test_a_trial_leaves_a_module_as_it_is() -> None:
     assert layer.computed is not None
     mask = layer.computed.value({"weight": torch.ones_like(module.weight)})
     assert torch.equal(mask, mask_like(module.weight))
-    assert module.weight.is_leaf and not module._forward_hooks
+    assert module.weight.is_leaf
+    assert not module._forward_hooks
 
 
 def test_biases_that_are_computed_are_left_out() -> None:

@@ -71,12 +71,10 @@ def _chain(tensor: Tensor) -> Iterator[tuple[Any, int]]:
         following = [other for other, _ in node.next_functions]
         used = [index for index, other in enumerate(following) if other is not None]
         yield node, used[0] if used else 0
-        kind, allowed = node.name(), (0,)
-        if kind == "MulBackward0":
-            allowed = (0, 1)
-        elif kind not in ("DivBackward0", *_SAME):
+        kind = node.name()
+        if kind not in ("MulBackward0", "DivBackward0", *_SAME) or len(used) != 1:
             return
-        node = following[used[0]] if len(used) == 1 and used[0] in allowed else None
+        node = None if kind == "DivBackward0" and used[0] else following[used[0]]
 
 
 def _leads_to(tensor: Tensor, parameter: Tensor) -> bool:

@@ -23,18 +23,18 @@ class ProductWeight(ComputedWeight):
     Args:
         owner: The module that has the parameter.
         attribute: Its name in it.
-        constant: Name of the constant in it, which is read when it is needed. If empty, `constant`
-            is set by who sees the calls of the module.
-
-    Attributes:
-        constant: The constant, or ``None`` for 1.
+        constant: Name of the constant in it, which is read when it is needed. If empty, it is that
+            of the calls that are seen.
+        in_place: Whether the module multiplies the parameter itself, so that calls do not show it.
     """
 
     ignores_norm = False
 
-    def __init__(self, owner: nn.Module, attribute: str, constant: str = "") -> None:
+    def __init__(
+        self, owner: nn.Module, attribute: str, constant: str = "", *, in_place: bool = False
+    ) -> None:
         super().__init__(owner, (attribute,))
-        self._name = constant
+        self._name, self._in_place = constant, in_place
         self._seen: Tensor | None = None
 
     @property
@@ -45,9 +45,13 @@ class ProductWeight(ComputedWeight):
         found: Tensor = getattr(self.owner, self._name)
         return found.detach()
 
-    @constant.setter
-    def constant(self, value: Tensor | None) -> None:
-        self._seen = value
+    def see_(self, constant: Tensor | None) -> None:
+        """Take over the constant of a call, ``None`` for 1."""
+        if self._in_place:
+            return
+        named = self.constant if self._name else None
+        if named is None or constant is None or named.data_ptr() != constant.data_ptr():
+            self._name, self._seen = "", constant
 
     def value(self, parameters: Values) -> Tensor:
         """See `ComputedWeight`."""
