@@ -52,14 +52,17 @@ class PixelConv(MaskedConv):
 class ScaledLinear(nn.Module):
     """A linear layer with an equalised learning rate (Karras et al., 2018)."""
 
-    def __init__(self, inputs: int, outputs: int, scale: float = 0.4) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, scale: float = 0.4, bias_scale: float = 1
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs))
-        self.scale = scale
+        self.scale, self.bias_scale = scale, bias_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight * self.scale, bias=self.bias)
+        bias = self.bias * self.bias_scale
+        return functional.linear(x, self.weight * self.scale, bias=bias)
 
 
 class ScaledConv(nn.Module):

@@ -86,7 +86,8 @@ def discovered(
                 reasons |= dict.fromkeys(weight.parameters, SHARED)
                 continue
             layout = _layout(module, part, names, weight)
-            candidates.append(Candidate(own, module, part, layout, weight))
+            bias = None if layout.bias is None else _named_bias(module, part, layout.bias)
+            candidates.append(Candidate(own, module, part, layout, weight, bias))
     layers, others = joined(candidates, owners(model, names))
     return layers, reasons | others
 
@@ -180,6 +181,12 @@ def _named(
         return None
     parameters = tuple(names[parameter] for parameter in weight.parameters().values())
     return NamedWeight(f"{name}.{rule.weight}".lstrip("."), parameters, weight)
+
+
+def _named_bias(module: nn.Module, rule: LayerRule, name: str) -> NamedWeight | None:
+    """Return how a module computes its bias, given the name of its parameter in the model."""
+    computed = KNOWN[module].bias if rule.sees_inner_calls else None
+    return None if computed is None else NamedWeight(name, (name,), computed)
 
 
 class _WithWeight:

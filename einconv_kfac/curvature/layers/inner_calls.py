@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.layers.computed.constant_factor import constant_factor
+from einconv_kfac.curvature.layers.computed.constant_factor import ConstantFactor, constant_factor
 from einconv_kfac.curvature.layers.computed.product import ProductWeight
 from einconv_kfac.curvature.layers.interception import Records
 
@@ -71,13 +71,13 @@ class InnerCall:
 
     Args:
         options: Its options.
-        has_bias: Whether it gets the bias of the module as it is.
         weight: Its weight, whose constant is that of the latest call.
+        bias: Its bias, if it has one that is a parameter times a constant.
     """
 
     options: Options
-    has_bias: bool
     weight: ProductWeight
+    bias: ProductWeight | None
 
 
 KNOWN: WeakKeyDictionary[nn.Module, InnerCall] = WeakKeyDictionary()
@@ -103,25 +103,27 @@ def run(module: Any, records: Records, function: Any, *args: Any, **kwargs: Any)
     """
     y = function(*args, **kwargs)
     call, known = arguments_of(function, *args, **kwargs), KNOWN.get(module)
-    own = module._parameters[WEIGHT]
-    factor = constant_factor(call.weight, own)
+    factor = constant_factor(call.weight, module._parameters[WEIGHT])
     if known is None or factor is None or call.options != known.options:
         return y
-    if call.bias is not None and known.has_bias and not is_plain_bias(module, call):
+    others = bias_factor(module, call)
+    if known.bias is not None and others is None:
         return y
-    if factor.is_known and isinstance(own, nn.Parameter):
+    if factor.is_known and isinstance(module._parameters[WEIGHT], nn.Parameter):
         known.weight.see_(factor.value())
+        if known.bias is not None and others is not None:
+            known.bias.see_(others.value())
     records[WEIGHT](call.x, y)
     return y
 
 
-def is_plain_bias(module: nn.Module, call: Arguments) -> bool:
-    """Return whether a call gets the bias of a module as it is."""
+def bias_factor(module: nn.Module, call: Arguments) -> ConstantFactor | None:
+    """Return what the bias of a module is multiplied by in a call, or ``None`` if it is not used.
+
+    Tensors are compared with the parameter as it is at present.
+    """
     own = module._parameters.get(BIAS)
-    if own is None or call.bias is None:
-        return False
-    factor = constant_factor(call.bias, own)
-    return factor is not None and factor.is_known and factor.is_one
+    return None if own is None or call.bias is None else constant_factor(call.bias, own)
 
 
 REPLACEMENTS = dict.fromkeys(FUNCTIONS, run)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from einconv_kfac.curvature.layers.computed.constant_factor import constant_factor
+from einconv_kfac.curvature.layers.computed.constant_factor import ConstantFactor, constant_factor
 from einconv_kfac.curvature.layers.computed.product import ProductWeight
 from einconv_kfac.curvature.layers.inner_calls import (
     BIAS,
@@ -22,7 +22,7 @@ from einconv_kfac.curvature.layers.inner_calls import (
     Arguments,
     InnerCall,
     arguments_of,
-    is_plain_bias,
+    bias_factor,
 )
 from einconv_kfac.curvature.layers.inner_rules import NO_BIAS, InnerConvRule, InnerLinearRule
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
@@ -48,7 +48,7 @@ def inner_rule(module: nn.Module) -> LayerRule | None:
         if known is None:
             return None
         KNOWN[module] = known
-    bias = BIAS if known.has_bias else NO_BIAS
+    bias = NO_BIAS if known.bias is None else BIAS
     weight: Tensor = module._parameters[WEIGHT]  # type: ignore[assignment]
     if not known.options:
         return InnerLinearRule(bias)
@@ -85,7 +85,16 @@ def _tried(module: nn.Module) -> InnerCall | None:
     found = ProductWeight(module, WEIGHT, name, in_place=bool(changed))
     if not name:
         found.see_(factors[0].value())
-    return InnerCall(call.options, is_plain_bias(trial, call), found)
+    return InnerCall(call.options, found, _bias(module, bias_factor(trial, call)))
+
+
+def _bias(module: nn.Module, factor: ConstantFactor | None) -> ProductWeight | None:
+    """Return the bias of a module that is multiplied by constants."""
+    if factor is None:
+        return None
+    found = ProductWeight(module, BIAS)
+    found.see_(factor.value())
+    return found
 
 
 def _constants(module: nn.Module) -> dict[str, Tensor]:

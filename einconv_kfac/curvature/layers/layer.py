@@ -42,6 +42,7 @@ class Layer:
             it would have as a parameter.
         uses: One entry per module, where they differ in type: a tied embedding and output layer.
         computed: How the weight is computed from parameters, or ``None`` if it is one.
+        computed_bias: How the bias is computed from its parameter, beside a computed weight.
 
     Attributes:
         module: The first module.
@@ -56,6 +57,7 @@ class Layer:
     layout: Layout
     uses: tuple[Use, ...] = ()
     computed: NamedWeight | None = field(default=None, compare=False)
+    computed_bias: NamedWeight | None = field(default=None, compare=False)
     # stored, since every step of an optimizer reads them for every layer
     module: nn.Module = field(init=False, repr=False, compare=False)
     weight: str = field(init=False, repr=False, compare=False)
@@ -113,7 +115,33 @@ class Layer:
         if self.computed is None:
             return gradients
         own, names = self.computed.gradient(gradients), self.computed.parameters
-        return {self.layout.weight: own} | {n: g for n, g in gradients.items() if n not in names}
+        found = {self.layout.weight: own} | {n: g for n, g in gradients.items() if n not in names}
+        if self.computed_bias is not None and self.bias is not None and self.bias in gradients:
+            found[self.bias] = self.computed_bias.gradient(gradients)
+        return found
+
+    def without_weight(self, steps: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return steps with those of parameters, in place of that of a computed weight."""
+        if self.computed is None or self.layout.weight not in steps:
+            return steps
+        found = {name: step for name, step in steps.items() if name != self.layout.weight}
+        found |= self.computed.steps(steps[self.layout.weight])
+        if self.computed_bias is not None and self.bias is not None and self.bias in found:
+            found |= self.computed_bias.steps(found[self.bias])
+        return found
+
+    def effective(
+        self, parameters: Mapping[str, Tensor], update: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what a layer multiplies with and adds, and its change by an update, by name.
+
+        Args:
+            parameters: The parameters by name.
+            update: The update; zero for parameters that it lacks.
+        """
+        computed = [own for own in (self.computed, self.computed_bias) if own is not None]
+        values = {own.name: own.value(parameters) for own in computed}
+        return values, {own.name: own.change(parameters, update) for own in computed}
 
     def has_parameters(self, module: nn.Module) -> bool:
         """Return whether one of the modules has its parameters, and no tensors in their place."""

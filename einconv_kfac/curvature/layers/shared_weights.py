@@ -26,6 +26,7 @@ class Candidate:
         rule: Its rule.
         layout: Its parameters as matrices.
         computed: How the weight is computed from parameters that no other module has.
+        computed_bias: How the bias is computed from its parameter.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Candidate:
     rule: LayerRule
     layout: Layout
     computed: NamedWeight | None = None
+    computed_bias: NamedWeight | None = None
 
     def __str__(self) -> str:
         return f"'{self.name}' ({type(self.module).__name__})"
@@ -96,7 +98,8 @@ def _layer(group: Sequence[Candidate], *, with_bias: bool) -> Layer:
     layout = first.layout if with_bias else first.layout.without_bias()
     uses = tuple(Use(own.module, own.rule, _is_transposed(first, own)) for own in group)
     modules = tuple(own.module for own in group)
-    return Layer(first.name, modules, first.rule, layout, uses, first.computed)
+    bias = first.computed_bias if with_bias else None
+    return Layer(first.name, modules, first.rule, layout, uses, first.computed, bias)
 
 
 def _unseen(names: Sequence[str]) -> str | None:

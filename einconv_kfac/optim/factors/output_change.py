@@ -81,10 +81,8 @@ class OutputChange:
         """Return an update and parameters with computed weights, by their names in layouts."""
         for layer in (running.layer for running in self._layers.values()):
             if layer.computed is not None and layer.weight in parameters:
-                change = layer.computed.change(parameters, update)
-                update = {**update, layer.layout.weight: change}
-                weight = layer.computed.value(parameters)
-                parameters = {**parameters, layer.layout.weight: weight}
+                values, changes = layer.effective(parameters, update)
+                update, parameters = {**update, **changes}, {**parameters, **values}
         return update, parameters
 
     def _of_parameters(self, stacks: Stacks, parameters: Direction) -> Tensor:

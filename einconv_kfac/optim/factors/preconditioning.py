@@ -62,7 +62,7 @@ class Preconditioning:
         for stack in stacks:
             apply = _applied if len(stack) == 1 else _applied_together
             result.update(apply(stack, given))
-        self._divide_(result)
+        result = self._without_weights(result)
         return {name: result[name] for name in gradient if name in result}
 
     def _with_weights(self, gradient: Direction) -> Direction:
@@ -73,12 +73,13 @@ class Preconditioning:
                 gradient = dict(layer.with_weight(gradient))
         return gradient
 
-    def _divide_(self, result: Direction) -> None:
-        """Divide the steps of computed weights between the parameters that they are made of."""
+    def _without_weights(self, result: Direction) -> Direction:
+        """Return steps with those of computed weights divided between their parameters."""
         for running in self._layers.values():
             layer = running.layer
             if layer.computed is not None and layer.layout.weight in result:
-                result.update(layer.computed.steps(result.pop(layer.layout.weight)))
+                result = dict(layer.without_weight(result))
+        return result
 
     def _present_stacks(self, gradient: Direction) -> Stacks:
         """Return what is preconditioned together by the present inverses."""

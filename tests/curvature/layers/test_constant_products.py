@@ -36,6 +36,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "words": (lambda: MaskedConv(4, 2, 3, padding="same", dilation=2), IMAGES),
     "in place": (lambda: PixelConv(4, 2, 3, padding=1), IMAGES),
     "scaled": (lambda: ScaledLinear(4, 3), LINEAR),
+    "scaled bias": (lambda: ScaledLinear(4, 3, 0.4, 0.1), LINEAR),
     "scaled convolution": (lambda: ScaledConv(4, 2), SIGNALS),
 }
 
@@ -45,6 +46,8 @@ def test_gradients_and_steps_are_those_of_the_pseudo_inverse(name: str) -> None:
     torch.manual_seed(0)
     build, shape = CASES[name]
     module = build().double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
     model = nn.Sequential(module)
     (layer,) = find_layers(model, computed=True)
     weight = layer.computed
@@ -77,7 +80,8 @@ def test_gradients_and_steps_are_those_of_the_pseudo_inverse(name: str) -> None:
 def weighted(layer: Any, weight: Tensor) -> dict[str, Tensor]:
     """Return the parameters of a layer's matrix by name."""
     found = {name: p.detach() for name, p in layer.tensors().items()}
-    return {**found, layer.layout.weight: weight}
+    values, _ = layer.effective(found, {})
+    return {**found, **values, layer.layout.weight: weight}
 
 
 def test_small_entries_have_bounded_steps() -> None:
@@ -161,12 +165,12 @@ def test_a_trial_leaves_a_module_as_it_is() -> None:
     assert not module._forward_hooks
 
 
-def test_biases_that_are_computed_are_left_out() -> None:
-    class Scaled(ScaledLinear):
+def test_biases_that_are_computed_otherwise_are_left_out() -> None:
+    class Exponential(ScaledLinear):
         def forward(self, x: Tensor) -> Tensor:
-            return functional.linear(x, self.weight * self.scale, self.bias * self.scale)
+            return functional.linear(x, self.weight * self.scale, self.bias.exp())
 
-    (layer,) = find_layers(Scaled(4, 3), computed=True)
+    (layer,) = find_layers(Exponential(4, 3), computed=True)
     assert layer.parameters == ("weight",)
-    (layer,) = find_layers(Scaled(4, 3, 1.0), computed=True)
+    (layer,) = find_layers(ScaledLinear(4, 3), computed=True)
     assert layer.parameters == ("weight", "bias")

@@ -114,11 +114,14 @@ def test_a_constant_scale_leads_along_the_course_of_plain_layers(inverse: Any) -
     scale = 0.4
     plain = nn.Sequential(nn.Flatten(), nn.Linear(32, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     scaled = nn.Sequential(
-        nn.Flatten(), ScaledLinear(32, 5, scale), nn.Tanh(), ScaledLinear(5, 3, scale)
+        nn.Flatten(),
+        ScaledLinear(32, 5, scale, scale),
+        nn.Tanh(),
+        ScaledLinear(5, 3, scale, scale),
     ).double()
     with torch.no_grad():
         for own, other in zip(plain.parameters(), scaled.parameters()):
-            other.copy_(own / scale if own.ndim == 2 else own)
+            other.copy_(own / scale)
     options: Any = {"adaptive": False, "lr": 0.3, "fisher": "exact", "inverse": inverse}
     opts = [
         KFAC(model, damping=damping, **options)
@@ -130,8 +133,7 @@ def test_a_constant_scale_leads_along_the_course_of_plain_layers(inverse: Any) -
         for opt in opts:
             opt.step()
     for own, other in zip(plain.parameters(), scaled.parameters()):
-        found = other * scale if own.ndim == 2 else other
-        torch.testing.assert_close(found, own, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(other * scale, own, rtol=1e-9, atol=1e-10)
 
 
 def test_directions_of_scaled_layers_are_those_of_the_dense_matrix() -> None:

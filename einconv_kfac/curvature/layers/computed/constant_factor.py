@@ -36,11 +36,6 @@ class ConstantFactor:
             result = result * part
         return result
 
-    @property
-    def is_one(self) -> bool:
-        """Whether all are the number 1; other tensors of ones do not count."""
-        return all(part.ndim == 0 and part.is_cpu and float(part) == 1 for part in self.parts)
-
 
 def constant_factor(tensor: Tensor, parameter: Tensor) -> ConstantFactor | None:
     """Return the constants that a tensor is the product of a parameter with.
