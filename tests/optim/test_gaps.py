@@ -12,7 +12,7 @@ from einconv_kfac.optim import KFAC
 
 class Own(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 2
+        return x @ self.weight.T + self.bias
 
 
 LOSS = nn.MSELoss()
