@@ -60,8 +60,10 @@ def inner_rule(module: nn.Module) -> LayerRule | None:
 
 def _tried(module: nn.Module) -> InnerCall | None:
     """Return the call that the forward pass of a copy makes."""
+    if isinstance(module, torch.jit.ScriptModule) or module._modules or not _is_simple(module):
+        return None
     weight = module._parameters.get(WEIGHT)
-    if weight is None or not 2 <= weight.ndim <= 5 or module._modules or not _is_simple(module):
+    if weight is None or not 2 <= weight.ndim <= 5:
         return None
     trial = _copied(module)
     own: Any = trial._parameters[WEIGHT]
@@ -138,10 +140,9 @@ def _mask_in_place(module: nn.Module, weight: Tensor, before: Tensor) -> str:
 
 def _is_simple(module: nn.Module) -> bool:
     """Return whether a module has plain tensors, and a forward pass that can be tried."""
-    is_script = isinstance(module, torch.jit.ScriptModule)
     own = [*module._parameters.values(), *module._buffers.values()]
     tensors = [each for each in own if each is not None]
-    if is_script or "forward" in vars(module) or any(map(is_lazy, tensors)):
+    if "forward" in vars(module) or any(map(is_lazy, tensors)):
         return False
     kinds = all(type(each.data) is Tensor and not each.is_meta for each in tensors)
     return kinds and all(each.is_floating_point() for each in module.parameters())
