@@ -61,6 +61,10 @@ class ComputedWeight(ABC):
     def stretch(self, parameters: Values) -> Tensor:
         """Return the mean square of the singular values of ``J`` that are not zero, a number."""
 
+    def mask(self) -> Tensor | None:
+        """Return 1 where ``W`` is visible and 0 where it is hidden, or ``None`` if all is."""
+        return None
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters by their names in the owner, without those that were removed."""
         own = self.owner._parameters
@@ -102,6 +106,10 @@ class NamedWeight:
     def stretch(self) -> Tensor:
         """Return the mean square of the singular values of ``J`` that are not zero, a number."""
         return self.computed.stretch(self._present())
+
+    def mask(self) -> Tensor | None:
+        """Return 1 where the weight is visible and 0 where it is hidden, or ``None`` if all is."""
+        return self.computed.mask()
 
     def value(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Return the weight for values of the parameters by name."""

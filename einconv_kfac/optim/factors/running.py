@@ -14,6 +14,7 @@ from einconv_kfac.curvature.blocks.low_rank import RankBound
 from einconv_kfac.curvature.estimation.fisher import FisherEstimator
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.optim.definiteness import FACTOR
+from einconv_kfac.optim.factors.visible_factors import visible_factors
 from einconv_kfac.optim.inverses.background import Pending
 from einconv_kfac.optim.inverses.protocol import Inverted, Kind, LayerInverse, Task
 from einconv_kfac.optim.inverses.registry import (
@@ -129,7 +130,10 @@ class RunningFactors:
         return self._task(self._shaped() if self.factors is None else self.factors, damping)
 
     def _task(self, factors: Pair, damping: float) -> Task:
-        return Task(self.layer.name, factors, damping, self.layer.layout, self._bounds())
+        visible, layer = visible_factors(self.layer, factors), self.layer
+        if visible is not None:
+            return Task(layer.name, visible, damping, layer.layout)
+        return Task(layer.name, factors, damping, layer.layout, self._bounds())
 
     def _bounds(self) -> Bounds:
         """Return bounds on the ranks of the factors: the rows that they were updated with.

@@ -82,6 +82,13 @@ class ProductWeight(ComputedWeight):
         mean = _mean_square(constant.to(v))
         return torch.where(mean > 0, mean, 1)
 
+    def mask(self) -> Tensor | None:
+        """See `ComputedWeight`; numbers hide nothing."""
+        constant, (own,) = self.constant, self.parameters().values()
+        if constant is None or constant.ndim == 0:
+            return None
+        return (constant != 0).to(own).expand_as(own)
+
     def _times(self, tensor: Tensor) -> Tensor:
         """Return ``m`` times a tensor."""
         constant = self.constant
