@@ -15,6 +15,8 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from einconv_kfac import KFAC, KFACPreconditioner
+from einconv_kfac.curvature import find_layers
+from einconv_kfac.optim.factors.visible_factors import visible_factors
 
 BATCH = torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(1)).double()
 TARGETS = torch.arange(12) % 3
@@ -224,3 +226,17 @@ def test_the_preconditioner_of_other_optimizers_leaves_them_alone() -> None:
         nn.Sequential(MaskedLinear(3, 3), nn.Linear(3, 3)), nn.CrossEntropyLoss()
     )
     assert preconditioner.covered() == {"1.weight", "1.bias"}
+
+
+def test_factors_of_masked_weights_are_of_visible_pairs() -> None:
+    """Each entry is multiplied by the share of visible pairs, computed one by one."""
+    layer = find_layers(MaskedLinear(4, 3).double(), computed=True)[0]
+    a, b = (torch.randn(1, size, size, dtype=torch.float64) for size in (5, 3))
+    found = visible_factors(layer, (a, b))
+    assert found is not None
+    mask = torch.cat([layer.module.mask, torch.ones(3, 1)], 1).double()  # type: ignore[list-item]
+    for own, factor, rows in ((found[0], a, mask.T), (found[1], b, mask)):
+        for i, one in enumerate(rows):
+            for j, other in enumerate(rows):
+                share = (one @ other) / (one.sum() * other.sum()).sqrt() if i != j else 1.0
+                torch.testing.assert_close(own[0, i, j], factor[0, i, j] * share)
