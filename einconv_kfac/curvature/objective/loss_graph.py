@@ -23,6 +23,7 @@ from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes.linear_operations import LINEAR
 from einconv_kfac.curvature.objective.nodes.slices import is_affine
+from einconv_kfac.curvature.objective.shared_memory import as_recorded
 from einconv_kfac.curvature.objective.unbatched import LayerOutput, unbatched_of
 from einconv_kfac.curvature.objective.units import drawn
 
@@ -139,7 +140,7 @@ class LossGraph:
         """Return the recorded value of a source."""
         value = self.output(edge)
         if value is not None:
-            return value
+            return as_recorded(value, edge)
         leaf = leaf_of(edge)
         assert leaf is not None
         return leaf.detach().clone()

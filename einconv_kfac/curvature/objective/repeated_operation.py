@@ -25,6 +25,7 @@ from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes.reductions import fixed_selection, is_selection
 from einconv_kfac.curvature.objective.positive_parts import before_positive_part, follows
 from einconv_kfac.curvature.objective.recorded_results import Known, recorded_result
+from einconv_kfac.curvature.objective.shared_memory import as_recorded
 from einconv_kfac.curvature.objective.tail import Operation
 
 
@@ -63,7 +64,10 @@ def operation_of(node: Node, own: Repeated, stops: Stops) -> Operation:
         for value, edge in zip(rule.inputs(node), chain(edges, repeat(None)))
     ]
     maps += [None] * (len(values) - len(maps))
-    values = [copied(value) if map_ is None else value for value, map_ in zip(values, maps)]
+    values = [
+        copied(value) if map_ is None else _now(value, edge)
+        for value, map_, edge in zip(values, maps, chain(edges, repeat(None)))
+    ]
     function = rule.function(node)
     if is_selection(node) and edges[0] is not None and values[0] is None:
         values, function = [zeros_at(edges[0])], fixed_selection(node)
@@ -71,6 +75,11 @@ def operation_of(node: Node, own: Repeated, stops: Stops) -> Operation:
         options = {name: copied(own) for name, own in function.keywords.items()}
         function = partial(function.func, *function.args, **options)
     return Operation(kind, output, tuple(zip(values, maps)), function)
+
+
+def _now(value: Tensor | None, edge: Edge | None) -> Tensor | None:
+    """Return an input that depends on the model as it is now, see `as_recorded`."""
+    return value if value is None or edge is None else as_recorded(value, edge)
 
 
 def _has_others(output: Edge, nodes: NodeOrder) -> bool:
