@@ -15,6 +15,7 @@ from einconv_kfac.optim.step.fits.carried_fit import CarriedMix
 from einconv_kfac.optim.step.fits.fit import Fit, Momentum
 from einconv_kfac.optim.step.fits.pending_fit import PendingFit, SolvedFit
 from einconv_kfac.optim.step.fits.quadratic_model import Products
+from einconv_kfac.optim.step.fits.small_rates import SmallRates
 from einconv_kfac.optim.step.fits.subspace import FIT_PERIOD, SubspaceFit
 from einconv_kfac.optim.step.objective import Objective, is_late
 from einconv_kfac.optim.vectors import Direction
@@ -60,6 +61,7 @@ class StepFit:
         self._curvature, self._asking = curvature, asking
         self.subspace = subspace
         self.search = DampingSearch(agreement)
+        self._small_rates = SmallRates()
 
     def is_due(self, step: int, *, is_given: bool) -> bool:
         """Return whether a step is to be fitted to its batch.
@@ -118,6 +120,7 @@ class StepFit:
             damping: The damping.
             begun: The fit, if the device was asked for its numbers.
         """
+        self._small_rates.look_(objective.rates, self._curvature.steps)
         begun, search = begun or BegunFit(), self.search
         if begun.trials or (begun.pending is None and self._tries(objective)):
             trials = begun.trials or self._trials(objective, momentum, damping)
