@@ -273,3 +273,34 @@ def test_a_compiled_function_that_is_read_is_refused_by_the_backward_pass(
         opt.observe(loss_fn(model(X), Y)).backward()
         opt.step()
     torch.testing.assert_close(weights(model), uncompiled(**options), rtol=1e-9, atol=1e-11)
+
+
+class Returning(nn.Module):
+    """A network that returns its loss beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.net(x)
+        return scores, nn.functional.cross_entropy(scores, y)
+
+
+def test_a_model_that_returns_its_loss_is_compiled_first() -> None:
+    model = Returning()
+    late = KFAC(model)
+    torch.compile(model, backend="eager")(X, Y)[1].backward()
+    with pytest.raises(RuntimeError, match=r"`model = torch.compile\(model\)`, then KFAC\(model\)"):
+        late.step()
+    late.remove_hooks()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    opt, losses = KFAC(compiled), []
+    for _ in range(STEPS):
+        opt.zero_grad()
+        loss = compiled(X, Y)[1]
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]

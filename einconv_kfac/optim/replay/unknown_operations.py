@@ -33,7 +33,8 @@ NO_LOSS = (
     "`step` needs the loss it steps on, but saw none whose gradient is in `.grad`. Compute it as "
     "`loss_fn(model(x), y)` with the module given here, outside of compiled functions, or write "
     "`loss = optimizer.observe(loss)` before `loss.backward()`; gradients by torch.func, "
-    "autograd.grad or a checkpoint with use_reentrant=True have no recorded loss."
+    "autograd.grad or a checkpoint with use_reentrant=True have no recorded loss. A model that is "
+    "compiled is compiled first: `model = torch.compile(model)`, then KFAC(model)."
 )
 
 OTHER_LOSS = (
