@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
-from einconv_kfac.curvature.layers.computed.product import ProductWeight
+from einconv_kfac.curvature.layers.computed.product import Constant, ProductWeight
 from einconv_kfac.curvature.layers.computed.standardization import KINDS, StandardizedWeight
 from einconv_kfac.curvature.layers.computed.weight_norm import NormalizedWeight
 from einconv_kfac.curvature.layers.computed_weight import ComputedWeight
@@ -57,7 +57,7 @@ def _by_hook(module: nn.Module, name: str) -> ComputedWeight | None:
     if type(hooks[0]) is WeightNorm:
         return NormalizedWeight(module, (f"{name}_v", f"{name}_g"))
     if getattr(type(hooks[0]), "apply_mask", None) is BasePruningMethod.apply_mask:
-        return ProductWeight(module, f"{name}_orig", f"{name}_mask")
+        return ProductWeight(module, f"{name}_orig", Constant(f"{name}_mask"))
     return None
 
 

@@ -12,10 +12,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from einconv_kfac.curvature.arguments import flag
 from einconv_kfac.curvature.blocks.matrix_layout import Layout
+from einconv_kfac.curvature.layers.computed.product import ProductWeight
 from einconv_kfac.curvature.layers.computed_weight import ComputedWeight, NamedWeight
 from einconv_kfac.curvature.layers.computed_weights import computed_weight, is_standardized
 from einconv_kfac.curvature.layers.exclusion import Exclusion, excluded_modules
-from einconv_kfac.curvature.layers.inner_calls import KNOWN
+from einconv_kfac.curvature.layers.inner_calls import BIAS, KNOWN, WEIGHT
 from einconv_kfac.curvature.layers.inner_search import inner_rule
 from einconv_kfac.curvature.layers.layer import Layer
 from einconv_kfac.curvature.layers.layer_registry import is_hidden, layer_rule, overrides_forward
@@ -168,7 +169,7 @@ def _revealed(model: nn.Module, name: str, module: nn.Module) -> LayerRule | Non
 def _computed(module: nn.Module, rule: LayerRule) -> ComputedWeight | None:
     """Return how a module computes its weight, where its rule allows that."""
     if rule.sees_inner_calls:
-        return KNOWN[module].weight
+        return ProductWeight(module, WEIGHT, KNOWN[module].weight)
     return computed_weight(module, rule.weight) if rule.may_compute_weight else None
 
 
@@ -185,8 +186,10 @@ def _named(
 
 def _named_bias(module: nn.Module, rule: LayerRule, name: str) -> NamedWeight | None:
     """Return how a module computes its bias, given the name of its parameter in the model."""
-    computed = KNOWN[module].bias if rule.sees_inner_calls else None
-    return None if computed is None else NamedWeight(name, (name,), computed)
+    constant = KNOWN[module].bias if rule.sees_inner_calls else None
+    if constant is None:
+        return None
+    return NamedWeight(name, (name,), ProductWeight(module, BIAS, constant))
 
 
 class _WithWeight:

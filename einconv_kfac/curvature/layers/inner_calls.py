@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.layers.computed.constant_factor import ConstantFactor, constant_factor
-from einconv_kfac.curvature.layers.computed.product import ProductWeight
+from einconv_kfac.curvature.layers.computed.product import Constant
 from einconv_kfac.curvature.layers.interception import Records
 
 Options = tuple[Any, ...]
@@ -71,13 +71,13 @@ class InnerCall:
 
     Args:
         options: Its options.
-        weight: Its weight, whose constant is that of the latest call.
-        bias: Its bias, if it has one that is a parameter times a constant.
+        weight: What its weight is multiplied by.
+        bias: What its bias is multiplied by, if it has one that is a parameter times a constant.
     """
 
     options: Options
-    weight: ProductWeight
-    bias: ProductWeight | None
+    weight: Constant
+    bias: Constant | None
 
 
 KNOWN: WeakKeyDictionary[nn.Module, InnerCall] = WeakKeyDictionary()
@@ -110,9 +110,9 @@ def run(module: Any, records: Records, function: Any, *args: Any, **kwargs: Any)
     if known.bias is not None and others is None:
         return y
     if factor.is_known and isinstance(module._parameters[WEIGHT], nn.Parameter):
-        known.weight.see_(factor.value())
+        known.weight.see_(module, factor.value())
         if known.bias is not None and others is not None:
-            known.bias.see_(others.value())
+            known.bias.see_(module, others.value())
     records[WEIGHT](call.x, y)
     return y
 

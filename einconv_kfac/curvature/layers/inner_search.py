@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from einconv_kfac.curvature.layers.computed.constant_factor import ConstantFactor, constant_factor
-from einconv_kfac.curvature.layers.computed.product import ProductWeight
+from einconv_kfac.curvature.layers.computed.constant_factor import constant_factor
+from einconv_kfac.curvature.layers.computed.product import Constant
 from einconv_kfac.curvature.layers.inner_calls import (
     BIAS,
     FUNCTIONS,
@@ -27,6 +29,8 @@ from einconv_kfac.curvature.layers.inner_calls import (
 from einconv_kfac.curvature.layers.inner_rules import NO_BIAS, InnerConvRule, InnerLinearRule
 from einconv_kfac.curvature.layers.layer_rule import LayerRule
 
+INTERNAL = frozenset(vars(nn.Module()))
+"""The attributes that every module has."""
 EXAMPLES, SIDE = 2, 9
 """Number of examples of a trial, and of positions in each dimension beyond those of the kernel."""
 
@@ -65,14 +69,14 @@ def _tried(module: nn.Module) -> InnerCall | None:
     weight = module._parameters.get(WEIGHT)
     if weight is None or not 2 <= weight.ndim <= 5:
         return None
-    trial = _copied(module)
-    own: Any = trial._parameters[WEIGHT]
-    before = {name: p.detach().clone() for name, p in trial.named_parameters()}
     recorder = _Trial()
     try:
+        trial = _copied(module)
+        own: Any = trial._parameters[WEIGHT]
+        before = {name: p.detach().clone() for name, p in trial.named_parameters()}
         with _same_random_numbers(weight), torch.enable_grad(), recorder:
             type(module).forward(trial, _zeros(module, weight))
-    except Exception:  # it needs other inputs
+    except Exception:  # it needs other inputs, or cannot be copied
         return None
     changed = {name for name, p in trial.named_parameters() if not torch.equal(p, before[name])}
     factors = [constant_factor(call.weight, own) for call in recorder.calls]
@@ -84,19 +88,10 @@ def _tried(module: nn.Module) -> InnerCall | None:
         name = _mask_in_place(trial, own.detach(), before[WEIGHT])
         if not name or parts:
             return None
-    found = ProductWeight(module, WEIGHT, name, in_place=bool(changed))
-    if not name:
-        found.see_(factors[0].value())
-    return InnerCall(call.options, found, _bias(module, bias_factor(trial, call)))
-
-
-def _bias(module: nn.Module, factor: ConstantFactor | None) -> ProductWeight | None:
-    """Return the bias of a module that is multiplied by constants."""
-    if factor is None:
-        return None
-    found = ProductWeight(module, BIAS)
-    found.see_(factor.value())
-    return found
+    seen = None if name else factors[0].value()
+    found = Constant(name, in_place=bool(changed), seen=seen)
+    bias = bias_factor(trial, call)
+    return InnerCall(call.options, found, None if bias is None else Constant(seen=bias.value()))
 
 
 def _constants(module: nn.Module) -> dict[str, Tensor]:
@@ -149,8 +144,9 @@ def _is_simple(module: nn.Module) -> bool:
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """Return a copy of a module with copies of its parameters and buffers, and another weight."""
+    """Return a copy of a module with copies of its tensors and attributes, and another weight."""
     result = copy.copy(module)
+    attributes = {n: copy.deepcopy(own) for n, own in vars(module).items() if n not in INTERNAL}
     parameters = {
         name: p if p is None else nn.Parameter(p.detach().clone(), p.requires_grad)
         for name, p in module._parameters.items()
@@ -160,7 +156,7 @@ def _copied(module: nn.Module) -> nn.Module:
     assert weight is not None
     values = torch.linspace(1, 2, weight.numel(), dtype=weight.dtype, device=weight.device)
     weight.data.copy_(values.view_as(weight))  # without zeros, so that masks in place show
-    vars(result).update(_parameters=parameters, _buffers=buffers)
+    vars(result).update(attributes, _parameters=parameters, _buffers=buffers)
     return result
 
 
@@ -177,10 +173,17 @@ def _zeros(module: Any, weight: Tensor) -> Tensor:
 
 @contextmanager
 def _same_random_numbers(weight: Tensor) -> Iterator[None]:
-    """Leave the random numbers of torch after the block as they are before it."""
+    """Leave random numbers of torch, Python and numpy after the block as they are before it."""
     devices = [weight.device] if weight.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        yield
+    numpy: Any = sys.modules.get("numpy.random")
+    others = random.getstate(), None if numpy is None else numpy.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(others[0])
+        if numpy is not None:
+            numpy.set_state(others[1])
 
 
 class _Trial(TorchFunctionMode):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from constant_products import (
@@ -174,3 +178,37 @@ def test_biases_that_are_computed_otherwise_are_left_out() -> None:
     assert layer.parameters == ("weight",)
     (layer,) = find_layers(ScaledLinear(4, 3), computed=True)
     assert layer.parameters == ("weight", "bias")
+
+
+class Noting(nn.Module):
+    """A linear layer that notes its inputs, and draws numbers that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+        self.seen: list[torch.Size] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.shape)
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+        return functional.linear(x, self.weight)
+
+
+def random_states() -> tuple[Any, ...]:
+    name, keys, *position = np.random.get_state()
+    return random.getstate(), name, tuple(keys), tuple(position), tuple(torch.get_rng_state())
+
+
+def test_a_trial_leaves_nothing_behind() -> None:
+    module = Noting()
+    before = random_states()
+    (found,) = find_layers(nn.Sequential(module), computed=True)
+    assert found.computed is not None
+    assert random_states() == before
+    assert module.seen == []
+    alive = weakref.ref(module)
+    del found, module
+    gc.collect()
+    assert alive() is None

@@ -13,6 +13,37 @@ count as if they were larger. A step of their parameter hardly changes the weigh
 one would be large."""
 
 
+class Constant:
+    """A constant of a module, which it multiplies a parameter by; it keeps no reference to it.
+
+    Args:
+        name: Its name in the module, where it is read when it is needed. If empty, it is that of
+            the calls that are seen.
+        in_place: Whether the module multiplies the parameter itself, so that calls do not show it.
+        seen: That of the latest call, ``None`` for 1.
+    """
+
+    def __init__(
+        self, name: str = "", *, in_place: bool = False, seen: Tensor | None = None
+    ) -> None:
+        self._name, self._in_place, self._seen = name, in_place, seen
+
+    def of(self, module: nn.Module) -> Tensor | None:
+        """Return the present constant of the module, or ``None`` for 1."""
+        if not self._name:
+            return self._seen
+        found: Tensor = getattr(module, self._name)
+        return found.detach()
+
+    def see_(self, module: nn.Module, constant: Tensor | None) -> None:
+        """Take over the constant of a call, ``None`` for 1."""
+        if self._in_place:
+            return
+        named = self.of(module) if self._name else None
+        if named is None or constant is None or named.data_ptr() != constant.data_ptr():
+            self._name, self._seen = "", constant
+
+
 class ProductWeight(ComputedWeight):
     """``W = m * v`` with one parameter ``v`` and a constant ``m``, which broadcasts to its shape.
 
@@ -23,35 +54,19 @@ class ProductWeight(ComputedWeight):
     Args:
         owner: The module that has the parameter.
         attribute: Its name in it.
-        constant: Name of the constant in it, which is read when it is needed. If empty, it is that
-            of the calls that are seen.
-        in_place: Whether the module multiplies the parameter itself, so that calls do not show it.
+        constant: Its constant.
     """
 
     ignores_norm = False
 
-    def __init__(
-        self, owner: nn.Module, attribute: str, constant: str = "", *, in_place: bool = False
-    ) -> None:
+    def __init__(self, owner: nn.Module, attribute: str, constant: Constant) -> None:
         super().__init__(owner, (attribute,))
-        self._name, self._in_place = constant, in_place
-        self._seen: Tensor | None = None
+        self._constant = constant
 
     @property
     def constant(self) -> Tensor | None:
         """The present constant, or ``None`` for 1."""
-        if not self._name:
-            return self._seen
-        found: Tensor = getattr(self.owner, self._name)
-        return found.detach()
-
-    def see_(self, constant: Tensor | None) -> None:
-        """Take over the constant of a call, ``None`` for 1."""
-        if self._in_place:
-            return
-        named = self.constant if self._name else None
-        if named is None or constant is None or named.data_ptr() != constant.data_ptr():
-            self._name, self._seen = "", constant
+        return self._constant.of(self.owner)
 
     def value(self, parameters: Values) -> Tensor:
         """See `ComputedWeight`."""
