@@ -20,7 +20,8 @@ def check_module(model: Any, line: str) -> None:
     if isinstance(model, type) or not isinstance(model, nn.Module):
         raise TypeError(
             f"`model` must be the nn.Module itself, not its parameters or its class, got "
-            f"{described(model)}. Write {line}."
+            f"{described(model)}. Write {line}; several modules are one as "
+            "nn.ModuleList([first, second])."
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
