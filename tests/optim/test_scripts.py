@@ -15,6 +15,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "scripts.md"
 ECOSYSTEM = (
     "a Hugging Face model", "Transformers' Trainer", "Lightning, automatic optimization",
     "Lightning, manual optimization", "Accelerate", "PEFT", "PyTorch Geometric",
+    "fastai", "DeepXDE, with PyTorch",
 )  # fmt: skip
 RUN = scripts_of_losses, scripts_of_loops, scripts_of_models
 """The files that fill the table."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
-from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
 from einconv_kfac.curvature.layers.computed.product import Constant, ProductWeight
@@ -51,16 +51,24 @@ def _by_parametrization(module: nn.Module, name: str) -> ComputedWeight | None:
 
 def _by_hook(module: nn.Module, name: str) -> ComputedWeight | None:
     """Return a weight that a hook computes before each call."""
-    hooks = [hook for hook in module._forward_pre_hooks.values() if _tensor_of(hook) == name]
-    if len(hooks) != 1 or name in module._parameters:
+    hooks = list(module._forward_pre_hooks.values())
+    own = [hook for hook in hooks if name in (getattr(hook, "name", None), _pruned(hook))]
+    if len(own) != 1 or name in module._parameters:
         return None
-    if type(hooks[0]) is WeightNorm:
+    if type(own[0]) is WeightNorm:
         return NormalizedWeight(module, (f"{name}_v", f"{name}_g"))
-    if getattr(type(hooks[0]), "apply_mask", None) is BasePruningMethod.apply_mask:
+    if _pruned(own[0]) is not None:
         return ProductWeight(module, f"{name}_orig", Constant(f"{name}_mask"))
     return None
 
 
-def _tensor_of(hook: Any) -> Any:
-    """Return the name of the tensor that a hook computes, if it is known."""
-    return getattr(hook, "_tensor_name" if isinstance(hook, BasePruningMethod) else "name", None)
+def _pruned(hook: Any) -> str | None:
+    """Return the name of the tensor that a hook multiplies by its mask, if it prunes one.
+
+    Scripts that prune have imported the module of these hooks.
+    """
+    prune = sys.modules.get("torch.nn.utils.prune")
+    if prune is None or not isinstance(hook, prune.BasePruningMethod):
+        return None
+    name: str = hook._tensor_name
+    return name if type(hook).apply_mask is prune.BasePruningMethod.apply_mask else None
