@@ -23,7 +23,11 @@ from einconv_kfac.curvature.module_hooks import InactiveHook, is_compiling
 from einconv_kfac.curvature.objective.graph import Edge, metadata_of, viewed
 from einconv_kfac.curvature.objective.unbatched import Batching, LayerOutput
 
-TRACKERS = ("torch.utils.module_tracker", "torch.distributed._tools.", "torch.distributed.tensor.")
+TRACKERS = (
+    "torch.utils.module_tracker",
+    "torch.distributed._tools.",
+    "torch.distributed.tensor.debug.",
+)
 """Python modules whose hooks for all modules follow them, as those that count operations."""
 
 

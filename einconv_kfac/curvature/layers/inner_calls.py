@@ -84,15 +84,13 @@ KNOWN: WeakKeyDictionary[nn.Module, InnerCall] = WeakKeyDictionary()
 """The calls of modules that were found to have one."""
 
 
-def owns_weight(module: nn.Module, args: Sequence[Any]) -> bool:
-    """Return whether the second argument of a function is a module's weight times a constant."""
-    own = module._parameters.get(WEIGHT)
-    others = [each for each in args if isinstance(each, Tensor)]
-    return own is not None and any(constant_factor(each, own) is not None for each in others)
+def has_weight(module: nn.Module, _: Sequence[Any]) -> bool:
+    """Return whether a module has its weight; `run` tells which calls are made with it."""
+    return module._parameters.get(WEIGHT) is not None
 
 
 def run(module: Any, records: Records, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return what a function of torch returns, and record its call.
+    """Return what a function of torch returns, and record its call if its weight is the module's.
 
     Args:
         module: The module.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from einconv_kfac.curvature.factors.approximation import Approximation
-from einconv_kfac.curvature.layers.inner_calls import ALWAYS, REPLACEMENTS, owns_weight
+from einconv_kfac.curvature.layers.inner_calls import ALWAYS, REPLACEMENTS, has_weight
 from einconv_kfac.curvature.layers.interception import intercepted
 from einconv_kfac.curvature.layers.layer_rule import LayerExample, LayerRule, Record
 from einconv_kfac.curvature.layers.rules.convolution import ConvRule
@@ -29,7 +29,7 @@ class _InnerRule(LayerRule):
     def watch(self, module: Any, record: Record) -> Callable[[], None]:
         """See `LayerRule`."""
         own = [
-            intercepted(module, self.weight, each, REPLACEMENTS, owns_weight)
+            intercepted(module, self.weight, each, REPLACEMENTS, has_weight)
             for each in (record, ALWAYS)
         ]
 
