@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from types import MappingProxyType
 
 from torch import Generator, Tensor
 
-from einconv_kfac.curvature.objective.bare_entries import places_without_curvature
+from einconv_kfac.curvature.objective.complete_terms import are_complete
 from einconv_kfac.curvature.objective.densities import WithoutCurvature
-from einconv_kfac.curvature.objective.distributions import ENTRIES, Distributions
+from einconv_kfac.curvature.objective.distributions import Distributions
 from einconv_kfac.curvature.objective.enclosed_calls import (
     CallAt,
     enclosed_calls,
     no_call,
 )
+from einconv_kfac.curvature.objective.found_terms import FoundTerms
 from einconv_kfac.curvature.objective.graph import (
     Edge,
     Stops,
@@ -31,7 +32,6 @@ from einconv_kfac.curvature.objective.hessian import (
     with_hessians,
 )
 from einconv_kfac.curvature.objective.linear_map import LinearMap
-from einconv_kfac.curvature.objective.local_curvature import Empirical
 from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.loss_graph import LossGraph, Values
 from einconv_kfac.curvature.objective.nodes.reductions import is_selection
@@ -83,6 +83,10 @@ class Reading:
     def _rules(self) -> RuleTerms:
         """The terms that rules give."""
         return RuleTerms(self.graph, self._calls)
+
+    def is_complete(self) -> bool:
+        """Return whether its terms are all of its curvature, while the graph exists."""
+        return are_complete(self._find_terms.all, self.graph, self._rules, self._without)
 
     def tail(self, sources: Sequence[Edge]) -> Tail:
         """Return what remains of the reading after the graph is freed.
@@ -172,8 +176,8 @@ class Reading:
                 yield self.graph.at_ends(term.gradients(root)), is_alone
 
     @cached_property
-    def _find_terms(self) -> Callable[[], tuple[Term, ...]]:
-        """Return a function that finds the terms, also after the graph is freed."""
+    def _find_terms(self) -> FoundTerms:
+        """What finds the terms, also after the graph is freed."""
         graph, terms = self.graph, self._rules.terms
         starts = [edge for term in terms for edge in term.argument]
         bare = graph.ends.keys() - first_met(starts, graph.is_end)
@@ -183,7 +187,7 @@ class Reading:
             if gradient.ndim and (edge in bare or not graph.inner)
         }
         own = self._hessians(), ends, self._without, self._rules.left_out(), self._account
-        return cache(partial(_all_terms, *own, graph.unbatched, self._replaced()))
+        return FoundTerms(*own, graph.unbatched, self._replaced())
 
     @cached_property
     def _samples(self) -> list[Term]:
@@ -252,45 +256,3 @@ class Reading:
             return None if found is None else [*others, found]
 
         return compared
-
-
-def _all_terms(
-    find: Callable[[], Sequence[Term]],
-    ends: Mapping[Edge, tuple[LinearMap, Tensor]],
-    without: WithoutCurvature,
-    left_out: Collection[str],
-    account: LossAccount | None,
-    unbatched: Collection[Edge],
-    replaced: Collection[int],
-) -> tuple[Term, ...]:
-    """Return the terms found, and what takes the place of curvature where there is none.
-
-    Args:
-        find: Finds the terms.
-        ends: Tensors to which rules may give no curvature in whole or in part, as a map from the
-            sources and a gradient.
-        without: The operations next to the loss without curvature of their own.
-        left_out: The operations without curvature of their own.
-        account: Receives what the loss is taken as.
-        unbatched: The tensors without a dimension of examples.
-        replaced: See `Reading`; these terms are left out.
-    """
-    terms = tuple(term for term in find() if id(term) not in replaced)
-    gradients = {edge: own for edge, (_, own) in ends.items()}
-    places = places_without_curvature(terms, gradients, unbatched)
-    if own := [*without.terms(places, gradients)]:
-        terms = (*terms, *(term for term, _ in own))
-        covered = {end for _, inner in own for end in inner}
-        places = places_without_curvature(terms, gradients, unbatched)
-        places = {end: where for end, where in places.items() if end not in covered}
-    name = ", ".join(sorted(left_out)) or "linear"
-    slopes = {edge: gradients[edge].where(own, 0) for edge, own in places.items()}
-    empirical = (
-        Term((e,), (ends[e][0],), Empirical(g, without.scale(e, g), e in unbatched), name)
-        for e, g in slopes.items()
-    )
-    result = (*terms, *empirical)
-    if account is not None:
-        is_whole = any(term.name in (WHOLE, ENTRIES) for term in terms)
-        account.add_(result, () if is_whole else left_out)
-    return result

@@ -37,6 +37,7 @@ class RuleTerms:
         curved: The operations whose curvature is known.
         joined: Those whose curvature is known together with that of operations before them.
         inner: These operations with those before them.
+        hidden: The operations inside of the calls of loss modules.
         by_node: The terms of operations whose curvature is known.
         terms: The terms.
     """
@@ -49,13 +50,13 @@ class RuleTerms:
         self.inner: set[Node] = set()
         self._squares: set[Node] = set()  # the operations inside of them
         registered = list(self._registered_terms(calls))
-        self._hidden = {node for call in self.registered for node in call.nodes}
+        self.hidden = {node for call in self.registered for node in call.nodes}
         self.by_node = dict(self._curved_terms())
         self.terms = (*registered, *self.by_node.values(), *self._linear_terms())
 
     def left_out(self) -> set[str]:
         """Return the nonlinear operations that have no curvature of their own."""
-        known = {*self.curved, *self.inner, *self._squares, *self._hidden}
+        known = {*self.curved, *self.inner, *self._squares, *self.hidden}
         return {kind_of_node(node) for node in self._graph.nonlinear if node not in known}
 
     def _registered_terms(self, calls: Sequence[EnclosedCall]) -> Iterator[Term]:
@@ -70,7 +71,7 @@ class RuleTerms:
     def _curved_terms(self) -> Iterator[tuple[Node, Term]]:
         """Yield the terms whose curvature is positive semi-definite, with their operations."""
         graph, known = self._graph, self._joined_terms()
-        for node in (each for each in graph.nonlinear if each not in self._hidden):
+        for node in (each for each in graph.nonlinear if each not in self.hidden):
             if node in self.inner and node not in known:
                 continue
             rule, weight = NODE_RULES.get(kind_of_node(node)), graph.seen.get((node, 0))
@@ -90,7 +91,7 @@ class RuleTerms:
         graph, found = self._graph, dict[Node, tuple[Argument, LocalCurvature]]()
         for node in graph.nonlinear:
             weight = graph.seen.get((node, 0))
-            if weight is None or node in self._hidden:
+            if weight is None or node in self.hidden:
                 continue
             own = log_of_softmax(node, weight, graph) or log_of_sum(node, weight, graph)
             if own is not None:

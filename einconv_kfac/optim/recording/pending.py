@@ -216,6 +216,10 @@ class PendingCalls:
         calls = {p.number: p for p in self._pending} if among is None else among
         return (calls[mark.call], mark.source) if mark.call in calls else None
 
+    def is_layer_at(self, edge: Edge) -> bool:
+        """Return whether an edge is the output of a layer."""
+        return mark_of(edge, (id(self), False)) is not None
+
     def owner_of(
         self, argument: Tensor, inside: Inside | None
     ) -> tuple[PendingCall, LossInput] | None:

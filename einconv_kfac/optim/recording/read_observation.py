@@ -125,10 +125,25 @@ class ReadObservation:
         self.is_waiting = False
         self._root = None  # a hook of the graph that refers to the graph would keep it alive
         reading = self._reading(root, weight / _total(weight))
-        if self._terms and reading.tail(reading.graph.sources).unknown():
-            self._terms = set()  # they count as outputs of the model
+        while self._terms and not self._is_usable(reading):
+            numbers = {each for each in self._terms if self._is_number(*each)}
+            self._terms = numbers if numbers < self._terms else set()  # others count as outputs
             reading = self._reading(root, weight / _total(weight))
         return ReadEvaluation(reading), self._layer_calls
+
+    def _is_usable(self, reading: Reading) -> bool:
+        """Return whether a loss is to be read through its terms.
+
+        Several numbers may be what a policy or a density is. Through these, all of the curvature
+        is to be known.
+        """
+        if not all(self._is_number(*each) for each in self._terms) and not reading.is_complete():
+            return False
+        return not reading.tail(reading.graph.sources).unknown()
+
+    def _is_number(self, call: int, source: LossInput) -> bool:
+        """Return whether a tensor of a call is one number."""
+        return self._calls[call].values[source].numel() == 1
 
     def _reading(self, root: Edge, weight: Tensor) -> Reading:
         """Return what the graph of the loss says.

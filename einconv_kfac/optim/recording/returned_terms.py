@@ -1,4 +1,8 @@
-"""Numbers that a model returned and that are terms of a loss."""
+"""Losses and log-probabilities that a model returned, and that a loss is a sum of.
+
+A loss is read through them, down to the outputs of the layers that they are computed from: there
+it has the curvature that it has where the script computes them from the scores of the model.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,18 @@ from collections.abc import Container
 
 from torch import Tensor
 
-from einconv_kfac.curvature.objective.graph import Edge, Stops, first_met, inputs_of, leaf_of
+from einconv_kfac.curvature.objective.graph import (
+    Edge,
+    Stops,
+    dependents,
+    first_met,
+    inputs_of,
+    kind_of_node,
+    leaf_of,
+    within,
+)
 from einconv_kfac.curvature.objective.linear_parts import linear_parts
+from einconv_kfac.curvature.objective.loss_graph import is_linear
 from einconv_kfac.optim.recording.pending import PendingCalls
 from einconv_kfac.optim.recording.pending_call import PendingCall
 from einconv_kfac.optim.replay.loss_input import LossInput, Returned
@@ -16,10 +30,12 @@ from einconv_kfac.optim.replay.loss_input import LossInput, Returned
 def terms_of(
     root: Edge, pending: PendingCalls, parameters: Container[Tensor]
 ) -> list[tuple[PendingCall, LossInput]]:
-    """Return the numbers of calls in which a loss is linear: losses that are its terms.
+    """Return the tensors that calls returned and in which a loss is linear.
 
-    A loss is read through them, since by itself a linear function of an output has no curvature.
-    Numbers of parameters that the model uses past its layers are left out: those are its outputs.
+    By itself a linear function of an output has no curvature. Tensors of parameters that the model
+    uses past its layers are left out: those are its outputs. So are tensors of several numbers that
+    are outputs of layers, linear in these, or log-probabilities of all classes, whose curvature is
+    known as it is.
 
     Args:
         root: The edge of the loss.
@@ -27,22 +43,40 @@ def terms_of(
         parameters: The parameters of the model.
     """
 
-    def is_number(edge: Edge) -> bool:
+    def is_other(edge: Edge) -> bool:
+        return pending.source_at(edge) is not None
+
+    def is_term(edge: Edge) -> bool:
         own = pending.source_at(edge, inner=False)
         if own is None or not isinstance(own[1], Returned):
             return False
-        return own[0].values[own[1]].numel() == 1
-
-    def is_other(edge: Edge) -> bool:
-        return pending.source_at(edge) is not None
+        return own[0].values[own[1]].numel() == 1 or _is_bent(edge, pending, is_other)
 
     def is_parameter(edge: Edge) -> bool:
         leaf = leaf_of(edge)
         return leaf is not None and leaf in parameters
 
-    numbers = linear_parts(root, is_number, is_other)
-    owners = [pending.source_at(e) for e in numbers if _ends_at(e, is_other, is_parameter)]
+    parts = linear_parts(root, is_term, is_other)
+    owners = [pending.source_at(e) for e in parts if _ends_at(e, is_other, is_parameter)]
     return [owner for owner in owners if owner is not None]
+
+
+def _is_bent(edge: Edge, pending: PendingCalls, is_source: Stops) -> bool:
+    """Return whether a tensor is a nonlinear function of outputs of layers, other than scores.
+
+    Args:
+        edge: The tensor, which a call returned.
+        pending: The calls of the model.
+        is_source: Whether an edge is a tensor of a call.
+    """
+    if pending.is_layer_at(edge) or kind_of_node(within(edge)[0]) == "LogSoftmax":
+        return False
+    nodes = dependents(edge, is_source)
+
+    def depends(each: Edge | None) -> bool:
+        return each is not None and (each[0] in nodes or is_source(each))
+
+    return not all(is_linear(node, depends) for node in nodes)
 
 
 def _ends_at(edge: Edge, wanted: Stops, others: Stops) -> bool:

@@ -1,0 +1,166 @@
+"""Models that return log-probabilities or losses of entries, against those that return scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from optim_cases import objective_of, weights
+from torch import Tensor, nn
+from torch.distributions import Categorical
+from torch.func import functional_call, jacrev
+from torch.nn import functional
+
+from einconv_kfac import KFAC
+from einconv_kfac.optim.recording.recorder import Recorder
+from einconv_kfac.optim.replay.replay import Replay
+from einconv_kfac.optim.step.fits.quadratic_model import quadratic_model
+
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+GENERATOR = torch.Generator().manual_seed(0)
+N, T, V = 4, 3, 5
+IDS = torch.randint(V, (N, T), generator=GENERATOR)
+MASK = (torch.rand(N, T, generator=GENERATOR) > 0.3).double()
+TARGETS = functional.one_hot(IDS, V).double()
+End = Callable[[Tensor], Any]
+"""What the model makes of scores ``[n, t, v]``."""
+Loss = Callable[[Any], Tensor]
+"""What the script makes of that."""
+
+
+class Net(nn.Module):
+    """A network for tokens ``[n, t]``.
+
+    Args:
+        end: What it makes of its scores.
+    """
+
+    def __init__(self, end: End) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.last, self.end = nn.Embedding(V, 3), nn.Linear(3, V), end
+        self.double()
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.end(self.last(self.first(ids.roll(1, 1)).tanh()))
+
+
+def trained(end: End, loss: Loss, *, inside: bool, steps: int = 3) -> tuple[Tensor, list[float]]:
+    """Return the parameters and the losses of some steps, the end inside of the model or not."""
+    model = Net(end if inside else lambda scores: scores)
+    opt, losses = KFAC(model), []
+    for _ in range(steps):
+        opt.zero_grad()
+        out = model(IDS)
+        value = opt.observe(loss(out if inside else end(out)))
+        value.backward()
+        opt.step()
+        losses.append(value.item())
+    return weights(model), losses
+
+
+def chosen(log_probabilities: Tensor) -> Tensor:
+    """Return the entries of the tokens, ``[n, t]``."""
+    return log_probabilities.gather(-1, IDS.unsqueeze(-1)).squeeze(-1)
+
+
+def selective(scores: Tensor) -> Tensor:
+    sums = torch.stack([torch.logsumexp(own, -1) for own in scores])
+    return chosen(scores) - sums
+
+
+def masked(sign: float, out: Tensor) -> Tensor:
+    own = out.reshape(N, T, -1)
+    return sign * (own * MASK.unsqueeze(-1)).sum() / MASK.sum()
+
+
+def cross_entropies(scores: Tensor, **options: Any) -> Tensor:
+    return functional.cross_entropy(scores.mT, IDS, reduction="none", **options)
+
+
+LIKELIHOOD, MEAN = partial(masked, -1.0), partial(masked, 1.0)
+FORMS: dict[str, tuple[End, Loss]] = {
+    "tokens": (lambda z: chosen(z.log_softmax(-1)), LIKELIHOOD),
+    "negative": (lambda z: -chosen(z.log_softmax(-1)), MEAN),
+    "cross entropies": (cross_entropies, MEAN),
+    "smooth labels": (partial(cross_entropies, label_smoothing=0.1), MEAN),
+    "flat": (lambda z: functional.cross_entropy(z.flatten(0, 1), IDS.flatten(), reduction="none"),
+             MEAN),
+    "all classes": (lambda z: z.log_softmax(-1).mT,
+                    lambda o: MEAN(functional.nll_loss(o, IDS, reduction="none"))),
+    "a logsumexp": (lambda z: z - z.logsumexp(-1, keepdim=True), lambda o: LIKELIHOOD(chosen(o))),
+    "a logarithm": (lambda z: z.softmax(-1).log(), lambda o: LIKELIHOOD(chosen(o))),
+    "a distribution": (lambda z: Categorical(logits=z).log_prob(IDS), LIKELIHOOD),
+    "row by row": (selective, LIKELIHOOD),
+    "classes apart": (partial(functional.binary_cross_entropy_with_logits, target=TARGETS,
+                              reduction="none"), MEAN),
+    "squares": (partial(functional.mse_loss, target=TARGETS, reduction="none"), MEAN),
+    "sequences": (lambda z: chosen(z.log_softmax(-1)).sum(1), lambda o: -o.mean()),
+    "a list": (lambda z: [*chosen(z.log_softmax(-1))], lambda o: LIKELIHOOD(torch.stack(o))),
+    "beside scores": (lambda z: {"tokens": chosen(z.log_softmax(-1)), "scores": z},
+                      lambda o: LIKELIHOOD(o["tokens"]) + 0.1 * o["scores"].square().mean()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_steps_are_those_of_a_model_that_returns_scores(name: str) -> None:
+    found, wanted = (trained(*FORMS[name], inside=inside) for inside in (True, False))
+    torch.testing.assert_close(found[0], wanted[0], **EXACT)
+    assert found[1] == pytest.approx(wanted[1], rel=1e-9)
+
+
+def dense_ggn(model: Net) -> Tensor:
+    """Return the Gauss-Newton matrix of the likelihood, split at the scores."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def scores(values: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, values, (IDS,)).flatten()
+
+    rows = torch.cat([j.flatten(1) for j in jacrev(scores)(parameters).values()], 1)
+
+    def loss(own: Tensor) -> Tensor:
+        return LIKELIHOOD(chosen(own.reshape(N, T, V).log_softmax(-1)))
+
+    return rows.T @ torch.autograd.functional.hessian(loss, scores(parameters)) @ rows
+
+
+def test_curvature_is_that_of_the_dense_matrix() -> None:
+    model = Net(FORMS["tokens"][0])
+    recorder = Recorder(model, None, lambda *_: None)
+    recorder.keeps_outputs = True
+    recorder.observed(LIKELIHOOD(model(IDS))).backward()
+    replay, batches = Replay(model, recorder.paused), recorder.take()
+    gradient = {name: p.grad for name, p in model.named_parameters()}
+    point = objective_of(dict(model.named_parameters()), gradient=gradient, batches=batches)
+    generator = torch.Generator().manual_seed(3)
+    directions = [
+        {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in gradient.items()}
+        for _ in range(3)
+    ]
+    columns = torch.stack([torch.cat([d.flatten() for d in own.values()]) for own in directions])
+    wanted = columns @ dense_ggn(Net(lambda scores: scores)) @ columns.T
+    found = quadratic_model(replay, point, directions).curvature
+    torch.testing.assert_close(found, wanted, **EXACT)
+
+
+UNCHANGED: dict[str, tuple[End, Loss]] = {
+    "rewards of both signs": (FORMS["tokens"][0], lambda o: (o * (MASK - 0.5)).mean()),
+    "ratios": (FORMS["tokens"][0], lambda o: -((o - o.detach()).exp() * (MASK - 0.5)).mean()),
+    "preferences": (FORMS["sequences"][0],
+                    lambda o: -functional.logsigmoid(0.1 * (o[::2] - o[1::2])).mean()),
+    "a linear layer": (lambda z: z.transpose(0, 1) * 2, lambda o: o.mean()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_other_losses_are_read_down_to_what_the_model_returns(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trained(*UNCHANGED[name], inside=True)
+    returned = "einconv_kfac.optim.recording.read_observation.terms_of"
+    monkeypatch.setattr(returned, lambda *_: [])
+    wanted = trained(*UNCHANGED[name], inside=True)
+    assert torch.equal(found[0], wanted[0])
