@@ -57,6 +57,29 @@ def packs_saved_tensors() -> bool:
         return True
 
 
+def is_packed(node: Any) -> bool:
+    """Return whether hooks packed a tensor that an operation saved for its backward pass."""
+    names = [name for name in dir(node) if name.startswith("_raw_saved_")]
+    saved = [each for name in names for each in _listed(getattr(node, name))]
+    return any(map(_has_hooks, saved))
+
+
+def _listed(saved: Any) -> Any:
+    """Return one tensor or several that were saved, as several."""
+    return saved if isinstance(saved, (list, tuple)) else [saved]
+
+
+def _has_hooks(saved: Any) -> bool:
+    """Return whether hooks packed a tensor that was saved."""
+    if hasattr(saved, "unpack_hook"):
+        return saved.unpack_hook is not None
+    try:  # before torch 2.9 there is no such question; there is one pair of hooks at most
+        saved.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    except RuntimeError as error:
+        return "already been set" in str(error)
+    return False
+
+
 def gradient_edge(tensor: Tensor) -> GradientEdge:
     """Return where the gradient of a tensor is computed; torch 2.6 asks a view with a graph."""
     with torch.enable_grad():

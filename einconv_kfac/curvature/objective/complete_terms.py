@@ -32,7 +32,8 @@ def are_complete(
     """
     if without.magnitudes or without.samples:
         return False
-    if any(isinstance(term.curvature, Empirical) for term in terms):
+    slopes = [term.curvature.gradient for term in terms if isinstance(term.curvature, Empirical)]
+    if any(bool(slope.any()) for slope in slopes):
         return False
     if any(term.name in (WHOLE, ENTRIES) for term in terms):
         return True

@@ -68,6 +68,8 @@ class FoundTerms:
             places = {end: where for end, where in places.items() if end not in covered}
         name = ", ".join(sorted(self.left_out)) or "linear"
         slopes = {edge: gradients[edge].where(own, 0) for edge, own in places.items()}
+        if terms:  # of one of several outputs, all of which may be masked
+            slopes = {edge: own for edge, own in slopes.items() if bool(own.any())}
         empirical = (
             Term(
                 (e,),

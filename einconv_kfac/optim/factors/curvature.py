@@ -27,6 +27,7 @@ from einconv_kfac.optim.factors.ownership import DEFAULT_SHARING, Ownership, Sha
 from einconv_kfac.optim.factors.preconditioning import Preconditioning, scaled_apart
 from einconv_kfac.optim.factors.refresh import Inverses, Refresh
 from einconv_kfac.optim.factors.running import RunningFactors, names_with_factors, snapshot_of
+from einconv_kfac.optim.factors.separate_examples import separates
 from einconv_kfac.optim.hyperparameters import GroupSettings, Hyperparameters
 from einconv_kfac.optim.inverses.registry import kind_of
 from einconv_kfac.optim.model_walk import named_parameters
@@ -69,12 +70,10 @@ class RunningCurvature:
     ) -> None:
         self.layers: dict[str, RunningFactors] = {}
         self._numbers = LayerNumbers(self.layers, settings)
-        self.steps, self.estimator = 0, estimator
-        self._schedules, self.model = settings, unwrapped(model)
+        self.steps, self.estimator, self._schedules = 0, estimator, settings
+        self.model, self._kind = unwrapped(model), kind_of(inverse, estimator.fisher)
         self.seed, self._entry, self._exclude = seed_value(seed), model, exclude
         self._in_background, self._computed = flag("inverse_in_background", in_background), computed
-        self._excluded = excluded_modules(self.model, exclude)
-        self._kind = kind_of(inverse, estimator.fisher)
         self._sharing, dtype = sharing, sharing.communication_dtype
         self.workers, self.stored = workers_of(model, dtype), stored_model(model)
         self.stored.divide_()
@@ -85,13 +84,14 @@ class RunningCurvature:
         self._change = OutputChange(self.layers)
         self._parameters: Collection[str] | None = None
         self._known: dict[str, nn.Parameter] = {}  # when they were covered
-        self._owners = owners_of(self.model)
+        self._owners, self._excluded = owners_of(self.model), excluded_modules(self.model, exclude)
         self._trained: list[bool] = []
         self.apart: frozenset[str] = frozenset()  # parameters with a coefficient of their own
         own = self.seed, settings.factor_fraction, self.workers, self.stored
         self.collector = Collector(model, estimator, *own)
         self.collector.owners = self._ownership.owners
         self.recorder, self.replay = self.collector.recorder, self.collector.replay
+        self.recorder.pending.separates_examples = separates(estimator, self._kind, settings)
 
     def cover_(self, parameters: Collection[str] | None) -> None:
         """Cover the layers of these parameters (all if ``None``) that are trained now.

@@ -59,13 +59,14 @@ class PendingCalls:
         losses: The marks of losses.
         has_transforms: Whether the model was called inside of transforms of ``torch.func``, where
             calls are not recorded.
+        separates_examples: Whether something is computed for examples alone.
     """
 
     def __init__(self, capture: LayerCapture, names: Callable[[], dict[Tensor, str]]) -> None:
         self.account, self.losses = LossAccount(), LossMarks()
         self._capture, self._names = capture, names
         self._pending: list[PendingCall] = []
-        self.has_transforms = False
+        self.has_transforms = self.separates_examples = False
         self._numbers = itertools.count()
         self._first = 0
 

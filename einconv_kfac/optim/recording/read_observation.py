@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -135,11 +136,28 @@ class ReadObservation:
         """Return whether a loss is to be read through its terms.
 
         Several numbers may be what a policy or a density is. Through these, all of the curvature
-        is to be known.
+        is to be known, of tensors that are still those of the pass.
         """
-        if not all(self._is_number(*each) for each in self._terms) and not reading.is_complete():
+        several = [each for each in self._terms if not self._is_number(*each)]
+        if several and not (self._is_kept(reading, several) and reading.is_complete()):
             return False
         return not reading.tail(reading.graph.sources).unknown()
+
+    def _is_kept(self, reading: Reading, several: Sequence[tuple[int, LossInput]]) -> bool:
+        """Return whether the outputs of a reading are not changed, and have the same examples.
+
+        Args:
+            reading: What the graph says.
+            several: The terms of several numbers, by call.
+        """
+        found = [self._source(edge) for edge in reading.graph.outputs]
+        owners = [owner for owner in found if owner is not None]
+        if not all(call.is_intact(source) for call, source in owners):
+            return False
+        own = [call.values[source] for call, source in owners]
+        own += [self._calls[call].values[source] for call, source in several]
+        sizes = {value.shape[0] for value in own if value.ndim}
+        return len(sizes) == 1 or not self._pending.separates_examples
 
     def _is_number(self, call: int, source: LossInput) -> bool:
         """Return whether a tensor of a call is one number."""

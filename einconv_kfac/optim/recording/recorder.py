@@ -41,10 +41,7 @@ from einconv_kfac.optim.replay.unknown_operations import explained_checkpoints
 from einconv_kfac.optim.replay.versions import Versions, state_of
 
 OnBackward = Callable[[Evaluation, list[LayerCall], Batch], frozenset[str]]
-"""Called when the backward pass of a loss begins, with the calls of layers and the batch.
-
-It returns the names of the layers whose factors the loss contributed to.
-"""
+"""Called when a backward pass begins; returns the names of layers whose factors it adds to."""
 
 
 class Recorder:
@@ -68,6 +65,7 @@ class Recorder:
         tree: The modules and parameters of the model.
         gradients: Watches the gradients between backward passes and steps.
         account: Keeps what the losses were taken as.
+        pending: The calls of the model since the last step.
     """
 
     def __init__(
@@ -86,7 +84,7 @@ class Recorder:
         self._entry = model if entry is None else entry
         self._capture = LayerCapture([]) if capture is None else capture
         self._pending = PendingCalls(self._capture, partial(leaf_names, model))
-        self.account = self._pending.account
+        self.account, self.pending = self._pending.account, self._pending
         self._outputs: LayerOutputs | None = None  # of the call that is running
         self._running: nn.Module | None = None  # the module of that call
         self._is_whole = not any(map(is_divided, model.parameters()))

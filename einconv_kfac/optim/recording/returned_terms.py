@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Container
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.objective.graph import (
     Edge,
@@ -25,6 +27,7 @@ from einconv_kfac.curvature.objective.loss_graph import is_linear
 from einconv_kfac.optim.recording.pending import PendingCalls
 from einconv_kfac.optim.recording.pending_call import PendingCall
 from einconv_kfac.optim.replay.loss_input import LossInput, Returned
+from einconv_kfac.torch_versions import is_packed
 
 
 def terms_of(
@@ -35,7 +38,8 @@ def terms_of(
     By itself a linear function of an output has no curvature. Tensors of parameters that the model
     uses past its layers are left out: those are its outputs. So are tensors of several numbers that
     are outputs of layers, linear in these, or log-probabilities of all classes, whose curvature is
-    known as it is.
+    known as it is; and those of functions of users or of checkpointed code, which torch lets nobody
+    read twice.
 
     Args:
         root: The edge of the loss.
@@ -69,14 +73,21 @@ def _is_bent(edge: Edge, pending: PendingCalls, is_source: Stops) -> bool:
         pending: The calls of the model.
         is_source: Whether an edge is a tensor of a call.
     """
-    if pending.is_layer_at(edge) or kind_of_node(within(edge)[0]) == "LogSoftmax":
+    edge = within(edge)
+    if pending.is_layer_at(edge) or kind_of_node(edge[0]) == "LogSoftmax":
         return False
     nodes = dependents(edge, is_source)
 
     def depends(each: Edge | None) -> bool:
         return each is not None and (each[0] in nodes or is_source(each))
 
-    return not all(is_linear(node, depends) for node in nodes)
+    is_bent = not all(is_linear(node, depends) for node in nodes)
+    return is_bent and not any(map(_is_closed, nodes))
+
+
+def _is_closed(node: Node) -> bool:
+    """Return whether an operation cannot be read beside the backward pass."""
+    return isinstance(node, BackwardCFunction) or is_packed(node)
 
 
 def _ends_at(edge: Edge, wanted: Stops, others: Stops) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.func import functional_call, jacrev
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.recording.recorder import Recorder
@@ -100,6 +101,12 @@ FORMS: dict[str, tuple[End, Loss]] = {
     "squares": (partial(functional.mse_loss, target=TARGETS, reduction="none"), MEAN),
     "sequences": (lambda z: chosen(z.log_softmax(-1)).sum(1), lambda o: -o.mean()),
     "a list": (lambda z: [*chosen(z.log_softmax(-1))], lambda o: LIKELIHOOD(torch.stack(o))),
+    "a bound of scores": (lambda z: chosen((2 * (z / 2).tanh()).log_softmax(-1)), LIKELIHOOD),
+    "probabilities by hand": (lambda z: (z.exp() / z.exp().sum(-1, keepdim=True)).log(),
+                              lambda o: LIKELIHOOD(chosen(o))),
+    "magnitudes": (partial(functional.l1_loss, target=TARGETS, reduction="none"), MEAN),
+    "ignored labels": (lambda z: functional.cross_entropy(
+        z.mT, IDS.where(MASK > 0, -100), reduction="none"), lambda o: o.sum() / MASK.sum()),
     "beside scores": (lambda z: {"tokens": chosen(z.log_softmax(-1)), "scores": z},
                       lambda o: LIKELIHOOD(o["tokens"]) + 0.1 * o["scores"].square().mean()),
 }  # fmt: skip
@@ -146,12 +153,34 @@ def test_curvature_is_that_of_the_dense_matrix() -> None:
     torch.testing.assert_close(found, wanted, **EXACT)
 
 
+class Selected(torch.autograd.Function):
+    """Entries of a log-softmax, with a backward pass that a replay can differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        ctx.save_for_backward(scores)
+        return chosen(scores.log_softmax(-1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (scores,) = ctx.saved_tensors
+        return gradients[0].unsqueeze(-1) * (TARGETS - scores.softmax(-1))
+
+
+def selected(scores: Tensor) -> Any:
+    return Selected.apply(scores)  # type: ignore[no-untyped-call]
+
+
 UNCHANGED: dict[str, tuple[End, Loss]] = {
     "rewards of both signs": (FORMS["tokens"][0], lambda o: (o * (MASK - 0.5)).mean()),
     "ratios": (FORMS["tokens"][0], lambda o: -((o - o.detach()).exp() * (MASK - 0.5)).mean()),
     "preferences": (FORMS["sequences"][0],
                     lambda o: -functional.logsigmoid(0.1 * (o[::2] - o[1::2])).mean()),
     "a linear layer": (lambda z: z.transpose(0, 1) * 2, lambda o: o.mean()),
+    "a concave function": (functional.logsigmoid, lambda o: o.mean()),
+    "a checkpoint": (lambda z: checkpoint(FORMS["tokens"][0], z, use_reentrant=False), LIKELIHOOD),
+    "a function of a user": (selected, LIKELIHOOD),
+    "scores that are overwritten": (lambda z: chosen(z.mul_(1.0).log_softmax(-1)), LIKELIHOOD),
 }  # fmt: skip
 
 
@@ -164,3 +193,45 @@ def test_other_losses_are_read_down_to_what_the_model_returns(
     monkeypatch.setattr(returned, lambda *_: [])
     wanted = trained(*UNCHANGED[name], inside=True)
     assert torch.equal(found[0], wanted[0])
+
+
+class Parts(Net):
+    """Computes its scores and their log-probabilities from parts of all tokens, ``[m, v]``."""
+
+    def forward(self, ids: Tensor) -> Any:
+        hidden = self.first(ids.roll(1, 1)).tanh().flatten(0, 1)
+        pairs = zip(hidden.split(5), ids.flatten().split(5))
+        found = [self.last(h).log_softmax(-1).gather(1, own[:, None]) for h, own in pairs]
+        return torch.cat(found).reshape(ids.shape)
+
+
+def own_tokens(scores: Tensor, ids: Tensor) -> Tensor:
+    return scores.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_parts_of_a_batch_have_the_factors_of_the_whole(adaptive: bool) -> None:
+    results = []
+    for inside in (True, False):
+        model = (Parts if inside else Net)(lambda scores: scores)
+        options: dict[str, Any] = {} if adaptive else {"adaptive": False, "lr": 0.1}
+        opt = KFAC(model, fisher="exact", **options)
+        for _ in range(2):
+            opt.zero_grad()
+            for ids in (IDS[:3], IDS[3:]):
+                tokens = model(ids) if inside else own_tokens(model(ids), ids)
+                opt.observe(-tokens[:, 1:].sum() / N).backward()
+            opt.step()
+        results.append(weights(model))
+    torch.testing.assert_close(*results, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:The loss has no curvature")
+@pytest.mark.parametrize("options", [{"curvature_fraction": 0.5}, {"inverse": "ekfac"}])
+def test_examples_are_those_of_what_the_model_returns(options: dict[str, Any]) -> None:
+    """Where something is computed for examples, parts of other sizes are no outputs."""
+    model = Parts(lambda scores: scores)
+    opt = KFAC(model, exclude=["last"], **options)
+    opt.observe(LIKELIHOOD(model(IDS))).backward()
+    opt.step()
+    assert opt.coverage().losses == ("linear: the empirical Fisher",)
