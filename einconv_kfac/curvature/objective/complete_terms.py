@@ -32,8 +32,7 @@ def are_complete(
     """
     if without.magnitudes or without.samples:
         return False
-    slopes = [term.curvature.gradient for term in terms if isinstance(term.curvature, Empirical)]
-    if any(bool(slope.any()) for slope in slopes):
+    if any(isinstance(term.curvature, Empirical) for term in terms):
         return False
     if any(term.name in (WHOLE, ENTRIES) for term in terms):
         return True

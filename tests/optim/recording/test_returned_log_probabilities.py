@@ -180,7 +180,6 @@ UNCHANGED: dict[str, tuple[End, Loss]] = {
     "a concave function": (functional.logsigmoid, lambda o: o.mean()),
     "a checkpoint": (lambda z: checkpoint(FORMS["tokens"][0], z, use_reentrant=False), LIKELIHOOD),
     "a function of a user": (selected, LIKELIHOOD),
-    "scores that are overwritten": (lambda z: chosen(z.mul_(1.0).log_softmax(-1)), LIKELIHOOD),
 }  # fmt: skip
 
 
@@ -209,6 +208,10 @@ def own_tokens(scores: Tensor, ids: Tensor) -> Tensor:
     return scores.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
+WEIGHTS = torch.ones(3, T, dtype=torch.float64)
+WEIGHTS.flatten()[5:] = 0.0  # a whole part of the first batch
+
+
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_parts_of_a_batch_have_the_factors_of_the_whole(adaptive: bool) -> None:
     results = []
@@ -218,9 +221,9 @@ def test_parts_of_a_batch_have_the_factors_of_the_whole(adaptive: bool) -> None:
         opt = KFAC(model, fisher="exact", **options)
         for _ in range(2):
             opt.zero_grad()
-            for ids in (IDS[:3], IDS[3:]):
+            for ids in (IDS[:3], IDS[2:]):
                 tokens = model(ids) if inside else own_tokens(model(ids), ids)
-                opt.observe(-tokens[:, 1:].sum() / N).backward()
+                opt.observe(-(tokens * WEIGHTS[: len(ids)]).sum() / N).backward()
             opt.step()
         results.append(weights(model))
     torch.testing.assert_close(*results, **EXACT)
@@ -232,6 +235,24 @@ def test_examples_are_those_of_what_the_model_returns(options: dict[str, Any]) -
     """Where something is computed for examples, parts of other sizes are no outputs."""
     model = Parts(lambda scores: scores)
     opt = KFAC(model, exclude=["last"], **options)
+    opt.observe(LIKELIHOOD(model(IDS))).backward()
+    opt.step()
+    assert opt.coverage().losses == ("linear: the empirical Fisher",)
+
+
+class Overwriting(Net):
+    """Overwrites its scores in place."""
+
+    def forward(self, ids: Tensor) -> Any:
+        scores = self.last(self.first(ids.flatten()).tanh())
+        scores *= 2.0
+        return own_tokens(scores, ids.flatten())
+
+
+@pytest.mark.filterwarnings("ignore:The loss has no curvature")
+def test_scores_that_are_overwritten_are_no_outputs() -> None:
+    model = Overwriting(lambda scores: scores)
+    opt = KFAC(model)
     opt.observe(LIKELIHOOD(model(IDS))).backward()
     opt.step()
     assert opt.coverage().losses == ("linear: the empirical Fisher",)
