@@ -304,3 +304,20 @@ def test_a_model_that_returns_its_loss_is_compiled_first() -> None:
         opt.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:The loss has no curvature")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_probabilities_of_a_compiled_model_are_its_outputs(backend: str) -> None:
+    """Hooks do not see the layers that these are computed from."""
+
+    class Likelihood(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return -nn.functional.cross_entropy(super().forward(x), Y, reduction="none")
+
+    model = Likelihood()
+    compiled = torch.compile(model, backend=backend)
+    opt = KFAC(compiled)
+    opt.observe(-compiled(X).mean()).backward()
+    opt.step()
+    assert opt.coverage().losses == ("linear: the empirical Fisher",)

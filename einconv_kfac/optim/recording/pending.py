@@ -53,8 +53,10 @@ class PendingCalls:
     Args:
         capture: Records the calls of layers.
         names: Returns the parameters of the model with their names.
+        is_compiled: Whether compiled code calls the layers, which hooks may not see.
 
     Attributes:
+        is_compiled: See the argument.
         account: Keeps what the losses were taken as.
         losses: The marks of losses.
         has_transforms: Whether the model was called inside of transforms of ``torch.func``, where
@@ -62,9 +64,15 @@ class PendingCalls:
         separates_examples: Whether something is computed for examples alone.
     """
 
-    def __init__(self, capture: LayerCapture, names: Callable[[], dict[Tensor, str]]) -> None:
+    def __init__(
+        self,
+        capture: LayerCapture,
+        names: Callable[[], dict[Tensor, str]],
+        *,
+        is_compiled: bool = False,
+    ) -> None:
         self.account, self.losses = LossAccount(), LossMarks()
-        self._capture, self._names = capture, names
+        self._capture, self._names, self.is_compiled = capture, names, is_compiled
         self._pending: list[PendingCall] = []
         self.has_transforms = self.separates_examples = False
         self._numbers = itertools.count()

@@ -83,7 +83,8 @@ class Recorder:
         self._on_backward, self._on_cleared = on_backward, on_cleared
         self._entry = model if entry is None else entry
         self._capture = LayerCapture([]) if capture is None else capture
-        self._pending = PendingCalls(self._capture, partial(leaf_names, model))
+        names, is_compiled = partial(leaf_names, model), self._entry is not model
+        self._pending = PendingCalls(self._capture, names, is_compiled=is_compiled)
         self.account, self.pending = self._pending.account, self._pending
         self._outputs: LayerOutputs | None = None  # of the call that is running
         self._running: nn.Module | None = None  # the module of that call

@@ -74,7 +74,7 @@ def _is_bent(edge: Edge, pending: PendingCalls, is_source: Stops) -> bool:
         is_source: Whether an edge is a tensor of a call.
     """
     edge = within(edge)
-    if pending.is_layer_at(edge) or kind_of_node(edge[0]) == "LogSoftmax":
+    if pending.is_compiled or pending.is_layer_at(edge) or kind_of_node(edge[0]) == "LogSoftmax":
         return False
     nodes = dependents(edge, is_source)
 
