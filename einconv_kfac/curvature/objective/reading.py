@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from types import MappingProxyType
 
@@ -94,7 +95,16 @@ class Reading:
         Args:
             sources: All sources in the order in which the tail takes them.
         """
-        return self._tail(sources, self._find_terms)
+        whole = self._whole
+        order = [whole.sources.index(edge) for edge in sources]
+        values = tuple(whole.values[index] for index in order)
+        slopes = tuple(whole.gradients[index] for index in order)
+        return replace(whole, sources=tuple(sources), values=values, gradients=slopes)
+
+    @cached_property
+    def _whole(self) -> Tail:
+        """The tail with the sources in the order of the graph."""
+        return self._tail(self.graph.sources, self._find_terms)
 
     def _tail(
         self,
