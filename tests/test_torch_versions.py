@@ -20,12 +20,11 @@ def older(node: Any) -> Any:
     names = [name for name in dir(node) if name.startswith("_raw_saved_")]
     saved = {name: getattr(node, name) for name in names}
     several = {n: each if isinstance(each, tuple) else (each,) for n, each in saved.items()}
-    return SimpleNamespace(
-        **{
-            name: tuple(SimpleNamespace(register_hooks=own.register_hooks) for own in each)
-            for name, each in several.items()
-        }
-    )
+    known = {
+        name: tuple(SimpleNamespace(register_hooks=own.register_hooks) for own in each)
+        for name, each in several.items()
+    }
+    return type("Node", (), known)()
 
 
 def classes(x: Tensor) -> Tensor:

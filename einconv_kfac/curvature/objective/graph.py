@@ -25,6 +25,8 @@ _INSIDE = "inside"
 WRAPPER = "_DDPSink"
 """The function that `DistributedDataParallel` may insert after its module. A backward pass through
 its node is the beginning of the one that averages gradients, and there must be no other."""
+FUNCTION = "autograd.Function "
+"""The prefix of the kinds of nodes that are functions written in Python."""
 _IDENTITIES = ("BackwardHookFunction", WRAPPER)
 """Python functions that return their inputs; torch also inserts them for backward hooks."""
 _COMPILED = (
@@ -109,7 +111,7 @@ def kind_of_node(node: Node) -> str:
     name = node.name().rpartition("::")[2]
     kind = name.rpartition("Backward")[0] or name
     is_own = isinstance(node, BackwardCFunction) and kind not in _IDENTITIES
-    return f"autograd.Function {kind}" if is_own else kind
+    return FUNCTION + kind if is_own else kind
 
 
 def inputs_of(node: Node) -> list[Edge | None]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Container
 
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.objective.graph import (
+    FUNCTION,
     Edge,
     Stops,
     dependents,
@@ -77,17 +77,18 @@ def _is_bent(edge: Edge, pending: PendingCalls, is_source: Stops) -> bool:
     if pending.is_compiled or pending.is_layer_at(edge) or kind_of_node(edge[0]) == "LogSoftmax":
         return False
     nodes = dependents(edge, is_source)
+    if any(map(_is_closed, nodes)):
+        return False
 
     def depends(each: Edge | None) -> bool:
         return each is not None and (each[0] in nodes or is_source(each))
 
-    is_bent = not all(is_linear(node, depends) for node in nodes)
-    return is_bent and not any(map(_is_closed, nodes))
+    return not all(is_linear(node, depends) for node in nodes)
 
 
 def _is_closed(node: Node) -> bool:
     """Return whether an operation cannot be read beside the backward pass."""
-    return isinstance(node, BackwardCFunction) or is_packed(node)
+    return kind_of_node(node).startswith(FUNCTION) or is_packed(node)
 
 
 def _ends_at(edge: Edge, wanted: Stops, others: Stops) -> bool:

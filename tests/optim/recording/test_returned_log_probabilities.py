@@ -10,7 +10,7 @@ import pytest
 import torch
 from optim_cases import objective_of, weights
 from torch import Tensor, nn
-from torch.distributions import Categorical
+from torch.distributions import Categorical, Normal
 from torch.func import functional_call, jacrev
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -173,6 +173,8 @@ def selected(scores: Tensor) -> Any:
 
 UNCHANGED: dict[str, tuple[End, Loss]] = {
     "rewards of both signs": (FORMS["tokens"][0], lambda o: (o * (MASK - 0.5)).mean()),
+    "rewards of samples": (lambda z: Normal(z, 1.0).log_prob(TARGETS).sum(-1),
+                           lambda o: (o * (MASK - 0.5)).mean()),
     "ratios": (FORMS["tokens"][0], lambda o: -((o - o.detach()).exp() * (MASK - 0.5)).mean()),
     "preferences": (FORMS["sequences"][0],
                     lambda o: -functional.logsigmoid(0.1 * (o[::2] - o[1::2])).mean()),
