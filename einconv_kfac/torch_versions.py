@@ -59,12 +59,14 @@ def packs_saved_tensors() -> bool:
 
 def is_packed(node: Any) -> bool:
     """Return whether hooks packed a tensor that an operation saved for its backward pass."""
-    names = _saved_names(type(node))
-    return any(_has_hooks(each) for name in names for each in _listed(getattr(node, name)))
+    kind: Any = type(node)
+    return any(
+        _has_hooks(each) for name in _saved_names(kind) for each in _listed(getattr(node, name))
+    )
 
 
 @cache
-def _saved_names(kind: type) -> list[str]:
+def _saved_names(kind: Any) -> list[str]:
     """Return the attributes of a kind of node that have the tensors it saved."""
     return [name for name in dir(kind) if name.startswith("_raw_saved_")]
 

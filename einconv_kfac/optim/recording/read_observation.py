@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.estimation.capture import LayerCall, outputs_of
+from einconv_kfac.curvature.estimation.capture import LayerCall, outputs_of, sees_own_output
 from einconv_kfac.curvature.estimation.evaluation import Evaluation, ReadEvaluation
 from einconv_kfac.curvature.estimation.other_uses import nodes_inside
 from einconv_kfac.curvature.objective.graph import Edge, dependents, edge_of, leaf_of
@@ -21,7 +21,7 @@ from einconv_kfac.optim.recording.pending_call import PendingCall
 from einconv_kfac.optim.recording.returned_terms import terms_of
 from einconv_kfac.optim.recording.viewed_outputs import OVERWRITTEN, is_overwritten_at
 from einconv_kfac.optim.replay.batch import Batch
-from einconv_kfac.optim.replay.loss_input import LossInput
+from einconv_kfac.optim.replay.loss_input import LayerOutput, LossInput
 from einconv_kfac.optim.replay.unknown_operations import (
     LINEAR,
     TRANSFORMS,
@@ -152,7 +152,7 @@ class ReadObservation:
         """
         found = [self._source(edge) for edge in reading.graph.outputs]
         owners = [owner for owner in found if owner is not None]
-        if not all(call.is_intact(source) for call, source in owners):
+        if not all(call.is_intact(source) and _is_seen(source) for call, source in owners):
             return False
         own = [call.values[source] for call, source in owners]
         own += [self._calls[call].values[source] for call, source in several]
@@ -260,6 +260,11 @@ class ReadObservation:
         ends = {call.output.node for call in self._layer_calls}
         inner = {node for call in self._layer_calls for node in nodes_inside(call)} - ends
         return any(leaf_of((node, 0)) is None for node in reading.graph.past(ends) & inner)
+
+
+def _is_seen(source: LossInput) -> bool:
+    """Return whether a replay sees a tensor as the pass did, not changed by hooks of others."""
+    return not isinstance(source, LayerOutput) or sees_own_output(source.module)
 
 
 def _total(weight: Tensor) -> Tensor:

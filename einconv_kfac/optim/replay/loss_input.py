@@ -93,7 +93,7 @@ class LayerOutput:
             if count.is_over_():
                 found(output)
 
-        return self.module.register_forward_hook(hook)
+        return self.module.register_forward_hook(hook, prepend=True)  # as the pass was recorded
 
     def missing(self) -> str:
         """See `InnerInput`."""

@@ -79,7 +79,7 @@ def masked(sign: float, out: Tensor) -> Tensor:
 
 
 def cross_entropies(scores: Tensor, **options: Any) -> Tensor:
-    return functional.cross_entropy(scores.mT, IDS, reduction="none", **options)
+    return functional.cross_entropy(scores.mT, IDS, **{"reduction": "none", **options})
 
 
 LIKELIHOOD, MEAN = partial(masked, -1.0), partial(masked, 1.0)
@@ -194,6 +194,33 @@ def test_other_losses_are_read_down_to_what_the_model_returns(
     monkeypatch.setattr(returned, lambda *_: [])
     wanted = trained(*UNCHANGED[name], inside=True)
     assert torch.equal(found[0], wanted[0])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_hook_may_change_the_output_of_the_last_layer(reduction: str) -> None:
+    results = []
+    for end in (partial(cross_entropies, reduction=reduction), lambda scores: scores):
+        model = Net(end)
+        model.last.register_forward_hook(lambda _, __, scores: 0.5 * scores)
+        opt = KFAC(model)
+        for _ in range(2):
+            opt.zero_grad()
+            out = model(IDS)
+            loss = cross_entropies(out) if out.shape == (N, T, V) else out
+            opt.observe(loss.mean()).backward()
+            opt.step()
+        results.append(weights(model))
+    torch.testing.assert_close(*results, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:The loss has no curvature")
+def test_a_hook_that_comes_first_hides_the_output_of_the_last_layer() -> None:
+    model = Net(cross_entropies)
+    opt = KFAC(model, exclude=["last"])
+    model.last.register_forward_hook(lambda _, __, scores: 0.5 * scores, prepend=True)
+    opt.observe(model(IDS).mean()).backward()
+    opt.step()
+    assert opt.coverage().losses == ("linear: the empirical Fisher",)
 
 
 class Parts(Net):
