@@ -225,6 +225,10 @@ class PendingCalls:
         calls = {p.number: p for p in self._pending} if among is None else among
         return (calls[mark.call], mark.source) if mark.call in calls else None
 
+    def marked(self) -> set[nn.Module]:
+        """Return the layers whose outputs are marked."""
+        return {module for pending in self._pending for module in pending.marked}
+
     def is_layer_at(self, edge: Edge) -> bool:
         """Return whether an edge is the output of a layer."""
         return mark_of(edge, (id(self), False)) is not None

@@ -35,11 +35,11 @@ def terms_of(
 ) -> list[tuple[PendingCall, LossInput]]:
     """Return the tensors that calls returned and in which a loss is linear.
 
-    By itself a linear function of an output has no curvature. Tensors of parameters that the model
+    By itself a linear function of an output has no curvature. Numbers of parameters that the model
     uses past its layers are left out: those are its outputs. So are tensors of several numbers that
-    are outputs of layers, linear in these, or log-probabilities of all classes, whose curvature is
-    known as it is; and those of functions of users or of checkpointed code, which torch lets nobody
-    read twice.
+    depend on weights of layers in that way, are outputs of layers or linear in these, or are
+    log-probabilities of all classes, whose curvature is known as it is; and those of functions of
+    users or of checkpointed code, which torch lets nobody read twice.
 
     Args:
         root: The edge of the loss.
@@ -60,9 +60,21 @@ def terms_of(
         leaf = leaf_of(edge)
         return leaf is not None and leaf in parameters
 
-    parts = linear_parts(root, is_term, is_other)
-    owners = [pending.source_at(e) for e in parts if _ends_at(e, is_other, is_parameter)]
-    return [owner for owner in owners if owner is not None]
+    found = []
+    for edge in linear_parts(root, is_term, is_other):
+        owner = pending.source_at(edge)
+        assert owner is not None
+        is_number = owner[0].values[owner[1]].numel() == 1
+        others = is_parameter if is_number else _of_layers(pending)
+        if _ends_at(edge, is_other, others):
+            found.append(owner)
+    return found
+
+
+def _of_layers(pending: PendingCalls) -> Stops:
+    """Return what tells whether an edge is a parameter of a layer that was called."""
+    own = {parameter for module in pending.marked() for parameter in module.parameters()}
+    return lambda edge: leaf_of(edge) in own
 
 
 def _is_bent(edge: Edge, pending: PendingCalls, is_source: Stops) -> bool:

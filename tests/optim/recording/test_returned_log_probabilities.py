@@ -269,6 +269,37 @@ def test_examples_are_those_of_what_the_model_returns(options: dict[str, Any]) -
     assert opt.coverage().losses == ("linear: the empirical Fisher",)
 
 
+class Scaled(Net):
+    """Has a temperature of its own."""
+
+    def __init__(self, end: End) -> None:
+        super().__init__(end)
+        self.scale = nn.Parameter(torch.full((), 1.5, dtype=torch.float64))
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.end(self.last(self.first(ids).tanh()) * self.scale)
+
+
+def test_parameters_beside_layers_may_enter_log_probabilities() -> None:
+    results = []
+    for model in (Scaled(FORMS["tokens"][0]), Scaled(lambda scores: scores)):
+        opt = KFAC(model)
+        for _ in range(3):
+            opt.zero_grad()
+            out = model(IDS)
+            opt.observe(LIKELIHOOD(out if out.ndim == 2 else own_tokens(out, IDS))).backward()
+            opt.step()
+        results.append(weights(model))
+    torch.testing.assert_close(*results, **EXACT)
+
+
+class Tied(Net):
+    """Multiplies by the weight of its embedding past the layer."""
+
+    def forward(self, ids: Tensor) -> Any:
+        return own_tokens(self.first(ids).tanh() @ self.first.weight.mT, ids)
+
+
 class Overwriting(Net):
     """Overwrites its scores in place."""
 
@@ -279,8 +310,10 @@ class Overwriting(Net):
 
 
 @pytest.mark.filterwarnings("ignore:The loss has no curvature")
-def test_scores_that_are_overwritten_are_no_outputs() -> None:
-    model = Overwriting(lambda scores: scores)
+@pytest.mark.parametrize("kind", [Overwriting, Tied])
+def test_scores_that_are_no_outputs(kind: type[Net]) -> None:
+    """They are overwritten, or of a layer's weight without its call."""
+    model = kind(lambda scores: scores)
     opt = KFAC(model)
     opt.observe(LIKELIHOOD(model(IDS))).backward()
     opt.step()
