@@ -24,6 +24,7 @@ from einconv_kfac.curvature.objective.graph import (
 )
 from einconv_kfac.curvature.objective.linear_parts import linear_parts
 from einconv_kfac.curvature.objective.loss_graph import is_linear
+from einconv_kfac.curvature.objective.nodes.reductions import keeps_selection
 from einconv_kfac.optim.recording.pending import PendingCalls
 from einconv_kfac.optim.recording.pending_call import PendingCall
 from einconv_kfac.optim.replay.loss_input import LossInput, Returned
@@ -39,7 +40,7 @@ def terms_of(
     uses past its layers are left out: those are its outputs. So are tensors of several numbers that
     depend on weights of layers in that way, are outputs of layers or linear in these, or are
     log-probabilities of all classes, whose curvature is known as it is; and those of functions of
-    users or of checkpointed code, which torch lets nobody read twice.
+    users or of checkpointed code, which torch lets nobody read twice, or of selections.
 
     Args:
         root: The edge of the loss.
@@ -99,8 +100,9 @@ def _is_bent(edge: Edge, pending: PendingCalls, is_source: Stops) -> bool:
 
 
 def _is_closed(node: Node) -> bool:
-    """Return whether an operation cannot be read beside the backward pass."""
-    return kind_of_node(node).startswith(FUNCTION) or is_packed(node)
+    """Return whether an operation cannot be read beside the backward pass, or evaluated again."""
+    is_own = kind_of_node(node).startswith(FUNCTION)
+    return is_own or is_packed(node) or keeps_selection(node)
 
 
 def _ends_at(edge: Edge, wanted: Stops, others: Stops) -> bool:

@@ -180,6 +180,7 @@ UNCHANGED: dict[str, tuple[End, Loss]] = {
                     lambda o: -functional.logsigmoid(0.1 * (o[::2] - o[1::2])).mean()),
     "a linear layer": (lambda z: z.transpose(0, 1) * 2, lambda o: o.mean()),
     "a concave function": (functional.logsigmoid, lambda o: o.mean()),
+    "a selection": (lambda z: chosen(z.sort(-1).values.log_softmax(-1)), LIKELIHOOD),
     "a checkpoint": (lambda z: checkpoint(FORMS["tokens"][0], z, use_reentrant=False), LIKELIHOOD),
     "a function of a user": (selected, LIKELIHOOD),
 }  # fmt: skip

@@ -85,6 +85,11 @@ def is_selection(node: Any) -> bool:
     return isinstance(rule, (Extremum, Selection)) and hasattr(node, "_saved_indices")
 
 
+def keeps_selection(node: Any) -> bool:
+    """Return whether a selection stays what it was where the node is evaluated again."""
+    return isinstance(BY_KIND.get(kind_of_node(node)), Selection) and is_selection(node)
+
+
 def fixed_selection(node: Any) -> Function:
     """Return what takes the entries of another input that a node selected."""
     return partial(
