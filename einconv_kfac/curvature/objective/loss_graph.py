@@ -64,6 +64,7 @@ class LossGraph:
     ) -> None:
         self.root = root
         self.output, self._parameters = output, parameters
+        self._is_source: dict[Edge, bool] = {}
         self.nodes = dependents(root, self.is_source)
         self.seen: dict[Edge, Tensor] = {}
         with torch.no_grad():
@@ -127,10 +128,12 @@ class LossGraph:
 
     def is_source(self, edge: Edge) -> bool:
         """Return whether an edge is an output of the model or one of its parameters."""
-        if edge == self.root:
-            return False
-        leaf = leaf_of(edge)
-        return self.output(edge) is not None if leaf is None else leaf in self._parameters
+        known = self._is_source.get(edge)
+        if known is None:
+            leaf = leaf_of(edge)
+            is_own = self.output(edge) is not None if leaf is None else leaf in self._parameters
+            known = self._is_source[edge] = edge != self.root and is_own
+        return known
 
     def depends(self, edge: Edge | None) -> bool:
         """Return whether a tensor depends on the model."""

@@ -233,7 +233,8 @@ class Reading:
         by = only_argument(graph.root, nonlinear, graph.is_source)
         if by is None or (tail := self._tail([by], tuple, [by])).unknown():
             tail = self._tail(graph.sources, tuple)
-            outputs = [e for e in graph.outputs if not any(e in t.sources for t in self._samples)]
+            sampled = {edge for term in self._samples for edge in term.sources}
+            outputs = [edge for edge in graph.outputs if edge not in sampled]
             return partial(with_hessians, terms, tail, outputs, graph.unbatched)
         known, map_ = terms if by in graph.outputs else (), graph.map_to(by)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from einconv_kfac.optim.recording.pending_call import PendingCall
 
@@ -21,6 +21,41 @@ DROPPED = (
     "gone before. Keep them until `step`: `outputs.append(model(x))`, and a loss of `outputs[-1]`."
 )
 """Why a loss of calls that were dropped cannot be read."""
+
+
+class KeptCalls(dict[int, PendingCall]):
+    """Calls of a model by their number, in their order, of which those without use are dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._most = 0  # number of calls below which none is dropped
+
+    @property
+    def latest(self) -> PendingCall | None:
+        """The latest call."""
+        return next(reversed(self.values()), None)
+
+    @property
+    def running(self) -> PendingCall | None:
+        """The call that has begun and not ended."""
+        latest = self.latest
+        return latest if latest is not None and latest.is_running else None
+
+    def having(self, numbers: Collection[int]) -> dict[int, PendingCall]:
+        """Return the calls that have one of some numbers."""
+        return {number: self[number] for number in sorted(numbers) if number in self}
+
+    def drop_(self) -> None:
+        """Drop calls that no loss depends on, if it is worth looking for them.
+
+        To look takes time for each call, and a policy has a thousand, one for each of its actions.
+        """
+        if len(self) < self._most:
+            return
+        kept = {each.number for each in kept_calls([*self.values()])}
+        for number in self.keys() - kept:
+            del self[number]
+        self._most = len(kept) + max(0, len(kept) - 2 * SMALL_CALLS_WITHOUT_LOSS) // 8
 
 
 def kept_calls(pending: Sequence[PendingCall]) -> list[PendingCall]:

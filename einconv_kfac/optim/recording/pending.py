@@ -18,7 +18,7 @@ from einconv_kfac.optim.recording.input_derivatives import (
     InputDerivatives,
     has_curved,
 )
-from einconv_kfac.optim.recording.kept_calls import kept_calls
+from einconv_kfac.optim.recording.kept_calls import KeptCalls
 from einconv_kfac.optim.recording.loss_marks import LossMarks
 from einconv_kfac.optim.recording.pending_call import Mark, PendingCall
 from einconv_kfac.optim.recording.separate_outputs import separate
@@ -47,7 +47,7 @@ class PendingCalls:
     """The calls of a model since the last step.
 
     A call is dropped once its losses were backpropagated and its output is gone. Of calls whose
-    output is gone before, the last ones are kept (see `kept_calls`), and those whose
+    output is gone before, the last ones are kept (see `KeptCalls`), and those whose
     graph is seen to exist, so that memory stays bounded where no output is backpropagated.
 
     Args:
@@ -73,7 +73,7 @@ class PendingCalls:
     ) -> None:
         self.account, self.losses = LossAccount(), LossMarks()
         self._capture, self._names, self.is_compiled = capture, names, is_compiled
-        self._pending: list[PendingCall] = []
+        self._pending = KeptCalls()
         self.has_transforms = self.separates_examples = False
         self._numbers = itertools.count()
         self._first = 0
@@ -86,13 +86,13 @@ class PendingCalls:
     def begin_(self, call: ModelCall) -> None:
         """Begin a call of the model."""
         self._assign_()
-        kept = kept_calls(self._pending)
         numbers = {number for number, _ in needed(each.own for each in call.chained)}
-        earlier = {p.number: p for p in self._pending if p.number in numbers}
+        earlier = self._pending.having(numbers)
+        self._pending.drop_()
         for each in earlier.values():
             each.used = True
         new = PendingCall(next(self._numbers), call, earlier=earlier)
-        self._pending = [*kept, new]
+        self._pending[new.number] = new
 
     def chained(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], buffers: Mapping[str, Tensor]
@@ -128,25 +128,25 @@ class PendingCalls:
         if found is not None:
             numbers = {number for number, _ in needed([found])} - {call.number}
             call.vectors[vector] = found
-            call.others |= {p.number: weakref.ref(p) for p in self._pending if p.number in numbers}
+            call.others |= {own: weakref.ref(p) for own, p in self._pending.having(numbers).items()}
         return True
 
     def in_transform_(self) -> None:
         """Note that a transform of ``torch.func`` calls the model, if a call of it does not."""
-        self.has_transforms |= not (self._pending and self._pending[-1].is_running)
+        self.has_transforms |= self._pending.running is None
 
     def inside_(self, loss_fn: nn.Module) -> Inside | None:
         """Count a loss that is being computed; return its input if that is inside the model."""
-        if not self._pending or not self._pending[-1].is_running:
+        running = self._pending.running
+        if running is None:
             return None
-        self._pending[-1].losses += 1
-        return Inside(loss_fn, self._pending[-1].losses - 1)
+        running.losses += 1
+        return Inside(loss_fn, running.losses - 1)
 
     def mark_layer_(self, module: nn.Module, output: Any) -> None:
         """Mark the output of a layer inside the call that is running, if it is one tensor."""
-        is_trained = isinstance(output, Tensor) and output.requires_grad
-        if is_trained and self._pending and self._pending[-1].is_running:
-            pending = self._pending[-1]
+        pending, is_tensor = self._pending.running, isinstance(output, Tensor)
+        if pending is not None and is_tensor and output.requires_grad:
             self._mark_(pending, LayerOutput(module, pending.marked[module]), output)
             pending.marked[module] += 1
 
@@ -158,9 +158,10 @@ class PendingCalls:
             states: The buffers that depend on the call.
         """
         self._assign_()
-        if not self._pending:
+        pending = self._pending.latest
+        if pending is None:
             return output
-        pending, watch, given = self._pending[-1], self._pending[-1].derivatives, output
+        watch, given = pending.derivatives, output
         tensors, shared = list(tensors_of(output)), set[int]()
         if watch is not None:
             watch.end_call_()
@@ -182,7 +183,8 @@ class PendingCalls:
         """Return arguments by which derivatives of the call that is running are seen, if any."""
         if not has_curved((*args, *kwargs.values())):
             return None
-        pending = self._pending[-1]
+        pending = self._pending.latest
+        assert pending is not None
         pending.derivatives = InputDerivatives(self, pending)
         return pending.derivatives.watched(args, kwargs)
 
@@ -220,14 +222,13 @@ class PendingCalls:
         mark = mark_of(edge, (id(self), True)) or mark_of(within(edge), (id(self), True))
         if mark is None and inner:
             mark = mark_of(edge, (id(self), False))
-        if mark is None:
-            return None
-        calls = {p.number: p for p in self._pending} if among is None else among
-        return (calls[mark.call], mark.source) if mark.call in calls else None
+        calls = self._pending if among is None else among
+        known = mark is not None and mark.call in calls
+        return (calls[mark.call], mark.source) if known else None
 
     def marked(self) -> set[nn.Module]:
         """Return the layers whose outputs are marked."""
-        return {module for pending in self._pending for module in pending.marked}
+        return {module for pending in self._pending.values() for module in pending.marked}
 
     def is_layer_at(self, edge: Edge) -> bool:
         """Return whether an edge is the output of a layer."""
@@ -244,8 +245,11 @@ class PendingCalls:
         """
         self._assign_()
         if inside is not None:
-            return self._pending[-1], inside
-        inputs = [(pending, pending.input_of(argument)) for pending in reversed(self._pending)]
+            latest = self._pending.latest
+            assert latest is not None
+            return latest, inside
+        calls = reversed(self._pending.values())
+        inputs = ((pending, pending.input_of(argument)) for pending in calls)
         found = next(((p, source) for p, source in inputs if source is not None), None)
         return self._passed_on(argument) if found is None else found
 
@@ -258,30 +262,32 @@ class PendingCalls:
     def is_dropped_at(self, edge: Edge) -> bool:
         """Return whether an edge is a tensor of a call since the last step that was dropped."""
         mark = mark_of(edge, (id(self), True)) or mark_of(edge, (id(self), False))
-        known = {pending.number for pending in self._pending}
-        return mark is not None and mark.call >= self._first and mark.call not in known
+        return mark is not None and mark.call >= self._first and mark.call not in self._pending
 
     @property
     def has_calls(self) -> bool:
         """Whether the model or a part of it was called, beside layers of another module."""
-        return any(pending.call is not None for pending in self._pending)
+        return any(pending.call is not None for pending in self._pending.values())
 
     def layer_calls(self) -> list[LayerCall]:
         """Return all calls of layers so far."""
         self._assign_()
-        return [call for pending in self._pending for call in pending.layer_calls]
+        return [call for pending in self._pending.values() for call in pending.layer_calls]
 
     def clear_(self) -> None:
         """Drop all of them."""
         self._capture.take()
         self.losses.returned.is_needed, self.losses.returned.marks = True, []
         self.has_transforms = False
-        self._pending, self._first = [], next(self._numbers)
+        self._pending, self._first = KeptCalls(), next(self._numbers)
 
     def _assign_(self) -> None:
         """Assign the calls of layers since the last time to the latest call of the model."""
         layer_calls = self._capture.take()
-        if layer_calls and not self._pending:
-            self._pending = [PendingCall(next(self._numbers))]
-        if layer_calls:
-            self._pending[-1].layer_calls += layer_calls
+        if not layer_calls:
+            return
+        latest = self._pending.latest
+        if latest is None:
+            latest = PendingCall(next(self._numbers))
+            self._pending[latest.number] = latest
+        latest.layer_calls += layer_calls

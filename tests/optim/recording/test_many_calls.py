@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from einconv_kfac import KFAC
 from einconv_kfac.optim.recording import kept_calls
+from einconv_kfac.optim.recording.pending_call import PendingCall
 
 CALLS = 20
 MODES: list[dict[str, Any]] = [{}, {"adaptive": False, "lr": 0.1, "damping": 0.1}]
@@ -133,3 +134,22 @@ def test_parts_that_were_read_before_the_sum(given: bool, options: dict[str, Any
         opt.observe(torch.stack(parts).sum()).backward()
         opt.step()
     torch.testing.assert_close(weights(model), trained(at_once, options))
+
+
+def test_the_calls_of_an_episode_are_not_looked_at_for_each_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked, is_alive = [0], PendingCall.is_alive.fget
+
+    def counted(call: PendingCall) -> bool:
+        looked[0] += 1
+        assert is_alive is not None
+        return is_alive(call)
+
+    monkeypatch.setattr(PendingCall, "is_alive", property(counted))
+    model, count = nn.Linear(4, 2), 400
+    opt, x = KFAC(model), torch.randn(1, 4)
+    outputs = [model(x) for _ in range(count)]
+    opt.remove_hooks()
+    assert len(outputs) == count
+    assert looked[0] <= count**2 / 4  # rather than about count**2
