@@ -110,23 +110,21 @@ class Layer:
         """Return gradients by parameter name as one matrix per group, ``[g, co, d]``."""
         return self.layout.to_matrix(self.with_weight(tensors))
 
-    def with_weight(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return gradients with that of a computed weight, in place of those it is made of."""
-        if self.computed is None:
-            return gradients
-        own, names = self.computed.gradient(gradients), self.computed.parameters
-        found = {self.layout.weight: own} | {n: g for n, g in gradients.items() if n not in names}
-        if self.computed_bias is not None and self.bias is not None and self.bias in gradients:
+    def with_weight(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients of the weight and the bias, also where they are computed."""
+        found = {name: gradients[name] for name in self.layout.parameters if name in gradients}
+        if self.computed is not None:
+            found[self.layout.weight] = self.computed.gradient(gradients)
+        if self.computed_bias is not None and self.bias in found:
             found[self.bias] = self.computed_bias.gradient(gradients)
         return found
 
-    def without_weight(self, steps: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return steps with those of parameters, in place of that of a computed weight."""
-        if self.computed is None or self.layout.weight not in steps:
-            return steps
-        found = {name: step for name, step in steps.items() if name != self.layout.weight}
-        found |= self.computed.steps(steps[self.layout.weight])
-        if self.computed_bias is not None and self.bias is not None and self.bias in found:
+    def without_weight(self, steps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the steps of parameters for those of the weight and the bias."""
+        found = {name: steps[name] for name in self.layout.parameters if name in steps}
+        if self.computed is not None and self.layout.weight in found:
+            found |= self.computed.steps(found.pop(self.layout.weight))
+        if self.computed_bias is not None and self.bias in found:
             found |= self.computed_bias.steps(found[self.bias])
         return found
 

@@ -67,18 +67,25 @@ class Preconditioning:
 
     def _with_weights(self, gradient: Direction) -> Direction:
         """Return gradients with those of computed weights, in place of what they are made of."""
+        result = gradient
         for running in self._layers.values():
             layer = running.layer
-            if layer.computed is not None and layer.weight in gradient:
-                gradient = dict(layer.with_weight(gradient))
-        return gradient
+            if layer.computed is not None and layer.weight in result:
+                own = layer.with_weight(result)
+                result = {**result} if result is gradient else result
+                for name in layer.computed.parameters:
+                    result.pop(name, None)
+                result.update(own)
+        return result
 
     def _without_weights(self, result: Direction) -> Direction:
         """Return steps with those of computed weights divided between their parameters."""
         for running in self._layers.values():
             layer = running.layer
             if layer.computed is not None and layer.layout.weight in result:
-                result = dict(layer.without_weight(result))
+                own = layer.without_weight(result)
+                del result[layer.layout.weight]
+                result.update(own)
         return result
 
     def _present_stacks(self, gradient: Direction) -> Stacks:
