@@ -10,7 +10,8 @@ follow those of ``x``, since torch's own operation is slow for few channels. For
 normalisation on batch statistics, whose Jacobian in the input is symmetric, the tangent is torch's
 backward kernel applied to ``dx``, plus the normalisation of ``x`` with scale and shift ``dW`` and
 ``db``; torch's own formula takes several times as many passes over the data. The statistics are
-those of the recorded forward pass. Group normalisation has contiguous inputs.
+those of the recorded forward pass. So is the tangent of layer normalisation, whose Jacobian before
+scale and shift is symmetric as well. Group normalisation has contiguous inputs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.functional import batch_norm
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -29,6 +29,7 @@ from einconv_kfac.evaluate import contract_convolution
 from einconv_kfac.geometry import conv_geometry
 from einconv_kfac.optim.replay.layer_outputs import LINEAR, NORMALIZING, LayerOutputs
 from einconv_kfac.optim.replay.substitution import Forwards
+from einconv_kfac.optim.replay.tangents import parts
 from einconv_kfac.torch_versions import make_dual
 
 Forward: TypeAlias = Callable[..., Tensor]
@@ -80,6 +81,8 @@ def layer_jvps(modules: Collection[nn.Module], outputs: LayerOutputs) -> Forward
             forwards[module] = _linear(module, iter(known[module]))
         elif type(module) in NORMALIZING and module.training:
             forwards[module] = _normalizing(module, iter(known.get(module, ())))
+        elif type(module) is nn.LayerNorm:
+            forwards[module] = partial(_layer_normalized, module)
         elif isinstance(module, nn.GroupNorm):
             forwards[module] = _contiguous(module)
     return forwards
@@ -109,16 +112,16 @@ def _linear(module: Any, outputs: Iterator[Tensor | None]) -> Forward:
             recomputed: Tensor = ordinary(module, *args, **kwargs)
             return recomputed
         tangent = _linear_tangent(module, args[0], output)
-        return output if tangent is None else _dual(output, tangent)
+        return output if tangent is None else make_dual(output, tangent)
 
     return forward
 
 
 def _linear_tangent(module: Any, x: Tensor, output: Tensor) -> Tensor | None:
     """Return ``dy``, or ``None`` where neither parameters nor input have a tangent."""
-    weight, d_weight = _parts(module.weight)
-    _, d_bias = _parts(module.bias)
-    x, dx = _parts(x)
+    weight, d_weight = parts(module.weight)
+    _, d_bias = parts(module.bias)
+    x, dx = parts(x)
     if d_weight is None and d_bias is not None:
         d_weight = torch.zeros_like(weight)
     if d_weight is not None and dx is not None and _transposes_alone(module, weight, x, output):
@@ -166,9 +169,9 @@ def _normalizing(module: Any, statistics: Iterator[Tensor | None]) -> Forward:
     """Return the forward method of batch normalisation on batch statistics."""
 
     def forward(x: Tensor) -> Tensor:
-        data, dx = _parts(x)
-        weight, d_weight = _parts(module.weight)
-        bias, d_bias = _parts(module.bias)
+        data, dx = parts(x)
+        weight, d_weight = parts(module.weight)
+        bias, d_bias = parts(module.bias)
         recorded = next(statistics, None)
         if dx is None or not module.training or weight is None or weight.dtype != data.dtype:
             return _on_batch(module, x)
@@ -184,7 +187,7 @@ def _normalizing(module: Any, statistics: Iterator[Tensor | None]) -> Forward:
         if d_weight is not None or d_bias is not None:
             d_weight = torch.zeros_like(weight) if d_weight is None else d_weight
             tangent = tangent.add_(normalized(d_weight, d_bias))
-        return _dual(normalized(weight, bias), tangent)
+        return make_dual(normalized(weight, bias), tangent)
 
     return forward
 
@@ -195,14 +198,22 @@ def _batch_statistics(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, scale
 
 
-def _parts(tensor: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return value and tangent."""
-    if tensor is None:
-        return None, None  # type: ignore[return-value]
-    value, tangent = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
-    return value, tangent
-
-
-def _dual(value: Tensor, tangent: Tensor) -> Tensor:
-    """Join value and tangent."""
-    return make_dual(value, tangent)
+def _layer_normalized(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Return the output of layer normalisation."""
+    data, dx = parts(x)
+    weight, d_weight = parts(module.weight)
+    bias, d_bias = parts(module.bias)
+    if dx is None or (weight is not None and weight.dtype != data.dtype):
+        return nn.LayerNorm.forward(module, x)
+    shape, eps = module.normalized_shape, module.eps
+    unit, mean, scale = torch.native_layer_norm(data, shape, None, None, eps)
+    tangent, *_ = torch.ops.aten.native_layer_norm_backward(
+        dx, data, shape, mean, scale, None, None, [True, False, False]
+    )
+    if weight is not None:
+        tangent = tangent.mul_(weight)
+    if d_weight is not None:
+        tangent = tangent.addcmul_(unit, d_weight)
+    if d_bias is not None:
+        tangent = tangent.add_(d_bias)
+    return make_dual(torch.native_layer_norm(data, shape, weight, bias, eps)[0], tangent)

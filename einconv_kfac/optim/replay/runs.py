@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from einconv_kfac.optim.replay.chain import Source, TensorOf, replaced
 from einconv_kfac.optim.replay.derivatives import Derivatives, Gate
-from einconv_kfac.optim.replay.dropout import batch_masks
+from einconv_kfac.optim.replay.dropout import batch_masks, masks_with_tangents
 from einconv_kfac.optim.replay.forward import ForwardPass, Substitutes
 from einconv_kfac.optim.replay.held_parameters import held_values
 from einconv_kfac.optim.replay.layer_jvp import layer_jvps
@@ -56,10 +56,11 @@ class Run:
         self._forward, self._own, self._tensor = forward, own, tensor
         call, model, parameters = forward.call, own.model, own.parameters
         self._forwards = own.forwards
+        if tangents:
+            own_masks = masks_with_tangents(own.modules)
+            self._forwards = self._forwards | own_masks | layer_jvps(own.modules, call.outputs)
         if forward.subset is not None:
             self._forwards = self._forwards | batch_masks(own.modules, forward.subset)
-        if tangents:
-            self._forwards = self._forwards | layer_jvps(own.modules, call.outputs)
         given = {each.index: each.own.value(model, parameters, tensor) for each in call.chained}
         args, kwargs = replaced(call.args, call.kwargs, given)
         wanted = forward.derivatives, self._dependent, gate, forward.subset

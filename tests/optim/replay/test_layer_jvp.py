@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,9 +33,27 @@ NETS = {
         nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.ReLU(inplace=True), nn.BatchNorm1d(3), nn.GELU()
     ),
     "no affine map": lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False)),
+    "layer norm": lambda: nn.Sequential(
+        nn.Linear(4, 6), nn.LayerNorm(6), nn.Unflatten(1, (2, 3)), nn.LayerNorm((2, 3), bias=False)
+    ),
+    "no affine layer norm": lambda: nn.Sequential(
+        nn.LayerNorm(4), nn.Linear(4, 3), nn.LayerNorm(3, eps=0.1, elementwise_affine=False)
+    ),
+    "dropout": lambda: nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.Dropout2d(0.3), nn.Dropout(0.2), nn.Tanh(), nn.Dropout(0.0)
+    ),
+    "dropout in place": lambda: nn.Sequential(
+        nn.Linear(4, 30), nn.Dropout(0.3, inplace=True), nn.Linear(30, 3), nn.Dropout(1.0)
+    ),
     "shared": lambda: nn.Sequential(*[nn.Linear(4, 4)] * 3),
 }
-INPUTS = {"convolutions": (5, 2, 6, 6), "transposed": (5, 2, 3, 4), "batch norm": (5, 2, 7)}
+IMAGES = (5, 2, 6, 6)
+INPUTS = {
+    "convolutions": IMAGES,
+    "transposed": (5, 2, 3, 4),
+    "batch norm": (5, 2, 7),
+    "dropout": IMAGES,
+}
 
 
 @pytest.mark.parametrize("frozen", ["", "weight", "bias"])
@@ -48,12 +69,14 @@ def test_products_are_those_of_torch(name: str, training: bool, frozen: str) -> 
 
     def output(values: dict[str, Tensor]) -> Tensor:
         buffers = {n: b.clone() for n, b in model.named_buffers()}
+        torch.manual_seed(1)
         return functional_call(model, {**point, **buffers, **values}, (x,), tie_weights=False)
 
     _, expected = jvp(output, ({n: point[n] for n in names},), (tangent,))
     loss_fn = nn.MSELoss()
     recorder = Recorder(model, loss_fn, lambda *_: None)
     recorder.keeps_outputs = True
+    torch.manual_seed(1)
     y = model(x)
     loss_fn(y, torch.zeros_like(y)).backward()
     (batch,) = recorder.take()
@@ -63,3 +86,41 @@ def test_products_are_those_of_torch(name: str, training: bool, frozen: str) -> 
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert all(p.requires_grad for p in model.parameters())
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_products_with_constants_do_not_call_operations_that_torch_writes_in_python() -> None:
+    model, loss_fn = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Dropout(0.4)), nn.MSELoss()
+    recorder = Recorder(model, loss_fn, lambda *_: None)
+    recorder.keeps_outputs = True
+    loss_fn(model(torch.randn(5, 4)), torch.zeros(5, 3)).backward()
+    (batch,) = recorder.take()
+    point = {n: p.detach().clone() for n, p in model.named_parameters()}
+    replay, called = Replay(model, recorder.paused), list[str]()
+    replay.jacobian_products(batch, point, [point])  # what is imported on first use is
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.endswith("_prims_common/wrappers.py"):
+            called.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        replay.jacobian_products(batch, point, [point])
+    finally:
+        sys.setprofile(None)
+    assert not called
+
+
+def test_dropout_of_images_that_are_stored_channels_last_drops_the_recorded_entries() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)
+    model, loss_fn = nn.Sequential(conv, nn.Dropout(0.4)).double(), nn.MSELoss()
+    recorder = Recorder(model, loss_fn, lambda *_: None)
+    recorder.keeps_outputs = True
+    y = model(torch.randn(IMAGES).double())
+    loss_fn(y, torch.zeros_like(y)).backward()
+    (batch,) = recorder.take()
+    point = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tangent = {n: torch.rand_like(p) + 1 for n, p in point.items()}
+    ((found,),) = Replay(model, recorder.paused).jacobian_products(batch, point, [tangent])
+    assert not y.is_contiguous()
+    assert torch.equal(found == 0, y == 0)
