@@ -1,8 +1,4 @@
-"""Dropout in replays: on a subset of a batch, and with tangents.
-
-On a CPU, torch's forward mode of a product with a constant takes a fraction of a millisecond,
-however small it is, and so does that of dropout.
-"""
+"""Dropout on a subset of a batch, with the masks of the whole batch."""
 
 from __future__ import annotations
 
@@ -15,7 +11,6 @@ from torch import Tensor, nn
 
 from einconv_kfac.optim.replay.subsample import Subset
 from einconv_kfac.optim.replay.substitution import Forwards
-from einconv_kfac.optim.replay.tangents import parts, times
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -30,26 +25,6 @@ def batch_masks(modules: Collection[nn.Module], subset: Subset) -> Forwards:
     return {module: partial(_masked, module, subset) for module in dropping}
 
 
-def masks_with_tangents(modules: Collection[nn.Module]) -> Forwards:
-    """Return forward methods of dropout layers that multiply values and tangents by one mask.
-
-    Args:
-        modules: The modules, of which those that change their input in place are left out.
-    """
-    dropping = (m for m in modules if type(m) in _DROPOUT and not m.inplace)
-    return {module: partial(_times_mask, module) for module in dropping}
-
-
-def _times_mask(module: Any, x: Tensor) -> Tensor:
-    """Return dropout of activations, by a mask that takes the same random numbers."""
-    drop = type(module).forward
-    if not (x.is_cpu and module.training):
-        ordinary: Tensor = drop(module, x)
-        return ordinary
-    value, _ = parts(x)
-    return times(x, drop(module, torch.ones_like(value)))
-
-
 def _masked(module: Any, subset: Subset, x: Tensor) -> Tensor:
     """Return dropout of the subset's activations ``[k, ...]``."""
     drop = type(module).forward
@@ -59,7 +34,7 @@ def _masked(module: Any, subset: Subset, x: Tensor) -> Tensor:
     layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
     ones = x.new_ones(subset.size, *x.shape[1:]).contiguous(memory_format=layout)
     mask: Tensor = drop(module, ones)[subset.rows]
-    return times(x, mask)
+    return x * mask
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -10,8 +10,7 @@ follow those of ``x``, since torch's own operation is slow for few channels. For
 normalisation on batch statistics, whose Jacobian in the input is symmetric, the tangent is torch's
 backward kernel applied to ``dx``, plus the normalisation of ``x`` with scale and shift ``dW`` and
 ``db``; torch's own formula takes several times as many passes over the data. The statistics are
-those of the recorded forward pass. So is the tangent of layer normalisation, whose Jacobian before
-scale and shift is symmetric as well. Group normalisation has contiguous inputs.
+those of the recorded forward pass. Group normalisation has contiguous inputs.
 """
 
 from __future__ import annotations
@@ -81,8 +80,6 @@ def layer_jvps(modules: Collection[nn.Module], outputs: LayerOutputs) -> Forward
             forwards[module] = _linear(module, iter(known[module]))
         elif type(module) in NORMALIZING and module.training:
             forwards[module] = _normalizing(module, iter(known.get(module, ())))
-        elif type(module) is nn.LayerNorm:
-            forwards[module] = partial(_layer_normalized, module)
         elif isinstance(module, nn.GroupNorm):
             forwards[module] = _contiguous(module)
     return forwards
@@ -196,24 +193,3 @@ def _batch_statistics(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and inverse standard deviation of a batch."""
     _, mean, scale = torch.native_batch_norm(x, None, None, None, None, True, 0, module.eps)
     return mean, scale
-
-
-def _layer_normalized(module: nn.LayerNorm, x: Tensor) -> Tensor:
-    """Return the output of layer normalisation."""
-    data, dx = parts(x)
-    weight, d_weight = parts(module.weight)
-    bias, d_bias = parts(module.bias)
-    if dx is None or (weight is not None and weight.dtype != data.dtype):
-        return nn.LayerNorm.forward(module, x)
-    shape, eps = module.normalized_shape, module.eps
-    unit, mean, scale = torch.native_layer_norm(data, shape, None, None, eps)
-    tangent, *_ = torch.ops.aten.native_layer_norm_backward(
-        dx, data, shape, mean, scale, None, None, [True, False, False]
-    )
-    if weight is not None:
-        tangent = tangent.mul_(weight)
-    if d_weight is not None:
-        tangent = tangent.addcmul_(unit, d_weight)
-    if d_bias is not None:
-        tangent = tangent.add_(d_bias)
-    return make_dual(torch.native_layer_norm(data, shape, weight, bias, eps)[0], tangent)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_map
 
 from einconv_kfac.optim.replay.chain import Source, TensorOf, replaced
 from einconv_kfac.optim.replay.derivatives import Derivatives, Gate
-from einconv_kfac.optim.replay.dropout import batch_masks, masks_with_tangents
+from einconv_kfac.optim.replay.dropout import batch_masks
 from einconv_kfac.optim.replay.forward import ForwardPass, Substitutes
+from einconv_kfac.optim.replay.function_jvps import FunctionJvps
 from einconv_kfac.optim.replay.held_parameters import held_values
 from einconv_kfac.optim.replay.layer_jvp import layer_jvps
 from einconv_kfac.optim.replay.loss_input import (
@@ -55,10 +56,9 @@ class Run:
     ) -> None:
         self._forward, self._own, self._tensor = forward, own, tensor
         call, model, parameters = forward.call, own.model, own.parameters
-        self._forwards = own.forwards
+        self._forwards, self._has_tangents = own.forwards, tangents
         if tangents:
-            own_masks = masks_with_tangents(own.modules)
-            self._forwards = self._forwards | own_masks | layer_jvps(own.modules, call.outputs)
+            self._forwards = self._forwards | layer_jvps(own.modules, call.outputs)
         if forward.subset is not None:
             self._forwards = self._forwards | batch_masks(own.modules, forward.subset)
         given = {each.index: each.own.value(model, parameters, tensor) for each in call.chained}
@@ -94,6 +94,7 @@ class Run:
             stack.enter_context(self._forward.call.environment.restored(self._own.model))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(substituted(self._forwards))
+            stack.enter_context(FunctionJvps() if self._has_tangents else nullcontext())
             stack.enter_context(held_values(self._own.held))
             yield
 
