@@ -61,21 +61,20 @@ def terms_of(
         leaf = leaf_of(edge)
         return leaf is not None and leaf in parameters
 
+    def is_of_layer(edge: Edge) -> bool:
+        return leaf_of(edge) in of_layers
+
+    edges = linear_parts(root, is_term, is_other)
+    layers = pending.marked() if edges else set()
+    of_layers = {parameter for module in layers for parameter in module.parameters()}
     found = []
-    for edge in linear_parts(root, is_term, is_other):
+    for edge in edges:
         owner = pending.source_at(edge)
         assert owner is not None
         is_number = owner[0].values[owner[1]].numel() == 1
-        others = is_parameter if is_number else _of_layers(pending)
-        if _ends_at(edge, is_other, others):
+        if _ends_at(edge, is_other, is_parameter if is_number else is_of_layer):
             found.append(owner)
     return found
-
-
-def _of_layers(pending: PendingCalls) -> Stops:
-    """Return what tells whether an edge is a parameter of a layer that was called."""
-    own = {parameter for module in pending.marked() for parameter in module.parameters()}
-    return lambda edge: leaf_of(edge) in own
 
 
 def _is_bent(edge: Edge, pending: PendingCalls, is_source: Stops) -> bool:
