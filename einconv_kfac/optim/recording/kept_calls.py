@@ -50,7 +50,7 @@ class KeptCalls(dict[int, PendingCall]):
 
         To look takes time for each call, and a policy has a thousand, one for each of its actions.
         """
-        if len(self) < self._most:
+        if 0 < len(self) < self._most:
             return
         kept = {each.number for each in kept_calls([*self.values()])}
         for number in self.keys() - kept:

@@ -279,7 +279,8 @@ class PendingCalls:
         self._capture.take()
         self.losses.returned.is_needed, self.losses.returned.marks = True, []
         self.has_transforms = False
-        self._pending, self._first = KeptCalls(), next(self._numbers)
+        self._pending.clear()
+        self._first = next(self._numbers)
 
     def _assign_(self) -> None:
         """Assign the calls of layers since the last time to the latest call of the model."""
