@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class Run:
         *,
         tangents: bool = False,
     ) -> None:
-        self._forward, self._own, self._tensor = forward, own, tensor
+        self._forward, self._own = forward, own
         call, model, parameters = forward.call, own.model, own.parameters
         self._forwards, self._has_tangents = own.forwards, tangents
         if tangents:
@@ -63,7 +64,8 @@ class Run:
             self._forwards = self._forwards | batch_masks(own.modules, forward.subset)
         given = {each.index: each.own.value(model, parameters, tensor) for each in call.chained}
         args, kwargs = replaced(call.args, call.kwargs, given)
-        wanted = forward.derivatives, self._dependent, gate, forward.subset
+        dependent = partial(_dependent, forward, own, tensor)
+        wanted = forward.derivatives, dependent, gate, forward.subset
         self._derivatives = Derivatives(args, kwargs, *wanted)
         called = model.get_submodule(call.module)
         buffers = {name: value for name, value in given.items() if isinstance(name, str)}
@@ -80,13 +82,6 @@ class Run:
         """Return a tensor of the call."""
         return self._derivatives.value(source, self._context)
 
-    def _dependent(self, vector: Vector) -> Tensor | None:
-        """Return the value of a vector that depends on parameters, ``None`` for a constant."""
-        known = self._forward.vectors.get(vector)
-        if known is None:
-            return None
-        return known.value(self._own.model, self._own.parameters, self._tensor)
-
     @contextmanager
     def _context(self) -> Iterator[None]:
         """Restore what the call depended on inside the block."""
@@ -97,6 +92,14 @@ class Run:
             stack.enter_context(FunctionJvps() if self._has_tangents else nullcontext())
             stack.enter_context(held_values(self._own.held))
             yield
+
+
+def _dependent(
+    forward: ForwardPass, own: Substitutes, tensor: TensorOf, vector: Vector
+) -> Tensor | None:
+    """Return the value of a vector that depends on parameters, ``None`` for a constant."""
+    known = forward.vectors.get(vector)
+    return None if known is None else known.value(own.model, own.parameters, tensor)
 
 
 def _called(
@@ -142,6 +145,9 @@ def run_all(
         number, own = source
         return runs[number].value(own)
 
-    for each in forwards:
-        runs[each.number] = Run(each, own, tensor, gate, tangents=tangents)
-    return tuple(tensor((each.number, source)) for each in forwards for source in each.inputs)
+    try:
+        for each in forwards:
+            runs[each.number] = Run(each, own, tensor, gate, tangents=tangents)
+        return tuple(tensor((each.number, source)) for each in forwards for source in each.inputs)
+    finally:
+        runs.clear()  # which refer to themselves
