@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 
 from einconv_kfac.geometry.axis import Axis
@@ -37,14 +36,6 @@ class Geometry:
                     "size of its input."
                 )
 
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        """The hash, which look-ups in caches take for every call of a layer."""
-        return hash((self.axes, self.groups))
-
     @property
     def ndim(self) -> int:
         """Number of spatial dimensions."""
@@ -55,12 +46,12 @@ class Geometry:
         """Number of input positions per dimension."""
         return tuple(axis.input_size for axis in self.axes)
 
-    @cached_property
+    @property
     def kernel_size(self) -> tuple[int, ...]:
         """Number of kernel entries per dimension."""
         return tuple(axis.kernel_size for axis in self.axes)
 
-    @cached_property
+    @property
     def output_size(self) -> tuple[int, ...]:
         """Number of output positions per dimension."""
         return tuple(axis.output_size for axis in self.axes)
@@ -85,7 +76,7 @@ class Geometry:
         """`Axis.exact_padding` per dimension."""
         return tuple(axis.exact_padding for axis in self.axes)
 
-    @cached_property
+    @property
     def positions(self) -> int:
         """Number of output positions over all dimensions."""
         return prod(self.output_size)
