@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -89,7 +89,8 @@ class Run:
             stack.enter_context(self._forward.call.environment.restored(self._own.model))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(substituted(self._forwards))
-            stack.enter_context(FunctionJvps() if self._has_tangents else nullcontext())
+            if self._has_tangents:
+                stack.enter_context(FunctionJvps())
             stack.enter_context(held_values(self._own.held))
             yield
 
