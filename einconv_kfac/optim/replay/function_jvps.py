@@ -67,7 +67,8 @@ def _layer_normalized(
     data, dx = parts(x)
     weight, d_weight = parts(weight)
     bias, d_bias = parts(bias)
-    if dx is None or any(own is not None and own.dtype != data.dtype for own in (weight, bias)):
+    dtypes = {own.dtype for own in (data, weight, bias) if own is not None}
+    if dx is None or len(dtypes) > 1 or torch.finfo(data.dtype).bits < 32:  # which autocast widens
         return None
     unit, mean, scale = torch.native_layer_norm(data, shape, None, None, eps)
     tangent, *_ = torch.ops.aten.native_layer_norm_backward(
