@@ -15,6 +15,7 @@ from torch import Tensor
 
 from einconv_kfac.curvature.arguments import choice
 from einconv_kfac.curvature.factors.columns import Columns
+from einconv_kfac.curvature.factors.one_product import is_one_product, one_product
 from einconv_kfac.curvature.factors.reduce import reduced_factor
 from einconv_kfac.curvature.factors.symmetric.update import (
     Target,
@@ -85,6 +86,11 @@ class Expand:
     ) -> Tensor:
         """See `WeightSharing`; nothing is summed over positions, so ``divisor`` has no effect."""
         size = columns.size
+        if is_one_product(columns.like, columns.examples, size, columns.positions):
+            a = columns.existing()
+            found = None if a is None else one_product(a, target, bias)
+            if found is not None:
+                return found
         update = prepare(columns.like, (columns.groups, size + bias), target)
         columns.add_(update.within(size))
         if bias:

@@ -33,6 +33,10 @@ class Columns(ABC):
     def position_sums(self, dtype: torch.dtype) -> Tensor:
         """Return the sums over positions, ``[n, (g d)]``."""
 
+    def existing(self) -> Tensor | None:
+        """Return the columns ``[n, d, s]`` of a single group, if they are parts of the input."""
+        return None
+
     def total(self, dtype: torch.dtype) -> Tensor:
         """Return the sums over examples and positions, ``[(g d)]``."""
         return self.position_sums(dtype).sum(0)
@@ -49,6 +53,10 @@ class ChannelColumns(Columns):
         """See `Columns`."""
         add_columns_(self.like.reshape(self.examples, self.groups, self.size, -1), update)
 
+    def existing(self) -> Tensor | None:
+        """See `Columns`."""
+        return self.like.flatten(2) if self.groups == 1 else None
+
     def position_sums(self, dtype: torch.dtype) -> Tensor:
         """See `Columns`."""
         return position_sums(self.like, dtype)
@@ -64,6 +72,10 @@ class FeatureColumns(Columns):
     def add_(self, update: Update) -> None:
         """See `Columns`."""
         add_columns_(self.like.mT.unsqueeze(1), update)
+
+    def existing(self) -> Tensor | None:
+        """See `Columns`."""
+        return self.like.mT
 
     def position_sums(self, dtype: torch.dtype) -> Tensor:
         """See `Columns`."""

@@ -13,7 +13,6 @@ from einconv_kfac.curvature.factors.columns import Columns, FeatureColumns
 from einconv_kfac.curvature.factors.conv_columns import ConvColumns
 from einconv_kfac.curvature.factors.factor_arguments import batch_of, checked_target
 from einconv_kfac.curvature.factors.precision import Precision, rounded
-from einconv_kfac.curvature.factors.small_layers import small_factor
 from einconv_kfac.curvature.factors.symmetric.update import Target
 from einconv_kfac.curvature.factors.transposed_conv_columns import TransposedConvColumns
 from einconv_kfac.geometry import Padding, Sizes, conv_geometry, conv_transpose_geometry
@@ -79,13 +78,8 @@ def conv_input_factor(
     x = rounded(batch_of(x, 3, "x"), precision)
     geometry = conv_geometry(x.shape[2:], kernel_size, stride, padding, dilation, groups)
     sharing = weight_sharing(approximation, algorithm)
-    target, bias = checked_target(out, beta, alpha), flag("bias", bias)
-    if algorithm is None and not bias:
-        found = small_factor(x, geometry, target)
-        if found is not None:
-            return found
     columns = ConvColumns(x, geometry, algorithm)
-    return _factor(sharing, columns, target, bias)
+    return _factor(sharing, columns, checked_target(out, beta, alpha), flag("bias", bias))
 
 
 @torch.no_grad()

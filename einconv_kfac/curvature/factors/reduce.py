@@ -24,6 +24,7 @@ from einconv_kfac.curvature.factors.indices.runs import (
     shares_one_product,
     unmet,
 )
+from einconv_kfac.curvature.factors.one_product import is_one_product, one_product
 from einconv_kfac.curvature.factors.symmetric.update import Target, prepare
 from einconv_kfac.curvature.factors.symmetric.whole_products import new_whole
 from einconv_kfac.geometry import Axis, Geometry
@@ -44,7 +45,12 @@ def reduced_factor(
     rows = sums.reshape(len(sums), groups, -1)
     if bias:
         rows = torch.cat([rows, rows.new_full((len(sums), groups, 1), divisor)], 2)
-    a, target = rows.permute(1, 2, 0), target.averaged(divisor**2)  # g d n
+    target = target.averaged(divisor**2)
+    if groups == 1 and is_one_product(rows, len(rows), rows.shape[2], 1):
+        found = one_product(rows.mT, target)
+        if found is not None:
+            return found
+    a = rows.permute(1, 2, 0)  # g d n
     is_new = target.out is None and not target.beta
     found = new_whole(a, target.alpha) if is_new else None
     if found is None:

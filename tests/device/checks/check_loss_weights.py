@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 TOLERANCE: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-10}
 FIXED: dict[str, Any] = {"adaptive": False, "lr": 0.1}
-SLICES = (slice(0, 8), slice(8, 13), slice(13, 16))
+SLICES = (slice(0, 20), slice(20, 33), slice(33, 40))
 Step = Sequence[tuple[Tensor, Tensor]]
 
 

@@ -101,7 +101,7 @@ def go_on_late_(opt: KFAC) -> None:
 @pytest.mark.parametrize(
     ("options", "steps", "factors"),
     [
-        ({"lr": 8.0}, 10, {}),  # searches that go on beyond the first three trials
+        ({"lr": 8.0}, 6, {}),  # searches that go on beyond the first three trials
         ({"inverse_update_period": 4, "factor_update_period": 2}, 5, {}),
         ({"momentum": 0.5, "curvature_fraction": 0.5}, 5, {}),
         ({}, 26, {22: 1e6, 24: 1e-3}),  # a step is undone; coefficients do not hold

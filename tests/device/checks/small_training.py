@@ -23,12 +23,16 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Module:
     return nn.Sequential(*layers).to(dtype)
 
 
+EXAMPLES = 40
+"""More than a factor has rows, so that no basis of a null space is left to rounding."""
+
+
 def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
         (
-            torch.randn(16, 3, 8, 8, generator=generator, dtype=dtype),
-            torch.randint(CLASSES, (16,), generator=generator),
+            torch.randn(EXAMPLES, 3, 8, 8, generator=generator, dtype=dtype),
+            torch.randint(CLASSES, (EXAMPLES,), generator=generator),
         )
         for _ in range(count)
     ]

@@ -162,4 +162,4 @@ def test_a_given_damping_that_is_too_small_does_not_explode(seed: int, damping: 
         opt.step()
         losses.append(float(loss.detach()))
     assert max(losses) < 3 * losses[0]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-10:]) / 10 < 0.7 * losses[0]  # single losses are left to rounding

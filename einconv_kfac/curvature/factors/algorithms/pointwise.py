@@ -11,9 +11,9 @@ from torch import Tensor
 
 from einconv_kfac.curvature.devices.device_registry import profile_of
 from einconv_kfac.curvature.devices.products import operand_dtype
-from einconv_kfac.curvature.devices.threads import threads_for
 from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
 from einconv_kfac.curvature.factors.chunking import chunk_size, chunks
+from einconv_kfac.curvature.factors.one_product import BATCHED_ROWS_OF_THREADS, batched_rows
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.update import (
     Update,
@@ -34,12 +34,6 @@ ONE_CALL_MACS = 1 << 24
 
 FEW_EXAMPLES = 16
 """Examples up to which a sum of their products, one call for each, is no slower."""
-
-FEW_CHANNELS = 64
-"""Channels up to which the products of all examples are computed at once and then added."""
-
-FEW_CHANNELS_OF_THREADS = 192
-"""The same with several threads, which divide the examples among themselves."""
 
 GATHERED_MACS = 3 << 24
 """Multiplications for which all examples are gathered at once."""
@@ -79,7 +73,6 @@ def add_columns_(x: Tensor, update: Update) -> None:
 def _add_in_one_call_(x: Tensor, update: Update) -> bool:
     """Add ``sum_{n,s} x x^T`` without gathering, where that is faster; return whether it was."""
     examples, groups, channels, positions = x.shape
-    few = FEW_CHANNELS if threads_for(x) == 1 else FEW_CHANNELS_OF_THREADS
     if channels == 1:
         norms = torch.linalg.vector_norm(x, dim=3, keepdim=True)
         update.set_(norms.square().sum(0), update.out)
@@ -87,7 +80,7 @@ def _add_in_one_call_(x: Tensor, update: Update) -> bool:
     if groups > 1:
         return False
     x = x[:, 0]
-    if channels <= min(few, positions):  # the products need no more memory than the input
+    if channels <= min(batched_rows(x), positions):  # no more memory than the input
         update.set_(torch.bmm(x, x.mT).sum(0, keepdim=True), update.out)
     elif examples <= FEW_EXAMPLES and x.numel() * channels <= ONE_CALL_MACS:
         update.out[0].addbmm_(x, x.mT, beta=update.beta, alpha=update.alpha)
@@ -118,14 +111,13 @@ class Pointwise(Algorithm):
 
     def sharing(self, problem: Problem) -> int:
         """Return how many threads share the products of few channels, or the panels of one."""
-        if problem.size <= FEW_CHANNELS_OF_THREADS:
+        if problem.size <= BATCHED_ROWS_OF_THREADS:
             return problem.threads
         return threads_for_panels(problem.size, problem.threads)
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, from positions that the entry meets."""
-        met = _met(problem.geometry)
-        x = x if met is None else x[met]
+        x = met_inputs(x, problem.geometry)
         groups, channels = problem.geometry.groups, problem.channels
         if max(problem.geometry.stride) > 1:  # copied once, all in a row
             x = torch.unflatten(x, 1, (groups, channels)).movedim(0, 2)  # g c n s
@@ -133,6 +125,12 @@ class Pointwise(Algorithm):
         else:
             x = x.reshape(len(x), groups, channels, x.shape[2:].numel())
         add_columns_(x, update)
+
+
+def met_inputs(x: Tensor, geometry: Geometry) -> Tensor:
+    """Return the entries of ``x``, ``[n, c, *i]``, that a kernel of one entry meets."""
+    met = _met(geometry)
+    return x if met is None else x[met]
 
 
 @lru_cache(maxsize=4096)
