@@ -117,7 +117,8 @@ class Pointwise(Algorithm):
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
         """Add ``sum_{n,o} a a^T`` to the update, from positions that the entry meets."""
-        x = met_inputs(x, problem.geometry)
+        met = met_entries(problem.geometry)
+        x = x if met is None else x[met]
         groups, channels = problem.geometry.groups, problem.channels
         if max(problem.geometry.stride) > 1:  # copied once, all in a row
             x = torch.unflatten(x, 1, (groups, channels)).movedim(0, 2)  # g c n s
@@ -127,14 +128,8 @@ class Pointwise(Algorithm):
         add_columns_(x, update)
 
 
-def met_inputs(x: Tensor, geometry: Geometry) -> Tensor:
-    """Return the entries of ``x``, ``[n, c, *i]``, that a kernel of one entry meets."""
-    met = _met(geometry)
-    return x if met is None else x[met]
-
-
 @lru_cache(maxsize=4096)
-def _met(geometry: Geometry) -> tuple[Any, ...] | None:
+def met_entries(geometry: Geometry) -> tuple[Any, ...] | None:
     """Return the index of the positions that a kernel of one entry meets; ``None`` for all."""
     index: list[Any] = [...]
     for axis in geometry.axes:
