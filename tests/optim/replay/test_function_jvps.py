@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import FrameType
 
 import pytest
 import torch
+from python_operations import python_operations_noted
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn import functional
@@ -106,16 +105,8 @@ def test_products_are_those_of_torch(name: str) -> None:
 def test_take_no_detour_through_operations_in_python(name: str) -> None:
     model = Net(OPERATIONS[name]).double()
     batch, replay, _ = recorded(model)
-    point, called = {n: p.detach().clone() for n, p in model.named_parameters()}, list[str]()
+    point = {n: p.detach().clone() for n, p in model.named_parameters()}
     replay.jacobian_products(batch, point, [point])  # what is imported on first use is
-
-    def note(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.endswith("_prims_common/wrappers.py"):
-            called.append(frame.f_code.co_name)
-
-    sys.setprofile(note)
-    try:
+    with python_operations_noted() as called:
         replay.jacobian_products(batch, point, [point])
-    finally:
-        sys.setprofile(None)
     assert not called

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
-
 import pytest
 import torch
+from python_operations import python_operations_noted
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
@@ -95,18 +93,10 @@ def test_products_with_constants_do_not_call_operations_that_torch_writes_in_pyt
     loss_fn(model(torch.randn(5, 4)), torch.zeros(5, 3)).backward()
     (batch,) = recorder.take()
     point = {n: p.detach().clone() for n, p in model.named_parameters()}
-    replay, called = Replay(model, recorder.paused), list[str]()
+    replay = Replay(model, recorder.paused)
     replay.jacobian_products(batch, point, [point])  # what is imported on first use is
-
-    def note(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.endswith("_prims_common/wrappers.py"):
-            called.append(frame.f_code.co_name)
-
-    sys.setprofile(note)
-    try:
+    with python_operations_noted() as called:
         replay.jacobian_products(batch, point, [point])
-    finally:
-        sys.setprofile(None)
     assert not called
 
 
