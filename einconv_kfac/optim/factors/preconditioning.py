@@ -57,6 +57,7 @@ class Preconditioning:
         if inverses is None:
             stacks = self._present_stacks(given)
         else:
+            self._stacks, self._inverses = [], []  # others come, and these are not kept
             stacks = _stacks(self._layers, given, inverses)
         result: Direction = {}
         for stack in stacks:

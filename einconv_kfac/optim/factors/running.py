@@ -89,7 +89,7 @@ class RunningFactors:
         self.shapes = [tuple(shape) for shape in estimator.shapes(layer)]
         sampled = estimator.fisher in {"mc", "empirical"}
         self._gradients = estimator.mc_samples if sampled else None  # of a row, if it is known
-        self._bounded: tuple[Pair, Bounds] | None = None
+        self._bounded: tuple[int, Bounds] | None = None
         self.updates = self.rows = 0
         self.is_owned = True
         self.factors: Pair | None = None
@@ -143,10 +143,10 @@ class RunningFactors:
         """
         if self.factors is None or not self.rows:
             return UNKNOWN_RANKS
-        if self._bounded is None or self._bounded[0] is not self.factors:
+        if self._bounded is None or self._bounded[0] != self.updates:
             rows = self.rows * self.updates
             gradients = self._gradients and self._gradients * rows
-            self._bounded = self.factors, (RankBound(rows), RankBound(gradients))
+            self._bounded = self.updates, (RankBound(rows), RankBound(gradients))
         return self._bounded[1]
 
     def _shaped(self) -> Pair:
