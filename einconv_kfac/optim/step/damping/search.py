@@ -118,18 +118,18 @@ class DampingSearch:
             trials: Tries scales.
         """
         trials.ask_(self.first(step))
-        start = best = trials.trial_(self.scale)
+        start, best = self.scale, trials.trial_(self.scale)
         for factor in (SCALE_STEP, 1 / SCALE_STEP):
-            scales = self._scales(step, start.scale, factor)
+            scales = self._scales(step, start, factor)
             for index, scale in enumerate(scales):
                 if index:
                     trials.ask_(_next(scales[index:]))
                 best = trials.ahead_(best, scale)
-                trial = trials.trial_(scale)
-                if not trial.fit.rank < best.fit.rank:
+                found = _better(best, trials.trial_(scale))
+                if found is best:
                     break
-                best = trial
-            if best.scale != start.scale:
+                best = found
+            if best.scale != start:
                 break
         self.scale, self._searched = best.scale, step
         return best
@@ -148,6 +148,11 @@ class DampingSearch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state."""
         self.scale, self._searched = state["scale"], state["searched"]
+
+
+def _better(best: Trial, other: Trial) -> Trial:
+    """Return the better trial, the first where they are equal; no other inverses are kept."""
+    return other if other.fit.rank < best.fit.rank else best
 
 
 def _powers(start: float, factor: float) -> Iterator[float]:
