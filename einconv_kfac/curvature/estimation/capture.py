@@ -97,8 +97,8 @@ class _CallRecorder:
 
     @property
     def is_active(self) -> bool:
-        """Whether calls are recorded at present."""
-        return self._capture.enabled and torch.is_grad_enabled()
+        """Whether calls run at present as those that are recorded."""
+        return self._capture.runs_recorded and torch.is_grad_enabled()
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         if is_compiling():
@@ -139,10 +139,13 @@ class LayerCapture:
     Args:
         layers: The layers; all modules that share a layer's parameters are recorded under
             its name.
+
+    Attributes:
+        enabled: Whether calls are recorded.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        self.enabled = True
+        self.enabled, self._repeats = True, False
         self.calls: list[LayerCall] = []
         self._undo: dict[str, list[Callable[[], None]]] = {}
         for layer in layers:
@@ -180,14 +183,25 @@ class LayerCapture:
             self._remove(name)
         self.calls.clear()
 
+    @property
+    def runs_recorded(self) -> bool:
+        """Whether layers that take another course where they are recorded take it at present."""
+        return self.enabled or self._repeats
+
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Record nothing inside the block."""
-        before, self.enabled = self.enabled, False
+    def paused(self, repeats: bool = True) -> Iterator[None]:
+        """Record nothing inside the block.
+
+        Args:
+            repeats: Whether calls take the course of those before, as where a checkpoint makes
+                them again: torch compares what both save.
+        """
+        before = self.enabled, self._repeats
+        self.enabled, self._repeats = False, repeats and self.runs_recorded
         try:
             yield
         finally:
-            self.enabled = before
+            self.enabled, self._repeats = before
 
 
 def outputs_of(calls: Iterable[LayerCall]) -> dict[Edge, LayerOutput]:

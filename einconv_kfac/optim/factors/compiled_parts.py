@@ -81,7 +81,7 @@ def run_uncompiled_(compiled: nn.Module, capture: LayerCapture) -> Callable[[], 
     fast, plain = compiled.forward, cast("nn.Module", compiled._orig_mod)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (plain if capture.enabled else fast)(*args, **kwargs)
+        return (plain if capture.runs_recorded else fast)(*args, **kwargs)
 
     def undo() -> None:
         compiled.forward = fast

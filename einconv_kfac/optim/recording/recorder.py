@@ -116,15 +116,14 @@ class Recorder:
         self.take()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Record neither batches nor calls of layers inside the block."""
-        capture = self._capture
-        before = self.enabled, capture.enabled
-        self.enabled = capture.enabled = False
+    def paused(self, repeats: bool = False) -> Iterator[None]:
+        """Record neither batches nor calls inside the block; see `LayerCapture.paused`."""
+        before, self.enabled = self.enabled, False
         try:
-            yield
+            with self._capture.paused(repeats):
+                yield
         finally:
-            self.enabled, capture.enabled = before
+            self.enabled = before
 
     def observed(self, loss: Tensor) -> Tensor:
         """Return a loss that is recorded when it is backpropagated, in place of its parts.
@@ -272,7 +271,7 @@ class Recorder:
         if self._is_whole:
             check_still_whole(self._model)
         try:
-            with self.paused(), torch.enable_grad(), explained_checkpoints():
+            with self.paused(repeats=True), torch.enable_grad(), explained_checkpoints():
                 evaluation, calls = observation.evaluation(rest)
                 batch = observation.batch(evaluation, rest, replayed=self.keeps_outputs)
                 layers = self._on_backward(evaluation, calls, batch)
