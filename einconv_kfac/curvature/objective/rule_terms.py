@@ -21,6 +21,7 @@ from einconv_kfac.curvature.objective.log_probabilities import log_of_softmax
 from einconv_kfac.curvature.objective.log_sums import log_of_sum
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
+from einconv_kfac.curvature.objective.nodes.bilinear import curvature_of_denominator
 from einconv_kfac.curvature.objective.nodes.squares import Argument, squared
 from einconv_kfac.curvature.objective.terms import Term
 
@@ -51,7 +52,7 @@ class RuleTerms:
         self._squares: set[Node] = set()  # the operations inside of them
         registered = list(self._registered_terms(calls))
         self.hidden = {node for call in self.registered for node in call.nodes}
-        self.by_node = dict(self._curved_terms())
+        self.by_node = {**dict(self._curved_terms()), **dict(self._denominators())}
         self.terms = (*registered, *self.by_node.values(), *self._linear_terms())
 
     def left_out(self) -> set[str]:
@@ -85,6 +86,20 @@ class RuleTerms:
                 if square:
                     self._squares |= _between(node, argument)
                 yield node, term_at(graph, argument, curvature, kind_of_node(node))
+
+    def _denominators(self) -> Iterator[tuple[Node, Term]]:
+        """Yield the terms of parameters by which losses are divided, as by learned variances."""
+        graph = self._graph
+        for node in (each for each in graph.nonlinear if kind_of_node(each) == "Div"):
+            own, weight = inputs_of(node)[1], graph.seen.get((node, 0))
+            if own is None or weight is None or node in self.hidden or not graph.depends(own):
+                continue
+            met = first_met([own], graph.is_source)
+            if any(graph.output(edge) is not None for edge in met):
+                continue
+            curvature = curvature_of_denominator(node, weight)
+            if curvature is not None:
+                yield node, term_at(graph, [own], curvature, kind_of_node(node))
 
     def _joined_terms(self) -> dict[Node, tuple[Argument, LocalCurvature]]:
         """Return logarithms with their curvature and argument together with operations before."""

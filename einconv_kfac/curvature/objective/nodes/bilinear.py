@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.objective.graph import zeros_at
+from einconv_kfac.curvature.objective.local_curvature import Diagonal
 from einconv_kfac.curvature.objective.node_rule import Function, NodeRule
-from einconv_kfac.curvature.objective.nodes.elementary import saved_options
+from einconv_kfac.curvature.objective.nodes.elementary import diagonal, saved_options
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,17 @@ class Convolved(Product):
         if not any(size or ()) or weight is None:
             return [x, weight]
         return [x, weight, weight.new_zeros(tuple(size))]
+
+
+def curvature_of_denominator(node: Any, weight: Tensor) -> Diagonal | None:
+    """Return the curvature of ``<weight, a / b>`` by ``b``, if it is not negative.
+
+    Args:
+        node: The node of a quotient.
+        weight: See `NodeRule.curvature`.
+    """
+    a, b = node._saved_self, node._saved_other
+    return None if a is None else diagonal(partial(torch.div, a.detach()), b.detach(), weight)
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
