@@ -189,7 +189,7 @@ class LayerCapture:
         return self.enabled or self._repeats
 
     @contextmanager
-    def paused(self, repeats: bool = True) -> Iterator[None]:
+    def paused(self, repeats: bool = False) -> Iterator[None]:
         """Record nothing inside the block.
 
         Args:

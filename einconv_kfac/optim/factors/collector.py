@@ -207,7 +207,7 @@ class Collector:
         moments: Mapping[str, Moments] = self.moments
         if self._part < 1:
             moments = sampled(self.moments, self._part, generator)
-        with self._capture.paused():  # checkpointed layers run again
+        with self._capture.paused(repeats=True):  # checkpointed layers run again
             others = [call for call in own if call.layer not in past]
             if others:
                 # a step whose loss is not finite is skipped
