@@ -86,7 +86,7 @@ class DataPass:
                 generator = stream(device, "factors", self.seed, 0, number)
                 calls = capture.take()
                 before = {name: each.examples for name, each in moments.items()}
-                with capture.paused(repeats=True):  # as checkpoints do
+                with capture.paused(repeats=True):  # checkpointed layers run again
                     past = used_past_calls(evaluation.outputs, calls, self.layers)
                     own = [call for call in calls if call.layer not in past]
                     if own or not past:

@@ -21,7 +21,7 @@ from einconv_kfac.curvature.objective.log_probabilities import log_of_softmax
 from einconv_kfac.curvature.objective.log_sums import log_of_sum
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
-from einconv_kfac.curvature.objective.nodes.bilinear import curvature_of_denominator
+from einconv_kfac.curvature.objective.nodes.bilinear import Quotient
 from einconv_kfac.curvature.objective.nodes.squares import Argument, squared
 from einconv_kfac.curvature.objective.terms import Term
 
@@ -90,15 +90,16 @@ class RuleTerms:
     def _denominators(self) -> Iterator[tuple[Node, Term]]:
         """Yield the terms of parameters by which losses are divided, as by learned variances."""
         graph = self._graph
-        for node in (each for each in graph.nonlinear if kind_of_node(each) == "Div"):
-            own, weight = inputs_of(node)[1], graph.seen.get((node, 0))
-            if own is None or weight is None or node in self.hidden or not graph.depends(own):
+        for node in (each for each in graph.nonlinear if each not in self.hidden):
+            rule, weight = NODE_RULES.get(kind_of_node(node)), graph.seen.get((node, 0))
+            if not isinstance(rule, Quotient) or weight is None:
                 continue
-            met = first_met([own], graph.is_source)
-            if any(graph.output(edge) is not None for edge in met):
+            own = inputs_of(node)[1]
+            if own is None or not graph.depends(own):
                 continue
-            curvature = curvature_of_denominator(node, weight)
-            if curvature is not None:
+            if any(graph.output(edge) is not None for edge in first_met([own], graph.is_source)):
+                continue
+            if (curvature := rule.by_denominator(node, weight)) is not None:
                 yield node, term_at(graph, [own], curvature, kind_of_node(node))
 
     def _joined_terms(self) -> dict[Node, tuple[Argument, LocalCurvature]]:

@@ -102,6 +102,7 @@ def go_on_late_(opt: KFAC) -> None:
     ("options", "steps", "factors"),
     [
         ({"lr": 8.0}, 6, {}),  # searches that go on beyond the first three trials
+        ({"lr": 8.0}, 10, {}),
         ({"inverse_update_period": 4, "factor_update_period": 2}, 5, {}),
         ({"momentum": 0.5, "curvature_fraction": 0.5}, 5, {}),
         ({}, 26, {22: 1e6, 24: 1e-3}),  # a step is undone; coefficients do not hold
@@ -124,6 +125,9 @@ def test_steps_wait_at_most_once(
     if options == {"lr": 8.0}:
         assert max(there) > 3
     assert ("rejected" in seen) == (1e6 in factors.values())
+    if steps == 10:  # a difference grows tenfold a step, and that of rounding beyond the bounds
+        torch.testing.assert_close(torch.tensor(found[:6]), torch.tensor(expected[:6]), **TOLERANCE)
+        return
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), **TOLERANCE)
     numbers = other.statistics()
     for name, value in own.statistics().items():

@@ -12,6 +12,8 @@ from einconv_kfac import KFAC
 
 CLASSES = 3
 """Few, since an exact Fisher has a backward pass for each."""
+EXAMPLES = 40
+"""More than a factor has rows, so that no basis of a null space is left to rounding."""
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -21,10 +23,6 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Module:
         *(nn.Conv2d(8, 8, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(32, CLASSES)),
     ]
     return nn.Sequential(*layers).to(dtype)
-
-
-EXAMPLES = 40
-"""More than a factor has rows, so that no basis of a null space is left to rounding."""
 
 
 def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from einconv_kfac import KFAC
-from einconv_kfac.curvature.objective.nodes.bilinear import curvature_of_denominator
+from einconv_kfac.curvature.objective.nodes.bilinear import Quotient
 
 Form = Callable[[Tensor, Tensor], Tensor]
 """Returns a loss for that of a task and a parameter."""
@@ -27,6 +27,7 @@ FORMS: dict[str, tuple[Form, Form]] = {
     "itself": (lambda loss, s: loss / (1 + s) + s, lambda loss, s: loss * (1 + s).reciprocal() + s),
 }
 """A quotient, and the product with the reciprocal, by name."""
+RULE = Quotient("Div", torch.div, ("self", "other"), (frozenset({0}),))
 
 
 class Net(nn.Module):
@@ -70,7 +71,7 @@ def test_the_curvature_is_the_second_derivative(a: tuple[int, ...], sign: float)
     b = torch.rand(3, requires_grad=True, dtype=torch.float64)
     node: Any = (x / b).grad_fn
     weight = sign * torch.rand(torch.broadcast_shapes(a, (3,)), dtype=torch.float64)
-    found = curvature_of_denominator(node, weight)
+    found = RULE.by_denominator(node, weight)
     if sign < 0:
         assert found is None
         return
@@ -78,3 +79,12 @@ def test_the_curvature_is_the_second_derivative(a: tuple[int, ...], sign: float)
     hessian = torch.func.hessian(lambda own: (weight * x.detach() / own).sum())(b.detach())
     torch.testing.assert_close(found.values, hessian.diagonal())
     torch.testing.assert_close(hessian.diagonal().diag(), hessian)
+
+
+def test_a_rounded_quotient_is_rounded_again_and_has_no_curvature() -> None:
+    x = torch.tensor([3.0, 5.0], requires_grad=True)
+    b = torch.tensor([2.0, 2.0], requires_grad=True)
+    expected = torch.div(x, b, rounding_mode="floor")
+    node: Any = expected.grad_fn
+    assert torch.equal(RULE.function(node)(x, b), expected)
+    assert RULE.by_denominator(node, torch.ones(2)) is None

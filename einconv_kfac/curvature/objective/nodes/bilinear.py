@@ -76,15 +76,20 @@ class Convolved(Product):
         return [x, weight, weight.new_zeros(tuple(size))]
 
 
-def curvature_of_denominator(node: Any, weight: Tensor) -> Diagonal | None:
-    """Return the curvature of ``<weight, a / b>`` by ``b``, if it is not negative.
+@dataclass(frozen=True)
+class Quotient(Product):
+    """A quotient ``a / b``, which may be rounded."""
 
-    Args:
-        node: The node of a quotient.
-        weight: See `NodeRule.curvature`.
-    """
-    a, b = node._saved_self, node._saved_other
-    return None if a is None else diagonal(partial(torch.div, a.detach()), b.detach(), weight)
+    def function(self, node: Any) -> Function:
+        """See `NodeRule`."""
+        return partial(torch.div, rounding_mode=getattr(node, "_saved_rounding_mode", None))
+
+    def by_denominator(self, node: Any, weight: Tensor) -> Diagonal | None:
+        """Return the curvature of ``<weight, a / b>`` by ``b``; see `NodeRule.curvature`."""
+        a, b = self.inputs(node)
+        if a is None or b is None:
+            return None
+        return diagonal(partial(self.function(node), a), b, weight)
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
@@ -103,7 +108,7 @@ _EITHER = (frozenset({0}), frozenset({1}))
 
 RULES = (
     Product("Mul", torch.mul, ("self", "other"), _EITHER),
-    Product("Div", torch.div, ("self", "other"), (frozenset({0}),)),
+    Quotient("Div", torch.div, ("self", "other"), (frozenset({0}),)),
     Product("Mm", torch.mm, ("self", "mat2"), _EITHER),
     Product("Bmm", torch.bmm, ("self", "mat2"), _EITHER),
     Product("Mv", torch.mv, ("self", "vec"), _EITHER),
