@@ -35,7 +35,8 @@ _CLIPPING = {"Minimum", "Maximum", "Clamp", "ClampMin", "ClampMax"}
 _LOGARITHMS = {"Log", "Log1P", "LogSoftmax", "Logsumexp", "LogSigmoid", "Pow", "Xlogy", "Lgamma"}
 _LOGARITHMS |= {"Abs", "Mvlgamma", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"}
 """Operations that logarithms of densities are sums of."""
-
+_OF_POSITIVE = {"Log", "Log2", "Log10", "Sqrt", "Rsqrt"}
+"""Operations whose inputs are positive, which logarithms of densities are not in general."""
 _SUMS = {"Add", "Stack", "Cat"}
 """Operations by which a loop over samples adds up a loss."""
 Groups: TypeAlias = "dict[tuple[tuple[object, ...], bool], dict[Edge, None]]"
@@ -130,6 +131,7 @@ class _Samples:
         self._nonlinear = {*graph.nonlinear}
         ends = {edge for edge in graph.outputs if _is_logarithm(edge)}
         logarithms = {(n, 0) for n in self._nonlinear if kind_of_node(n) in _LOGARITHMS}
+        self._positive = _positive(graph)
         self._all = logarithms | ends
         self._wanted = {edge for edge in logarithms if edge[0] in self._unknown} | ends
 
@@ -161,7 +163,8 @@ class _Samples:
         graph, kind = self._graph, kind_of_node(edge[0])
         is_ratio = kind == "Exp" and edge[0] in self._unknown and not graph.is_source(edge)
         weight, own = _weight(edge, graph), inputs_of(edge[0])[0] if is_ratio else edge
-        if weight is None or own is None or (is_clipped and not is_ratio):
+        is_other = (is_clipped or edge in self._positive) and not is_ratio
+        if weight is None or own is None or is_other:
             return None
         met = first_met([own], lambda e: e[0] in self._nonlinear or graph.is_source(e))
         is_new = bool(met & self._wanted)
@@ -206,6 +209,18 @@ def _of_both_signs(weights: Mapping[Edge, Tensor]) -> set[Edge]:
     chosen = {edge for edge, weight in weights.items() if _has_both_signs(weight)}
     are_both = len(single) > 1 and _has_both_signs(torch.cat([*single.values()]))
     return chosen.union(single) if are_both else chosen
+
+
+def _positive(graph: LossGraph) -> set[Edge]:
+    """Return the tensors that logarithms or roots are taken of, as of variances."""
+    found = set[Edge]()
+    for start in graph.nonlinear:
+        if kind_of_node(start) in _OF_POSITIVE:
+            before = inputs_of(start)
+            while len(own := [e for e in before if graph.depends(e) and e is not None]) == 1:
+                found.add(own[0])
+                before = inputs_of(own[0][0]) if kind_of_node(own[0][0]) in LINEAR else []
+    return found
 
 
 def _weight(edge: Edge, graph: LossGraph) -> Tensor | None:
