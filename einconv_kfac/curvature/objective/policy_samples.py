@@ -37,6 +37,7 @@ _LOGARITHMS |= {"Abs", "Mvlgamma", "BinaryCrossEntropy", "BinaryCrossEntropyWith
 """Operations that logarithms of densities are sums of."""
 _OF_POSITIVE = {"Log", "Log2", "Log10", "Sqrt", "Rsqrt"}
 """Operations whose inputs are positive, which logarithms of densities are not in general."""
+_SUMS_AND_PRODUCTS = {*LINEAR, "Mul", "Div", "Abs"}
 _SUMS = {"Add", "Stack", "Cat"}
 """Operations by which a loop over samples adds up a loss."""
 Groups: TypeAlias = "dict[tuple[tuple[object, ...], bool], dict[Edge, None]]"
@@ -212,14 +213,14 @@ def _of_both_signs(weights: Mapping[Edge, Tensor]) -> set[Edge]:
 
 
 def _positive(graph: LossGraph) -> set[Edge]:
-    """Return the tensors that logarithms or roots are taken of, as of variances."""
+    """Return the tensors whose sums and products logarithms or roots are taken of."""
     found = set[Edge]()
-    for start in graph.nonlinear:
-        if kind_of_node(start) in _OF_POSITIVE:
-            before = inputs_of(start)
-            while len(own := [e for e in before if graph.depends(e) and e is not None]) == 1:
-                found.add(own[0])
-                before = inputs_of(own[0][0]) if kind_of_node(own[0][0]) in LINEAR else []
+    waiting = [node for node in graph.nonlinear if kind_of_node(node) in _OF_POSITIVE]
+    while waiting:
+        for edge in inputs_of(waiting.pop()):
+            if edge is not None and edge not in found and graph.depends(edge):
+                found.add(edge)
+                waiting += [edge[0]] if kind_of_node(edge[0]) in _SUMS_AND_PRODUCTS else []
     return found
 
 

@@ -52,7 +52,8 @@ class RuleTerms:
         self._squares: set[Node] = set()  # the operations inside of them
         registered = list(self._registered_terms(calls))
         self.hidden = {node for call in self.registered for node in call.nodes}
-        self.by_node = {**dict(self._curved_terms()), **dict(self._denominators())}
+        self.by_node = dict(self._curved_terms())
+        self.by_node.update(self._denominators())
         self.terms = (*registered, *self.by_node.values(), *self._linear_terms())
 
     def left_out(self) -> set[str]:
@@ -88,19 +89,29 @@ class RuleTerms:
                 yield node, term_at(graph, argument, curvature, kind_of_node(node))
 
     def _denominators(self) -> Iterator[tuple[Node, Term]]:
-        """Yield the terms of parameters by which losses are divided, as by learned variances."""
+        """Yield the terms of tensors by which losses are divided, as by learned variances."""
         graph = self._graph
         for node in (each for each in graph.nonlinear if each not in self.hidden):
             rule, weight = NODE_RULES.get(kind_of_node(node)), graph.seen.get((node, 0))
             if not isinstance(rule, Quotient) or weight is None:
                 continue
-            own = inputs_of(node)[1]
+            numerator, own = inputs_of(node)[:2]
             if own is None or not graph.depends(own):
                 continue
-            if any(graph.output(edge) is not None for edge in first_met([own], graph.is_source)):
-                continue
-            if (curvature := rule.by_denominator(node, weight)) is not None:
+            if all(graph.output(edge) is None for edge in first_met([own], graph.is_source)):
+                curvature = rule.by_denominator(node, weight)
+            else:
+                curvature = rule.by_scale(node, weight) if self._is_loss(numerator) else None
+            if curvature is not None:
                 yield node, term_at(graph, [own], curvature, kind_of_node(node))
+
+    def _is_loss(self, edge: Edge | None) -> bool:
+        """Return whether a tensor is linear in operations with curvature alone, as squares."""
+        if edge is None or not self._graph.depends(edge):
+            return False
+        nonlinear = {*self._graph.nonlinear}
+        found = first_met([edge], lambda e: e[0] in nonlinear or self._graph.is_source(e))
+        return {each[0] for each in found} <= self.curved
 
     def _joined_terms(self) -> dict[Node, tuple[Argument, LocalCurvature]]:
         """Return logarithms with their curvature and argument together with operations before."""

@@ -91,6 +91,21 @@ class Quotient(Product):
             return None
         return diagonal(partial(self.function(node), a), b, weight)
 
+    def by_scale(self, node: Any, weight: Tensor) -> Diagonal | None:
+        """Return the curvature of ``<weight, a / b>`` by ``s = log |b|``, as one by ``b``.
+
+        A loss ``a / b + log b``, as of a normal distribution with the variance ``b``, is convex in
+        ``s``; its Hessian ``a / b`` has the Fisher information of this scale as its mean. ``None``
+        where that is negative or ``b`` is zero.
+        """
+        a, b = self.inputs(node)
+        if a is None or b is None or getattr(node, "_saved_rounding_mode", None) is not None:
+            return None
+        own = weight * (a / b)
+        if bool(((own < 0) | (b == 0)).any()):
+            return None
+        return Diagonal((own / b.square()).sum_to_size(b.shape))
+
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     """Return a convolution, which may be transposed."""
