@@ -24,6 +24,7 @@ from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes.bilinear import Quotient
 from einconv_kfac.curvature.objective.nodes.squares import Argument, squared
 from einconv_kfac.curvature.objective.terms import Term
+from einconv_kfac.curvature.objective.unit_vectors import unit_vectors
 
 
 class RuleTerms:
@@ -54,6 +55,7 @@ class RuleTerms:
         self.hidden = {node for call in self.registered for node in call.nodes}
         self.by_node = dict(self._curved_terms())
         self.by_node.update(self._denominators())
+        self.by_node.update(self._unit_vectors())
         self.terms = (*registered, *self.by_node.values(), *self._linear_terms())
 
     def left_out(self) -> set[str]:
@@ -104,6 +106,12 @@ class RuleTerms:
                 curvature = rule.by_scale(node, weight) if self._is_loss(numerator) else None
             if curvature is not None:
                 yield node, term_at(graph, [own], curvature, kind_of_node(node))
+
+    def _unit_vectors(self) -> Iterator[tuple[Node, Term]]:
+        """Yield the terms of unit vectors that a loss is linear in, as cosine similarities are."""
+        for edge, term in unit_vectors(self._graph):
+            self.curved.add(edge[0])
+            yield edge[0], term
 
     def _is_loss(self, edge: Edge | None) -> bool:
         """Return whether a tensor is linear in operations with curvature alone, as squares."""

@@ -198,7 +198,6 @@ def test_values_at_other_outputs(name: str) -> None:
 UNITS: dict[str, Callable[[Tensor], Tensor]] = {
     "overlap": lambda o: torch.ones(()),  # the weight of the quotient
     "margin": OTHERS["margin"],
-    "cosine": lambda o: functional.normalize(T, dim=-1).abs().sum(-1).mean(),
 }
 """Numbers that losses are linear in: the loss itself, or the weights of its operations."""
 
