@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 
 import torch
@@ -12,15 +12,12 @@ from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.objective.graph import (
     Edge,
-    Stops,
     first_met,
     inputs_of,
     kind_of_node,
-    metadata_of,
 )
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.local_curvature import Blocks, Diagonal, LocalCurvature
-from einconv_kfac.curvature.objective.nodes.reductions import is_selection
 from einconv_kfac.curvature.objective.tail import Tail
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.units import drawn
@@ -38,8 +35,7 @@ _UNDONE = {
     **dict.fromkeys(("Pow", "Mul"), _ROOTS),
 }
 """Operations that are curved together with those before them in another way than alone."""
-_TOGETHER = {*_UNDONE, *_PROBABILITIES, *_ROOTS, "LogSoftmax", "Logsumexp"}
-_BILINEAR = {"Mm", "Bmm", "Mv", "Dot", "Vdot", "Addmm", "Baddbmm", "Addbmm", "Addmv", "Addr"}
+TOGETHER = {*_UNDONE, *_PROBABILITIES, *_ROOTS, "LogSoftmax", "Logsumexp"}
 Product = Callable[[Tensor], "Tensor | None"]
 """Returns the product of the Hessian and a vector."""
 Graph = tuple[Sequence[Tensor], Sequence["Tensor | None"]]
@@ -65,7 +61,7 @@ def may_lack(
         joined: Those whose curvature is known together with that of operations before them.
         among: The operations that are asked about; all by default.
     """
-    first = _nearest(root, nonlinear)
+    first = nearest(root, nonlinear)
     for node in first if among is None else first.intersection(among):
         if node not in curved:
             return True
@@ -111,27 +107,37 @@ def with_hessians(
     return result
 
 
-def only_argument(root: Edge, nonlinear: Collection[Node], is_source: Stops) -> Edge | None:
-    """Return the tensor by which a model enters operations that are curved together.
-
-    Below them are other nonlinear operations, in low precision those that are cast, or outputs.
-    ``None`` if there are several such tensors.
+def by_arguments(
+    terms: Sequence[Term],
+    found: Sequence[tuple[Tail, Mapping[Edge, LinearMap]]],
+    outputs: Collection[Edge],
+    is_one: bool,
+) -> Sequence[Term]:
+    """Return the Hessians by the first tensors that have one each, or else the terms.
 
     Args:
-        root: The edge of the loss.
-        nonlinear: The nonlinear operations between outputs and loss.
-        is_source: Whether an edge is an output of the model or a parameter.
+        terms: The terms that rules of operations give.
+        found: Losses as functions of tensors, with the derivatives of these by the sources.
+        outputs: The outputs of the model; Hessians by them may be the sum of the terms.
+        is_one: Whether all entries of a tensor may be of one example.
     """
-    found: set[Edge] = set()
-    for node in _nearest(root, nonlinear):
-        passed = set() if kind_of_node(node) in _BILINEAR else _TOGETHER
+    for tail, maps in found:
+        own = {e: hessian_by(tail, e, terms if e in outputs else (), is_one=is_one) for e in maps}
+        curvatures = {edge: each for edge, each in own.items() if each is not None}
+        if curvatures and all(e in curvatures or _is_linear(tail, e) for e in maps):
+            return [Term((e,), (maps[e],), each, WHOLE) for e, each in curvatures.items()]
+    return terms
 
-        def stops(edge: Edge, passed: Collection[str] = passed) -> bool:
-            is_other = edge[0] in nonlinear and kind_of_node(edge[0]) not in passed
-            return is_source(edge) or (is_other and not is_selection(edge[0])) or _is_raised(edge)
 
-        found |= first_met([edge for edge in inputs_of(node) if edge is not None], stops)
-    return found.pop() if len(found) == 1 else None
+def _is_linear(tail: Tail, edge: Edge) -> bool:
+    """Return whether a loss is linear in a tensor, up to rounding."""
+    graph = _graph(tail)
+    slope, product = graph[1][tail.sources.index(edge)], _product(tail, edge, graph)
+    if slope is None or product is None:
+        return True
+    tolerance = torch.finfo(slope.dtype).eps ** 0.5
+    found = product(drawn(slope).to(slope.dtype))
+    return found is not None and bool(found.norm() <= tolerance * slope.norm())
 
 
 def hessian_by(
@@ -154,15 +160,7 @@ def hessian_by(
     return None if found is None else found.curvature
 
 
-def _is_raised(edge: Edge) -> bool:
-    """Return whether a tensor was cast to a higher precision."""
-    if kind_of_node(edge[0]) != "ToCopy" or (before := inputs_of(edge[0])[0]) is None:
-        return False
-    before_cast, dtype = metadata_of(before).dtype, metadata_of(edge).dtype
-    return before_cast != dtype and bool(torch.promote_types(before_cast, dtype) == dtype)
-
-
-def _nearest(start: Edge, wanted: Collection[Node]) -> set[Node]:
+def nearest(start: Edge, wanted: Collection[Node]) -> set[Node]:
     """Return the first nodes among those wanted on the way down from an edge."""
     return {edge[0] for edge in first_met([start], lambda edge: edge[0] in wanted)}
 

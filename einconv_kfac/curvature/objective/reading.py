@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from torch import Generator, Tensor
 
+from einconv_kfac.curvature.objective.arguments import arguments
 from einconv_kfac.curvature.objective.complete_terms import are_complete
 from einconv_kfac.curvature.objective.densities import WithoutCurvature
 from einconv_kfac.curvature.objective.distributions import Distributions
@@ -26,10 +27,8 @@ from einconv_kfac.curvature.objective.graph import (
     zeros_at,
 )
 from einconv_kfac.curvature.objective.hessian import (
-    WHOLE,
-    hessian_by,
+    by_arguments,
     may_lack,
-    only_argument,
     with_hessians,
 )
 from einconv_kfac.curvature.objective.linear_map import LinearMap
@@ -227,22 +226,20 @@ class Reading:
         return other if compared is None else lambda: compared() or other()
 
     def _other_hessians(self) -> Callable[[], Sequence[Term]]:
-        """Return a function that takes Hessians by one tensor, or by the outputs."""
+        """Return a function that takes Hessians by single tensors, or by the outputs."""
         graph, terms = self.graph, self._rules.terms
-        nonlinear = set(graph.nonlinear)
-        by = only_argument(graph.root, nonlinear, graph.is_source)
-        if by is None or (tail := self._tail([by], tuple, [by])).unknown():
-            tail = self._tail(graph.sources, tuple)
-            sampled = {edge for term in self._samples for edge in term.sources}
-            outputs = [edge for edge in graph.outputs if edge not in sampled]
-            return partial(with_hessians, terms, tail, outputs, graph.unbatched)
-        known, map_ = terms if by in graph.outputs else (), graph.map_to(by)
-
-        def by_argument() -> Sequence[Term]:
-            found = hessian_by(tail, by, known, is_one=bool(graph.unbatched))
-            return terms if found is None else [Term((by,), (map_,), found, WHOLE)]
-
-        return by_argument
+        given = graph.root, set(graph.nonlinear), graph.is_source
+        found = list[tuple[Tail, dict[Edge, LinearMap]]]()
+        for by in arguments(*given):
+            tail = self._tail([*by], tuple, by)
+            if not tail.unknown():
+                found.append((tail, {edge: graph.map_to(edge) for edge in by}))
+        if found:
+            return partial(by_arguments, terms, found, graph.outputs, bool(graph.unbatched))
+        tail = self._tail(graph.sources, tuple)
+        sampled = {edge for term in self._samples for edge in term.sources}
+        outputs = [edge for edge in graph.outputs if edge not in sampled]
+        return partial(with_hessians, terms, tail, outputs, graph.unbatched)
 
     def _compared(self) -> Callable[[], Sequence[Term] | None] | None:
         """Return a function that takes the curvature of distributions that the loss compares.

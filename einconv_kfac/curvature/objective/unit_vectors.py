@@ -80,8 +80,9 @@ def unit_vectors(graph: LossGraph) -> Iterator[tuple[Edge, Term]]:
     with torch.no_grad():
         weights = backpropagated({graph.root: graph.seen[graph.root]}, graph.nodes, stops)
         for edge, weight in weights.items():
-            if weight.is_complex():
-                continue
+            seen = graph.ends.get(edge, graph.seen.get(edge))
+            if weight.is_complex() or seen is None or not _are_close(weight, seen):
+                continue  # where other operations depend on them as well
             precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
             term = _term_of_units(graph, edge, precise)
             if term is None and edge[0] in nonlinear and not bool((weight > 0).any()):
