@@ -27,6 +27,8 @@ WRAPPER = "_DDPSink"
 its node is the beginning of the one that averages gradients, and there must be no other."""
 FUNCTION = "autograd.Function "
 """The prefix of the kinds of nodes that are functions written in Python."""
+_STEPS = frozenset({"Sign", "Round", "Floor", "Ceil", "Trunc"})
+"""Operations that are constant in pieces: what they return counts as a constant."""
 _IDENTITIES = ("BackwardHookFunction", WRAPPER)
 """Python functions that return their inputs; torch also inserts them for backward hooks."""
 _COMPILED = (
@@ -115,7 +117,12 @@ def kind_of_node(node: Node) -> str:
 
 
 def inputs_of(node: Node) -> list[Edge | None]:
-    """Return the edges of the inputs of a node's operation; ``None`` for constants."""
+    """Return the edges of the inputs of a node's operation; ``None`` for constants.
+
+    The inputs of an operation that is constant in pieces count as such.
+    """
+    if node.name().rpartition("Backward")[0] in _STEPS:
+        return [None] * len(node.next_functions)
     return [None if parent is None else (parent, nr) for parent, nr in node.next_functions]
 
 

@@ -34,9 +34,9 @@ from einconv_kfac.curvature.objective.nodes.reductions import (
 # fmt: off
 _WITH_CONSTANTS = frozenset(
     (
-        "Add", "AddBroadcast", "Cat", "Complex", "ConstantPadNd", "Copy", "CopySlices",
-        "IndexAdd", "IndexFill", "IndexPut", "MaskedFill", "MaskedScatter", "Rsub", "Scatter",
-        "ScatterAdd", "Stack", "Sub", "Where",
+        "Add", "AddBroadcast", "Cat", "Complex", "ConstantPadNd", "Copy", "CopySlices", "Fmod",
+        "Frac", "IndexAdd", "IndexFill", "IndexPut", "MaskedFill", "MaskedScatter", "Remainder",
+        "Rsub", "Scatter", "ScatterAdd", "SliceScatter", "Stack", "Sub", "Where",
     )
 )
 # fmt: on

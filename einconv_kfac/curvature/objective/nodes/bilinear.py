@@ -77,6 +77,18 @@ class Convolved(Product):
 
 
 @dataclass(frozen=True)
+class Hypotenuse(Product):
+    """A root of two squares, which saves no side that is constant."""
+
+    def inputs(self, node: Any) -> Sequence[Tensor | None]:
+        """See `NodeRule`."""
+        sides, result = super().inputs(node), node._saved_result.detach()
+        other = next(side for side in sides if side is not None)
+        rest = (result.square() - other.square()).clamp_min(0).sqrt()
+        return [rest if side is None else side for side in sides]
+
+
+@dataclass(frozen=True)
 class Quotient(Product):
     """A quotient ``a / b``, which may be rounded."""
 
@@ -150,7 +162,7 @@ RULES = (
         "CholeskySolve", torch.cholesky_solve, ("self", "input2"), (frozenset({0}),), ("upper",)
     ),
     Product("Dist", torch.dist, ("self", "other"), (), ("p",)),
-    Product("Hypot", torch.hypot, ("self", "other"), ()),
+    Hypotenuse("Hypot", torch.hypot, ("self", "other"), ()),
     Product("Lerp", torch.lerp, ("self", "end", "weight"), (frozenset({0, 1}), frozenset({2}))),
     Convolved(
         "Convolution",
@@ -163,8 +175,12 @@ RULES = (
     Product("Xlogy", torch.xlogy, ("self", "other"), (frozenset({0}),)),
     Product("Atan2", torch.atan2, ("self", "other"), ()),
     Product("Logaddexp", torch.logaddexp, ("self", "other"), ()),
+    Product("Logaddexp2", torch.logaddexp2, ("self", "other"), ()),
+    Product("SpecialXlog1Py", torch.special.xlog1py, ("self", "other"), (frozenset({0}),)),
     Product("Cdist", torch.cdist, ("x1", "x2"), (), ("p",)),
     Product("EuclideanDist", torch.cdist, ("x1", "x2"), ()),
     Product("Maximum", torch.maximum, ("self", "other"), ()),
     Product("Minimum", torch.minimum, ("self", "other"), ()),
+    Product("Fmax", torch.fmax, ("self", "other"), ()),
+    Product("Fmin", torch.fmin, ("self", "other"), ()),
 )
