@@ -13,14 +13,17 @@ from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.objective.graph import (
     Edge,
+    Stops,
     dependents,
     first_met,
+    inputs_of,
     kind_of_node,
 )
 from einconv_kfac.curvature.objective.linear_map import LinearMap, OnceDifferentiableError
 from einconv_kfac.curvature.objective.local_curvature import Diagonal
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.magnitudes import magnitudes_of
+from einconv_kfac.curvature.objective.nodes.squares import absolute_entries
 from einconv_kfac.curvature.objective.policy_samples import is_known, sample_terms
 from einconv_kfac.curvature.objective.recorded_results import recorded_result
 from einconv_kfac.curvature.objective.terms import Term
@@ -53,7 +56,8 @@ class Losses:
         values: ``l`` in the recorded pass.
         ends: The ends of the graph that it depends on.
         name: Its name.
-        bends_alone: Whether the operation is linear in pieces, and none before it has curvature.
+        bends_alone: Whether the operation is linear in pieces, and neither one before it nor one
+            that takes its result has curvature.
     """
 
     edge: Edge
@@ -119,7 +123,13 @@ class WithoutCurvature:
         """
         nonlinear, losses = {*graph.nonlinear}, list[Losses]()
         units: dict[Edge, Tensor] = {}
-        found = first_met([graph.root], lambda e: e[0] in nonlinear or graph.is_end(e))
+
+        def stops(edge: Edge) -> bool:
+            return edge[0] in nonlinear or graph.is_end(edge)
+
+        found = first_met([graph.root], stops)
+        before = [edge for node in known for edge in inputs_of(node) if edge is not None]
+        used = _passed(before, graph.is_source)  # by operations with curvature, as by squares
         results = [edge for edge in found - graph.ends.keys() if edge[0] in nonlinear]
         for edge in sorted(results, key=lambda e: (graph.nodes[e[0]], e[1])):
             weight = graph.seen.get(edge)
@@ -128,7 +138,7 @@ class WithoutCurvature:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             own = _losses_at(graph, edge, weight, known)
             if own is not None:
-                losses.append(own)
+                losses.append(replace(own, bends_alone=own.bends_alone and edge[0] not in used))
                 continue
             unit = weight.abs().sum()
             for end in first_met([edge], graph.is_end):
@@ -190,6 +200,19 @@ class WithoutCurvature:
         return result.where(result > 0, 1)
 
 
+def _passed(starts: Sequence[Edge], is_source: Stops) -> set[Node]:
+    """Return the nodes that tensors are computed by, down to outputs and parameters."""
+    found: set[Node] = set()
+
+    def stops(edge: Edge) -> bool:
+        if not (is_end := is_source(edge)):
+            found.add(edge[0])
+        return is_end
+
+    first_met(starts, stops)
+    return found
+
+
 def _within(
     term: Term, places: Mapping[Edge, Tensor], gradients: Mapping[Edge, Tensor]
 ) -> Term | None:
@@ -224,10 +247,13 @@ def _losses_at(
     graph: LossGraph, edge: Edge, weight: Tensor, known: Collection[Node]
 ) -> Losses | None:
     """Return the losses at the result of an operation, or ``None`` if they cannot be found."""
-    values = None if edge[1] else recorded_result(edge)
-    if values is None:
+    kind, ends = kind_of_node(edge[0]), first_met([edge], graph.is_end)
+    is_curved = bool({*dependents(edge, graph.is_source)} & {*known})
+    if (entries := absolute_entries(edge[0], weight)) is not None:
+        own, values, weight = entries
+        return Losses(own, graph.map_to(own), weight, values, ends, kind, not is_curved)
+    found = None if edge[1] else recorded_result(edge)
+    if found is None:
         return None
-    kind = kind_of_node(edge[0])
-    bends_alone = kind in _IN_PIECES and not {*dependents(edge, graph.is_source)} & {*known}
-    ends = first_met([edge], graph.is_end)
-    return Losses(edge, graph.map_to(edge), weight, values, ends, kind, bends_alone)
+    bends_alone = kind in _IN_PIECES and not is_curved
+    return Losses(edge, graph.map_to(edge), weight, found, ends, kind, bends_alone)

@@ -28,10 +28,12 @@ LARGEST_BLOCK = 64
 """Rows up to which the blocks of a Hessian are computed, with one product for each row."""
 
 _PROBABILITIES = {"Sigmoid", "Softmax", "Exp", "Exp2", "Reciprocal", "Div", "Mul", "Pow", "Cosh"}
-_PROBABILITIES |= {"Clamp", "ClampMin", "ClampMax"}
+_PROBABILITIES |= {"Clamp", "ClampMin", "ClampMax", "Softplus"}
 _ROOTS = {"Sqrt", "Abs", "LinalgVectorNorm", "Norm", "Dist"}
 _UNDONE = {
-    **dict.fromkeys(("Log", "Log1P", "Log2", "Log10", "BinaryCrossEntropy"), _PROBABILITIES),
+    **dict.fromkeys(
+        ("Log", "Log1P", "Log2", "Log10", "BinaryCrossEntropy", "SpecialEntr"), _PROBABILITIES
+    ),
     **dict.fromkeys(("Pow", "Mul"), _ROOTS),
 }
 """Operations that are curved together with those before them in another way than alone."""

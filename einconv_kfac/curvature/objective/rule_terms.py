@@ -22,7 +22,7 @@ from einconv_kfac.curvature.objective.log_sums import log_of_sum
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes.bilinear import Quotient
-from einconv_kfac.curvature.objective.nodes.squares import Argument, squared
+from einconv_kfac.curvature.objective.nodes.squares import Argument, root_of_squares, squared
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.unit_vectors import unit_vectors
 
@@ -81,7 +81,8 @@ class RuleTerms:
             rule, weight = NODE_RULES.get(kind_of_node(node)), graph.seen.get((node, 0))
             if rule is None or weight is None:
                 continue
-            square, values = squared(node, weight, graph.are_same), rule.inputs(node)
+            square = squared(node, weight, graph.are_same) or root_of_squares(node, weight)
+            values = rule.inputs(node)
             own = inputs_of(node)[: len(values)], rule.curvature(node, values, weight)
             argument, curvature = known.get(node) or square or own
             if curvature is not None:

@@ -63,6 +63,39 @@ def squared(node: Any, weight: Tensor, is_same: Same) -> tuple[Argument, Diagona
     return argument, Diagonal(2 * precise.clamp_min(0))
 
 
+def absolute_entries(node: Any, weight: Tensor) -> tuple[Edge, Tensor, Tensor] | None:
+    """Return the tensor whose absolute values a node sums up, these values, and their weights.
+
+    ``None`` if the node is no norm of order one of real numbers.
+
+    Args:
+        node: The node.
+        weight: The derivative of the loss by the norms.
+    """
+    if not _is_norm(node, order=1) or kind_of_node(node) == "Dist":
+        return None
+    edge, values = inputs_of(node)[0], node._saved_self.detach().abs()
+    return None if edge is None else (edge, values, _spread(node, weight))
+
+
+def root_of_squares(node: Any, weight: Tensor) -> tuple[Argument, Diagonal] | None:
+    """Return the tensor whose norm a node takes, and the curvature ``w / |x|`` by it.
+
+    It is that of ``sqrt(sum(x^2))`` with the curvature of the squares. ``None`` if the node has
+    several norms, as one for each example, or a norm or its weight is not positive.
+
+    Args:
+        node: The node.
+        weight: The derivative of the loss by the norm.
+    """
+    if weight.numel() != 1 or not _is_norm(node, order=2) or node._saved_self.numel() == 1:
+        return None
+    share = weight.to(torch.promote_types(weight.dtype, torch.float32)) / node._saved_result
+    if not bool(share > 0) or not bool(share.isfinite()):
+        return None
+    return inputs_of(node)[:2], Diagonal(share.reshape(()).expand(node._saved_self.shape))
+
+
 def _base(node: Any, is_same: Same) -> tuple[Edge, torch.Size] | None:
     """Return the edge that a node squares, with its shape."""
     kind, edges = kind_of_node(node), inputs_of(node)
@@ -109,14 +142,14 @@ def _of_rows(node: Any, weight: Tensor) -> tuple[Argument, Tensor]:
     return [edges[index]], weight.sum(-2 if index else -1).unsqueeze(-1).expand(rows.shape)
 
 
-def _is_norm(node: Any) -> bool:
-    """Return whether a node is a Euclidean norm of real numbers."""
-    order = _NORMS.get(kind_of_node(node))
-    if order is None or node._saved_self.is_complex():
+def _is_norm(node: Any, order: float = 2) -> bool:
+    """Return whether a node is a norm of real numbers, a Euclidean one by default."""
+    name = _NORMS.get(kind_of_node(node))
+    if name is None or node._saved_self.is_complex():
         return False
     if kind_of_node(node) == "Dist" and node._saved_self.shape != node._saved_other.shape:
         return False
-    return bool(saved_options(node, (order,))[order] == 2)
+    return bool(saved_options(node, (name,))[name] == order)
 
 
 def _spread(norm: Any, weight: Tensor) -> Tensor:
