@@ -9,7 +9,6 @@ from types import MappingProxyType
 
 from torch import Generator, Tensor
 
-from einconv_kfac.curvature.objective.arguments import arguments
 from einconv_kfac.curvature.objective.complete_terms import are_complete
 from einconv_kfac.curvature.objective.densities import WithoutCurvature
 from einconv_kfac.curvature.objective.distributions import Distributions
@@ -31,6 +30,7 @@ from einconv_kfac.curvature.objective.hessian import (
     may_lack,
     with_hessians,
 )
+from einconv_kfac.curvature.objective.hessian_arguments import arguments
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.loss_graph import LossGraph, Values
