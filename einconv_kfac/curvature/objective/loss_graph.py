@@ -18,6 +18,7 @@ from einconv_kfac.curvature.objective.graph import (
     kind_of_node,
     leaf_of,
     metadata_of,
+    zeros_at,
 )
 from einconv_kfac.curvature.objective.linear_map import LinearMap
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
@@ -154,6 +155,15 @@ class LossGraph:
         random = {e: drawn(self.value(e), seed) for seed, e in enumerate(self.sources)}
         left, right = (each(random) for each in ends)
         return left is not None and right is not None and torch.allclose(left, right)
+
+    def are_apart(self, first: Edge, second: Edge) -> bool:
+        """Return whether two tensors depend on different entries of the sources."""
+        one, other = (
+            self.map_to(edge).transposed(drawn(zeros_at(edge), seed))
+            for seed, edge in enumerate((first, second))
+        )
+        shared = one.keys() & other.keys()
+        return not any(bool(((one[e] != 0) & (other[e] != 0)).any()) for e in shared)
 
     def _is_linear(self, node: Node) -> bool:
         """Return whether an operation is linear in what depends on the model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.objective.enclosed_calls import EnclosedCall
@@ -103,10 +104,32 @@ class RuleTerms:
                 continue
             if all(graph.output(edge) is None for edge in first_met([own], graph.is_source)):
                 curvature = rule.by_denominator(node, weight)
-            else:
-                curvature = rule.by_scale(node, weight) if self._is_loss(numerator) else None
-            if curvature is not None:
-                yield node, term_at(graph, [own], curvature, kind_of_node(node))
+                if curvature is not None:
+                    yield node, term_at(graph, [own], curvature, kind_of_node(node))
+            elif numerator is not None and graph.depends(numerator):
+                yield from self._scale_terms(rule, node, (numerator, own), weight)
+
+    def _scale_terms(
+        self, rule: Quotient, node: Node, edges: tuple[Edge, Edge], weight: Tensor
+    ) -> Iterator[tuple[Node, Term]]:
+        """Yield the terms of losses that are divided by scales, which are other outputs.
+
+        Args:
+            rule: The rule of the quotient.
+            node: The quotient.
+            edges: Its numerator and its denominator.
+            weight: The derivative of the loss by the quotient.
+        """
+        graph, curvature = self._graph, rule.by_scale(node, weight)
+        absolute = None if curvature is None else _absolute(edges[0])
+        if curvature is None or not (absolute or self._is_loss(edges[0])):
+            return
+        if not graph.are_apart(*edges):
+            return
+        yield node, term_at(graph, edges[1:], curvature, kind_of_node(node))
+        if absolute is not None:  # of a Laplace distribution
+            own = rule.by_location(node, weight)
+            yield absolute, term_at(graph, inputs_of(absolute)[:1], own, kind_of_node(absolute))
 
     def _unit_vectors(self) -> Iterator[tuple[Node, Term]]:
         """Yield the terms of unit vectors that a loss is linear in, as cosine similarities are."""
@@ -114,10 +137,8 @@ class RuleTerms:
             self.curved.add(edge[0])
             yield edge[0], term
 
-    def _is_loss(self, edge: Edge | None) -> bool:
+    def _is_loss(self, edge: Edge) -> bool:
         """Return whether a tensor is linear in operations with curvature alone, as squares."""
-        if edge is None or not self._graph.depends(edge):
-            return False
         nonlinear = {*self._graph.nonlinear}
         found = first_met([edge], lambda e: e[0] in nonlinear or self._graph.is_source(e))
         return {each[0] for each in found} <= self.curved
@@ -154,6 +175,13 @@ def term_at(
     """Return a term by its argument, of which constants are left out; the graph must exist."""
     edges = tuple(edge for edge in argument if edge is not None and graph.depends(edge))
     return Term(edges, tuple(graph.map_to(edge) for edge in edges), curvature, name)
+
+
+def _absolute(edge: Edge | None) -> Node | None:
+    """Return the operation whose absolute values a tensor has, up to their sign."""
+    while edge is not None and kind_of_node(edge[0]) == "Neg":
+        edge = inputs_of(edge[0])[0]
+    return edge[0] if edge is not None and kind_of_node(edge[0]) == "Abs" else None
 
 
 def _between(node: Node, argument: Iterable[Edge | None]) -> set[Node]:

@@ -114,12 +114,28 @@ def test_quotients_without_curvature(a: list[float], b: list[float], weight: lis
     assert rule.by_scale(quotient.grad_fn, torch.tensor(weight)) is None
 
 
-def test_absolute_differences_have_the_information_of_their_densities() -> None:
-    def losses(o: Tensor) -> Tensor:
-        mean, other = halves(o)
-        return ((mean - Y).abs() / other.exp()).flatten()
+ABSOLUTE: dict[str, Loss] = {
+    "Laplace": lambda o: -Laplace(o[:, :3], functional.softplus(o[:, 3:])).log_prob(Y).mean(),
+    "by hand": lambda o: (
+        (o[:, :3] - Y).abs() / (b := functional.softplus(o[:, 3:])) + b.log()
+    ).mean(),
+}
+"""Likelihoods of Laplace distributions."""
 
-    found = loss_curvature(lambda o: -Laplace(o[:, :3], o[:, 3:].exp()).log_prob(Y).mean(), X)
-    slopes = jacrev(losses)(X).flatten(1)
-    expected = slopes.mT @ slopes / losses(X).sum()
-    torch.testing.assert_close(found, expected)
+
+@pytest.mark.parametrize("name", ABSOLUTE)
+def test_absolute_differences_have_the_fisher_information(name: str) -> None:
+    mean, other = halves(X)
+    scale, slope = functional.softplus(other), other.sigmoid()
+    by_scale = slope.square() * (mean - Y).abs() / scale**3  # whose expectation is 1 / scale^2
+    expected = torch.cat([scale**-2, by_scale], 1).flatten().diag() / 15
+    torch.testing.assert_close(loss_curvature(ABSOLUTE[name], X), expected)
+
+
+def test_relative_errors_have_no_scales() -> None:
+    def losses(o: Tensor) -> Tensor:
+        return (o[:, :3] - Y).abs() / (o[:, :3].abs() + Y.abs())
+
+    slopes, values = jacrev(lambda o: losses(o).flatten())(X).flatten(1), losses(X)
+    found = loss_curvature(lambda o: losses(o).mean(), X)
+    torch.testing.assert_close(found, slopes.mT @ slopes / values.sum())

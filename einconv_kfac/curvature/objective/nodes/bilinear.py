@@ -118,6 +118,16 @@ class Quotient(Product):
             return None
         return Diagonal((own / b.square()).sum_to_size(b.shape))
 
+    def by_location(self, node: Any, weight: Tensor) -> Diagonal:
+        """Return the curvature of ``<weight, |x| / b>`` by ``x``.
+
+        It is the Fisher information ``1 / b^2`` of Laplace distributions with the scale ``b``.
+        """
+        a, b = self.inputs(node)
+        assert a is not None
+        assert b is not None
+        return Diagonal((weight.abs() / b.square()).sum_to_size(a.shape))
+
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     """Return a convolution, which may be transposed."""
