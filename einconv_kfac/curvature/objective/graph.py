@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
+from einconv_kfac.curvature.objective.alignment_gradients import alignment_gradients
 from einconv_kfac.curvature.objective.distance_gradients import distance_gradients
 from einconv_kfac.torch_versions import gradient_edge
 
@@ -215,8 +216,9 @@ def _called(node: Node, gradients: Sequence[Tensor | None]) -> Sequence[Tensor |
         return gradients
     if isinstance(node, BackwardCFunction):
         return _called_function(node, gradients)
-    if (found := distance_gradients(kind, node, gradients[0])) is not None:
-        return found
+    for formula in (distance_gradients, alignment_gradients):
+        if (found := formula(kind, node, gradients[0])) is not None:
+            return found
     call: Any = node
     results = call(*gradients)
     return results if isinstance(results, tuple) else (results,)

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from einconv_kfac.curvature.objective.graph import Edge, kind_of_node, within
+from einconv_kfac.curvature.objective.alignment_gradients import log_softmax_before
+from einconv_kfac.curvature.objective.graph import Edge, within
 from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
-from einconv_kfac.curvature.objective.node_registry import NODE_RULES
+from einconv_kfac.curvature.objective.nodes.softmax import categorical
 
 
-def curvature_of_probabilities(edge: Edge, gradient: Tensor) -> LocalCurvature | None:
+def curvature_of_probabilities(
+    edge: Edge, value: Tensor, gradient: Tensor
+) -> LocalCurvature | None:
     """Return the curvature of a loss that is linear in log-probabilities, or ``None``.
 
-    The output is the logarithm of a softmax that the model computes. A root vector
-    ``sqrt(p_v) (onehot_v - p)`` by the scores is the same one by the log-probabilities, since its
-    entries sum to zero.
+    The output is the logarithm of a softmax that the model computes, perhaps in another shape. A
+    root vector ``sqrt(p_v) (onehot_v - p)`` by the scores is the same one by the log-probabilities,
+    since its entries sum to zero.
 
     Args:
         edge: The edge of the output.
-        gradient: The gradient of the loss at the output.
+        value: The output.
+        gradient: The gradient of the loss at it.
     """
-    node = within(edge)[0]
-    if kind_of_node(node) != "LogSoftmax":
+    if log_softmax_before(within(edge)[0]) is None:
         return None
-    rule = NODE_RULES["LogSoftmax"]
-    return rule.curvature(node, rule.inputs(node), gradient)
+    log_p = value.to(torch.promote_types(value.dtype, torch.float32))
+    for dim in range(log_p.ndim):
+        if _is_normalised(log_p, dim):
+            return categorical(log_p, -gradient.sum(dim, keepdim=True), dim)
+    return None
+
+
+def _is_normalised(log_p: Tensor, dim: int) -> bool:
+    """Return whether log-probabilities are those of all classes along a dimension."""
+    total = log_p.logsumexp(dim)
+    tolerance = torch.finfo(log_p.dtype).eps ** 0.5
+    return log_p.shape[dim] > 1 and bool((total.abs() <= tolerance).all())

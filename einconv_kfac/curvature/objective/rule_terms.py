@@ -14,7 +14,6 @@ from einconv_kfac.curvature.objective.graph import (
     first_met,
     inputs_of,
     kind_of_node,
-    within,
 )
 from einconv_kfac.curvature.objective.linear_losses import curvature_of_probabilities
 from einconv_kfac.curvature.objective.local_curvature import LocalCurvature
@@ -158,15 +157,21 @@ class RuleTerms:
         return found
 
     def _linear_terms(self) -> Iterator[Term]:
-        """Yield the terms of log-probabilities that a loss is linear in."""
+        """Yield the terms of log-probabilities that a loss is linear in.
+
+        One over alignments counts as such, see `alignment_gradients`.
+        """
         graph = self._graph
-        starts = [edge for node in graph.nonlinear for edge in inputs_of(node) if edge is not None]
+        bending = [node for node in graph.nonlinear if kind_of_node(node) != "CtcLoss"]
+        starts = [edge for node in bending for edge in inputs_of(node) if edge is not None]
         starts += [call.call.argument for call in self.registered]
         bent = first_met(starts, graph.is_end)
         for edge, gradient in graph.ends.items():
-            own = None if edge in bent else curvature_of_probabilities(edge, gradient)
+            if edge in bent or graph.output(edge) is None:
+                continue
+            own = curvature_of_probabilities(edge, graph.value(edge), gradient)
             if own is not None:
-                yield term_at(graph, [edge], own, kind_of_node(within(edge)[0]))
+                yield term_at(graph, [edge], own, "LogSoftmax")
 
 
 def term_at(

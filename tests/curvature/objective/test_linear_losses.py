@@ -68,6 +68,25 @@ def test_steps_are_those_of_cross_entropy(
     torch.testing.assert_close(*ends)
 
 
+class Rearranged(nn.Module):
+    """Log-probabilities ``[c, n]``, computed for rows of scores."""
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores.log_softmax(1).view(3, 4, 3).flatten(0, 1).t()
+
+
+def test_log_probabilities_may_be_rearranged() -> None:
+    x, y = batch()
+    found = kronecker_factors(
+        net([Rearranged()]),
+        lambda out, y: functional.nll_loss(out.t(), y),
+        [(x, y)],
+        fisher="exact",
+    )["0"]
+    expected = kronecker_factors(net([]), nn.CrossEntropyLoss(), [(x, y)], fisher="exact")["0"]
+    torch.testing.assert_close(found.to_dense(), expected.to_dense())
+
+
 def test_weights_of_both_signs_count_by_their_magnitudes() -> None:
     x, y = batch()
     sign, model = torch.linspace(-1, 1, 12, dtype=torch.float64), net([nn.LogSoftmax(1)])
