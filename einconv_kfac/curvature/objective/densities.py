@@ -13,10 +13,8 @@ from torch.autograd.graph import Node
 
 from einconv_kfac.curvature.objective.graph import (
     Edge,
-    Stops,
     dependents,
     first_met,
-    inputs_of,
     kind_of_node,
 )
 from einconv_kfac.curvature.objective.linear_map import LinearMap, OnceDifferentiableError
@@ -128,8 +126,7 @@ class WithoutCurvature:
             return edge[0] in nonlinear or graph.is_end(edge)
 
         found = first_met([graph.root], stops)
-        before = [edge for node in known for edge in inputs_of(node) if edge is not None]
-        used = _passed(before, graph.is_source)  # by operations with curvature, as by squares
+        used = graph.before(known)  # by operations with curvature, as by squares
         results = [edge for edge in found - graph.ends.keys() if edge[0] in nonlinear]
         for edge in sorted(results, key=lambda e: (graph.nodes[e[0]], e[1])):
             weight = graph.seen.get(edge)
@@ -198,19 +195,6 @@ class WithoutCurvature:
             sums += [slope.abs().sum()] if edge in self.linear else []
         result = torch.stack(sums).sum() if sums else torch.ones(())
         return result.where(result > 0, 1)
-
-
-def _passed(starts: Sequence[Edge], is_source: Stops) -> set[Node]:
-    """Return the nodes that tensors are computed by, down to outputs and parameters."""
-    found: set[Node] = set()
-
-    def stops(edge: Edge) -> bool:
-        if not (is_end := is_source(edge)):
-            found.add(edge[0])
-        return is_end
-
-    first_met(starts, stops)
-    return found
 
 
 def _within(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -101,6 +101,19 @@ class LossGraph:
     def past(self, ends: Collection[Node]) -> set[Node]:
         """Return the operations on the way to parameters that are neither sources nor ends."""
         return {*dependents(self.root, lambda e: e[0] in ends or self.is_source(e))}
+
+    def before(self, nodes: Iterable[Node]) -> set[Node]:
+        """Return the operations that some operations take results of, down to the sources."""
+        starts = [edge for node in nodes for edge in inputs_of(node) if edge is not None]
+        found: set[Node] = set()
+
+        def stops(edge: Edge) -> bool:
+            if not (is_end := self.is_source(edge)):
+                found.add(edge[0])
+            return is_end
+
+        first_met(starts, stops)
+        return found
 
     def derivative(self) -> LinearMap:
         """Return the derivative of the loss by its sources."""
