@@ -23,6 +23,10 @@ from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.magnitudes import magnitudes_of
 from einconv_kfac.curvature.objective.nodes.squares import absolute_entries
 from einconv_kfac.curvature.objective.policy_samples import is_known, sample_terms
+from einconv_kfac.curvature.objective.probability_terms import (
+    has_probabilities,
+    probability_terms,
+)
 from einconv_kfac.curvature.objective.recorded_results import recorded_result
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.units import drawn
@@ -96,6 +100,7 @@ class WithoutCurvature:
         linear: The ends that the loss is linear in.
         magnitudes: The terms of logarithms of softmaxes whose weights have both signs, with the
             ends that each depends on.
+        probabilities: The terms of functions of probabilities, likewise.
         samples: The terms of logarithms of other densities whose weights have both signs, also
             where the curvature of those with positive weights is known.
         loss: The loss.
@@ -106,6 +111,7 @@ class WithoutCurvature:
     units: Mapping[Edge, Tensor]
     linear: Collection[Edge]
     magnitudes: Sequence[tuple[Term, Collection[Edge]]]
+    probabilities: Sequence[tuple[Term, Collection[Edge]]]
     samples: Sequence[Term]
     loss: Tensor
     unbatched: Collection[Edge]
@@ -143,7 +149,12 @@ class WithoutCurvature:
         linear = found & graph.ends.keys()
         magnitudes = list(magnitudes_of(graph, known, linear))
         samples = list(sample_terms(magnitudes, graph, known))
-        return WithoutCurvature(losses, units, linear, magnitudes, samples, loss, graph.unbatched)
+        probabilities = list[tuple[Term, Collection[Edge]]]()
+        if not magnitudes and not samples and has_probabilities(graph):
+            informed = {each.edge[0] for each in losses if each.sum is not None}
+            probabilities += probability_terms(graph, {*known, *informed})
+        others = magnitudes, probabilities, samples
+        return WithoutCurvature(losses, units, linear, *others, loss, graph.unbatched)
 
     def terms(
         self, places: Mapping[Edge, Tensor], gradients: Mapping[Edge, Tensor]
@@ -172,7 +183,7 @@ class WithoutCurvature:
                 term = _within(term, places, gradients)
             if term is not None:
                 yield term, inner
-        for term, ends in self.magnitudes if places else ():
+        for term, ends in (*self.magnitudes, *self.probabilities) if places else ():
             inner = {*ends} - term.sources
             if not inner - places.keys() and _is_within(term, places, gradients):
                 yield term, inner

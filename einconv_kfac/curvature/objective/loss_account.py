@@ -9,6 +9,7 @@ from einconv_kfac.curvature.objective.densities import Information
 from einconv_kfac.curvature.objective.local_curvature import Empirical
 from einconv_kfac.curvature.objective.magnitudes import BinaryMagnitude, Magnitude
 from einconv_kfac.curvature.objective.policy_samples import SampledInformation
+from einconv_kfac.curvature.objective.probability_terms import SLOPES
 from einconv_kfac.curvature.objective.terms import Term
 
 NO_CURVATURE = (
@@ -54,7 +55,7 @@ class LossAccount:
         for term in terms:
             self._lines.setdefault(f"{term.name}: {term.curvature.name}")
         taken = {term.name for term in terms if isinstance(term.curvature, Information)}
-        kinds = Magnitude, BinaryMagnitude, SampledInformation
+        kinds = Magnitude, BinaryMagnitude, SampledInformation, *SLOPES
         magnitudes = {term.name for term in terms if isinstance(term.curvature, kinds)}
         others = ", ".join(sorted({*left_out} - taken - magnitudes))
         is_empirical = any(isinstance(term.curvature, Empirical) for term in terms)

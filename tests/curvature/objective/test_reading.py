@@ -101,6 +101,7 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "absolute": lambda o: functional.l1_loss(o, T),
     "root": lambda o: ((o - T) ** 2).mean().sqrt(),
     "overlap": lambda o: 1 - 2 * (o.sigmoid() * T).sum() / (o.sigmoid().sum() + T.sum()),
+    "correlation": lambda o: 1 - (o * T).sum() / (1 + o.square().sum()),
     "positive part": lambda o: (o.relu() - T).pow(2).mean(),
     "margin": lambda o: functional.multi_margin_loss(o[:, 0], Y[:, 0]),
     "cosine": lambda o: 1 - functional.cosine_similarity(o, T, dim=-1).mean(),
@@ -196,7 +197,7 @@ def test_values_at_other_outputs(name: str) -> None:
 
 
 UNITS: dict[str, Callable[[Tensor], Tensor]] = {
-    "overlap": lambda o: torch.ones(()),  # the weight of the quotient
+    "correlation": lambda o: torch.ones(()),  # the weight of the quotient
     "margin": OTHERS["margin"],
 }
 """Numbers that losses are linear in: the loss itself, or the weights of its operations."""
