@@ -102,6 +102,15 @@ class LossGraph:
         """Return the operations on the way to parameters that are neither sources nor ends."""
         return {*dependents(self.root, lambda e: e[0] in ends or self.is_source(e))}
 
+    def linear_part(self) -> dict[Edge, Tensor]:
+        """Return the gradients of what is linear in the first nonlinear results and in ends."""
+        nonlinear = {*self.nonlinear}
+        start = {self.root: self.seen[self.root]}
+        with torch.no_grad():
+            return backpropagated(
+                start, self.nodes, lambda edge: edge[0] in nonlinear or self.is_end(edge)
+            )
+
     def before(self, nodes: Iterable[Node]) -> set[Node]:
         """Return the operations that some operations take results of, down to the sources."""
         starts = [edge for node in nodes for edge in inputs_of(node) if edge is not None]

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from einconv_kfac.curvature.objective.graph import (
     Edge,
-    backpropagated,
     first_met,
     inputs_of,
     kind_of_node,
@@ -69,17 +68,12 @@ def unit_vectors(graph: LossGraph) -> Iterator[tuple[Edge, Term]]:
     Args:
         graph: The graph of the loss, which must exist.
     """
-    nonlinear = {*graph.nonlinear}
-
-    def stops(edge: Edge) -> bool:
-        return edge[0] in nonlinear or graph.is_end(edge)
-
-    found = first_met([graph.root], stops)
-    if not any(kind_of_node(within(edge)[0]) in ("Div", "Mul") for edge in found):
+    ends = [within(edge)[0] for edge in graph.ends]
+    if not any(kind_of_node(node) in ("Div", "Mul") for node in (*graph.nonlinear, *ends)):
         return
+    nonlinear = {*graph.nonlinear}
     with torch.no_grad():
-        weights = backpropagated({graph.root: graph.seen[graph.root]}, graph.nodes, stops)
-        for edge, weight in weights.items():
+        for edge, weight in graph.linear_part().items():
             seen = graph.ends.get(edge, graph.seen.get(edge))
             if weight.is_complex() or seen is None or not _are_close(weight, seen):
                 continue  # where other operations depend on them as well
