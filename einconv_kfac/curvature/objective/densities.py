@@ -132,7 +132,7 @@ class WithoutCurvature:
             return edge[0] in nonlinear or graph.is_end(edge)
 
         found = first_met([graph.root], stops)
-        used = graph.before(known)  # by operations with curvature, as by squares
+        used: set[Node] | None = None  # by operations with curvature, as by squares
         results = [edge for edge in found - graph.ends.keys() if edge[0] in nonlinear]
         for edge in sorted(results, key=lambda e: (graph.nodes[e[0]], e[1])):
             weight = graph.seen.get(edge)
@@ -141,7 +141,10 @@ class WithoutCurvature:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             own = _losses_at(graph, edge, weight, known)
             if own is not None:
-                losses.append(replace(own, bends_alone=own.bends_alone and edge[0] not in used))
+                if own.bends_alone:
+                    used = graph.before(known) if used is None else used
+                    own = replace(own, bends_alone=edge[0] not in used)
+                losses.append(own)
                 continue
             unit = weight.abs().sum()
             for end in first_met([edge], graph.is_end):
@@ -149,10 +152,9 @@ class WithoutCurvature:
         linear = found & graph.ends.keys()
         magnitudes = list(magnitudes_of(graph, known, linear))
         samples = list(sample_terms(magnitudes, graph, known))
-        probabilities = list[tuple[Term, Collection[Edge]]]()
-        if not magnitudes and not samples and has_probabilities(graph):
-            informed = {each.edge[0] for each in losses if each.sum is not None}
-            probabilities += probability_terms(graph, {*known, *informed})
+        is_known = not linear and all(edge[0] in known for edge in results)
+        is_other = is_known or magnitudes or samples
+        probabilities = () if is_other else tuple(_probabilities(graph, known, losses))
         others = magnitudes, probabilities, samples
         return WithoutCurvature(losses, units, linear, *others, loss, graph.unbatched)
 
@@ -206,6 +208,15 @@ class WithoutCurvature:
             sums += [slope.abs().sum()] if edge in self.linear else []
         result = torch.stack(sums).sum() if sums else torch.ones(())
         return result.where(result > 0, 1)
+
+
+def _probabilities(
+    graph: LossGraph, known: Collection[Node], losses: Sequence[Losses]
+) -> Iterator[tuple[Term, Collection[Edge]]]:
+    """Yield the terms of functions of probabilities that no losses have information about."""
+    if has_probabilities(graph):
+        informed = {each.edge[0] for each in losses if each.sum is not None}
+        yield from probability_terms(graph, {*known, *informed})
 
 
 def _within(

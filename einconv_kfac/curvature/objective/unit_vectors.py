@@ -68,10 +68,10 @@ def unit_vectors(graph: LossGraph) -> Iterator[tuple[Edge, Term]]:
     Args:
         graph: The graph of the loss, which must exist.
     """
-    ends = [within(edge)[0] for edge in graph.ends]
-    if not any(kind_of_node(node) in ("Div", "Mul") for node in (*graph.nonlinear, *ends)):
-        return
     nonlinear = {*graph.nonlinear}
+    inner = any(kind_of_node(node) in ("Div", "Mul") for node in nonlinear)
+    if not inner and not any(kind_of_node(within(edge)[0]) == "Div" for edge in graph.ends):
+        return
     with torch.no_grad():
         for edge, weight in graph.linear_part().items():
             seen = graph.ends.get(edge, graph.seen.get(edge))
