@@ -25,6 +25,7 @@ from einconv_kfac.curvature.objective.nodes.bilinear import Quotient
 from einconv_kfac.curvature.objective.nodes.squares import Argument, root_of_squares, squared
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.unit_vectors import unit_vectors
+from einconv_kfac.curvature.objective.variance_terms import variance_term
 
 
 class RuleTerms:
@@ -80,6 +81,10 @@ class RuleTerms:
                 continue
             rule, weight = NODE_RULES.get(kind_of_node(node)), graph.seen.get((node, 0))
             if rule is None or weight is None:
+                continue
+            if (variance := variance_term(graph, node, weight)) is not None:
+                self.curved |= {node} if variance.is_whole else set()
+                yield node, variance
                 continue
             square = squared(node, weight, graph.are_same) or root_of_squares(node, weight)
             values = rule.inputs(node)
