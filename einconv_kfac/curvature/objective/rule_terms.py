@@ -22,10 +22,17 @@ from einconv_kfac.curvature.objective.log_sums import log_of_sum
 from einconv_kfac.curvature.objective.loss_graph import LossGraph
 from einconv_kfac.curvature.objective.node_registry import NODE_RULES
 from einconv_kfac.curvature.objective.nodes.bilinear import Quotient
-from einconv_kfac.curvature.objective.nodes.squares import Argument, root_of_squares, squared
+from einconv_kfac.curvature.objective.nodes.squares import (
+    Argument,
+    is_squared,
+    root_of_squares,
+    squared,
+)
 from einconv_kfac.curvature.objective.terms import Term
 from einconv_kfac.curvature.objective.unit_vectors import unit_vectors
 from einconv_kfac.curvature.objective.variance_terms import variance_term
+
+_CLAMPS = {"Clamp", "ClampMin", "ClampMax"}
 
 
 class RuleTerms:
@@ -90,11 +97,27 @@ class RuleTerms:
             values = rule.inputs(node)
             own = inputs_of(node)[: len(values)], rule.curvature(node, values, weight)
             argument, curvature = known.get(node) or square or own
-            if curvature is not None:
+            if curvature is not None and not self._is_length(node):
                 self.curved.add(node)
                 if square:
                     self._squares |= _between(node, argument)
                 yield node, term_at(graph, argument, curvature, kind_of_node(node))
+
+    def _is_length(self, node: Node) -> bool:
+        """Return whether an operation is a root of squares alone, whose convexity it undoes.
+
+        With a negative weight the root is convex in the squares, but the length is concave.
+        """
+        if kind_of_node(node) != "Sqrt":
+            return False
+        graph, nonlinear = self._graph, {*self._graph.nonlinear}
+
+        def stops(edge: Edge) -> bool:
+            is_passed = kind_of_node(edge[0]) in _CLAMPS
+            return graph.is_source(edge) or (edge[0] in nonlinear and not is_passed)
+
+        found = first_met([edge for edge in inputs_of(node) if edge is not None], stops)
+        return all(is_squared(each[0], graph.are_same) for each in found)
 
     def _denominators(self) -> Iterator[tuple[Node, Term]]:
         """Yield the terms of tensors by which losses are divided, as by learned variances."""

@@ -82,3 +82,31 @@ def test_logarithms_of_softplus_have_the_hessian() -> None:
         return (rate - counts * rate.log()).mean()
 
     torch.testing.assert_close(loss_curvature(loss, X), hessian(loss)(X).reshape(30, 30))
+
+
+LENGTHS: dict[str, Loss] = {
+    "norm": lambda o: o.view(5, 3, 2).norm(dim=-1).mean(),
+    "by hand": lambda o: o.view(5, 3, 2).square().sum(-1).sqrt().mean(),
+    "products": lambda o: ((z := o.view(5, 3, 2)) * z).sum(-1).sqrt().mean(),
+    "clamped": lambda o: o.view(5, 3, 2).pow(2).sum(-1).clamp(min=1e-8).sqrt().mean(),
+    "complex": lambda o: torch.view_as_complex(o.view(5, 3, 2)).abs().mean(),
+    "deviations": lambda o: (o.var(0) + 1e-4).sqrt().mean(),
+}
+"""Lengths of vectors, which are convex."""
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths_that_should_grow_have_no_curvature(name: str) -> None:
+    found = loss_curvature(lambda o: functional.mse_loss(o, T) - 3 * LENGTHS[name](o), X)
+    expected = hessian(lambda o: functional.mse_loss(o, T))(X).reshape(30, 30)
+    torch.testing.assert_close(found, expected)
+
+
+def test_roots_of_others_that_should_grow_are_convex() -> None:
+    def loss(o: Tensor) -> Tensor:
+        return functional.mse_loss(o, T) - (1 + o.exp()).sqrt().mean()
+
+    squares = hessian(lambda o: functional.mse_loss(o, T))(X).reshape(30, 30)
+    found = loss_curvature(loss, X) - squares
+    slopes = X.exp().square() / (4 * (1 + X.exp()) ** 1.5) / 30  # of the root alone
+    torch.testing.assert_close(found, slopes.flatten().diag())

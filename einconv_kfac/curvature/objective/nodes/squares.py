@@ -63,6 +63,11 @@ def squared(node: Any, weight: Tensor, is_same: Same) -> tuple[Argument, Diagona
     return argument, Diagonal(2 * precise.clamp_min(0))
 
 
+def is_squared(node: Any, is_same: Same) -> bool:
+    """Return whether a node squares the entries of a tensor, or is their variance."""
+    return kind_of_node(node) == "Var" or _base(node, is_same) is not None
+
+
 def absolute_entries(node: Any, weight: Tensor) -> tuple[Edge, Tensor, Tensor] | None:
     """Return the tensor whose absolute values a node sums up, these values, and their weights.
 
