@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -68,6 +69,21 @@ def intercepted(
     return undo
 
 
+@contextmanager
+def closed_interceptions() -> Iterator[None]:
+    """End interceptions of calls inside the block that it left by an exception past torch's hooks.
+
+    torch runs no hooks after a call that raises an exception that is no ``Exception``.
+    """
+    entered = _entered()
+    count = len(entered)
+    try:
+        yield
+    finally:
+        while len(entered) > count:
+            entered[-1].__exit__(None, None, None)
+
+
 class _Interception:
     """The hooks of a module, before and after its forward pass.
 
@@ -105,7 +121,7 @@ class _Interception:
         if any(active.values()):
             joined = {weight: _joined(records) for weight, records in active.items() if records}
             mode = _Mode(module, joined, self._replacements, self._is_own)
-            mode.__enter__()  # type: ignore[no-untyped-call]
+            mode.__enter__()
         self._modes().append(mode)
 
     def _drop_interrupted_(self) -> None:
@@ -115,14 +131,14 @@ class _Interception:
             mode = modes.pop()
             last = _get_current_function_mode()  # type: ignore[no-untyped-call]
             if mode is not None and last is mode:
-                mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                mode.__exit__(None, None, None)
 
     def _leave(self, *_: object) -> None:
         if is_compiling() or not self._modes():
             return
         mode = self._modes().pop()
         if mode is not None:
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            mode.__exit__(None, None, None)
 
     def _modes(self) -> list[_Mode | None]:
         """Return the modes of the calls that this thread runs."""
@@ -154,6 +170,19 @@ class _Mode(TorchFunctionMode):
         self._module, self._records, self._replacements = module, records, replacements
         self._is_own = is_own
 
+    def __enter__(self) -> _Mode:
+        """Enter the context."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        _entered().append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the context."""
+        entered = _entered()
+        if self in entered:
+            entered.remove(self)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -162,6 +191,15 @@ class _Mode(TorchFunctionMode):
         if replacement is None or not self._is_own(self._module, [*args, *options.values()]):
             return func(*args, **options)
         return replacement(self._module, self._records, func, *args, **options)
+
+
+_THREAD = threading.local()
+
+
+def _entered() -> list[_Mode]:
+    """Return the modes that this thread has entered and not left, in their order."""
+    found: list[_Mode] = _THREAD.__dict__.setdefault("entered", [])
+    return found
 
 
 class _Hook(ModuleHook):

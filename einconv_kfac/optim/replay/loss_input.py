@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from einconv_kfac.curvature.layers.interception import closed_interceptions
 from einconv_kfac.curvature.losses.loss_call import is_sum
 from einconv_kfac.curvature.objective.outputs import tensors_of
 
@@ -210,7 +211,8 @@ def found_inputs(inputs: Sequence[Direct], run: Run) -> tuple[Tensor, ...]:
 
     handles = [each.watch(partial(receive, index)) for index, each in inner.items()]
     try:
-        returned = list(tensors_of(run()))
+        with closed_interceptions():
+            returned = list(tensors_of(run()))
     except _FoundError:
         return tuple(values[index] for index in range(len(inputs)))
     finally:
