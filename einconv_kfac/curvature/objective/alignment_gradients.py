@@ -27,9 +27,7 @@ def alignment_gradients(
         node: Its node.
         gradient: The gradient at the losses of the sequences, ``[n]``.
     """
-    if kind != "CtcLoss" or gradient is None:
-        return None
-    if log_softmax_before(node.next_functions[0][0]) is None:
+    if gradient is None or not is_alignment(kind, node):
         return None
     found = node(gradient)
     by_scores, *others = found if isinstance(found, tuple) else (found,)
@@ -38,6 +36,11 @@ def alignment_gradients(
     counts = torch.arange(len(log_p), device=log_p.device)[:, None] < lengths
     counts = counts & (by_scores.detach() != 0).any(-1)  # not of losses that are infinite
     return by_scores - log_p.exp() * (counts * gradient).unsqueeze(-1), *others
+
+
+def is_alignment(kind: str, node: Any) -> bool:
+    """Return whether a node of a kind is a loss over alignments of log-probabilities."""
+    return kind == "CtcLoss" and log_softmax_before(node.next_functions[0][0]) is not None
 
 
 def log_softmax_before(node: Any) -> Any:

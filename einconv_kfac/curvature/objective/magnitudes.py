@@ -68,8 +68,8 @@ def magnitudes_of(
                 term = Term((argument,), (graph.map_to(argument),), found, kind_of_node(node))
                 yield term, first_met([argument], graph.is_end)
     for edge in (each for each in graph.ends if each in linear):
-        node = within(edge)[0]
-        found = _magnitude(node, graph.ends[edge])
+        node = within(edge)[0]  # the same by log-probabilities as by scores
+        found = None if kind_of_node(node) != "LogSoftmax" else _magnitude(node, graph.ends[edge])
         if found is not None:
             yield Term((edge,), (graph.map_to(edge),), found, kind_of_node(node)), {edge}
 

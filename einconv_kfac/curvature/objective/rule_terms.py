@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from einconv_kfac.curvature.objective.alignment_gradients import is_alignment
 from einconv_kfac.curvature.objective.enclosed_calls import EnclosedCall
 from einconv_kfac.curvature.objective.graph import (
     Edge,
@@ -64,6 +65,7 @@ class RuleTerms:
         self.by_node = dict(self._curved_terms())
         self.by_node.update(self._denominators())
         self.by_node.update(self._unit_vectors())
+        self.curved |= {n for n in graph.nonlinear if is_alignment(kind_of_node(n), n)}
         self.terms = (*registered, *self.by_node.values(), *self._linear_terms())
 
     def left_out(self) -> set[str]:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from loss_curvature import loss_curvature, read_loss
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+from einconv_kfac import KFAC
 
 GENERATOR = torch.Generator().manual_seed(0)
 N, TIME, CLASSES = 4, 5, 3
@@ -69,6 +71,33 @@ def test_a_model_that_ends_with_log_probabilities(name: str) -> None:
     tail = read_loss(lambda log_p: by_sequence(log_p).sum(), X, last)
     found = tail.expansion([[unit] for unit in units]).curvature
     torch.testing.assert_close(jacobian.mT @ found @ jacobian, expected(COUNTED.double()))
+
+
+class Recogniser(nn.Module):
+    """A model that computes the losses of its sequences, or returns log-probabilities."""
+
+    def __init__(self, *, computes: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.computes = nn.Linear(CLASSES, CLASSES).double(), computes
+
+    def forward(self, x: Tensor) -> Tensor:
+        log_p = self.layer(x).log_softmax(-1).transpose(0, 1)
+        return by_sequence(log_p) if self.computes else log_p
+
+
+def test_losses_that_the_model_computes() -> None:
+    found = []
+    for computes in (True, False):
+        model = Recogniser(computes=computes)
+        opt = KFAC(model, fisher="exact")
+        for _ in range(3):
+            opt.zero_grad()
+            returned = model(X)
+            opt.observe((returned if computes else by_sequence(returned)).mean()).backward()
+            opt.step()
+        found.append(model.layer.weight.detach())
+    torch.testing.assert_close(*found)
 
 
 def test_slopes_are_those_of_torch() -> None:

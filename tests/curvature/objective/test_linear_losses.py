@@ -111,3 +111,24 @@ def test_other_functions_have_the_empirical_fisher() -> None:
         for fisher in ("exact", "empirical")
     )
     torch.testing.assert_close(exact, empirical)
+
+
+class Returned(nn.Module):
+    """Returns logarithms of sums of exponentials, as the densities of a mixture."""
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return scores.logsumexp(1)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_model_that_ends_with_logarithms_of_sums(sign: float) -> None:
+    x, _ = batch()
+    model = net([Returned()])
+    opt, losses = KFAC(model), list[float]()
+    for _ in range(3):
+        opt.zero_grad()
+        loss = opt.observe(sign * model(x).mean())
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
