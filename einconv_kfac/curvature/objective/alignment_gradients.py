@@ -1,7 +1,7 @@
 """Gradients of losses over alignments by log-probabilities, with what a softmax before them hides.
 
 torch returns ``p - q`` for the probabilities ``p`` of classes and the expectations ``q`` of aligned
-labels, as if by the scores before the logarithm of a softmax (Graves et al., 2006, section 4). By
+labels, as if by the scores before the logarithm of a softmax (Graves et al., 2006). By
 the log-probabilities it is ``-q``, from which that function's derivative makes the same. ``q``
 sums to one at each position: the weight of a cross entropy, whose curvature the loss then has.
 """

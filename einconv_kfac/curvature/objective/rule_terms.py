@@ -119,7 +119,9 @@ class RuleTerms:
             return graph.is_source(edge) or (edge[0] in nonlinear and not is_passed)
 
         found = first_met([edge for edge in inputs_of(node) if edge is not None], stops)
-        return all(is_squared(each[0], graph.are_same) for each in found)
+        return not any(
+            graph.is_source(each) or not is_squared(each[0], graph.are_same) for each in found
+        )
 
     def _denominators(self) -> Iterator[tuple[Node, Term]]:
         """Yield the terms of tensors by which losses are divided, as by learned variances."""

@@ -102,9 +102,8 @@ def _term_of_pairs(graph: LossGraph, edge: Edge, weight: Tensor) -> Term | None:
     if kind_of_node(node) != "Mul" or {kind_of_node(each[0]) for each in pair} != {"Div"}:
         return None
     dims, shapes = {_directions(each[0]) for each in pair}, {node._saved_self.shape, weight.shape}
-    if len(pair) < 2 or len(dims) > 1 or not all(dims) or node._saved_other.shape not in shapes:
-        return None
-    if len(shapes) > 1:
+    are_alike = len(dims) == len(shapes | {node._saved_other.shape}) == 1 and all(dims)
+    if len({*pair}) < 2 or not are_alike:
         return None
     maps = tuple(graph.map_to(each) for each in pair)
     return Term(tuple(pair), maps, Diagonal(weight), UNIT_VECTORS)
@@ -120,6 +119,8 @@ def _term_of_cosines(graph: LossGraph, edge: Edge, weight: Tensor) -> Term | Non
     product = found.pop()[0]
     factors = _factors(graph, product) if not found and kind_of_node(product) == "Mul" else []
     own = {k: e for k, e in enumerate(inputs_of(product)) if e is not None and graph.depends(e)}
+    if len({*own.values()}) < len(own):
+        return None  # of a tensor with itself
     quotients = node._saved_self.detach() / node._saved_other.detach()
     for dim in range(factors[0].ndim if factors else 0):
         lengths = [torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in factors]

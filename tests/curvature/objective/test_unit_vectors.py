@@ -88,6 +88,8 @@ def test_the_square_is_the_cosine() -> None:
         lambda o: (o / (o.square().sum(1, keepdim=True)) * T).sum(),
         lambda o: (o / o.abs().sum(1, keepdim=True) * T).sum(),
         lambda o: functional.cosine_similarity(o[:, :3], o[:, 3:]).sum(),
+        lambda o: o.exp().mean() - ((u := unit(o)) * u).sum(),
+        lambda o: o.exp().mean() - ((o * o).sum(1) / (o.norm(dim=1) * o.norm(dim=1))).sum(),
         lambda o: ((o * T).sum(1) / (1 + o.square().sum(1))).sum(),
     ],
 )
