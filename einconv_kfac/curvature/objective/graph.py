@@ -28,8 +28,12 @@ WRAPPER = "_DDPSink"
 its node is the beginning of the one that averages gradients, and there must be no other."""
 FUNCTION = "autograd.Function "
 """The prefix of the kinds of nodes that are functions written in Python."""
-_STEPS = frozenset({"Sign", "Round", "Floor", "Ceil", "Trunc"})
-"""Operations that are constant in pieces: what they return counts as a constant."""
+_STEPS = frozenset(
+    f"{kind}Backward{number}"
+    for kind in ("Sign", "Round", "Floor", "Ceil", "Trunc")
+    for number in (0, 1)
+)
+"""Nodes of operations that are constant in pieces: what they return counts as a constant."""
 _IDENTITIES = ("BackwardHookFunction", WRAPPER)
 """Python functions that return their inputs; torch also inserts them for backward hooks."""
 _COMPILED = (
@@ -80,6 +84,11 @@ def mark_of(edge: Edge, owner: object) -> Any:
     return None if marks is None else marks.get((owner, edge[1]))
 
 
+def has_marks(edge: Edge) -> bool:
+    """Return whether any tensor of an edge's node has marks, which hardly one has."""
+    return _KEY in _metadata(edge[0])
+
+
 def _metadata(node: Node) -> dict[str, Any]:
     """Return what is attached to a node; torch declares it as a method."""
     found: Any = node.metadata
@@ -122,9 +131,10 @@ def inputs_of(node: Node) -> list[Edge | None]:
 
     The inputs of an operation that is constant in pieces count as such.
     """
-    if node.name().rpartition("Backward")[0] in _STEPS:
-        return [None] * len(node.next_functions)
-    return [None if parent is None else (parent, nr) for parent, nr in node.next_functions]
+    edges: Any = node.next_functions
+    if node.name() in _STEPS:
+        return [None] * len(edges)
+    return [None if edge[0] is None else edge for edge in edges]
 
 
 def dependents(root: Edge, stops: Stops) -> NodeOrder:
@@ -136,18 +146,19 @@ def dependents(root: Edge, stops: Stops) -> NodeOrder:
     """
     depends: dict[Node, bool] = {}
     ordered: dict[Node, int] = {}
-    stack: list[tuple[Node, bool]] = [(root[0], False)]
+    stack: list[tuple[Node, list[Node] | None]] = [(root[0], None)]
     while stack:
-        node, is_done = stack.pop()
-        edges = [edge for edge in inputs_of(node) if edge is not None]
-        if is_done:
-            depends[node] = any(stops(edge) or depends.get(edge[0], False) for edge in edges)
-            if depends[node]:
+        node, parents = stack.pop()
+        if parents is not None:  # all of them are done
+            if depends[node] or any(map(depends.__getitem__, parents)):
+                depends[node] = True
                 ordered[node] = len(ordered)
         elif node not in depends:
-            depends[node] = False
-            stack.append((node, True))
-            stack += [(edge[0], False) for edge in edges if not stops(edge)]
+            edges = [edge for edge in inputs_of(node) if edge is not None]
+            parents = [edge[0] for edge in edges if not stops(edge)]
+            depends[node] = len(parents) < len(edges)
+            stack.append((node, parents))
+            stack += [(parent, None) for parent in parents]
     return ordered
 
 

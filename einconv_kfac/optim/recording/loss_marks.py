@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of, within
+from einconv_kfac.curvature.objective.graph import Edge, edge_of, has_marks, mark_, mark_of, within
 from einconv_kfac.curvature.objective.loss_calls import LossCall
 from einconv_kfac.curvature.objective.outputs import numbers_of, tensors_of
 from einconv_kfac.optim.recording.observed_losses import ObservedLoss, ReturnedLosses, ends_among
@@ -41,6 +41,8 @@ class LossMarks:
 
     def at(self, edge: Edge) -> ObservedLoss | None:
         """Return the mark of a loss at an edge of the graph."""
+        if not has_marks(edge):
+            return None
         found: ObservedLoss | None = mark_of(within(edge), self._observed)
         return mark_of(edge, self._observed) if found is None else found
 

@@ -10,7 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
-from einconv_kfac.curvature.objective.graph import Edge, edge_of, mark_, mark_of, within
+from einconv_kfac.curvature.objective.graph import (
+    Edge,
+    edge_of,
+    has_marks,
+    mark_,
+    mark_of,
+    within,
+)
 from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.outputs import tensors_of
 from einconv_kfac.optim.recording.input_derivatives import (
@@ -219,6 +226,8 @@ class PendingCalls:
             inner: Whether outputs of layers count, past what the model returns.
             among: The calls by number; those that are pending by default.
         """
+        if not has_marks(edge):
+            return None
         mark = mark_of(edge, (id(self), True)) or mark_of(within(edge), (id(self), True))
         if mark is None and inner:
             mark = mark_of(edge, (id(self), False))
@@ -261,6 +270,8 @@ class PendingCalls:
 
     def is_dropped_at(self, edge: Edge) -> bool:
         """Return whether an edge is a tensor of a call since the last step that was dropped."""
+        if not has_marks(edge):
+            return False
         mark = mark_of(edge, (id(self), True)) or mark_of(edge, (id(self), False))
         return mark is not None and mark.call >= self._first and mark.call not in self._pending
 
