@@ -39,8 +39,10 @@ class Layer:
     @property
     def problem(self) -> Problem:
         """What the choice of the algorithm depends on."""
-        channels = self.shape[1] // self.groups
-        return Problem(self.geometry, self.shape[0], channels, torch.float32, "cpu")
+        channels, threads = self.shape[1] // self.groups, torch.get_num_threads()
+        return Problem(
+            self.geometry, self.shape[0], channels, torch.float32, "cpu", threads=threads
+        )
 
     @property
     def kind(self) -> str:

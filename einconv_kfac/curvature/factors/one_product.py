@@ -30,6 +30,12 @@ DTYPES = (torch.float32, torch.float64)
 FEW_ROWS = 192
 """Rows of a factor up to which half of the multiplications are not worth the calls."""
 
+FEW_ROWS_MACS_PER_THREAD = 1 << 23
+"""Multiplications of few rows for each thread from which panels by oneDNN are faster.
+
+They are computed on one thread. One product by MKL needs fewer calls, and threads share it.
+"""
+
 MACS_PER_THREAD = 1 << 28
 """Multiplications for each thread up to which one product is no slower than its panels."""
 
@@ -66,7 +72,9 @@ def _is_fastest(device: str, single: bool, size: int, columns: int, threads: int
     profile, macs = profile_of(device), size**2 * columns
     if not profile.is_host or size > max(CACHED_ROWS, ROWS_PER_COLUMN * columns):
         return False
-    if profile.multiplies_by_onednn and single and macs >= ONEDNN_LEAST_MACS:
+    is_small = macs < ONEDNN_LEAST_MACS
+    is_small |= size <= FEW_ROWS and macs <= FEW_ROWS_MACS_PER_THREAD * threads
+    if profile.multiplies_by_onednn and single and not is_small:
         return False
     is_shared = 2 * threads_for_panels(size - 1, threads) <= threads
     return macs > 0 and (size <= FEW_ROWS or macs <= MACS_PER_THREAD * threads or is_shared)

@@ -97,7 +97,7 @@ class Algorithm(ABC):
             update: The update of ``[g, D, D]`` with the problem's groups and size.
         """
 
-    def sharing(self, problem: Problem) -> int:
+    def sharing(self, problem: Problem) -> float:
         """Return how many threads of a problem share its operations about evenly."""
         return problem.threads
 

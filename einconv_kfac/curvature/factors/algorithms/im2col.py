@@ -71,7 +71,7 @@ class Im2col(Algorithm):
         macs = pairs * columns
         return Cost(macs, problem.size, copied, written, calls, is_mixed=True, waits=waits)
 
-    def sharing(self, problem: Problem) -> int:
+    def sharing(self, problem: Problem) -> float:
         """Return how many threads share the panels of a product."""
         return threads_for_panels(problem.size, problem.threads)
 

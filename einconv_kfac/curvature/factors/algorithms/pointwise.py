@@ -13,7 +13,11 @@ from einconv_kfac.curvature.devices.device_registry import profile_of
 from einconv_kfac.curvature.devices.products import operand_dtype
 from einconv_kfac.curvature.factors.algorithms.algorithm import Algorithm, Cost
 from einconv_kfac.curvature.factors.chunking import chunk_size, chunks
-from einconv_kfac.curvature.factors.one_product import BATCHED_ROWS_OF_THREADS, batched_rows
+from einconv_kfac.curvature.factors.one_product import (
+    BATCHED_ROWS,
+    BATCHED_ROWS_OF_THREADS,
+    batched_rows,
+)
 from einconv_kfac.curvature.factors.problem import Problem
 from einconv_kfac.curvature.factors.symmetric.update import (
     Update,
@@ -109,10 +113,16 @@ class Pointwise(Algorithm):
         calls = problem.batch * (3 + len(bounds))
         return Cost(pairs * columns, problem.size, 0.0, problem.outputs, calls, waits=1)
 
-    def sharing(self, problem: Problem) -> int:
-        """Return how many threads share the products of few channels, or the panels of one."""
-        if problem.size <= BATCHED_ROWS_OF_THREADS:
+    def sharing(self, problem: Problem) -> float:
+        """Return how many threads share the products of few channels, or the panels of one.
+
+        Batched products are MKL's: where oneDNN is faster, threads gain half as much by them.
+        """
+        if problem.size <= BATCHED_ROWS:
             return problem.threads
+        if problem.size <= BATCHED_ROWS_OF_THREADS:
+            halved = problem.profile.multiplies_by_onednn
+            return (problem.threads + 1) / 2 if halved else problem.threads
         return threads_for_panels(problem.size, problem.threads)
 
     def add(self, x: Tensor, problem: Problem, update: Update) -> None:
