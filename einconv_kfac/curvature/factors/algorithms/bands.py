@@ -40,6 +40,9 @@ from einconv_kfac.geometry import Axis, Geometry
 SMALL_PRODUCT_MAC_PRICE = 1.6
 """Price of a multiplication in single products with fewer than `WIDE_ROWS` rows and columns."""
 
+NARROW_GAP_COPIES = 1.25
+"""Price of reading positions with gaps in such products, in copies of them."""
+
 
 def groups_at_once(problem: Problem, growth: float) -> int:
     """Return how many groups to process at a time: half of the input, or less."""
@@ -99,9 +102,10 @@ class Bands(Algorithm):
         count = chunk_count(problem, growth) if groups == 1 else 1
         blocks = sum(band.count for band in found) if are_views(groups, channels) else 0
         copied = problem.inputs * (2 if blocks else 1 + growth)
-        if len(leading) > 1 and width >= WIDE_ROWS:  # positions with gaps: copied, also by oneDNN
+        if len(leading) > 1:  # positions with gaps: copied, also by oneDNN, or read one by one
             met = rows * sum(band.count * band.width for band in found)
-            copied += 4 * problem.batch * groups * channels * met
+            copies = 4.0 if width >= WIDE_ROWS else NARROW_GAP_COPIES
+            copied += copies * problem.batch * groups * channels * met
         products = count * regions * (10 * len(found) + 4 * blocks)
         calls = products * (steps + BATCHED_MATRIX_CALLS * (groups - 1)) + 30 * steps * len(keys)
         along = 0.6 if channels <= MOST_GATHERED_CHANNELS else 0.42  # diagonals, but in order
