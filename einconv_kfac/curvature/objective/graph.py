@@ -28,12 +28,8 @@ WRAPPER = "_DDPSink"
 its node is the beginning of the one that averages gradients, and there must be no other."""
 FUNCTION = "autograd.Function "
 """The prefix of the kinds of nodes that are functions written in Python."""
-_STEPS = frozenset(
-    f"{kind}Backward{number}"
-    for kind in ("Sign", "Round", "Floor", "Ceil", "Trunc")
-    for number in (0, 1)
-)
-"""Nodes of operations that are constant in pieces: what they return counts as a constant."""
+_STEPS = {f"{kind}Backward" for kind in ("Sign", "Round", "Floor", "Ceil", "Trunc")}
+"""Operations that are constant in pieces: what they return counts as a constant."""
 _IDENTITIES = ("BackwardHookFunction", WRAPPER)
 """Python functions that return their inputs; torch also inserts them for backward hooks."""
 _COMPILED = (
@@ -132,7 +128,7 @@ def inputs_of(node: Node) -> list[Edge | None]:
     The inputs of an operation that is constant in pieces count as such.
     """
     edges: Any = node.next_functions
-    if node.name() in _STEPS:
+    if node.name()[:-1] in _STEPS:
         return [None] * len(edges)
     return [None if edge[0] is None else edge for edge in edges]
 

@@ -10,14 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from einconv_kfac.curvature.estimation.capture import LayerCall, LayerCapture
-from einconv_kfac.curvature.objective.graph import (
-    Edge,
-    edge_of,
-    has_marks,
-    mark_,
-    mark_of,
-    within,
-)
+from einconv_kfac.curvature.objective.graph import Edge, edge_of, has_marks, mark_, mark_of, within
 from einconv_kfac.curvature.objective.loss_account import LossAccount
 from einconv_kfac.curvature.objective.outputs import tensors_of
 from einconv_kfac.optim.recording.input_derivatives import (
