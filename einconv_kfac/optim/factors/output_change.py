@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from einconv_kfac.curvature.blocks.batching import LARGEST_BATCHED_DIMENSION
-from einconv_kfac.curvature.blocks.diagonal_factor import is_diagonal, times_on_right
+from einconv_kfac.curvature.blocks.diagonal_factor import (
+    diagonal_of,
+    is_diagonal,
+    times_on_right,
+)
 from einconv_kfac.curvature.blocks.matrix_layout import joined_matrices
 from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.optim.factors.running import RunningFactors
@@ -19,6 +23,8 @@ from einconv_kfac.optim.vectors import Direction
 
 Stacks = list[list[RunningFactors]]
 """Layers that are treated together."""
+SMALL_FRACTION = 0.3
+"""Outputs of a layer, relative to those of weights as torch draws them, that count as small."""
 PANEL = 512
 """Columns of a large factor that are multiplied at once, with the rows from their first one on.
 What the rows above contribute follows by symmetry."""
@@ -33,12 +39,14 @@ class _Present:
         tensors: Their input factors and parameters.
         versions: The versions of these.
         squares: ``tr(W A W^T)``, ``[layers]``.
+        shares: How much each layer counts, ``[layers]``.
     """
 
     stacks: list[list[str]]
     tensors: list[Tensor]
     versions: list[int]
     squares: Tensor
+    shares: Tensor
 
 
 class OutputChange:
@@ -60,8 +68,11 @@ class OutputChange:
 
         ``U`` is the update of the parameters ``W`` of a layer and ``A`` its running input factor. A
         layer whose output is zero does not count: nothing is small relative to that, and a layer
-        that starts at zero, as heads and residual branches often do, could never leave it. Nor do
-        layers without factors.
+        that starts at zero, as heads and residual branches often do, could never leave it. One
+        that starts near zero could double its output in a step at most, and would hold up all
+        others. So it counts in proportion to ``tr(W A W^T)``, as far as this is below
+        `SMALL_FRACTION` squared of its mean for weights of variance ``1 / (3 inputs)``, which is
+        how torch draws them. Layers without factors do not count.
 
         Args:
             update: The update, by parameter name; zero for those that it lacks.
@@ -75,7 +86,8 @@ class OutputChange:
         if not (stacks := [*alike.values()]):
             return torch.zeros((), dtype=torch.float64)
         moved, present = _squares(stacks, update), self._of_parameters(stacks, parameters)
-        return torch.where(present > 0, moved / present, 0.0).sqrt().sum()
+        changes = torch.where(present.squares > 0, moved / present.squares, 0.0).sqrt()
+        return (changes * present.shares).sum()
 
     def _of_weights(self, update: Direction, parameters: Direction) -> tuple[Direction, Direction]:
         """Return an update and parameters with computed weights, by their names in layouts."""
@@ -85,16 +97,17 @@ class OutputChange:
                 update, parameters = {**update, **changes}, {**parameters, **values}
         return update, parameters
 
-    def _of_parameters(self, stacks: Stacks, parameters: Direction) -> Tensor:
-        """Return `_squares` of the parameters, which are the same for several updates."""
+    def _of_parameters(self, stacks: Stacks, parameters: Direction) -> _Present:
+        """Return what the parameters contribute, which is the same for several updates."""
         names = [[running.layer.name for running in stack] for stack in stacks]
         tensors = [*_tensors(stacks, parameters)]
         versions, known = [tensor._version for tensor in tensors], self.present
         is_known = known is not None and (known.stacks, known.versions) == (names, versions)
         if known is None or not (is_known and all(map(is_, known.tensors, tensors))):
-            squares = _squares(stacks, parameters)
-            self.present = known = _Present(names, tensors, versions, squares)
-        return known.squares
+            squares, drawn = _squares(stacks, parameters), _squares_of_drawn(stacks)
+            shares = (squares / (SMALL_FRACTION**2 * drawn)).nan_to_num(0.0).clamp_max_(1)
+            self.present = known = _Present(names, tensors, versions, squares, shares)
+        return known
 
 
 def _tensors(stacks: Stacks, parameters: Direction) -> Iterator[Tensor]:
@@ -136,6 +149,18 @@ def _squares_together(stack: Sequence[RunningFactors], values: Direction) -> Ten
     if len(layers) == 1:
         return _square(rows, a).unsqueeze(0)
     return (times_on_right(rows, a, product) * rows).reshape(len(layers), -1).sum(-1)
+
+
+def _squares_of_drawn(stacks: Stacks) -> Tensor:
+    """Return ``tr(A) rows / (3 inputs)`` of all layers, ``[layers]``, in float64."""
+    return torch.cat([_squares_of_drawn_together(stack) for stack in stacks]).double()
+
+
+def _squares_of_drawn_together(stack: Sequence[RunningFactors]) -> Tensor:
+    """Return ``tr(A) rows / (3 inputs)`` of layers that are treated together, ``[layers]``."""
+    factors = [running.factors[0] for running in stack if running.factors is not None]
+    _, rows, inputs = stack[0].layer.layout.shape
+    return torch.stack([diagonal_of(a) for a in factors]).sum((1, 2)) * (rows / (3 * inputs))
 
 
 def _square(rows: Tensor, a: Tensor) -> Tensor:

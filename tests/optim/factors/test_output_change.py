@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from einconv_kfac import KFAC
 from einconv_kfac.optim.factors import output_change
 from einconv_kfac.optim.factors.curvature import RunningCurvature
+from einconv_kfac.optim.factors.output_change import SMALL_FRACTION
 from einconv_kfac.optim.vectors import Direction
 
 
@@ -62,3 +63,68 @@ def test_the_part_of_the_parameters_is_computed_once_a_step() -> None:
         w = model.weight.detach() / (1 if index == 2 else 2)
         ratio = (update["weight"] @ a * update["weight"]).sum() / (w @ a * w).sum()
         assert values[index] == pytest.approx(float(ratio.sqrt()))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 1e-3, 1e-8, 0.0])
+def test_layers_with_small_outputs_count_in_proportion(scale: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(9, 4, bias=False).double()
+    machine, a = curvature(model)
+    weight = model.weight.detach() * scale
+    (update,) = directions(model, 1)
+    moved, present = (torch.einsum("oi,ij,oj->", w, a, w) for w in (update["weight"], weight))
+    small = SMALL_FRACTION**2 * 4 * torch.trace(a) / (3 * 9)
+    expected = (moved / present).sqrt() if present > small else (moved * present).sqrt() / small
+    found = machine.relative_change(update, {"weight": weight})
+    torch.testing.assert_close(found, expected)
+
+
+def test_drawn_weights_of_several_layers_and_groups_count_in_full() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(6, 6, 3, padding=1, groups=2) for _ in range(2)), nn.Flatten(), nn.Linear(96, 4)
+    ).double()
+    optimizer = KFAC(model, loss_fn := nn.CrossEntropyLoss())
+    machine = optimizer._preconditioner
+    x = torch.randn(40, 6, 4, 4, dtype=torch.float64)
+    loss_fn(model(x), torch.arange(40) % 4).backward()
+    machine.update_()
+    point = {name: p.detach() for name, p in model.named_parameters()}
+    found = machine.relative_change({n: 2 * p for n, p in point.items()}, point)
+    assert float(found) == pytest.approx(2 * 3)
+    tiny = {n: 1e-9 * p if n.startswith("1.") else p for n, p in point.items()}
+    found = machine.relative_change({n: 2 * p for n, p in tiny.items()}, tiny)
+    assert float(found) == pytest.approx(2 * 2)
+
+
+@pytest.mark.parametrize("std", [1e-10, 1e-5])
+def test_a_branch_that_starts_near_zero_holds_nothing_up(std: float) -> None:
+    torch.manual_seed(0)
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 3)
+            self.inner = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+            self.outer = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+            for layer in self.outer:
+                nn.init.normal_(layer.weight, 0, std)
+                nn.init.zeros_(layer.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for inner, outer in zip(self.inner, self.outer):
+                x = x + outer(inner(x.relu()).relu())
+            out: Tensor = self.last(x)
+            return out
+
+    model, x = Branches(), torch.randn(256, 8)
+    y = (x[:, :4].square().sum(1) > 3).long() + (x[:, 4] > 0)
+    optimizer, losses = KFAC(model, loss_fn := nn.CrossEntropyLoss()), []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.3 * losses[0]
