@@ -83,9 +83,8 @@ class RunningCurvature:
         self._preconditioning = Preconditioning(self.layers)
         self._change = OutputChange(self.layers)
         self._parameters: Collection[str] | None = None
-        self._known: dict[str, nn.Parameter] = {}  # when they were covered
+        self._trained, self._known = list[bool](), dict[str, nn.Parameter]()  # when covered
         self._owners, self._excluded = owners_of(self.model), excluded_modules(self.model, exclude)
-        self._trained: list[bool] = []
         self.apart: frozenset[str] = frozenset()  # parameters with a coefficient of their own
         own = self.seed, settings.factor_fraction, self.workers, self.stored
         self.collector = Collector(model, estimator, *own)
@@ -192,6 +191,7 @@ class RunningCurvature:
             scales = self.collector.weights.scales(moments)
             found = [Contribution(layers[n], m, decays[n], *scales[n]) for n, m in moments.items()]
             move_averages_(found, self.steps)
+            self._change.small = None
             self.inversions.space_()
         known = any(own.factor_step is not None for own in self.layers.values())
         if self.layers and not (known or self.collector.has_seen_loss):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 
 import torch
@@ -21,7 +22,7 @@ from einconv_kfac.curvature.devices.products import product
 from einconv_kfac.optim.factors.running import RunningFactors
 from einconv_kfac.optim.vectors import Direction
 
-Stacks = list[list[RunningFactors]]
+Stacks = Sequence[Sequence[RunningFactors]]
 """Layers that are treated together."""
 SMALL_FRACTION = 0.3
 """Outputs of a layer, relative to those of weights as torch draws them, that count as small."""
@@ -31,22 +32,32 @@ What the rows above contribute follows by symmetry."""
 
 
 @dataclass(frozen=True)
-class _Present:
-    """What the parameters themselves contribute, which several updates of a step share.
+class _Known:
+    """What was computed for layers from tensors, as long as these do not change.
 
     Args:
         stacks: The layers by name.
-        tensors: Their input factors and parameters.
+        tensors: The tensors.
         versions: The versions of these.
-        squares: ``tr(W A W^T)``, ``[layers]``.
-        shares: How much each layer counts, ``[layers]``.
+        numbers: What was computed, ``[layers]``.
     """
 
     stacks: list[list[str]]
     tensors: list[Tensor]
     versions: list[int]
-    squares: Tensor
-    shares: Tensor
+    numbers: Tensor
+
+    @staticmethod
+    def of(
+        known: _Known | None, stacks: Stacks, tensors: list[Tensor], compute: Callable[[], Tensor]
+    ) -> _Known:
+        """Return what is known if it holds for layers and tensors, or else compute it."""
+        names = [[running.layer.name for running in stack] for stack in stacks]
+        versions = [tensor._version for tensor in tensors]
+        is_known = known is not None and (known.stacks, known.versions) == (names, versions)
+        if known is not None and is_known and all(map(is_, known.tensors, tensors)):
+            return known
+        return _Known(names, tensors, versions, compute())
 
 
 class OutputChange:
@@ -56,12 +67,15 @@ class OutputChange:
         layers: The layers, by name; others may come.
 
     Attributes:
-        present: What the parameters of the present step contribute, once that is known.
+        present: What the parameters of the present step contribute, once that is known; several
+            updates of a step share it.
+        small: What counts as small by the present factors, which several steps share.
     """
 
     def __init__(self, layers: Mapping[str, RunningFactors]) -> None:
         self._layers = layers
-        self.present: _Present | None = None
+        self.present: _Known | None = None
+        self.small: _Known | None = None
 
     def of(self, update: Direction, parameters: Direction) -> Tensor:
         """Return ``sqrt(tr(U A U^T) / tr(W A W^T))``, summed over layers, in float64.
@@ -85,9 +99,7 @@ class OutputChange:
                 alike[_form(running, update, parameters)].append(running)
         if not (stacks := [*alike.values()]):
             return torch.zeros((), dtype=torch.float64)
-        moved, present = _squares(stacks, update), self._of_parameters(stacks, parameters)
-        changes = torch.where(present.squares > 0, moved / present.squares, 0.0).sqrt()
-        return (changes * present.shares).sum()
+        return (_squares(stacks, update) / self._divisors(stacks, parameters)).sqrt().sum()
 
     def _of_weights(self, update: Direction, parameters: Direction) -> tuple[Direction, Direction]:
         """Return an update and parameters with computed weights, by their names in layouts."""
@@ -97,24 +109,31 @@ class OutputChange:
                 update, parameters = {**update, **changes}, {**parameters, **values}
         return update, parameters
 
-    def _of_parameters(self, stacks: Stacks, parameters: Direction) -> _Present:
-        """Return what the parameters contribute, which is the same for several updates."""
-        names = [[running.layer.name for running in stack] for stack in stacks]
-        tensors = [*_tensors(stacks, parameters)]
-        versions, known = [tensor._version for tensor in tensors], self.present
-        is_known = known is not None and (known.stacks, known.versions) == (names, versions)
-        if known is None or not (is_known and all(map(is_, known.tensors, tensors))):
-            squares, drawn = _squares(stacks, parameters), _squares_of_drawn(stacks)
-            shares = (squares / (SMALL_FRACTION**2 * drawn)).nan_to_num(0.0).clamp_max_(1)
-            self.present = known = _Present(names, tensors, versions, squares, shares)
-        return known
+    def _divisors(self, stacks: Stacks, parameters: Direction) -> Tensor:
+        """Return what squares of an update are divided by, ``[layers]``; infinite for zero."""
+        factors = [*_factors(stacks)]
+        self.small = _Known.of(self.small, stacks, factors, partial(_squares_of_small, stacks))
+        small = self.small.numbers
+
+        def divisors() -> Tensor:
+            squares = _squares(stacks, parameters)
+            return torch.maximum(squares, small / squares)
+
+        tensors = [*factors, *_parameters(stacks, parameters)]
+        self.present = _Known.of(self.present, stacks, tensors, divisors)
+        return self.present.numbers
 
 
-def _tensors(stacks: Stacks, parameters: Direction) -> Iterator[Tensor]:
-    """Yield the tensors that the parameters' part depends on."""
+def _factors(stacks: Stacks) -> Iterator[Tensor]:
+    """Yield the input factors of layers."""
     for running in (each for stack in stacks for each in stack):
         if running.factors is not None:
             yield running.factors[0]
+
+
+def _parameters(stacks: Stacks, parameters: Direction) -> Iterator[Tensor]:
+    """Yield the parameters of layers."""
+    for running in (each for stack in stacks for each in stack):
         yield from (
             parameters[name] for name in running.layer.layout.parameters if name in parameters
         )
@@ -144,23 +163,20 @@ def _squares_together(stack: Sequence[RunningFactors], values: Direction) -> Ten
         known = {name: values[name] for name in layers[0].layout.parameters if name in values}
         values = {**layers[0].zeros(), **known}
     rows = joined_matrices([layer.layout for layer in layers], values)
-    a = _joined([running.factors[0] for running in stack if running.factors is not None])
+    a = _joined([*_factors([stack])])
     rows = rows.to(a.dtype)
     if len(layers) == 1:
         return _square(rows, a).unsqueeze(0)
     return (times_on_right(rows, a, product) * rows).reshape(len(layers), -1).sum(-1)
 
 
-def _squares_of_drawn(stacks: Stacks) -> Tensor:
-    """Return ``tr(A) rows / (3 inputs)`` of all layers, ``[layers]``, in float64."""
-    return torch.cat([_squares_of_drawn_together(stack) for stack in stacks]).double()
-
-
-def _squares_of_drawn_together(stack: Sequence[RunningFactors]) -> Tensor:
-    """Return ``tr(A) rows / (3 inputs)`` of layers that are treated together, ``[layers]``."""
-    factors = [running.factors[0] for running in stack if running.factors is not None]
-    _, rows, inputs = stack[0].layer.layout.shape
-    return torch.stack([diagonal_of(a) for a in factors]).sum((1, 2)) * (rows / (3 * inputs))
+def _squares_of_small(stacks: Stacks) -> Tensor:
+    """Return the square of the ``tr(W A W^T)`` up to which outputs count as small, ``[layers]``."""
+    traces = [diagonal_of(a).sum() for a in _factors(stacks)]
+    shapes = [running.layer.layout.shape for stack in stacks for running in stack]
+    shares = [SMALL_FRACTION**2 * rows / (3 * inputs) for _, rows, inputs in shapes]
+    small = torch.stack(torch._foreach_mul(traces, shares)).double()
+    return small.square_().clamp_min_(torch.finfo(torch.float64).tiny)
 
 
 def _square(rows: Tensor, a: Tensor) -> Tensor:
