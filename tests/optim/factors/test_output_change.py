@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from optim_cases import train_step
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -120,11 +121,6 @@ def test_a_branch_that_starts_near_zero_holds_nothing_up(std: float) -> None:
 
     model, x = Branches(), torch.randn(256, 8)
     y = (x[:, :4].square().sum(1) > 3).long() + (x[:, 4] > 0)
-    optimizer, losses = KFAC(model, loss_fn := nn.CrossEntropyLoss()), []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = loss_fn(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    optimizer = KFAC(model, loss_fn := nn.CrossEntropyLoss())
+    losses = [train_step(model, loss_fn, optimizer, (x, y)) for _ in range(30)]
     assert losses[-1] < 0.3 * losses[0]
