@@ -31,7 +31,7 @@ FEW_ROWS = 192
 """Rows of a factor up to which half of the multiplications are not worth the calls."""
 
 FEW_ROWS_MACS_PER_THREAD = 1 << 23
-"""Multiplications of few rows for each thread from which panels by oneDNN are faster.
+"""Multiplications of few rows for each thread above which panels by oneDNN are faster.
 
 They are computed on one thread. One product by MKL needs fewer calls, and threads share it.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,6 +130,20 @@ def test_large_or_other_inputs_are_divided() -> None:
     assert not is_one_product(draw(1), 2, 2000, 100)  # copying the result is most of the work
     assert not is_one_product(draw(1), 2, 1000, 1 << 20)
     assert not is_one_product(draw(1), 0, 4, 1)
+
+
+def test_few_rows_are_one_product_beside_onednn(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = replace(one_product.profile_of("cpu"), multiplies_by_onednn=True)
+    monkeypatch.setattr(one_product, "profile_of", lambda _: profile)
+    monkeypatch.setattr(one_product, "_is_fastest", one_product._is_fastest.__wrapped__)
+    like, single = draw(1), draw(1).float()
+    assert is_one_product(single, 8, 64, 128)
+    assert is_one_product(single, 8 * threads, 64, 128)
+    assert not is_one_product(single, 32 * threads, 64, 128)
+    assert not is_one_product(single, 8, 256, 128)
+    assert is_one_product(like, 32 * threads, 64, 128)  # oneDNN multiplies no doubles
 
 
 def test_positions_in_the_padding_count_for_the_bias(monkeypatch: pytest.MonkeyPatch) -> None:
