@@ -29,7 +29,7 @@ its node is the beginning of the one that averages gradients, and there must be 
 FUNCTION = "autograd.Function "
 """The prefix of the kinds of nodes that are functions written in Python."""
 _STEPS = {f"{kind}Backward" for kind in ("Sign", "Round", "Floor", "Ceil", "Trunc")}
-"""Operations that are constant in pieces: what they return counts as a constant."""
+"""Operations of torch, not of users, that are constant in pieces: results count as constants."""
 _IDENTITIES = ("BackwardHookFunction", WRAPPER)
 """Python functions that return their inputs; torch also inserts them for backward hooks."""
 _COMPILED = (

@@ -112,12 +112,11 @@ class OutputChange:
     def _divisors(self, stacks: Stacks, parameters: Direction) -> Tensor:
         """Return what squares of an update are divided by, ``[layers]``; infinite for zero."""
         factors = [*_factors(stacks)]
-        self.small = _Known.of(self.small, stacks, factors, partial(_squares_of_small, stacks))
-        small = self.small.numbers
 
         def divisors() -> Tensor:
+            self.small = _Known.of(self.small, stacks, factors, partial(_squares_of_small, stacks))
             squares = _squares(stacks, parameters)
-            return torch.maximum(squares, small / squares)
+            return torch.maximum(squares, self.small.numbers / squares)
 
         tensors = [*factors, *_parameters(stacks, parameters)]
         self.present = _Known.of(self.present, stacks, tensors, divisors)
@@ -172,10 +171,10 @@ def _squares_together(stack: Sequence[RunningFactors], values: Direction) -> Ten
 
 def _squares_of_small(stacks: Stacks) -> Tensor:
     """Return the square of the ``tr(W A W^T)`` up to which outputs count as small, ``[layers]``."""
-    traces = [diagonal_of(a).sum() for a in _factors(stacks)]
+    traces = [diagonal_of(a).sum(dtype=torch.float64) for a in _factors(stacks)]
     shapes = [running.layer.layout.shape for stack in stacks for running in stack]
     shares = [SMALL_FRACTION**2 * rows / (3 * inputs) for _, rows, inputs in shapes]
-    small = torch.stack(torch._foreach_mul(traces, shares)).double()
+    small = torch.stack(torch._foreach_mul(traces, shares))
     return small.square_().clamp_min_(torch.finfo(torch.float64).tiny)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
+import torch
+from optim_cases import train_step
+from torch import Tensor, nn
+
+from einconv_kfac import KFAC
 from einconv_kfac.curvature.objective.graph import Edge, backpropagated, dependents, edge_of
 
 
@@ -44,3 +48,33 @@ def test_only_nodes_with_gradients_are_visited() -> None:
     torch.testing.assert_close(found[edge_of(x)], torch.autograd.grad(terms[7].sum(), x)[0])
     assert len(nodes) > 200
     assert len(visited) == len(asked) == 5
+
+
+class Round(torch.autograd.Function):
+    """Rounds, with the gradient of what it rounds: a straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent
+
+
+class RoundedLoss(nn.Module):
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = (Round.apply(8 * output) / 8 - target).square().mean()
+        return loss
+
+
+def test_a_function_of_users_with_the_name_of_a_constant_one_has_its_gradient() -> None:
+    torch.manual_seed(0)
+    model, loss_fn, x = nn.Linear(4, 2), RoundedLoss(), torch.randn(64, 4)
+    opt, batch = KFAC(model, loss_fn), (x, x[:, :2] - x[:, 2:])
+    losses = [train_step(model, loss_fn, opt, batch) for _ in range(10)]
+    assert losses[-1] < 0.05 * losses[0]

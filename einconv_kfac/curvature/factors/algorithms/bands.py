@@ -41,7 +41,7 @@ SMALL_PRODUCT_MAC_PRICE = 1.6
 """Price of a multiplication in single products with fewer than `WIDE_ROWS` rows and columns."""
 
 NARROW_GAP_COPIES = 1.25
-"""Price of reading positions with gaps in such products, in copies of them."""
+"""Price of reading positions with gaps in products of that width, in copies of them."""
 
 
 def groups_at_once(problem: Problem, growth: float) -> int:
